@@ -1,0 +1,65 @@
+"""What a stage minimises. Discriminated by ``kind``."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from gendistill.config.base import Section
+
+
+class KLConfig(Section):
+    """Kullback-Leibler divergence between teacher and student next-token distributions."""
+
+    kind: Literal["kl"] = "kl"
+    direction: Literal["forward", "reverse"] = Field("forward", description="forward: KL(teacher || student)")
+    temperature: float = Field(1.0, gt=0)
+    weight: float = Field(1.0, gt=0)
+
+
+class JSDConfig(Section):
+    """Generalised Jensen-Shannon divergence; ``beta`` weighs the teacher in the mixture."""
+
+    kind: Literal["jsd"] = "jsd"
+    beta: float = Field(0.5, gt=0, lt=1)
+    temperature: float = Field(1.0, gt=0)
+    weight: float = Field(1.0, gt=0)
+
+
+class CEConfig(Section):
+    """Cross-entropy on the next token of the data; needs no teacher."""
+
+    kind: Literal["ce"] = "ce"
+    weight: float = Field(1.0, gt=0)
+
+
+LogitTerm = Annotated[KLConfig | JSDConfig | CEConfig, Field(discriminator="kind")]
+
+
+class MixConfig(Section):
+    """A weighted sum of divergences and cross-entropy, in one pass over the vocabulary."""
+
+    kind: Literal["mix"] = "mix"
+    terms: tuple[LogitTerm, ...] = Field(min_length=1)
+
+
+class MixerOutputConfig(Section):
+    """Match each linear mixer's output with the attention output it replaces, on the teacher's own inputs."""
+
+    kind: Literal["mixer_output"] = "mixer_output"
+    norm: Literal["mse", "l2", "relative"] = Field(
+        "relative", description="mse: mean square; l2: token L2 norm; relative: squared error over squared target"
+    )
+
+
+class BlockOutputConfig(Section):
+    """Match each converted block's output with the teacher block's, on the teacher's own inputs."""
+
+    kind: Literal["block_output"] = "block_output"
+    norm: Literal["mse", "l2", "relative"] = "relative"
+
+
+ObjectiveConfig = Annotated[
+    KLConfig | JSDConfig | CEConfig | MixConfig | MixerOutputConfig | BlockOutputConfig, Field(discriminator="kind")
+]

@@ -1,0 +1,59 @@
+"""Every error a user can cause. Each says what is wrong, where, what was given and what to run next."""
+
+from __future__ import annotations
+
+
+class GendistillError(Exception):
+    """Carry a message for people, an optional place and an optional next step.
+
+    Args:
+        message: What is wrong, what was given and what is allowed.
+        where: File and line, recipe path or module name.
+        hint: The next command or edit that fixes it.
+    """
+
+    kind = "error"
+    exit_code = 1
+
+    def __init__(self, message: str, *, where: str | None = None, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.where = where
+        self.hint = hint
+
+    def __str__(self) -> str:
+        lines = [f"{self.kind}  {self.where}" if self.where else self.kind, f"  {self.message}"]
+        if self.hint:
+            lines.append(f"  next: {self.hint}")
+        return "\n".join(lines)
+
+
+class RecipeError(GendistillError):
+    """Reject a recipe, an override or a command line before anything has run."""
+
+    kind = "recipe error"
+    exit_code = 2
+
+
+class CheckpointError(GendistillError):
+    """Report a checkpoint that is missing, corrupt, unsupported or does not fit."""
+
+    kind = "checkpoint error"
+
+
+class DataError(GendistillError):
+    """Report a dataset that is missing, empty or lacks what the recipe asks for."""
+
+    kind = "data error"
+
+
+class TrainingError(GendistillError):
+    """Stop a run that cannot go on, naming the stage, step and module."""
+
+    kind = "training error"
+
+
+class OutputError(GendistillError):
+    """Report a folder that cannot be written or a disk that is full."""
+
+    kind = "output error"

@@ -1,0 +1,1 @@
+"""Token mixers as plain modules."""

@@ -1,0 +1,1 @@
+"""The student as a Hugging Face model."""

@@ -1,0 +1,1 @@
+"""Public maths on [B, T, H, D] tensors."""

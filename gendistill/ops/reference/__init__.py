@@ -1,0 +1,1 @@
+"""Eager torch that defines every op."""

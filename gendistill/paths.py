@@ -1,0 +1,138 @@
+"""Where things are: shipped assets, the cache folder, and the layout of a run folder."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gendistill.errors import OutputError
+
+
+def asset_dir(name: str) -> Path:
+    """Find a folder of shipped data (``recipes``) in a wheel or in a checkout."""
+    packaged = Path(__file__).parent / name
+    return packaged if packaged.is_dir() else Path(__file__).parents[1] / name
+
+
+def cache_dir() -> Path:
+    """Folder of converted teachers and downloaded packages: ``$GENDISTILL_CACHE`` or ``~/.cache/gendistill``."""
+    chosen = os.environ.get("GENDISTILL_CACHE")
+    return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "gendistill"
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn a full disk or an unwritable folder into an error that names the path."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise OutputError(
+                f"the disk is full while writing {path}",
+                where=str(path),
+                hint="free space or choose another folder with output=..., then run the same command: it resumes",
+            ) from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+            raise OutputError(
+                f"cannot write {path}: {error.strerror}",
+                where=str(path),
+                hint="choose a folder you may write to with output=...",
+            ) from error
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file so that a crash leaves the old one or the new one, never half."""
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON atomically. NaN and infinities are rejected: they are no JSON."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Fill a temporary sibling and rename it to ``path`` at the end, replacing what was there."""
+    with writing(path):
+        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        try:
+            yield partial
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        if path.exists():
+            old = path.with_name(f".{path.name}.{os.getpid()}.old")
+            os.replace(path, old)
+            os.replace(partial, path)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            os.replace(partial, path)
+
+
+@dataclass(frozen=True, slots=True)
+class RunDir:
+    """Name every file of a run folder."""
+
+    root: Path
+
+    @property
+    def recipe(self) -> Path:
+        """The resolved recipe."""
+        return self.root / "recipe.yaml"
+
+    @property
+    def manifest(self) -> Path:
+        """Versions, device, resolved implementations, fingerprints of finished steps."""
+        return self.root / "manifest.json"
+
+    @property
+    def plan(self) -> Path:
+        """The conversion plan, tensor by tensor."""
+        return self.root / "convert" / "plan.json"
+
+    @property
+    def probe(self) -> Path:
+        """The functional probe of the student before training."""
+        return self.root / "convert" / "probe.json"
+
+    @property
+    def student_init(self) -> Path:
+        """The converted, untrained student."""
+        return self.root / "student-init"
+
+    @property
+    def student(self) -> Path:
+        """The student after the last finished stage."""
+        return self.root / "student"
+
+    def stage(self, name: str) -> Path:
+        """Folder of one stage."""
+        return self.root / "stages" / name
+
+    def eval(self, which: str) -> Path:
+        """Folder of one model's scores: ``teacher`` or ``student``."""
+        return self.root / "eval" / which
+
+    @property
+    def report(self) -> Path:
+        """Folder of the report."""
+        return self.root / "report"

@@ -1,0 +1,186 @@
+"""Words shared by every part of gendistill. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+from gendistill.errors import RecipeError
+
+
+class MixerKind(StrEnum):
+    """Name what mixes tokens in one layer: ``full`` and ``swa`` are attention, ``kda`` is linear."""
+
+    FULL = "full"
+    SWA = "swa"
+    KDA = "kda"
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether the layer keeps a recurrent state instead of keys and values."""
+        return self is MixerKind.KDA
+
+    @property
+    def letter(self) -> str:
+        """One capital letter for placement strips: F, S, K."""
+        return self.value[0].upper()
+
+
+class ParamGroup(StrEnum):
+    """Name the six groups of parameters that a stage can train or freeze."""
+
+    MIXER = "mixer"
+    ATTENTION = "attention"
+    MLP = "mlp"
+    NORM = "norm"
+    EMBED = "embed"
+    HEAD = "head"
+
+
+class Impl(StrEnum):
+    """Name the implementation of an op: eager torch that defines it, or our Triton kernels."""
+
+    REFERENCE = "reference"
+    TRITON = "triton"
+
+
+_GRAMMAR = (
+    'a pattern tiled over the layers ("kda kda kda full"), a keep-list ("full@3,7,11 kda"), '
+    'one kind per layer (["kda", "full", ...]) or a JSON file {"kinds": [...]}'
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Say which mixer each layer has; ``kinds[i]`` is layer ``i``'s."""
+
+    kinds: tuple[MixerKind, ...]
+
+    @classmethod
+    def parse(cls, spec: str | Iterable[str], *, num_layers: int, where: str = "student.placement") -> Placement:
+        """Read a placement in any of its four spellings.
+
+        Args:
+            spec: Tiled pattern, keep-list, explicit list, or the path of a JSON file.
+            num_layers: Layers of the teacher.
+            where: Name of the setting, for errors.
+        Raises:
+            RecipeError: Unknown kind, layer out of range, or a list of the wrong length.
+        """
+        if not isinstance(spec, str):
+            return cls._explicit([str(kind) for kind in spec], num_layers=num_layers, where=where)
+        text = spec.strip()
+        if text.endswith(".json"):
+            return cls._from_json(Path(text), num_layers=num_layers, where=where)
+        if "@" in text:
+            return cls._keep_list(text, num_layers=num_layers, where=where)
+        words = [_kind(word, where) for word in text.split()]
+        if not words:
+            raise RecipeError("the placement is empty", where=where, hint=f"write {_GRAMMAR}")
+        if len(words) > num_layers:
+            raise RecipeError(
+                f"the pattern has {len(words)} entries, the teacher has {num_layers} layers", where=where
+            )
+        return cls(tuple(words[layer % len(words)] for layer in range(num_layers)))
+
+    @classmethod
+    def _explicit(cls, kinds: list[str], *, num_layers: int, where: str) -> Placement:
+        if len(kinds) != num_layers:
+            raise RecipeError(
+                f"the placement lists {len(kinds)} layers, the teacher has {num_layers}",
+                where=where,
+                hint="give one kind per layer, or a string pattern, which is tiled",
+            )
+        return cls(tuple(_kind(kind, where) for kind in kinds))
+
+    @classmethod
+    def _from_json(cls, path: Path, *, num_layers: int, where: str) -> Placement:
+        try:
+            content = json.loads(path.read_text())
+            kinds = content["kinds"] if isinstance(content, dict) else content
+        except (OSError, ValueError, KeyError) as error:
+            raise RecipeError(
+                f"cannot read a placement from {path}: {error}", where=where, hint=f"write {_GRAMMAR}"
+            ) from error
+        if not isinstance(kinds, list):
+            raise RecipeError(f"{path} must hold a list of kinds, got {type(kinds).__name__}", where=where)
+        return cls._explicit([str(kind) for kind in kinds], num_layers=num_layers, where=where)
+
+    @classmethod
+    def _keep_list(cls, text: str, *, num_layers: int, where: str) -> Placement:
+        default: MixerKind | None = None
+        chosen: dict[int, MixerKind] = {}
+        for word in text.split():
+            name, at, layers = word.partition("@")
+            kind = _kind(name, where)
+            if not at:
+                if default is not None:
+                    raise RecipeError(f'"{text}" names two kinds for the other layers', where=where)
+                default = kind
+                continue
+            for item in layers.split(","):
+                if not item.isdigit() or int(item) >= num_layers:
+                    raise RecipeError(
+                        f'"{word}" names layer "{item}"; layers are 0 to {num_layers - 1}', where=where
+                    )
+                if int(item) in chosen:
+                    raise RecipeError(f"layer {item} is placed twice", where=where)
+                chosen[int(item)] = kind
+        if default is None:
+            raise RecipeError(
+                f'"{text}" does not say what the other layers become',
+                where=where,
+                hint='add a kind, as in "full@3,7 kda"',
+            )
+        return cls(tuple(chosen.get(layer, default) for layer in range(num_layers)))
+
+    def replace(self, layer: int, kind: MixerKind) -> Placement:
+        """Return a copy with one layer changed."""
+        return Placement(tuple(kind if index == layer else old for index, old in enumerate(self.kinds)))
+
+    def diff(self, other: Placement) -> tuple[int, ...]:
+        """List the layers whose kind differs."""
+        return tuple(i for i, pair in enumerate(zip(self.kinds, other.kinds, strict=True)) if pair[0] != pair[1])
+
+    @property
+    def linear_layers(self) -> tuple[int, ...]:
+        """Indices of the layers with a recurrent state."""
+        return tuple(index for index, kind in enumerate(self.kinds) if kind.is_linear)
+
+    @property
+    def counts(self) -> str:
+        """Kinds with their counts: ``21 kda, 7 full``."""
+        return ", ".join(f"{count} {kind}" for kind, count in Counter(self.kinds).most_common())
+
+    def __str__(self) -> str:
+        letters = "".join(kind.letter for kind in self.kinds)
+        groups = " ".join(letters[start : start + 4] for start in range(0, len(letters), 4))
+        return f"{groups} ({self.counts})"
+
+
+def _kind(word: str, where: str) -> MixerKind:
+    try:
+        return MixerKind(word)
+    except ValueError:
+        allowed = ", ".join(MixerKind)
+        raise RecipeError(
+            f'unknown mixer "{word}"; allowed: {allowed}', where=where, hint=f"write {_GRAMMAR}"
+        ) from None
+
+
+def parse_token_count(value: str | int | float) -> int:
+    """Read ``500``, ``"20k"``, ``"30M"`` or ``"1.5B"`` as a whole number of tokens."""
+    if isinstance(value, bool):
+        raise ValueError("a token count is a number or a text such as 30M")
+    if isinstance(value, (int, float)):
+        return int(value)
+    scale = {"k": 10**3, "m": 10**6, "b": 10**9}.get(value[-1:].lower(), 1)
+    digits = value[:-1] if scale > 1 else value
+    try:
+        return int(float(digits.replace("_", "")) * scale)
+    except ValueError:
+        raise ValueError(f'"{value}" is no token count; write 500, 20k, 30M or 1.5B') from None

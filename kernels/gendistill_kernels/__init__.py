@@ -1,0 +1,1 @@
+"""Triton kernels of gendistill. Imports only torch and triton."""
