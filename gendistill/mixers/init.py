@@ -54,7 +54,9 @@ def _softplus_inverse(value: Tensor) -> Tensor:
     return value + torch.log(-torch.expm1(-value))
 
 
-def _spread_half_lives(shape: tuple[int, ...], low: float, high: float, generator: torch.Generator | None) -> Tensor:
+def _spread_half_lives(
+    shape: tuple[int, ...], low: float, high: float, generator: torch.Generator | None
+) -> Tensor:
     """Deal an even log grid to the channels in random order, so that every head spans the range."""
     count = math.prod(shape)
     grid = torch.tensor(half_life_grid(count, low, high), dtype=torch.float64)

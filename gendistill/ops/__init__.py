@@ -1,1 +1,22 @@
-"""Public maths on [B, T, H, D] tensors."""
+"""Public maths on ``[B, T, H, D]`` tensors; ``reference`` defines every op in eager torch."""
+
+from gendistill.ops.kda import kda
+from gendistill.ops.reference.attention import sliding_window_attention
+from gendistill.ops.reference.delta_rule import chunk_delta_rule, recurrent_delta_rule
+from gendistill.ops.reference.gates import bounded_log_decay, l2norm, softplus_log_decay
+from gendistill.ops.reference.short_conv import causal_conv
+from gendistill.ops.types import OpOutput, Segments, resolve_impl
+
+__all__ = [
+    "OpOutput",
+    "Segments",
+    "bounded_log_decay",
+    "causal_conv",
+    "chunk_delta_rule",
+    "kda",
+    "l2norm",
+    "recurrent_delta_rule",
+    "resolve_impl",
+    "sliding_window_attention",
+    "softplus_log_decay",
+]

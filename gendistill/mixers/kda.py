@@ -1,0 +1,239 @@
+"""Kimi Delta Attention as a layer, shaped like the attention it replaces."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gendistill.mixers.base import MixerState, SequenceInfo, rotate
+from gendistill.mixers.init import initial_value
+from gendistill.ops.kda import kda
+from gendistill.ops.reference.gates import bounded_log_decay, l2norm, softplus_log_decay
+from gendistill.ops.reference.short_conv import causal_conv
+from gendistill.ops.types import resolve_impl
+from gendistill.parameters import ParameterSpec, kda_parameters
+
+
+class ShortConv(nn.Module):
+    """Hold the taps of a depthwise convolution: ``weight`` ``[C, 1, W]`` and ``bias`` ``[C]``."""
+
+    def __init__(self, channels: int, taps: int, *, bias: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels, 1, taps))
+        self.register_parameter("bias", nn.Parameter(torch.empty(channels)) if bias else None)
+
+
+class KDA(nn.Module):
+    """Mix tokens with Kimi Delta Attention.
+
+    Queries, keys and values are projected, passed through a short causal convolution and L2-normalised (q, k); a
+    low-rank projection gates the decay of every key channel, another one the output. Keys and values may have
+    fewer heads than queries; decay, write strength and memory are per query head.
+
+    Args:
+        hidden_size: Width of the input.
+        num_heads: Query heads.
+        num_kv_heads: Key/value heads; as many as queries by default.
+        head_dim: Channels per head; ``hidden_size // num_heads`` by default.
+        qkv_bias: Biases on the q, k and v projections.
+        output_bias: Bias on the output projection.
+        conv_size: Taps of the convolution; 0 has none.
+        conv_activation: ``identity`` or ``silu``.
+        conv_bias: Bias of the convolution.
+        gate: ``bounded``: ``log_decay = gate_lower_bound * sigmoid(exp(A_log) * (raw + dt_bias))``; ``softplus``:
+            ``-exp(A_log) * softplus(raw + dt_bias)``.
+        gate_lower_bound: Most negative log-decay per token of the bounded gate.
+        gate_rank: Rank of the decay projection; ``head_dim`` by default.
+        decay_init: ``log_uniform`` spreads half-lives over ``half_life``; ``mamba``, ``slow`` and ``g6`` are published
+            starts for the softplus gate.
+        half_life: Tokens, shortest and longest, for ``log_uniform``.
+        output_gate: ``silu``, ``sigmoid`` or ``none``.
+        output_gate_rank: Rank of the output gate; ``head_dim`` by default.
+        output_norm: RMSNorm over every head's output, before the gate.
+        rope: Rotate q and k by ``position_embeddings``.
+        norm_eps: Epsilon of the output norm.
+        impl: ``auto``, ``reference`` or ``triton``; resolved here, once.
+        initializer_range: Standard deviation of new projections.
+    Source: arXiv 2510.26692; grouped heads and the identity convolution as in arXiv 2603.26556.
+    """
+
+    kind = "kda"
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        *,
+        qkv_bias: bool = False,
+        output_bias: bool = False,
+        conv_size: int = 4,
+        conv_activation: str = "identity",
+        conv_bias: bool = True,
+        gate: str = "bounded",
+        gate_lower_bound: float = -5.0,
+        gate_rank: int | None = None,
+        decay_init: str = "log_uniform",
+        half_life: tuple[float, float] = (4.0, 512.0),
+        output_gate: str = "silu",
+        output_gate_rank: int | None = None,
+        output_norm: bool = False,
+        rope: bool = False,
+        norm_eps: float = 1e-6,
+        impl: str = "auto",
+        initializer_range: float = 0.02,
+    ) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.num_kv_heads = num_kv_heads or num_heads
+        self.head_dim = head_dim or hidden_size // num_heads
+        if num_heads % self.num_kv_heads:
+            raise ValueError(f"{num_heads} query heads are no multiple of {self.num_kv_heads} key/value heads")
+        if gate not in ("bounded", "softplus"):
+            raise ValueError(f'gate must be bounded or softplus, got "{gate}"')
+        if output_gate not in ("silu", "sigmoid", "none"):
+            raise ValueError(f'output_gate must be silu, sigmoid or none, got "{output_gate}"')
+        self.conv_size, self.conv_activation = conv_size, conv_activation
+        self.gate, self.gate_lower_bound = gate, gate_lower_bound
+        self.output_gate, self.rope = output_gate, rope
+        self.impl = resolve_impl(impl, op="kda", device=torch.empty(0).device)
+        self._table = kda_parameters(
+            hidden_size=hidden_size,
+            num_heads=num_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            conv_size=conv_size,
+            conv_bias=conv_bias,
+            gate=gate,
+            gate_lower_bound=gate_lower_bound,
+            gate_rank=gate_rank,
+            decay_init=decay_init,
+            half_life=tuple(half_life),
+            output_gate=output_gate,
+            output_gate_rank=output_gate_rank,
+            output_norm=output_norm,
+            qkv_bias=qkv_bias,
+            output_bias=output_bias,
+            initializer_range=initializer_range,
+        )
+        self._build(self._table, norm_eps)
+        self.reset_parameters()
+
+    def _build(self, table: dict[str, ParameterSpec], norm_eps: float) -> None:
+        """Make one module per entry of the parameter table, in its order."""
+        for name, spec in table.items():
+            owner, _, leaf = name.rpartition(".")
+            if not owner:
+                self.register_parameter(leaf, nn.Parameter(torch.empty(spec.shape)))
+            elif leaf == "bias":
+                continue
+            elif owner.endswith("_conv1d"):
+                self.add_module(owner, ShortConv(spec.shape[0], spec.shape[2], bias=f"{owner}.bias" in table))
+            elif owner == "o_norm":
+                self.add_module(owner, nn.RMSNorm(spec.shape[0], eps=norm_eps))
+            else:
+                rows, columns = spec.shape
+                self.add_module(owner, nn.Linear(columns, rows, bias=f"{owner}.bias" in table))
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Fill every parameter with its starting value from the table."""
+        for name, parameter in self.named_parameters():
+            if not parameter.is_meta:
+                spec = self._table[name]
+                parameter.copy_(initial_value(spec.init, spec.shape, generator=generator))
+
+    @property
+    def state_shapes(self) -> tuple[tuple[int, int] | None, tuple[int, int, int]]:
+        """Shapes per sequence of the convolution state (or None) and of the memory."""
+        channels = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+        conv = (channels, self.conv_size - 1) if self.conv_size else None
+        return conv, (self.num_heads, self.head_dim, self.head_dim)
+
+    def log_decay(self, hidden_states: Tensor) -> Tensor:
+        """Compute the natural-log decay per key channel.
+
+        Args:
+            hidden_states: ``[B, T, hidden_size]``, the mixer's input.
+        Returns: ``[B, T, H, K]`` float32, <= 0.
+        """
+        raw = self.f_b_proj(self.f_a_proj(hidden_states)).unflatten(-1, (self.num_heads, self.head_dim))
+        if self.gate == "bounded":
+            return bounded_log_decay(raw, self.A_log, self.dt_bias, lower_bound=self.gate_lower_bound)
+        return softplus_log_decay(raw, self.A_log, self.dt_bias)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        *,
+        sequences: SequenceInfo | None = None,
+        state: MixerState | None = None,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, MixerState]:
+        """Mix a batch of sequences.
+
+        Args:
+            hidden_states: ``[B, T, hidden_size]``.
+            sequences: Padding or packed documents; None when every row is one sequence without padding.
+            state: What was remembered of the ``N`` sequences, or None. ``N`` is B, or the number of segments.
+            position_embeddings: ``cos`` and ``sin`` ``[B or 1, T, head_dim]``; needed with ``rope`` only.
+        Returns: ``[B, T, hidden_size]``, zero at padding, and the new state.
+        """
+        batch, length = hidden_states.shape[:2]
+        x = hidden_states if sequences is None else sequences.gather(hidden_states)
+        q, k, v, conv_state = self._project(x, sequences, state)
+        if self.rope:
+            if position_embeddings is None:
+                raise ValueError("rope is on: pass position_embeddings=(cos, sin)")
+            angles = tuple(part.expand(batch, -1, -1) for part in position_embeddings)
+            cos, sin = angles if sequences is None else (sequences.gather(part) for part in angles)
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        beta = torch.sigmoid(self.b_proj(x).float() if x.dtype != torch.float64 else self.b_proj(x))
+        out, memory = kda(
+            l2norm(q),
+            l2norm(k),
+            v,
+            self.log_decay(x),
+            beta,
+            state=None if state is None else state.recurrent,
+            segments=None if sequences is None else sequences.segments,
+            log_decay_floor=self.gate_lower_bound if self.gate == "bounded" else None,
+            impl=self.impl,
+        )
+        y = self._output(out, x)
+        if sequences is not None:
+            y = sequences.scatter(y, batch, length)
+        return y, MixerState(conv_state, memory)
+
+    def _project(
+        self, x: Tensor, sequences: SequenceInfo | None, state: MixerState | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        qkv = torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], dim=-1)
+        conv_state = None
+        if self.conv_size:
+            convs: Any = (self.q_conv1d, self.k_conv1d, self.v_conv1d)
+            has_bias = convs[0].bias is not None
+            qkv, conv_state = causal_conv(
+                qkv,
+                torch.cat([conv.weight for conv in convs])[:, 0],
+                torch.cat([conv.bias for conv in convs]) if has_bias else None,
+                activation=self.conv_activation,
+                state=None if state is None else state.conv,
+                segments=None if sequences is None else sequences.segments,
+            )
+        heads = qkv.unflatten(-1, (-1, self.head_dim))
+        q, k, v = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=2)
+        return q, k, v, conv_state
+
+    def _output(self, out: Tensor, x: Tensor) -> Tensor:
+        if "o_norm" in self._modules:
+            out = self.o_norm(out)
+        out = out.flatten(-2)
+        if self.output_gate != "none":
+            raw = self.g_b_proj(self.g_a_proj(x))
+            out = out * (F.silu(raw) if self.output_gate == "silu" else torch.sigmoid(raw))
+        return self.o_proj(out)
