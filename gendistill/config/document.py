@@ -1,0 +1,229 @@
+"""Read YAML into a tree that remembers the line of every value. Imports no torch.
+
+Differs from YAML 1.1 as PyYAML reads it: ``3e-4`` is a number, keys are always text, dates, sexagesimal and
+octal numbers are text, duplicate keys are errors, and no tag builds anything but plain data.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from gendistill.config.problems import Problem, RecipeProblems
+
+Path = tuple[str | int, ...]
+Scalar = str | int | float | bool | None
+
+COMMAND_LINE = "command line"
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """Hold one value, a mapping or a list, with the place it was written.
+
+    Attributes:
+        content: Scalar, ``dict`` of nodes, or ``list`` of nodes.
+        place: File name, or ``command line``.
+        line: Line of the key or value, from 1; None on the command line.
+        written: Text of an unquoted scalar, before it was read as a number, boolean or null.
+    """
+
+    content: Any
+    place: str
+    line: int | None = None
+    written: str | None = None
+
+    @property
+    def origin(self) -> str:
+        """``file:line`` or ``command line``."""
+        return self.place if self.line is None else f"{self.place}:{self.line}"
+
+    def plain(self) -> Any:
+        """Return the value without its places."""
+        if isinstance(self.content, dict):
+            return {key: node.plain() for key, node in self.content.items()}
+        if isinstance(self.content, list):
+            return [node.plain() for node in self.content]
+        return self.content
+
+    def at(self, path: Path) -> Node | None:
+        """Find the node at a path, or None."""
+        node = self
+        for step in path:
+            if isinstance(node.content, dict) and step in node.content:  # noqa: SIM114 - joined, types are lost
+                node = node.content[step]
+            elif isinstance(node.content, list) and isinstance(step, int) and step < len(node.content):
+                node = node.content[step]
+            else:
+                return None
+        return node
+
+    def scalars(self, path: Path = ()) -> Iterator[tuple[Path, Node]]:
+        """Walk over every value that is neither mapping nor list."""
+        if isinstance(self.content, dict):
+            for key, node in self.content.items():
+                yield from node.scalars((*path, key))
+        elif isinstance(self.content, list):
+            for index, node in enumerate(self.content):
+                yield from node.scalars((*path, index))
+        else:
+            yield path, self
+
+
+def dotted(path: Path) -> str:
+    """Join a path as it is written on the command line."""
+    return ".".join(str(step) for step in path)
+
+
+_TAG = "tag:yaml.org,2002:"
+_DIGITS = r"[0-9][0-9_]*"
+_POWER = r"[eE][-+]?[0-9]+"
+_INFINITY, _NAN = r"\.(?:inf|Inf|INF)", r"\.(?:nan|NaN|NAN)"
+_RESOLVERS = {
+    "bool": r"yes|Yes|YES|no|No|NO|true|True|TRUE|false|False|FALSE|on|On|ON|off|Off|OFF",
+    "null": r"~|null|Null|NULL|",
+    "int": r"[-+]?(?:0|[1-9][0-9_]*)",
+    "float": rf"[-+]?(?:{_DIGITS}\.[0-9_]*(?:{_POWER})?|\.{_DIGITS}(?:{_POWER})?|{_DIGITS}{_POWER}"
+    rf"|{_INFINITY})|{_NAN}",
+    "merge": r"<<",
+}
+
+
+def _resolver_table() -> dict[str | None, list[tuple[str, re.Pattern[str]]]]:
+    return {None: [(_TAG + name, re.compile(f"(?:{pattern})\\Z")) for name, pattern in _RESOLVERS.items()]}
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's parser with the resolvers above."""
+
+
+class RecipeDumper(yaml.SafeDumper):
+    """Quote every text that the reader would take for something else."""
+
+    def increase_indent(self, flow: bool = False, indentless: bool = False) -> None:
+        """Indent lists under their key."""
+        super().increase_indent(flow, False)
+
+
+_Loader.yaml_implicit_resolvers = _resolver_table()  # pyright: ignore[reportAttributeAccessIssue]
+RecipeDumper.yaml_implicit_resolvers = _resolver_table()  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def parse_yaml(text: str, *, place: str, problems: list[Problem], numbered: bool = True) -> Node:
+    """Read one YAML document.
+
+    Args:
+        text: The document.
+        place: Name of its origin, for errors.
+        problems: Receives what is wrong but does not stop the reading, such as duplicate keys.
+        numbered: Whether lines mean anything; they do not on a command line.
+    Raises:
+        RecipeProblems: The text is no YAML.
+    """
+    try:
+        root = yaml.compose(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise RecipeProblems([_syntax_problem(error, place, numbered)]) from error
+    if root is None:
+        return Node(None, place, 1 if numbered else None)
+    return _Builder(place, numbered, problems).build(root, ())
+
+
+def _syntax_problem(error: yaml.YAMLError, place: str, numbered: bool) -> Problem:
+    mark = getattr(error, "problem_mark", None)
+    reason = getattr(error, "problem", None) or getattr(error, "reason", None) or str(error)
+    context = getattr(error, "context", None)
+    message = f"this is no YAML: {reason}" + (f" ({context})" if context else "")
+    hint = (
+        "indent with spaces, not tabs"
+        if "\\t" in message
+        else "check indentation, quotes, brackets and colons here"
+    )
+    return Problem(f"{place}:{mark.line + 1}" if mark and numbered else place, "", message, hint)
+
+
+@dataclass(slots=True)
+class _Builder:
+    place: str
+    numbered: bool
+    problems: list[Problem]
+
+    def build(
+        self, node: yaml.Node, path: Path, at: int | None = None, parents: tuple[int, ...] = ()
+    ) -> Node:
+        line = at or node.start_mark.line + 1
+        if id(node) in parents:
+            self._report(path, line, "an anchor contains itself", "write the value out")
+            return self._node(None, line)
+        parents = (*parents, id(node))
+        if isinstance(node, yaml.MappingNode):
+            return self._node(self._mapping(node, path, parents), line)
+        if isinstance(node, yaml.SequenceNode):
+            items = [self.build(item, (*path, index), None, parents) for index, item in enumerate(node.value)]
+            return self._node(items, line)
+        written = node.value if getattr(node, "style", None) is None else None
+        return self._node(self._scalar(node, path, line), line, written)
+
+    def _mapping(self, node: yaml.MappingNode, path: Path, parents: tuple[int, ...]) -> dict[str, Node]:
+        entries: dict[str, Node] = {}
+        for key, value in node.value:
+            line = key.start_mark.line + 1
+            if not isinstance(key, yaml.ScalarNode):
+                self._report(path, line, "a key must be one word", "quote it if it has brackets")
+                continue
+            if key.tag == f"{_TAG}merge":
+                self._report(
+                    path, line, "merge keys (<<) are not read", "write the values out, or use extends:"
+                )
+                continue
+            name = str(key.value)
+            if name in entries:
+                self._report(
+                    (*path, name),
+                    line,
+                    f'"{name}" is written twice; the first is at {entries[name].origin}',
+                    "delete one of the two",
+                )
+                continue
+            entries[name] = self.build(value, (*path, name), line, parents)
+        return entries
+
+    def _scalar(self, node: yaml.Node, path: Path, line: int) -> Scalar:
+        kind, text = node.tag.removeprefix(_TAG), str(node.value)
+        if kind == "str":
+            return text
+        if kind == "null":
+            return None
+        if kind == "bool":
+            return text.lower() in ("yes", "true", "on")
+        if kind in ("int", "float"):
+            return self._number(kind, text, path, line)
+        self._report(
+            path, line, f'the tag "{node.tag}" is not read', "write plain text, numbers, lists and sections"
+        )
+        return None
+
+    def _number(self, kind: str, text: str, path: Path, line: int) -> Scalar:
+        digits = text.replace("_", "")
+        try:
+            number = (
+                int(digits) if kind == "int" else float(digits.replace(".inf", "inf").replace(".nan", "nan"))
+            )
+        except ValueError:
+            number = math.nan
+        if not math.isfinite(number):
+            self._report(path, line, f"{text} is no finite number", f'if it is text, quote it: "{text}"')
+            return None
+        return number
+
+    def _node(self, content: Any, line: int, written: str | None = None) -> Node:
+        return Node(content, self.place, line if self.numbered else None, written)
+
+    def _report(self, path: Path, line: int, message: str, hint: str) -> None:
+        place = f"{self.place}:{line}" if self.numbered else self.place
+        self.problems.append(Problem(place, dotted(path), message, hint))

@@ -1,0 +1,286 @@
+"""Load a recipe: a file, what it extends, overrides; every problem with its line. Imports no torch.
+
+Precedence: defaults < ``extends`` < file < ``key=value``. Sections merge key by key. Three rules keep merging
+unsurprising: another ``kind`` replaces the whole section, a stage length replaces the length it inherits
+(``steps`` over ``tokens``), and ``null`` removes an inherited stage or source.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path as FilePath
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from gendistill.config.document import COMMAND_LINE, Node, Path, RecipeDumper, dotted, parse_yaml
+from gendistill.config.explain import annotations_at, closest, explain, is_section, none_words
+from gendistill.config.problems import Problem, RecipeProblems
+from gendistill.config.schema import Recipe
+from gendistill.errors import RecipeError
+from gendistill.paths import asset_dir
+
+_LENGTHS = ("tokens", "steps", "minutes")
+_REMOVABLE = ("stages", "data")
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedRecipe:
+    """Keep a recipe together with where each value was written.
+
+    Attributes:
+        recipe: The validated recipe.
+        file: The file it was read from.
+        written: The tree of written values, after ``extends`` and overrides.
+    """
+
+    recipe: Recipe
+    file: FilePath
+    written: Node
+
+    def origin(self, path: Path) -> str:
+        """Return ``file:line``, ``command line`` or ``default`` for a setting."""
+        node = self.written.at(path)
+        return node.origin if node is not None else "default"
+
+
+def recipe_names() -> list[str]:
+    """List the built-in recipes."""
+    return sorted(path.stem for path in asset_dir("recipes").glob("*.yaml"))
+
+
+def recipe_file(path_or_name: str | FilePath) -> FilePath:
+    """Find a recipe: a built-in name, a YAML file, or a run folder that holds ``recipe.yaml``.
+
+    Raises:
+        RecipeError: There is no such recipe.
+    """
+    text = str(path_or_name)
+    if text in recipe_names():
+        return asset_dir("recipes") / f"{text}.yaml"
+    path = FilePath(text).expanduser()
+    if (path / "recipe.yaml").is_file():
+        return path / "recipe.yaml"
+    if path.is_file():
+        return path
+    names = recipe_names()
+    if path.is_dir():
+        raise RecipeError(f"{text} is a folder without recipe.yaml", where=text, hint="name a .yaml file")
+    raise RecipeError(
+        f'there is no recipe "{text}"{closest(path.stem, names)}\n  built in: {", ".join(names)}',
+        where=text,
+        hint="gendistill recipe ls",
+    )
+
+
+def load_recipe(path_or_name: str | FilePath, overrides: Sequence[str] = ()) -> Recipe:
+    """Load and validate a recipe.
+
+    Args:
+        path_or_name: Built-in name, YAML file, or run folder.
+        overrides: ``dotted.path=yaml`` texts, applied last.
+    Raises:
+        RecipeError: No such recipe, or everything that is wrong in it.
+    """
+    return read_recipe(path_or_name, overrides).recipe
+
+
+def read_recipe(path_or_name: str | FilePath, overrides: Sequence[str] = ()) -> LoadedRecipe:
+    """Load a recipe and keep where each value was written.
+
+    Args:
+        path_or_name: Built-in name, YAML file, or run folder.
+        overrides: ``dotted.path=yaml`` texts, applied last.
+    Raises:
+        RecipeError: No such recipe, or everything that is wrong in it.
+    """
+    file = recipe_file(path_or_name)
+    problems: list[Problem] = []
+    root = _read_file(file, problems)
+    root = _apply_extends(root, file, problems)
+    for override in overrides:
+        root = _apply_override(root, override, problems)
+    root = _without_nulls(root)
+    problems += none_words(root)
+    try:
+        # strict JSON: no quoted numbers, no true for 1, yet lists for tuples and words for enums
+        recipe = Recipe.model_validate_json(json.dumps(root.plain()), strict=True)
+    except ValidationError as error:
+        problems += explain(error, root, known=problems)
+        raise RecipeProblems(problems) from error
+    if problems:
+        raise RecipeProblems(problems)
+    return LoadedRecipe(recipe=recipe, file=file, written=root)
+
+
+def _shown(file: FilePath) -> str:
+    """Name a file the short way when it lies under the current folder."""
+    relative = os.path.relpath(file)
+    return str(file) if relative.startswith("..") else relative
+
+
+def _read_file(file: FilePath, problems: list[Problem]) -> Node:
+    place = _shown(file)
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(
+            f"cannot read the recipe: {error}", where=place, hint="gendistill recipe ls"
+        ) from error
+    root = parse_yaml(text, place=place, problems=problems)
+    if not isinstance(root.content, dict):
+        problem = Problem(
+            root.origin, "", "a recipe is a mapping (key: value lines)", "gendistill recipe show tiny"
+        )
+        raise RecipeProblems([problem])
+    return root
+
+
+def _apply_extends(root: Node, file: FilePath, problems: list[Problem]) -> Node:
+    extends = root.content.get("extends")
+    if extends is None:
+        return root
+    rest = Node({key: node for key, node in root.content.items() if key != "extends"}, root.place, root.line)
+    name = extends.content
+    if not isinstance(name, str):
+        problems.append(
+            Problem(extends.origin, "extends", "needs the name of one file", "write base/qwen3.yaml")
+        )
+        return rest
+    found = [folder / name for folder in (file.parent, asset_dir("recipes")) if (folder / name).is_file()]
+    if not found:
+        bases = sorted(f"base/{path.name}" for path in (asset_dir("recipes") / "base").glob("*.yaml"))
+        message = f'there is no file "{name}"{closest(name, bases)}\nbuilt in: {", ".join(bases)}'
+        problems.append(Problem(extends.origin, "extends", message))
+        return rest
+    base = _read_file(found[0], problems)
+    if "extends" in base.content:
+        problem = base.content["extends"]
+        problems.append(
+            Problem(problem.origin, "extends", "a base cannot extend another file", "copy what it needs")
+        )
+        base.content.pop("extends")
+    return _merge(base, rest, ())
+
+
+def _merge(base: Node, over: Node, path: Path) -> Node:
+    """Lay one tree over another; the second wins."""
+    if not (isinstance(base.content, dict) and isinstance(over.content, dict)) or _is_other_kind(
+        base, over, path
+    ):
+        return over
+    kept = dict(base.content)
+    if len(path) == 2 and path[0] == "stages" and any(name in over.content for name in _LENGTHS):
+        kept = {key: node for key, node in kept.items() if key not in _LENGTHS}
+    for key, node in over.content.items():
+        kept[key] = _merge(kept[key], node, (*path, key)) if key in kept else node
+    return Node(kept, over.place, over.line)
+
+
+def _is_other_kind(base: Node, over: Node, path: Path) -> bool:
+    """Whether two sections are different alternatives of one setting, which share no keys worth merging."""
+    if sum(is_section(one) for one in annotations_at(path)) < 2:
+        return False
+    kind, other = base.content.get("kind"), over.content.get("kind")
+    if other is not None and (kind is None or kind.content != other.content):
+        return True
+    return ("mix" in over.content and "path" in base.content) or (
+        "path" in over.content and "mix" in base.content
+    )
+
+
+def _apply_override(root: Node, override: str, problems: list[Problem]) -> Node:
+    name, equals, value = override.partition("=")
+    steps = name.strip().split(".")
+    if not equals or not all(steps):
+        message = f'"{override}" is no override; write dotted.path=value, as in stages.distill.lr=5e-5'
+        problems.append(Problem(COMMAND_LINE, "", message))
+        return root
+    try:
+        node = parse_yaml(value, place=COMMAND_LINE, problems=problems, numbered=False)
+    except RecipeProblems as error:
+        problem = error.problems[0]
+        problems.append(
+            Problem(COMMAND_LINE, name, problem.message, "quote it for the shell: 'a.b=\"text\"'")
+        )
+        return root
+    if steps == ["extends"]:
+        problems.append(Problem(COMMAND_LINE, name, "extends cannot be overridden", "write it in the file"))
+        return root
+    return _set(root, steps, node, (), problems)
+
+
+def _set(root: Node, steps: list[str], value: Node, path: Path, problems: list[Problem]) -> Node:
+    """Return a copy of the tree with one value laid over what is at a path."""
+    step, rest = steps[0], steps[1:]
+    if isinstance(root.content, list):
+        return _set_item(root, steps, value, path, problems)
+    if isinstance(root.content, dict) and step in root.content and rest:
+        child = _set(root.content[step], rest, value, (*path, step), problems)
+    else:
+        child = value
+        for name in reversed(rest):
+            child = Node({name: child}, COMMAND_LINE)
+    if not isinstance(root.content, dict):
+        return Node({step: child}, COMMAND_LINE)
+    content = dict(root.content)
+    if len(path) == 2 and path[0] == "stages" and step in _LENGTHS:
+        content = {key: node for key, node in content.items() if key not in _LENGTHS}
+    if not rest and _is_other_kind(root, Node({step: child}, COMMAND_LINE), path):
+        content = {}
+    content[step] = child
+    return Node(content, root.place, root.line)
+
+
+def _set_item(root: Node, steps: list[str], value: Node, path: Path, problems: list[Problem]) -> Node:
+    step, rest = steps[0], steps[1:]
+    size = len(root.content)
+    if not step.isdigit() or int(step) >= size:
+        message = f'"{step}" is no item of this list; items are 0 to {size - 1}'
+        problems.append(Problem(COMMAND_LINE, dotted((*path, step)), message))
+        return root
+    items = list(root.content)
+    index = int(step)
+    items[index] = _set(items[index], rest, value, (*path, index), problems) if rest else value
+    return Node(items, root.place, root.line)
+
+
+def _without_nulls(root: Node) -> Node:
+    """Remove stages and sources that were set to null."""
+    content = dict(root.content)
+    for name in _REMOVABLE:
+        section = content.get(name)
+        if section is not None and isinstance(section.content, dict):
+            kept = {key: node for key, node in section.content.items() if node.content is not None}
+            content[name] = Node(kept, section.place, section.line)
+    return Node(content, root.place, root.line)
+
+
+def resolved(recipe: BaseModel) -> dict[str, Any]:
+    """Return every setting, defaults included, under the names used in YAML."""
+    return recipe.model_dump(mode="json", by_alias=True)
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """Write a recipe as YAML that loads back to an equal recipe."""
+    return yaml.dump(resolved(recipe), Dumper=RecipeDumper, sort_keys=False, allow_unicode=True, width=100)
+
+
+def flatten(value: Any, path: Path = ()) -> dict[Path, Any]:
+    """Map the path of every setting to its value; lists and empty sections count as values."""
+    if not isinstance(value, dict) or not value:
+        return {path: value}
+    return {key: leaf for name, child in value.items() for key, leaf in flatten(child, (*path, name)).items()}
+
+
+def diff_recipes(first: Recipe, second: Recipe) -> list[tuple[str, Any, Any]]:
+    """List ``(dotted path, first value, second value)`` for every setting that differs; missing is None."""
+    left, right = flatten(resolved(first)), flatten(resolved(second))
+    paths = list(dict.fromkeys([*left, *right]))
+    return [
+        (dotted(path), left.get(path), right.get(path)) for path in paths if left.get(path) != right.get(path)
+    ]
