@@ -45,7 +45,9 @@ class FullAttention(nn.Module):
         self.num_kv_heads = num_kv_heads or num_heads
         self.head_dim = head_dim or hidden_size // num_heads
         if num_heads % self.num_kv_heads:
-            raise ValueError(f"{num_heads} query heads are no multiple of {self.num_kv_heads} key/value heads")
+            raise ValueError(
+                f"{num_heads} query heads are no multiple of {self.num_kv_heads} key/value heads"
+            )
         kv_size = self.num_kv_heads * self.head_dim
         self.q_proj = nn.Linear(hidden_size, num_heads * self.head_dim, bias=qkv_bias)
         self.k_proj = nn.Linear(hidden_size, kv_size, bias=qkv_bias)
@@ -71,7 +73,9 @@ class FullAttention(nn.Module):
         """
         batch, length = hidden_states.shape[:2]
         x = hidden_states if sequences is None else sequences.gather(hidden_states)
-        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (
+            proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
         q, k = self.q_norm(q), self.k_norm(k)
         if position_embeddings is not None:
             angles = tuple(part.expand(batch, -1, -1) for part in position_embeddings)

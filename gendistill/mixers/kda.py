@@ -62,6 +62,22 @@ class KDA(nn.Module):
 
     kind = "kda"
 
+    q_proj: nn.Linear
+    k_proj: nn.Linear
+    v_proj: nn.Linear
+    o_proj: nn.Linear
+    q_conv1d: ShortConv
+    k_conv1d: ShortConv
+    v_conv1d: ShortConv
+    f_a_proj: nn.Linear
+    f_b_proj: nn.Linear
+    b_proj: nn.Linear
+    g_a_proj: nn.Linear
+    g_b_proj: nn.Linear
+    o_norm: nn.RMSNorm
+    A_log: nn.Parameter
+    dt_bias: nn.Parameter
+
     def __init__(
         self,
         hidden_size: int,
@@ -92,7 +108,9 @@ class KDA(nn.Module):
         self.num_kv_heads = num_kv_heads or num_heads
         self.head_dim = head_dim or hidden_size // num_heads
         if num_heads % self.num_kv_heads:
-            raise ValueError(f"{num_heads} query heads are no multiple of {self.num_kv_heads} key/value heads")
+            raise ValueError(
+                f"{num_heads} query heads are no multiple of {self.num_kv_heads} key/value heads"
+            )
         if gate not in ("bounded", "softplus"):
             raise ValueError(f'gate must be bounded or softplus, got "{gate}"')
         if output_gate not in ("silu", "sigmoid", "none"):
@@ -112,7 +130,7 @@ class KDA(nn.Module):
             gate_lower_bound=gate_lower_bound,
             gate_rank=gate_rank,
             decay_init=decay_init,
-            half_life=tuple(half_life),
+            half_life=(half_life[0], half_life[1]),
             output_gate=output_gate,
             output_gate_rank=output_gate_rank,
             output_norm=output_norm,

@@ -1,0 +1,114 @@
+"""The student's configuration: the teacher's, flat, plus what each layer became."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_rope_utils import RopeParameters
+
+# family -> whether (q, k, v) and the output projection carry biases; None: as config.attention_bias says
+FAMILIES: dict[str, tuple[bool | None, bool | None]] = {
+    "llama": (None, None),
+    "mistral": (False, False),
+    "qwen2": (True, False),
+    "qwen3": (None, None),
+}
+LINEAR_MIXERS = ("kda",)
+ATTENTION_MIXERS = ("full", "swa")
+LAYER_TYPES = ("full_attention", "sliding_attention", "linear_attention")
+
+
+@strict
+class HybridConfig(PreTrainedConfig):
+    """Describe a hybrid student.
+
+    One flat object serves the family's modules, the cache and the masks. Fields of the family that are not declared
+    here survive as attributes.
+
+    Attributes:
+        base_model_type: Family whose decoder layers are used: llama, mistral, qwen2 or qwen3.
+        mixers: Kind of every layer: ``full``, ``swa`` or ``kda``.
+        mixer_configs: Settings per kind, as in the recipe's ``student.mixers``.
+        layer_types: Transformers' word for every layer; follows from ``mixers`` when absent.
+        impl: Implementation of the linear mixers: ``auto``, ``reference`` or ``triton``.
+    """
+
+    model_type = "gendistill"
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
+
+    base_model_type: str = "llama"
+    mixers: list[str] | None = None
+    mixer_configs: dict[str, Any] | None = None
+    layer_types: list[str] | None = None
+    impl: str = "auto"
+
+    vocab_size: int = 32000
+    hidden_size: int = 1024
+    intermediate_size: int = 2816
+    num_hidden_layers: int = 8
+    num_attention_heads: int = 16
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 4096
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-6
+    use_cache: bool = True
+    tie_word_embeddings: bool = False
+    rope_parameters: RopeParameters | dict | None = None
+    attention_bias: bool = False
+    attention_dropout: float | int | None = 0.0
+    mlp_bias: bool = False
+    sliding_window: int | None = None
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.mixers is None:
+            self.mixers = ["full"] * self.num_hidden_layers
+        if self.mixer_configs is None:
+            self.mixer_configs = {}
+        if self.layer_types is None:
+            words = {"full": "full_attention", "swa": "sliding_attention"}
+            self.layer_types = [words.get(mixer, "linear_attention") for mixer in self.mixers]
+        super().__post_init__(**kwargs)
+
+    def validate_architecture(self) -> None:
+        """Refuse layer lists that disagree; called whenever a configuration is made."""
+        if self.base_model_type not in FAMILIES:
+            raise ValueError(
+                f'base_model_type "{self.base_model_type}" is not supported; allowed: {", ".join(FAMILIES)}'
+            )
+        for name, values, allowed in (
+            ("mixers", self.mixers, LINEAR_MIXERS + ATTENTION_MIXERS),
+            ("layer_types", self.layer_types, LAYER_TYPES),
+        ):
+            if len(values or ()) != self.num_hidden_layers:
+                raise ValueError(f"{name} lists {len(values or ())} layers, the model has {self.num_hidden_layers}")
+            unknown = sorted(set(values or ()) - set(allowed))
+            if unknown:
+                raise ValueError(f"{name} holds {unknown}; allowed: {', '.join(allowed)}")
+        for layer, (mixer, word) in enumerate(zip(self.mixers or (), self.layer_types or (), strict=True)):
+            if (mixer in LINEAR_MIXERS) != (word == "linear_attention"):
+                raise ValueError(f'layer {layer} is "{mixer}" in mixers but "{word}" in layer_types')
+        if "sliding_attention" in (self.layer_types or ()) and not self.sliding_window:
+            raise ValueError("a sliding_attention layer needs sliding_window")
+
+    @property
+    def linear_layers(self) -> list[int]:
+        """Indices of the layers with a recurrent state."""
+        return [index for index, mixer in enumerate(self.mixers or ()) if mixer in LINEAR_MIXERS]
+
+    @property
+    def attention_biases(self) -> tuple[bool, bool]:
+        """Whether the family puts biases on q, k, v and on the output projection."""
+        qkv, output = FAMILIES[self.base_model_type]
+        default = bool(self.attention_bias)
+        return (default if qkv is None else qkv), (default if output is None else output)
