@@ -267,13 +267,15 @@ def _reverse_kl(log_q: Tensor, log_p: Tensor | None, targets: Tensor, term: Term
 def _jsd(log_q: Tensor, log_p: Tensor | None, targets: Tensor, term: Term, want_grad: bool) -> _Result:
     assert log_p is not None
     beta = term.beta
-    log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
-    teacher_rows = (log_p - log_m).mul_(log_p.exp()).sum(-1)
+    # log(q / m) = -log(1 + beta (p / q - 1)) keeps full precision where q and m nearly agree; beyond exp(80) the
+    # ratio's true value no longer matters, because q is zero there
+    log_ratio = (log_p - log_q).clamp_(max=80.0)
+    student = log_ratio.expm1().mul_(beta).log1p_().neg_()
+    teacher_rows = log_ratio.add_(student).mul_(log_p.exp()).sum(-1)
     q = log_q.exp()
-    ratio = log_q - log_m
-    student_rows = (q * ratio).sum(-1, keepdim=True)
+    student_rows = (q * student).sum(-1, keepdim=True)
     value = (beta * teacher_rows.sum() + (1 - beta) * student_rows.sum()) * term.temperature**2
-    return value, ratio.sub_(student_rows).mul_(q).mul_(1 - beta) if want_grad else None
+    return value, student.sub_(student_rows).mul_(q).mul_(1 - beta) if want_grad else None
 
 
 def _ce(log_q: Tensor, log_p: Tensor | None, targets: Tensor, term: Term, want_grad: bool) -> _Result:
