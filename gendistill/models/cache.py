@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, LinearAttentionLayer
 
-from .configuration import HybridConfig
 from ..mixers.base import MixerState
+from .configuration import HybridConfig
 
 
 class RecurrentLayer(LinearAttentionLayer):
@@ -66,7 +66,9 @@ class HybridCache(DynamicCache):
     def __init__(self, config: HybridConfig) -> None:
         super().__init__(config=config)
         self._config = config
-        self.layers = [RecurrentLayer() if isinstance(layer, LinearAttentionLayer) else layer for layer in self.layers]
+        self.layers = [
+            RecurrentLayer() if isinstance(layer, LinearAttentionLayer) else layer for layer in self.layers
+        ]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Positions seen: by the layer asked for, or by the first attention layer when that is a linear one."""
@@ -125,8 +127,8 @@ def read_state(cache: Cache | None, layer_idx: int) -> MixerState | None:
     if not isinstance(layer, LinearAttentionLayer):
         kind = "no layer" if layer is None else type(layer).__name__
         raise ValueError(
-            f"layer {layer_idx} is linear and needs a recurrent state, but this {type(cache).__name__} has {kind} there; "
-            "make the cache with HybridCache(model.config)"
+            f"layer {layer_idx} is linear and needs a recurrent state, but this {type(cache).__name__} has {kind} "
+            "there; make the cache with HybridCache(model.config)"
         )
     if not layer.has_previous_state[0]:
         return None

@@ -91,7 +91,9 @@ class HybridConfig(PreTrainedConfig):
             ("layer_types", self.layer_types, LAYER_TYPES),
         ):
             if len(values or ()) != self.num_hidden_layers:
-                raise ValueError(f"{name} lists {len(values or ())} layers, the model has {self.num_hidden_layers}")
+                raise ValueError(
+                    f"{name} lists {len(values or ())} layers, the model has {self.num_hidden_layers}"
+                )
             unknown = sorted(set(values or ()) - set(allowed))
             if unknown:
                 raise ValueError(f"{name} holds {unknown}; allowed: {', '.join(allowed)}")

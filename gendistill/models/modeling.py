@@ -228,13 +228,15 @@ class HybridModel(HybridPreTrainedModel):
     def _check(self, cache: Cache | None) -> None:
         """Refuse caches and attention kernels that would give wrong results without saying so."""
         if isinstance(cache, QuantizedCache):
-            raise ValueError("a quantized cache cannot hold a linear mixer's state; use HybridCache(model.config)")
-        if cache is not None and not isinstance(cache, HybridCache) and "linear_attention" in self.config.layer_types:
-            if set(self.config.layer_types) == {"linear_attention"}:
-                raise ValueError(
-                    f"a student without attention layers cannot use a {type(cache).__name__}, which counts tokens in "
-                    "attention layers only; use HybridCache(model.config)"
-                )
+            raise ValueError(
+                "a quantized cache cannot hold a linear mixer's state; use HybridCache(model.config)"
+            )
+        pure = set(self.config.layer_types or ()) == {"linear_attention"}
+        if pure and cache is not None and not isinstance(cache, HybridCache):
+            raise ValueError(
+                f"a student without attention layers cannot use a {type(cache).__name__}, which counts tokens in "
+                "attention layers only; use HybridCache(model.config)"
+            )
         windowed = "swa" in (self.config.mixers or ()) and self.config.base_model_type in ("llama", "mistral")
         if windowed and "flash" in (self.config._attn_implementation or ""):
             raise ValueError(
@@ -288,7 +290,9 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
         logits = self.lm_head(hidden_states[:, kept])
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
+            )
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -315,7 +319,9 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
         """Refuse continuous batching, which pages keys and values only."""
-        raise ValueError("continuous batching does not support linear mixers; use generate() with a padded batch")
+        raise ValueError(
+            "continuous batching does not support linear mixers; use generate() with a padded batch"
+        )
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
