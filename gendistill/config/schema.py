@@ -5,12 +5,15 @@ from __future__ import annotations
 import re
 from typing import Annotated, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from gendistill.config.base import Section
 from gendistill.config.mixers import MixersConfig
 from gendistill.config.objectives import KLConfig, ObjectiveConfig
-from gendistill.types import ParamGroup, parse_token_count
+from gendistill.errors import RecipeError
+from gendistill.types import ParamGroup, Placement, parse_token_count
+
+_MANY_LAYERS = 100_000
 
 TokenCount = Annotated[int, BeforeValidator(parse_token_count), Field(ge=1)]
 
@@ -36,6 +39,19 @@ class StudentConfig(Section):
     )
     mixers: MixersConfig = MixersConfig()
     impl: Literal["auto", "reference", "triton"] = "auto"
+
+    @field_validator("placement")
+    @classmethod
+    def _placement_is_readable(cls, spec: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        """Check the words; how many layers there are is known only with the teacher."""
+        text = spec if isinstance(spec, str) else " ".join(spec)
+        if isinstance(spec, str) and text.strip().endswith(".json"):
+            return spec
+        try:
+            Placement.parse(text, num_layers=_MANY_LAYERS)
+        except RecipeError as error:
+            raise ValueError(error.message + (f"; {error.hint}" if error.hint else "")) from error
+        return spec
 
 
 class SourceConfig(Section):

@@ -1,0 +1,82 @@
+"""Arguments that several commands share."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from gendistill.errors import RecipeError
+
+if TYPE_CHECKING:
+    from gendistill.config.schema import Recipe
+
+_UNITS = "a built-in name, a YAML file, or a run folder"
+
+
+class Parser(argparse.ArgumentParser):
+    """Parse without guessing: no abbreviated flags, errors in the form of every other error."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
+
+    def error(self, message: str) -> NoReturn:
+        """Report a usage error and leave with exit code 2."""
+        text = f"usage error  {self.prog}\n  {message}\n  next: {self.prog} --help\n"
+        self.exit(RecipeError.exit_code, text)
+
+
+def with_dashes(arguments: Sequence[str]) -> list[str]:
+    """Accept ``--num_rows`` for ``--num-rows``; values are left alone."""
+    result, rest = [], False
+    for argument in arguments:
+        rest = rest or argument == "--"
+        if argument.startswith("--") and not rest:
+            name, equals, value = argument.partition("=")
+            argument = f"--{name[2:].replace('_', '-')}{equals}{value}"
+        result.append(argument)
+    return result
+
+
+def add_recipe(parser: argparse.ArgumentParser, *, nargs: str | None = None) -> None:
+    """Add RECIPE and its ``key=value`` overrides."""
+    parser.add_argument("recipe", metavar="RECIPE", nargs=nargs, help=_UNITS)
+    parser.add_argument(
+        "overrides", metavar="key=value", nargs="*", help="changes, as in stages.distill.lr=5e-5"
+    )
+
+
+def add_output(parser: argparse.ArgumentParser) -> None:
+    """Add ``--output``."""
+    parser.add_argument("--output", metavar="FOLDER", help="where run folders go; same as output=FOLDER")
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """Add ``--json``."""
+    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
+
+
+def load(arguments: argparse.Namespace) -> Recipe:
+    """Load the recipe that the arguments name, with their overrides."""
+    from gendistill.config.load import load_recipe
+
+    return load_recipe(arguments.recipe, all_overrides(arguments))
+
+
+def all_overrides(arguments: argparse.Namespace) -> list[str]:
+    """Return the ``key=value`` texts, ``--output`` included."""
+    output = getattr(arguments, "output", None)
+    return [*arguments.overrides, *([f"output={json.dumps(output)}"] if output else [])]
+
+
+def command_line() -> str:
+    """Return the command as typed, for records and for printing."""
+    return shlex.join(["gendistill", *sys.argv[1:]])
+
+
+def print_json(content: Any) -> None:
+    """Print JSON to standard output."""
+    print(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False))

@@ -1,0 +1,135 @@
+"""``gendistill eval``: score any causal language model, or the student of a recipe."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+
+from gendistill.cli.arguments import add_json, all_overrides, command_line, print_json
+from gendistill.errors import RecipeError
+
+_PROTOCOLS = {
+    "both": ("likelihood", "generation"),
+    "likelihood": ("likelihood",),
+    "generation": ("generation",),
+}
+_MODEL_FLAGS = ("tasks", "limit", "batch_size", "out", "teacher", "questions")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument(
+        "model", metavar="MODEL", nargs="?", help="hub id, folder, file.gguf, pypi:<package>, or a recipe"
+    )
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="changes, where MODEL is a recipe")
+    parser.add_argument("--tasks", metavar="A,B", help="task names or task.yaml files, separated by commas")
+    parser.add_argument("--protocols", choices=sorted(_PROTOCOLS), default=None, help="both unless given")
+    parser.add_argument(
+        "--limit", type=_positive, metavar="N", help="first N items per task; marked in tables"
+    )
+    parser.add_argument("--batch-size", type=_positive, metavar="N", help="items at once (8)")
+    parser.add_argument("--teacher", metavar="MODEL", help="score this model on the same items, for the gap")
+    parser.add_argument("--questions", metavar="NAME", help="built-in name or .jsonl of open questions")
+    parser.add_argument("--out", metavar="FOLDER", help="where results go (evals/<model>)")
+    parser.add_argument("--list", action="store_true", help="list the built-in tasks and questions")
+    add_json(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Score a model, or teacher and student of a recipe."""
+    if arguments.list:
+        return _list(arguments)
+    if arguments.model is None:
+        raise RecipeError("no model was named", where="gendistill eval", hint="gendistill eval --help")
+    if _is_recipe(arguments.model):
+        return _score_recipe(arguments)
+    if arguments.overrides:
+        raise RecipeError(
+            f'"{arguments.overrides[0]}" changes a recipe, but {arguments.model} is a model',
+            where="gendistill eval",
+            hint="gendistill eval --help",
+        )
+    return _score_model(arguments)
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f'"{text}" is no number above 0')
+    return int(text)
+
+
+def _is_recipe(name: str) -> bool:
+    from gendistill.config.load import recipe_names
+
+    return (
+        name in recipe_names() or name.endswith((".yaml", ".yml")) or (Path(name) / "recipe.yaml").is_file()
+    )
+
+
+def _score_recipe(arguments: argparse.Namespace) -> int:
+    from gendistill.config.load import load_recipe
+
+    given = [name for name in (*_MODEL_FLAGS, "protocols") if getattr(arguments, name) is not None]
+    if given:
+        flag = f"--{given[0].replace('_', '-')}"
+        raise RecipeError(
+            f"{flag} is for models; {arguments.model} is a recipe, which says it under eval:",
+            where=flag,
+            hint=f"gendistill eval {arguments.model} eval.{given[0]}=...",
+        )
+    recipe = load_recipe(arguments.model, all_overrides(arguments))
+    from gendistill import pipeline
+
+    run_dir = pipeline.evaluate(recipe, command=command_line())
+    print(f"ok        {run_dir.root / 'eval'}   next: gendistill report {run_dir.root}")
+    return 0
+
+
+def _score_model(arguments: argparse.Namespace) -> int:
+    tasks = tuple(name for name in (arguments.tasks or "").split(",") if name)
+    if not tasks and not arguments.questions:
+        raise RecipeError(
+            "nothing to score: no tasks and no questions",
+            where="gendistill eval",
+            hint="add --tasks NAME; gendistill eval --list shows what there is",
+        )
+    out = (
+        Path(arguments.out)
+        if arguments.out
+        else Path("evals") / re.sub(r"[^\w.-]+", "-", arguments.model).strip("-")
+    )
+    from gendistill import pipeline
+
+    results = pipeline.evaluate_model(
+        arguments.model,
+        tasks=tasks,
+        protocols=_PROTOCOLS[arguments.protocols or "both"],
+        limit=arguments.limit,
+        batch_size=arguments.batch_size or 8,
+        out=out,
+        teacher=arguments.teacher,
+        questions=arguments.questions,
+    )
+    if arguments.json:
+        print_json(results)
+    else:
+        print(f"ok        {out}")
+    return 0
+
+
+def _list(arguments: argparse.Namespace) -> int:
+    from gendistill_evals import list_questions, list_tasks, load_task
+
+    tasks = [load_task(name) for name in list_tasks()]
+    if arguments.json:
+        content = [
+            {"name": task.name, "items": len(task.items), "description": task.description} for task in tasks
+        ]
+        print_json({"tasks": content, "questions": list(list_questions())})
+        return 0
+    for task in tasks:
+        print(f"{task.name:24} {len(task.items):>6,} items   {task.description}")
+    for name in list_questions():
+        print(f"{name:24}        open questions (--questions {name})")
+    return 0

@@ -1,0 +1,148 @@
+"""Parse the command line, run one command, and turn every failure into a message and an exit code.
+
+Exit codes: 0 ok, 1 failed, 2 bad usage or recipe, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+from typing import NoReturn
+
+from gendistill import __version__
+from gendistill.cli.arguments import Parser, command_line, with_dashes
+from gendistill.errors import GendistillError
+
+# name: (module, summary); the module is imported only for its own command
+COMMANDS = {
+    "run": ("gendistill.cli.run", "convert, distil, evaluate and report: the whole recipe"),
+    "convert": ("gendistill.cli.convert", "turn the teacher into an untrained hybrid student"),
+    "distill": ("gendistill.cli.distill", "train the student, stage by stage"),
+    "eval": ("gendistill.cli.evaluate", "score a model by log-likelihood and by generation"),
+    "report": ("gendistill.cli.report", "show the gap between teacher and student"),
+    "recipe": ("gendistill.cli.recipe", "list, show, copy, check and compare recipes"),
+    "data": ("gendistill.cli.data", "show training rows, with the tokens that count in the loss"),
+    "doctor": ("gendistill.cli.doctor", "check this machine and say how to fix it"),
+}
+_RESUMES = ("run", "convert", "distill", "eval")
+_OUT_OF_MEMORY = ("OutOfMemoryError", "MemoryError")
+
+_EXAMPLES = """\
+examples:
+  gendistill recipe ls
+  gendistill distill qwen3-0.6b-kda --dry-run
+  gendistill run smollm2-135m-kda-cpu stages.distill.minutes=10
+  gendistill report runs/smollm2-135m-kda-cpu
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        arguments: What follows ``gendistill``; ``sys.argv[1:]`` if None.
+    Returns:
+        The exit code.
+    """
+    words = with_dashes(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in words
+    words = [word for word in words if word != "--debug"]
+    _quiet_libraries()
+    try:
+        return _run(words)
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else 1
+    except BrokenPipeError:
+        # the reader has left, as in "gendistill recipe show tiny | head"; nothing may write to it at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except KeyboardInterrupt:
+        return _interrupted(words)
+    except Exception as error:
+        if debug:
+            raise
+        return _failed(error)
+
+
+def _run(words: Sequence[str]) -> int:
+    parser = Parser(
+        prog="gendistill",
+        description="Turn a pretrained transformer into a hybrid linear-attention student, and score it by generation.",
+        epilog=_EXAMPLES,
+    )
+    parser.add_argument("--version", action="version", version=f"gendistill {__version__}")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
+    wanted = next((word for word in words if not word.startswith("-")), None)
+    modules: dict[str, ModuleType] = {}
+    for name, (module_name, summary) in COMMANDS.items():
+        subparser = subparsers.add_parser(
+            name, help=summary, description=f"{summary[:1].upper()}{summary[1:]}."
+        )
+        if name == wanted:
+            modules[name] = importlib.import_module(module_name)
+            modules[name].add_arguments(subparser)
+            subparser.epilog = "  --debug shows the traceback of an error"
+    parsed, extra = parser.parse_known_args(words)
+    if parsed.command is None:
+        parser.print_help()
+        return 0
+    _take_overrides(subparsers.choices[parsed.command], parsed, extra)
+    return modules[parsed.command].run(parsed) or 0
+
+
+def _take_overrides(parser: argparse.ArgumentParser, parsed: argparse.Namespace, extra: list[str]) -> None:
+    """Accept ``key=value`` anywhere, also behind flags, where argparse does not look for it."""
+    for word in extra:
+        if word.startswith("-") or "=" not in word or not hasattr(parsed, "overrides"):
+            _reject(parser, word)
+        parsed.overrides.append(word)
+
+
+def _reject(parser: argparse.ArgumentParser, word: str) -> NoReturn:
+    import difflib
+
+    flags = [flag for action in parser._actions for flag in action.option_strings]
+    near = difflib.get_close_matches(word.partition("=")[0], flags, n=1)
+    parser.error(f'unknown argument "{word}"' + (f'; did you mean "{near[0]}"?' if near else ""))
+
+
+def _quiet_libraries() -> None:
+    """Keep advice meant for other programs out of ours; whatever the user has set stays."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # looking for plugins reads the metadata of every installed package, a fifth of the start-up time
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
+
+
+def _interrupted(words: Sequence[str]) -> int:
+    lines = ["interrupted"]
+    if any(word in _RESUMES for word in words[:1]):
+        lines.append(f"  finished work is kept; the same command resumes: {command_line()}")
+    print("\n".join(lines), file=sys.stderr)
+    return 130
+
+
+def _failed(error: Exception) -> int:
+    evals = sys.modules.get("gendistill_evals.errors")
+    if isinstance(error, GendistillError) or (evals is not None and isinstance(error, evals.EvalError)):
+        print(error, file=sys.stderr)
+        return error.exit_code  # pyright: ignore[reportAttributeAccessIssue]
+    name = type(error).__name__
+    if name in _OUT_OF_MEMORY:
+        hint = (
+            "lower micro_batch_size or seq_len of the stage (or eval.batch_size), then run the same command"
+        )
+        text = f"memory error\n  {str(error).splitlines()[0] if str(error) else name}\n  next: {hint}"
+    elif isinstance(error, OSError):
+        text = f"system error  {error.filename or ''}\n  {error.strerror or error}"
+        text += "\n  next: --debug shows where it happened"
+    else:
+        text = f"internal error  {name}\n  {error}\n  this is a bug in gendistill, not in what you gave it"
+        text += f"\n  next: {command_line()} --debug, and report the traceback"
+    print(text, file=sys.stderr)
+    return 1
