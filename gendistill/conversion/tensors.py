@@ -1,0 +1,263 @@
+"""Safetensors files without torch: read the headers of a checkpoint, and write shards tensor by tensor.
+
+The writer streams. What is in memory is what the caller hands over, so that the size of a checkpoint and of its
+shards does not matter.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from gendistill.errors import CheckpointError, OutputError
+from gendistill.paths import write_json
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+DTYPE_BYTES = {
+    **{"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1},
+    **{"F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "U32": 4, "U64": 8},
+}
+_COPY_BYTES = 1 << 24
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """Say where one tensor of a checkpoint lies.
+
+    Attributes:
+        shape: Sizes.
+        dtype: Safetensors name, such as ``F32`` or ``BF16``.
+        file: The safetensors file.
+        start: First byte of the values in that file.
+        num_bytes: Length of the values.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    file: Path
+    start: int = 0
+    num_bytes: int = 0
+
+    @property
+    def num_elements(self) -> int:
+        """How many numbers it holds."""
+        return math.prod(self.shape)
+
+    def chunks(self) -> Iterator[bytes]:
+        """Read the values piece by piece."""
+        remaining = self.num_bytes
+        with self.file.open("rb") as source:
+            source.seek(self.start)
+            while remaining:
+                chunk = source.read(min(remaining, _COPY_BYTES))
+                if not chunk:
+                    raise _corrupt(self.file, "it ends inside a tensor")
+                remaining -= len(chunk)
+                yield chunk
+
+
+def read_tensor_index(folder: Path, *, where: str | None = None) -> dict[str, TensorInfo]:
+    """List the tensors of a checkpoint folder from its safetensors headers. No values are read.
+
+    Args:
+        folder: Holds ``model.safetensors``, or shards with ``model.safetensors.index.json``.
+        where: Name of the setting, for errors; defaults to the folder.
+    Returns:
+        Tensor name to its shape, dtype and place, in file order.
+    Raises:
+        CheckpointError: No safetensors, a missing shard, or a corrupt file.
+    """
+    where = where or str(folder)
+    if (folder / INDEX_NAME).is_file():
+        return _read_sharded(folder, where)
+    files = (
+        [folder / SINGLE_NAME] if (folder / SINGLE_NAME).is_file() else sorted(folder.glob("*.safetensors"))
+    )
+    if not files:
+        raise _no_safetensors(folder, where)
+    if len(files) > 1:
+        raise CheckpointError(
+            f"{folder} holds {len(files)} safetensors files but no {INDEX_NAME} that says which belong together",
+            where=where,
+            hint=f"restore {INDEX_NAME} from where the checkpoint came from",
+        )
+    return _read_header(files[0])
+
+
+def _no_safetensors(folder: Path, where: str) -> CheckpointError:
+    pickles = sorted(
+        path.name for path in (*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth"))
+    )
+    if pickles:
+        return CheckpointError(
+            f"{folder} holds pickle weights only ({', '.join(pickles[:3])}); a pickle can run any code when it is "
+            "read, so only safetensors are accepted",
+            where=where,
+            hint="use a revision with safetensors, or load it yourself and save_pretrained() it again",
+        )
+    return CheckpointError(
+        f"{folder} holds no safetensors weights",
+        where=where,
+        hint="a checkpoint folder needs config.json and model.safetensors (or shards with their index)",
+    )
+
+
+def _read_sharded(folder: Path, where: str) -> dict[str, TensorInfo]:
+    try:
+        weight_map = json.loads((folder / INDEX_NAME).read_text(encoding="utf-8"))["weight_map"]
+        shards = sorted(set(weight_map.values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{folder / INDEX_NAME} is no weight index: {error}", where=where, hint="download the file again"
+        ) from error
+    missing = [name for name in shards if not (folder / name).is_file()]
+    if missing:
+        raise CheckpointError(
+            f"{len(missing)} of {len(shards)} shards are missing in {folder}: {', '.join(missing[:3])}",
+            where=where,
+            hint="download the checkpoint again; finished shards are kept",
+        )
+    headers = {shard: _read_header(folder / shard) for shard in shards}
+    absent = [name for name, shard in weight_map.items() if name not in headers[shard]]
+    if absent:
+        raise CheckpointError(
+            f"{INDEX_NAME} lists {len(absent)} tensors that the shards do not hold, such as {absent[0]}",
+            where=where,
+            hint="index and shards come from different versions: download the checkpoint again",
+        )
+    return {name: headers[shard][name] for name, shard in weight_map.items()}
+
+
+def _corrupt(path: Path, reason: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path.name} is corrupt: {reason}", where=str(path), hint="delete the file and download it again"
+    )
+
+
+def _read_header(path: Path) -> dict[str, TensorInfo]:
+    size = path.stat().st_size
+    with path.open("rb") as source:
+        head = source.read(8)
+        length = struct.unpack("<Q", head)[0] if len(head) == 8 else size
+        if length > size - 8:
+            raise _corrupt(path, f"its header would be longer than the file ({size:,} bytes)")
+        text = source.read(length)
+    try:
+        header = json.loads(text)
+        tensors = {
+            name: _tensor_info(entry, path, 8 + length)
+            for name, entry in header.items()
+            if name != "__metadata__"
+        }
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _corrupt(path, f"its header cannot be read ({error})") from error
+    expected = max((info.start + info.num_bytes for info in tensors.values()), default=8 + length)
+    if expected != size:
+        raise _corrupt(path, f"its header describes {expected:,} bytes, the file has {size:,}")
+    return tensors
+
+
+def _tensor_info(entry: dict[str, Any], path: Path, data_start: int) -> TensorInfo:
+    begin, end = entry["data_offsets"]
+    shape, dtype = tuple(int(size) for size in entry["shape"]), str(entry["dtype"])
+    if dtype in DTYPE_BYTES and math.prod(shape) * DTYPE_BYTES[dtype] != end - begin:
+        raise ValueError(f"a {dtype} tensor of shape {shape} cannot have {end - begin} bytes")
+    return TensorInfo(shape, dtype, path, data_start + begin, end - begin)
+
+
+@dataclass(frozen=True, slots=True)
+class NewTensor:
+    """Describe a tensor to be written."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def num_bytes(self) -> int:
+        """Length of its values in the file."""
+        return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
+
+
+def split_into_shards(tensors: Sequence[NewTensor], max_shard_bytes: int) -> list[list[NewTensor]]:
+    """Cut a list of tensors into shards, in order. A tensor above the limit has a shard to itself."""
+    shards: list[list[NewTensor]] = [[]]
+    filled = 0
+    for tensor in tensors:
+        if shards[-1] and filled + tensor.num_bytes > max_shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(tensor)
+        filled += tensor.num_bytes
+    return shards
+
+
+def write_shards(
+    folder: Path,
+    tensors: Sequence[NewTensor],
+    values: Callable[[NewTensor], Iterable[bytes | memoryview]],
+    *,
+    max_shard_bytes: int,
+    on_bytes: Callable[[int], None],
+) -> None:
+    """Write a checkpoint's weights, and its index when there is more than one shard.
+
+    Args:
+        folder: Existing folder.
+        tensors: What to write, in order.
+        values: Gives the bytes of one tensor, little-endian and row-major, in pieces.
+        max_shard_bytes: Upper size of one file's values.
+        on_bytes: Called with the length of every piece written.
+    """
+    shards = split_into_shards(tensors, max_shard_bytes)
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        name = SINGLE_NAME if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        # widest dtype first keeps every tensor aligned, whatever the sizes
+        ordered = sorted(shard, key=lambda tensor: -DTYPE_BYTES[tensor.dtype])
+        with (folder / name).open("wb") as sink:
+            sink.write(_encode_header(ordered))
+            for tensor in ordered:
+                _write_values(sink, tensor, values(tensor), on_bytes)
+        weight_map.update((tensor.name, name) for tensor in shard)
+    if len(shards) > 1:
+        total = sum(tensor.num_bytes for tensor in tensors)
+        write_json(folder / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _encode_header(tensors: Sequence[NewTensor]) -> bytes:
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for tensor in tensors:
+        end = offset + tensor.num_bytes
+        entries[tensor.name] = {
+            "dtype": tensor.dtype,
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def _write_values(
+    sink: BinaryIO, tensor: NewTensor, pieces: Iterable[bytes | memoryview], on_bytes: Callable[[int], None]
+) -> None:
+    written = 0
+    for piece in pieces:
+        sink.write(piece)
+        length = memoryview(piece).nbytes
+        written += length
+        on_bytes(length)
+    if written != tensor.num_bytes:
+        raise OutputError(
+            f"{tensor.name} has {written:,} bytes of values, its shape needs {tensor.num_bytes:,}",
+            where=tensor.name,
+        )
