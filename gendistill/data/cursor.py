@@ -1,0 +1,267 @@
+"""Endless, shuffled, resumable streams of rows."""
+
+from __future__ import annotations
+
+import copy
+import errno
+import itertools
+import zlib
+from collections.abc import Callable, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import datasets
+import httpx
+import numpy as np
+import pyarrow as pa
+from datasets.config import HF_DATASETS_CACHE
+from datasets.exceptions import DatasetsError
+
+from gendistill.config.schema import SourceConfig
+from gendistill.data.files import Row
+from gendistill.errors import DataError
+from gendistill.paths import writing
+
+BLOCK_ROWS = 1000
+_DEFAULT_COLUMNS = {"text": ("text",), "messages": ("messages", "conversations")}
+T = TypeVar("T")
+
+
+class Rows(Protocol):
+    """Rows that can be read by number."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Row: ...
+
+
+class Source(Protocol):
+    """An endless stream of rows with an exact cursor.
+
+    Attributes:
+        name: Name under ``data:`` in the recipe.
+        columns: Columns that the format reads: one for text and messages, two for prompt and completion.
+        num_rows: Rows of one epoch; None where only reading to the end would tell.
+        epoch: Epochs finished.
+    """
+
+    name: str
+    columns: tuple[str, ...]
+    num_rows: int | None
+    epoch: int
+
+    def __next__(self) -> Row: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+def read_columns(config: SourceConfig, row: Row, *, where: str) -> tuple[str, ...]:
+    """Resolve the names of the columns that a format reads.
+
+    Args:
+        config: Format and, where given, column names.
+        row: Any row of the dataset.
+        where: Recipe path, for errors.
+    Raises:
+        DataError: A column does not exist; names those that do.
+    """
+    if config.format == "prompt_completion":
+        wanted = {"prompt": config.prompt, "completion": config.completion}
+    else:
+        known = _DEFAULT_COLUMNS[config.format]
+        default = next((column for column in known if column in row), known[0])
+        wanted = {"column": config.column or default}
+    for key, column in wanted.items():
+        if column in row:
+            continue
+        close = get_close_matches(column, row, n=1)
+        guess = f'did you mean "{close[0]}"? ' if close else ""
+        raise DataError(
+            f'{config.path} has no column "{column}"; it has: {", ".join(row)}',
+            where=where,
+            hint=f"{guess}set {where}.{key}, or {where}.format if the rows are of another kind",
+        )
+    return tuple(wanted.values())
+
+
+class MapSource:
+    """Rows read by number, in a new permutation every epoch."""
+
+    def __init__(
+        self, rows: Rows | Sequence[Row], config: SourceConfig, *, name: str, seed: int, skip_rows: int = 0
+    ) -> None:
+        where = f"data.{name}"
+        if not len(rows):
+            raise empty(config, where=where)
+        if skip_rows >= len(rows):
+            raise all_held_out(len(rows), skip_rows, config, where=where)
+        left = len(rows) - skip_rows
+        self.name = name
+        self.columns = read_columns(config, rows[0], where=where)
+        self.num_rows: int | None = left if config.limit is None else min(left, config.limit)
+        self.epoch = 0
+        self._rows = rows
+        self._skip = skip_rows
+        self._seed = seed if config.shuffle else None
+        self._position = 0
+        self._order = self._permutation()
+
+    def __iter__(self) -> MapSource:
+        return self
+
+    def __next__(self) -> Row:
+        if self._position == self.num_rows:
+            self.epoch, self._position = self.epoch + 1, 0
+            self._order = self._permutation()
+        row = self._rows[self._skip + int(self._order[self._position])]
+        self._position += 1
+        return row
+
+    def _permutation(self) -> np.ndarray | range:
+        assert self.num_rows is not None
+        if self._seed is None:
+            return range(self.num_rows)
+        return _generator(self._seed, self.name, self.epoch).permutation(self.num_rows)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Say where the stream stands, as JSON."""
+        return {"epoch": self.epoch, "position": self._position, "rows": self.num_rows}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue after the row that was last yielded when the state was taken."""
+        if state["rows"] != self.num_rows:
+            raise DataError(
+                f"the dataset had {state['rows']:,} rows when the run was saved and has {self.num_rows:,} now",
+                where=f"data.{self.name}",
+                hint="restore the dataset, or start a new run with another name=",
+            )
+        self.epoch, self._position = state["epoch"], state["position"]
+        self._order = self._permutation()
+
+
+class StreamSource:
+    """Rows read in the order of the dataset and shuffled within blocks.
+
+    A block is short enough to be read again on resume, which makes the cursor exact.
+    """
+
+    def __init__(
+        self,
+        dataset: datasets.IterableDataset,
+        config: SourceConfig,
+        *,
+        name: str,
+        seed: int,
+        skip_rows: int = 0,
+        block_rows: int = BLOCK_ROWS,
+    ) -> None:
+        self.name = name
+        self.num_rows: int | None = config.limit
+        self._config = config
+        self._where = f"data.{name}"
+        dataset = dataset.skip(skip_rows) if skip_rows else dataset
+        self._dataset = dataset if config.limit is None else dataset.take(config.limit)
+        self._seed = seed if config.shuffle else None
+        self._block_rows = block_rows
+        self._start(epoch=0, block=0, cursor=None)
+        if not self._rows:
+            if skip_rows:
+                raise all_held_out(skip_rows, skip_rows, config, where=self._where)
+            raise empty(config, where=self._where)
+        self.columns = read_columns(config, self._rows[0], where=self._where)
+
+    def __iter__(self) -> StreamSource:
+        return self
+
+    def __next__(self) -> Row:
+        if self._position == len(self._rows):
+            self._cursor = self._open.state_dict()
+            self._block += 1
+            self._read_block()
+            if not self._rows:
+                self._start(epoch=self.epoch + 1, block=0, cursor=None)
+        row = self._rows[self._position]
+        self._position += 1
+        return row
+
+    def _start(self, *, epoch: int, block: int, cursor: dict[str, Any] | None) -> None:
+        self.epoch = epoch
+        self._block = block
+        self._cursor = cursor
+        # a fresh copy: a dataset that was resumed once would start every later epoch in its middle
+        self._open = copy.deepcopy(self._dataset)
+        if cursor is not None:
+            self._open.load_state_dict(copy.deepcopy(cursor))
+        self._iterator = iter(self._open)
+        self._read_block()
+
+    def _read_block(self) -> None:
+        rows = translated(
+            lambda: list(itertools.islice(self._iterator, self._block_rows)), self._config, where=self._where
+        )
+        if self._seed is not None:
+            order = _generator(self._seed, self.name, self.epoch, self._block).permutation(len(rows))
+            rows = [rows[index] for index in order]
+        self._rows: list[Row] = rows
+        self._position = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Say where the stream stands, as JSON."""
+        return {
+            "epoch": self.epoch,
+            "block": self._block,
+            "position": self._position,
+            "cursor": copy.deepcopy(self._cursor),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue after the row that was last yielded when the state was taken."""
+        self._start(epoch=state["epoch"], block=state["block"], cursor=state["cursor"])
+        self._position = state["position"]
+
+
+def _generator(seed: int, name: str, *more: int) -> np.random.Generator:
+    # the name keeps two sources of one recipe from sharing an order
+    return np.random.default_rng([seed & 0xFFFFFFFF, zlib.crc32(name.encode()), *more])
+
+
+def empty(config: SourceConfig, *, where: str) -> DataError:
+    return DataError(
+        f"{config.path} has no rows",
+        where=where,
+        hint="point path at another dataset, or choose another split",
+    )
+
+
+def all_held_out(rows: int, reserved: int, config: SourceConfig, *, where: str) -> DataError:
+    return DataError(
+        f"{config.path} has {rows:,} rows and heldout.rows reserves {reserved:,}: none is left to train on",
+        where=where,
+        hint="lower heldout.rows, or hold out rows of another dataset",
+    )
+
+
+def translated(read: Callable[[], T], config: SourceConfig, *, where: str) -> T:
+    """Run a read of the datasets library and turn what a user can cause into a data error."""
+    try:
+        return read()
+    except (
+        OSError,
+        ValueError,
+        httpx.HTTPError,
+        DatasetsError,
+        pa.ArrowException,
+    ) as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            with writing(Path(HF_DATASETS_CACHE)):
+                raise
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise DataError(
+            f"cannot read {config.path}: {lines[0]}",
+            where=where,
+            hint=f"check {where}.path, subset, split and revision, and the network for a hub dataset; "
+            "then run the same command again",
+        ) from error

@@ -1,0 +1,334 @@
+"""Global steps of packed batches: the same documents whatever the number of ranks, resumable at every step."""
+
+from __future__ import annotations
+
+import copy
+import json
+import zlib
+from collections import Counter
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import chain, zip_longest
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from gendistill.config.schema import MixtureConfig, Recipe, SourceConfig
+from gendistill.data.batch import Batch
+from gendistill.data.files import Row
+from gendistill.data.mixture import Mixture
+from gendistill.data.packing import WINDOW, build_batch, choose_row, pack
+from gendistill.data.render import Mask, Renderer, TokenizedSample
+from gendistill.data.sources import heldout_rows, open_source
+from gendistill.errors import DataError, RecipeError
+
+CHUNK_ROWS = 64
+_HELDOUT_BATCH_ROWS = 4
+
+
+@dataclass(slots=True)
+class _Waiting:
+    """A document that has been rendered and not yet packed, and where it came from."""
+
+    chunk: int
+    index: int
+    sample: TokenizedSample
+
+
+@dataclass(slots=True)
+class _Step:
+    """The batches of one global step on this rank, and the state after it."""
+
+    batches: list[Batch]
+    state: dict[str, Any]
+
+
+class BatchStream:
+    """Iterate over global steps without end; each is the list of micro-batches of this rank.
+
+    A step is ``batch_size`` packed rows. Every rank packs all of them and keeps its share, so the documents of a
+    step depend neither on the number of ranks nor on ``micro_batch_size``, and a saved state may be resumed with
+    other values of both. The next step is prepared in a thread while the current one is used.
+
+    Args:
+        mixture: Rows with the names of their sources.
+        renderers: One per source.
+        seq_len: Tokens of a row.
+        batch_size: Rows of a step, over all ranks; a multiple of ``world``.
+        micro_batch_size: Rows of a micro-batch; the last one of a rank may have fewer.
+        pad_id: Fills the ends of rows.
+        rank: This process.
+        world: Number of processes.
+        prefetch: Whether to prepare one step ahead.
+    """
+
+    def __init__(
+        self,
+        mixture: Mixture,
+        renderers: Mapping[str, Renderer],
+        *,
+        seq_len: int,
+        batch_size: int,
+        micro_batch_size: int,
+        pad_id: int,
+        rank: int = 0,
+        world: int = 1,
+        prefetch: bool = True,
+    ) -> None:
+        assert batch_size % world == 0
+        self._mixture = mixture
+        self._renderers = dict(renderers)
+        self._seq_len = seq_len
+        self._batch_size = batch_size
+        self._micro_batch_size = micro_batch_size
+        self._pad_id = pad_id
+        self._rank = rank
+        self._world = world
+        self._waiting: list[_Waiting] = []
+        self._chunk_states: dict[int, dict[str, Any]] = {}
+        self._num_chunks = 0
+        self._steps = 0
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="gendistill-data") if prefetch else None
+        self._next: Future[_Step] | None = None
+        self._state = self._snapshot()
+
+    def __iter__(self) -> BatchStream:
+        return self
+
+    def __next__(self) -> list[Batch]:
+        step = self._next.result() if self._next else self._make_step()
+        self._next = self._thread.submit(self._make_step) if self._thread else None
+        self._state = step.state
+        return step.batches
+
+    @property
+    def dropped(self) -> dict[str, dict[str, int]]:
+        """Rows left out so far, by source and reason, with the rows read under ``rows``."""
+        return {
+            name: {"rows": each["rows"], **each["dropped"]} for name, each in self._state["rendered"].items()
+        }
+
+    @property
+    def epochs(self) -> dict[str, int]:
+        """Epochs finished by each source."""
+        return {name: state["epoch"] for name, state in self._state["mixture"]["sources"].items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Say where the stream stands after the last step it yielded, as JSON of a few kilobytes."""
+        return copy.deepcopy(self._state)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue with the step after the one that was last yielded when the state was taken.
+
+        Raises:
+            DataError: The state belongs to other data, another sequence length or another batch size.
+        """
+        if self._next:
+            # its outcome is of no interest, but it must not run on beside the restored state
+            self._next.exception()
+            self._next = None
+        if state["shape"] != self._shape():
+            raise DataError(
+                f"the data state was saved for {json.dumps(state['shape'])}, this stage has "
+                f"{json.dumps(self._shape())}",
+                hint="restore these settings in the recipe, or start a new run with another name=",
+            )
+        state = copy.deepcopy(state)
+        self._waiting, self._chunk_states = [], {}
+        for chunk in state["chunks"]:
+            # documents that were rendered but not packed are rendered again
+            self._mixture.load_state_dict(chunk["from"])
+            samples = self._read_chunk()
+            number = len(self._chunk_states)
+            self._chunk_states[number] = chunk["from"]
+            self._waiting += [_Waiting(number, index, samples[index]) for index in chunk["left"]]
+        self._num_chunks = len(self._chunk_states)
+        self._mixture.load_state_dict(state["mixture"])
+        for name, renderer in self._renderers.items():
+            renderer.rows = state["rendered"][name]["rows"]
+            renderer.dropped = Counter(state["rendered"][name]["dropped"])
+        self._steps = state["steps"]
+        self._state = state
+
+    def _shape(self) -> dict[str, Any]:
+        return {
+            "sources": sorted(self._renderers),
+            "seq_len": self._seq_len,
+            "batch_size": self._batch_size,
+        }
+
+    def _snapshot(self) -> dict[str, Any]:
+        left: dict[int, list[int]] = {}
+        for each in self._waiting:
+            left.setdefault(each.chunk, []).append(each.index)
+        self._chunk_states = {chunk: self._chunk_states[chunk] for chunk in left}
+        return {
+            "shape": self._shape(),
+            "steps": self._steps,
+            "mixture": self._mixture.state_dict(),
+            "chunks": [
+                {"from": self._chunk_states[chunk], "left": indices} for chunk, indices in left.items()
+            ],
+            "rendered": {
+                name: {"rows": renderer.rows, "dropped": dict(renderer.dropped)}
+                for name, renderer in self._renderers.items()
+            },
+        }
+
+    def _read_chunk(self) -> list[TokenizedSample]:
+        """Draw and render the next rows. Pieces of long documents come in turns, so that one fills no batch alone."""
+        by_source: dict[str, list[Row]] = {}
+        order: list[tuple[str, int]] = []
+        for _ in range(CHUNK_ROWS):
+            name, row = next(self._mixture)
+            rows = by_source.setdefault(name, [])
+            order.append((name, len(rows)))
+            rows.append(row)
+        rendered = {name: self._renderers[name].render(rows) for name, rows in by_source.items()}
+        turns = zip_longest(*(rendered[name][place] for name, place in order))
+        return [sample for sample in chain.from_iterable(turns) if sample is not None]
+
+    def _take_row(self) -> list[TokenizedSample]:
+        while len(self._waiting) < WINDOW:
+            state = self._mixture.state_dict()
+            samples = self._read_chunk()
+            number, self._num_chunks = self._num_chunks, self._num_chunks + 1
+            self._chunk_states[number] = state
+            self._waiting += [_Waiting(number, index, sample) for index, sample in enumerate(samples)]
+        chosen = choose_row([len(each.sample) for each in self._waiting], self._seq_len)
+        row = [self._waiting[index].sample for index in chosen]
+        taken = set(chosen)
+        self._waiting = [each for index, each in enumerate(self._waiting) if index not in taken]
+        return row
+
+    def _make_step(self) -> _Step:
+        rows = [self._take_row() for _ in range(self._batch_size)]
+        self._steps += 1
+        share = self._batch_size // self._world
+        mine = rows[self._rank * share : (self._rank + 1) * share]
+        batches = [
+            build_batch(
+                mine[start : start + self._micro_batch_size], seq_len=self._seq_len, pad_id=self._pad_id
+            )
+            for start in range(0, share, self._micro_batch_size)
+        ]
+        return _Step(batches, self._snapshot())
+
+
+def build_stream(
+    recipe: Recipe, stage_name: str, tokenizer: PreTrainedTokenizerBase, *, rank: int = 0, world: int = 1
+) -> BatchStream:
+    """Build the training stream of one stage of a recipe.
+
+    Each stage has its own shuffle, so that short stages over one dataset see different rows.
+
+    Args:
+        recipe: The recipe.
+        stage_name: Name of the stage.
+        tokenizer: The teacher's tokenizer.
+        rank: This process.
+        world: Number of processes.
+    Raises:
+        DataError: A dataset is missing, empty, lacks a column, or does not fit the stage's mask.
+        RecipeError: ``batch_size`` cannot be shared equally by the ranks.
+    """
+    stage = recipe.stages[stage_name]
+    if stage.batch_size % world:
+        raise RecipeError(
+            f"batch_size {stage.batch_size} cannot be shared equally by {world} processes",
+            where=f"stages.{stage_name}.batch_size",
+            hint=f"use a multiple of {world}",
+        )
+    config = recipe.data[stage.data]
+    weights = dict(config.mix) if isinstance(config, MixtureConfig) else {stage.data: 1.0}
+    seed = recipe.seed ^ zlib.crc32(stage_name.encode())
+    sources = {
+        name: open_source(
+            source_config(recipe, name), name=name, seed=seed, skip_rows=reserved_rows(recipe, name)
+        )
+        for name in weights
+    }
+    renderers = {
+        name: Renderer(
+            tokenizer,
+            source_config(recipe, name),
+            columns=source.columns,
+            mask=stage.mask,
+            seq_len=stage.seq_len,
+            name=name,
+            num_rows=source.num_rows,
+        )
+        for name, source in sources.items()
+    }
+    return BatchStream(
+        Mixture(sources, weights, where=f"data.{stage.data}"),
+        renderers,
+        seq_len=stage.seq_len,
+        batch_size=stage.batch_size,
+        micro_batch_size=stage.micro_batch_size,
+        pad_id=pad_id(tokenizer),
+        rank=rank,
+        world=world,
+    )
+
+
+def heldout_batches(
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    mask: Mask = "all",
+    rows_per_batch: int = _HELDOUT_BATCH_ROWS,
+) -> list[Batch]:
+    """Pack the held-out rows of a recipe: at most ``heldout.seq_len`` tokens of each, none twice.
+
+    Args:
+        recipe: The recipe.
+        tokenizer: The teacher's tokenizer.
+        mask: Which tokens count.
+        rows_per_batch: Packed rows of a batch; the last may have fewer.
+    Raises:
+        DataError: As ``build_stream``; also when no held-out row can be used.
+    """
+    heldout = recipe.heldout
+    config = source_config(recipe, heldout.data)
+    rows, columns = heldout_rows(config, name=heldout.data, rows=heldout.rows)
+    renderer = Renderer(
+        tokenizer,
+        config,
+        columns=columns,
+        mask=mask,
+        seq_len=heldout.seq_len,
+        name=heldout.data,
+        num_rows=len(rows),
+    )
+    # the first piece of every document: the cost of an evaluation must not depend on how long documents are
+    samples = [pieces[0] for pieces in renderer.render(rows) if pieces]
+    if not samples:
+        raise renderer.unusable()
+    return list(
+        pack(samples, seq_len=heldout.seq_len, rows_per_batch=rows_per_batch, pad_id=pad_id(tokenizer))
+    )
+
+
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Choose what fills the ends of rows: the pad token, else the end-of-sequence token. Masks never depend on it."""
+    chosen = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    assert isinstance(chosen, int)
+    return chosen
+
+
+def source_config(recipe: Recipe, name: str) -> SourceConfig:
+    """Return one source of a recipe, which must be no mixture."""
+    config = recipe.data[name]
+    assert isinstance(config, SourceConfig)
+    return config
+
+
+def reserved_rows(recipe: Recipe, name: str) -> int:
+    """Count the first rows that a source must not train on: also under another name the held-out rows stay out."""
+    heldout, config = source_config(recipe, recipe.heldout.data), source_config(recipe, name)
+    same = all(
+        getattr(heldout, field) == getattr(config, field) for field in ("path", "subset", "split", "revision")
+    )
+    return recipe.heldout.rows if same else 0
