@@ -19,7 +19,11 @@ class Init:
 
     def describe(self) -> str:
         """Return ``normal(0.02)``, ``zeros`` and the like."""
-        return f"{self.scheme}({', '.join(f'{value:g}' for value in self.values)})" if self.values else self.scheme
+        return (
+            f"{self.scheme}({', '.join(f'{value:g}' for value in self.values)})"
+            if self.values
+            else self.scheme
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,14 +125,18 @@ def kda_parameters(
     return table
 
 
-def _decay_inits(preset: str, gate: str, lower_bound: float, half_life: tuple[float, float]) -> tuple[Init, Init]:
+def _decay_inits(
+    preset: str, gate: str, lower_bound: float, half_life: tuple[float, float]
+) -> tuple[Init, Init]:
     """Return how A_log and dt_bias start. With a zero gate projection they alone set the half-lives."""
     if preset == "log_uniform":
         scheme = "half_life_bounded" if gate == "bounded" else "half_life_softplus"
         bound = (lower_bound,) if gate == "bounded" else ()
         return Init("zeros"), Init(scheme, (*half_life, *bound))
     if gate == "bounded":
-        raise ValueError(f'decay_init "{preset}" is defined for gate "softplus"; with "bounded" use "log_uniform"')
+        raise ValueError(
+            f'decay_init "{preset}" is defined for gate "softplus"; with "bounded" use "log_uniform"'
+        )
     if preset == "mamba":
         return Init("log_uniform_a", (1.0, 16.0)), Init("softplus_inverse_log_uniform", (1e-3, 1e-1))
     if preset == "slow":

@@ -41,13 +41,6 @@ class ParamGroup(StrEnum):
     HEAD = "head"
 
 
-class Impl(StrEnum):
-    """Name the implementation of an op: eager torch that defines it, or our Triton kernels."""
-
-    REFERENCE = "reference"
-    TRITON = "triton"
-
-
 _GRAMMAR = (
     'a pattern tiled over the layers ("kda kda kda full"), a keep-list ("full@3,7,11 kda"), '
     'one kind per layer (["kda", "full", ...]) or a JSON file {"kinds": [...]}'
@@ -61,7 +54,9 @@ class Placement:
     kinds: tuple[MixerKind, ...]
 
     @classmethod
-    def parse(cls, spec: str | Iterable[str], *, num_layers: int, where: str = "student.placement") -> Placement:
+    def parse(
+        cls, spec: str | Iterable[str], *, num_layers: int, where: str = "student.placement"
+    ) -> Placement:
         """Read a placement in any of its four spellings.
 
         Args:
@@ -144,7 +139,9 @@ class Placement:
 
     def diff(self, other: Placement) -> tuple[int, ...]:
         """List the layers whose kind differs."""
-        return tuple(i for i, pair in enumerate(zip(self.kinds, other.kinds, strict=True)) if pair[0] != pair[1])
+        return tuple(
+            i for i, pair in enumerate(zip(self.kinds, other.kinds, strict=True)) if pair[0] != pair[1]
+        )
 
     @property
     def linear_layers(self) -> tuple[int, ...]:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, LinearAttentionLayer
 
-from ..mixers.base import MixerState
-from .configuration import HybridConfig
+from gendistill.mixers.base import MixerState
+from gendistill.models.configuration import HybridConfig
 
 
 class RecurrentLayer(LinearAttentionLayer):

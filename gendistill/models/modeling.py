@@ -22,11 +22,11 @@ from transformers.models.auto.modeling_auto import MODEL_MAPPING
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from ..mixers.base import SequenceInfo
-from ..mixers.init import initial_value
-from ..mixers.kda import KDA
-from .cache import HybridCache, read_state, write_state
-from .configuration import HybridConfig
+from gendistill.mixers.base import SequenceInfo
+from gendistill.mixers.init import initial_value
+from gendistill.mixers.kda import KDA
+from gendistill.models.cache import HybridCache, read_state, write_state
+from gendistill.models.configuration import HybridConfig
 
 _MASKS = {
     "full_attention": create_causal_mask,

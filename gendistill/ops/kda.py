@@ -5,8 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from gendistill.ops.reference.delta_rule import chunk_delta_rule, recurrent_delta_rule
-from gendistill.ops.types import OpOutput, Segments
-from gendistill.types import Impl
+from gendistill.ops.types import Impl, OpOutput, Segments
 
 # below this many tokens a loop is cheaper than the chunked form
 _RECURRENT_TOKENS = 4

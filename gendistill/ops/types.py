@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from gendistill.types import Impl
+
+class Impl(StrEnum):
+    """Name the implementation of an op: eager torch that defines it, or our Triton kernels."""
+
+    REFERENCE = "reference"
+    TRITON = "triton"
 
 
 class OpOutput(NamedTuple):
