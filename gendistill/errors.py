@@ -57,3 +57,9 @@ class OutputError(GendistillError):
     """Report a folder that cannot be written or a disk that is full."""
 
     kind = "output error"
+
+
+class ReportError(GendistillError):
+    """Refuse to report what the run files do not support: missing scores, or scores that cannot be compared."""
+
+    kind = "report error"

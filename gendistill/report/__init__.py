@@ -1,1 +1,19 @@
-"""Tables, plots and the page, from run files alone."""
+"""Tables, plots and the page, from run files alone. Imports no torch."""
+
+from __future__ import annotations
+
+from gendistill.report.gap import GapReport, Inversion, TaskGap, compute_gap, rank_inversions
+from gendistill.report.write import Comparison, ReportPaths, compare_reports, render_terminal, write_report
+
+__all__ = [
+    "Comparison",
+    "GapReport",
+    "Inversion",
+    "ReportPaths",
+    "TaskGap",
+    "compare_reports",
+    "compute_gap",
+    "rank_inversions",
+    "render_terminal",
+    "write_report",
+]

@@ -1,0 +1,157 @@
+"""The page: one self-contained HTML file, readable on a phone, without scripts or anything to fetch."""
+
+from __future__ import annotations
+
+import base64
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jinja2
+
+from gendistill.report import tables
+from gendistill.report.gap import GapReport
+from gendistill.report.plots import MIXER_COLOURS
+from gendistill.report.run_files import ROLES, RunFiles
+
+REPETITION_LIMIT = 0.2
+_SHOWN_SAMPLES = 10
+
+
+def render_page(run: RunFiles, report: GapReport, figures: Mapping[str, bytes]) -> str:
+    """Render the page.
+
+    Args:
+        run: The run's files.
+        report: Its gap report.
+        figures: PNG bytes by name: ``gap``, ``heldout``, ``cache`` and ``loss-<stage>``.
+    Returns: HTML. Every text that a model or a dataset produced is escaped.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("gendistill.report", "."),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["png"] = lambda png: "data:image/png;base64," + base64.b64encode(png).decode()
+    environment.filters["minus"] = lambda text: re.sub(r"-(?=\d)", "\N{MINUS SIGN}", text)
+    environment.filters["bytes"] = format_bytes
+    samples, num_lost = worst_samples(run)
+    return environment.get_template("page.html.j2").render(
+        run=run,
+        report=report,
+        figures=figures,
+        headers=tables.HEADERS,
+        table=tables.cell_rows(report),
+        verdict=tables.verdict(report),
+        warnings=tables.warnings(report),
+        cards=summary_cards(run, report),
+        layers=placement_layers(run),
+        mixer_colours=MIXER_COLOURS,
+        heldout=run.heldout,
+        transcripts=paired_transcripts(run),
+        answers=transcript_summary(run),
+        repetition_limit=REPETITION_LIMIT,
+        samples=samples,
+        num_lost=num_lost,
+        counts=generation_counts(run),
+    )
+
+
+def summary_cards(run: RunFiles, report: GapReport) -> list[tuple[str, str, str]]:
+    """List the headline numbers as label, value and context; those not measured are left out."""
+    cards = []
+    for label, gap in (("generation gap", report.mean_gap("generation")), ("hidden gap", report.mean_hidden)):
+        if gap:
+            interval = f"95% interval {tables.signed(gap.low)} to {tables.signed(gap.high)}"
+            cards.append((label, f"{tables.signed(gap.value)} pp", interval))
+    if len(run.heldout) > 1:
+        first, last = run.heldout[0][1]["kl"], run.heldout[-1][1]["kl"]
+        share = f", {last / first:.0%} of it left" if first > 0 else ""
+        cards.append(("held-out KL", f"{last:.2f}", f"nats per token; {first:.2f} after conversion{share}"))
+    cache = run.manifest.get("cache_bytes")
+    if cache:
+        longest = cache[-1]
+        share = longest["student"] / longest["teacher"]
+        cards.append((f"cache at {longest['tokens']:,} tokens", f"{share:.0%}", "of the teacher's memory"))
+    return cards
+
+
+def placement_layers(run: RunFiles) -> list[dict[str, Any]]:
+    """List the layers with their mixer and, for converted ones, how close its output was before training."""
+    if run.placement is None:
+        return []
+    probed = {layer["layer"]: layer for layer in (run.probe or {}).get("layers") or []}
+    return [
+        {"layer": index, "kind": kind, "cosine": probed.get(index, {}).get("cosine")}
+        for index, kind in enumerate(run.placement.kinds)
+    ]
+
+
+def paired_transcripts(run: RunFiles) -> list[dict[str, Any]]:
+    """Put the two answers to each open question side by side."""
+    by_role = {role: {row["id"]: row for row in run.transcripts[role]} for role in ROLES}
+    ids = list(dict.fromkeys(item for found in by_role.values() for item in found))
+    return [{role: by_role[role].get(item) for role in ROLES} for item in ids]
+
+
+def transcript_summary(run: RunFiles) -> dict[str, float] | None:
+    """Average teacher NLL over the questions that both models answered, and the student's worst repetition."""
+    pairs = [pair for pair in paired_transcripts(run) if pair["teacher"] and pair["student"]]
+    scored = [
+        pair for pair in pairs if None not in (pair["teacher"]["teacher_nll"], pair["student"]["teacher_nll"])
+    ]
+    if not scored:
+        return None
+    nll = {role: math.fsum(pair[role]["teacher_nll"] for pair in scored) / len(scored) for role in ROLES}
+    return {**nll, "repetition": max(pair["student"]["repeated_4gram_share"] for pair in pairs)}
+
+
+def worst_samples(run: RunFiles) -> tuple[list[dict[str, Any]], int]:
+    """Pick items whose generated answer the teacher gets right and the student does not.
+
+    Returns: The first ten, those that likelihood counts as right first, and how many such items there are.
+    """
+    teacher = {(row["task"], row["id"]): row for row in run.samples["teacher"]}
+    lost = []
+    for row in run.samples["student"]:
+        right = teacher.get((row["task"], row["id"]))
+        if right and _correct(right, "generation") and _correct(row, "generation") is False:
+            hidden = bool(_correct(row, "likelihood"))
+            lost.append({"teacher": right, "student": row, "hidden": hidden, "gold": gold_text(row)})
+    lost.sort(key=lambda pair: not pair["hidden"])
+    return lost[:_SHOWN_SAMPLES], len(lost)
+
+
+def _correct(row: Mapping[str, Any], protocol: str) -> bool | None:
+    return bool(row[protocol]["correct"]) if row.get(protocol) else None
+
+
+def gold_text(row: Mapping[str, Any]) -> str:
+    """Write the reference answer: an option's text where gold is its index."""
+    gold, options = row["gold"], row.get("options")
+    if options and isinstance(gold, int) and not isinstance(gold, bool) and 0 <= gold < len(options):
+        return str(options[gold])
+    return str(gold)
+
+
+def generation_counts(run: RunFiles) -> list[dict[str, Any]]:
+    """List what generation did besides being right or wrong, per task and model."""
+    return [
+        {"task": task["task"], "role": role, **task["generation"]}
+        for role in ROLES
+        for task in run.results.get(role, {}).get("tasks", [])
+        if task.get("generation")
+    ]
+
+
+def format_bytes(count: int) -> str:
+    """Write a number of bytes in binary units."""
+    size = float(count)
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} GiB"

@@ -1,0 +1,230 @@
+"""Figures of the report, as PNG bytes. Colours are Okabe and Ito's, which survive colour blindness and grey print."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from gendistill.report.gap import GapReport
+from gendistill.report.run_files import PROTOCOLS, ROLES, RunFiles, StageFiles
+from gendistill.report.tables import signed
+from gendistill.types import Placement
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+INK, MUTED, RULE = "#1b2430", "#5f6b7a", "#d9dee5"
+COLOURS = {"teacher": "#6b7685", "student": "#0072b2", "accent": "#d55e00"}
+# Fill and text: every pair has a contrast of at least 4.5.
+MIXER_COLOURS = {"full": ("#e69f00", INK), "swa": ("#007d5a", "white"), "kda": ("#0072b2", "white")}
+_STYLE: dict[Any, Any] = {
+    "font.family": "DejaVu Sans",
+    "font.size": 10,
+    "text.color": INK,
+    "axes.edgecolor": RULE,
+    "axes.labelcolor": MUTED,
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.titlepad": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": RULE,
+    "grid.linewidth": 0.6,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "legend.frameon": False,
+    "lines.solid_capstyle": "round",
+}
+
+
+@contextmanager
+def _figure(width: float, height: float) -> Iterator[tuple[Figure, list[bytes]]]:
+    """Yield a figure, and a list that holds its PNG once the block ends."""
+    # Imported here: it costs half a second, and tables and gap.json need none of it.
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    png: list[bytes] = []
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        yield figure, png
+        out = io.BytesIO()
+        figure.savefig(out, format="png", dpi=160, facecolor="white", metadata={"Software": None})
+        png.append(out.getvalue())
+
+
+def plot_run(run: RunFiles, report: GapReport) -> dict[str, bytes]:
+    """Draw every figure that the run has data for, by name: gap, placement, heldout, loss-<stage>, cache."""
+    figures = {
+        "gap": plot_gap(report),
+        "placement": plot_placement(run.placement) if run.placement else None,
+        "heldout": plot_heldout(run.probe, run.stages),
+        **{f"loss-{stage.name}": plot_stage(stage) for stage in run.stages},
+        "cache": plot_cache(run.manifest.get("cache_bytes") or []),
+    }
+    return {name: png for name, png in figures.items() if png}
+
+
+def plot_gap(report: GapReport) -> bytes | None:
+    """Draw the scores of both models under both protocols, with intervals and the gap beside them."""
+    groups = [
+        (task.task, protocol, scores, getattr(task.gap, protocol))
+        for task in report.tasks
+        for protocol in PROTOCOLS
+        if any((scores := {role: getattr(getattr(task, role), protocol) for role in ROLES}).values())
+    ]
+    if not groups:
+        return None
+    with _figure(6.0, 1.1 + 0.72 * len(groups)) as (figure, png):
+        axes = figure.subplots()
+        for row, (_, _, scores, gap) in enumerate(groups):
+            ends = []
+            for offset, (role, score) in zip((-0.19, 0.19), scores.items(), strict=True):
+                if score is None:
+                    continue
+                error = [[score.value - score.low], [score.high - score.value]]
+                axes.barh(row + offset, score.value, height=0.34, color=COLOURS[role])
+                axes.errorbar(score.value, row + offset, xerr=error, color=INK, linewidth=1, capsize=2.5)
+                axes.text(1, row + offset, f"{score.value:.1f}", color="white", va="center", fontsize=8.5)
+                ends.append(score.high)
+            if gap:
+                axes.text(
+                    max(ends) + 1.5,
+                    row,
+                    "gap " + signed(gap.value).replace("-", "\N{MINUS SIGN}"),
+                    va="center",
+                    fontweight="bold",
+                    fontsize=9.5,
+                )
+        axes.set_yticks(range(len(groups)), [f"{task}\n{protocol}" for task, protocol, _, _ in groups])
+        axes.tick_params(axis="y", length=0, labelcolor=INK)
+        axes.invert_yaxis()
+        axes.grid(visible=False, axis="y")
+        highest = max(score.high for _, _, scores, _ in groups for score in scores.values() if score)
+        axes.set_xlim(0, min(highest + 16, 118))
+        axes.set_xticks([tick for tick in range(0, 101, 10) if tick <= highest + 10])
+        axes.set_xlabel("% of items right, with 95% intervals")
+        _legend(figure, [("teacher", COLOURS["teacher"]), ("student", COLOURS["student"])])
+    return png[0]
+
+
+def plot_placement(placement: Placement) -> bytes:
+    """Draw one square per layer, coloured and lettered by its mixer."""
+    num_layers = len(placement.kinds)
+    with _figure(7.2, 1.15) as (figure, png):
+        axes = figure.subplots()
+        for layer, kind in enumerate(placement.kinds):
+            fill, ink = MIXER_COLOURS[kind]
+            axes.bar(layer, 1, width=0.9, color=fill)
+            axes.text(layer, 0.5, kind.letter, ha="center", va="center", color=ink, weight="bold", size=8)
+        axes.set_xlim(-0.6, max(num_layers, 12) - 0.4)
+        axes.set_yticks([])
+        axes.set_xticks(range(0, num_layers, 1 if num_layers < 40 else 4))
+        axes.tick_params(axis="x", length=0, labelsize=7.5)
+        axes.spines[:].set_visible(False)
+        axes.grid(visible=False)
+        _legend(figure, [(str(kind), MIXER_COLOURS[kind][0]) for kind in dict.fromkeys(placement.kinds)])
+    return png[0]
+
+
+def plot_stage(stage: StageFiles) -> bytes | None:
+    """Draw the training loss of one stage by step."""
+    rows = [row for row in stage.metrics if row.get("loss") is not None]
+    if not rows:
+        return None
+    with _figure(4.6, 3.0) as (figure, png):
+        axes = figure.subplots()
+        axes.plot(
+            [row["step"] for row in rows],
+            [row["loss"] for row in rows],
+            color=COLOURS["student"],
+            linewidth=1.4,
+        )
+        objective = f": {stage.result['objective']}" if stage.result else ", unfinished"
+        axes.set_title(f"{stage.name}{objective}")
+        axes.set_xlabel("step")
+        axes.set_ylabel("training loss")
+        _log_if_wide(axes, [row["loss"] for row in rows])
+    return png[0]
+
+
+def plot_heldout(probe: Mapping[str, Any] | None, stages: Sequence[StageFiles]) -> bytes | None:
+    """Draw held-out KL from the converted student to the end; every stage has the same width."""
+    points = [(0.0, probe["kl"])] if probe else []
+    for index, stage in enumerate(stages):
+        inside = [(row["step"], row["heldout"]["kl"]) for row in stage.metrics if row.get("heldout")]
+        end = (stage.result or {}).get("heldout")
+        points += [
+            (index + step / max(stage.num_steps, 1), kl) for step, kl in inside if step < stage.num_steps
+        ]
+        points += [(index + 1.0, end["kl"])] if end else []
+    if len(points) < 2:
+        return None
+    with _figure(4.6, 3.0) as (figure, png):
+        axes = figure.subplots()
+        x, kl = zip(*points, strict=True)
+        axes.plot(x, kl, color=COLOURS["accent"], linewidth=1.4, marker="o", markersize=4)
+        for at, value, place in ((x[0], kl[0], "left"), (x[-1], kl[-1], "right")):
+            axes.annotate(
+                f"{value:.2f}", (at, value), (0, 7), textcoords="offset points", ha=place, fontweight="bold"
+            )
+        axes.set_title("held-out KL to the teacher")
+        axes.set_ylabel("nats per token")
+        axes.set_xticks(
+            [0, *range(1, len(stages) + 1)], ["converted", *(f"after\n{stage.name}" for stage in stages)]
+        )
+        axes.margins(x=0.06, y=0.18)
+        _log_if_wide(axes, kl)
+    return png[0]
+
+
+def plot_cache(rows: Sequence[Mapping[str, int]]) -> bytes | None:
+    """Draw what one sequence keeps in memory while generating, by context length."""
+    if len(rows) < 2:
+        return None
+    with _figure(4.6, 3.0) as (figure, png):
+        axes = figure.subplots()
+        tokens = [row["tokens"] for row in rows]
+        for role in ROLES:
+            mebibytes = [row[role] / 2**20 for row in rows]
+            axes.plot(tokens, mebibytes, color=COLOURS[role], linewidth=2, marker="o", markersize=4)
+            axes.annotate(
+                role,
+                (tokens[-1], mebibytes[-1]),
+                (6, 0),
+                textcoords="offset points",
+                va="center",
+                color=COLOURS[role],
+                fontweight="bold",
+            )
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log", base=2)
+        axes.set_xticks(tokens, [f"{count:,}" if count < 1024 else f"{count // 1024}k" for count in tokens])
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.minorticks_off()
+        axes.margins(x=0.22)
+        axes.set_title("cache of one sequence")
+        axes.set_xlabel("tokens of context")
+        axes.set_ylabel("MiB")
+    return png[0]
+
+
+def _legend(figure: Figure, entries: Sequence[tuple[str, str]]) -> None:
+    from matplotlib.patches import Patch
+
+    handles = [Patch(color=colour, label=label) for label, colour in entries]
+    figure.legend(
+        handles=handles, loc="outside upper left", ncols=len(entries), handlelength=1, handleheight=1
+    )
+
+
+def _log_if_wide(axes: Axes, values: Sequence[float]) -> None:
+    """Use a logarithmic axis once the values span more than a factor of ten."""
+    if min(values) > 0 and max(values) / min(values) > 10:
+        axes.set_yscale("log")

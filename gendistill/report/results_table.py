@@ -1,0 +1,245 @@
+"""Measured results as files, and the tables of README and docs that come from them.
+
+``python -m gendistill.report.results_table README.md docs/*.md`` fills every block between
+``<!-- results:NAME -->`` and ``<!-- /results -->`` from ``docs/results/NAME.json``; ``--check`` only says which
+documents are out of date.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import re
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, ValidationError, model_validator
+
+from gendistill.config.base import Section
+from gendistill.errors import GendistillError, ReportError
+from gendistill.paths import write_json, write_text
+
+DEFAULT_FOLDER = Path("docs/results")
+_BLOCK = re.compile(r"(<!-- results:(?P<name>[\w.-]+) -->\n).*?(<!-- /results -->)", re.DOTALL)
+_MARKER = re.compile(r"<!-- /?results\b")
+_PACKAGES = ("gendistill", "torch", "transformers", "accelerate")
+
+Number = Annotated[float, Field(allow_inf_nan=False, strict=True)]
+
+
+class ResultRow(Section):
+    """One measured number, with the bar it had to meet and the peer it is compared with."""
+
+    name: str = Field(min_length=1)
+    value: Number
+    unit: str
+    better: Literal["lower", "higher"]
+    bar: Number | None = None
+    peer: str | None = None
+    peer_value: Number | None = None
+    n: int | None = Field(None, ge=1)
+    ci95: tuple[Number, Number] | None = None
+    note: str | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if (self.peer is None) != (self.peer_value is None):
+            raise ValueError("peer and peer_value are given together or not at all")
+        if self.ci95 and not self.ci95[0] <= self.value <= self.ci95[1]:
+            raise ValueError(f"ci95 {list(self.ci95)} does not contain value {self.value}")
+        return self
+
+    @property
+    def met(self) -> bool | None:
+        """Whether the bar is met; None without a bar."""
+        if self.bar is None:
+            return None
+        return self.value <= self.bar if self.better == "lower" else self.value >= self.bar
+
+
+class Results(Section):
+    """One file of ``docs/results``."""
+
+    version: Literal[1] = Field(alias="schema")
+    command: str = Field(min_length=1)
+    commit: str = Field(pattern=r"^[0-9a-f]{7,40}(-dirty)?$")
+    date: str = Field(pattern=r"^\d{4}-\d{2}-\d{2}$")
+    device: str = Field(min_length=1)
+    versions: dict[str, str]
+    rows: tuple[ResultRow, ...] = Field(min_length=1)
+
+
+def load_results(path: Path) -> Results:
+    """Read and validate one results file.
+
+    Raises:
+        ReportError: Missing, no JSON, or not of the schema; every problem is listed.
+    """
+    try:
+        return Results.model_validate_json(path.read_text(encoding="utf-8"), by_name=False, by_alias=True)
+    except OSError as error:
+        raise ReportError(f"cannot read the results: {error.strerror}", where=str(path)) from error
+    except ValidationError as error:
+        raise _invalid(path, error) from error
+
+
+def write_results_json(
+    path: Path,
+    *,
+    command: str,
+    device: str,
+    rows: Sequence[ResultRow],
+    commit: str | None = None,
+    date: str | None = None,
+    versions: Mapping[str, str] | None = None,
+) -> Results:
+    """Write measured rows as a results file.
+
+    Args:
+        path: Usually ``docs/results/<name>.json``.
+        command: The command that measures these numbers again.
+        device: What it ran on, in words.
+        rows: The measured numbers.
+        commit: Code that was measured; if None, git's HEAD, with ``-dirty`` if tracked files differ from it.
+        date: ``YYYY-MM-DD``; today if None.
+        versions: Version by package; if None, the installed gendistill, torch, transformers and accelerate.
+    Returns: What was written.
+    Raises:
+        ReportError: A value outside the schema, or no commit given where git knows none.
+    """
+    try:
+        results = Results(
+            schema=1,
+            command=command,
+            commit=commit or _head_commit(),
+            date=date or datetime.date.today().isoformat(),
+            device=device,
+            versions=dict(versions) if versions is not None else _installed_versions(),
+            rows=tuple(rows),
+        )
+    except ValidationError as error:
+        raise _invalid(path, error) from error
+    write_json(path, results.model_dump(mode="json", by_alias=True))
+    return results
+
+
+def _invalid(path: Path, error: ValidationError) -> ReportError:
+    problems = [f"{'.'.join(map(str, each['loc'])) or 'file'}: {each['msg']}" for each in error.errors()]
+    return ReportError(
+        "; ".join(problems), where=str(path), hint="fix the program that measured it, then run it again"
+    )
+
+
+def _head_commit() -> str:
+    try:
+        described = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        return subprocess.run(described, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise ReportError(
+            "git does not know the commit of this code", hint="run inside the checkout"
+        ) from error
+
+
+def _installed_versions() -> dict[str, str]:
+    return {package: metadata.version(package) for package in _PACKAGES}
+
+
+def render_results(results: Results) -> str:
+    """Lay out one results file as a markdown table with its origin underneath; empty columns are left out."""
+    table = [_cells(row) for row in results.rows]
+    used = [header for header in table[0] if any(cells[header] for cells in table)]
+    lines = [
+        "| " + " | ".join(used) + " |",
+        "|" + "|".join("---" if h in _TEXT else "---:" for h in used) + "|",
+    ]
+    lines += [
+        "| " + " | ".join(cells[header].replace("|", "\\|") for header in used) + " |" for cells in table
+    ]
+    versions = ", ".join(f"{package} {version}" for package, version in results.versions.items())
+    origin = f"Measured {results.date} on {results.device} with {versions}, commit {results.commit[:10]}"
+    return "\n".join(lines) + f"\n\n{origin}:\n`{results.command}`\n"
+
+
+_TEXT = frozenset({"", "result", "note"})
+
+
+def _cells(row: ResultRow) -> dict[str, str]:
+    sign = "≤" if row.better == "lower" else "≥"
+    return {
+        "": row.name,
+        "measured": f"{_number(row.value)} {row.unit}".strip(),
+        "95% interval": f"{_number(row.ci95[0])} to {_number(row.ci95[1])}" if row.ci95 else "",
+        "n": f"{row.n:,}" if row.n else "",
+        "bar": f"{sign} {_number(row.bar)}" if row.bar is not None else "",
+        "result": {True: "met", False: "**missed**", None: ""}[row.met],
+        "peer": f"{_number(row.peer_value)} ({row.peer})" if row.peer_value is not None else "",
+        "note": row.note or "",
+    }
+
+
+def _number(value: float) -> str:
+    """Write a number with four significant digits, and integers whole."""
+    return f"{value:,.0f}" if value == int(value) or abs(value) >= 10_000 else f"{value:.4g}"
+
+
+def fill_document(text: str, *, folder: Path, where: str = "document") -> str:
+    """Replace the content of every results block of a document.
+
+    Args:
+        text: Markdown with zero or more blocks.
+        folder: Folder of the results files.
+        where: Name of the document, for errors.
+    Raises:
+        ReportError: A results file is missing or invalid, or a marker has no partner.
+    """
+    if len(_MARKER.findall(text)) != 2 * len(_BLOCK.findall(text)):
+        raise ReportError(
+            "a results marker has no partner",
+            where=where,
+            hint="write <!-- results:NAME --> and <!-- /results -->, each on its own line",
+        )
+
+    def table(match: re.Match[str]) -> str:
+        return match[1] + render_results(load_results(folder / f"{match['name']}.json")) + match[3]
+
+    return _BLOCK.sub(table, text)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Fill the documents, or with ``--check`` fail if one is out of date."""
+    parser = argparse.ArgumentParser(prog="python -m gendistill.report.results_table", allow_abbrev=False)
+    parser.add_argument("documents", nargs="+", type=Path, help="markdown files with results blocks")
+    parser.add_argument("--folder", type=Path, default=DEFAULT_FOLDER, help="folder of the results files")
+    parser.add_argument(
+        "--check", action="store_true", help="change nothing; fail if a document is out of date"
+    )
+    options = parser.parse_args(arguments)
+    stale = []
+    try:
+        for document in options.documents:
+            old = document.read_text(encoding="utf-8")
+            new = fill_document(old, folder=options.folder, where=str(document))
+            if new == old:
+                continue
+            stale.append(str(document))
+            if not options.check:
+                write_text(document, new)
+    except GendistillError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    if stale and options.check:
+        shown = " ".join(stale)
+        print(
+            f"out of date: {shown}\n  next: python -m gendistill.report.results_table {shown}",
+            file=sys.stderr,
+        )
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

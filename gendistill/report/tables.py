@@ -1,0 +1,168 @@
+"""The one place that lays out the gap table: terminal, markdown, CSV and HTML come from the same rows."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from rich.markup import escape
+from rich.table import Table
+
+from gendistill.report.gap import ByProtocol, Estimate, GapReport, Inversion
+from gendistill.report.run_files import ROLES
+
+NOT_MEASURED = "–"  # noqa: RUF001 an en dash is what tables use for an empty cell
+HEADERS = ("task", "teacher ll / gen", "student ll / gen", "gap ll", "gap gen", "hidden gap", "n")
+
+
+class Cell(NamedTuple):
+    """A value and the smaller text under it."""
+
+    main: str
+    detail: str = ""
+
+
+def raw_rows(report: GapReport) -> list[dict[str, Any]]:
+    """List one flat row per task; percent and percentage points, None where not measured."""
+    rows = []
+    for task in report.tasks:
+        row: dict[str, Any] = {"run": report.name, "task": task.task, "metric": task.metric}
+        row |= {"n": task.n, "limit": task.limit}
+        for name, pair in (("teacher", task.teacher), ("student", task.student), ("gap", task.gap)):
+            row |= _flat(f"{name}_likelihood", pair.likelihood) | _flat(f"{name}_generation", pair.generation)
+        rows.append(row | _flat("hidden_gap", task.hidden))
+    return rows
+
+
+def _flat(name: str, estimate: Estimate | None) -> dict[str, float | None]:
+    if estimate is None:
+        return {name: None, f"{name}_low": None, f"{name}_high": None}
+    return {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
+
+
+def cell_rows(report: GapReport) -> list[list[Cell]]:
+    """Lay out the table for people: one list of cells per task, in the order of ``HEADERS``."""
+    return [
+        [
+            Cell(task.task, ", ".join([task.metric, *([f"LIMIT {task.limit}"] if task.limit else [])])),
+            _scores(task.teacher),
+            _scores(task.student),
+            _difference(task.gap.likelihood),
+            _difference(task.gap.generation),
+            _difference(task.hidden, mark=" !!"),
+            Cell(f"{task.n:,}"),
+        ]
+        for task in report.tasks
+    ]
+
+
+def _scores(pair: ByProtocol) -> Cell:
+    shown = [f"{score.value:.1f}" if score else NOT_MEASURED for score in (pair.likelihood, pair.generation)]
+    return Cell(" / ".join(shown))
+
+
+def _difference(estimate: Estimate | None, *, mark: str = "") -> Cell:
+    if estimate is None:
+        return Cell(NOT_MEASURED)
+    flag = mark if estimate.excludes_zero else ""
+    return Cell(signed(estimate.value) + flag, f"[{signed(estimate.low)}, {signed(estimate.high)}]")
+
+
+def signed(points: float) -> str:
+    """Write percentage points with one decimal and a sign; exact and rounded zero are both ``0.0``."""
+    rounded = round(points, 1)
+    return f"{rounded:+.1f}" if rounded else "0.0"
+
+
+def render_rich(report: GapReport) -> Table:
+    """Lay out the table for a terminal, intervals under their values so that it fits 80 columns."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for index, header in enumerate(HEADERS):
+        table.add_column(header, justify="right" if index else "left")
+    for cells in cell_rows(report):
+        shown = [
+            escape(cell.main) + (f"\n[dim]{escape(cell.detail)}[/]" if cell.detail else "") for cell in cells
+        ]
+        table.add_row(*shown)
+    return table
+
+
+def render_markdown(reports: Sequence[GapReport]) -> str:
+    """Lay out one markdown table; with several runs, each row begins with its run."""
+    several = len(reports) > 1
+    headers = (["run"] if several else []) + list(HEADERS)
+    lines = ["| " + " | ".join(headers) + " |", "|---" * len(headers) + "|"]
+    for report in reports:
+        for cells in cell_rows(report):
+            texts = ([report.name] if several else []) + [" ".join(filter(None, cell)) for cell in cells]
+            lines.append("| " + " | ".join(text.replace("|", "\\|") for text in texts) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def render_csv(reports: Sequence[GapReport]) -> str:
+    """Write every number unrounded, one line per run and task; empty where not measured."""
+    rows = [row for report in reports for row in raw_rows(report)]
+    if not rows:
+        return ""
+    out = io.StringIO()
+    writer = csv.DictWriter(out, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue()
+
+
+def verdict(report: GapReport) -> str:
+    """Say in two sentences what the conversion cost, by generation and by log-likelihood."""
+    sentences = []
+    for protocol, how in (("generation", "Writing its answers"), ("likelihood", "By log-likelihood")):
+        gap = report.mean_gap(protocol)
+        if gap is None:
+            sentences.append(f"The {protocol} gap is not measured.")
+            continue
+        num_tasks = sum(getattr(task.gap, protocol) is not None for task in report.tasks)
+        over = "1 task" if num_tasks == 1 else f"mean of {num_tasks} tasks"
+        side = "below" if gap.value < 0 else "above"
+        same = not round(gap.value, 1)
+        change = "the same as its teacher" if same else f"{abs(gap.value):.1f} points {side} its teacher"
+        noise = "" if same or gap.excludes_zero else "; within noise"
+        interval = f"95% interval {signed(gap.low)} to {signed(gap.high)}"
+        sentences.append(f"{how}, the student scores {change} ({interval}, {over}{noise}).")
+    return " ".join(sentences)
+
+
+def warnings(report: GapReport) -> list[str]:
+    """List what a reader of the table must not miss, most important first."""
+    found = []
+    for task in report.tasks:
+        if task.hidden and task.hidden.high < 0:
+            found.append(
+                f"{task.task}: likelihood hides {-task.hidden.value:.1f} pp of the generation gap; "
+                'rank runs by "gap gen"'
+            )
+        elif task.hidden and task.hidden.low > 0:
+            found.append(
+                f"{task.task}: likelihood overstates the generation gap by {task.hidden.value:.1f} pp"
+            )
+    limits = sorted({task.limit for task in report.tasks if task.limit})
+    if limits:
+        shown = ", ".join(str(limit) for limit in limits)
+        found.append(f"LIMIT {shown}: scored on the first items only; not comparable with published numbers")
+    found += [
+        f"{task.task}: no likelihood score ({task.likelihood_reason})"
+        for task in report.tasks
+        if task.likelihood_reason
+    ]
+    absent = [role for role in ROLES if getattr(report, role) is None]
+    found += [f"{role}: not measured; score it with gendistill eval" for role in absent]
+    return found
+
+
+def inversion_lines(inversions: Sequence[Inversion]) -> list[str]:
+    """Say every rank inversion in one line."""
+    return [
+        f"{found.task}: likelihood prefers {found.best_by_likelihood} (by {found.likelihood_margin:.1f} pp), "
+        f"generation prefers {found.best_by_generation} (by {found.generation_margin:.1f} pp)"
+        for found in inversions
+    ]
