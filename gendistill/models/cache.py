@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, LinearAttentionLayer
+from transformers.cache_utils import Cache, DynamicCache, LinearAttentionLayer
 
 from gendistill.mixers.base import MixerState
 from gendistill.models.configuration import HybridConfig
@@ -71,18 +71,12 @@ class HybridCache(DynamicCache):
         ]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Positions seen: by the layer asked for, or by the first attention layer when that is a linear one."""
-        if layer_idx == 0 and isinstance(self.layers[0], RecurrentLayer):
-            attention = [layer for layer in self.layers if isinstance(layer, CacheLayerMixin)]
-            return (attention[0] if attention else self.layers[0]).get_seq_length()
-        return super().get_seq_length(layer_idx)
+        """Positions seen by any layer; linear layers count theirs, so every index is allowed."""
+        return self.layers[layer_idx].get_seq_length()  # pyright: ignore[reportAttributeAccessIssue]
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """Length and offset of the keys that a mask for ``layer_idx`` covers."""
-        if layer_idx == 0 and isinstance(self.layers[0], RecurrentLayer):
-            attention = [layer for layer in self.layers if isinstance(layer, CacheLayerMixin)]
-            return (attention[0] if attention else self.layers[0]).get_mask_sizes(query_length)
-        return super().get_mask_sizes(query_length, layer_idx)
+        return self.layers[layer_idx].get_mask_sizes(query_length)  # pyright: ignore[reportAttributeAccessIssue]
 
     def crop(self, tokens_to_remove: int) -> None:
         """Refuse: a recurrent state cannot forget its last tokens."""

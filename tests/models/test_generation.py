@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from transformers import DynamicCache, GenerationConfig, StaticCache
 
 from gendistill.models import HybridCache
@@ -153,6 +155,10 @@ def test_static_cache_gives_the_same_text(student, tokens):
         with pytest.raises(ValueError, match="HybridCache"):
             student(ids, past_key_values=StaticCache(config=student.config, max_cache_len=32), use_cache=True)
         return
+    if student.config.mixers[0] == "swa" and Version(transformers.__version__) < Version("5.23"):
+        pytest.skip(
+            "transformers below 5.23 sizes a static cache's masks by a linear layer when layer 0 slides"
+        )
     plain = student.generate(ids, **arguments)
     cache = StaticCache(config=student.config, max_cache_len=ids.shape[1] + 10)
     assert torch.equal(student.generate(ids, past_key_values=cache, **arguments), plain)
