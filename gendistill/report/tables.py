@@ -145,6 +145,11 @@ def warnings(report: GapReport) -> list[str]:
             found.append(
                 f"{task.task}: likelihood overstates the generation gap by {task.hidden.value:.1f} pp"
             )
+    found += [
+        f"{task.task}: the teacher writes no correct answer, so the generation gap says nothing about the student"
+        for task in report.tasks
+        if task.teacher.generation and not task.teacher.generation.value
+    ]
     limits = sorted({task.limit for task in report.tasks if task.limit})
     if limits:
         shown = ", ".join(str(limit) for limit in limits)

@@ -83,6 +83,14 @@ def test_a_hidden_gap_within_noise_is_not_flagged(make_run):
     assert "within noise" in verdict(report)
 
 
+def test_a_teacher_that_writes_nothing_right_is_called_out(make_run):
+    scores = {"quiz": ([1, 0, 1], [0, 0, 0])}
+    found = warnings(gap_report(read_run(make_run(teacher=scores, student=scores))))
+    assert found == [
+        "quiz: the teacher writes no correct answer, so the generation gap says nothing about the student"
+    ]
+
+
 def test_verdict_averages_tasks_and_names_what_is_missing(make_run):
     text = verdict(gap_report(read_run(make_run())))
     assert text.startswith("Writing its answers, the student scores 32.5 points below its teacher")
