@@ -26,7 +26,9 @@ def run(arguments: argparse.Namespace) -> int:
         )
     if arguments.num_rows < 1:
         raise RecipeError(f"--num-rows must be at least 1, got {arguments.num_rows}", where="--num-rows")
+    from rich.console import Console
+
     from gendistill.data.preview import render_preview
 
-    print(render_preview(recipe, stage, arguments.num_rows))
+    Console(highlight=False, soft_wrap=True).print(render_preview(recipe, stage, arguments.num_rows))
     return 0

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from gendistill.cli.arguments import add_output, add_recipe, command_line, load
 from gendistill.cli.dry_run import add_dry_run, print_plan
-from gendistill.cli.launch import add_num_processes, is_launched, launch
+from gendistill.cli.launch import add_num_processes, is_launched, launch, say
 from gendistill.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
     from gendistill import pipeline
 
     run_dir = pipeline.distill(recipe, command=command_line(), only=only)
-    print(f"ok        {run_dir.student}   next: gendistill eval {arguments.recipe}")
+    say(f"ok        {run_dir.student}   next: gendistill eval {arguments.recipe}")
     return 0
 
 

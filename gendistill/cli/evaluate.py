@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 from pathlib import Path
+from typing import Any
 
 from gendistill.cli.arguments import add_json, all_overrides, command_line, print_json
 from gendistill.errors import RecipeError
@@ -29,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--limit", type=_positive, metavar="N", help="first N items per task; marked in tables"
     )
     parser.add_argument("--batch-size", type=_positive, metavar="N", help="items at once (8)")
-    parser.add_argument("--teacher", metavar="MODEL", help="score this model on the same items, for the gap")
+    parser.add_argument("--teacher", metavar="MODEL", help="model that scores the answers to open questions")
     parser.add_argument("--questions", metavar="NAME", help="built-in name or .jsonl of open questions")
     parser.add_argument("--out", metavar="FOLDER", help="where results go (evals/<model>)")
     parser.add_argument("--list", action="store_true", help="list the built-in tasks and questions")
@@ -113,9 +114,25 @@ def _score_model(arguments: argparse.Namespace) -> int:
     )
     if arguments.json:
         print_json(results)
-    else:
-        print(f"ok        {out}")
+        return 0
+    _print_scores(results)
+    print(f"ok        {out}")
     return 0
+
+
+def _print_scores(results: dict[str, Any]) -> None:
+    """Print both protocols side by side, in percent."""
+    rows: list[tuple[str, ...]] = [("task", "likelihood", "generation", "n", "")]
+    for task in results["tasks"]:
+        scores = [task[protocol] for protocol in ("likelihood", "generation")]
+        cells = ["-" if score is None else f"{100 * score['value']:.1f}" for score in scores]
+        rows.append(
+            (task["task"], *cells, f"{task['n']:,}", f"LIMIT {task['limit']}" if task["limit"] else "")
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for name, *cells in rows:
+        numbers = "  ".join(cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))
+        print(f"{name:{widths[0]}}  {numbers}".rstrip())
 
 
 def _list(arguments: argparse.Namespace) -> int:

@@ -24,6 +24,12 @@ def is_launched() -> bool:
     return "LOCAL_RANK" in os.environ or int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
+def say(line: str) -> None:
+    """Print a line once, however many processes run the command."""
+    if os.environ.get("RANK", "0") == "0":
+        print(line)
+
+
 def launch_command(words: list[str], *, num_processes: int, on_gpu: bool) -> list[str]:
     """Build the ``accelerate launch`` command for a gendistill command.
 

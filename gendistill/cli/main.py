@@ -122,7 +122,7 @@ def _quiet_libraries() -> None:
 def _interrupted(words: Sequence[str]) -> int:
     lines = ["interrupted"]
     if any(word in _RESUMES for word in words[:1]):
-        lines.append(f"  finished work is kept; the same command resumes: {command_line()}")
+        lines.append(f"  finished work is kept; the same command resumes it: {command_line()}")
     print("\n".join(lines), file=sys.stderr)
     return 130
 

@@ -6,7 +6,7 @@ import argparse
 
 from gendistill.cli.arguments import add_output, add_recipe, command_line, load
 from gendistill.cli.dry_run import add_dry_run, print_plan
-from gendistill.cli.launch import add_num_processes, is_launched, launch
+from gendistill.cli.launch import add_num_processes, is_launched, launch, say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,5 +27,5 @@ def run(arguments: argparse.Namespace) -> int:
     from gendistill import pipeline
 
     run_dir = pipeline.run(recipe, command=command_line())
-    print(f"ok        {run_dir.root}   report: {run_dir.report / 'index.html'}")
+    say(f"ok        {run_dir.root}   report: {run_dir.report / 'index.html'}")
     return 0

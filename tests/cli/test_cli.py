@@ -1,0 +1,350 @@
+"""The command line: exit codes, errors without tracebacks, and what each command hands to the pipeline."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import gendistill.pipeline as pipeline
+from gendistill.cli.arguments import with_dashes
+from gendistill.cli.launch import launch_command
+from gendistill.cli.main import COMMANDS
+from gendistill.config.load import load_recipe, recipe_names
+from gendistill.errors import CheckpointError
+from gendistill.paths import RunDir
+from gendistill_evals import EvalError
+
+
+@pytest.fixture
+def calls(monkeypatch, tmp_path):
+    """Record what the pipeline is asked to do, and do nothing."""
+    recorded = []
+
+    def recorder(name, result):
+        def record(*positional, **named):
+            recorded.append((name, positional, named))
+            return result
+
+        return record
+
+    for name in ("run", "convert", "distill", "evaluate"):
+        monkeypatch.setattr(pipeline, name, recorder(name, RunDir(tmp_path / "runs" / "tiny")))
+    scores = {
+        "tasks": [{"task": "copy", "n": 5, "limit": 5, "likelihood": None, "generation": {"value": 0.4}}]
+    }
+    monkeypatch.setattr(pipeline, "evaluate_model", recorder("evaluate_model", scores))
+    return recorded
+
+
+def test_no_command_prints_help(cli):
+    code, out, _ = cli()
+    assert code == 0
+    assert all(name in out for name in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(cli, command):
+    code, out, _ = cli(command, "--help")
+    assert code == 0
+    assert out.startswith(f"usage: gendistill {command}")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["rnu", "tiny"], "invalid choice"),
+        (["run"], "RECIPE"),
+        (["run", "tiny", "--dryrun"], 'did you mean "--dry-run"?'),
+        (["run", "tiny", "--dry"], 'unknown argument "--dry"'),
+        (["run", "tiny", "--num-processes", "two"], "invalid int value"),
+        (["run", "tiny", "seed"], '"seed" is no override'),
+        (["run", "nothing"], 'there is no recipe "nothing"'),
+        (["run", "tiny", "sead=3"], 'did you mean "seed"?'),
+        (["distill", "tiny", "--only", "distil"], 'did you mean "distill"?'),
+        (["data", "tiny", "--stage", "x"], 'has no stage "x"'),
+        (["data", "tiny", "-n", "0"], "at least 1"),
+        (["eval"], "no model was named"),
+        (["eval", "some/model"], "nothing to score"),
+        (["eval", "some/model", "seed=3", "--tasks", "copy"], "changes a recipe"),
+        (["eval", "tiny", "--limit", "5"], "eval.limit=..."),
+        (["eval", "some/model", "--limit", "0", "--tasks", "copy"], "no number above 0"),
+        (["recipe", "schema", "--at", "stages.x.mak"], 'did you mean "mask"?'),
+        (["recipe"], "ACTION"),
+    ],
+)
+def test_bad_usage_exits_with_2_and_says_what_to_do(cli, calls, words, message):
+    code, _, err = cli(*words)
+    assert code == 2
+    assert message in err
+    assert "Traceback" not in err
+    assert calls == []
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["run", "tiny", "seed=3", "--output", "elsewhere", "name=x"],
+        ["run", "--output=elsewhere", "tiny", "seed=3", "name=x"],
+    ],
+)
+def test_run_hands_over_the_recipe_and_the_command(cli, calls, words):
+    code, out, _ = cli(*words)
+    assert code == 0
+    ((name, (recipe,), named),) = calls
+    assert name == "run"
+    assert recipe == load_recipe("tiny", ["seed=3", "name=x", "output=elsewhere"])
+    assert named["command"].startswith("gendistill run ")
+    assert "index.html" in out
+
+
+def test_distill_hands_over_the_chosen_stages(cli, calls):
+    assert cli("distill", "tiny", "--only", "block", "--only", "distill")[0] == 0
+    assert cli("distill", "tiny", "--only", "distill")[0] == 0
+    assert [named["only"] for _, _, named in calls] == [("block", "distill"), ("distill",)]
+
+
+def test_convert_and_eval_of_a_recipe_reach_the_pipeline(cli, calls):
+    assert cli("convert", "tiny")[0] == 0
+    assert cli("eval", "tiny", "eval.limit=5")[0] == 0
+    assert [name for name, _, _ in calls] == ["convert", "evaluate"]
+    assert calls[1][1][0].eval.limit == 5
+
+
+def test_eval_scores_any_model(cli, calls):
+    words = ["--tasks", "copy,yesno", "--protocols", "generation", "--limit", "5", "--batch_size", "2"]
+    code, out, _ = cli("eval", "org/some.model", *words, "--questions", "demo", "--teacher", "org/big")
+    assert code == 0
+    ((_, positional, named),) = calls
+    assert positional == ("org/some.model",)
+    assert named == {
+        "tasks": ("copy", "yesno"),
+        "protocols": ("generation",),
+        "limit": 5,
+        "batch_size": 2,
+        "out": Path("evals/org-some.model"),
+        "teacher": "org/big",
+        "questions": "demo",
+    }
+    assert out.splitlines()[1].split() == ["copy", "-", "40.0", "5", "LIMIT", "5"]
+
+
+def test_eval_lists_tasks(cli_json):
+    listed = cli_json("eval", "--list")
+    assert {"name", "items", "description"} == set(listed["tasks"][0])
+    assert "demo" in listed["questions"]
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (
+            CheckpointError("gone", where="here", hint="look there"),
+            1,
+            ["checkpoint error  here", "next: look there"],
+        ),
+        (EvalError("no task", where="x", hint="y", exit_code=2), 2, ["evaluation error  x", "next: y"]),
+        (MemoryError("no room"), 1, ["memory error", "micro_batch_size"]),
+        (
+            PermissionError(13, "Permission denied", "/root/x"),
+            1,
+            ["system error  /root/x", "Permission denied"],
+        ),
+        (KeyError("secret"), 1, ["internal error  KeyError", "--debug"]),
+        (KeyboardInterrupt(), 130, ["interrupted", "gendistill run tiny"]),
+    ],
+)
+def test_failure_is_a_message_and_an_exit_code(cli, monkeypatch, error, code, words):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(pipeline, "run", fail)
+    found, _, err = cli("run", "tiny")
+    assert found == code
+    assert all(word in err for word in words)
+    assert "Traceback" not in err
+
+
+def test_debug_raises_the_error_itself(cli, monkeypatch):
+    def fail(*_, **__):
+        raise CheckpointError("gone")
+
+    monkeypatch.setattr(pipeline, "run", fail)
+    with pytest.raises(CheckpointError):
+        cli("run", "tiny", "--debug")
+
+
+def test_reader_that_leaves_early_causes_no_traceback():
+    command = [sys.executable, "-m", "gendistill", "recipe", "show", "tiny"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    assert process.wait() == 141
+    assert process.stderr.read() == b""
+
+
+def test_underscores_in_flags_are_dashes_and_values_stay():
+    words = ["run", "--num_processes=2", "--output", "my_folder", "a_b.c=d_e", "--", "--x_y"]
+    assert with_dashes(words) == [
+        "run",
+        "--num-processes=2",
+        "--output",
+        "my_folder",
+        "a_b.c=d_e",
+        "--",
+        "--x_y",
+    ]
+
+
+@pytest.mark.parametrize("given", [["--num-processes", "2"], ["--num_processes=2"]])
+def test_launcher_repeats_the_command_without_its_own_flag(given):
+    command = launch_command(["distill", "tiny", *given, "seed=3"], num_processes=2, on_gpu=False)
+    assert command[:3] == [sys.executable, "-m", "accelerate.commands.launch"]
+    assert command[command.index("--num_processes") + 1] == "2"
+    assert "--cpu" in command
+    assert command[command.index("gendistill") :] == ["gendistill", "distill", "tiny", "seed=3"]
+    assert "--cpu" not in launch_command(["distill", "tiny"], num_processes=2, on_gpu=True)
+
+
+def test_several_processes_start_the_launcher_once(cli, calls, monkeypatch):
+    started = []
+
+    def replace_process(path, command):
+        started.append(command)
+        raise SystemExit(0)
+
+    monkeypatch.setattr(os, "execv", replace_process)
+    code, out, _ = cli("distill", "tiny", "--num-processes", "2")
+    assert code == 0
+    assert out.startswith("launch    ")
+    assert len(started) == 1
+    assert calls == []
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("RANK", "1")
+    code, out, _ = cli("distill", "tiny", "--num-processes", "2")
+    assert (code, out) == (0, "")
+    assert [name for name, _, _ in calls] == ["distill"]
+
+
+@pytest.mark.parametrize("command", ["run", "convert", "distill"])
+def test_dry_run_prints_the_plan_and_runs_nothing(cli, calls, workspace, teacher_folder, command):
+    code, out, err = cli(command, "tiny", f"teacher.model={teacher_folder}", "--dry-run")
+    assert code == 0, err
+    assert "KFKF (2 kda, 2 full)" in out
+    assert "self_attn.A_log" in out
+    assert ("block_output" in out) == (command != "convert")
+    assert ("predicted peak" in out) == (command != "convert")
+    assert out.splitlines()[-1].startswith("ok        nothing was run")
+    assert calls == []
+    assert not (workspace / "runs").exists()
+
+
+def test_dry_run_as_json_says_the_same(cli_json, workspace, teacher_folder):
+    plan = cli_json("run", "tiny", f"teacher.model={teacher_folder}", "--dry-run")
+    assert [stage["name"] for stage in plan["stages"]] == ["block", "distill"]
+    assert plan["student"]["placement"] == ["kda", "full", "kda", "full"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "code", "message"),
+    [
+        (["teacher.model=./nowhere"], 1, "does not exist"),
+        (["student.placement=[kda, full]"], 2, "lists 2 layers, the teacher has 4"),
+        (["student.placement=kda mamba"], 2, 'unknown mixer "mamba"'),
+        (["student.placement=full@9 kda"], 2, "layers are 0 to 3"),
+        (["stages.distill.batch_size=3"], 2, "no multiple of micro_batch_size"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_runs(
+    cli, workspace, teacher_folder, overrides, code, message
+):
+    found, _, err = cli("run", "tiny", f"teacher.model={teacher_folder}", *overrides, "--dry-run")
+    assert found == code
+    assert message in err
+    assert "Traceback" not in err
+
+
+def test_recipe_ls_names_every_recipe(cli, cli_json):
+    assert [row["name"] for row in cli_json("recipe", "ls")] == recipe_names()
+    assert all(row["about"] for row in cli_json("recipe", "ls"))
+    assert cli("recipe", "ls")[0] == 0
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_shipped_recipe_passes_check(cli, name):
+    code, out, err = cli("recipe", "check", name)
+    assert code == 0, err
+    assert out.startswith(f"ok        {name}")
+
+
+def test_recipe_show_prints_origins_and_loads_back(cli, workspace):
+    code, out, _ = cli("recipe", "show", "smollm2-135m-kda", "seed=7")
+    assert code == 0
+    (seed,) = [line for line in out.splitlines() if line.startswith("seed:")]
+    assert seed.split("#")[1].strip() == "command line"
+    assert "base/paper.yaml:" in out
+    assert "# default" in out
+    (workspace / "shown.yaml").write_text(out)
+    assert load_recipe("shown.yaml") == load_recipe("smollm2-135m-kda", ["seed=7"])
+
+
+def test_recipe_cp_makes_an_independent_recipe(cli, workspace):
+    assert cli("recipe", "cp", "smollm2-135m-kda", "mine.yaml")[0] == 0
+    assert load_recipe("mine.yaml").name == "mine"
+    assert load_recipe("mine.yaml").stages == load_recipe("smollm2-135m-kda").stages
+    code, _, err = cli("recipe", "cp", "tiny", "mine.yaml")
+    assert code == 2
+    assert "--force" in err
+    assert cli("recipe", "cp", "tiny", "mine.yaml", "--force")[0] == 0
+
+
+def test_recipe_schema_describes_a_section_and_validates_recipes(cli, cli_json):
+    code, out, _ = cli("recipe", "schema", "--at", "stages.distill.objective")
+    assert code == 0
+    assert "temperature" in out
+    assert "KLConfig" in out
+    schema = cli_json("recipe", "schema")
+    assert schema["properties"]["schema"]["const"] == 1
+    assert "from" in schema["$defs"]["StudentConfig"]["properties"]
+
+
+def test_recipe_diff_prints_what_differs(cli, cli_json, workspace):
+    cli("recipe", "cp", "tiny", "mine.yaml")
+    rows = cli_json("recipe", "diff", "tiny", "mine.yaml")
+    assert rows == [{"setting": "name", "first": "tiny", "second": "mine"}]
+    assert cli("recipe", "diff", "tiny", "tiny")[1] == "the two recipes are equal\n"
+
+
+def test_broken_recipe_prints_every_problem_and_exits_with_2(cli, workspace):
+    cli("recipe", "cp", "tiny", "mine.yaml")
+    path = workspace / "mine.yaml"
+    path.write_text(path.read_text().replace("seed: 42", "sead: 42").replace("kind: kl}", "kind: kll}"))
+    code, out, err = cli("recipe", "check", "mine.yaml")
+    assert (code, out) == (2, "")
+    assert "recipe error  mine.yaml:" in err
+    assert 'did you mean "seed"?' in err
+    assert 'did you mean "kl"?' in err
+    assert "2 problems; nothing was run" in err
+
+
+def test_report_of_a_folder_without_results_is_an_error(cli, workspace):
+    code, _, err = cli("report", "nowhere")
+    assert code != 0
+    assert "Traceback" not in err
+    assert "nowhere" in err
+
+
+def test_report_as_json_is_the_gap_file(cli_json, monkeypatch, tmp_path):
+    import gendistill.report as report
+
+    gap = tmp_path / "gap.json"
+    gap.write_text(json.dumps({"tasks": []}))
+    monkeypatch.setattr(
+        report, "write_report", lambda folder: type("Paths", (), {"gap": gap, "page": folder})()
+    )
+    assert cli_json("report", "runs/x") == {"tasks": []}
