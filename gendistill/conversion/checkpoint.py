@@ -107,6 +107,7 @@ def _read_config(folder: Path, where: str) -> dict[str, Any]:
 
 def _with_defaults(folder: Path, family: str, where: str) -> dict[str, Any]:
     """Let transformers fill in what config.json leaves out and bring old spellings up to date."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import CONFIG_MAPPING, AutoConfig
 
     if family == "gendistill":
@@ -119,7 +120,7 @@ def _with_defaults(folder: Path, family: str, where: str) -> dict[str, Any]:
         )
     try:
         return AutoConfig.from_pretrained(folder).to_dict()
-    except (ValueError, TypeError, KeyError, OSError) as error:
+    except (StrictDataclassError, ValueError, TypeError, KeyError, OSError) as error:
         raise CheckpointError(
             f"transformers cannot read {folder / 'config.json'}: {error}",
             where=where,
@@ -252,13 +253,14 @@ def load_causal_lm(
 
     read_tensor_index(folder)
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype, output_loading_info=True)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype, output_loading_info=True)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise CheckpointError(
             f"{folder} cannot be loaded: {error}",
             where=str(folder),
             hint="check config.json against the weights",
         ) from error
+    model, info = loaded
     missing = sorted(info["missing_keys"])
     if missing:
         raise CheckpointError(

@@ -187,7 +187,7 @@ def _row_order(name: str, num_rows: int, architecture: str, config: dict[str, An
     return np.arange(num_rows).reshape(heads[module], -1, 2).swapaxes(1, 2).reshape(-1)
 
 
-def _values(data: np.ndarray, tensor: GGUFTensor, order: np.ndarray | None) -> Iterator[memoryview]:
+def _values(data: np.ndarray, tensor: GGUFTensor, order: np.ndarray | None) -> Iterator[bytes]:
     """Dequantise block by block of rows. Rows are quantised one by one, so they can be reordered first."""
     kind = GGMLQuantizationType(tensor.type_id)
     num_bytes = tensor_bytes(tensor)
@@ -196,4 +196,4 @@ def _values(data: np.ndarray, tensor: GGUFTensor, order: np.ndarray | None) -> I
     step = max(1, _BLOCK_ELEMENTS // row_elements)
     for start in range(0, tensor.shape[0], step):
         rows = raw[start : start + step] if order is None else raw[order[start : start + step]]
-        yield memoryview(np.ascontiguousarray(dequantize(rows, kind), dtype="<f4")).cast("B")
+        yield np.asarray(dequantize(rows, kind), dtype="<f4").tobytes()

@@ -288,21 +288,16 @@ def _kda_steps(
 
 def _kda_table(geometry: Geometry, settings: KDAConfig) -> dict[str, ParameterSpec]:
     fields = settings.model_dump(exclude={"conv_activation", "rope", "qk_norm"})
-    try:
-        return kda_parameters(
-            hidden_size=geometry.hidden_size,
-            num_heads=geometry.num_heads,
-            num_kv_heads=geometry.num_kv_heads,
-            head_dim=geometry.head_dim,
-            qkv_bias=geometry.qkv_bias,
-            output_bias=geometry.output_bias,
-            initializer_range=geometry.initializer_range,
-            **fields,
-        )
-    except ValueError as error:
-        raise RecipeError(
-            str(error), where="student.mixers.kda", hint="change one of the settings named above"
-        ) from error
+    return kda_parameters(
+        hidden_size=geometry.hidden_size,
+        num_heads=geometry.num_heads,
+        num_kv_heads=geometry.num_kv_heads,
+        head_dim=geometry.head_dim,
+        qkv_bias=geometry.qkv_bias,
+        output_bias=geometry.output_bias,
+        initializer_range=geometry.initializer_range,
+        **fields,
+    )
 
 
 def _dropped(

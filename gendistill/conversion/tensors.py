@@ -201,7 +201,7 @@ def split_into_shards(tensors: Sequence[NewTensor], max_shard_bytes: int) -> lis
 def write_shards(
     folder: Path,
     tensors: Sequence[NewTensor],
-    values: Callable[[NewTensor], Iterable[bytes | memoryview]],
+    values: Callable[[NewTensor], Iterable[bytes]],
     *,
     max_shard_bytes: int,
     on_bytes: Callable[[int], None],
@@ -248,14 +248,13 @@ def _encode_header(tensors: Sequence[NewTensor]) -> bytes:
 
 
 def _write_values(
-    sink: BinaryIO, tensor: NewTensor, pieces: Iterable[bytes | memoryview], on_bytes: Callable[[int], None]
+    sink: BinaryIO, tensor: NewTensor, pieces: Iterable[bytes], on_bytes: Callable[[int], None]
 ) -> None:
     written = 0
     for piece in pieces:
         sink.write(piece)
-        length = memoryview(piece).nbytes
-        written += length
-        on_bytes(length)
+        written += len(piece)
+        on_bytes(len(piece))
     if written != tensor.num_bytes:
         raise OutputError(
             f"{tensor.name} has {written:,} bytes of values, its shape needs {tensor.num_bytes:,}",

@@ -1,0 +1,190 @@
+"""Probe a converted student before any training: does it still predict, and which layers carry the damage?"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from rich.console import Group
+from rich.table import Table
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from gendistill.data.batch import IGNORE, Batch, model_inputs
+from gendistill.errors import CheckpointError
+from gendistill.mixers.init import half_lives
+from gendistill.training.heldout import score_heldout
+
+_QUANTILES = (5, 25, 50, 75, 95)
+_SAMPLES = 65_536  # gate values kept per layer and batch
+
+
+@dataclass(slots=True)
+class _LayerSums:
+    """Add up how far one mixer's output is from the attention output it replaces."""
+
+    cosine: float = 0.0
+    positions: int = 0
+    squared_error: float = 0.0
+    squared_norm: float = 0.0
+    half_lives: list[Tensor] = field(default_factory=list)
+
+    def add(self, got: Tensor, wanted: Tensor) -> None:
+        """Count outputs ``[N, hidden_size]``."""
+        got, wanted = got.float(), wanted.float()
+        self.cosine += float(torch.cosine_similarity(got, wanted, dim=-1).sum())
+        self.positions += got.shape[0]
+        self.squared_error += float((got - wanted).square().sum())
+        self.squared_norm += float(wanted.square().sum())
+
+
+def probe_student(
+    student: PreTrainedModel, teacher: PreTrainedModel, batches: Sequence[Batch]
+) -> dict[str, Any]:
+    """Compare a student with its teacher on held-out text.
+
+    Args:
+        student: Converted student.
+        teacher: Its teacher. Layers are compared when both have the same geometry.
+        batches: Held-out text; positions with a label count.
+    Returns:
+        What ``score_heldout`` returns, with ``layers`` (cosine and relative error of each linear mixer's output, on
+        the teacher's own inputs, against the attention output it replaces) and ``half_life`` (quantiles in tokens,
+        at zero input and on the text).
+    """
+    result: dict[str, Any] = dict(score_heldout(student, teacher, batches))
+    was_training = student.training, teacher.training
+    student.eval()
+    teacher.eval()
+    try:
+        with torch.no_grad():
+            sums = _compare_layers(student, teacher, batches)
+            at_zero = [_half_lives_at_zero(student.model.layers[layer].self_attn) for layer in sums]
+    finally:
+        student.train(was_training[0])
+        teacher.train(was_training[1])
+    kinds = student.config.mixers
+    result["layers"] = [
+        {
+            "layer": layer,
+            "kind": kinds[layer],
+            "cosine": total.cosine / max(total.positions, 1),
+            "relative_error": math.sqrt(total.squared_error / max(total.squared_norm, 1e-30)),
+        }
+        for layer, total in sums.items()
+        if total.positions
+    ]
+    real = [values for total in sums.values() for values in total.half_lives]
+    result["half_life"] = {"quantiles": _quantiles(at_zero), "on_text": _quantiles(real)}
+    return result
+
+
+def _compare_layers(
+    student: PreTrainedModel, teacher: PreTrainedModel, batches: Sequence[Batch]
+) -> dict[int, _LayerSums]:
+    sums = {layer: _LayerSums() for layer in student.config.linear_layers}
+    same = all(
+        getattr(student.config, name) == getattr(teacher.config, name)
+        for name in ("num_hidden_layers", "hidden_size")
+    )
+    if not same:
+        return sums
+    current: list[Batch] = []
+
+    def watch(layer: int) -> Any:
+        mixer = student.model.layers[layer].self_attn
+        weight = mixer.q_proj.weight
+
+        def hook(_: Any, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> None:
+            # the mixer runs as soon as its input is known, so that no layer's activations are kept
+            batch = current[0]
+            given = arguments[0] if arguments else keywords["hidden_states"]
+            hidden = given.to(weight)
+            cosines_and_sines = tuple(part.to(weight) for part in keywords["position_embeddings"])
+            got, _unused = mixer(
+                hidden_states=hidden,
+                position_embeddings=cosines_and_sines,
+                position_ids=batch.position_ids,
+                cu_seq_lens_q=batch.cu_seqlens,
+            )
+            counts = batch.labels != IGNORE
+            sums[layer].add(got[counts], output[0][counts].to(got))
+            values = half_lives(mixer.log_decay(hidden)[counts]).flatten()
+            sums[layer].half_lives.append(values[:: max(1, len(values) // _SAMPLES)].cpu())
+
+        return teacher.model.layers[layer].self_attn.register_forward_hook(hook, with_kwargs=True)
+
+    handles = [watch(layer) for layer in sums]
+    try:
+        for batch in batches:
+            current[:] = [batch.to(teacher.device)]
+            teacher.model(**model_inputs(current[0]))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return sums
+
+
+def _half_lives_at_zero(mixer: Any) -> Tensor:
+    weight = mixer.q_proj.weight
+    return half_lives(mixer.log_decay(weight.new_zeros(1, 1, weight.shape[1]))).flatten().cpu()
+
+
+def _quantiles(values: Sequence[Tensor]) -> dict[str, float]:
+    if not values:
+        return {}
+    merged = torch.cat(list(values)).double()
+    merged = merged[:: max(1, len(merged) // 4_000_000)]  # torch.quantile has a limit
+    points = torch.quantile(merged, torch.tensor([point / 100 for point in _QUANTILES], dtype=torch.float64))
+    return {str(point): float(value) for point, value in zip(_QUANTILES, points, strict=True)}
+
+
+def check_probe(result: dict[str, Any]) -> None:
+    """Stop when the student predicts no better than guessing.
+
+    Raises:
+        CheckpointError: Its cross-entropy is not finite, or not below that of the uniform distribution.
+    """
+    student_ce, ln_vocab = result["student_ce"], result["ln_vocab"]
+    if math.isfinite(student_ce) and student_ce < ln_vocab:
+        return
+    worst = sorted(result["layers"], key=lambda layer: -_badness(layer["relative_error"]))[:3]
+    named = ", ".join(f"{layer['layer']} (cosine {layer['cosine']:.2f})" for layer in worst)
+    median = result["half_life"]["quantiles"].get("50")
+    raise CheckpointError(
+        f"the converted student has cross-entropy {student_ce:.2f}, guessing has {ln_vocab:.2f} (ln vocab); "
+        + (f"worst layers: {named}; " if named else "")
+        + (f"median half-life {median:.1f} tokens" if median is not None else "no linear layers"),
+        where="student",
+        hint="keep more layers full in student.placement, or change student.mixers.kda: init: qkvo, "
+        "half_life: [4, 512], conv_activation: identity, output_gate: silu",
+    )
+
+
+def _badness(error: float) -> float:
+    return error if math.isfinite(error) else math.inf
+
+
+def render_probe(result: dict[str, Any]) -> Group:
+    """Lay out a probe for the terminal: scores, a table of layers, half-lives."""
+    scores = (
+        f"untrained student: CE {result['student_ce']:.3f} (teacher {result['teacher_ce']:.3f}, "
+        f"guessing {result['ln_vocab']:.2f}), KL {result['kl']:.3f}, top-1 agreement {result['top1_agreement']:.1%}"
+    )
+    table = Table("layer", "mixer", "cosine to attention", "relative error")
+    for layer in result["layers"]:
+        cells = str(layer["layer"]), layer["kind"], f"{layer['cosine']:.3f}", f"{layer['relative_error']:.3f}"
+        table.add_row(*cells)
+    return Group(scores, *([table] if result["layers"] else []), *_half_life_lines(result["half_life"]))
+
+
+def _half_life_lines(half_life: dict[str, dict[str, float]]) -> list[str]:
+    return [
+        f"half-lives {label}: {' / '.join(f'{value:.1f}' for value in half_life[key].values())} tokens "
+        f"({'/'.join(half_life[key])}%)"
+        for key, label in (("quantiles", "at zero input"), ("on_text", "on the text"))
+        if half_life[key]
+    ]
