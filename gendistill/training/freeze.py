@@ -1,0 +1,163 @@
+"""Which parameters learn in a stage: six groups, narrowed by name."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from gendistill.config.schema import StageConfig
+from gendistill.errors import RecipeError
+from gendistill.losses.base import mixer_kinds
+from gendistill.types import ParamGroup
+
+_LAYER = re.compile(r"model\.layers\.(\d+)\.(\w+)\.")
+
+
+def param_group_of(name: str, config: Any) -> ParamGroup:
+    """Say which group a parameter belongs to.
+
+    A tied head is the embedding, so its name gives ``embed``. The QK-norms of kept attention belong to
+    ``attention``, everything inside a linear layer's ``self_attn`` to ``mixer``.
+
+    Args:
+        name: Name in ``student.named_parameters()``.
+        config: The student's configuration.
+    Raises:
+        RecipeError: The name fits no group.
+    """
+    if name.startswith("model.embed_tokens."):
+        return ParamGroup.EMBED
+    if name.startswith("lm_head."):
+        return ParamGroup.EMBED if config.tie_word_embeddings else ParamGroup.HEAD
+    if name.startswith("model.norm."):
+        return ParamGroup.NORM
+    match = _LAYER.match(name)
+    if match and match[2] == "self_attn":
+        linear = mixer_kinds(config)[int(match[1])].is_linear
+        return ParamGroup.MIXER if linear else ParamGroup.ATTENTION
+    if match and match[2] == "mlp":
+        return ParamGroup.MLP
+    if match and match[2].endswith("layernorm"):
+        return ParamGroup.NORM
+    raise RecipeError(
+        f'parameter "{name}" belongs to none of the groups {", ".join(ParamGroup)}',
+        hint="this model family is not supported for training",
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class FreezeReport:
+    """Say what learns and what does not.
+
+    Attributes:
+        names: Trained parameters, in model order.
+        trained: Numbers that learn, per group.
+        frozen: Numbers that do not, per group.
+        notes: What the reader of the recipe would not expect.
+    """
+
+    names: tuple[str, ...]
+    trained: dict[ParamGroup, int]
+    frozen: dict[ParamGroup, int]
+    notes: tuple[str, ...]
+
+    def __str__(self) -> str:
+        def listed(counts: dict[ParamGroup, int]) -> str:
+            return ", ".join(f"{group} {_short(count)}" for group, count in counts.items()) or "nothing"
+
+        total = sum(self.trained.values())
+        lines = [f"trains {_short(total)} parameters: {listed(self.trained)}; frozen: {listed(self.frozen)}"]
+        return "\n".join([*lines, *self.notes])
+
+
+def apply_freeze(
+    student: nn.Module,
+    stage: StageConfig,
+    *,
+    name: str = "<name>",
+    reaches: Callable[[str], bool] = lambda parameter: True,
+) -> FreezeReport:
+    """Set ``requires_grad`` as the stage asks.
+
+    Args:
+        student: Model whose parameters are switched.
+        stage: Its ``train`` and ``only`` decide.
+        name: Name of the stage, for errors.
+        reaches: Whether the objective can train a parameter; those it cannot stay frozen and are reported.
+    Raises:
+        RecipeError: A pattern under ``only`` matches nothing, or a named group cannot learn.
+    """
+    where = f"stages.{name}"
+    parameters = dict(student.named_parameters())
+    groups = {parameter: param_group_of(parameter, student.config) for parameter in parameters}
+    asked = [parameter for parameter, group in groups.items() if group in stage.train]
+    notes = _check_groups(stage, set(groups.values()), student.config, where)
+    if stage.only:
+        asked = _narrow(asked, stage.only, f"{where}.only")
+    chosen = {parameter for parameter in asked if reaches(parameter)}
+    lost = {groups[parameter] for parameter in asked} - {groups[parameter] for parameter in chosen}
+    if lost:
+        raise RecipeError(
+            f"the objective {stage.objective.kind} gives no gradient to {', '.join(sorted(lost))}",
+            where=f"{where}.train",
+            hint=f"remove {', '.join(sorted(lost))} from train, or train end to end with objective: {{kind: kl}}",
+        )
+    if len(chosen) < len(asked):
+        notes.append(
+            f"{len(asked) - len(chosen)} tensors outside the converted layers stay frozen: "
+            f"{stage.objective.kind} does not reach them"
+        )
+    trained, frozen = Counter[ParamGroup](), Counter[ParamGroup]()
+    for parameter, tensor in parameters.items():
+        tensor.requires_grad_(parameter in chosen)
+        (trained if parameter in chosen else frozen)[groups[parameter]] += tensor.numel()
+    names = tuple(parameter for parameter in parameters if parameter in chosen)
+    return FreezeReport(names, dict(trained), dict(frozen), tuple(notes))
+
+
+def _check_groups(stage: StageConfig, present: set[ParamGroup], config: Any, where: str) -> list[str]:
+    absent = [group for group in stage.train if group not in present]
+    tied = ParamGroup.HEAD in absent and config.tie_word_embeddings
+    if tied and ParamGroup.EMBED not in stage.train:
+        raise RecipeError(
+            "this model's head is tied to its embedding and belongs to the group embed",
+            where=f"{where}.train",
+            hint="write embed instead of head: both learn together",
+        )
+    if len(absent) == len(stage.train):
+        raise RecipeError(
+            f"nothing would learn: the student has no parameters in {', '.join(absent)}",
+            where=f"{where}.train",
+        )
+    notes = ["head is tied to the embedding and learns as embed"] if tied else []
+    others = [group for group in absent if not (tied and group is ParamGroup.HEAD)]
+    return notes + [f"this placement has no parameters in {group}" for group in others]
+
+
+def _narrow(names: list[str], patterns: tuple[str, ...], where: str) -> list[str]:
+    kept: set[str] = set()
+    for pattern in patterns:
+        try:
+            matched = [name for name in names if re.search(pattern, name)]
+        except re.error as error:
+            raise RecipeError(f'"{pattern}" is no regular expression: {error}', where=where) from error
+        if not matched:
+            raise RecipeError(
+                f'"{pattern}" matches none of the {len(names)} parameters in the trained groups',
+                where=where,
+                hint=f'names look like "{names[0]}"',
+            )
+        kept.update(matched)
+    return [name for name in names if name in kept]
+
+
+def _short(count: int) -> str:
+    for scale, letter in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
+        if count >= scale:
+            return f"{count / scale:.1f}{letter}"
+    return str(count)

@@ -1,0 +1,107 @@
+"""The optimizer, its learning rates, and the dtype of the arithmetic in between."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gendistill.config.schema import ScheduleConfig, StageConfig
+from gendistill.training.freeze import param_group_of
+from gendistill.types import ParamGroup
+
+_PROBE_ROUNDS = 10
+_NEVER_DECAYED = ("A_log", "dt_bias", "conv")
+
+
+def decays(name: str, parameter: Tensor, config: Any) -> bool:
+    """Whether weight decay applies: to matrices only, never to norms, biases, gates, convolutions, embeddings."""
+    if parameter.dim() < 2 or any(word in name for word in _NEVER_DECAYED):
+        return False
+    return param_group_of(name, config) not in (ParamGroup.NORM, ParamGroup.EMBED)
+
+
+def build_optimizer(student: nn.Module, stage: StageConfig) -> torch.optim.AdamW:
+    """Make AdamW over the parameters that require gradients, with float32 moments.
+
+    Each of its parameter groups carries ``group`` (a ``ParamGroup``) and ``base_lr``; the loop sets ``lr``.
+
+    Args:
+        student: Float32 model, after ``apply_freeze``.
+        stage: Rates, betas and weight decay.
+    """
+    buckets: dict[tuple[ParamGroup, bool], list[Tensor]] = {}
+    for name, parameter in student.named_parameters():
+        if parameter.requires_grad:
+            key = (param_group_of(name, student.config), decays(name, parameter, student.config))
+            buckets.setdefault(key, []).append(parameter)
+    groups = []
+    for (group, decayed), parameters in buckets.items():
+        rate = stage.lr[group] if isinstance(stage.lr, dict) else stage.lr
+        decay = stage.weight_decay if decayed else 0.0
+        groups.append(
+            {"params": parameters, "group": group, "base_lr": rate, "lr": rate, "weight_decay": decay}
+        )
+    return torch.optim.AdamW(groups, betas=stage.betas, eps=1e-8, fused=True)
+
+
+def learning_rate_factor(schedule: ScheduleConfig, step: int, num_steps: int) -> float:
+    """Compute the factor of the base rate for one step: a pure function, so that resuming needs no state.
+
+    Args:
+        schedule: Shape; its fractions are of ``num_steps``, rounded to whole steps.
+        step: Step about to be taken, from 0.
+        num_steps: Steps of the stage.
+    """
+    warmup = min(round(schedule.warmup * num_steps), num_steps)
+    if step < warmup:
+        return (step + 1) / warmup
+    if schedule.kind == "constant":
+        return 1.0
+    start = warmup
+    if schedule.kind == "wsd":
+        start = max(warmup, num_steps - round(schedule.decay * num_steps))
+    if step < start:
+        return 1.0
+    progress = (step + 1 - start) / (num_steps - start)
+    shape = (1 + math.cos(math.pi * progress)) / 2 if schedule.kind == "cosine" else 1 - progress
+    return schedule.min_ratio + (1 - schedule.min_ratio) * shape
+
+
+def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> dict[str, float]:
+    """Scale every group's base rate, and return the rates by group."""
+    rates: dict[str, float] = {}
+    for group in optimizer.param_groups:
+        group["lr"] = group["base_lr"] * factor
+        rates[group["group"].value] = group["lr"]
+    return rates
+
+
+def choose_compute_dtype(device: torch.device, hidden_size: int, *, seconds: float = 2.0) -> torch.dtype:
+    """Choose the dtype of matmuls and activations; weights and moments stay float32.
+
+    A GPU with bfloat16 units gets bfloat16. Elsewhere both dtypes are timed on a layer of the model's width, casts of
+    the weights included, and bfloat16 must win by a fifth to be worth its rounding.
+
+    Args:
+        hidden_size: Width of the model.
+        seconds: Most time to spend.
+    """
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    layer = nn.Linear(hidden_size, 4 * hidden_size, device=device)
+    inputs = torch.randn(512, hidden_size, device=device)
+    best = {torch.float32: math.inf, torch.bfloat16: math.inf}
+    deadline = time.perf_counter() + seconds
+    for _ in range(_PROBE_ROUNDS):
+        for dtype in best:
+            start = time.perf_counter()
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype is torch.bfloat16):
+                layer(inputs).float().sum().backward()
+            best[dtype] = min(best[dtype], time.perf_counter() - start)
+        if time.perf_counter() > deadline:
+            break
+    return torch.bfloat16 if best[torch.bfloat16] < best[torch.float32] / 1.2 else torch.float32

@@ -1,0 +1,172 @@
+"""What is decided before the first step of a stage and never again: its length, its arithmetic, its settings."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gendistill.config.schema import StageConfig
+from gendistill.data.batch import Batch
+from gendistill.errors import CheckpointError
+from gendistill.paths import read_json, write_json
+
+# these change neither the data nor the mathematics, so they may change between a stop and a resume
+_FREE = {
+    "log_every_steps",
+    "save_every_steps",
+    "save_every_minutes",
+    "keep_checkpoints",
+    "micro_batch_size",
+    "gradient_checkpointing",
+}
+_MOST_PROBES = 3
+_PROBE_SECONDS = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class StagePlan:
+    """Hold the decisions.
+
+    Attributes:
+        steps: Optimizer steps of the stage.
+        compute_dtype: ``float32`` or ``bfloat16``: matmuls and activations.
+        seconds_per_step: As timed for a budget in minutes, else None.
+        locked: Every setting that a resumed stage must share, by its path in the recipe.
+    """
+
+    steps: int
+    compute_dtype: str
+    seconds_per_step: float | None
+    locked: dict[str, Any]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that ``compute_dtype`` names."""
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[self.compute_dtype]
+
+
+def locked_settings(
+    stage: StageConfig, *, name: str, seed: int, checksums: dict[str, int], extra: dict[str, Any]
+) -> dict[str, Any]:
+    """List what must not change between a stop and a resume.
+
+    Args:
+        stage: The stage.
+        name: Its name.
+        seed: The recipe's.
+        checksums: Of the student's parameters before the stage.
+        extra: More settings that the stage depends on (teacher, data), as JSON.
+    """
+    settings = {key: value for key, value in stage.model_dump(mode="json").items() if key not in _FREE}
+    digest = hashlib.sha256(repr(sorted(checksums.items())).encode()).hexdigest()[:16]
+    return {**_flat(f"stages.{name}", settings), "seed": seed, "initial student": digest, **_flat("", extra)}
+
+
+def existing_plan(path: Path, locked: dict[str, Any], checkpoint: Path | None) -> StagePlan | None:
+    """Read the plan of a stage that has begun, and refuse it if the recipe has changed since.
+
+    Args:
+        path: ``plan.json``.
+        locked: The settings as they are now.
+        checkpoint: Where the stage would resume; without one nothing is lost, and a plan of another recipe is
+            simply replaced.
+    Raises:
+        CheckpointError: There is a checkpoint, and a locked setting differs or the plan cannot be read.
+    """
+    if not path.exists() and checkpoint is None:
+        return None
+    hint = f"restore the recipe to resume, or delete {path.parent} to start this stage again"
+    try:
+        plan = StagePlan(**read_json(path))
+    except (OSError, ValueError, TypeError) as error:
+        if checkpoint is None:
+            return None
+        raise CheckpointError(f"cannot read the stage's plan: {error}", where=str(path), hint=hint) from error
+    if plan.locked == locked:
+        return plan
+    if checkpoint is None:
+        return None
+    changed = [
+        f"{key}: {plan.locked.get(key, '(not set)')} -> {locked.get(key, '(not set)')}"
+        for key in sorted(set(plan.locked) | set(locked))
+        if key not in plan.locked or key not in locked or plan.locked[key] != locked[key]
+    ]
+    raise CheckpointError(
+        f"the recipe has changed since this stage began: {'; '.join(changed)}", where=str(path), hint=hint
+    )
+
+
+def write_plan(path: Path, plan: StagePlan) -> None:
+    """Write ``plan.json``."""
+    write_json(path, asdict(plan))
+
+
+def num_steps(stage: StageConfig, seconds_per_step: float | None, spent: float = 0.0) -> int:
+    """Turn the stage's length into optimizer steps, at least one.
+
+    Args:
+        stage: Gives tokens, steps or minutes.
+        seconds_per_step: Needed for minutes.
+        spent: Seconds of the minutes that are already gone.
+    """
+    if stage.steps is not None:
+        return stage.steps
+    if stage.tokens is not None:
+        return math.ceil(stage.tokens / (stage.batch_size * stage.seq_len))
+    assert stage.minutes is not None
+    assert seconds_per_step is not None
+    return max(1, int((60 * stage.minutes - spent) / seconds_per_step))
+
+
+def time_step(
+    run: Callable[[Batch], object], micro_batches: Sequence[Batch], optimizer: torch.optim.AdamW
+) -> float:
+    """Estimate the seconds of one optimizer step without taking one.
+
+    Forward and backward are timed on real micro-batches, after one that warms up. The optimizer is timed on a copy
+    of its largest tensor: its cost is the memory it touches. The caller clears the gradients.
+
+    Args:
+        run: Forward and backward of one micro-batch.
+        micro_batches: Of one step on this process.
+        optimizer: Not stepped.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    device = parameters[0].device
+    run(micro_batches[0])
+    times: list[float] = []
+    while len(times) < _MOST_PROBES and sum(times) < _PROBE_SECONDS:
+        batch = micro_batches[(len(times) + 1) % len(micro_batches)]
+        times.append(_seconds(device, lambda batch=batch: run(batch)))
+    largest = nn.Parameter(max(parameters, key=Tensor.numel).detach().clone())
+    largest.grad = torch.zeros_like(largest)
+    probe = torch.optim.AdamW([largest], lr=1e-3, fused=True)
+    probe.step()
+    share = sum(parameter.numel() for parameter in parameters) / largest.numel()
+    return sorted(times)[len(times) // 2] * len(micro_batches) + _seconds(device, probe.step) * share
+
+
+def _seconds(device: torch.device, work: Callable[[], object]) -> float:
+    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    synchronize()
+    start = time.perf_counter()
+    work()
+    synchronize()
+    return time.perf_counter() - start
+
+
+def _flat(prefix: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    flat: dict[str, Any] = {}
+    for key, inner in value.items():
+        flat.update(_flat(f"{prefix}.{key}" if prefix else str(key), inner))
+    return flat

@@ -1,0 +1,224 @@
+"""Objectives against sums written out by hand on tiny models."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from gendistill.config.objectives import (
+    BlockOutputConfig,
+    CEConfig,
+    JSDConfig,
+    KLConfig,
+    MixConfig,
+    MixerOutputConfig,
+)
+from gendistill.data.batch import IGNORE, Batch, model_inputs
+from gendistill.errors import RecipeError
+from gendistill.losses.base import Signal, check_vocabulary
+from gendistill.losses.build import build_objective
+from gendistill.testing import tiny_student, tiny_teacher
+
+LINEAR = (0, 2)  # of the placement "mixed"
+
+
+def make_batch(rows=2, tokens=12, seed=0):
+    """Rows of one document each, so that a plain causal model is the oracle; some labels do not count."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, 97, (rows, tokens), generator=generator)
+    labels = torch.cat([ids[:, 1:], torch.full((rows, 1), IGNORE)], 1)
+    labels[torch.rand(labels.shape, generator=generator) < 0.3] = IGNORE
+    return Batch(
+        input_ids=ids,
+        labels=labels,
+        position_ids=torch.arange(tokens).repeat(rows, 1),
+        cu_seqlens=torch.arange(0, rows * tokens + 1, tokens, dtype=torch.int32),
+        num_labels=int((labels != IGNORE).sum()),
+        num_tokens=rows * tokens,
+    )
+
+
+@pytest.fixture
+def student():
+    return tiny_student(seed=1)
+
+
+@pytest.fixture
+def teacher():
+    return tiny_teacher(seed=2)
+
+
+def evaluate(config, student, teacher, batch):
+    objective = build_objective(config)
+    objective.bind(student.config)
+    objective.calibrate(teacher, batch)
+    return objective, objective(student, objective.observe(teacher, batch), batch)
+
+
+def test_needs_name_what_the_teacher_must_show():
+    kl, ce = KLConfig(), CEConfig()
+    assert build_objective(kl).needs == {Signal.HIDDEN}
+    assert build_objective(ce).needs == frozenset()
+    assert build_objective(MixConfig(terms=(ce, ce))).needs == frozenset()
+    assert build_objective(MixConfig(terms=(ce, kl))).needs == {Signal.HIDDEN}
+    assert build_objective(MixerOutputConfig()).needs == {Signal.MIXER_IO}
+    assert build_objective(BlockOutputConfig()).needs == {Signal.BLOCK_IO}
+
+
+def test_mix_is_the_weighted_sum_of_dense_terms(student, teacher):
+    batch = make_batch()
+    config = MixConfig(
+        terms=(
+            KLConfig(temperature=2.0, weight=0.5),
+            KLConfig(direction="reverse"),
+            JSDConfig(beta=0.3, weight=2.0),
+            CEConfig(weight=0.1),
+        )
+    )
+    objective, term = evaluate(config, student, teacher, batch)
+    counted = batch.labels != IGNORE
+    with torch.no_grad():
+        s = student(**model_inputs(batch)).logits[counted].double()
+        t = teacher(**model_inputs(batch)).logits[counted].double()
+    q, p = s.softmax(-1), t.softmax(-1)
+    warm_q, warm_p = (s / 2).softmax(-1), (t / 2).softmax(-1)
+    m = 0.3 * p + 0.7 * q
+    expected = {
+        "kl": 4 * (warm_p * (warm_p / warm_q).log()).sum(),
+        "reverse_kl": (q * (q / p).log()).sum(),
+        "jsd": 0.3 * (p * (p / m).log()).sum() + 0.7 * (q * (q / m).log()).sum(),
+        "ce": F.cross_entropy(s, batch.labels[counted], reduction="sum"),
+    }
+    assert objective.part_names == tuple(expected)
+    for name, value in expected.items():
+        assert term.parts[name].item() == pytest.approx(value.item(), rel=1e-5)
+    weighted = 0.5 * expected["kl"] + expected["reverse_kl"] + 2 * expected["jsd"] + 0.1 * expected["ce"]
+    assert term.total.item() == pytest.approx(weighted.item(), rel=1e-5)
+    assert term.count.item() == batch.num_labels
+
+
+def test_equal_terms_keep_their_own_parts(student, teacher):
+    objective, term = evaluate(
+        MixConfig(terms=(KLConfig(), KLConfig(temperature=3.0))), student, teacher, make_batch()
+    )
+    assert objective.part_names == ("kl", "kl_2")
+    assert term.parts["kl"].item() != term.parts["kl_2"].item()
+
+
+def outputs_by_hand(student, teacher, batch, *, whole_block):
+    """Walk through the teacher layer by layer, without hooks, and run the student's layers on its inputs."""
+    hidden = teacher.model.embed_tokens(batch.input_ids)
+    tables = teacher.model.rotary_emb(hidden, batch.position_ids)
+    pairs = {}
+    for layer, block in enumerate(teacher.model.layers):
+        arguments = {
+            "position_embeddings": tables,
+            "attention_mask": None,
+            "position_ids": batch.position_ids,
+        }
+        out = block(hidden, **arguments)
+        if layer in LINEAR and whole_block:
+            pairs[layer] = (student.model.layers[layer](hidden, **arguments), out, out - hidden)
+        elif layer in LINEAR:
+            normed = block.input_layernorm(hidden)
+            target = block.self_attn(normed, **arguments)[0]
+            pairs[layer] = (student.model.layers[layer].self_attn(normed, **arguments)[0], target, target)
+        hidden = out
+    return pairs
+
+
+@pytest.mark.parametrize("norm", ["mse", "l2", "relative"])
+@pytest.mark.parametrize("config", [MixerOutputConfig, BlockOutputConfig])
+def test_layerwise_matches_a_walk_through_the_teacher(student, teacher, config, norm):
+    batch = make_batch()
+    objective, term = evaluate(config(norm=norm), student, teacher, batch)
+    counted = batch.labels != IGNORE
+    values = []
+    with torch.no_grad():
+        pairs = outputs_by_hand(student, teacher, batch, whole_block=config is BlockOutputConfig)
+    for ours, theirs, target in pairs.values():
+        error, target = (ours - theirs)[counted].double(), target[counted].double()
+        values.append(
+            {
+                "mse": error.square().mean(-1).sum(),
+                "l2": error.norm(dim=-1).sum(),
+                "relative": error.square().sum() / target.square().sum(-1).mean(),
+            }[norm]
+        )
+    assert objective.part_names == ("layer_0", "layer_2")
+    for part, value in zip(term.parts.values(), values, strict=True):
+        assert part.item() == pytest.approx(value.item(), rel=1e-5)
+    assert term.total.item() == pytest.approx(torch.stack(values).mean().item(), rel=1e-5)
+    assert term.count.item() == batch.num_labels
+
+
+def test_relative_error_of_a_silent_mixer_is_one(student, teacher):
+    for layer in LINEAR:
+        torch.nn.init.zeros_(student.model.layers[layer].self_attn.o_proj.weight)
+    _, term = evaluate(MixerOutputConfig(), student, teacher, make_batch())
+    assert (term.total / term.count).item() == pytest.approx(1.0, rel=1e-5)
+
+
+@pytest.mark.parametrize("config", [MixerOutputConfig(), BlockOutputConfig()])
+def test_the_teachers_own_layers_score_zero(student, teacher, config):
+    for layer in LINEAR:
+        student.model.layers[layer] = teacher.model.layers[layer]
+    _, term = evaluate(config, student, teacher, make_batch())
+    assert term.total.item() == pytest.approx(0.0, abs=1e-9)
+
+
+@pytest.mark.parametrize("config", [MixerOutputConfig(), BlockOutputConfig()])
+def test_gradients_flow_exactly_where_reaches_says(student, teacher, config):
+    objective, term = evaluate(config, student, teacher, make_batch())
+    term.total.backward()
+    for name, parameter in student.named_parameters():
+        assert (parameter.grad is not None) == objective.reaches(name), name
+
+
+def test_layers_learn_independently(student, teacher):
+    """The loss of one layer must not change when another layer of the student does."""
+    batch = make_batch()
+    _, before = evaluate(MixerOutputConfig(), student, teacher, batch)
+    torch.nn.init.zeros_(student.model.layers[0].self_attn.o_proj.weight)
+    _, after = evaluate(MixerOutputConfig(), student, teacher, batch)
+    assert before.parts["layer_0"] != after.parts["layer_0"]
+    assert before.parts["layer_2"] == after.parts["layer_2"]
+
+
+@pytest.mark.parametrize("config", [KLConfig(), MixerOutputConfig(), BlockOutputConfig(norm="l2")])
+def test_rows_add_up_whatever_the_split(student, teacher, config):
+    whole = make_batch(rows=4)
+    objective, term = evaluate(config, student, teacher, whole)
+    totals, counts = [], []
+    for first in range(4):
+        part = Batch(
+            *(tensor[first : first + 1] for tensor in (whole.input_ids, whole.labels, whole.position_ids)),
+            cu_seqlens=whole.cu_seqlens[:2],
+            num_labels=int((whole.labels[first] != IGNORE).sum()),
+            num_tokens=12,
+        )
+        one = objective(student, objective.observe(teacher, part), part)
+        totals.append(one.total.item())
+        counts.append(one.count.item())
+    assert sum(totals) == pytest.approx(term.total.item(), rel=1e-5)
+    assert sum(counts) == term.count.item()
+
+
+def test_a_bfloat16_teacher_can_be_aligned_and_imitated(student, teacher):
+    batch = make_batch()
+    for config in (KLConfig(), MixerOutputConfig(), BlockOutputConfig()):
+        _, exact = evaluate(config, student, teacher.float(), batch)
+        _, rounded = evaluate(config, student, teacher.bfloat16(), batch)
+        assert rounded.total.dtype == torch.float32
+        assert rounded.total.item() == pytest.approx(exact.total.item(), rel=0.1)
+
+
+def test_alignment_without_linear_layers_is_refused(teacher):
+    with pytest.raises(RecipeError, match="the placement has none"):
+        build_objective(MixerOutputConfig()).bind(teacher.config)
+
+
+def test_vocabulary_mismatch_names_both_sizes():
+    with pytest.raises(RecipeError, match=r"151,936.*152,064"):
+        check_vocabulary(SimpleNamespace(vocab_size=151_936), SimpleNamespace(vocab_size=152_064))

@@ -1,0 +1,185 @@
+"""A whole stage on a tiny model; run as a script, it is killed, resumed or split over processes by the tests."""
+
+import json
+import os
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from rich.console import Console
+
+from gendistill.config.schema import StageConfig
+from gendistill.data.batch import IGNORE, Batch
+from gendistill.errors import GendistillError
+from gendistill.paths import RunDir
+from gendistill.testing import tiny_student, tiny_teacher
+from gendistill.training.console import TrainingConsole
+from gendistill.training.loop import train_stage
+
+VOCAB, SEQ_LEN, BATCH_SIZE = 97, 16, 8
+STAGE = {
+    "data": "none",
+    "train": ["mixer", "attention", "mlp", "norm", "embed", "head"],
+    "steps": 6,
+    "seq_len": SEQ_LEN,
+    "batch_size": BATCH_SIZE,
+    "micro_batch_size": 4,
+    "lr": 1e-3,
+}
+
+
+def row(seed):
+    """Make one packed row: two documents of random length, of which only an end counts, and padding."""
+    generator = torch.Generator().manual_seed(seed)
+    first, second = torch.randint(3, 8, (2,), generator=generator).tolist()
+    ids = torch.randint(3, VOCAB, (SEQ_LEN,), generator=generator)
+    labels = torch.full((SEQ_LEN,), IGNORE)
+    for start, length in ((0, first), (first, second)):
+        prompt = int(torch.randint(0, length, (), generator=generator))
+        labels[start + prompt : start + length - 1] = ids[start + prompt + 1 : start + length]
+    return ids, labels, (first, second, SEQ_LEN - first - second)
+
+
+def batch_of(seeds):
+    """Stack rows into a batch."""
+    rows = [row(seed) for seed in seeds]
+    lengths = [length for *_, each in rows for length in each if length]
+    ends = torch.tensor([0, *lengths]).cumsum(0).int()
+    positions = torch.cat([torch.arange(length) for length in lengths]).view(len(rows), SEQ_LEN)
+    labels = torch.stack([labels for _, labels, _ in rows])
+    return Batch(
+        input_ids=torch.stack([ids for ids, _, _ in rows]),
+        labels=labels,
+        position_ids=positions,
+        cu_seqlens=ends,
+        num_labels=int((labels != IGNORE).sum()),
+        num_tokens=sum(first + second for *_, (first, second, _) in rows),
+    )
+
+
+class TinyStream:
+    """The same rows in every step whatever the split."""
+
+    def __init__(self, micro_batch_size=4, rank=0, world=1):
+        self.step, self.micro, self.rank, self.world = 0, micro_batch_size, rank, world
+
+    def __next__(self):
+        share = BATCH_SIZE // self.world
+        first = 1000 * self.step + self.rank * share
+        self.step += 1
+        return [
+            batch_of(range(start, start + self.micro)) for start in range(first, first + share, self.micro)
+        ]
+
+    def state_dict(self):
+        return {"step": self.step}
+
+    def load_state_dict(self, state):
+        self.step = state["step"]
+
+
+def heldout():
+    """Two batches that no step contains."""
+    return [batch_of(range(900, 904)), batch_of(range(904, 906))]
+
+
+def run_stage(folder, *, student=None, teacher=None, heldout_every=None, out=None, **changes):
+    """Train the tiny stage in ``folder`` and return the result and the student."""
+    stage = StageConfig(**{key: value for key, value in {**STAGE, **changes}.items() if value is not None})
+    accelerator = Accelerator(cpu=True)
+    student = tiny_student(seed=3) if student is None else student
+    world = accelerator.num_processes
+    result = train_stage(
+        stage,
+        name="tiny",
+        student=student,
+        teacher=tiny_teacher(seed=4) if teacher is None else teacher,
+        stream=TinyStream(stage.micro_batch_size, accelerator.process_index, world),
+        run=RunDir(Path(folder)),
+        accelerator=accelerator,
+        heldout=heldout(),
+        seed=7,
+        console=TrainingConsole(
+            main=accelerator.is_main_process, console=Console(file=out or sys.stdout, width=200)
+        ),
+        heldout_every=heldout_every,
+    )
+    return result, student
+
+
+def rows(folder):
+    """Read the metrics without what depends on the clock."""
+    path = RunDir(Path(folder)).stage("tiny") / "metrics.jsonl"
+    if not path.exists():
+        return []
+    lines = [json.loads(line) for line in path.read_text().split("\n")[:-1]]
+    return [{key: value for key, value in each.items() if "second" not in key} for each in lines]
+
+
+def in_child(folder, environment=None, **changes):
+    """Fork a process that trains; it exits with the error's code."""
+    child = os.fork()
+    if child:
+        return child
+    os.environ.update(environment or {})
+    code = 1
+    try:
+        run_stage(folder, **changes)
+        code = 0
+    except GendistillError as error:
+        print(error, flush=True)
+        code = error.exit_code
+    finally:
+        sys.stdout.flush()
+        os._exit(code)
+
+
+def exit_code(child):
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def interrupt(folder, number, after_step, **changes):
+    """Send a signal once the metrics show a step, and return how the process ended."""
+    child = in_child(folder, **changes)
+    while len(rows(folder)) < after_step and os.waitpid(child, os.WNOHANG) == (0, 0):
+        time.sleep(0.002)
+    os.kill(child, number)
+    return exit_code(child)
+
+
+def main(folder):
+    """Run every scenario that needs processes of its own and print what they found."""
+    folder = Path(folder)
+    saving = {"save_every_steps": 2}
+    codes = {"whole": exit_code(in_child(folder / "whole", **saving))}
+    for after in (1, 3):
+        name = f"killed_{after}"
+        codes[name] = interrupt(folder / name, signal.SIGKILL, after, **saving)
+        codes[f"{name}_resumed"] = exit_code(in_child(folder / name, **saving))
+    codes["terminated"] = interrupt(folder / "terminated", signal.SIGTERM, 2)
+    codes["terminated_resumed"] = exit_code(in_child(folder / "terminated"))
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = []
+    for rank in range(2):
+        environment = {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "ACCELERATE_USE_CPU": "true",
+        }
+        ranks.append(in_child(folder / "two", environment, micro_batch_size=2, save_every_steps=2))
+    codes["two"] = max(exit_code(child) for child in ranks)
+    (folder / "codes.json").write_text(json.dumps(codes))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
