@@ -27,7 +27,7 @@ JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
 TEXT_SUFFIXES = (".txt", ".text")
 ROW_SUFFIXES = JSON_SUFFIXES + TEXT_SUFFIXES
 
-_CHUNK_CHARS = 1 << 20
+_CHUNK_BYTES = 1 << 20
 # the longest token that a cut can split without being a string: "-Infinity", or half an escape
 _CUT_MARGIN = 16
 
@@ -74,7 +74,8 @@ class LineFile:
             file.seek(int(self.offsets[index]))
             line = file.read(int(self.offsets[index + 1] - self.offsets[index]))
         if self.is_text:
-            return {"text": line.decode("utf-8", errors="replace").rstrip("\r\n")}
+            # blank lines that follow belong to no row
+            return {"text": line.split(b"\n", 1)[0].rstrip(b"\r").decode("utf-8", errors="replace")}
         try:
             row = json.loads(line)
         except ValueError as error:
@@ -252,11 +253,11 @@ class JsonArrayRecords:
             yield record
             first = False
 
-    def _more(self, num_chars: int = _CHUNK_CHARS) -> bool:
+    def _more(self, num_bytes: int) -> bool:
         """Drop what was used and read on; tell whether there was anything to read."""
         if self._ended:
             return False
-        data = self._file.read(num_chars)
+        data = self._file.read(num_bytes)
         self._ended = not data
         self._buffer = self._buffer[self._at :] + self._decode_bytes.decode(data)
         self._at = 0
@@ -269,12 +270,12 @@ class JsonArrayRecords:
                 if not self._buffer[self._at].isspace():
                     return self._buffer[self._at]
                 self._at += 1
-            if not self._more():
+            if not self._more(_CHUNK_BYTES):
                 return ""
 
     def _record(self) -> str | None:
         """Return the text of the element that starts here, or None if the file ends inside it."""
-        wanted = _CHUNK_CHARS
+        wanted = _CHUNK_BYTES
         while True:
             try:
                 _, end = self._decode_json(self._buffer, self._at)

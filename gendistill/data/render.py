@@ -346,8 +346,10 @@ def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 
 def _token_span(encoded: BatchEncoding, index: int, start: int, end: int) -> tuple[int, int]:
-    """Map a character span to tokens; a token that begins before the span and reaches into it belongs to it."""
+    """Map a character span to tokens; one that begins in the prompt is none that the model would generate."""
     first = next(token for at in range(start, end) if (token := encoded.char_to_token(index, at)) is not None)
+    if not _starts_within(encoded, index, first, start):
+        first += 1
     # white space may be trimmed from offsets: such tokens lie in the span although no character maps to them
     while first > 0 and _starts_within(encoded, index, first - 1, start):
         first -= 1

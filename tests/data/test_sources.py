@@ -1,0 +1,232 @@
+"""Sources: what a recipe may name, epochs, exact cursors, held-out rows, and what users get wrong."""
+
+import itertools
+import json
+import re
+from pathlib import Path
+
+import datasets
+import pytest
+
+from gendistill.config.schema import SourceConfig
+from gendistill.data.cursor import StreamSource
+from gendistill.data.mixture import Mixture
+from gendistill.data.sources import heldout_rows, open_list, open_source
+from gendistill.errors import DataError
+
+ROWS = [{"text": f"row {index}"} for index in range(23)]
+
+
+def _config(path: object = "list", **settings) -> SourceConfig:
+    return SourceConfig.model_validate({"path": str(path), **settings})
+
+
+def _map_source(**settings):
+    skip = settings.pop("skip_rows", 0)
+    return open_list(ROWS, _config(**settings), name="a", seed=3, skip_rows=skip)
+
+
+def _stream_source(**settings):
+    skip = settings.pop("skip_rows", 0)
+    dataset = datasets.Dataset.from_list(ROWS).to_iterable_dataset(num_shards=3)
+    return StreamSource(dataset, _config(**settings), name="a", seed=3, skip_rows=skip, block_rows=5)
+
+
+def _take(source, count: int) -> list[int]:
+    return [int(row["text"].split()[1]) for row in itertools.islice(source, count)]
+
+
+@pytest.mark.parametrize("make", [_map_source, _stream_source])
+@pytest.mark.parametrize(("skip", "limit"), [(0, None), (4, None), (0, 7), (4, 7), (22, 100)])
+def test_every_epoch_yields_every_row_once_and_no_held_out_row(make, skip, limit):
+    source = make(skip_rows=skip, limit=limit)
+    expected = list(range(23))[skip:][:limit]
+    epochs = [_take(source, len(expected)) for _ in range(3)]
+    for epoch in epochs:
+        assert sorted(epoch) == expected
+    if len(expected) > 5:
+        assert epochs[0] != epochs[1] != epochs[2]
+
+
+@pytest.mark.parametrize("make", [_map_source, _stream_source])
+def test_without_shuffle_rows_keep_their_order(make):
+    assert _take(make(shuffle=False, skip_rows=2), 42) == list(range(2, 23)) * 2
+
+
+@pytest.mark.parametrize("make", [_map_source, _stream_source])
+def test_resumed_source_equals_uninterrupted_at_every_cut(make):
+    whole = _take(make(skip_rows=2, limit=17), 85)
+    running = make(skip_rows=2, limit=17)
+    for cut in range(45):
+        state = json.loads(json.dumps(running.state_dict()))
+        resumed = make(skip_rows=2, limit=17)
+        resumed.load_state_dict(state)
+        # far enough to wrap twice: a later epoch must not begin where this one was resumed
+        assert _take(resumed, 40) == whole[cut : cut + 40]
+        assert _take(running, 1) == [whole[cut]]
+
+
+def test_order_depends_on_seed_and_name_only():
+    orders = {
+        (seed, name): tuple(_take(open_list(ROWS, _config(), name=name, seed=seed), 23))
+        for seed in (1, 2)
+        for name in "ab"
+    }
+    assert len(set(orders.values())) == 4
+    assert tuple(_take(open_list(ROWS, _config(), name="a", seed=1), 23)) == orders[1, "a"]
+
+
+def test_changed_dataset_is_not_resumed():
+    state = _map_source().state_dict()
+    with pytest.raises(DataError, match="had 23 rows when the run was saved and has 22 now"):
+        open_list(ROWS[1:], _config(), name="a", seed=3).load_state_dict(state)
+
+
+def _write_parquet(path: Path, rows: list[dict]) -> None:
+    datasets.Dataset.from_list(rows).to_parquet(path)
+
+
+@pytest.fixture(autouse=True)
+def _private_datasets_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
+
+
+def test_file_glob_folder_and_parquet_give_the_same_rows(tmp_path):
+    data = tmp_path / "data"
+    (data / "parts").mkdir(parents=True)
+    (data / ".hidden").mkdir()
+    (data / ".hidden" / "x.jsonl").write_text("broken")
+    (data / "README.md").write_text("about")
+    for part, rows in enumerate([ROWS[:10], ROWS[10:]]):
+        (data / "parts" / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    _write_parquet(tmp_path / "rows.parquet", ROWS)
+    datasets.DatasetDict({"train": datasets.Dataset.from_list(ROWS)}).save_to_disk(tmp_path / "saved")
+    for path in (data, data / "parts" / "*.jsonl", tmp_path / "rows.parquet", tmp_path / "saved"):
+        assert _take(open_source(_config(path, shuffle=False), name="a", seed=0), 23) == list(range(23))
+        held, columns = heldout_rows(_config(path), name="a", rows=3)
+        assert (held, columns) == (ROWS[:3], ("text",))
+
+
+def test_hub_settings_reach_the_datasets_library(monkeypatch):
+    seen = {}
+
+    def load_dataset(path, subset, **settings):
+        seen.update(settings, path=path, subset=subset)
+        data = datasets.Dataset.from_list(ROWS)
+        return data.to_iterable_dataset() if settings["streaming"] else data
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    settings = {"subset": "small", "split": "test", "revision": "abc", "shuffle": False}
+    for streaming in (False, True):
+        source = open_source(
+            _config("org/name", streaming=streaming, **settings), name="a", seed=0, skip_rows=1
+        )
+        assert _take(source, 2) == [1, 2]
+        assert heldout_rows(_config("org/name", streaming=streaming), name="a", rows=1)[0] == ROWS[:1]
+    assert seen["path"] == "org/name"
+
+
+@pytest.mark.parametrize(
+    ("path", "settings", "message", "hint"),
+    [
+        ("{tmp}/rowz.jsonl", {}, r"there is no file .*rowz\.jsonl", r"did you mean .*rows\.jsonl"),
+        ("{tmp}/nowhere/rows.jsonl", {}, "the folder .*nowhere does not exist", None),
+        ("rows.jsonl", {}, r"there is no file rows\.jsonl", "look into"),
+        ("{tmp}/*.parquet", {}, r"no file matches .*\.parquet", "correct data.chat.path"),
+        ("{tmp}/void", {}, "holds no .json", "correct data.chat.path"),
+        ("{tmp}/empty.jsonl", {}, r"empty\.jsonl has no rows", "another dataset"),
+        ("{tmp}/notes.md", {}, r"cannot read notes\.md: known kinds are \.json", None),
+        (
+            "{tmp}/rows.jsonl",
+            {"split": "test"},
+            'split "test" means nothing for files on disk',
+            "remove split",
+        ),
+        ("{tmp}/rows.jsonl", {"column": "txt"}, 'has no column "txt"; it has: text', 'did you mean "text"'),
+        (
+            "{tmp}/rows.jsonl",
+            {"format": "messages"},
+            'has no column "messages"; it has: text',
+            "data.chat.format",
+        ),
+        (
+            "{tmp}/rows.jsonl",
+            {"format": "prompt_completion", "prompt": "text"},
+            'has no column "completion"',
+            "set data.chat.completion",
+        ),
+        ("{tmp}/damaged.parquet", {}, r"cannot read .*damaged\.parquet", "run the same command again"),
+    ],
+)
+def test_user_mistakes_name_the_place_and_the_next_step(tmp_path, path, settings, message, hint):
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    (tmp_path / "empty.jsonl").write_text("\n")
+    (tmp_path / "notes.md").write_text("x")
+    (tmp_path / "void").mkdir()
+    if "damaged" in path:
+        (tmp_path / "damaged.parquet").write_bytes(b"PAR1 not really")
+    with pytest.raises(DataError, match=message) as caught:
+        open_source(_config(path.format(tmp=tmp_path), **settings), name="chat", seed=0)
+    assert caught.value.where.startswith("data.chat")
+    if hint:
+        assert re.search(hint, caught.value.hint)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ConnectionError("Couldn't reach 'org/name' on the Hub"),
+        ValueError('Unknown split "tran". Should be one of ["train"].'),
+        datasets.exceptions.DatasetNotFoundError("Dataset 'org/name' doesn't exist on the Hub"),
+    ],
+)
+def test_hub_failures_become_data_errors(monkeypatch, error):
+    def load_dataset(*_, **__):
+        raise error
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(DataError) as caught:
+        open_source(_config("org/name"), name="chat", seed=0)
+    assert str(error) in caught.value.message
+    assert caught.value.where == "data.chat"
+
+
+@pytest.mark.parametrize("make", [_map_source, _stream_source])
+def test_holding_out_everything_is_an_error(make):
+    with pytest.raises(DataError, match="none is left to train on"):
+        make(skip_rows=23)
+    config = _config("list")
+    with pytest.raises(DataError, match="none is left to train on"):
+        open_list(ROWS, config, name="a", seed=0, skip_rows=40)
+
+
+def _mixture(weights: dict[str, float]) -> Mixture:
+    sources = {name: open_list(ROWS, _config(), name=name, seed=5) for name in weights}
+    return Mixture(sources, weights)
+
+
+def test_mixture_keeps_every_share_at_every_moment():
+    weights = {"a": 5.0, "b": 3.0, "c": 0.25}
+    mixture = _mixture(weights)
+    drawn = dict.fromkeys(weights, 0)
+    for total in range(1, 500):
+        name, _ = next(mixture)
+        drawn[name] += 1
+        assert all(abs(drawn[each] - total * weights[each] / 8.25) < 2 for each in weights)
+
+
+def test_mixture_resumes_exactly_at_every_cut():
+    weights = {"a": 0.7, "b": 0.2, "c": 0.1}
+    whole = list(itertools.islice(_mixture(weights), 120))
+    running = _mixture(weights)
+    for cut in range(100):
+        resumed = _mixture(weights)
+        resumed.load_state_dict(json.loads(json.dumps(running.state_dict())))
+        assert list(itertools.islice(resumed, 12)) == whole[cut : cut + 12]
+        next(running)
+
+
+@pytest.mark.parametrize("weight", [0.0, -1.0, float("nan"), float("inf")])
+def test_mixture_refuses_weights_that_are_no_shares(weight):
+    with pytest.raises(DataError, match="weights must be positive numbers"):
+        _mixture({"a": 1.0, "b": weight})
