@@ -7,6 +7,7 @@ import json
 import shlex
 import sys
 from collections.abc import Sequence
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from gendistill.errors import RecipeError
@@ -70,6 +71,16 @@ def all_overrides(arguments: argparse.Namespace) -> list[str]:
     """Return the ``key=value`` texts, ``--output`` included."""
     output = getattr(arguments, "output", None)
     return [*arguments.overrides, *([f"output={json.dumps(output)}"] if output else [])]
+
+
+def pipeline_module() -> ModuleType:
+    """Import the pipeline, with torch and all, and keep the loading bars of transformers out of its output."""
+    from transformers.utils import logging
+
+    from gendistill import pipeline
+
+    logging.disable_progress_bar()
+    return pipeline
 
 
 def command_line() -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from gendistill.cli.arguments import add_output, add_recipe, command_line, load
+from gendistill.cli.arguments import add_output, add_recipe, command_line, load, pipeline_module
 from gendistill.cli.dry_run import add_dry_run, print_plan
 
 
@@ -20,8 +20,6 @@ def run(arguments: argparse.Namespace) -> int:
     recipe = load(arguments)
     if arguments.dry_run:
         return print_plan(recipe, arguments, stages=False)
-    from gendistill import pipeline
-
-    run_dir = pipeline.convert(recipe, command=command_line())
+    run_dir = pipeline_module().convert(recipe, command=command_line())
     print(f"ok        {run_dir.student_init}   next: gendistill distill {arguments.recipe}")
     return 0

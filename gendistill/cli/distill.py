@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from gendistill.cli.arguments import add_output, add_recipe, command_line, load
+from gendistill.cli.arguments import add_output, add_recipe, command_line, load, pipeline_module
 from gendistill.cli.dry_run import add_dry_run, print_plan
 from gendistill.cli.launch import add_num_processes, is_launched, launch, say
 from gendistill.errors import RecipeError
@@ -32,10 +32,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         return print_plan(recipe, arguments)
     if arguments.num_processes > 1 and not is_launched():
-        launch(arguments.num_processes)
-    from gendistill import pipeline
-
-    run_dir = pipeline.distill(recipe, command=command_line(), only=only)
+        return launch(arguments.num_processes)
+    run_dir = pipeline_module().distill(recipe, command=command_line(), only=only)
     say(f"ok        {run_dir.student}   next: gendistill eval {arguments.recipe}")
     return 0
 

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from gendistill.cli.arguments import add_json, all_overrides, command_line, print_json
+from gendistill.cli.arguments import add_json, all_overrides, command_line, pipeline_module, print_json
 from gendistill.errors import RecipeError
 
 _PROTOCOLS = {
@@ -80,9 +80,7 @@ def _score_recipe(arguments: argparse.Namespace) -> int:
             hint=f"gendistill eval {arguments.model} eval.{given[0]}=...",
         )
     recipe = load_recipe(arguments.model, all_overrides(arguments))
-    from gendistill import pipeline
-
-    run_dir = pipeline.evaluate(recipe, command=command_line())
+    run_dir = pipeline_module().evaluate(recipe, command=command_line())
     print(f"ok        {run_dir.root / 'eval'}   next: gendistill report {run_dir.root}")
     return 0
 
@@ -100,9 +98,7 @@ def _score_model(arguments: argparse.Namespace) -> int:
         if arguments.out
         else Path("evals") / re.sub(r"[^\w.-]+", "-", arguments.model).strip("-")
     )
-    from gendistill import pipeline
-
-    results = pipeline.evaluate_model(
+    results = pipeline_module().evaluate_model(
         arguments.model,
         tasks=tasks,
         protocols=_PROTOCOLS[arguments.protocols or "both"],

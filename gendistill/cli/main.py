@@ -15,6 +15,7 @@ from typing import NoReturn
 
 from gendistill import __version__
 from gendistill.cli.arguments import Parser, command_line, with_dashes
+from gendistill.cli.launch import is_launched
 from gendistill.errors import GendistillError
 
 # name: (module, summary); the module is imported only for its own command
@@ -29,6 +30,7 @@ COMMANDS = {
     "doctor": ("gendistill.cli.doctor", "check this machine and say how to fix it"),
 }
 _RESUMES = ("run", "convert", "distill", "eval")
+_LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "NCCL", "Broken pipe")
 _OUT_OF_MEMORY = ("OutOfMemoryError", "MemoryError")
 
 _EXAMPLES = """\
@@ -138,6 +140,8 @@ def _failed(error: Exception) -> int:
             "lower micro_batch_size or seq_len of the stage (or eval.batch_size), then run the same command"
         )
         text = f"memory error\n  {str(error).splitlines()[0] if str(error) else name}\n  next: {hint}"
+    elif is_launched() and any(sign in str(error) for sign in _LOST_PEER):
+        text = f"rank {os.environ.get('RANK', '?')} stopped, because another process did"
     elif isinstance(error, OSError):
         text = f"system error  {error.filename or ''}\n  {error.strerror or error}"
         text += "\n  next: --debug shows where it happened"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from gendistill.cli.arguments import add_output, add_recipe, command_line, load
+from gendistill.cli.arguments import add_output, add_recipe, command_line, load, pipeline_module
 from gendistill.cli.dry_run import add_dry_run, print_plan
 from gendistill.cli.launch import add_num_processes, is_launched, launch, say
 
@@ -23,9 +23,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         return print_plan(recipe, arguments)
     if arguments.num_processes > 1 and not is_launched():
-        launch(arguments.num_processes)
-    from gendistill import pipeline
-
-    run_dir = pipeline.run(recipe, command=command_line())
+        return launch(arguments.num_processes)
+    run_dir = pipeline_module().run(recipe, command=command_line())
     say(f"ok        {run_dir.root}   report: {run_dir.report / 'index.html'}")
     return 0

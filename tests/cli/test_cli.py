@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch.distributed.run
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 import gendistill.pipeline as pipeline
 from gendistill.cli.arguments import with_dashes
-from gendistill.cli.launch import launch_command
+from gendistill.cli.launch import launcher_flags
 from gendistill.cli.main import COMMANDS
 from gendistill.config.load import load_recipe, recipe_names
 from gendistill.errors import CheckpointError
@@ -203,27 +207,65 @@ def test_underscores_in_flags_are_dashes_and_values_stay():
 
 @pytest.mark.parametrize("given", [["--num-processes", "2"], ["--num_processes=2"]])
 def test_launcher_repeats_the_command_without_its_own_flag(given):
-    command = launch_command(["distill", "tiny", *given, "seed=3"], num_processes=2, on_gpu=False)
-    assert command[:3] == [sys.executable, "-m", "accelerate.commands.launch"]
-    assert command[command.index("--num_processes") + 1] == "2"
-    assert "--cpu" in command
-    assert command[command.index("gendistill") :] == ["gendistill", "distill", "tiny", "seed=3"]
-    assert "--cpu" not in launch_command(["distill", "tiny"], num_processes=2, on_gpu=True)
+    words = ["distill", "tiny", *given, "seed=3"]
+    for on_gpu in (False, True):
+        flags = launcher_flags(words, num_processes=2, on_gpu=on_gpu)
+        assert flags[flags.index("gendistill") :] == ["gendistill", "distill", "tiny", "seed=3"]
+        assert flags[flags.index("--num_processes" if on_gpu else "--nproc_per_node") + 1] == "2"
 
 
-def test_several_processes_start_the_launcher_once(cli, calls, monkeypatch):
+@pytest.mark.parametrize(
+    ("failure", "expected"),
+    [
+        (None, 0),
+        (ChildFailedError("gendistill", {1: ProcessFailure(1, 7, 2, "nowhere")}), 2),
+        (ChildFailedError("gendistill", {0: ProcessFailure(0, 7, -9, "nowhere")}), 1),
+        (subprocess.CalledProcessError(3, "gendistill"), 3),
+        (SignalException("stopped", signal.SIGTERM), 143),
+    ],
+    ids=["success", "rank 1 fails with 2", "rank 0 is killed", "process fails with 3", "terminated"],
+)
+def test_several_processes_end_with_the_exit_code_of_the_first_failure(
+    cli, calls, monkeypatch, failure, expected
+):
     started = []
 
-    def replace_process(path, command):
-        started.append(command)
-        raise SystemExit(0)
+    def run(arguments):
+        started.append([arguments.nproc_per_node, arguments.training_script, *arguments.training_script_args])
+        if failure is not None:
+            raise failure
 
-    monkeypatch.setattr(os, "execv", replace_process)
-    code, out, _ = cli("distill", "tiny", "--num-processes", "2")
-    assert code == 0
-    assert out.startswith("launch    ")
-    assert len(started) == 1
+    monkeypatch.setattr(torch.distributed.run, "run", run)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    code, out, err = cli("distill", "tiny", "--num-processes", "2", "seed=3")
+    assert (code, err) == (expected, "")
+    assert out.startswith("launch    ACCELERATE_USE_CPU=true")
+    assert started == [["2", "gendistill", "distill", "tiny", "seed=3"]]
     assert calls == []
+
+
+def test_more_processes_than_gpus_is_refused(cli, calls, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    code, _, err = cli("distill", "tiny", "--num-processes", "2")
+    assert code == 2
+    assert "this machine has 1 GPUs" in err
+
+
+def test_rank_that_loses_its_peer_does_not_claim_a_bug(cli, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("[pair.cc:553] Connection closed by peer [127.0.0.1]:37529")
+
+    monkeypatch.setattr(pipeline, "distill", fail)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("RANK", "1")
+    code, _, err = cli("distill", "tiny")
+    assert code == 1
+    assert err == "rank 1 stopped, because another process did\n"
+
+
+def test_a_launched_process_does_not_launch_again(cli, calls, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setenv("RANK", "1")
     code, out, _ = cli("distill", "tiny", "--num-processes", "2")

@@ -75,7 +75,9 @@ def test_kernels_version_that_transformers_asks_for_passes(monkeypatch):
 def test_folder_called_kernels_is_noticed(monkeypatch, tmp_path):
     rest = [entry for entry in sys.path if not (Path(entry) / "kernels").is_dir()]
     monkeypatch.setattr(sys, "path", [str(tmp_path), *rest])
-    monkeypatch.delitem(sys.modules, "kernels", raising=False)  # where this suite runs, the folder may be imported
+    monkeypatch.delitem(
+        sys.modules, "kernels", raising=False
+    )  # where this suite runs, the folder may be imported
     assert doctor.check_kernels_folder().status == "pass"
     (tmp_path / "kernels").mkdir()
     sys.path_importer_cache.pop(str(tmp_path), None)
