@@ -24,7 +24,7 @@ from gendistill.training.log import MetricLog
 from gendistill.training.meter import Stopwatch
 from gendistill.training.optim import learning_rate_factor, set_learning_rates
 from gendistill.training.processes import largest, on_main
-from gendistill.training.session import Session, Stream, open_session, seed_step
+from gendistill.training.session import Session, Stream, open_session, recompute_activations, seed_step
 
 _EFFECTIVE = 0.99  # share of trained tensors that must have changed
 
@@ -116,7 +116,7 @@ def train_stage(
         student.zero_grad()
         student.eval()
         if stage.gradient_checkpointing:
-            student.gradient_checkpointing_disable()
+            recompute_activations(student, False)
         accelerator.free_memory()
 
 

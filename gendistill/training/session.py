@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -135,7 +136,7 @@ def open_session(
     student.float().to(device).train()
     teacher.to(device).eval()
     if stage.gradient_checkpointing:
-        student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        recompute_activations(student, True)
     objective.calibrate(teacher, heldout[0].to(device))
     before = checksums(student)
     optimizer = build_optimizer(student, stage)
@@ -210,6 +211,17 @@ def _decide(
         seconds_per_step=seconds_per_step,
         locked=locked,
     )
+
+
+def recompute_activations(student: Any, enable: bool) -> None:
+    """Switch gradient checkpointing of every decoder layer on or off."""
+    with warnings.catch_warnings():
+        # 5.17 knows only these names, later releases announce others for version 6
+        warnings.simplefilter("ignore", FutureWarning)
+        if enable:
+            student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        else:
+            student.gradient_checkpointing_disable()
 
 
 def seed_step(accelerator: Accelerator, seed: int, step: int) -> None:

@@ -61,6 +61,16 @@ def batch_of(seeds):
     )
 
 
+def make_student(seed=3):
+    """One linear layer, one attention layer."""
+    return tiny_student(seed=seed, num_hidden_layers=2, mixers=["kda", "full"])
+
+
+def make_teacher(seed=4):
+    """A transformer of the student's shape."""
+    return tiny_teacher(seed=seed, num_hidden_layers=2)
+
+
 class TinyStream:
     """The same rows in every step whatever the split."""
 
@@ -91,13 +101,13 @@ def run_stage(folder, *, student=None, teacher=None, heldout_every=None, out=Non
     """Train the tiny stage in ``folder`` and return the result and the student."""
     stage = StageConfig(**{key: value for key, value in {**STAGE, **changes}.items() if value is not None})
     accelerator = Accelerator(cpu=True)
-    student = tiny_student(seed=3) if student is None else student
+    student = make_student() if student is None else student
     world = accelerator.num_processes
     result = train_stage(
         stage,
         name="tiny",
         student=student,
-        teacher=tiny_teacher(seed=4) if teacher is None else teacher,
+        teacher=make_teacher() if teacher is None else teacher,
         stream=TinyStream(stage.micro_batch_size, accelerator.process_index, world),
         run=RunDir(Path(folder)),
         accelerator=accelerator,
