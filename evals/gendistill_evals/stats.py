@@ -1,6 +1,6 @@
 """Intervals for paired scores. Imports no torch.
 
-Everywhere a gap is student minus teacher, so that a loss is negative, and the hidden gap is the generation gap
+A gap is student minus teacher, so that a loss is negative; the hidden gap is the generation gap
 minus the likelihood gap: what log-likelihood does not show.
 """
 

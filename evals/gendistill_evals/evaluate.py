@@ -1,0 +1,274 @@
+"""Score a model on tasks under both protocols, keeping what is finished."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from gendistill_evals.decoding import greedy_decoding
+from gendistill_evals.errors import EvalError
+from gendistill_evals.prompts import Prompter
+from gendistill_evals.protocol import PROTOCOLS, run_generation, run_likelihood
+from gendistill_evals.results import (
+    SCHEMA,
+    read_json,
+    write_json,
+    write_results,
+    write_samples,
+    write_transcripts,
+)
+from gendistill_evals.scoring import device_of
+from gendistill_evals.task import Questions, Task, load_questions, load_task, sha256_of
+from gendistill_evals.transcripts import write_answers
+
+OnProgress = Callable[[str, str, int, int], None]
+ROLES = ("teacher", "student", "model")
+
+_RUNNERS = {"likelihood": run_likelihood, "generation": run_generation}
+# Values per tensor that enter the fingerprint of a model's weights.
+_FINGERPRINT_VALUES = 1024
+
+
+def evaluate_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    tasks: Sequence[str | Path | Task],
+    out_dir: str | Path,
+    model_name: str,
+    protocols: Sequence[str] = PROTOCOLS,
+    limit: int | None = None,
+    batch_size: int = 8,
+    questions: str | Path | Questions | None = None,
+    question_tokens: int = 64,
+    role: str = "model",
+    progress: OnProgress | None = None,
+    teacher: PreTrainedModel | None = None,
+) -> dict[str, Any]:
+    """Score any Hugging Face causal language model and write its files.
+
+    Each task under each protocol is written to ``out_dir/parts/`` when it is done. Calling again with the same
+    model, items and settings runs only what is missing.
+
+    Args:
+        model: Causal language model, on the device and in the dtype to score it with.
+        tokenizer: Its tokenizer.
+        tasks: Built-in names, paths of task files, or tasks.
+        out_dir: Folder for ``results.json``, ``samples.jsonl`` and ``transcripts.jsonl``.
+        model_name: Name of the model in the files.
+        protocols: ``likelihood``, ``generation`` or both.
+        limit: Items per task, from the first; None scores all.
+        batch_size: Sequences per forward.
+        questions: Open questions for transcripts: built-in name, path, loaded, or None for none.
+        question_tokens: Longest open answer, in tokens.
+        role: ``teacher``, ``student`` or ``model``, for the files.
+        progress: Called with task, protocol, items done and items in all.
+        teacher: Model that scores the open answers (``teacher_nll``); None leaves that null.
+    Returns: The content of ``results.json``.
+    Raises:
+        EvalError: A task or setting that does not exist, a file that cannot be written, or a model that cannot
+            be scored.
+    """
+    _check_settings(protocols, limit=limit, batch_size=batch_size, question_tokens=question_tokens, role=role)
+    loaded = [task if isinstance(task, Task) else load_task(task) for task in tasks]
+    _check_names(loaded)
+    if questions is not None and not isinstance(questions, Questions):
+        questions = load_questions(questions)
+    folder = Path(out_dir)
+    settings = _settings(model, tokenizer, batch_size)
+    identity = {
+        "schema": SCHEMA,
+        "weights": weights_fingerprint(model),
+        "dtype": str(model.dtype),
+        "settings": settings,
+    }
+    scorer = _Scorer(model, tokenizer, batch_size, progress, folder / "parts", identity)
+    done = {task.name: scorer.scores(task, protocols, limit) for task in loaded}
+    rows = scorer.transcripts(questions, question_tokens, teacher) if questions else None
+    results = {
+        "schema": SCHEMA,
+        "model": model_name,
+        "role": role,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        "device": _device_name(model),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "settings": settings,
+        "tasks": [_task_entry(task, done[task.name], limit, protocols) for task in loaded],
+        "transcripts": None if rows is None else {"n": len(rows), "max_new_tokens": question_tokens},
+    }
+    write_samples(folder, [row for task in loaded for row in _task_samples(task, done[task.name], limit)])
+    # Without questions the file is emptied, or older answers would pass for this model's.
+    write_transcripts(folder, rows or [])
+    # Last, because it says that the other files are complete.
+    write_results(folder, results)
+    return results
+
+
+def weights_fingerprint(model: PreTrainedModel) -> str:
+    """Hash a model's configuration and a regular sample of the values of each of its parameters.
+
+    Training changes nearly every value of a tensor it touches, so a sample tells checkpoints apart without
+    reading billions of values.
+    """
+    digest = hashlib.sha256(model.config.to_json_string(use_diff=False).encode())
+    for name, parameter in model.named_parameters():
+        stride = max(1, parameter.numel() // _FINGERPRINT_VALUES)
+        values = parameter.detach().reshape(-1)[::stride].to("cpu", torch.float32)
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        digest.update(values.numpy().tobytes())
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class _Scorer:
+    """Score one model part by part, and keep each finished part with a hash of all that it depends on."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    batch_size: int
+    progress: OnProgress | None
+    folder: Path
+    identity: dict[str, Any]
+
+    def scores(self, task: Task, protocols: Sequence[str], limit: int | None) -> dict[str, Any]:
+        """Score a task under each protocol that is asked for and fits: ``{protocol: {score, samples}}``."""
+        inputs = {"items": task.items_sha256, "prompt": task.prompt_sha256, "limit": limit}
+        return {
+            protocol: self._part(
+                f"{task.name}.{protocol}", inputs, lambda name=protocol: self._score(name, task, limit)
+            )
+            for protocol in PROTOCOLS
+            if protocol in protocols and not (protocol == "likelihood" and task.likelihood_reason)
+        }
+
+    def transcripts(
+        self, questions: Questions, max_new_tokens: int, teacher: PreTrainedModel | None
+    ) -> list[dict[str, Any]]:
+        """Answer open questions."""
+        judge = weights_fingerprint(teacher) if teacher is not None else None
+        inputs = {"questions": questions.sha256, "max_new_tokens": max_new_tokens, "teacher": judge}
+
+        def answer() -> list[dict[str, Any]]:
+            return write_answers(
+                self.model,
+                self.tokenizer,
+                questions,
+                max_new_tokens=max_new_tokens,
+                batch_size=self.batch_size,
+                teacher=teacher,
+                progress=self._on_progress(questions.name, "transcripts"),
+            )
+
+        return self._part("transcripts", inputs, answer)
+
+    def _score(self, protocol: str, task: Task, limit: int | None) -> dict[str, Any]:
+        run = _RUNNERS[protocol](
+            self.model,
+            self.tokenizer,
+            task,
+            limit=limit,
+            batch_size=self.batch_size,
+            progress=self._on_progress(task.name, protocol),
+        )
+        return {"score": run.score, "samples": list(run.samples)}
+
+    def _on_progress(self, task: str, protocol: str) -> Callable[[int, int], None] | None:
+        return partial(self.progress, task, protocol) if self.progress else None
+
+    def _part(self, name: str, inputs: dict[str, Any], compute: Callable[[], Any]) -> Any:
+        path = self.folder / f"{name}.json"
+        key = sha256_of({**self.identity, **inputs})
+        if path.is_file():
+            stored = read_json(path, hint="delete this file, then run the same command again")
+            if stored["key"] == key:
+                return stored["content"]
+        content = compute()
+        write_json(path, {"key": key, "content": content})
+        return content
+
+
+def _task_entry(
+    task: Task, done: dict[str, Any], limit: int | None, protocols: Sequence[str]
+) -> dict[str, Any]:
+    reason = task.likelihood_reason or (None if "likelihood" in protocols else "not asked for")
+    return {
+        "task": task.name,
+        "kind": str(task.kind),
+        "metric": str(task.metric),
+        "items_sha256": task.items_sha256,
+        "prompt_sha256": task.prompt_sha256,
+        "n": len(task.items[:limit]),
+        "limit": limit,
+        "likelihood": done["likelihood"]["score"] if "likelihood" in done else None,
+        "likelihood_reason": reason,
+        "generation": done["generation"]["score"] if "generation" in done else None,
+    }
+
+
+def _task_samples(task: Task, done: dict[str, Any], limit: int | None) -> list[dict[str, Any]]:
+    return [
+        {
+            "task": task.name,
+            "id": item.id,
+            "prompt": item.prompt,
+            "options": list(item.options) if item.options else None,
+            "gold": item.gold,
+            "likelihood": done["likelihood"]["samples"][place] if "likelihood" in done else None,
+            "generation": done["generation"]["samples"][place] if "generation" in done else None,
+        }
+        for place, item in enumerate(task.items[:limit])
+    ]
+
+
+def _settings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> dict[str, Any]:
+    prompter = Prompter(tokenizer)
+    decoding = greedy_decoding(model, prompter)
+    return {
+        **decoding.settings(),
+        **prompter.settings(),
+        "batch_size": batch_size,
+        "overrode": decoding.overrode,
+    }
+
+
+def _check_settings(
+    protocols: Sequence[str], *, limit: int | None, batch_size: int, question_tokens: int, role: str
+) -> None:
+    unknown = [protocol for protocol in protocols if protocol not in PROTOCOLS]
+    if unknown or not protocols:
+        raise EvalError(
+            f"protocols must be one or both of {', '.join(PROTOCOLS)}, got {', '.join(unknown) or 'none'}",
+            exit_code=2,
+        )
+    if role not in ROLES:
+        raise EvalError(f'role must be one of {", ".join(ROLES)}, got "{role}"', exit_code=2)
+    for name, value in (("limit", limit), ("batch_size", batch_size), ("question_tokens", question_tokens)):
+        if value is not None and value < 1:
+            raise EvalError(f"{name} must be at least 1, got {value}", exit_code=2)
+
+
+def _check_names(tasks: Sequence[Task]) -> None:
+    names = [task.name for task in tasks]
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise EvalError(f"two tasks have the name {', '.join(repeated)}", hint="rename one in its task file")
+
+
+def _device_name(model: PreTrainedModel) -> str:
+    device = device_of(model)
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -1,0 +1,140 @@
+"""Read and write the files of an evaluation. Imports no torch.
+
+``results.json`` holds settings and scores, ``samples.jsonl`` every item, ``transcripts.jsonl`` the open answers.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from gendistill_evals.errors import EvalError
+
+SCHEMA = 1
+
+
+def write_results(folder: Path, results: Mapping[str, Any]) -> Path:
+    """Write ``results.json``.
+
+    Args:
+        folder: Folder of the evaluation; made if missing.
+        results: Content, with its schema version.
+    Raises:
+        EvalError: The folder cannot be written.
+    """
+    return write_json(folder / "results.json", results)
+
+
+def read_results(folder: Path) -> dict[str, Any]:
+    """Read ``results.json``.
+
+    Raises:
+        EvalError: The file is missing, is no JSON, or has another schema version.
+    """
+    path = folder / "results.json"
+    content = read_json(path)
+    found = content.get("schema") if isinstance(content, dict) else None
+    if found != SCHEMA:
+        raise EvalError(
+            f"the file has schema {found!r}, this version reads {SCHEMA}",
+            where=str(path),
+            hint="run the evaluation again",
+        )
+    return content
+
+
+def write_samples(folder: Path, samples: Iterable[Mapping[str, Any]]) -> Path:
+    """Write ``samples.jsonl``, a row per item."""
+    return _write_lines(folder / "samples.jsonl", samples)
+
+
+def read_samples(folder: Path) -> list[dict[str, Any]]:
+    """Read ``samples.jsonl``.
+
+    Raises:
+        EvalError: The file is missing, or a line is no JSON.
+    """
+    return _read_lines(folder / "samples.jsonl")
+
+
+def write_transcripts(folder: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
+    """Write ``transcripts.jsonl``, a row per open question."""
+    return _write_lines(folder / "transcripts.jsonl", rows)
+
+
+def read_transcripts(folder: Path) -> list[dict[str, Any]]:
+    """Read ``transcripts.jsonl``.
+
+    Raises:
+        EvalError: The file is missing, or a line is no JSON.
+    """
+    return _read_lines(folder / "transcripts.jsonl")
+
+
+def write_json(path: Path, content: Any) -> Path:
+    """Write JSON under a temporary name, then rename it. NaN and infinities are rejected: they are no JSON."""
+    return _write(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path, *, hint: str = "run the evaluation again") -> Any:
+    """Read JSON.
+
+    Args:
+        path: File to read.
+        hint: What to do if it is no JSON.
+
+    Raises:
+        EvalError: The file is missing, or is no JSON.
+    """
+    try:
+        return json.loads(_read(path))
+    except ValueError as error:
+        raise EvalError(f"the file is no JSON: {error}", where=str(path), hint=hint) from error
+
+
+def _write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
+    return _write(path, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    rows = []
+    for number, line in enumerate(_read(path).split("\n"), start=1):
+        if not line:
+            continue
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise EvalError(
+                f"the line is no JSON: {error}", where=f"{path}:{number}", hint="run the evaluation again"
+            ) from error
+    return rows
+
+
+def _write(path: Path, text: str) -> Path:
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # A model may emit half of a character pair; such text is kept, replaced by "?".
+        partial.write_text(text, encoding="utf-8", errors="replace")
+        partial.replace(path)
+    except OSError as error:
+        raise EvalError(
+            f"cannot write the file: {error.strerror}",
+            where=str(path),
+            hint="free space or choose another folder, then run the same command: finished tasks are kept",
+        ) from error
+    return path
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise EvalError(
+            "there is no such file", where=str(path), hint="run the evaluation that writes it"
+        ) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise EvalError(f"cannot read the file: {error}", where=str(path)) from error

@@ -1,0 +1,144 @@
+"""Log-probabilities of continuations, without logits for positions that nobody asks about."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from gendistill_evals.errors import EvalError
+
+Pair = tuple[Sequence[int], Sequence[int]]
+
+
+@dataclass(slots=True)
+class _Row:
+    """One sequence to run, and the pairs whose tokens it predicts."""
+
+    ids: tuple[int, ...]
+    pairs: list[int] = field(default_factory=list)
+
+
+def continuation_log_probs(
+    model: PreTrainedModel,
+    pairs: Sequence[Pair],
+    *,
+    batch_size: int = 8,
+    progress: Callable[[int], None] | None = None,
+) -> list[list[float]]:
+    """Compute the log-probability of every token of each continuation after its context.
+
+    The last token of a continuation is predicted, never read, so pairs that share a prompt often share a
+    sequence: options of one token each cost one row, not one row each.
+
+    Args:
+        model: Causal language model; runs without its cache.
+        pairs: Token ids of context and continuation, both at least one token.
+        batch_size: Rows per forward.
+        progress: Called with the number of pairs done.
+    Returns: For each pair, natural-log probabilities of its continuation's tokens, in float32.
+    Raises:
+        EvalError: A sequence longer than the model's positions, or a probability that is not a number.
+    """
+    rows = _rows(pairs)
+    check_length(model, max((len(row.ids) for row in rows), default=0))
+    results: list[list[float]] = [[] for _ in pairs]
+    done = 0
+    with inference(model):
+        for start in range(0, len(rows), batch_size):
+            batch = rows[start : start + batch_size]
+            for index, values in _score_batch(model, batch, pairs):
+                results[index] = values
+                done += 1
+            if progress:
+                progress(done)
+    return results
+
+
+def check_length(model: PreTrainedModel, num_tokens: int) -> None:
+    """Raise ``EvalError`` if a sequence is longer than the model has positions."""
+    # Models without learned or rotary positions declare no limit.
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit is not None and num_tokens > limit:
+        raise EvalError(
+            f"a sequence of {num_tokens:,} tokens exceeds the model's {limit:,} positions",
+            hint="use shorter items or fewer new tokens",
+        )
+
+
+@contextmanager
+def inference(model: PreTrainedModel) -> Iterator[None]:
+    """Switch dropout off and gradients too; put the model back as it was."""
+    training = model.training
+    model.eval()
+    try:
+        # Not inference_mode: tensors that the model caches must remain usable in training.
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
+
+
+def device_of(model: PreTrainedModel) -> torch.device:
+    """Return the device that inputs go to."""
+    return next(model.parameters()).device
+
+
+def _rows(pairs: Sequence[Pair]) -> list[_Row]:
+    """Merge inputs that begin other inputs, longest rows first."""
+    inputs = [(*context, *continuation[:-1]) for context, continuation in pairs]
+    rows: list[_Row] = []
+    # In descending order an input comes right after those that it begins.
+    for index in sorted(range(len(pairs)), key=inputs.__getitem__, reverse=True):
+        ids = inputs[index]
+        if not rows or rows[-1].ids[: len(ids)] != ids:
+            rows.append(_Row(ids))
+        rows[-1].pairs.append(index)
+    return sorted(rows, key=lambda row: len(row.ids), reverse=True)
+
+
+def _score_batch(
+    model: PreTrainedModel, batch: Sequence[_Row], pairs: Sequence[Pair]
+) -> Iterator[tuple[int, list[float]]]:
+    device = device_of(model)
+    width = len(batch[0].ids)
+    input_ids = torch.zeros(len(batch), width, dtype=torch.long)
+    mask = torch.zeros(len(batch), width, dtype=torch.long)
+    for place, row in enumerate(batch):
+        input_ids[place, : len(row.ids)] = torch.tensor(row.ids)
+        mask[place, : len(row.ids)] = 1
+    wanted = sorted({at for row in batch for index in row.pairs for at in _positions(pairs[index])})
+    logits = _logits_at(model, input_ids.to(device), mask.to(device), torch.tensor(wanted, device=device))
+    column = {at: number for number, at in enumerate(wanted)}
+    for place, row in enumerate(batch):
+        for index in row.pairs:
+            columns = [column[at] for at in _positions(pairs[index])]
+            targets = torch.tensor(list(pairs[index][1]), device=device)
+            log_probs = logits[place, columns].float().log_softmax(-1)
+            values = log_probs.gather(-1, targets[:, None])[:, 0]
+            if not torch.isfinite(values).all():
+                raise EvalError(
+                    "the model gives log-probabilities that are not finite",
+                    hint="check its weights, or load it in float32",
+                )
+            yield index, values.tolist()
+
+
+def _positions(pair: Pair) -> range:
+    """Positions whose logits predict the continuation."""
+    context, continuation = pair
+    return range(len(context) - 1, len(context) + len(continuation) - 1)
+
+
+def _logits_at(model: PreTrainedModel, input_ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
+    """Run the model, returning logits ``[B, len(positions), V]``."""
+    inputs = {"input_ids": input_ids, "attention_mask": mask, "use_cache": False}
+    # Models that cannot restrict their logits return all of them.
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        return model(**inputs, logits_to_keep=positions).logits
+    return model(**inputs).logits[:, positions]

@@ -1,0 +1,117 @@
+"""Greedy answers to open questions, and two numbers that catch degenerate ones."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, cast
+
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from gendistill_evals.decoding import generate_greedily, greedy_decoding
+from gendistill_evals.errors import EvalError
+from gendistill_evals.prompts import Prompter
+from gendistill_evals.protocol import OnProgress
+from gendistill_evals.scoring import continuation_log_probs
+from gendistill_evals.task import Questions
+
+
+def write_answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Questions,
+    *,
+    max_new_tokens: int = 64,
+    batch_size: int = 8,
+    teacher: PreTrainedModel | None = None,
+    progress: OnProgress | None = None,
+) -> list[dict[str, Any]]:
+    """Answer open questions greedily.
+
+    Args:
+        model: Causal language model that answers.
+        tokenizer: Its tokenizer, which the teacher shares.
+        questions: What to ask.
+        max_new_tokens: Longest answer, in tokens.
+        batch_size: Questions per batch.
+        teacher: Model that scores the answers; None leaves ``teacher_nll`` null.
+        progress: Called with questions answered and questions in all.
+    Returns: One row per question, as in ``transcripts.jsonl``.
+    """
+    prompter = Prompter(tokenizer)
+    prompts = [prompter.prompt_ids(question.question) for question in questions.items]
+    answers = generate_greedily(
+        model,
+        tokenizer,
+        prompts,
+        greedy_decoding(model, prompter),
+        max_new_tokens=max_new_tokens,
+        stop=prompter.stop,
+        batch_size=batch_size,
+        progress=(lambda done: progress(done, len(prompts))) if progress else None,
+    )
+    nlls: list[float | None] = [None] * len(prompts)
+    # An empty answer has no tokens to score.
+    scored = [place for place, answer in enumerate(answers) if answer.token_ids]
+    if teacher is not None and scored:
+        pairs = [(prompts[place], answers[place].token_ids) for place in scored]
+        _check_vocabulary(teacher, [ids for _, ids in pairs])
+        log_probs = continuation_log_probs(teacher, pairs, batch_size=batch_size)
+        for place, values in zip(scored, log_probs, strict=True):
+            nlls[place] = -math.fsum(values) / len(values)
+    return [
+        {
+            "id": question.id,
+            "question": question.question,
+            "answer": answer.text,
+            "num_tokens": len(answer.token_ids),
+            "truncated": answer.truncated,
+            "repeated_4gram_share": repeated_ngram_share(answer.token_ids),
+            "teacher_nll": nll,
+        }
+        for question, answer, nll in zip(questions.items, answers, nlls, strict=True)
+    ]
+
+
+def answer_nll(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, question: str, answer_ids: Sequence[int]
+) -> float:
+    """Compute how surprised a model is by an answer.
+
+    Args:
+        model: Causal language model that judges, often the teacher of the one that answered.
+        tokenizer: Its tokenizer.
+        question: The user's message.
+        answer_ids: Tokens of the answer.
+    Returns: Negative log-likelihood in nats, averaged over the answer's tokens.
+    Raises:
+        EvalError: The answer is empty, or has tokens that the model does not know.
+    """
+    if not answer_ids:
+        raise EvalError("an empty answer has no negative log-likelihood per token")
+    _check_vocabulary(model, [answer_ids])
+    prompt = Prompter(tokenizer).prompt_ids(question)
+    values = continuation_log_probs(model, [(prompt, answer_ids)])[0]
+    return -math.fsum(values) / len(values)
+
+
+def repeated_ngram_share(tokens: Sequence[int], n: int = 4) -> float:
+    """Compute the share of n-grams that occurred before: 0 is none, towards 1 is a loop.
+
+    Args:
+        tokens: Token ids.
+        n: Length of the n-grams in tokens.
+    """
+    grams = [tuple(tokens[start : start + n]) for start in range(len(tokens) - n + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def _check_vocabulary(model: PreTrainedModel, answers: Sequence[Sequence[int]]) -> None:
+    size = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
+    largest = max(max(ids) for ids in answers)
+    if largest >= size:
+        raise EvalError(
+            f"the answer has token {largest}, the model that scores it knows {size:,} tokens",
+            hint="score answers with a model of the same tokenizer",
+        )
