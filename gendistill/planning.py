@@ -171,7 +171,7 @@ class RunPlan:
         lines = [
             f"memory    predicted peak {_gb(memory.total)} of {_gb(self.device.total_bytes)} GB in {worst.name} on "
             f"{self.device.name} (teacher {_gb(memory.teacher)}, student {_gb(memory.student)}, gradients and moments "
-            f"{_gb(memory.optimizer)}, activations {_gb(memory.activations)}, chunked loss {_gb(memory.loss)})"
+            f"{_gb(memory.optimizer)}, activations {_gb(memory.activations)}, chunked loss {_gb(memory.loss)}, runtime {_gb(memory.runtime)})"
         ]
         if memory.total > self.device.total_bytes:
             lines.append(

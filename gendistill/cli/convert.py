@@ -21,5 +21,5 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         return print_plan(recipe, arguments, stages=False)
     run_dir = pipeline_module().convert(recipe, command=command_line())
-    print(f"ok        {run_dir.student_init}   next: gendistill distill {arguments.recipe}")
+    print(f"ok        {run_dir.student_init}   next: gendistill distill {run_dir.root}")
     return 0

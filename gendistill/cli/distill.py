@@ -34,7 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.num_processes > 1 and not is_launched():
         return launch(arguments.num_processes)
     run_dir = pipeline_module().distill(recipe, command=command_line(), only=only)
-    say(f"ok        {run_dir.student}   next: gendistill eval {arguments.recipe}")
+    say(f"ok        {run_dir.student}   next: gendistill eval {run_dir.root}")
     return 0
 
 

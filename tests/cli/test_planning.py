@@ -115,7 +115,8 @@ def test_memory_counts_weights_gradients_and_moments_exactly(teacher_folder):
     assert stage.memory.student == 4 * run_plan.conversion.num_parameters
     assert stage.memory.optimizer == 12 * sum(stage.trained.values())
     assert stage.memory.total == sum(
-        getattr(stage.memory, part) for part in ("teacher", "student", "optimizer", "activations", "loss")
+        getattr(stage.memory, part)
+        for part in ("teacher", "student", "optimizer", "activations", "loss", "runtime")
     )
 
 
