@@ -142,10 +142,7 @@ def _check_groups(stage: StageConfig, present: set[ParamGroup], config: Any, whe
 def _narrow(names: list[str], patterns: tuple[str, ...], where: str) -> list[str]:
     kept: set[str] = set()
     for pattern in patterns:
-        try:
-            matched = [name for name in names if re.search(pattern, name)]
-        except re.error as error:
-            raise RecipeError(f'"{pattern}" is no regular expression: {error}', where=where) from error
+        matched = [name for name in names if re.search(pattern, name)]
         if not matched:
             raise RecipeError(
                 f'"{pattern}" matches none of the {len(names)} parameters in the trained groups',

@@ -1,0 +1,55 @@
+"""Held-out scores against dense logits."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from gendistill.errors import DataError, RecipeError
+from gendistill.testing import tiny_student, tiny_teacher
+from gendistill.training.heldout import score_heldout
+
+
+def test_scores_match_dense_logits(tiny):
+    student, teacher = tiny.make_student(), tiny.make_teacher()
+    batches = tiny.heldout()
+    scores = score_heldout(student, teacher, batches)
+    sums = dict.fromkeys(("teacher_ce", "student_ce", "kl", "top1_agreement"), 0.0)
+    count = 0
+    for batch in batches:
+        counted = batch.labels != -100
+        inputs = {"position_ids": batch.position_ids, "use_cache": False}
+        with torch.no_grad():
+            s = student(batch.input_ids, **inputs).logits[counted].double().log_softmax(-1)
+            t = teacher(batch.input_ids, **inputs).logits[counted].double().log_softmax(-1)
+        sums["teacher_ce"] += F.nll_loss(t, batch.labels[counted], reduction="sum").item()
+        sums["student_ce"] += F.nll_loss(s, batch.labels[counted], reduction="sum").item()
+        sums["kl"] += F.kl_div(s, t, log_target=True, reduction="sum").item()
+        sums["top1_agreement"] += (s.argmax(-1) == t.argmax(-1)).sum().item()
+        count += int(counted.sum())
+    assert scores["num_tokens"] == count
+    assert scores["ln_vocab"] == pytest.approx(math.log(97))
+    for name, value in sums.items():
+        assert scores[name] == pytest.approx(value / count, rel=1e-5), name
+
+
+def test_a_teacher_against_itself_has_no_gap(tiny):
+    teacher = tiny.make_teacher()
+    scores = score_heldout(teacher, teacher, tiny.heldout())
+    assert scores["kl"] == 0.0
+    assert scores["top1_agreement"] == 1.0
+    assert scores["student_ce"] == scores["teacher_ce"]
+
+
+def test_scoring_leaves_the_model_in_training_mode(tiny):
+    student = tiny.make_student().train()
+    score_heldout(student, tiny.make_teacher(), tiny.heldout())
+    assert student.training
+
+
+def test_nothing_to_score_and_other_vocabularies_are_refused(tiny):
+    with pytest.raises(DataError, match="no held-out position"):
+        score_heldout(tiny.make_student(), tiny.make_teacher(), [])
+    with pytest.raises(RecipeError, match=r"98.*97"):
+        score_heldout(tiny_student(), tiny_teacher(vocab_size=98), tiny.heldout())
