@@ -168,11 +168,13 @@ class RunPlan:
             return []
         worst = max(self.stages, key=lambda stage: stage.memory.total)
         memory = worst.memory
-        lines = [
-            f"memory    predicted peak {_gb(memory.total)} of {_gb(self.device.total_bytes)} GB in {worst.name} on "
-            f"{self.device.name} (teacher {_gb(memory.teacher)}, student {_gb(memory.student)}, gradients and moments "
-            f"{_gb(memory.optimizer)}, activations {_gb(memory.activations)}, chunked loss {_gb(memory.loss)}, runtime {_gb(memory.runtime)})"
-        ]
+        parts = (
+            f"teacher {_gb(memory.teacher)}, student {_gb(memory.student)}, gradients and moments "
+            f"{_gb(memory.optimizer)}, activations {_gb(memory.activations)}, chunked loss {_gb(memory.loss)}, "
+            f"runtime {_gb(memory.runtime)}"
+        )
+        peak = f"predicted peak {_gb(memory.total)} of {_gb(self.device.total_bytes)} GB in {worst.name}"
+        lines = [f"memory    {peak} on {self.device.name} ({parts})"]
         if memory.total > self.device.total_bytes:
             lines.append(
                 f"warn      this will not fit: lower stages.{worst.name}.micro_batch_size or seq_len (results stay the "
