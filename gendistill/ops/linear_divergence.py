@@ -126,7 +126,7 @@ def linear_divergence(
 def counted_positions(labels: Tensor, num_labels: int | None = None, *, ignore_index: int = -100) -> Tensor:
     """List the positions of the flattened rows whose label counts; given their number, without a synchronisation."""
     counted = labels.flatten() != ignore_index
-    if num_labels is None:
+    if num_labels is None or labels.device.type != "cuda":
         return counted.nonzero().squeeze(1)
     return torch.nonzero_static(counted, size=num_labels).squeeze(1)
 

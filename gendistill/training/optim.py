@@ -83,8 +83,8 @@ def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> dict[
 def choose_compute_dtype(device: torch.device, hidden_size: int, *, seconds: float = 2.0) -> torch.dtype:
     """Choose the dtype of matmuls and activations; weights and moments stay float32.
 
-    A GPU with bfloat16 units gets bfloat16. Elsewhere both dtypes are timed on a layer of the model's width, casts of
-    the weights included, and bfloat16 must win by a fifth to be worth its rounding.
+    A CUDA device with bfloat16 units gets bfloat16. On CPU both dtypes are timed on a layer of the model's width,
+    casts of the weights included, and bfloat16 must win by a fifth to be worth its rounding. Others get float32.
 
     Args:
         hidden_size: Width of the model.
@@ -92,6 +92,8 @@ def choose_compute_dtype(device: torch.device, hidden_size: int, *, seconds: flo
     """
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    if device.type != "cpu":
+        return torch.float32
     layer = nn.Linear(hidden_size, 4 * hidden_size, device=device)
     inputs = torch.randn(512, hidden_size, device=device)
     best = {torch.float32: math.inf, torch.bfloat16: math.inf}

@@ -126,7 +126,8 @@ def open_session(
     """
     check_accelerator(accelerator)
     check_vocabulary(teacher.config, student.config)
-    if not heldout:
+    scored = [batch for batch in heldout if batch.num_labels]
+    if not scored:
         raise DataError("no held-out text to score the stage on", where="heldout", hint="raise heldout.rows")
     objective = build_objective(stage.objective)
     objective.bind(student.config)
@@ -137,7 +138,7 @@ def open_session(
     teacher.to(device).eval()
     if stage.gradient_checkpointing:
         recompute_activations(student, True)
-    objective.calibrate(teacher, heldout[0].to(device))
+    objective.calibrate(teacher, scored[0].to(device))
     before = checksums(student)
     optimizer = build_optimizer(student, stage)
 
@@ -163,7 +164,9 @@ def open_session(
         progress = Progress(**state["progress"])
     console.say(
         f"{name}: {plan.steps:,} steps of {stage.batch_size} x {stage.seq_len:,} tokens, computed in "
-        f"{plan.compute_dtype} on {device.type}{f', resuming from {checkpoint}' if checkpoint else ''}"
+        f"{plan.compute_dtype} on {device.type}"
+        + (f", {plan.seconds_per_step:.2f} s each" if plan.seconds_per_step else "")
+        + (f", resuming from {checkpoint}" if checkpoint else "")
     )
     return Session(
         stage=stage,

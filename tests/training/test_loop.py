@@ -4,10 +4,12 @@ import hashlib
 import json
 import math
 from io import StringIO
+from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 
 from gendistill.errors import CheckpointError, RecipeError, TrainingError
 from gendistill.testing import tiny_teacher
@@ -272,6 +274,12 @@ def test_launch_settings_that_would_change_the_loss_are_refused(monkeypatch):
         check_accelerator(Accelerator(cpu=True))
     monkeypatch.delenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS")
     check_accelerator(Accelerator(cpu=True))
+    fine = {"gradient_accumulation_steps": 1, "mixed_precision": "no", "distributed_type": DistributedType.NO}
+    check_accelerator(SimpleNamespace(**fine))
+    with pytest.raises(TrainingError, match="mixed precision bf16"):
+        check_accelerator(SimpleNamespace(**{**fine, "mixed_precision": "bf16"}))
+    with pytest.raises(TrainingError, match="FSDP"):
+        check_accelerator(SimpleNamespace(**{**fine, "distributed_type": DistributedType.FSDP}))
 
 
 def test_plain_output_is_one_line_per_log_interval(tiny, tmp_path):
