@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import jinja2
 import numpy as np
+from tokenizers import Encoding
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from gendistill.config.schema import SourceConfig
@@ -30,6 +31,8 @@ Mask = Literal["all", "completion"]
 _GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _BARREN_ROWS = 10_000
 _SHOWN_CHARS = 1500
+# more than English has; where a text has still more, it is encoded whole
+_MANY_CHARS_PER_TOKEN = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,43 +289,61 @@ class Renderer:
         self._end_of_turn = end_of_turn
 
     def _chats(self, chats: list[tuple[list[Message], str]]) -> list[TokenizedSample | None]:
-        encoded = self._encode([text for _, text in chats], special=False)
+        if self._mask == "all" or self._template_marks_answers:
+            token_ids = self._encode([text for _, text in chats], special=False)["input_ids"]
+        if self._mask == "all":
+            return [_sample(ids, spans=None) for ids in token_ids]
+        if self._template_marks_answers:
+            spans = [self._marked_spans(chat[0], ids) for chat, ids in zip(chats, token_ids, strict=True)]
+        else:
+            encodings = self._encode_heads([text for _, text in chats])
+            token_ids = [encoding.ids for encoding in encodings]
+            spans = [
+                self._found_spans(encoding, *chat) for chat, encoding in zip(chats, encodings, strict=True)
+            ]
         samples: list[TokenizedSample | None] = []
-        for index, (messages, text) in enumerate(chats):
-            ids = encoded["input_ids"][index]
-            if self._mask == "all":
-                samples.append(_sample(ids, spans=None))
-                continue
-            spans = (
-                self._marked_spans(messages, ids)
-                if self._template_marks_answers
-                else self._found_spans(encoded, index, messages, text)
-            )
-            if not spans:
+        for (_, text), ids, found in zip(chats, token_ids, spans, strict=True):
+            if found is None:
                 self.dropped["an answer cannot be found in the rendered conversation"] += 1
                 self._unmatched = text[:_SHOWN_CHARS]
-            samples.append(_sample(ids, spans=spans) if spans else None)
+            samples.append(None if found is None else _sample(ids, spans=found))
         return samples
 
-    def _found_spans(
-        self, encoded: BatchEncoding, index: int, messages: list[Message], text: str
-    ) -> list[tuple[int, int]]:
-        """Find the answers in the text and map them to tokens."""
-        num_tokens = len(encoded["input_ids"][index])
-        # what is cut off anyway need not be rendered prompt by prompt
-        last = encoded.token_to_chars(index, self._seq_len) if num_tokens > self._seq_len else None
-        spans = assistant_spans(
-            self._render_chat, messages, text, self._end_of_turn, stop=last.start if last else None
-        )
-        return [_token_span(encoded, index, start, end) for start, end in spans or ()]
+    def _encode_heads(self, texts: list[str]) -> list[Encoding]:
+        """Encode conversations as far as a sample reaches: many are far longer.
 
-    def _marked_spans(self, messages: list[Message], ids: list[int]) -> list[tuple[int, int]]:
+        The cut comes after a special token, a border for the tokenizer: the tokens before it are those of the whole.
+        """
+        heads = []
+        for text in texts:
+            cut = text.find(self._end_of_turn, self._seq_len * _MANY_CHARS_PER_TOKEN)
+            heads.append(text if cut < 0 else text[: cut + len(self._end_of_turn)])
+        encodings = list(self._encode(heads, special=False).encodings or ())
+        for index, (text, head) in enumerate(zip(texts, heads, strict=True)):
+            if len(head) < len(text) and len(encodings[index].ids) <= self._seq_len:
+                encodings[index : index + 1] = self._encode([text], special=False).encodings or ()
+        return encodings
+
+    def _found_spans(
+        self, encoding: Encoding, messages: list[Message], text: str
+    ) -> list[tuple[int, int]] | None:
+        """Find the answers in the text and map them to tokens; None if they cannot be told for sure."""
+        num_tokens = len(encoding.ids)
+        # what is cut off anyway need not be rendered prompt by prompt
+        stop = _chars(encoding, self._seq_len)[0] if num_tokens > self._seq_len else None
+        spans = assistant_spans(self._render_chat, messages, text, self._end_of_turn, stop=stop)
+        if spans is None:
+            return None
+        reach = _chars(encoding, num_tokens - 1)[1]
+        return [_token_span(encoding, start, min(end, reach)) for start, end in spans if start < reach]
+
+    def _marked_spans(self, messages: list[Message], ids: list[int]) -> list[tuple[int, int]] | None:
         """Read the answers from the template's own {% generation %} blocks, with the end of turn that follows."""
         marked = self._tokenizer.apply_chat_template(
             messages, return_dict=True, return_assistant_tokens_mask=True
         )
         if marked["input_ids"] != ids:  # type: ignore[index]
-            return []
+            return None
         mask = np.asarray(marked["assistant_masks"], dtype=bool)  # type: ignore[index]
         edges = np.flatnonzero(np.diff(np.concatenate([[False], mask, [False]])))
         special = set(self._tokenizer.all_special_ids)
@@ -330,7 +351,7 @@ class Renderer:
         for start, end in edges.reshape(-1, 2).tolist():
             follows = end < len(ids) and ids[end - 1] not in special and ids[end] in special
             spans.append((start, end + follows))
-        return spans
+        return spans or None
 
 
 def _sample(ids: list[int], *, spans: list[tuple[int, int]] | None) -> TokenizedSample:
@@ -345,22 +366,21 @@ def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     return sorted({*tokenizer.all_special_tokens, *(token.content for token in added if token.special)})
 
 
-def _token_span(encoded: BatchEncoding, index: int, start: int, end: int) -> tuple[int, int]:
+def _chars(encoding: Encoding, token: int) -> tuple[int, int]:
+    chars = encoding.token_to_chars(token)
+    assert chars is not None
+    return chars
+
+
+def _token_span(encoding: Encoding, start: int, end: int) -> tuple[int, int]:
     """Map a character span to tokens; one that begins in the prompt is none that the model would generate."""
-    first = next(token for at in range(start, end) if (token := encoded.char_to_token(index, at)) is not None)
-    if not _starts_within(encoded, index, first, start):
+    first = next(token for at in range(start, end) if (token := encoding.char_to_token(at)) is not None)
+    if _chars(encoding, first)[0] < start:
         first += 1
     # white space may be trimmed from offsets: such tokens lie in the span although no character maps to them
-    while first > 0 and _starts_within(encoded, index, first - 1, start):
+    while first > 0 and _chars(encoding, first - 1)[0] >= start:
         first -= 1
     last = next(
-        token
-        for at in range(end - 1, start - 1, -1)
-        if (token := encoded.char_to_token(index, at)) is not None
+        token for at in range(end - 1, start - 1, -1) if (token := encoding.char_to_token(at)) is not None
     )
     return first, last + 1
-
-
-def _starts_within(encoded: BatchEncoding, index: int, token: int, start: int) -> bool:
-    chars = encoded.token_to_chars(index, token)
-    return chars is not None and chars.start >= start
