@@ -75,11 +75,11 @@ class Objective(Protocol):
         """Keys of ``LossTerm.parts``, in order."""
         ...
 
-    def bind(self, config: Any) -> None:
-        """Learn the student's placement.
+    def bind(self, config: Any, teacher_config: Any) -> None:
+        """Learn the student's placement and check that the teacher fits.
 
         Raises:
-            RecipeError: The student has nothing that this objective could train.
+            RecipeError: The student has nothing that this objective could train, or the teacher another shape.
         """
         ...
 

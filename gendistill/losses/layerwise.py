@@ -42,12 +42,21 @@ class LayerwiseObjective:
         """One part per linear layer."""
         return tuple(f"layer_{layer}" for layer in self.layers)
 
-    def bind(self, config: Any) -> None:
+    def bind(self, config: Any, teacher_config: Any) -> None:
         """Find the linear layers.
 
         Raises:
-            RecipeError: There are none.
+            RecipeError: There are none, or the teacher's layers do not correspond to the student's.
         """
+        for size in ("num_hidden_layers", "hidden_size"):
+            ours, theirs = getattr(config, size), getattr(teacher_config, size)
+            if ours != theirs:
+                raise RecipeError(
+                    f"layer by layer, the student can only follow a teacher of its own shape: {size} is {ours} in the "
+                    f"student, {theirs} in the teacher",
+                    where="teacher.model and student.from",
+                    hint="use objective: {kind: kl}, which compares outputs only",
+                )
         self.layers = tuple(layer for layer, kind in enumerate(mixer_kinds(config)) if kind.is_linear)
         if not self.layers:
             raise RecipeError(

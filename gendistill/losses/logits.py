@@ -10,7 +10,7 @@ from torch import nn
 
 from gendistill.config.objectives import CEConfig, JSDConfig, KLConfig
 from gendistill.data.batch import IGNORE, Batch, model_inputs
-from gendistill.losses.base import LossTerm, Signal, TeacherSignals
+from gendistill.losses.base import LossTerm, Signal, TeacherSignals, check_vocabulary
 from gendistill.losses.signals import teacher_signals
 from gendistill.ops.linear_divergence import Divergence, Term, linear_divergence
 
@@ -29,8 +29,13 @@ class LogitObjective:
             names.append(term.kind.value if seen[term.kind] == 1 else f"{term.kind.value}_{seen[term.kind]}")
         self.part_names = tuple(names)
 
-    def bind(self, config: Any) -> None:
-        """Accept every student."""
+    def bind(self, config: Any, teacher_config: Any) -> None:
+        """Check that distributions can be compared.
+
+        Raises:
+            RecipeError: The vocabularies differ in size.
+        """
+        check_vocabulary(teacher_config, config)
 
     def calibrate(self, teacher: nn.Module, batch: Batch) -> None:
         """Do nothing: nats need no scale."""

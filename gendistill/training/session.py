@@ -130,7 +130,7 @@ def open_session(
     if not scored:
         raise DataError("no held-out text to score the stage on", where="heldout", hint="raise heldout.rows")
     objective = build_objective(stage.objective)
-    objective.bind(student.config)
+    objective.bind(student.config, teacher.config)
     console.say(f"{name}: {apply_freeze(student, stage, name=name, reaches=objective.reaches)}")
     device = accelerator.device
     # float32 masters: bfloat16 weights would swallow most updates

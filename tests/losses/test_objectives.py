@@ -51,7 +51,7 @@ def teacher():
 
 def evaluate(config, student, teacher, batch):
     objective = build_objective(config)
-    objective.bind(student.config)
+    objective.bind(student.config, teacher.config)
     objective.calibrate(teacher, batch)
     return objective, objective(student, objective.observe(teacher, batch), batch)
 
@@ -216,7 +216,13 @@ def test_a_bfloat16_teacher_can_be_aligned_and_imitated(student, teacher):
 
 def test_alignment_without_linear_layers_is_refused(teacher):
     with pytest.raises(RecipeError, match="the placement has none"):
-        build_objective(MixerOutputConfig()).bind(teacher.config)
+        build_objective(MixerOutputConfig()).bind(teacher.config, teacher.config)
+
+
+def test_alignment_with_a_teacher_of_another_shape_is_refused(student):
+    for other in (tiny_teacher(num_hidden_layers=3), tiny_teacher(hidden_size=16)):
+        with pytest.raises(RecipeError, match="teacher of its own shape"):
+            build_objective(BlockOutputConfig()).bind(student.config, other.config)
 
 
 def test_vocabulary_mismatch_names_both_sizes():

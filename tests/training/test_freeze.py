@@ -85,7 +85,7 @@ def test_what_the_objective_cannot_reach_stays_frozen_or_is_refused():
     student = tiny_student()
     config = stage(objective={"kind": "block_output"}, train=["mixer", "mlp"])
     objective = build_objective(config.objective)
-    objective.bind(student.config)
+    objective.bind(student.config, student.config)
     report = apply_freeze(student, config, reaches=objective.reaches)
     assert {name.split(".")[2] for name in report.names} == {"0", "2"}
     assert "6 tensors outside the converted layers stay frozen" in str(report)
