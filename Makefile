@@ -9,8 +9,8 @@ PYTEST_FLAGS ?=
 RECIPE ?= smollm2-135m-kda-cpu
 
 BIN := $(VENV)/bin
-OLDEST := $(VENV)/transformers-5.17
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_FLAGS)
+OLDEST := $(abspath $(VENV)/transformers-5.17)
+PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt $(PIP_FLAGS)
 
 # the current folder must not be searched for imports: ./kernels would hide the Hugging Face package of that name
 export PYTHONSAFEPATH := 1
