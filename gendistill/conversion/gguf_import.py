@@ -1,7 +1,7 @@
 """Dequantise a GGUF file into a float32 safetensors folder, once.
 
-Float32 holds every dequantised value exactly (a half-precision scale times a small integer); bfloat16 would
-round the already rounded weights again. Training keeps float32 masters anyway.
+Float32, because a student trains from float32 masters: rounding the already rounded weights once more gains nothing
+but disk space.
 """
 
 from __future__ import annotations

@@ -89,6 +89,15 @@ def test_probe_changes_nothing(pair):
     assert not any(layer.self_attn._forward_hooks for layer in teacher.model.layers)
 
 
+def test_layers_are_compared_on_the_first_positions_only(pair, monkeypatch):
+    teacher, student = pair
+    first, second = batch_of([8]), batch_of([8], seed=1)
+    alone = probe_student(student, teacher, [first])["layers"]
+    assert probe_student(student, teacher, [first, second])["layers"] != alone
+    monkeypatch.setattr("gendistill.conversion.probe._LAYER_POSITIONS", first.num_labels)
+    assert probe_student(student, teacher, [first, second])["layers"] == alone
+
+
 def test_teacher_of_another_depth_is_scored_without_layers(pair, save_teacher):
     _, student = pair
     other, _ = save_teacher(num_hidden_layers=2, name="other")
