@@ -103,7 +103,7 @@ class Speaker(PreTrainedModel, GenerationMixin):
         prefers: Callable[[str], str] | None = None,
         ends: bool = True,
     ) -> None:
-        super().__init__(PretrainedConfig(vocab_size=len(tokenizer)))
+        super().__init__(PretrainedConfig(vocab_size=len(tokenizer), num_hidden_layers=1))
         self.anchor = nn.Parameter(torch.zeros(1))
         self.tokenizer = tokenizer
         self.says = says
@@ -117,15 +117,14 @@ class Speaker(PreTrainedModel, GenerationMixin):
         return self.anchor.device
 
     def prepare_inputs_for_generation(self, input_ids, **kwargs):
-        return {"input_ids": input_ids, "attention_mask": kwargs["attention_mask"]}
+        return {"input_ids": input_ids}
 
-    def forward(self, input_ids, attention_mask, use_cache=None, **kwargs) -> CausalLMOutput:
+    def forward(self, input_ids, attention_mask=None, **kwargs) -> CausalLMOutput:
         self.num_forwards += 1
         logits = torch.zeros(*input_ids.shape, len(self.tokenizer))
-        for row, mask, ids in zip(logits, attention_mask.tolist(), input_ids.tolist(), strict=True):
-            start = mask.index(1)
+        for row, ids in zip(logits, input_ids.tolist(), strict=True):
             answer_at = self._answer_start(ids)
-            prompt = self.tokenizer.decode(ids[start:answer_at])
+            prompt = self.tokenizer.decode(ids[:answer_at])
             said = self._ids(self.says(prompt))
             if self.ends:
                 said += self._ids("<|im_end|>")
@@ -157,12 +156,12 @@ def speaker(chat_tokenizer: PreTrainedTokenizerFast) -> Callable[..., Speaker]:
 def write_task(tmp_path: Path) -> Callable[..., Path]:
     """Write a task file with its items, and return the path of the YAML."""
 
-    def write(rows: list[dict], *, name: str = "demo", **settings) -> Path:
+    def write(rows: list[dict], *, stem: str = "demo", **settings) -> Path:
         folder = tmp_path / "tasks"
         folder.mkdir(exist_ok=True)
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        content = {"items": f"{name}.jsonl", "max_new_tokens": 8, "prompt": "{question}", **settings}
-        path = folder / f"{name}.yaml"
+        (folder / f"{stem}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        content = {"items": f"{stem}.jsonl", "max_new_tokens": 8, "prompt": "{question}", **settings}
+        path = folder / f"{stem}.yaml"
         path.write_text(json.dumps(content))
         return path
 
@@ -181,12 +180,12 @@ GOLD = {row["question"]: row["gold"] for row in COLORS}
 
 @pytest.fixture
 def colors(write_task: Callable[..., Path]) -> Path:
-    return write_task(COLORS, name="colors", kind="multiple_choice")
+    return write_task(COLORS, stem="colors", kind="multiple_choice")
 
 
 @pytest.fixture
 def right_answer() -> Callable[[str], str]:
     def answer(prompt: str) -> str:
-        return next(gold for question, gold in GOLD.items() if question in prompt)
+        return next((gold for question, gold in GOLD.items() if question in prompt), "0")
 
     return answer
