@@ -61,10 +61,27 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 
 
 def load(arguments: argparse.Namespace) -> Recipe:
-    """Load the recipe that the arguments name, with their overrides."""
+    """Load the recipe that the arguments name, with their overrides, and find its tasks.
+
+    Raises:
+        RecipeError: Everything that is wrong in the recipe.
+        EvalError: A task or a set of questions that does not exist or cannot be read.
+    """
     from gendistill.config.load import load_recipe
 
-    return load_recipe(arguments.recipe, all_overrides(arguments))
+    recipe = load_recipe(arguments.recipe, all_overrides(arguments))
+    find_tasks(recipe)
+    return recipe
+
+
+def find_tasks(recipe: Recipe) -> None:
+    """Read what the evaluation asks, so that a misspelt task fails now and not after hours of training."""
+    from gendistill_evals import load_questions, load_task
+
+    for task in recipe.eval.tasks:
+        load_task(task)
+    if recipe.eval.questions is not None:
+        load_questions(recipe.eval.questions)
 
 
 def all_overrides(arguments: argparse.Namespace) -> list[str]:

@@ -7,7 +7,14 @@ import re
 from pathlib import Path
 from typing import Any
 
-from gendistill.cli.arguments import add_json, all_overrides, command_line, pipeline_module, print_json
+from gendistill.cli.arguments import (
+    add_json,
+    all_overrides,
+    command_line,
+    find_tasks,
+    pipeline_module,
+    print_json,
+)
 from gendistill.errors import RecipeError
 
 _PROTOCOLS = {
@@ -80,6 +87,7 @@ def _score_recipe(arguments: argparse.Namespace) -> int:
             hint=f"gendistill eval {arguments.model} eval.{given[0]}=...",
         )
     recipe = load_recipe(arguments.model, all_overrides(arguments))
+    find_tasks(recipe)
     run_dir = pipeline_module().evaluate(recipe, command=command_line())
     print(f"ok        {run_dir.root / 'eval'}   next: gendistill report {run_dir.root}")
     return 0

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gendistill.cli.arguments import Parser, add_json, add_recipe, print_json
+from gendistill.cli.arguments import Parser, add_json, add_recipe, find_tasks, print_json
 from gendistill.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -140,6 +140,7 @@ def _check(arguments: argparse.Namespace) -> int:
     from gendistill.config.load import read_recipe
 
     loaded = read_recipe(arguments.recipe, arguments.overrides)
+    find_tasks(loaded.recipe)
     if arguments.json:
         print_json({"ok": True, "name": loaded.recipe.name, "file": str(loaded.file)})
         return 0

@@ -13,7 +13,7 @@ from gendistill.config.objectives import KLConfig, ObjectiveConfig
 from gendistill.errors import RecipeError
 from gendistill.types import ParamGroup, Placement, parse_token_count
 
-_MANY_LAYERS = 100_000
+_MANY_LAYERS = 1000
 
 TokenCount = Annotated[int, BeforeValidator(parse_token_count), Field(ge=1)]
 

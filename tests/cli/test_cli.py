@@ -69,6 +69,8 @@ def test_every_command_has_help(cli, command):
         (["run", "tiny", "seed"], '"seed" is no override'),
         (["run", "nothing"], 'there is no recipe "nothing"'),
         (["run", "tiny", "sead=3"], 'did you mean "seed"?'),
+        (["run", "tiny", "eval.tasks=[copy, everydya]"], 'did you mean "everyday"'),
+        (["eval", "tiny", "eval.questions=dmo"], "demo"),
         (["distill", "tiny", "--only", "distil"], 'did you mean "distill"?'),
         (["data", "tiny", "--stage", "x"], 'has no stage "x"'),
         (["data", "tiny", "-n", "0"], "at least 1"),
@@ -120,13 +122,13 @@ def test_convert_and_eval_of_a_recipe_reach_the_pipeline(cli, calls):
 
 
 def test_eval_scores_any_model(cli, calls):
-    words = ["--tasks", "copy,yesno", "--protocols", "generation", "--limit", "5", "--batch_size", "2"]
+    words = ["--tasks", "copy,everyday", "--protocols", "generation", "--limit", "5", "--batch_size", "2"]
     code, out, _ = cli("eval", "org/some.model", *words, "--questions", "demo", "--teacher", "org/big")
     assert code == 0
     ((_, positional, named),) = calls
     assert positional == ("org/some.model",)
     assert named == {
-        "tasks": ("copy", "yesno"),
+        "tasks": ("copy", "everyday"),
         "protocols": ("generation",),
         "limit": 5,
         "batch_size": 2,
