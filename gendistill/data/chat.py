@@ -28,7 +28,6 @@ PROBE: list[Message] = [
     {"role": "assistant", "content": "Green, after rain."},
 ]
 
-_THINKING = re.compile(r"\s*<think>.*?</think>\s*", re.DOTALL)
 _BLANK = re.compile(r"\s*")
 
 
@@ -135,14 +134,10 @@ def _match_content(
 ) -> tuple[int, int] | None:
     """Match the prompt, then the answer as written or trimmed, then the end of turn."""
     for start in _starts(text, prompt, cursor):
-        for content_start in _content_starts(text, start):
-            for content in _spellings(message["content"]):
-                if not text.startswith(content, content_start):
-                    continue
-                end = content_start + len(content)
-                blank = _BLANK.match(text, end)
-                end = blank.end() if blank else end
-                if text.startswith(end_of_turn, end):
+        for content in _spellings(message["content"]):
+            for content_start in (start, _skip_blank(text, start)):
+                end = _skip_blank(text, content_start + len(content))
+                if text.startswith(content, content_start) and text.startswith(end_of_turn, end):
                     return start, end + len(end_of_turn)
     return None
 
@@ -165,12 +160,9 @@ def _starts(text: str, prompt: str, cursor: int) -> Iterator[int]:
         yield block
 
 
-def _content_starts(text: str, start: int) -> Iterator[int]:
-    yield start
-    for pattern in (_BLANK, _THINKING):
-        match = pattern.match(text, start)
-        if match and match.end() > start:
-            yield match.end()
+def _skip_blank(text: str, at: int) -> int:
+    match = _BLANK.match(text, at)
+    return match.end() if match else at
 
 
 def _spellings(content: str) -> Iterator[str]:

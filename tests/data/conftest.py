@@ -48,6 +48,12 @@ QWEN3 = (
 )
 # the generation prompt opens a thinking block that earlier answers do not have
 THINKING_PROMPT = QWEN3.removesuffix("{% endif %}") + "<think>\n{% endif %}"
+# thinking is stripped from every answer, yet the generation prompt opens it
+REASONER = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'assistant' %}"
+    "<|im_start|>{{ m['content'].split('</think>')[-1] }}</s>{% else %}{{ m['content'] }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|><think>\n{% endif %}"
+)
 MISTRAL = (
     "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]"
     "{% elif m['role'] == 'assistant' %} {{ m['content'] }}</s>"
@@ -71,6 +77,7 @@ TEMPLATES = {
     "llama3": LLAMA3,
     "qwen3": QWEN3,
     "thinking_prompt": THINKING_PROMPT,
+    "reasoner": REASONER,
     "mistral": MISTRAL,
     "marked": MARKED,
     "no_end": NO_END,

@@ -12,7 +12,7 @@ from gendistill.data.chat import RowDropped, read_conversation
 from gendistill.data.render import Renderer, TokenizedSample
 from gendistill.errors import DataError
 
-BY_HAND = ["chatml", "llama3", "qwen3", "thinking_prompt", "mistral", "marked"]
+BY_HAND = ["chatml", "llama3", "qwen3", "thinking_prompt", "reasoner", "mistral", "marked"]
 
 
 def _renderer(tokenizer, format="messages", mask="completion", seq_len=100_000, **settings) -> Renderer:
@@ -43,7 +43,7 @@ def _counted_texts(tokenizer, sample: TokenizedSample) -> list[str]:
 def _expected(template: str, messages: list[dict]) -> tuple[str, list[str]]:
     """Write the rendered conversation and its answers out by hand."""
     text, answers = "", []
-    if template in ("llama3", "mistral"):
+    if template in ("llama3", "mistral", "reasoner"):
         text = "<|bos|>"
     if template == "chatml" and messages[0]["role"] != "system":
         text = "<|im_start|>system\nBe kind.<|im_end|>\n"
@@ -55,6 +55,7 @@ def _expected(template: str, messages: list[dict]) -> tuple[str, list[str]]:
             "llama3": (f"<|start_header_id|>{role}<|end_header_id|>\n\n", content.strip() + "<|eot_id|>", ""),
             "qwen3": (f"<|im_start|>{role}\n", content + "<|im_end|>", "\n"),
             "thinking_prompt": (f"<|im_start|>{role}\n", content + "<|im_end|>", "\n"),
+            "reasoner": ("", content, ""),
             "mistral": ("", f"[INST] {content} [/INST]" if role == "user" else f" {content}</s>", ""),
         }[template]
         if template in ("qwen3", "thinking_prompt") and role == "assistant":
@@ -66,6 +67,8 @@ def _expected(template: str, messages: list[dict]) -> tuple[str, list[str]]:
                 body = f"<think>\n{thought}\n</think>\n\n{answer}"
             else:
                 before, body = before + "<think>\n", f"{thought}\n</think>\n\n{answer}"
+        if template == "reasoner" and role == "assistant":
+            before, body = "<|im_start|>", content.rpartition("</think>")[2] + "</s>"
         text += before + body + after
         if role == "assistant":
             answers.append(body)
@@ -93,7 +96,7 @@ def test_masks_cover_exactly_the_answers_of_random_conversations(
     renderer = _renderer(tokenizer)
     rng = random.Random(11)
     # an empty thought would merge its line breaks with the prompt's: that has its own test
-    thinking = {"qwen3": 0.5, "thinking_prompt": 1.0}.get(template, 0.0)
+    thinking = {"qwen3": 0.5, "thinking_prompt": 1.0, "reasoner": 0.5}.get(template, 0.0)
     rows = [
         {"messages": _conversation(rng, make_text, system=template != "mistral", thinking=thinking)}
         for _ in range(200)
@@ -106,7 +109,8 @@ def test_masks_cover_exactly_the_answers_of_random_conversations(
     assert not renderer.dropped
 
 
-@pytest.mark.parametrize("template", BY_HAND)
+# the reasoner's prompt opens a thought that its rendered answers never have
+@pytest.mark.parametrize("template", [template for template in BY_HAND if template != "reasoner"])
 def test_prompt_tokens_are_those_of_generation(make_tokenizer, make_text, template):
     """What precedes the first answer is what a user would tokenize to generate it."""
     tokenizer = make_tokenizer(template, newline_runs=True)
@@ -286,10 +290,13 @@ def test_long_text_is_split_into_consecutive_pieces(make_tokenizer, make_text):
         assert (joined == whole.ids[: len(joined)]).all()
 
 
-def test_long_completion_is_cut_at_its_end_and_dropped_without_answer(make_tokenizer, make_text):
-    tokenizer = make_tokenizer("qwen3")
+@pytest.mark.parametrize("template", ["qwen3", "llama3"])
+def test_long_completion_is_cut_at_its_end_and_dropped_without_answer(make_tokenizer, make_text, template):
+    """Long messages have far fewer characters per token than short ones between long special tokens."""
+    tokenizer = make_tokenizer(template)
     rng = random.Random(9)
     rows = [{"messages": _conversation(rng, make_text, system=True, thinking=0.5)} for _ in range(60)]
+    rows += [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "I"}] * 9}]
     wholes = [samples[0] for samples in _renderer(tokenizer).render(rows)]
     for seq_len in (16, 40, 90):
         renderer = _renderer(tokenizer, seq_len=seq_len)
