@@ -6,6 +6,7 @@ import contextlib
 import datetime
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -156,7 +157,8 @@ class _Context:
     def open(cls, recipe: Recipe, command: str) -> _Context:
         accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)])
         run = RunDir(Path(recipe.output) / recipe.name)
-        console = Console(stderr=False, quiet=not accelerator.is_main_process, highlight=False)
+        quiet = not accelerator.is_main_process
+        console = Console(quiet=quiet, highlight=False, soft_wrap=not sys.stdout.isatty())
         with accelerator.main_process_first():  # one process downloads, the others find the cache
             teacher = resolve_checkpoint(recipe.teacher.model, revision=recipe.teacher.revision)
             source = teacher

@@ -148,13 +148,14 @@ def _quantiles(values: Sequence[Tensor]) -> dict[str, float]:
 
 
 def check_probe(result: dict[str, Any]) -> None:
-    """Stop when the student predicts no better than guessing.
+    """Stop when the student predicts no better than guessing, unless the teacher does no better either.
 
     Raises:
-        CheckpointError: Its cross-entropy is not finite, or not below that of the uniform distribution.
+        CheckpointError: Its cross-entropy is not finite, or not below that of the uniform distribution while the
+            teacher's is.
     """
     student_ce, ln_vocab = result["student_ce"], result["ln_vocab"]
-    if math.isfinite(student_ce) and student_ce < ln_vocab:
+    if math.isfinite(student_ce) and (student_ce < ln_vocab or result["teacher_ce"] >= ln_vocab):
         return
     worst = sorted(result["layers"], key=lambda layer: -_badness(layer["relative_error"]))[:3]
     named = ", ".join(f"{layer['layer']} (cosine {layer['cosine']:.2f})" for layer in worst)

@@ -139,6 +139,12 @@ def test_student_that_guesses_is_stopped_with_its_worst_layers(ce):
     assert "student.mixers.kda" in (caught.value.hint or "")
 
 
+def test_student_of_an_untrained_teacher_may_guess():
+    check_probe(healthy(student_ce=4.6, teacher_ce=4.55))
+    with pytest.raises(CheckpointError):
+        check_probe(healthy(student_ce=math.nan, teacher_ce=4.55))
+
+
 def test_probe_table_shows_layers_and_half_lives():
     console = Console(width=120)
     with console.capture() as captured:
