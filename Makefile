@@ -57,9 +57,10 @@ test-oldest: $(VENV)/.stamp-dev $(VENV)/.stamp-oldest
 		"import transformers; v = transformers.__version__; print('transformers', v); assert v.startswith('5.17.')"
 	OMP_NUM_THREADS=1 PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest -n 2 -q $(PYTEST_FLAGS) tests/models tests/mixers
 
-lint: $(VENV)/.stamp-dev  ## check style and formatting
+lint: $(VENV)/.stamp-dev  ## check style, formatting and that the documents' tables are those of docs/results
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python -m gendistill.report.results_table README.md docs/*.md --check
 
 types: $(VENV)/.stamp-dev  ## check types
 	$(BIN)/pyright --pythonpath $(BIN)/python

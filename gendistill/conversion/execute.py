@@ -16,22 +16,11 @@ from gendistill.conversion.progress import byte_progress
 from gendistill.conversion.tensors import NewTensor, TensorInfo, read_tensor_index, write_shards
 from gendistill.errors import OutputError
 from gendistill.mixers.init import initial_value
+from gendistill.models.io import copy_companions
 from gendistill.paths import new_folder, write_json
 
 MAX_SHARD_BYTES = 4_000_000_000
 _TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-# everything besides weights and config that a student needs to read, write and stop like its teacher
-_COMPANIONS = (
-    *(
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "tokenizer.model",
-        "special_tokens_map.json",
-        "added_tokens.json",
-    ),
-    *("vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json"),
-    *("LICENSE*", "NOTICE*"),
-)
 
 
 def apply_plan(
@@ -65,9 +54,7 @@ def apply_plan(
         return _values(steps[tensor.name], tensors, seed)
 
     with new_folder(out) as partial, byte_progress("converting", plan.num_bytes) as advance:
-        for pattern in _COMPANIONS:
-            for path in source.folder.glob(pattern):
-                shutil.copyfile(path, partial / path.name)
+        copy_companions(source.folder, partial)
         write_json(partial / "config.json", plan.student_config)
         entries = [step.as_new_tensor() for step in plan.steps]
         write_shards(partial, entries, values, max_shard_bytes=max_shard_bytes, on_bytes=advance)

@@ -21,8 +21,8 @@ _AUTO_MAP = {
     "AutoModel": "models_modeling.HybridModel",
     "AutoModelForCausalLM": "models_modeling.HybridForCausalLM",
 }
-# files beside the weights that make a checkpoint usable: tokenizer, chat template, generation defaults
-COMPANIONS = (
+# files beside weights and config that a student needs to read, write and stop like its teacher
+_COMPANIONS = (
     "tokenizer.json",
     "tokenizer_config.json",
     "tokenizer.model",
@@ -33,6 +33,8 @@ COMPANIONS = (
     "chat_template.jinja",
     "chat_template.json",
     "generation_config.json",
+    "LICENSE*",
+    "NOTICE*",
 )
 
 
@@ -59,10 +61,10 @@ def export_code(folder: Path) -> list[Path]:
 
 
 def copy_companions(source: Path, folder: Path) -> None:
-    """Copy tokenizer, chat template and generation settings unchanged."""
-    for name in COMPANIONS:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
+    """Copy tokenizer, chat template, generation settings and licences unchanged."""
+    for pattern in _COMPANIONS:
+        for path in source.glob(pattern):
+            shutil.copyfile(path, folder / path.name)
     if (source / "additional_chat_templates").is_dir():
         shutil.copytree(
             source / "additional_chat_templates", folder / "additional_chat_templates", dirs_exist_ok=True
