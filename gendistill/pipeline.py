@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
+import resource
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,11 +59,14 @@ def run(recipe: Recipe, *, command: str) -> RunDir:
         command: The command line, recorded in the manifest.
     Returns: The run folder.
     """
+    started = time.monotonic()
     context = _Context.open(recipe, command)
     _convert(context)
     _distill(context, tuple(recipe.stages))
     if context.accelerator.is_main_process:
         _evaluate(context)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        context.manifest.update(seconds=round(time.monotonic() - started, 1), peak_memory_bytes=peak)
         write_report(context.run.root)
     context.accelerator.wait_for_everyone()
     return context.run

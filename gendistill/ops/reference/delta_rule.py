@@ -141,15 +141,17 @@ def chunk_delta_rule(
     key_to_end = (key * (tail - gate).exp()).transpose(-1, -2)
     carry = tail.exp().transpose(-1, -2)
 
-    memory, outputs, start = x.state[layout.order], [], 0
-    for active in layout.active:
-        now = slice(start, start + active)
-        current = memory[:active]
-        residual = update[now] if correction is None else update[now] - correction[now] @ current
-        outputs.append(query_decayed[now] @ current + attend[now] @ residual)
-        current = carry[now] * current + key_to_end[now] @ residual
+    # split, not sliced: the backward of a slice writes a tensor of the whole size, at every step
+    sides = (query_decayed, attend, update, carry, key_to_end, update if correction is None else correction)
+    steps = zip(*(side.split(layout.active) for side in sides), strict=True) if layout.active else ()
+    memory, outputs = x.state[layout.order], []
+    for query_t, attend_t, update_t, carry_t, key_t, correction_t in steps:
+        active = len(query_t)
+        current = memory[:active] if active < number else memory
+        residual = update_t if correction is None else update_t - correction_t @ current
+        outputs.append(query_t @ current + attend_t @ residual)
+        current = carry_t * current + key_t @ residual
         memory = current if active == number else torch.cat([current, memory[active:]])
-        start += active
     out = torch.cat(outputs) if outputs else value
     out = out.transpose(1, 2).flatten(0, 1)[layout.slot].unflatten(0, (batch, length))
     return OpOutput(out.to(v.dtype), memory[layout.rank])
