@@ -268,10 +268,9 @@ def _convert(context: _Context) -> None:
     context.console.print(render_probe(probe))
     check_probe(probe)
     student_config = student.config.to_dict()
+    mixers = [student.model.layers[layer].self_attn for layer in student.config.linear_layers]
     manifest.update(
-        impl={
-            f"layer {i}": str(student.model.layers[i].self_attn.impl) for i in student.config.linear_layers
-        },
+        impl=", ".join(sorted({f"{mixer.kind}={mixer.impl}" for mixer in mixers})) or "no linear layers",
         teacher={
             "spec": recipe.teacher.model,
             "fingerprint": context.teacher.fingerprint,

@@ -1,0 +1,41 @@
+"""A finished run becomes a results file with the numbers of its files and nothing else."""
+
+import json
+
+import pytest
+
+from gendistill.report.run_results import DEMO, main
+
+
+def rows_of(run_dir, tmp_path):
+    out = tmp_path / "out.json"
+    assert main([str(run_dir), str(out)]) == 0
+    return {row["name"]: row for row in json.loads(out.read_text())["rows"]}
+
+
+def test_rows_hold_what_the_run_files_say(make_run, tmp_path, edit_json):
+    run_dir = make_run("plain")
+    edit_json(
+        run_dir / "manifest.json", lambda content: content.update(seconds=61.5, peak_memory_bytes=2 * 10**9)
+    )
+    rows = rows_of(run_dir, tmp_path)
+    probe = json.loads((run_dir / "convert" / "probe.json").read_text())
+    assert rows["held-out KL after conversion"]["value"] == probe["kl"]
+    first, last = rows["held-out KL after conversion"]["value"], rows["held-out KL at the end"]["value"]
+    assert rows["share of the KL left"]["value"] == pytest.approx(last / first)
+    answers = {
+        role: json.loads((run_dir / "eval" / role / "transcripts.jsonl").read_text().splitlines()[0])
+        for role in ("teacher", "student")
+    }
+    gap = answers["student"]["teacher_nll"] - answers["teacher"]["teacher_nll"]
+    assert rows["worst answer"]["value"] == pytest.approx(gap)
+    assert rows["most repetitive answer"]["value"] == answers["student"]["repeated_4gram_share"]
+    assert (rows["wall time"]["value"], rows["peak memory"]["value"]) == (61.5, 2.0)
+    assert all(row["bar"] is None for row in rows.values())
+
+
+def test_the_demo_alone_has_bars_and_what_was_not_measured_has_no_row(make_run, tmp_path):
+    rows = rows_of(make_run(DEMO), tmp_path)
+    assert rows["share of the KL left"]["bar"] == 0.25
+    assert rows["most repetitive answer"]["bar"] == 0.2
+    assert "wall time" not in rows
