@@ -136,7 +136,7 @@ def _match_content(
     for start in _starts(text, prompt, cursor):
         for content in _spellings(message["content"]):
             for content_start in (start, _skip_blank(text, start)):
-                end = _skip_blank(text, content_start + len(content))
+                end = content_start + len(content)
                 if text.startswith(content, content_start) and text.startswith(end_of_turn, end):
                     return start, end + len(end_of_turn)
     return None

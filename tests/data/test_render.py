@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from gendistill.config.schema import SourceConfig
+from gendistill.data import render
 from gendistill.data.chat import RowDropped, read_conversation
 from gendistill.data.render import Renderer, TokenizedSample
 from gendistill.errors import DataError
@@ -291,12 +292,15 @@ def test_long_text_is_split_into_consecutive_pieces(make_tokenizer, make_text):
 
 
 @pytest.mark.parametrize("template", ["qwen3", "llama3"])
-def test_long_completion_is_cut_at_its_end_and_dropped_without_answer(make_tokenizer, make_text, template):
-    """Long messages have far fewer characters per token than short ones between long special tokens."""
+@pytest.mark.parametrize("chars_per_token", [1, 6])
+def test_long_completion_is_cut_at_its_end_and_dropped_without_answer(
+    make_tokenizer, make_text, template, chars_per_token, monkeypatch
+):
+    """Whether the head that is encoded first was long enough or not, the sample is a prefix of the whole."""
+    monkeypatch.setattr(render, "_MANY_CHARS_PER_TOKEN", chars_per_token)
     tokenizer = make_tokenizer(template)
     rng = random.Random(9)
     rows = [{"messages": _conversation(rng, make_text, system=True, thinking=0.5)} for _ in range(60)]
-    rows += [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "I"}] * 9}]
     wholes = [samples[0] for samples in _renderer(tokenizer).render(rows)]
     for seq_len in (16, 40, 90):
         renderer = _renderer(tokenizer, seq_len=seq_len)
