@@ -135,7 +135,7 @@ def write_state(cache: Cache | None, layer_idx: int, state: MixerState, num_posi
     """Store a linear layer's new state after ``num_positions`` more positions."""
     if cache is None:
         return
-    layer = cache.layers[layer_idx]
+    layer: Any = cache.layers[layer_idx]
     if state.conv is not None:
         cache.update_conv_state(state.conv, layer_idx)
     else:  # only the convolution's update marks the layer as used

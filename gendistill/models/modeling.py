@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as weight_init
 from transformers.cache_utils import Cache, DynamicCache, QuantizedCache
-from transformers.generation import GenerationMixin
+from transformers.generation.utils import GenerationMixin
 from transformers.masking_utils import (
     create_causal_mask,
     create_recurrent_attention_mask,
@@ -141,7 +141,7 @@ class HybridModel(HybridPreTrainedModel):
 
     def __init__(self, config: HybridConfig) -> None:
         super().__init__(config)
-        family = MODEL_MAPPING[CONFIG_MAPPING[config.base_model_type]]
+        family: Any = MODEL_MAPPING[CONFIG_MAPPING[config.base_model_type]]
         base = family(config)
         self._no_split_modules = base._no_split_modules
         self.embed_tokens = base.embed_tokens
@@ -315,7 +315,7 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
             raise ValueError(
                 f'cache_implementation="{implementation}" cannot hold this student\'s states; leave it out'
             )
-        return super().generate(*args, **kwargs)
+        return super().generate(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
         """Refuse continuous batching, which pages keys and values only."""
@@ -327,7 +327,8 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
         given = model_kwargs.get("past_key_values")
-        result = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        prepare = super()._prepare_cache_for_generation  # pyright: ignore[reportAttributeAccessIssue]
+        result = prepare(generation_config, model_kwargs, *args, **kwargs)
         cache = model_kwargs.get("past_key_values")
         if given is None and type(cache) is DynamicCache and not cache.offloading:
             model_kwargs["past_key_values"] = HybridCache(self.config)
