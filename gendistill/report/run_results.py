@@ -130,12 +130,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m gendistill.report.run_results", allow_abbrev=False)
     parser.add_argument("run", type=Path, help="a finished run folder")
     parser.add_argument("out", type=Path, help="docs/results/<name>.json")
+    parser.add_argument("--commit", help="the code that the run used; git's HEAD by default")
     given = parser.parse_args(arguments)
     run = read_run(given.run)
     manifest = run.manifest
     results = write_results_json(
         given.out,
-        command="make demo" if run.name == DEMO else manifest["command"],
+        command=manifest["command"],
+        commit=given.commit,
         device=manifest["device"],
         date=manifest["date"],
         versions=manifest["versions"],
