@@ -34,7 +34,15 @@ from gendistill.conversion.probe import check_probe, probe_student, render_probe
 from gendistill.data.stream import build_stream, heldout_batches
 from gendistill.errors import RecipeError
 from gendistill.losses.base import check_vocabulary
-from gendistill.manifest import CACHE_LENGTHS, Manifest, cache_bytes, fingerprint, installed_versions, today
+from gendistill.manifest import (
+    CACHE_LENGTHS,
+    Manifest,
+    cache_bytes,
+    fingerprint,
+    installed_versions,
+    source_commit,
+    today,
+)
 from gendistill.models.io import export_code, load_student, save_student
 from gendistill.paths import RunDir, new_folder, write_json, write_text
 from gendistill.report import write_report
@@ -177,6 +185,7 @@ class _Context:
                 name=recipe.name,
                 date=today(),
                 command=command,
+                commit=source_commit(),
                 versions=installed_versions(),
                 device=_device_name(accelerator.device),
                 dtype=str(context.teacher_dtype).removeprefix("torch."),

@@ -8,12 +8,9 @@ documents are out of date.
 from __future__ import annotations
 
 import argparse
-import datetime
 import re
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -21,12 +18,12 @@ from pydantic import Field, ValidationError, model_validator
 
 from gendistill.config.base import Section
 from gendistill.errors import GendistillError, ReportError
+from gendistill.manifest import installed_versions, source_commit, today
 from gendistill.paths import write_json, write_text
 
 DEFAULT_FOLDER = Path("docs/results")
 _BLOCK = re.compile(r"(<!-- results:(?P<name>[\w.-]+) -->\n).*?(<!-- /results -->)", re.DOTALL)
 _MARKER = re.compile(r"<!-- /?results\b")
-_PACKAGES = ("gendistill", "torch", "transformers", "accelerate")
 
 Number = Annotated[float, Field(allow_inf_nan=False, strict=True)]
 
@@ -106,19 +103,22 @@ def write_results_json(
         rows: The measured numbers.
         commit: Code that was measured; if None, git's HEAD, with ``-dirty`` if tracked files differ from it.
         date: ``YYYY-MM-DD``; today if None.
-        versions: Version by package; if None, the installed gendistill, torch, transformers and accelerate.
+        versions: Version by package; if None, those installed.
     Returns: What was written.
     Raises:
         ReportError: A value outside the schema, or no commit given where git knows none.
     """
+    commit = commit or source_commit()
+    if commit is None:
+        raise ReportError("git does not know the commit of this code", hint="run inside the checkout")
     try:
         results = Results(
             schema=1,
             command=command,
-            commit=commit or _head_commit(),
-            date=date or datetime.date.today().isoformat(),
+            commit=commit,
+            date=date or today(),
             device=device,
-            versions=dict(versions) if versions is not None else _installed_versions(),
+            versions=dict(versions if versions is not None else installed_versions()),
             rows=tuple(rows),
         )
     except ValidationError as error:
@@ -132,20 +132,6 @@ def _invalid(path: Path, error: ValidationError) -> ReportError:
     return ReportError(
         "; ".join(problems), where=str(path), hint="fix the program that measured it, then run it again"
     )
-
-
-def _head_commit() -> str:
-    try:
-        described = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-        return subprocess.run(described, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError) as error:
-        raise ReportError(
-            "git does not know the commit of this code", hint="run inside the checkout"
-        ) from error
-
-
-def _installed_versions() -> dict[str, str]:
-    return {package: metadata.version(package) for package in _PACKAGES}
 
 
 def render_results(results: Results) -> str:

@@ -130,14 +130,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m gendistill.report.run_results", allow_abbrev=False)
     parser.add_argument("run", type=Path, help="a finished run folder")
     parser.add_argument("out", type=Path, help="docs/results/<name>.json")
-    parser.add_argument("--commit", help="the code that the run used; git's HEAD by default")
+    parser.add_argument("--commit", help="the code that the run used; by default as the run noted it")
     given = parser.parse_args(arguments)
     run = read_run(given.run)
     manifest = run.manifest
     results = write_results_json(
         given.out,
         command=manifest["command"],
-        commit=given.commit,
+        commit=given.commit or manifest.get("commit"),
         device=manifest["device"],
         date=manifest["date"],
         versions=manifest["versions"],

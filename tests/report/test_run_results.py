@@ -39,3 +39,10 @@ def test_the_demo_alone_has_bars_and_what_was_not_measured_has_no_row(make_run, 
     assert rows["share of the KL left"]["bar"] == 0.25
     assert rows["most repetitive answer"]["bar"] == 0.2
     assert "wall time" not in rows
+
+
+def test_the_commit_is_the_one_that_the_run_noted(make_run, tmp_path, edit_json):
+    run_dir = make_run("plain")
+    edit_json(run_dir / "manifest.json", lambda content: content.update(commit="0123abc-dirty"))
+    rows_of(run_dir, tmp_path)
+    assert json.loads((tmp_path / "out.json").read_text())["commit"] == "0123abc-dirty"
