@@ -22,8 +22,9 @@ from gendistill.data.cursor import (
     translated,
 )
 from gendistill.data.files import ROW_SUFFIXES, JoinedRows, Row, open_line_file, row_suffix
-from gendistill.data.packages import PREFIX, package_file
+from gendistill.data.packages import package_file
 from gendistill.errors import DataError
+from gendistill.packages import PREFIX
 
 _KNOWN_SUFFIXES = (*ROW_SUFFIXES, ".parquet")
 

