@@ -1,21 +1,16 @@
-"""What a run folder says about itself: versions, device, models, and which steps are finished. Imports no torch."""
+"""What a run folder says about itself, and which of its steps are finished. Imports no torch."""
 
 from __future__ import annotations
 
-import datetime
 import hashlib
 import json
-import platform
-import subprocess
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from gendistill.conversion.family import read_geometry
 from gendistill.paths import read_json, write_json
 
-_PACKAGES = ("gendistill", "torch", "transformers", "accelerate", "datasets", "triton")
 CACHE_LENGTHS = (512, 2048, 8192, 32768, 131072)
 
 
@@ -53,34 +48,6 @@ def fingerprint(*inputs: Any) -> str:
     """Hash everything that a step's output depends on; inputs are JSON-like."""
     text = json.dumps(inputs, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def installed_versions() -> dict[str, str]:
-    """List the versions of Python and of the packages that results depend on."""
-    found = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def source_commit() -> str | None:
-    """Name git's commit of this code, ending in ``-dirty`` if tracked files differ; None outside a checkout."""
-    root = Path(__file__).resolve().parent.parent
-    if not (root / ".git").exists():
-        return None
-    describe = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        return subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def today() -> str:
-    """Today, as YYYY-MM-DD."""
-    return datetime.date.today().isoformat()
 
 
 def cache_bytes(config: Mapping[str, Any], *, tokens: int, bytes_per_value: int = 2) -> int:

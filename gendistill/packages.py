@@ -68,7 +68,9 @@ def _unpacked(package: str, version: str | None, *, where: str, error: type[Gend
     # the ranks of one run ask for the same package at the same moment
     with FileLock(root / f".{name}.lock"):
         cached = sorted(root.glob(f"{name}-{version or '[0-9]*'}"))
-        return cached[-1] if cached else _download(package, version, root, name=name, where=where, error=error)
+        return (
+            cached[-1] if cached else _download(package, version, root, name=name, where=where, error=error)
+        )
 
 
 def _download(

@@ -34,17 +34,10 @@ from gendistill.conversion.probe import check_probe, probe_student, render_probe
 from gendistill.data.stream import build_stream, heldout_batches
 from gendistill.errors import RecipeError
 from gendistill.losses.base import check_vocabulary
-from gendistill.manifest import (
-    CACHE_LENGTHS,
-    Manifest,
-    cache_bytes,
-    fingerprint,
-    installed_versions,
-    source_commit,
-    today,
-)
+from gendistill.manifest import CACHE_LENGTHS, Manifest, cache_bytes, fingerprint
 from gendistill.models.io import export_code, load_student, save_student
 from gendistill.paths import RunDir, new_folder, write_json, write_text
+from gendistill.provenance import installed_versions, source_commit, today
 from gendistill.report import write_report
 from gendistill.training.console import TrainingConsole
 from gendistill.training.loop import train_stage

@@ -43,7 +43,9 @@ def tiny_teacher(family: str = "llama", *, seed: int = 0, **overrides: Any) -> P
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **settings)).float().eval()
 
 
-def save_tiny_checkpoint(folder: Path, family: str = "qwen3", *, vocab_size: int = 260, **overrides: Any) -> Path:
+def save_tiny_checkpoint(
+    folder: Path, family: str = "qwen3", *, vocab_size: int = 260, **overrides: Any
+) -> Path:
     """Save a random teacher with a tokenizer of single bytes and a chat template; ``overrides`` as above.
 
     Returns: ``folder``.

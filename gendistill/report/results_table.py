@@ -18,8 +18,8 @@ from pydantic import Field, ValidationError, model_validator
 
 from gendistill.config.base import Section
 from gendistill.errors import GendistillError, ReportError
-from gendistill.manifest import installed_versions, source_commit, today
 from gendistill.paths import write_json, write_text
+from gendistill.provenance import installed_versions, source_commit, today
 
 DEFAULT_FOLDER = Path("docs/results")
 _BLOCK = re.compile(r"(<!-- results:(?P<name>[\w.-]+) -->\n).*?(<!-- /results -->)", re.DOTALL)

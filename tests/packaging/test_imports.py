@@ -21,6 +21,8 @@ TORCH_FREE = (
     *(
         "gendistill.types",
         "gendistill.paths",
+        "gendistill.packages",
+        "gendistill.provenance",
         "gendistill.parameters",
         "gendistill.planning",
         "gendistill.memory",

@@ -1,12 +1,9 @@
 """The manifest: finished steps by fingerprint, and cache sizes that equal a real cache's."""
 
-import re
-
 import pytest
 import torch
 
-from gendistill import manifest
-from gendistill.manifest import Manifest, cache_bytes, fingerprint, source_commit
+from gendistill.manifest import Manifest, cache_bytes, fingerprint
 from gendistill.models import HybridCache
 from gendistill.testing import PLACEMENTS, tiny_student
 
@@ -30,9 +27,3 @@ def test_a_step_is_done_only_with_the_same_inputs(tmp_path):
     again = Manifest(path)
     again.begin("convert")
     assert not Manifest(path).is_done("convert", mark)
-
-
-def test_a_checkout_knows_its_commit_and_an_installed_package_has_none(monkeypatch, tmp_path):
-    assert re.fullmatch(r"[0-9a-f]{40}(-dirty)?", source_commit() or "")
-    monkeypatch.setattr(manifest, "__file__", str(tmp_path / "gendistill" / "manifest.py"))
-    assert source_commit() is None
