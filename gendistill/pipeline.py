@@ -268,7 +268,8 @@ def _convert(context: _Context) -> None:
         probe = probe_student(student, teacher, batches)
     write_json(run.probe, probe)
     context.console.print(render_probe(probe))
-    check_probe(probe)
+    if warning := check_probe(probe):
+        context.say("warning", warning)
     student_config = student.config.to_dict()
     mixers = [student.model.layers[layer].self_attn for layer in student.config.linear_layers]
     manifest.update(
@@ -277,6 +278,7 @@ def _convert(context: _Context) -> None:
             "spec": recipe.teacher.model,
             "fingerprint": context.teacher.fingerprint,
             "num_layers": num_layers,
+            "num_tensors": len(tensors),
             "num_parameters": teacher.num_parameters(),
         },
         student={

@@ -147,27 +147,31 @@ def _quantiles(values: Sequence[Tensor]) -> dict[str, float]:
     return {str(point): float(value) for point, value in zip(_QUANTILES, points, strict=True)}
 
 
-def check_probe(result: dict[str, Any]) -> None:
-    """Stop when the student predicts no better than guessing, unless the teacher does no better either.
+def check_probe(result: dict[str, Any]) -> str | None:
+    """Judge an untrained student.
 
+    Returns: A warning if it predicts no better than guessing while the teacher does, else None.
     Raises:
-        CheckpointError: Its cross-entropy is not finite, or not below that of the uniform distribution while the
-            teacher's is.
+        CheckpointError: Its cross-entropy is not finite.
     """
     student_ce, ln_vocab = result["student_ce"], result["ln_vocab"]
-    if math.isfinite(student_ce) and (student_ce < ln_vocab or result["teacher_ce"] >= ln_vocab):
-        return
+    if student_ce < ln_vocab or (math.isfinite(student_ce) and result["teacher_ce"] >= ln_vocab):
+        return None
     worst = sorted(result["layers"], key=lambda layer: -_badness(layer["relative_error"]))[:3]
     named = ", ".join(f"{layer['layer']} (cosine {layer['cosine']:.2f})" for layer in worst)
     median = result["half_life"]["quantiles"].get("50")
-    raise CheckpointError(
+    message = (
         f"the converted student has cross-entropy {student_ce:.2f}, guessing has {ln_vocab:.2f} (ln vocab); "
         + (f"worst layers: {named}; " if named else "")
-        + (f"median half-life {median:.1f} tokens" if median is not None else "no linear layers"),
-        where="student",
-        hint="keep more layers full in student.placement, or change student.mixers.kda: init: qkvo, "
-        "half_life: [4, 512], conv_activation: identity, output_gate: silu",
+        + (f"median half-life {median:.1f} tokens" if median is not None else "no linear layers")
     )
+    hint = (
+        "keep more layers full in student.placement, or change student.mixers.kda: init: qkvo, "
+        "half_life: [4, 512], conv_activation: identity, output_gate: silu"
+    )
+    if not math.isfinite(student_ce):
+        raise CheckpointError(message, where="student", hint=hint)
+    return f"{message}. Training starts from less than nothing: align before distilling, or {hint}"
 
 
 def _badness(error: float) -> float:

@@ -41,6 +41,7 @@ class RunFiles:
     root: Path
     manifest: dict[str, Any]
     recipe_text: str
+    plan: dict[str, Any] | None
     probe: dict[str, Any] | None
     stages: tuple[StageFiles, ...]
     results: dict[str, dict[str, Any]]
@@ -92,6 +93,7 @@ def read_run(run_dir: Path) -> RunFiles:
         root=run.root,
         manifest=_json(run.manifest) or {},
         recipe_text=recipe_text,
+        plan=_json(run.plan),
         probe=_json(run.probe),
         stages=_stages(run, recipe_text),
         results={

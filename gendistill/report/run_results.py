@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ def run_rows(run: RunFiles) -> list[ResultRow]:
         rows.append(_row("peak memory", manifest["peak_memory_bytes"] / 1e9, "GB", "lower"))
     if run.name != DEMO:
         return rows
-    return [row.model_copy(update={"bar": DEMO_BARS.get(row.name)}) for row in rows]
+    return [row.model_copy(update={"bar": DEMO_BARS.get(row.name, row.bar)}) for row in rows]
 
 
 def _conversion_rows(run: RunFiles) -> list[ResultRow]:
@@ -47,6 +48,27 @@ def _conversion_rows(run: RunFiles) -> list[ResultRow]:
     if run.placement is not None:
         share = len(run.placement.linear_layers) / len(run.placement.kinds)
         rows.append(_row("layers converted", share, "share", "higher", note=run.placement.counts))
+    if run.plan is not None and "num_tensors" in run.manifest.get("teacher", {}):
+        origins = Counter(tensor["origin"] for tensor in run.plan["tensors"])
+        used = {name for tensor in run.plan["tensors"] for name in tensor["sources"]}
+        dropped = {tensor["name"] for tensor in run.plan["dropped"]}
+        share = len(used | dropped) / run.manifest["teacher"]["num_tensors"]
+        counts = ", ".join(
+            f"{count} {origin}" for origin, count in [*origins.items(), ("dropped", len(dropped))]
+        )
+        rows.append(_row("teacher tensors accounted for", share, "share", "higher", bar=1.0, note=counts))
+    if run.probe is not None:
+        ce, guessing = run.probe["student_ce"], run.probe["ln_vocab"]
+        tokens, note = run.probe["num_tokens"], "the bar is guessing"
+        rows.append(
+            _row(
+                "cross-entropy after conversion", ce, "nats/token", "lower", n=tokens, bar=guessing, note=note
+            )
+        )
+        if len(run.heldout) == 1:
+            rows.append(
+                _row("held-out KL after conversion", run.probe["kl"], "nats/token", "lower", n=tokens)
+            )
     if len(run.heldout) > 1:
         first, last = run.heldout[0][1], run.heldout[-1][1]
         tokens = first["num_tokens"]

@@ -1,6 +1,7 @@
 """The probe measures what it says, and stops a student that predicts no better than guessing."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -127,20 +128,32 @@ def healthy(**changes):
     }
 
 
-@pytest.mark.parametrize("ce", [math.nan, math.inf, 4.5, 17.0])
-def test_student_that_guesses_is_stopped_with_its_worst_layers(ce):
-    check_probe(healthy())
+WORST = r"worst layers: 1 \(cosine 0\.80\), 4 .*, 3 .*half-life 30\.0"
+
+
+def broken(ce):
     result = healthy(student_ce=ce)
     result["layers"][1]["relative_error"] = math.nan
-    with pytest.raises(
-        CheckpointError, match=r"worst layers: 1 \(cosine 0\.80\), 4 .*, 3 .*half-life 30\.0"
-    ) as caught:
-        check_probe(result)
+    return result
+
+
+@pytest.mark.parametrize("ce", [math.nan, math.inf])
+def test_student_without_a_finite_loss_is_stopped_with_its_worst_layers(ce):
+    with pytest.raises(CheckpointError, match=WORST) as caught:
+        check_probe(broken(ce))
     assert "student.mixers.kda" in (caught.value.hint or "")
 
 
+@pytest.mark.parametrize("ce", [4.5, 17.0])
+def test_student_that_guesses_is_warned_about(ce):
+    assert check_probe(healthy()) is None
+    warning = check_probe(broken(ce))
+    assert re.search(WORST, warning or "")
+    assert "student.mixers.kda" in warning
+
+
 def test_student_of_an_untrained_teacher_may_guess():
-    check_probe(healthy(student_ce=4.6, teacher_ce=4.55))
+    assert check_probe(healthy(student_ce=4.6, teacher_ce=4.55)) is None
     with pytest.raises(CheckpointError):
         check_probe(healthy(student_ce=math.nan, teacher_ce=4.55))
 

@@ -31,7 +31,27 @@ def test_rows_hold_what_the_run_files_say(make_run, tmp_path, edit_json):
     assert rows["worst answer"]["value"] == pytest.approx(gap)
     assert rows["most repetitive answer"]["value"] == answers["student"]["repeated_4gram_share"]
     assert (rows["wall time"]["value"], rows["peak memory"]["value"]) == (61.5, 2.0)
+    ce = rows.pop("cross-entropy after conversion")
+    assert (ce["value"], ce["bar"]) == (probe["student_ce"], probe["ln_vocab"])
     assert all(row["bar"] is None for row in rows.values())
+
+
+def test_every_teacher_tensor_is_counted(make_run, tmp_path, edit_json):
+    run_dir = make_run("plain")
+    tensors = [
+        {"name": "a", "origin": "copied", "sources": ["x"]},
+        {"name": "b", "origin": "transformed", "sources": ["x", "y"]},
+        {"name": "c", "origin": "initialised", "sources": []},
+    ]
+    plan = {"tensors": tensors, "dropped": [{"name": "z", "reason": "unused"}]}
+    (run_dir / "convert" / "plan.json").write_text(json.dumps(plan))
+    for known, share in ((3, 1.0), (4, 0.75)):
+        edit_json(
+            run_dir / "manifest.json", lambda content, n=known: content["teacher"].update(num_tensors=n)
+        )
+        row = rows_of(run_dir, tmp_path)["teacher tensors accounted for"]
+        assert (row["value"], row["bar"]) == (share, 1.0)
+    assert row["note"] == "1 copied, 1 transformed, 1 initialised, 1 dropped"
 
 
 def test_the_demo_alone_has_bars_and_what_was_not_measured_has_no_row(make_run, tmp_path):
