@@ -50,7 +50,7 @@ def _conversion_rows(run: RunFiles) -> list[ResultRow]:
         rows.append(_row("layers converted", share, "share", "higher", note=run.placement.counts))
     if run.plan is not None and "num_tensors" in run.manifest.get("teacher", {}):
         origins = Counter(tensor["origin"] for tensor in run.plan["tensors"])
-        used = {name for tensor in run.plan["tensors"] for name in tensor["sources"]}
+        used = {name for tensor in run.plan["tensors"] for name in tensor.get("sources", ())}
         dropped = {tensor["name"] for tensor in run.plan["dropped"]}
         share = len(used | dropped) / run.manifest["teacher"]["num_tensors"]
         counts = ", ".join(

@@ -41,7 +41,7 @@ def test_every_teacher_tensor_is_counted(make_run, tmp_path, edit_json):
     tensors = [
         {"name": "a", "origin": "copied", "sources": ["x"]},
         {"name": "b", "origin": "transformed", "sources": ["x", "y"]},
-        {"name": "c", "origin": "initialised", "sources": []},
+        {"name": "c", "origin": "initialised"},
     ]
     plan = {"tensors": tensors, "dropped": [{"name": "z", "reason": "unused"}]}
     (run_dir / "convert" / "plan.json").write_text(json.dumps(plan))
