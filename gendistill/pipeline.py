@@ -183,6 +183,7 @@ class _Context:
                 device=_device_name(accelerator.device),
                 dtype=str(context.teacher_dtype).removeprefix("torch."),
             )
+        context.say("device", manifest.content["device"])
         return context
 
     @property
@@ -469,4 +470,4 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
 def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"CPU, {torch.get_num_threads()} threads"
+    return f"CPU, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"

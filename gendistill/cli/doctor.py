@@ -238,7 +238,9 @@ def check_hub() -> Check:
     if constants.HF_HUB_OFFLINE:
         detail = f"offline: only what is in {constants.HF_HUB_CACHE} can be loaded by hub id"
         return Check("hub", Status.WARN, detail, "unset HF_HUB_OFFLINE, if downloads are wanted")
-    return Check("hub", Status.PASS, f"downloads are allowed (not tried here); cache {constants.HF_HUB_CACHE}")
+    return Check(
+        "hub", Status.PASS, f"downloads are allowed (not tried here); cache {constants.HF_HUB_CACHE}"
+    )
 
 
 def check_accelerate() -> Check:
