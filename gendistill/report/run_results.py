@@ -19,6 +19,7 @@ DEMO = "smollm2-135m-kda-cpu"
 DEMO_BARS = {
     "layers converted": 0.25,
     "share of the KL left": 0.25,
+    "mean answer": 0.7,
     "worst answer": 0.7,
     "most repetitive answer": 0.2,
     "wall time": 600.0,
