@@ -1,0 +1,332 @@
+"""Launch the chunked delta-rule kernels.
+
+Tensors are ``[B, T, heads, channels]``, contiguous. The output, the gates and the state have H heads; q, k and v may
+have fewer, and head h then reads their head ``h // (H / heads)``. Workspaces hold one tile of 64 tokens per chunk and
+head.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from gendistill_kernels.delta_chunk_backward import keys_kernel, reverse_scan_kernel, values_kernel
+from gendistill_kernels.delta_chunk_forward import prepare_kernel, scan_kernel
+
+CHUNK = 64
+LEVELS = 6
+# as many chains times value blocks as keep every processor of the GPU busy with one program each
+_WIDE_BLOCKS_FROM = 100
+
+
+class Rule(NamedTuple):
+    """Say what the inputs are.
+
+    Attributes:
+        gate: ``none``: ``decay`` holds log-decays; ``softplus``: raw values, log-decay
+            ``-exp(A_log) softplus(raw + dt_bias)``; ``bounded``: ``lower_bound sigmoid(exp(A_log) (raw + dt_bias))``.
+        lower_bound: Of the bounded gate.
+        norm: L2-normalise q and k.
+        sigmoid: ``beta`` holds logits.
+        scale: Factor on q; ``K ** -0.5`` by default.
+    """
+
+    gate: Literal["none", "softplus", "bounded"] = "none"
+    lower_bound: float = -5.0
+    norm: bool = True
+    sigmoid: bool = True
+    scale: float | None = None
+
+
+class Chunks(NamedTuple):
+    """Say where the chunks of packed sequences are; all int32 on the device.
+
+    Attributes:
+        cu_seqlens: ``[N + 1]`` ends of the sequences.
+        offsets: ``[N]`` first chunk of every sequence.
+        starts: ``[chunks]`` first token of every chunk.
+        lengths: ``[chunks]`` tokens of every chunk.
+    """
+
+    cu_seqlens: Tensor | None
+    offsets: Tensor | None
+    starts: Tensor | None
+    lengths: Tensor | None
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], device: torch.device | str) -> Chunks:
+        """Cut sequences of these lengths, laid end to end; zero is allowed."""
+        ends, offsets, starts, sizes = [0], [], [], []
+        for length in lengths:
+            offsets.append(len(starts))
+            for first in range(0, length, CHUNK):
+                starts.append(ends[-1] + first)
+                sizes.append(min(CHUNK, length - first))
+            ends.append(ends[-1] + length)
+        return cls(
+            *(torch.tensor(part, dtype=torch.int32, device=device) for part in (ends, offsets, starts, sizes))
+        )
+
+
+_UNPACKED = Chunks(None, None, None, None)
+
+
+class Inputs(NamedTuple):
+    """Hold the tensors that the forward and the backward pass read.
+
+    Attributes:
+        q, k: ``[B, T, HQ, K]``, ``[B, T, HK, K]``.
+        v: ``[B, T, HV, V]``.
+        decay: ``[B, T, H, K]``, as ``Rule.gate`` says.
+        beta: ``[B, T, H]``, as ``Rule.sigmoid`` says.
+        A_log, dt_bias: ``[H]`` and ``[H * K]`` float32, of the gate; None without one.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    decay: Tensor
+    beta: Tensor
+    A_log: Tensor | None = None
+    dt_bias: Tensor | None = None
+
+
+class Saved(NamedTuple):
+    """Hold what the backward pass needs besides inputs and output.
+
+    Attributes:
+        tall: ``[3, chunks, H, 64, BK]``: decayed q, decayed k, and k decayed to the chunk's end.
+        square: ``[2, chunks, H, 64, 64]``: scores, and the inverse of the chunk's triangular system.
+        total: ``[chunks, H, BK]`` float32, base-2 log-decay of whole chunks.
+        strength: ``[chunks, H, 64]`` float32 beta.
+        norms: ``[chunks, H, 2, 64]`` float32 factors of q (with the scale) and k.
+        states: ``[chunks, H, V, BK]`` state before every chunk, transposed.
+        news: ``[chunks, H, 64, V]`` values that the keys write.
+    """
+
+    tall: Tensor
+    square: Tensor
+    total: Tensor
+    strength: Tensor
+    norms: Tensor
+    states: Tensor
+    news: Tensor
+
+
+class Gradients(NamedTuple):
+    """Hold the gradients of ``Inputs`` and of the initial state, in their shapes and dtypes."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    decay: Tensor
+    beta: Tensor
+    A_log: Tensor | None
+    dt_bias: Tensor | None
+    state: Tensor | None
+
+
+class _Sizes(NamedTuple):
+    B: int
+    T: int
+    H: int
+    HQ: int
+    HK: int
+    HV: int
+    K: int
+    V: int
+    BK: int
+    wide: int
+    chunks: int
+    sequences: int
+
+    @classmethod
+    def of(cls, x: Inputs, chunks: Chunks | None) -> _Sizes:
+        B, T, HQ, K = x.q.shape
+        V = x.v.shape[3]
+        return cls(
+            B=B,
+            T=T,
+            H=x.beta.shape[2],
+            HQ=HQ,
+            HK=x.k.shape[2],
+            HV=x.v.shape[2],
+            K=K,
+            V=V,
+            BK=max(triton.next_power_of_2(K), 16),
+            wide=max(triton.next_power_of_2(V), 16),
+            chunks=B * triton.cdiv(T, CHUNK) if chunks is None else len(chunks.starts),  # pyright: ignore
+            sequences=B if chunks is None else len(chunks.offsets),  # pyright: ignore
+        )
+
+
+def _scan_config(n: _Sizes, *, save: bool) -> tuple[int, int, int]:
+    """Choose the value block, warps and pipeline stages of the scans. Measured on one H200 for K = V = 128."""
+    if n.BK > 128:
+        return min(64, n.wide), 4, 1
+    if n.wide >= 128 and n.sequences * n.H * (n.wide // 128) >= _WIDE_BLOCKS_FROM:
+        return 128, 8, 2 if save else 3
+    return min(64, n.wide), 4, 2 if save else 3
+
+
+@functools.cache
+def _tables(device: torch.device) -> TensorDescriptor:
+    """Make 0/1 matrices, one under the other.
+
+    Per level, what sums log-decays from the middle of a block to a token; the same from a token to the end of the
+    chunk, and from its start; per level, which columns the rows of right halves meet; and the transposes of these.
+    """
+    i, t = torch.arange(CHUNK)[:, None], torch.arange(CHUNK)[None, :]
+    sums, meets = [], []
+    for level in range(LEVELS + 1):
+        half = 1 << level
+        # in the same half, on the inner side of the token: up to it in a right half, after it in a left one
+        sums.append(((i ^ t) < half) & (((i & half) != 0) != (t > i)))
+        # the highest bit in which i and t differ names the level at which they meet
+        meets.append((i > t) & ((i ^ t) >= half) & ((i ^ t) < 2 * half))
+    meets.pop()
+    table = torch.cat([*sums, t <= i, *meets, *(each.T for each in meets)]).to(
+        device=device, dtype=torch.float16
+    )
+    return _tiles(table)
+
+
+def _tiles(part: Tensor) -> TensorDescriptor:
+    width = part.shape[-1]
+    return TensorDescriptor(part, [part.numel() // width, width], [width, 1], [CHUNK, width])
+
+
+def chunk_forward(
+    x: Inputs, rule: Rule, *, state: Tensor | None = None, chunks: Chunks | None = None, save: bool = False
+) -> tuple[Tensor, Tensor, Saved | None]:
+    """Run the delta rule over whole sequences.
+
+    Args:
+        x: Inputs.
+        rule: What they mean.
+        state: ``[N, H, K, V]`` float32, or None for zeros.
+        chunks: Packed sequences (then ``B == 1``).
+        save: Keep what the backward pass needs.
+    Raises:
+        ValueError: There is no token.
+    Returns:
+        ``[B, T, H, V]`` in ``v.dtype``, the final state ``[N, H, K, V]`` float32, and what was saved.
+    """
+    n = _Sizes.of(x, chunks)
+    if not n.chunks:
+        raise ValueError("chunk_forward needs at least one token")
+    new = functools.partial(torch.empty, device=x.q.device)
+    dtype, packed, at = x.q.dtype, chunks is not None, chunks or _UNPACKED
+    tall = new(3, n.chunks, n.H, CHUNK, n.BK, dtype=dtype)
+    square = new(2, n.chunks, n.H, CHUNK, CHUNK, dtype=dtype)
+    total = new(n.chunks, n.H, n.BK, dtype=torch.float32)
+    strength = new(n.chunks, n.H, CHUNK, dtype=torch.float32)
+    norms = new(n.chunks, n.H, 2, CHUNK, dtype=torch.float32) if save else None
+    states = new(n.chunks, n.H, n.V, n.BK, dtype=dtype) if save else None
+    news = new(n.chunks, n.H, CHUNK, n.V, dtype=dtype) if save else None
+    out = new(n.B, n.T, n.H, n.V, dtype=x.v.dtype)
+    state_out = new(n.sequences, n.H, n.K, n.V, dtype=torch.float32)
+    prepare_kernel[(n.chunks, n.H)](
+        x.q, x.k, x.decay, x.beta, x.A_log, x.dt_bias, _tables(x.q.device),
+        *tall, *square, total, strength, norms,
+        at.starts, at.lengths, n.T, n.K**-0.5 if rule.scale is None else rule.scale, rule.lower_bound,
+        H=n.H, HQ=n.HQ, HK=n.HK, K=n.K, BK=n.BK, C=CHUNK, GATE=rule.gate, NORM=rule.norm, SIGMOID=rule.sigmoid,
+        PACKED=packed, DOT=tl.float16, LEVELS=LEVELS, W=min(n.BK, 128), STAGES=1, SAVE=save,
+        num_warps=4, num_stages=1,
+    )  # fmt: skip
+    BV, warps, stages = _scan_config(n, save=save)
+    scan_kernel[(triton.cdiv(n.V, BV), n.sequences * n.H)](
+        *map(_tiles, (*tall, *square)), total, strength, x.v, state,
+        out, state_out, states, news, at.cu_seqlens, at.offsets, n.T,
+        H=n.H, HV=n.HV, K=n.K, V=n.V, BK=n.BK, BV=BV, C=CHUNK, PACKED=packed, HAS_STATE=state is not None,
+        SAVE=save, STAGES=stages, num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    saved = None
+    if norms is not None and states is not None and news is not None:
+        saved = Saved(tall, square, total, strength, norms, states, news)
+    return out, state_out, saved
+
+
+def chunk_backward(
+    grad_out: Tensor,
+    grad_state: Tensor | None,
+    x: Inputs,
+    rule: Rule,
+    out: Tensor,
+    saved: Saved,
+    *,
+    chunks: Chunks | None = None,
+    want_state: bool = False,
+) -> Gradients:
+    """Differentiate ``chunk_forward``.
+
+    Args:
+        grad_out: ``[B, T, H, V]``, contiguous.
+        grad_state: ``[N, H, K, V]`` float32 gradient of the final state, or None.
+        x, rule, chunks: As in the forward pass.
+        out, saved: What it returned.
+        want_state: Whether the initial state needs a gradient.
+    """
+    n = _Sizes.of(x, chunks)
+    new = functools.partial(torch.empty, device=x.q.device)
+    packed, at = chunks is not None, chunks or _UNPACKED
+    scale = n.K**-0.5 if rule.scale is None else rule.scale
+    grads, errors = torch.empty_like(saved.states), torch.empty_like(saved.news)
+    grad_in = new(n.sequences, n.H, n.K, n.V, dtype=torch.float32) if want_state else None
+    BV, warps, stages = _scan_config(n, save=True)
+    reverse_scan_kernel[(triton.cdiv(n.V, BV), n.sequences * n.H)](
+        *map(_tiles, (*saved.tall, *saved.square)), saved.total, saved.strength, grad_out, grad_state,
+        grads, errors, grad_in, at.cu_seqlens, at.offsets, n.T,
+        H=n.H, K=n.K, V=n.V, BK=n.BK, BV=BV, C=CHUNK, PACKED=packed, HAS_GRAD=grad_state is not None,
+        WANT_GRAD=want_state, STAGES=stages, num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+
+    def per_head(like: Tensor, heads: int) -> Tensor:
+        shared = heads != n.H
+        return new(n.B, n.T, n.H, like.shape[3], dtype=torch.float32 if shared else like.dtype)
+
+    dq, dk, dv = per_head(x.q, n.HQ), per_head(x.k, n.HK), per_head(x.v, n.HV)
+    d_decay, d_beta = torch.empty_like(x.decay), torch.empty_like(x.beta)
+    W = min(n.BK, 32)
+    d_bias = new(n.chunks, n.H, n.K, dtype=torch.float32) if rule.gate != "none" else None
+    d_rate = new(n.chunks, n.H, n.BK // W, dtype=torch.float32) if rule.gate != "none" else None
+    d_scores = new(2, n.chunks, n.H, CHUNK, CHUNK, dtype=torch.float16)
+    rows = new(n.chunks, n.H, 4, CHUNK, dtype=torch.float32)
+    values_kernel[(n.chunks, n.H)](
+        x.v, saved.strength, out, grad_out, saved.news, errors, dv, d_beta, *d_scores, rows,
+        at.starts, at.lengths, n.T,
+        H=n.H, HV=n.HV, V=n.V, BV=n.wide, C=CHUNK, NORM=rule.norm, SIGMOID=rule.sigmoid, PACKED=packed,
+        num_warps=4, num_stages=1,
+    )  # fmt: skip
+    keys_kernel[(n.BK // W * n.chunks, n.H)](
+        x.q, x.k, x.decay, x.A_log, x.dt_bias, _tables(x.q.device), saved.norms, rows,
+        *map(_tiles, d_scores), saved.strength, errors, grad_out, saved.states, grads, saved.news,
+        dq, dk, d_decay, d_bias, d_rate, at.starts, at.lengths, n.T, scale, rule.lower_bound,
+        # products [64, 64] x [64, 32] come out wrong on Hopper with Triton 3.6, so 64 values are padded to 128
+        H=n.H, HQ=n.HQ, HK=n.HK, K=n.K, V=n.V, BK=n.BK, BV=128 if n.wide == 64 else n.wide, C=CHUNK,
+        GATE=rule.gate, NORM=rule.norm, PACKED=packed, DOT=tl.float16, LEVELS=LEVELS, W=W, STAGES=1,
+        num_warps=4, num_stages=1,
+    )  # fmt: skip
+
+    def summed(grad: Tensor, like: Tensor, heads: int) -> Tensor:
+        if heads != n.H:
+            grad = grad.unflatten(2, (heads, n.H // heads)).sum(3)
+        return grad.to(like.dtype)
+
+    return Gradients(
+        summed(dq, x.q, n.HQ),
+        summed(dk, x.k, n.HK),
+        summed(dv, x.v, n.HV),
+        d_decay,
+        d_beta,
+        None if d_rate is None else d_rate.sum((0, 2)),
+        None if d_bias is None else d_bias.sum(0).flatten(),
+        grad_in,
+    )

@@ -1,0 +1,269 @@
+"""Chunked gated delta rule, backward: a scan from the last chunk to the first, then one kernel per chunk.
+
+With dS' the gradient of the state after a chunk (see ``delta_chunk_forward`` for the other names)::
+
+    dN = P^T dO + kt dS'      dXb = T^T dN      dX = beta dXb      dS = e^G_C dS' + qd^T dO - kd^T dX
+
+``reverse_scan`` carries dS and stores dXb and dS'. ``local`` then needs nothing but its chunk::
+
+    dP = tril(dO N^T)         dM = -stril(dX N^T)         M = L / beta, the products of decayed keys
+    dq = e^G (dO S^T) + sum_j dP_ij k_j e^(G_i - G_j)                        (q with its scale)
+    dk = e^G (-dX S^T) + sum_j dM_ij k_j e^(G_i - G_j)                       as the key that reads: dk+
+       + e^(G_C - G) (N dS'^T) + sum_i (dP_ij q_i + dM_ij k_i) e^(G_i - G_j)  as the key that writes: dk-
+    dG = q dq + k dk+ - k dk-        dG_C += sum_t kt (N dS'^T) + e^G_C rowsum(S dS')
+    dbeta_i = <dXb_i, N_i> / beta_i        dv = dX
+
+Terms with i = j leave dG alone, because their decay is one; they are added to dq and dk afterwards. The products of
+L2-normalised q and k with their gradients, which the normalisation's backward needs, are ``<dO_i, O_i>`` and
+``<dXb_i, 2 N_i - beta_i v_i>``: the output is linear in q_i, and the key acts once through what it writes, N_i, and
+once through what it reads, beta_i v_i - N_i.
+
+Source: derived in the project's notes and checked against float64 autograd of the reference.
+"""
+
+import triton
+import triton.language as tl
+
+from gendistill_kernels.delta_chunk_forward import LOG2E, log2_decay
+
+
+@triton.jit
+def reverse_scan_kernel(
+    qd, kd, kt, p, tb, gc, strength, grad_out, grad_state_out,
+    grads, errors, grad_state_in,
+    cu_seqlens, chunk_offsets, tokens,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    C: tl.constexpr, PACKED: tl.constexpr, HAS_GRAD: tl.constexpr, WANT_GRAD: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    block, chain = tl.program_id(0), tl.program_id(1)
+    sequence, head = (chain // H).to(tl.int64), chain % H
+    if PACKED:
+        start = tl.load(cu_seqlens + sequence).to(tl.int64)
+        length = (tl.load(cu_seqlens + sequence + 1) - start).to(tl.int32)
+        first = tl.load(chunk_offsets + sequence).to(tl.int64)
+    else:
+        start, length = sequence * tokens, tokens
+        first = sequence * tl.cdiv(tokens, C)
+    channels = tl.arange(0, BK)
+    columns = block * BV + tl.arange(0, BV)
+    rows = tl.arange(0, C)
+    wide = columns < V
+    dtype = kd.dtype
+    cells = (sequence * H + head) * K * V + channels[None, :] * V + columns[:, None]
+    inside = (channels < K)[None, :] & wide[:, None]
+    state = tl.zeros([BV, BK], tl.float32)
+    if HAS_GRAD:
+        state = tl.load(grad_state_out + cells, mask=inside, other=0.0).to(tl.float32)
+    places = grad_out + (start + rows)[:, None] * (H * V) + head * V + columns[None, :]
+    steps = tl.cdiv(length, C)
+    for back in tl.range(0, steps, num_stages=STAGES):
+        step = steps - 1 - back
+        tile = (first + step) * H + head
+        row = (tile * C).to(tl.int32)
+        live = (step * C + rows < length)[:, None] & wide[None, :]
+        incoming = tl.load(places + (step + first * 0) * C * (H * V), mask=live, other=0.0)
+        scores = p.load([row, 0])
+        tail = kt.load([row, 0])
+        solve = tb.load([row, 0])
+        queries = qd.load([row, 0])
+        keys = kd.load([row, 0])
+        gain = tl.exp2(tl.load(gc + tile * BK + channels))
+        beta = tl.load(strength + tile * C + rows)
+        left = state.to(dtype)
+        wide_cells = tile * BK * V + columns[:, None] * BK + channels[None, :]
+        tl.store(grads + wide_cells, left, mask=wide[:, None])
+        upstream = tl.trans(incoming)
+        new = tl.dot(upstream, scores) + tl.dot(left, tl.trans(tail))
+        error = tl.dot(new.to(dtype), solve)
+        flat = tile * C * V + rows[:, None] * V + columns[None, :]
+        tl.store(errors + flat, tl.trans(error).to(dtype), mask=wide[None, :])
+        state = state * gain[None, :] + tl.dot(upstream, queries)
+        state -= tl.dot((error * beta[None, :]).to(dtype), keys)
+    if WANT_GRAD:
+        tl.store(grad_state_in + cells, state, mask=inside)
+
+
+@triton.jit
+def _place(chunk, tokens, chunk_starts, chunk_lengths, C: tl.constexpr, PACKED: tl.constexpr):
+    """Return the first token of a chunk and how many it has."""
+    if PACKED:
+        return tl.load(chunk_starts + chunk).to(tl.int64), tl.load(chunk_lengths + chunk)
+    per_row = tl.cdiv(tokens, C)
+    first = (chunk % per_row) * C
+    return (chunk // per_row) * tokens + first, tl.minimum(tokens - first, C).to(tl.int32)
+
+
+@triton.jit
+def values_kernel(
+    v, strength, out, grad_out, news, errors,
+    dv, db, d_scores, d_lower, rows_out,
+    chunk_starts, chunk_lengths, tokens,
+    H: tl.constexpr, HV: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+    NORM: tl.constexpr, SIGMOID: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """Do what only depends on values: dv, dbeta, and the gradients of the chunk's two score matrices."""
+    chunk, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    start, length = _place(chunk, tokens, chunk_starts, chunk_lengths, C, PACKED)
+    rows, columns = tl.arange(0, C), tl.arange(0, BV)
+    i, j = rows[:, None], rows[None, :]
+    live = rows < length
+    token = start + rows
+    tile = chunk * H + head
+    full = (columns < V)[None, :]
+    wide = live[:, None] & full
+    dtype = grad_out.dtype.element_ty
+
+    flat = tile * C * V + i * V + columns[None, :]
+    places = (token * H + head)[:, None] * V + columns[None, :]
+    new = tl.load(news + flat, mask=full, other=0.0)
+    error = tl.load(errors + flat, mask=full, other=0.0)
+    amount = tl.load(strength + tile * C + rows)
+    own = tl.sum(error.to(tl.float32) * new.to(tl.float32), 1)
+    if SIGMOID:
+        d_amount = own * (1.0 - amount)
+    else:
+        d_amount = tl.where(live, own / tl.where(live, amount, 1.0), 0.0)
+    tl.store(db + token * H + head, d_amount, mask=live)
+    pull = (error.to(tl.float32) * amount[:, None]).to(dtype)
+    tl.store(dv + places, pull.to(dv.dtype.element_ty), mask=wide)
+    upstream = tl.load(grad_out + places, mask=wide, other=0.0)
+    if NORM:
+        result = tl.load(out + places, mask=wide, other=0.0)
+        along_q = tl.sum(upstream.to(tl.float32) * result.to(tl.float32), 1)
+        value = tl.load(
+            v + (token * HV + head // (H // HV))[:, None] * V + columns[None, :], mask=wide, other=0.0
+        )
+        along_k = 2.0 * own - amount * tl.sum(error.to(tl.float32) * value.to(tl.float32), 1)
+        tl.store(rows_out + tile * 4 * C + C + rows, along_q)
+        tl.store(rows_out + tile * 4 * C + 2 * C + rows, along_k)
+
+    other = tl.trans(new)
+    scores = tl.dot(upstream, other)
+    tl.store(rows_out + tile * 4 * C + rows, tl.sum(tl.where(i == j, scores, 0.0), 1))
+    scores = tl.where(i > j, scores, 0.0)
+    lower = tl.where(i > j, -tl.dot(pull, other), 0.0)
+    # float16 keeps ten bits of each entry; the largest one is brought to one first
+    largest = tl.maximum(tl.max(tl.max(tl.abs(scores), 1), 0), tl.max(tl.max(tl.abs(lower), 1), 0))
+    largest = tl.maximum(largest, 1e-30)
+    tl.store(rows_out + tile * 4 * C + 3 * C + rows, tl.zeros([C], tl.float32) + largest)
+    squares = tile * C * C + i * C + j
+    tl.store(d_scores + squares, (scores / largest).to(d_scores.dtype.element_ty))
+    tl.store(d_lower + squares, (lower / largest).to(d_scores.dtype.element_ty))
+
+
+@triton.jit
+def keys_kernel(
+    q, k, decay, A_log, dt_bias, sums, norms, rows_in, d_scores, d_lower, strength, errors,
+    grad_out, states, grads, news,
+    dq, dk, dg, d_bias, d_rate,
+    chunk_starts, chunk_lengths, tokens, scale, lower_bound,
+    H: tl.constexpr, HQ: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
+    BV: tl.constexpr, C: tl.constexpr, GATE: tl.constexpr, NORM: tl.constexpr, PACKED: tl.constexpr,
+    DOT: tl.constexpr, LEVELS: tl.constexpr, W: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Do what belongs to ``W`` key channels: dq, dk, and the gradients of their decays."""
+    PARTS: tl.constexpr = BK // W
+    # the parts of one chunk are neighbours: they read the same tiles
+    part, chunk, head = tl.program_id(0) % PARTS, (tl.program_id(0) // PARTS).to(tl.int64), tl.program_id(1)
+    start, length = _place(chunk, tokens, chunk_starts, chunk_lengths, C, PACKED)
+    rows, columns = tl.arange(0, C), tl.arange(0, BV)
+    channels = part * W + tl.arange(0, W)
+    i = rows[:, None]
+    live = rows < length
+    token = start + rows
+    tile = chunk * H + head
+    row = (tile * C).to(tl.int32)
+    inside = live[:, None] & (channels < K)[None, :]
+    dtype = grad_out.dtype.element_ty
+    at = (token * H + head)[:, None] * K + channels[None, :]
+    raw = tl.load(decay + at, mask=inside, other=0.0).to(tl.float32)
+    bias = 0.0
+    rate = 0.0
+    if GATE != "none":
+        bias = tl.load(dt_bias + head * K + channels, mask=channels < K, other=0.0).to(tl.float32)[None, :]
+        rate = tl.load(A_log + head).to(tl.float32)
+    g = tl.maximum(tl.where(inside, log2_decay(raw, rate, bias, lower_bound, GATE), 0.0), -30000.0)
+    g0 = g.to(DOT)
+    largest = tl.load(rows_in + tile * 4 * C + 3 * C)
+
+    # through the states before and after the chunk
+    wide = live[:, None] & (columns < V)[None, :]
+    full = (columns < V)[None, :]
+    flat = tile * C * V + i * V + columns[None, :]
+    upstream = tl.load(grad_out + (token * H + head)[:, None] * V + columns[None, :], mask=wide, other=0.0)
+    amount = tl.load(strength + tile * C + rows)
+    pull = (tl.load(errors + flat, mask=full, other=0.0).to(tl.float32) * amount[:, None]).to(dtype)
+    new = tl.load(news + flat, mask=full, other=0.0)
+    cells = tile * BK * V + columns[:, None] * BK + channels[None, :]
+    state = tl.load(states + cells, mask=(columns < V)[:, None], other=0.0)
+    grad = tl.load(grads + cells, mask=(columns < V)[:, None], other=0.0)
+    both = tl.sum(state.to(tl.float32) * grad.to(tl.float32), 0) * tl.exp2(tl.sum(g, 0))
+    d_query = tl.dot(upstream, state)
+    d_read = tl.dot(pull, state)
+    d_write = tl.dot(new, grad)
+    factor = tl.exp2(tl.dot(sums.load([LEVELS * C + C, 0]), g0)) / largest
+    d_query *= factor
+    d_read *= -factor
+    factor = tl.exp2(tl.dot(sums.load([LEVELS * C, 0]), g0)) / largest
+    d_write *= factor
+    norm_q = tl.load(norms + tile * 2 * C + rows)
+    norm_k = tl.load(norms + tile * 2 * C + C + rows)
+    at_q = (token * HQ + head // (H // HQ))[:, None] * K + channels[None, :]
+    at_k = (token * HK + head // (H // HK))[:, None] * K + channels[None, :]
+    q0 = (tl.load(q + at_q, mask=inside, other=0.0).to(tl.float32) * norm_q[:, None]).to(DOT)
+    k0 = (tl.load(k + at_k, mask=inside, other=0.0).to(tl.float32) * norm_k[:, None]).to(DOT)
+    both += tl.sum(d_write * k0.to(tl.float32), 0) * largest
+
+    # inside the chunk, level by level: row i of a right half meets the left half of its block, and the other way round
+    scores, lower = d_scores.load([row, 0]), d_lower.load([row, 0])
+    scores_t, lower_t = tl.trans(scores), tl.trans(lower)
+    for level in tl.range(0, LEVELS, num_stages=STAGES):
+        decayed = tl.exp2(tl.dot(sums.load([level * C, 0]), g0))
+        small = decayed.to(DOT)
+        keys, queries = k0 * small, q0 * small
+        meets = sums.load([(LEVELS + 2 + level) * C, 0])
+        met = sums.load([(2 * LEVELS + 2 + level) * C, 0])
+        d_query += decayed * tl.dot(scores * meets, keys)
+        d_read += decayed * tl.dot(lower * meets, keys)
+        write = tl.dot(scores_t * met, queries)
+        write = tl.dot(lower_t * met, keys, write)
+        d_write += decayed * write
+
+    x_q, x_k = q0.to(tl.float32), k0.to(tl.float32)
+    d_sum = (x_q * d_query + x_k * (d_read - d_write)) * largest
+    # a token's own score is not decayed: it is added after that
+    diagonal = tl.load(rows_in + tile * 4 * C + rows)
+    d_query = d_query * largest + diagonal[:, None] * x_k
+    d_key = (d_read + d_write) * largest + diagonal[:, None] * x_q
+    if NORM:
+        # x_q is s times a unit vector, s the scale; its product with its gradient is <dO, O>
+        along_q = tl.load(rows_in + tile * 4 * C + C + rows)
+        along_k = tl.load(rows_in + tile * 4 * C + 2 * C + rows)
+        d_query -= (along_q / (scale * scale))[:, None] * x_q
+        d_key -= along_k[:, None] * x_k
+    tl.store(dq + at, (norm_q[:, None] * d_query).to(dq.dtype.element_ty), mask=inside)
+    tl.store(dk + at, (norm_k[:, None] * d_key).to(dk.dtype.element_ty), mask=inside)
+
+    # every later token of the chunk depends on this log-decay, and so does the state after it; the sum over them is a
+    # product with a 0/1 matrix, in two float16 halves that hold 22 bits
+    size = tl.maximum(tl.max(tl.max(tl.abs(d_sum), 1), 0), 1e-30)
+    d_sum /= size
+    high = d_sum.to(DOT)
+    later = tl.trans(sums.load([LEVELS * C + C, 0]))
+    d_decay = tl.dot(later, high)
+    d_decay = tl.dot(later, (d_sum - high.to(tl.float32)).to(DOT), d_decay) * size + both[None, :]
+    if GATE == "bounded":
+        s = tl.sigmoid(tl.exp(rate) * (raw + bias))
+        d_raw = d_decay * lower_bound * s * (1.0 - s) * tl.exp(rate)
+        d_log = d_raw * (raw + bias)
+    elif GATE == "softplus":
+        d_raw = -d_decay * tl.exp(rate) * tl.sigmoid(raw + bias)
+        d_log = d_decay * g / LOG2E
+    else:
+        d_raw = d_decay
+        d_log = d_decay
+    d_raw = tl.where(inside, d_raw, 0.0)
+    tl.store(dg + at, d_raw.to(dg.dtype.element_ty), mask=inside)
+    if GATE != "none":
+        tl.store(d_bias + tile * K + channels, tl.sum(d_raw, 0), mask=channels < K)
+        tl.store(d_rate + tile * PARTS + part, tl.sum(tl.sum(tl.where(inside, d_log, 0.0), 1), 0))

@@ -1,0 +1,233 @@
+"""Chunked gated delta rule, forward: two kernels, no global synchronisation in between but the launch order.
+
+``prepare`` works on every chunk of every head at once: normalises q and k, turns raw gates into decays, and solves the
+chunk's unit lower-triangular system. ``scan`` walks the chunks of one head in order and carries the state.
+
+Inside a chunk of C tokens, with G the inclusive sum of log-decays from the chunk's first token (per key channel)::
+
+    kd = k e^G      qd = scale q e^G      kt = k e^(G_C - G)
+    L_ij = beta_i <k_i e^G_i, k_j e^-G_j>  (i > j)       P_ij = scale <q_i e^G_i, k_j e^-G_j>  (i >= j)
+    X = V - kd S        N = T diag(beta) X, T = (I + L)^-1        O = qd S + P N        S <- diag(e^G_C) S + kt^T N
+
+``e^-G`` alone overflows, so L and P are built level by level: at half-width b, rows in the right half of a block of 2b
+meet columns in its left half, and both exponents are taken from the boundary between the halves. Each of them is a sum
+of log-decays over tokens on one side of it, hence never positive, whatever the gate. Every pair i > j belongs to
+exactly one level. The inverse grows along the same levels: ``T <- T - T L_b T``.
+
+Legend: C tokens of a chunk, K key channels, V value channels, H heads of the state.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def softplus(x):
+    """Compute ``log(1 + exp(x))`` to float32 accuracy, small values too, without a logarithm."""
+    e = tl.exp(-tl.abs(x))
+    # log1p(e) = 2 atanh(e / (2 + e)), and e / (2 + e) is at most 1/3
+    s = e / (2.0 + e)
+    s2 = s * s
+    series = 1.0 / 9.0 + s2 * (1.0 / 11.0 + s2 * (1.0 / 13.0))
+    series = 1.0 + s2 * (1.0 / 3.0 + s2 * (1.0 / 5.0 + s2 * (1.0 / 7.0 + s2 * series)))
+    return tl.maximum(x, 0.0) + 2.0 * s * series
+
+
+@triton.jit
+def log2_decay(raw, A_log, dt_bias, lower_bound, GATE: tl.constexpr):
+    """Turn raw gate values into base-2 logarithms of the decay, float32, <= 0."""
+    if GATE == "bounded":
+        return (lower_bound * LOG2E) * tl.sigmoid(tl.exp(A_log) * (raw + dt_bias))
+    if GATE == "softplus":
+        return (-tl.exp(A_log) * LOG2E) * softplus(raw + dt_bias)
+    return raw * LOG2E
+
+
+@triton.jit
+def _level_scores(q, k, sums, log_decay):
+    """Multiply decayed rows of the right halves with decayed rows of the left halves; other pairs are meaningless."""
+    factor = tl.exp2(tl.dot(sums, log_decay)).to(q.dtype)
+    left = k * factor
+    other = tl.trans(left)
+    return tl.dot(q * factor, other), tl.dot(left, other)
+
+
+@triton.jit
+def _store_decayed(q, k, upto, after, log_decay, qd, kd, kt, cells):
+    factor = tl.exp2(tl.dot(upto, log_decay))
+    tl.store(qd + cells, (q.to(tl.float32) * factor).to(qd.dtype.element_ty))
+    tl.store(kd + cells, (k.to(tl.float32) * factor).to(qd.dtype.element_ty))
+    factor = tl.exp2(tl.dot(after, log_decay))
+    tl.store(kt + cells, (k.to(tl.float32) * factor).to(qd.dtype.element_ty))
+
+
+@triton.jit
+def _decay_tile(
+    decay, inside, A_log, dt_bias, channels, K: tl.constexpr, head, lower_bound, GATE: tl.constexpr
+):
+    raw = tl.load(decay, mask=inside, other=0.0).to(tl.float32)
+    bias = 0.0
+    rate = 0.0
+    if GATE != "none":
+        bias = tl.load(dt_bias + head * K + channels, mask=channels < K, other=0.0).to(tl.float32)[None, :]
+        rate = tl.load(A_log + head).to(tl.float32)
+    g = tl.where(inside, log2_decay(raw, rate, bias, lower_bound, GATE), 0.0)
+    # beyond this the decay is zero in float32, and sums of it stay finite in float16 products
+    return tl.maximum(g, -30000.0)
+
+
+@triton.jit
+def prepare_kernel(
+    q, k, decay, beta, A_log, dt_bias, sums,
+    qd, kd, kt, p, inverse_out, gc, strengths, norms,
+    chunk_starts, chunk_lengths, tokens, scale, lower_bound,
+    H: tl.constexpr, HQ: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr,
+    GATE: tl.constexpr, NORM: tl.constexpr, SIGMOID: tl.constexpr, PACKED: tl.constexpr, DOT: tl.constexpr,
+    LEVELS: tl.constexpr, W: tl.constexpr, STAGES: tl.constexpr, SAVE: tl.constexpr,
+):  # fmt: skip
+    chunk, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    if PACKED:
+        start, length = tl.load(chunk_starts + chunk).to(tl.int64), tl.load(chunk_lengths + chunk)
+    else:
+        per_row = tl.cdiv(tokens, C)
+        first = (chunk % per_row) * C
+        start, length = (chunk // per_row) * tokens + first, tl.minimum(tokens - first, C).to(tl.int32)
+    # wide keys are taken in two halves, so that a tile fits into the registers
+    TWO: tl.constexpr = BK > W
+    rows = tl.arange(0, C)
+    c0 = tl.arange(0, W)
+    c1 = W + c0
+    live = rows < length
+    token = start + rows
+    tile = chunk * H + head
+    at_q = q + (token * HQ + head // (H // HQ))[:, None] * K + c0[None, :]
+    at_k = k + (token * HK + head // (H // HK))[:, None] * K + c0[None, :]
+    at_g = decay + (token * H + head)[:, None] * K + c0[None, :]
+    in0 = live[:, None] & (c0 < K)[None, :]
+    in1 = live[:, None] & (c1 < K)[None, :]
+    q0 = tl.load(at_q, mask=in0, other=0.0).to(tl.float32)
+    k0 = tl.load(at_k, mask=in0, other=0.0).to(tl.float32)
+    qq, kk, qk = tl.sum(q0 * q0, 1), tl.sum(k0 * k0, 1), tl.sum(q0 * k0, 1)
+    g = _decay_tile(at_g, in0, A_log, dt_bias, c0, K, head, lower_bound, GATE)
+    tl.store(gc + tile * BK + c0, tl.sum(g, 0))
+    g0 = g.to(DOT)
+    if TWO:
+        q1 = tl.load(at_q + W, mask=in1, other=0.0).to(tl.float32)
+        k1 = tl.load(at_k + W, mask=in1, other=0.0).to(tl.float32)
+        qq += tl.sum(q1 * q1, 1)
+        kk += tl.sum(k1 * k1, 1)
+        qk += tl.sum(q1 * k1, 1)
+        g = _decay_tile(at_g + W, in1, A_log, dt_bias, c1, K, head, lower_bound, GATE)
+        tl.store(gc + tile * BK + c1, tl.sum(g, 0))
+        g1 = g.to(DOT)
+    strength = tl.load(beta + token * H + head, mask=live, other=0.0).to(tl.float32)
+    if SIGMOID:
+        strength = tl.where(live, tl.sigmoid(strength), 0.0)
+    elif SAVE:
+        # the backward pass divides by it
+        strength = tl.where(live, tl.maximum(strength, 1e-20), 0.0)
+    norm_q = tl.zeros([C], tl.float32) + scale
+    norm_k = tl.zeros([C], tl.float32) + 1.0
+    if NORM:
+        norm_q *= tl.rsqrt(qq + 1e-6)
+        norm_k *= tl.rsqrt(kk + 1e-6)
+    q0, k0 = (q0 * norm_q[:, None]).to(DOT), (k0 * norm_k[:, None]).to(DOT)
+    if TWO:
+        q1, k1 = (q1 * norm_q[:, None]).to(DOT), (k1 * norm_k[:, None]).to(DOT)
+
+    i, j = rows[:, None], rows[None, :]
+    attention = tl.where(i == j, (qk * norm_q * norm_k)[:, None], 0.0)
+    inverse = tl.where(i == j, 1.0, 0.0)
+    # a loop that is not unrolled: its code stays in the instruction cache
+    for level in tl.range(0, LEVELS, num_stages=STAGES):
+        half = 1 << level
+        inside = sums.load([level * C, 0])
+        scores, lower = _level_scores(q0, k0, inside, g0)
+        if TWO:
+            more, below = _level_scores(q1, k1, inside, g1)
+            scores += more
+            lower += below
+        # row i of a right half meets the left half of its block, which starts here
+        corner = rows & ~(2 * half - 1)
+        width = tl.where((rows & half) != 0, half, 0)
+        mask = (j - corner[:, None]).to(tl.uint32) < width[:, None].to(tl.uint32)
+        attention = tl.where(mask, scores, attention)
+        lower = tl.where(mask, lower * strength[:, None], 0.0)
+        step = tl.dot(lower.to(DOT), inverse.to(DOT))
+        inverse -= tl.dot(inverse.to(DOT), step.to(DOT))
+
+    squares = tile * C * C + i * C + j
+    tl.store(p + squares, attention.to(p.dtype.element_ty))
+    tl.store(inverse_out + squares, inverse.to(p.dtype.element_ty))
+    tl.store(strengths + tile * C + rows, strength)
+    if SAVE:
+        tl.store(norms + tile * 2 * C + rows, norm_q)
+        tl.store(norms + tile * 2 * C + C + rows, norm_k)
+    cells = tile * C * BK + i * BK + c0[None, :]
+    upto, after = sums.load([LEVELS * C + C, 0]), sums.load([LEVELS * C, 0])
+    _store_decayed(q0, k0, upto, after, g0, qd, kd, kt, cells)
+    if TWO:
+        _store_decayed(q1, k1, upto, after, g1, qd, kd, kt, cells + W)
+
+
+@triton.jit
+def scan_kernel(
+    qd, kd, kt, p, inverse, gc, strengths, v, state_in,
+    out, state_out, states, news,
+    cu_seqlens, chunk_offsets, tokens,
+    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    C: tl.constexpr, PACKED: tl.constexpr, HAS_STATE: tl.constexpr, SAVE: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    block, chain = tl.program_id(0), tl.program_id(1)
+    sequence, head = (chain // H).to(tl.int64), chain % H
+    if PACKED:
+        start = tl.load(cu_seqlens + sequence).to(tl.int64)
+        length = (tl.load(cu_seqlens + sequence + 1) - start).to(tl.int32)
+        first = tl.load(chunk_offsets + sequence).to(tl.int64)
+    else:
+        start, length = sequence * tokens, tokens
+        first = sequence * tl.cdiv(tokens, C)
+    channels = tl.arange(0, BK)
+    columns = block * BV + tl.arange(0, BV)
+    rows = tl.arange(0, C)
+    wide = columns < V
+    dtype = kd.dtype
+    # the state is kept transposed, [V, K]: it is then the left operand of every product, straight from registers
+    cells = (sequence * H + head) * K * V + channels[None, :] * V + columns[:, None]
+    inside = (channels < K)[None, :] & wide[:, None]
+    state = tl.zeros([BV, BK], tl.float32)
+    if HAS_STATE:
+        state = tl.load(state_in + cells, mask=inside, other=0.0).to(tl.float32)
+    values = v + (start + rows)[:, None] * (HV * V) + (head // (H // HV)) * V + columns[None, :]
+    zero = first * 0
+    places = out + (start + rows)[:, None] * (H * V) + head * V + columns[None, :]
+    for step in tl.range(0, tl.cdiv(length, C), num_stages=STAGES):
+        tile = (first + step) * H + head
+        row = (tile * C).to(tl.int32)
+        live = (step * C + rows < length)[:, None] & wide[None, :]
+        offset = (step + zero) * C
+        value = tl.load(values + offset * (HV * V), mask=live, other=0.0)
+        keys = kd.load([row, 0])
+        solve = inverse.load([row, 0])
+        strength = tl.load(strengths + tile * C + rows)
+        tail = kt.load([row, 0])
+        gain = tl.exp2(tl.load(gc + tile * BK + channels))
+        left = state.to(dtype)
+        if SAVE:
+            wide_cells = tile * BK * V + columns[:, None] * BK + channels[None, :]
+            tl.store(states + wide_cells, left, mask=wide[:, None])
+        error = tl.trans(value).to(tl.float32) - tl.dot(left, tl.trans(keys))
+        new = tl.dot((error * strength[None, :]).to(dtype), tl.trans(solve)).to(dtype)
+        if SAVE:
+            flat = tile * C * V + rows[:, None] * V + columns[None, :]
+            tl.store(news + flat, tl.trans(new), mask=wide[None, :])
+        queries = qd.load([row, 0])
+        scores = p.load([row, 0])
+        result = tl.dot(left, tl.trans(queries))
+        result += tl.dot(new, tl.trans(scores))
+        tl.store(places + offset * (H * V), tl.trans(result).to(out.dtype.element_ty), mask=live)
+        state = state * gain[None, :] + tl.dot(new, tail)
+    tl.store(state_out + cells, state, mask=inside)

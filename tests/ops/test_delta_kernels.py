@@ -1,0 +1,179 @@
+"""The Triton delta-rule kernels, interpreted on the CPU, against float64 autograd of the reference."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from gendistill.ops import bounded_log_decay, l2norm, recurrent_delta_rule, softplus_log_decay
+
+pytest.importorskip("triton", reason="the Triton kernels need triton")
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("the interpreter is off: make interpret", allow_module_level=True)
+
+from gendistill_kernels.delta_chunk import Chunks, Inputs, Rule, chunk_backward, chunk_forward
+
+pytestmark = pytest.mark.interpret
+# the products of a chunk run in float16: ten bits of mantissa
+TOLERANCE = 6e-3
+# sums over all tokens, in which most of the gradient cancels
+SUMMED = {"A_log": 2e-2, "dt_bias": 2e-2}
+
+
+def make(
+    B=1, T=70, H=2, K=16, V=16, HQ=None, HK=None, HV=None, *, rule: Rule, dtype=torch.float32, seed=0
+) -> Inputs:
+    torch.manual_seed(seed)
+    q, k, v = (torch.randn(B, T, n or H, c).to(dtype) for n, c in ((HQ, K), (HK, K), (HV, V)))
+    decay, beta = torch.randn(B, T, H, K).to(dtype), torch.randn(B, T, H).to(dtype)
+    if rule.gate == "none":
+        decay = -0.3 * decay.abs()
+    if not rule.sigmoid:
+        beta = beta.sigmoid()
+    if rule.gate == "none":
+        return Inputs(q, k, v, decay, beta)
+    return Inputs(q, k, v, decay, beta, torch.rand(H) * 0.6 - 0.3, torch.randn(H * K) - 2)
+
+
+def reference(x: Inputs, rule: Rule, state=None):
+    """Compose the op from the reference ops, in the dtype of the inputs."""
+    q, k = (l2norm(part) if rule.norm else part for part in (x.q, x.k))
+    beta = x.beta.sigmoid() if rule.sigmoid else x.beta
+    decay = x.decay
+    if rule.gate == "bounded":
+        decay = bounded_log_decay(x.decay, x.A_log, x.dt_bias, lower_bound=rule.lower_bound)
+    if rule.gate == "softplus":
+        decay = softplus_log_decay(x.decay, x.A_log, x.dt_bias)
+    return recurrent_delta_rule(
+        q, k, x.v, log_decay=decay, erase=beta, write=beta, state=state, scale=rule.scale
+    )
+
+
+def distance(x, y):
+    return ((x.double() - y).square().mean().sqrt() / (y.square().mean().sqrt() + 1e-12)).item()
+
+
+CASES = {
+    "softplus": (Rule("softplus"), {}, False),
+    "bounded with a state": (Rule("bounded"), {"dtype": torch.float16}, True),
+    "fewer key and value heads": (Rule("bounded"), {"H": 4, "HK": 2, "HV": 1, "T": 65}, True),
+    "fewer query heads": (Rule("bounded"), {"B": 2, "H": 2, "HQ": 1, "HK": 1, "T": 33}, False),
+    "given decay and beta": (Rule("none", sigmoid=False), {"K": 16, "V": 32, "T": 64}, True),
+    "channels that fill no tile": (Rule("bounded", scale=0.5), {"K": 24, "V": 20, "T": 17}, True),
+    "not normalised": (Rule("bounded", norm=False, scale=0.1), {"T": 1}, True),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_output_state_and_every_gradient_match_the_reference(name):
+    rule, sizes, with_state = CASES[name]
+    x = make(**sizes, rule=rule)
+    if not rule.norm:
+        x = x._replace(q=x.q / 4, k=x.k / 4)
+    shape = (x.q.shape[0], x.beta.shape[2], x.k.shape[3], x.v.shape[3])
+    state = torch.randn(shape) if with_state else None
+    out, last, saved = chunk_forward(x, rule, state=state, save=True)
+    d_out, d_last = torch.randn_like(out), torch.randn_like(last) if with_state else None
+    found = chunk_backward(d_out, d_last, x, rule, out, saved, want_state=with_state)
+
+    exact = Inputs(*(None if part is None else part.double().requires_grad_() for part in x))
+    start = state.double().requires_grad_() if with_state else None
+    expected, final = reference(exact, rule, start)
+    assert distance(out, expected.detach()) < TOLERANCE
+    assert distance(last, final.detach()) < TOLERANCE
+    loss = (expected * d_out.double()).sum()
+    if with_state:
+        loss = loss + (final * d_last.double()).sum()
+    names = [name for name, part in zip(Inputs._fields, exact, strict=True) if part is not None]
+    leaves = [getattr(exact, name) for name in names] + ([start] if with_state else [])
+    for field, gradient in zip(
+        [*names, "state"][: len(leaves)], torch.autograd.grad(loss, leaves), strict=True
+    ):
+        assert distance(getattr(found, field), gradient) < SUMMED.get(field, TOLERANCE), field
+
+
+def test_packed_documents_are_as_if_alone():
+    rule, lengths = Rule("bounded"), [0, 1, 66, 0, 3]
+    x = make(T=sum(lengths), rule=rule)
+    state = torch.randn(len(lengths), 2, 16, 16)
+    chunks = Chunks.of(lengths, "cpu")
+    out, last, saved = chunk_forward(x, rule, state=state, chunks=chunks, save=True)
+    d_out, d_last = torch.randn_like(out), torch.randn_like(last)
+    found = chunk_backward(d_out, d_last, x, rule, out, saved, chunks=chunks, want_state=True)
+    first, totals = 0, [0.0, 0.0]
+    for number, length in enumerate(lengths):
+        here = slice(first, first + length)
+        first += length
+        if length == 0:
+            assert torch.equal(last[number], state[number])
+            assert torch.equal(found.state[number], d_last[number])
+            continue
+        alone = x._replace(**{name: getattr(x, name)[:, here].contiguous() for name in Inputs._fields[:5]})
+        single, final, kept = chunk_forward(alone, rule, state=state[number : number + 1], save=True)
+        assert torch.equal(out[:, here], single)
+        assert torch.equal(last[number], final[0])
+        part = chunk_backward(
+            d_out[:, here].contiguous(),
+            d_last[number : number + 1],
+            alone,
+            rule,
+            single,
+            kept,
+            want_state=True,
+        )
+        for name in Inputs._fields[:5]:
+            assert torch.equal(getattr(found, name)[:, here], getattr(part, name)), name
+        assert torch.equal(found.state[number], part.state[0])
+        totals = [total + grad for total, grad in zip(totals, (part.A_log, part.dt_bias), strict=True)]
+    torch.testing.assert_close(found.A_log, totals[0])
+    torch.testing.assert_close(found.dt_bias, totals[1])
+
+
+def test_a_sequence_may_be_cut_where_chunks_end():
+    rule = Rule("softplus")
+    x = make(T=100, rule=rule)
+    out, last, _ = chunk_forward(x, rule)
+    halves = [
+        x._replace(**{name: getattr(x, name)[:, part].contiguous() for name in Inputs._fields[:5]})
+        for part in (slice(0, 64), slice(64, 100))
+    ]
+    one, state, _ = chunk_forward(halves[0], rule)
+    two, final, _ = chunk_forward(halves[1], rule, state=state)
+    assert torch.equal(out, torch.cat([one, two], 1))
+    assert torch.equal(last, final)
+
+
+def test_the_past_does_not_depend_on_the_future():
+    rule = Rule("none", sigmoid=False)
+    x = make(T=70, rule=rule)
+    out = chunk_forward(x, rule)[0]
+    later = {name: getattr(x, name).clone() for name in Inputs._fields[:5]}
+    for name, value in (("q", 9.0), ("k", -9.0), ("v", 1e4), ("decay", -1e3), ("beta", 1.0)):
+        later[name][:, 21:] = value
+    assert torch.equal(chunk_forward(x._replace(**later), rule)[0][:, :21], out[:, :21])
+
+
+EXTREME = {
+    "no decay": (0.0, 0.5),
+    "instant forgetting": (-1000.0, 0.5),
+    "full strength": (-0.01, 1.0),
+    "no strength": (-0.01, 0.0),
+}
+
+
+@pytest.mark.parametrize("name", EXTREME)
+@pytest.mark.parametrize("same_keys", [False, True])
+def test_extreme_gates_stay_finite_and_right(name, same_keys):
+    rule = Rule("none", sigmoid=False)
+    x = make(T=70, H=1, rule=rule)
+    decay, beta = EXTREME[name]
+    x = x._replace(decay=torch.full_like(x.decay, decay), beta=torch.full_like(x.beta, beta))
+    if same_keys:
+        x = x._replace(k=x.k[:, :1].expand_as(x.k).contiguous())
+    out, last, saved = chunk_forward(x, rule, save=True)
+    found = chunk_backward(torch.randn_like(out), torch.randn_like(last), x, rule, out, saved)
+    exact = reference(Inputs(*(None if part is None else part.double() for part in x)), rule)
+    assert distance(out, exact.out) < TOLERANCE or exact.out.abs().max() < 1e-10
+    assert all(torch.isfinite(part).all() for part in found if part is not None)
