@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import triton
@@ -19,6 +19,13 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from gendistill_kernels.delta_chunk_backward import keys_kernel, reverse_scan_kernel, values_kernel
 from gendistill_kernels.delta_chunk_forward import prepare_kernel, scan_kernel
+
+# a launch, ``kernel[grid](...)``, is not what the type of a jitted function says
+_prepare: Any = prepare_kernel
+_scan: Any = scan_kernel
+_reverse_scan: Any = reverse_scan_kernel
+_values: Any = values_kernel
+_keys: Any = keys_kernel
 
 CHUNK = 64
 LEVELS = 6
@@ -160,11 +167,16 @@ class _Sizes(NamedTuple):
             HV=x.v.shape[2],
             K=K,
             V=V,
-            BK=max(triton.next_power_of_2(K), 16),
-            wide=max(triton.next_power_of_2(V), 16),
+            BK=_power_of_2(K),
+            wide=_power_of_2(V),
             chunks=B * triton.cdiv(T, CHUNK) if chunks is None else len(chunks.starts),  # pyright: ignore
             sequences=B if chunks is None else len(chunks.offsets),  # pyright: ignore
         )
+
+
+def _power_of_2(channels: int) -> int:
+    """Round up to a size of tile that products accept."""
+    return max(16, 1 << (channels - 1).bit_length())
 
 
 def _scan_config(n: _Sizes, *, save: bool) -> tuple[int, int, int]:
@@ -233,7 +245,7 @@ def chunk_forward(
     news = new(n.chunks, n.H, CHUNK, n.V, dtype=dtype) if save else None
     out = new(n.B, n.T, n.H, n.V, dtype=x.v.dtype)
     state_out = new(n.sequences, n.H, n.K, n.V, dtype=torch.float32)
-    prepare_kernel[(n.chunks, n.H)](
+    _prepare[(n.chunks, n.H)](
         x.q, x.k, x.decay, x.beta, x.A_log, x.dt_bias, _tables(x.q.device),
         *tall, *square, total, strength, norms,
         at.starts, at.lengths, n.T, n.K**-0.5 if rule.scale is None else rule.scale, rule.lower_bound,
@@ -242,7 +254,7 @@ def chunk_forward(
         num_warps=4, num_stages=1,
     )  # fmt: skip
     BV, warps, stages = _scan_config(n, save=save)
-    scan_kernel[(triton.cdiv(n.V, BV), n.sequences * n.H)](
+    _scan[(triton.cdiv(n.V, BV), n.sequences * n.H)](
         *map(_tiles, (*tall, *square)), total, strength, x.v, state,
         out, state_out, states, news, at.cu_seqlens, at.offsets, n.T,
         H=n.H, HV=n.HV, K=n.K, V=n.V, BK=n.BK, BV=BV, C=CHUNK, PACKED=packed, HAS_STATE=state is not None,
@@ -281,7 +293,7 @@ def chunk_backward(
     grads, errors = torch.empty_like(saved.states), torch.empty_like(saved.news)
     grad_in = new(n.sequences, n.H, n.K, n.V, dtype=torch.float32) if want_state else None
     BV, warps, stages = _scan_config(n, save=True)
-    reverse_scan_kernel[(triton.cdiv(n.V, BV), n.sequences * n.H)](
+    _reverse_scan[(triton.cdiv(n.V, BV), n.sequences * n.H)](
         *map(_tiles, (*saved.tall, *saved.square)), saved.total, saved.strength, grad_out, grad_state,
         grads, errors, grad_in, at.cu_seqlens, at.offsets, n.T,
         H=n.H, K=n.K, V=n.V, BK=n.BK, BV=BV, C=CHUNK, PACKED=packed, HAS_GRAD=grad_state is not None,
@@ -299,13 +311,13 @@ def chunk_backward(
     d_rate = new(n.chunks, n.H, n.BK // W, dtype=torch.float32) if rule.gate != "none" else None
     d_scores = new(2, n.chunks, n.H, CHUNK, CHUNK, dtype=torch.float16)
     rows = new(n.chunks, n.H, 4, CHUNK, dtype=torch.float32)
-    values_kernel[(n.chunks, n.H)](
+    _values[(n.chunks, n.H)](
         x.v, saved.strength, out, grad_out, saved.news, errors, dv, d_beta, *d_scores, rows,
         at.starts, at.lengths, n.T,
         H=n.H, HV=n.HV, V=n.V, BV=n.wide, C=CHUNK, NORM=rule.norm, SIGMOID=rule.sigmoid, PACKED=packed,
         num_warps=4, num_stages=1,
     )  # fmt: skip
-    keys_kernel[(n.BK // W * n.chunks, n.H)](
+    _keys[(n.BK // W * n.chunks, n.H)](
         x.q, x.k, x.decay, x.A_log, x.dt_bias, _tables(x.q.device), saved.norms, rows,
         *map(_tiles, d_scores), saved.strength, errors, grad_out, saved.states, grads, saved.news,
         dq, dk, d_decay, d_bias, d_rate, at.starts, at.lengths, n.T, scale, rule.lower_bound,

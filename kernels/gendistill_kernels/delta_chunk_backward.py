@@ -21,6 +21,8 @@ once through what it reads, beta_i v_i - N_i.
 Source: derived in the project's notes and checked against float64 autograd of the reference.
 """
 
+# pyright: reportGeneralTypeIssues=false
+# inside a kernel the language is Triton's: range, tuples and constants mean what its compiler says
 import triton
 import triton.language as tl
 

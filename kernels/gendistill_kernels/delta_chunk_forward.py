@@ -17,6 +17,8 @@ exactly one level. The inverse grows along the same levels: ``T <- T - T L_b T``
 Legend: C tokens of a chunk, K key channels, V value channels, H heads of the state.
 """
 
+# pyright: reportGeneralTypeIssues=false
+# inside a kernel the language is Triton's: range, tuples and constants mean what its compiler says
 import triton
 import triton.language as tl
 
