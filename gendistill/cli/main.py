@@ -55,9 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = [word for word in words if word != "--debug"]
     _quiet_libraries()
     try:
-        return _run(words)
-    except SystemExit as stop:
-        return stop.code if isinstance(stop.code, int) else 1
+        return _flushed(words)
     except BrokenPipeError:
         # the reader has left, as in "gendistill recipe show tiny | head"; nothing may write to it at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -68,6 +66,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if debug:
             raise
         return _failed(error)
+
+
+def _flushed(words: Sequence[str]) -> int:
+    """Write out what was printed while a reader that has left can still be handled."""
+    try:
+        return _run(words)
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else 1
+    finally:
+        sys.stdout.flush()
 
 
 def _run(words: Sequence[str]) -> int:

@@ -184,9 +184,12 @@ def test_debug_raises_the_error_itself(cli, monkeypatch):
         cli("run", "tiny", "--debug")
 
 
-def test_reader_that_leaves_early_causes_no_traceback():
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_reader_that_leaves_early_causes_no_traceback(unbuffered):
     command = [sys.executable, "-m", "gendistill", "recipe", "show", "tiny"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    # an empty value is as if unset: output then waits in a buffer until the end
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
     assert process.stdout is not None
     assert process.stderr is not None
     process.stdout.close()

@@ -93,6 +93,7 @@ def write_training(run_dir: Path, name: str) -> None:
     manifest: dict[str, Any] = {"name": name, "date": "2026-01-02", "command": f"gendistill run {name}"}
     manifest |= {
         "versions": {"torch": "2.13.0"},
+        "commit": "0123abc",
         "device": "2 CPU cores",
         "dtype": "float32",
         "impl": "reference",

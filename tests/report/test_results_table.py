@@ -8,6 +8,7 @@ import re
 import pytest
 
 from gendistill.errors import ReportError
+from gendistill.report import results_table
 from gendistill.report.results_table import ResultRow, load_results, main, render_results, write_results_json
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -121,7 +122,15 @@ def test_rows_outside_the_schema_are_refused(folder, edit_json, change, problem)
         load_results(folder / "demo.json")
 
 
-def test_commit_date_and_versions_are_filled_in(tmp_path):
+def test_commit_date_and_versions_are_filled_in(tmp_path, monkeypatch):
+    monkeypatch.setattr(results_table, "source_commit", lambda: COMMIT)
     results = write_results_json(tmp_path / "new.json", command="make demo", device="CPU", rows=ROWS)
-    assert re.fullmatch(r"[0-9a-f]{40}(-dirty)?", results.commit)
+    assert results.commit == COMMIT
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d", results.date)
     assert {"gendistill", "torch", "transformers"} <= results.versions.keys()
+
+
+def test_code_without_a_commit_makes_no_results(tmp_path, monkeypatch):
+    monkeypatch.setattr(results_table, "source_commit", lambda: None)
+    with pytest.raises(ReportError, match="git does not know the commit"):
+        write_results_json(tmp_path / "new.json", command="make demo", device="CPU", rows=ROWS)
