@@ -8,6 +8,7 @@ head.
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -27,6 +28,8 @@ _reverse_scan: Any = reverse_scan_kernel
 _values: Any = values_kernel
 _keys: Any = keys_kernel
 
+# operands with the range of float32; the interpreter multiplies bfloat16 wrongly
+_SPLIT = torch.float32 if os.environ.get("TRITON_INTERPRET") == "1" else torch.bfloat16
 CHUNK = 64
 LEVELS = 6
 # as many chains times value blocks as keep every processor of the GPU busy with one program each
@@ -189,11 +192,17 @@ def _scan_config(n: _Sizes, *, save: bool) -> tuple[int, int, int]:
 
 
 @functools.cache
+def _upto(device: torch.device, dtype: torch.dtype) -> TensorDescriptor:
+    """Make the 0/1 matrix that sums over a token and those before it."""
+    return _tiles(torch.ones(CHUNK, CHUNK, dtype=dtype, device=device).tril())
+
+
+@functools.cache
 def _tables(device: torch.device) -> TensorDescriptor:
     """Make 0/1 matrices, one under the other.
 
     Per level, what sums log-decays from the middle of a block to a token; the same from a token to the end of the
-    chunk, and from its start; per level, which columns the rows of right halves meet; and the transposes of these.
+    chunk, and from its start; per level, which pairs of tokens meet in it.
     """
     i, t = torch.arange(CHUNK)[:, None], torch.arange(CHUNK)[None, :]
     sums, meets = [], []
@@ -202,9 +211,9 @@ def _tables(device: torch.device) -> TensorDescriptor:
         # in the same half, on the inner side of the token: up to it in a right half, after it in a left one
         sums.append(((i ^ t) < half) & (((i & half) != 0) != (t > i)))
         # the highest bit in which i and t differ names the level at which they meet
-        meets.append((i > t) & ((i ^ t) >= half) & ((i ^ t) < 2 * half))
+        meets.append(((i ^ t) >= half) & ((i ^ t) < 2 * half))
     meets.pop()
-    table = torch.cat([*sums, t <= i, *meets, *(each.T for each in meets)]).to(
+    table = torch.cat([*sums, t <= i, *meets]).to(
         device=device, dtype=torch.float16
     )
     return _tiles(table)
@@ -318,12 +327,12 @@ def chunk_backward(
         num_warps=4, num_stages=1,
     )  # fmt: skip
     _keys[(n.BK // W * n.chunks, n.H)](
-        x.q, x.k, x.decay, x.A_log, x.dt_bias, _tables(x.q.device), saved.norms, rows,
-        *map(_tiles, d_scores), saved.strength, errors, grad_out, saved.states, grads, saved.news,
+        x.q, x.k, x.decay, x.A_log, x.dt_bias, _tables(x.q.device), _upto(x.q.device, _SPLIT), saved.total,
+        saved.norms, rows, *d_scores, saved.strength, errors, grad_out, saved.states, grads, saved.news,
         dq, dk, d_decay, d_bias, d_rate, at.starts, at.lengths, n.T, scale, rule.lower_bound,
         # products [64, 64] x [64, 32] come out wrong on Hopper with Triton 3.6, so 64 values are padded to 128
         H=n.H, HQ=n.HQ, HK=n.HK, K=n.K, V=n.V, BK=n.BK, BV=128 if n.wide == 64 else n.wide, C=CHUNK,
-        GATE=rule.gate, NORM=rule.norm, PACKED=packed, DOT=tl.float16, LEVELS=LEVELS, W=W, STAGES=1,
+        GATE=rule.gate, NORM=rule.norm, PACKED=packed, DOT=tl.float16, LEVELS=LEVELS, W=W, STAGES=2,
         num_warps=4, num_stages=1,
     )  # fmt: skip
 

@@ -26,7 +26,9 @@ Source: derived in the project's notes and checked against float64 autograd of t
 import triton
 import triton.language as tl
 
-from gendistill_kernels.delta_chunk_forward import LOG2E, log2_decay
+from gendistill_kernels.delta_chunk_forward import log2_decay, sigmoid
+
+LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -149,13 +151,17 @@ def values_kernel(
     largest = tl.maximum(largest, 1e-30)
     tl.store(rows_out + tile * 4 * C + 3 * C + rows, tl.zeros([C], tl.float32) + largest)
     squares = tile * C * C + i * C + j
-    tl.store(d_scores + squares, (scores / largest).to(d_scores.dtype.element_ty))
-    tl.store(d_lower + squares, (lower / largest).to(d_scores.dtype.element_ty))
+    shrink = 1.0 / largest
+    scores = (scores * shrink).to(d_scores.dtype.element_ty)
+    lower = (lower * shrink).to(d_scores.dtype.element_ty)
+    # both triangles are stored: a pair of tokens acts on the later one and on the earlier one
+    tl.store(d_scores + squares, scores + tl.trans(scores))
+    tl.store(d_lower + squares, lower + tl.trans(lower))
 
 
 @triton.jit
 def keys_kernel(
-    q, k, decay, A_log, dt_bias, sums, norms, rows_in, d_scores, d_lower, strength, errors,
+    q, k, decay, A_log, dt_bias, sums, upto, total, norms, rows_in, d_scores, d_lower, strength, errors,
     grad_out, states, grads, news,
     dq, dk, dg, d_bias, d_rate,
     chunk_starts, chunk_lengths, tokens, scale, lower_bound,
@@ -174,69 +180,75 @@ def keys_kernel(
     live = rows < length
     token = start + rows
     tile = chunk * H + head
-    row = (tile * C).to(tl.int32)
     inside = live[:, None] & (channels < K)[None, :]
-    dtype = grad_out.dtype.element_ty
+    # everything is asked for before anything is waited for
     at = (token * H + head)[:, None] * K + channels[None, :]
+    at_q = (token * HQ + head // (H // HQ))[:, None] * K + channels[None, :]
+    at_k = (token * HK + head // (H // HK))[:, None] * K + channels[None, :]
+    wide = live[:, None] & (columns < V)[None, :]
+    full = (columns < V)[None, :]
+    flat = tile * C * V + i * V + columns[None, :]
+    cells = tile * BK * V + columns[:, None] * BK + channels[None, :]
+    squares = tile * C * C + i * C + rows[None, :]
     raw = tl.load(decay + at, mask=inside, other=0.0).to(tl.float32)
     bias = 0.0
     rate = 0.0
     if GATE != "none":
         bias = tl.load(dt_bias + head * K + channels, mask=channels < K, other=0.0).to(tl.float32)[None, :]
         rate = tl.load(A_log + head).to(tl.float32)
-    g = tl.maximum(tl.where(inside, log2_decay(raw, rate, bias, lower_bound, GATE), 0.0), -30000.0)
-    g0 = g.to(DOT)
-    largest = tl.load(rows_in + tile * 4 * C + 3 * C)
-
-    # through the states before and after the chunk
-    wide = live[:, None] & (columns < V)[None, :]
-    full = (columns < V)[None, :]
-    flat = tile * C * V + i * V + columns[None, :]
-    upstream = tl.load(grad_out + (token * H + head)[:, None] * V + columns[None, :], mask=wide, other=0.0)
-    amount = tl.load(strength + tile * C + rows)
-    pull = (tl.load(errors + flat, mask=full, other=0.0).to(tl.float32) * amount[:, None]).to(dtype)
-    new = tl.load(news + flat, mask=full, other=0.0)
-    cells = tile * BK * V + columns[:, None] * BK + channels[None, :]
-    state = tl.load(states + cells, mask=(columns < V)[:, None], other=0.0)
-    grad = tl.load(grads + cells, mask=(columns < V)[:, None], other=0.0)
-    both = tl.sum(state.to(tl.float32) * grad.to(tl.float32), 0) * tl.exp2(tl.sum(g, 0))
-    d_query = tl.dot(upstream, state)
-    d_read = tl.dot(pull, state)
-    d_write = tl.dot(new, grad)
-    factor = tl.exp2(tl.dot(sums.load([LEVELS * C + C, 0]), g0)) / largest
-    d_query *= factor
-    d_read *= -factor
-    factor = tl.exp2(tl.dot(sums.load([LEVELS * C, 0]), g0)) / largest
-    d_write *= factor
+    q0 = tl.load(q + at_q, mask=inside, other=0.0)
+    k0 = tl.load(k + at_k, mask=inside, other=0.0)
     norm_q = tl.load(norms + tile * 2 * C + rows)
     norm_k = tl.load(norms + tile * 2 * C + C + rows)
-    at_q = (token * HQ + head // (H // HQ))[:, None] * K + channels[None, :]
-    at_k = (token * HK + head // (H // HK))[:, None] * K + channels[None, :]
-    q0 = (tl.load(q + at_q, mask=inside, other=0.0).to(tl.float32) * norm_q[:, None]).to(DOT)
-    k0 = (tl.load(k + at_k, mask=inside, other=0.0).to(tl.float32) * norm_k[:, None]).to(DOT)
+    amount = tl.load(strength + tile * C + rows)
+    gain = tl.load(total + tile * BK + channels)
+    largest = tl.load(rows_in + tile * 4 * C + 3 * C)
+    upstream = tl.load(grad_out + (token * H + head)[:, None] * V + columns[None, :], mask=wide, other=0.0)
+    error = tl.load(errors + flat, mask=full, other=0.0)
+    new = tl.load(news + flat, mask=full, other=0.0)
+    state = tl.load(states + cells, mask=(columns < V)[:, None], other=0.0)
+    grad = tl.load(grads + cells, mask=(columns < V)[:, None], other=0.0)
+    scores, lower = tl.load(d_scores + squares), tl.load(d_lower + squares)
+
+    g = tl.maximum(tl.where(inside, log2_decay(raw, rate, bias, lower_bound, GATE), 0.0), -30000.0)
+    g0 = g.to(DOT)
+    q0 = (q0.to(tl.float32) * norm_q[:, None]).to(DOT)
+    k0 = (k0.to(tl.float32) * norm_k[:, None]).to(DOT)
+    shrink = 1.0 / largest
+
+    # through the states before and after the chunk
+    both = tl.sum(state.to(tl.float32) * grad.to(tl.float32), 0) * tl.exp2(gain)
+    d_query = tl.dot(upstream, state)
+    d_read = tl.dot(error, state)
+    d_write = tl.dot(new, grad)
+    factor = tl.exp2(tl.dot(sums.load([LEVELS * C + C, 0]), g0)) * shrink
+    d_query *= factor
+    d_read *= factor * -amount[:, None]
+    factor = tl.exp2(tl.dot(sums.load([LEVELS * C, 0]), g0)) * shrink
+    d_write *= factor
     both += tl.sum(d_write * k0.to(tl.float32), 0) * largest
 
-    # inside the chunk, level by level: row i of a right half meets the left half of its block, and the other way round
-    scores, lower = d_scores.load([row, 0]), d_lower.load([row, 0])
-    scores_t, lower_t = tl.trans(scores), tl.trans(lower)
+    # inside the chunk, level by level: row i of a right half meets the left half of its block, and the other way round,
+    # so one product serves both directions, each row taking part in one of them
+    d_key, d_reach = d_read + d_write, d_read - d_write
     for level in tl.range(0, LEVELS, num_stages=STAGES):
         decayed = tl.exp2(tl.dot(sums.load([level * C, 0]), g0))
+        meet = sums.load([(LEVELS + 2 + level) * C, 0])
+        right = ((rows >> level) & 1)[:, None] != 0
         small = decayed.to(DOT)
-        keys, queries = k0 * small, q0 * small
-        meets = sums.load([(LEVELS + 2 + level) * C, 0])
-        met = sums.load([(2 * LEVELS + 2 + level) * C, 0])
-        d_query += decayed * tl.dot(scores * meets, keys)
-        d_read += decayed * tl.dot(lower * meets, keys)
-        write = tl.dot(scores_t * met, queries)
-        write = tl.dot(lower_t * met, keys, write)
-        d_write += decayed * write
+        reads = tl.dot(scores * meet, tl.where(right, q0, k0) * small)
+        keys = tl.dot(lower * meet, k0 * small)
+        d_query += decayed * tl.where(right, reads, 0.0)
+        keys = decayed * (keys + tl.where(right, 0.0, reads))
+        d_key += keys
+        d_reach += tl.where(right, keys, -keys)
 
     x_q, x_k = q0.to(tl.float32), k0.to(tl.float32)
-    d_sum = (x_q * d_query + x_k * (d_read - d_write)) * largest
+    d_sum = (x_q * d_query + x_k * d_reach) * largest
     # a token's own score is not decayed: it is added after that
     diagonal = tl.load(rows_in + tile * 4 * C + rows)
     d_query = d_query * largest + diagonal[:, None] * x_k
-    d_key = (d_read + d_write) * largest + diagonal[:, None] * x_q
+    d_key = d_key * largest + diagonal[:, None] * x_q
     if NORM:
         # x_q is s times a unit vector, s the scale; its product with its gradient is <dO, O>
         along_q = tl.load(rows_in + tile * 4 * C + C + rows)
@@ -247,20 +259,18 @@ def keys_kernel(
     tl.store(dk + at, (norm_k[:, None] * d_key).to(dk.dtype.element_ty), mask=inside)
 
     # every later token of the chunk depends on this log-decay, and so does the state after it; the sum over them is a
-    # product with a 0/1 matrix, in two float16 halves that hold 22 bits
-    size = tl.maximum(tl.max(tl.max(tl.abs(d_sum), 1), 0), 1e-30)
-    d_sum /= size
-    high = d_sum.to(DOT)
-    later = tl.trans(sums.load([LEVELS * C + C, 0]))
+    # product with a 0/1 matrix, in two halves that together hold 16 bits
+    later = tl.trans(upto.load([0, 0]))
+    high = d_sum.to(upto.dtype)
     d_decay = tl.dot(later, high)
-    d_decay = tl.dot(later, (d_sum - high.to(tl.float32)).to(DOT), d_decay) * size + both[None, :]
+    d_decay = tl.dot(later, (d_sum - high.to(tl.float32)).to(upto.dtype), d_decay) + both[None, :]
     if GATE == "bounded":
-        s = tl.sigmoid(tl.exp(rate) * (raw + bias))
+        s = sigmoid(tl.exp(rate) * (raw + bias))
         d_raw = d_decay * lower_bound * s * (1.0 - s) * tl.exp(rate)
         d_log = d_raw * (raw + bias)
     elif GATE == "softplus":
-        d_raw = -d_decay * tl.exp(rate) * tl.sigmoid(raw + bias)
-        d_log = d_decay * g / LOG2E
+        d_raw = -d_decay * tl.exp(rate) * sigmoid(raw + bias)
+        d_log = d_decay * g * LN2
     else:
         d_raw = d_decay
         d_log = d_decay

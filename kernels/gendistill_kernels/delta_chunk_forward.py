@@ -19,31 +19,56 @@ Legend: C tokens of a chunk, K key channels, V value channels, H heads of the st
 
 # pyright: reportGeneralTypeIssues=false
 # inside a kernel the language is Triton's: range, tuples and constants mean what its compiler says
+import os
+
 import triton
 import triton.language as tl
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 
+# the interpreter knows no assembly; the compiler's own logarithm and reciprocal handle denormal numbers and take
+# several times as many instructions
+_ASSEMBLY: tl.constexpr = tl.constexpr(os.environ.get("TRITON_INTERPRET") != "1")
+
+
 @triton.jit
-def softplus(x):
-    """Compute ``log(1 + exp(x))`` to float32 accuracy, small values too, without a logarithm."""
-    e = tl.exp(-tl.abs(x))
-    # log1p(e) = 2 atanh(e / (2 + e)), and e / (2 + e) is at most 1/3
-    s = e / (2.0 + e)
-    s2 = s * s
-    series = 1.0 / 9.0 + s2 * (1.0 / 11.0 + s2 * (1.0 / 13.0))
-    series = 1.0 + s2 * (1.0 / 3.0 + s2 * (1.0 / 5.0 + s2 * (1.0 / 7.0 + s2 * series)))
-    return tl.maximum(x, 0.0) + 2.0 * s * series
+def log2(x):
+    """Compute the base-2 logarithm of a normal number to 2e-7."""
+    if _ASSEMBLY:
+        return tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
+    return tl.log2(x)
+
+
+@triton.jit
+def reciprocal(x):
+    """Compute ``1 / x`` of a normal number to 1e-7 of its value; zero of infinity."""
+    if _ASSEMBLY:
+        return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
+    return 1.0 / x
+
+
+@triton.jit
+def softplus_log2(x):
+    """Compute ``log2(1 + exp(x))`` to 2e-5 of its value, small values too."""
+    e = tl.exp2(-LOG2E * tl.abs(x))
+    series = e * (LOG2E - e * (LOG2E / 2 - e * (LOG2E / 3)))
+    return LOG2E * tl.maximum(x, 0.0) + tl.where(e < 0.0078125, series, log2(1.0 + e))
+
+
+@triton.jit
+def sigmoid(x):
+    """Compute ``1 / (1 + exp(-x))``."""
+    return reciprocal(1.0 + tl.exp2(-LOG2E * x))
 
 
 @triton.jit
 def log2_decay(raw, A_log, dt_bias, lower_bound, GATE: tl.constexpr):
     """Turn raw gate values into base-2 logarithms of the decay, float32, <= 0."""
     if GATE == "bounded":
-        return (lower_bound * LOG2E) * tl.sigmoid(tl.exp(A_log) * (raw + dt_bias))
+        return (lower_bound * LOG2E) * sigmoid(tl.exp(A_log) * (raw + dt_bias))
     if GATE == "softplus":
-        return (-tl.exp(A_log) * LOG2E) * softplus(raw + dt_bias)
+        return -tl.exp(A_log) * softplus_log2(raw + dt_bias)
     return raw * LOG2E
 
 
@@ -126,7 +151,7 @@ def prepare_kernel(
         g1 = g.to(DOT)
     strength = tl.load(beta + token * H + head, mask=live, other=0.0).to(tl.float32)
     if SIGMOID:
-        strength = tl.where(live, tl.sigmoid(strength), 0.0)
+        strength = tl.where(live, sigmoid(strength), 0.0)
     elif SAVE:
         # the backward pass divides by it
         strength = tl.where(live, tl.maximum(strength, 1e-20), 0.0)
