@@ -16,10 +16,13 @@ class MixerState(NamedTuple):
     Attributes:
         conv: ``[N, C, W - 1]`` last inputs of the short convolution, or None for a mixer without one.
         recurrent: ``[N, H, K, V]`` float32 memory.
+        owned: Whether a mixer may write to these tensors instead of making new ones, as a cache allows. Only where no
+            gradient is recorded.
     """
 
     conv: Tensor | None
     recurrent: Tensor
+    owned: bool = False
 
 
 class SequenceInfo:

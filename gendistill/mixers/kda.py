@@ -5,16 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gendistill.mixers.base import MixerState, SequenceInfo, rotate
 from gendistill.mixers.init import initial_value
-from gendistill.ops.kda import kda
-from gendistill.ops.reference.gates import bounded_log_decay, l2norm, softplus_log_decay
-from gendistill.ops.reference.short_conv import causal_conv
-from gendistill.ops.types import resolve_impl
+from gendistill.ops.gated_norm import gated_rms_norm
+from gendistill.ops.kda import gated_kda
+from gendistill.ops.reference.gates import bounded_log_decay, softplus_log_decay
+from gendistill.ops.short_conv import causal_conv
+from gendistill.ops.types import Impl, resolve_impl, triton_ops
 from gendistill.parameters import ParameterSpec, kda_parameters
+
+# up to this many tokens after the first ones are decoded in one launch
+_DECODE_TOKENS = 8
 
 
 class ShortConv(nn.Module):
@@ -55,7 +58,7 @@ class KDA(nn.Module):
         output_norm: RMSNorm over every head's output, before the gate.
         rope: Rotate q and k by ``position_embeddings``.
         norm_eps: Epsilon of the output norm.
-        impl: ``auto``, ``reference`` or ``triton``; resolved here, once.
+        impl: ``auto``, ``reference`` or ``triton``; :attr:`impl` says what it means where the weights are.
         initializer_range: Standard deviation of new projections.
     Source: arXiv 2510.26692; grouped heads and the identity convolution as in arXiv 2603.26556.
     """
@@ -118,7 +121,9 @@ class KDA(nn.Module):
         self.conv_size, self.conv_activation = conv_size, conv_activation
         self.gate, self.gate_lower_bound = gate, gate_lower_bound
         self.output_gate, self.rope = output_gate, rope
-        self.impl = resolve_impl(impl, op="kda", device=torch.empty(0).device)
+        self.requested_impl = impl
+        if impl not in ("auto", "reference", "triton"):
+            raise ValueError(f'impl must be auto, reference or triton, got "{impl}"')
         self._table = kda_parameters(
             hidden_size=hidden_size,
             num_heads=num_heads,
@@ -166,6 +171,15 @@ class KDA(nn.Module):
                 parameter.copy_(initial_value(spec.init, spec.shape, generator=generator))
 
     @property
+    def impl(self) -> Impl:
+        """The implementation that runs on the weights' device.
+
+        Raises:
+            ValueError: ``triton`` was requested and cannot run there.
+        """
+        return resolve_impl(self.requested_impl, op="kda", device=self.A_log.device)
+
+    @property
     def state_shapes(self) -> tuple[tuple[int, int] | None, tuple[int, int, int]]:
         """Shapes per sequence of the convolution state (or None) and of the memory."""
         channels = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
@@ -179,7 +193,7 @@ class KDA(nn.Module):
             hidden_states: ``[B, T, hidden_size]``, the mixer's input.
         Returns: ``[B, T, H, K]`` float32, <= 0.
         """
-        raw = self.f_b_proj(self.f_a_proj(hidden_states)).unflatten(-1, (self.num_heads, self.head_dim))
+        raw = self._raw_decay(hidden_states)
         if self.gate == "bounded":
             return bounded_log_decay(raw, self.A_log, self.dt_bias, lower_bound=self.gate_lower_bound)
         return softplus_log_decay(raw, self.A_log, self.dt_bias)
@@ -202,56 +216,103 @@ class KDA(nn.Module):
         Returns: ``[B, T, hidden_size]``, zero at padding, and the new state.
         """
         batch, length = hidden_states.shape[:2]
+        impl = self.impl
+        few = length <= _DECODE_TOKENS and sequences is None and not self.rope
+        if impl is Impl.TRITON and few and state is not None and not torch.is_grad_enabled():
+            return self._decode(hidden_states, state)
         x = hidden_states if sequences is None else sequences.gather(hidden_states)
-        q, k, v, conv_state = self._project(x, sequences, state)
+        q, k, v, conv_state = self._convolve(x, sequences, state, impl)
         if self.rope:
             if position_embeddings is None:
                 raise ValueError("rope is on: pass position_embeddings=(cos, sin)")
             angles = tuple(part.expand(batch, -1, -1) for part in position_embeddings)
             cos, sin = angles if sequences is None else (sequences.gather(part) for part in angles)
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        beta = torch.sigmoid(self.b_proj(x).float() if x.dtype != torch.float64 else self.b_proj(x))
-        out, memory = kda(
-            l2norm(q),
-            l2norm(k),
+        out, memory = gated_kda(
+            q,
+            k,
             v,
-            self.log_decay(x),
-            beta,
+            self._raw_decay(x),
+            self.b_proj(x),
+            gate=self.gate,
+            a_log=self.A_log,
+            dt_bias=self.dt_bias,
+            lower_bound=self.gate_lower_bound,
             state=None if state is None else state.recurrent,
             segments=None if sequences is None else sequences.segments,
-            log_decay_floor=self.gate_lower_bound if self.gate == "bounded" else None,
-            impl=self.impl,
+            impl=impl,
         )
-        y = self._output(out, x)
+        y = gated_rms_norm(out, *self._output_gate(x), **self._output_settings, impl=impl)
+        y = self.o_proj(y)
         if sequences is not None:
             y = sequences.scatter(y, batch, length)
         return y, MixerState(conv_state, memory)
 
-    def _project(
-        self, x: Tensor, sequences: SequenceInfo | None, state: MixerState | None
+    def _decode(self, x: Tensor, state: MixerState) -> tuple[Tensor, MixerState]:
+        """Take a few more tokens in one launch between the projections."""
+        conv, recurrent = state.conv, state.recurrent
+        if not state.owned:
+            conv, recurrent = None if conv is None else conv.clone(), recurrent.clone()
+        norm_weight, output_gate = self._output_gate(x)
+        out = triton_ops().kda_decode(
+            self._project(x),
+            self._raw_decay(x),
+            self.b_proj(x),
+            recurrent,
+            self.A_log,
+            self.dt_bias,
+            *self._taps(),
+            conv,
+            norm_weight,
+            output_gate,
+            self.num_kv_heads,
+            self.gate,
+            self.gate_lower_bound,
+            self.conv_activation,
+            self.output_gate,
+            self._output_settings["eps"],
+        )
+        return self.o_proj(out.flatten(-2)), MixerState(conv, recurrent)
+
+    def _project(self, x: Tensor) -> Tensor:
+        return torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], dim=-1)
+
+    def _raw_decay(self, x: Tensor) -> Tensor:
+        return self.f_b_proj(self.f_a_proj(x)).unflatten(-1, (self.num_heads, self.head_dim))
+
+    def _taps(self) -> tuple[Tensor | None, Tensor | None]:
+        """Return weight ``[C, W]`` and bias ``[C]`` of the convolution over q, k and v."""
+        if not self.conv_size:
+            return None, None
+        convs: Any = (self.q_conv1d, self.k_conv1d, self.v_conv1d)
+        weight = torch.cat([conv.weight for conv in convs])[:, 0]
+        return weight, None if convs[0].bias is None else torch.cat([conv.bias for conv in convs])
+
+    def _convolve(
+        self, x: Tensor, sequences: SequenceInfo | None, state: MixerState | None, impl: Impl
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        qkv = torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], dim=-1)
-        conv_state = None
-        if self.conv_size:
-            convs: Any = (self.q_conv1d, self.k_conv1d, self.v_conv1d)
-            has_bias = convs[0].bias is not None
+        qkv, conv_state = self._project(x), None
+        weight, bias = self._taps()
+        if weight is not None:
             qkv, conv_state = causal_conv(
                 qkv,
-                torch.cat([conv.weight for conv in convs])[:, 0],
-                torch.cat([conv.bias for conv in convs]) if has_bias else None,
+                weight,
+                bias,
                 activation=self.conv_activation,
                 state=None if state is None else state.conv,
                 segments=None if sequences is None else sequences.segments,
+                impl=impl,
             )
         heads = qkv.unflatten(-1, (-1, self.head_dim))
         q, k, v = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=2)
         return q, k, v, conv_state
 
-    def _output(self, out: Tensor, x: Tensor) -> Tensor:
-        if "o_norm" in self._modules:
-            out = self.o_norm(out)
-        out = out.flatten(-2)
-        if self.output_gate != "none":
-            raw = self.g_b_proj(self.g_a_proj(x))
-            out = out * (F.silu(raw) if self.output_gate == "silu" else torch.sigmoid(raw))
-        return self.o_proj(out)
+    def _output_gate(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Return the output norm's weight and the raw gate, each None where the layer has none."""
+        weight = self.o_norm.weight if "o_norm" in self._modules else None
+        return weight, None if self.output_gate == "none" else self.g_b_proj(self.g_a_proj(x))
+
+    @property
+    def _output_settings(self) -> dict[str, Any]:
+        eps = self.o_norm.eps if "o_norm" in self._modules else None
+        return {"activation": self.output_gate, "eps": 1e-6 if eps is None else eps}

@@ -128,7 +128,7 @@ def read_state(cache: Cache | None, layer_idx: int) -> MixerState | None:
         return None
     recurrent = layer.recurrent_states[0]
     assert recurrent is not None
-    return MixerState(layer.conv_states[0], recurrent)
+    return MixerState(layer.conv_states[0], recurrent, owned=True)
 
 
 def write_state(cache: Cache | None, layer_idx: int, state: MixerState, num_positions: int) -> None:

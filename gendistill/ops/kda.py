@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
+import torch
 from torch import Tensor
 
 from gendistill.ops.reference.delta_rule import chunk_delta_rule, recurrent_delta_rule
-from gendistill.ops.types import Impl, OpOutput, Segments
+from gendistill.ops.reference.gates import bounded_log_decay, l2norm, softplus_log_decay
+from gendistill.ops.types import Impl, OpOutput, Segments, triton_ops
 
 # below this many tokens a loop is cheaper than the chunked form
 _RECURRENT_TOKENS = 4
@@ -34,16 +38,68 @@ def kda(
         state: ``[N, H, K, V]`` float32, or None for zeros; ``N`` is B, or the number of segments.
         segments: Documents packed on the token axis (then ``B == 1``); none sees another.
         log_decay_floor: Known lower bound of ``log_decay``, which lets the chunked form take a shorter path.
-        impl: Implementation, resolved when the model was built.
+        impl: Implementation; :func:`gendistill.ops.resolve_impl` chooses one.
     Returns:
         ``out`` ``[B, T, H, V]`` in ``v.dtype``; ``state`` ``[N, H, K, V]`` float32 after the last token.
     Raises:
-        ValueError: Shapes disagree, or ``impl`` does not exist here.
+        ValueError: Shapes disagree.
     Source: arXiv 2510.26692.
     """
-    if impl is not Impl.REFERENCE:
-        raise ValueError(f'kda has no "{impl}" implementation in this version; use "reference"')
+    if impl is Impl.TRITON:
+        return triton_ops().triton_kda(q, k, v, log_decay, beta, state=state, segments=segments)
     gates = {"log_decay": log_decay, "erase": beta, "write": beta, "state": state}
     if segments is None and q.shape[1] <= _RECURRENT_TOKENS:
         return recurrent_delta_rule(q, k, v, **gates)
     return chunk_delta_rule(q, k, v, **gates, segments=segments, log_decay_floor=log_decay_floor)
+
+
+def gated_kda(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    raw_decay: Tensor,
+    raw_beta: Tensor,
+    *,
+    gate: Literal["bounded", "softplus"],
+    a_log: Tensor,
+    dt_bias: Tensor,
+    lower_bound: float = -5.0,
+    state: Tensor | None = None,
+    segments: Segments | None = None,
+    impl: Impl = Impl.REFERENCE,
+) -> OpOutput:
+    """Normalise q and k, apply the gates, and run :func:`kda`: one op, so that the kernels fuse it.
+
+    Args:
+        q: ``[B, T, H, K]``.
+        k: ``[B, T, Hkv, K]``.
+        v: ``[B, T, Hkv, V]``.
+        raw_decay: ``[B, T, H, K]`` projected gate, before bias and nonlinearity.
+        raw_beta: ``[B, T, H]`` logits of the write strength.
+        gate: ``bounded``: ``lower_bound * sigmoid(exp(a_log) * (raw + dt_bias))``; ``softplus``:
+            ``-exp(a_log) * softplus(raw + dt_bias)``.
+        a_log: ``[H]``.
+        dt_bias: ``[H * K]``.
+        lower_bound: Of the bounded gate, per token, < 0.
+        state, segments, impl: As in :func:`kda`.
+    Returns: As :func:`kda`.
+    Source: arXiv 2510.26692.
+    """
+    if impl is Impl.TRITON:
+        gates = {"gate": gate, "a_log": a_log, "dt_bias": dt_bias, "lower_bound": lower_bound, "raw": True}
+        return triton_ops().triton_kda(q, k, v, raw_decay, raw_beta, **gates, state=state, segments=segments)
+    if gate == "bounded":
+        log_decay = bounded_log_decay(raw_decay, a_log, dt_bias, lower_bound=lower_bound)
+    else:
+        log_decay = softplus_log_decay(raw_decay, a_log, dt_bias)
+    beta = torch.sigmoid(raw_beta if raw_beta.dtype == torch.float64 else raw_beta.float())
+    return kda(
+        l2norm(q),
+        l2norm(k),
+        v,
+        log_decay,
+        beta,
+        state=state,
+        segments=segments,
+        log_decay_floor=lower_bound if gate == "bounded" else None,
+    )

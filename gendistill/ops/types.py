@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable
 from enum import StrEnum
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,8 +29,12 @@ class OpOutput(NamedTuple):
     state: Tensor
 
 
+@functools.cache
 def resolve_impl(requested: str, *, op: str, device: torch.device) -> Impl:
-    """Turn a recipe's ``impl`` into one implementation, once, when a model is built.
+    """Turn a recipe's ``impl`` into one implementation.
+
+    ``auto`` is Triton on the GPUs on which our kernels are tested (NVIDIA, compute capability 9.x), and the reference
+    elsewhere.
 
     Args:
         requested: ``auto``, ``reference`` or ``triton``.
@@ -34,12 +43,36 @@ def resolve_impl(requested: str, *, op: str, device: torch.device) -> Impl:
     Raises:
         ValueError: The requested implementation cannot run there.
     """
-    if requested in ("auto", "reference"):
+    if requested == "reference" or (requested == "auto" and device.type != "cuda"):
+        return Impl.REFERENCE
+    obstacle = _triton_obstacle(device)
+    if obstacle is None:
+        return Impl.TRITON
+    if requested == "auto":
         return Impl.REFERENCE
     raise ValueError(
-        f'impl "{requested}" is not available for {op} on {device.type}: this version has no Triton kernel for it; '
-        'use "auto" or "reference"'
+        f'impl "{requested}" is not available for {op} on {device}: {obstacle}; use "auto" or "reference"'
     )
+
+
+def _triton_obstacle(device: torch.device) -> str | None:
+    """Say what keeps our Triton kernels from running there; None if nothing does."""
+    for package in ("triton", "gendistill_kernels"):
+        if importlib.util.find_spec(package) is None:
+            return f"the package {package} is not installed"
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    if device.type != "cuda" or torch.version.hip is not None:
+        return "our Triton kernels run on NVIDIA GPUs"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major != 9:
+        return f"our Triton kernels are tested on compute capability 9.x, this GPU has {major}.{minor}"
+    return None
+
+
+def triton_ops() -> Any:
+    """Import the Triton ops of the installed package; a student's exported code carries none of its own."""
+    return importlib.import_module("gendistill.ops.triton_ops")
 
 
 class Segments:
@@ -63,6 +96,7 @@ class Segments:
         self.cu_seqlens = ends.to(self.device)
         self._layouts: dict[int, ChunkLayout] = {}
         self._taps: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+        self._tables: dict[Callable[..., Any], Any] = {}
 
     @classmethod
     def from_cu_seqlens(cls, cu_seqlens: Tensor) -> Segments:
@@ -77,6 +111,12 @@ class Segments:
         if size not in self._layouts:
             self._layouts[size] = ChunkLayout.build(self.lengths, size, self.device)
         return self._layouts[size]
+
+    def table(self, build: Callable[[list[int], torch.device], Any]) -> Any:
+        """Return ``build(lengths, device)``, made once; kernels keep their index tensors here."""
+        if build not in self._tables:
+            self._tables[build] = build(self.lengths, self.device)
+        return self._tables[build]
 
     def taps(self, history: int) -> tuple[Tensor, Tensor, Tensor]:
         """Index the token axis with ``history`` extra slots before every sequence.

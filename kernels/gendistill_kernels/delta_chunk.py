@@ -213,15 +213,40 @@ def _tables(device: torch.device) -> TensorDescriptor:
         # the highest bit in which i and t differ names the level at which they meet
         meets.append(((i ^ t) >= half) & ((i ^ t) < 2 * half))
     meets.pop()
-    table = torch.cat([*sums, t <= i, *meets]).to(
-        device=device, dtype=torch.float16
-    )
+    table = torch.cat([*sums, t <= i, *meets]).to(device=device, dtype=torch.float16)
     return _tiles(table)
 
 
 def _tiles(part: Tensor) -> TensorDescriptor:
     width = part.shape[-1]
     return TensorDescriptor(part, [part.numel() // width, width], [width, 1], [CHUNK, width])
+
+
+def _work(x: Inputs, n: _Sizes) -> list[Tensor]:
+    """Allocate what the first kernel hands to the second: the first four of ``Saved``."""
+    new = functools.partial(torch.empty, device=x.q.device)
+    return [
+        new(3, n.chunks, n.H, CHUNK, n.BK, dtype=x.q.dtype),
+        new(2, n.chunks, n.H, CHUNK, CHUNK, dtype=x.q.dtype),
+        new(n.chunks, n.H, n.BK, dtype=torch.float32),
+        new(n.chunks, n.H, CHUNK, dtype=torch.float32),
+    ]
+
+
+def empty_outputs(x: Inputs, chunks: Chunks | None, *, save: bool) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Allocate what ``chunk_forward`` returns: output, final state, and the tensors of ``Saved`` if asked for."""
+    n = _Sizes.of(x, chunks)
+    new = functools.partial(torch.empty, device=x.q.device)
+    saved = []
+    if save:
+        saved = [
+            *_work(x, n),
+            new(n.chunks, n.H, 2, CHUNK, dtype=torch.float32),
+            new(n.chunks, n.H, n.V, n.BK, dtype=x.q.dtype),
+            new(n.chunks, n.H, CHUNK, n.V, dtype=x.q.dtype),
+        ]
+    out = new(n.B, n.T, n.H, n.V, dtype=x.v.dtype)
+    return out, new(n.sequences, n.H, n.K, n.V, dtype=torch.float32), saved
 
 
 def chunk_forward(
@@ -243,17 +268,11 @@ def chunk_forward(
     n = _Sizes.of(x, chunks)
     if not n.chunks:
         raise ValueError("chunk_forward needs at least one token")
-    new = functools.partial(torch.empty, device=x.q.device)
-    dtype, packed, at = x.q.dtype, chunks is not None, chunks or _UNPACKED
-    tall = new(3, n.chunks, n.H, CHUNK, n.BK, dtype=dtype)
-    square = new(2, n.chunks, n.H, CHUNK, CHUNK, dtype=dtype)
-    total = new(n.chunks, n.H, n.BK, dtype=torch.float32)
-    strength = new(n.chunks, n.H, CHUNK, dtype=torch.float32)
-    norms = new(n.chunks, n.H, 2, CHUNK, dtype=torch.float32) if save else None
-    states = new(n.chunks, n.H, n.V, n.BK, dtype=dtype) if save else None
-    news = new(n.chunks, n.H, CHUNK, n.V, dtype=dtype) if save else None
-    out = new(n.B, n.T, n.H, n.V, dtype=x.v.dtype)
-    state_out = new(n.sequences, n.H, n.K, n.V, dtype=torch.float32)
+    packed, at = chunks is not None, chunks or _UNPACKED
+    out, state_out, kept = empty_outputs(x, chunks, save=save)
+    saved = Saved(*kept) if kept else None
+    norms, states, news = (None, None, None) if saved is None else saved[4:]
+    tall, square, total, strength = saved[:4] if saved is not None else _work(x, n)
     _prepare[(n.chunks, n.H)](
         x.q, x.k, x.decay, x.beta, x.A_log, x.dt_bias, _tables(x.q.device),
         *tall, *square, total, strength, norms,
@@ -269,9 +288,6 @@ def chunk_forward(
         H=n.H, HV=n.HV, K=n.K, V=n.V, BK=n.BK, BV=BV, C=CHUNK, PACKED=packed, HAS_STATE=state is not None,
         SAVE=save, STAGES=stages, num_warps=warps, num_stages=stages,
     )  # fmt: skip
-    saved = None
-    if norms is not None and states is not None and news is not None:
-        saved = Saved(tall, square, total, strength, norms, states, news)
     return out, state_out, saved
 
 
@@ -295,12 +311,35 @@ def chunk_backward(
         out, saved: What it returned.
         want_state: Whether the initial state needs a gradient.
     """
+    grads, errors, grad_in = chunk_backward_scan(
+        grad_out, grad_state, x, saved, chunks=chunks, want_state=want_state
+    )
+    return chunk_backward_local(grad_out, x, rule, out, saved, grads, errors, chunks=chunks)._replace(
+        state=grad_in
+    )
+
+
+def chunk_backward_scan(
+    grad_out: Tensor,
+    grad_state: Tensor | None,
+    x: Inputs,
+    saved: Saved,
+    *,
+    chunks: Chunks | None = None,
+    want_state: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Run the first half of the backward pass, the last to need ``saved.tall`` and ``saved.square``.
+
+    Returns:
+        Gradients of the states after every chunk, as ``Saved.states``; of what the keys write, as ``Saved.news``; and
+        of the initial state, if wanted.
+    """
     n = _Sizes.of(x, chunks)
-    new = functools.partial(torch.empty, device=x.q.device)
     packed, at = chunks is not None, chunks or _UNPACKED
-    scale = n.K**-0.5 if rule.scale is None else rule.scale
     grads, errors = torch.empty_like(saved.states), torch.empty_like(saved.news)
-    grad_in = new(n.sequences, n.H, n.K, n.V, dtype=torch.float32) if want_state else None
+    grad_in = None
+    if want_state:
+        grad_in = torch.empty(n.sequences, n.H, n.K, n.V, dtype=torch.float32, device=x.q.device)
     BV, warps, stages = _scan_config(n, save=True)
     _reverse_scan[(triton.cdiv(n.V, BV), n.sequences * n.H)](
         *map(_tiles, (*saved.tall, *saved.square)), saved.total, saved.strength, grad_out, grad_state,
@@ -308,6 +347,28 @@ def chunk_backward(
         H=n.H, K=n.K, V=n.V, BK=n.BK, BV=BV, C=CHUNK, PACKED=packed, HAS_GRAD=grad_state is not None,
         WANT_GRAD=want_state, STAGES=stages, num_warps=warps, num_stages=stages,
     )  # fmt: skip
+    return grads, errors, grad_in
+
+
+def chunk_backward_local(
+    grad_out: Tensor,
+    x: Inputs,
+    rule: Rule,
+    out: Tensor,
+    saved: Saved,
+    grads: Tensor,
+    errors: Tensor,
+    *,
+    chunks: Chunks | None = None,
+) -> Gradients:
+    """Run the second half of the backward pass, every chunk by itself; the initial state's gradient stays None.
+
+    ``saved.tall`` and ``saved.square`` are not read.
+    """
+    n = _Sizes.of(x, chunks)
+    new = functools.partial(torch.empty, device=x.q.device)
+    packed, at = chunks is not None, chunks or _UNPACKED
+    scale = n.K**-0.5 if rule.scale is None else rule.scale
 
     def per_head(like: Tensor, heads: int) -> Tensor:
         shared = heads != n.H
@@ -330,7 +391,7 @@ def chunk_backward(
         x.q, x.k, x.decay, x.A_log, x.dt_bias, _tables(x.q.device), _upto(x.q.device, _SPLIT), saved.total,
         saved.norms, rows, *d_scores, saved.strength, errors, grad_out, saved.states, grads, saved.news,
         dq, dk, d_decay, d_bias, d_rate, at.starts, at.lengths, n.T, scale, rule.lower_bound,
-        # products [64, 64] x [64, 32] come out wrong on Hopper with Triton 3.6, so 64 values are padded to 128
+        # ptxas 12.8 gets the addresses of some products wrong: 64 values are padded to 128, and the loop is pipelined
         H=n.H, HQ=n.HQ, HK=n.HK, K=n.K, V=n.V, BK=n.BK, BV=128 if n.wide == 64 else n.wide, C=CHUNK,
         GATE=rule.gate, NORM=rule.norm, PACKED=packed, DOT=tl.float16, LEVELS=LEVELS, W=W, STAGES=2,
         num_warps=4, num_stages=1,
@@ -349,5 +410,5 @@ def chunk_backward(
         d_beta,
         None if d_rate is None else d_rate.sum((0, 2)),
         None if d_bias is None else d_bias.sum(0).flatten(),
-        grad_in,
+        None,
     )

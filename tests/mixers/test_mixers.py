@@ -1,6 +1,7 @@
 """The mixers as plain layers: parameter table, packing, padding, states, and equality with other implementations."""
 
 import math
+import os
 
 import pytest
 import torch
@@ -177,11 +178,19 @@ def test_attention_layer_takes_pretrained_weights(family):
     torch.testing.assert_close(narrow[:, 6], tail[:, -1], rtol=0, atol=1e-5)
 
 
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted, Triton runs on the CPU")
+def test_triton_on_a_cpu_is_refused_when_it_would_run():
+    layer = KDA(24, 4, impl="triton")
+    with pytest.raises(ValueError, match='impl "triton" is not available for kda on cpu'):
+        layer(torch.randn(1, 3, 24))
+    assert KDA(24, 4).impl == "reference"
+
+
 def test_bad_settings_are_named():
     for settings, message in (
         ({"gate": "tanh"}, "bounded or softplus"),
         ({"output_gate": "relu"}, "silu, sigmoid or none"),
-        ({"impl": "triton"}, "no Triton kernel"),
+        ({"impl": "cuda"}, "auto, reference or triton"),
         ({"num_kv_heads": 3}, "no multiple"),
         ({"decay_init": "g6"}, "log_uniform"),
     ):

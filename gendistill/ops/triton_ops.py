@@ -1,0 +1,409 @@
+"""Our Triton kernels as torch ops: with fake tensors, autograd and ``torch.compile`` without graph breaks.
+
+Imported only where the kernels can run. The kernels' package is looked up by name, so that a student's exported code,
+which carries no kernels, still imports.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+
+from gendistill.ops.types import OpOutput, Segments
+
+_delta: Any = importlib.import_module("gendistill_kernels.delta_chunk")
+_conv: Any = importlib.import_module("gendistill_kernels.short_conv")
+_norm: Any = importlib.import_module("gendistill_kernels.gated_norm")
+_decode: Any = importlib.import_module("gendistill_kernels.decode")
+
+
+def triton_kda(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor,
+    beta: Tensor,
+    *,
+    gate: str = "none",
+    a_log: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    lower_bound: float = -5.0,
+    raw: bool = False,
+    state: Tensor | None = None,
+    segments: Segments | None = None,
+) -> OpOutput:
+    """Run the chunked kernels; arguments as :func:`gendistill.ops.kda`.
+
+    Args:
+        gate: ``none``: ``decay`` holds log-decays; otherwise raw values of a ``softplus`` or ``bounded`` gate.
+        raw: q and k are not normalised yet, and ``beta`` holds logits.
+    """
+    if q.shape[1] == 0:
+        number = q.shape[0] if segments is None else len(segments.lengths)
+        if state is None:
+            state = q.new_zeros(number, beta.shape[2], k.shape[3], v.shape[3], dtype=torch.float32)
+        return OpOutput(v.new_empty(*beta.shape, v.shape[3]), state)
+    chunks = None if segments is None else segments.table(_delta.Chunks.of)
+    tables = [None] * 4 if chunks is None else list(chunks)
+    tensors = [part.contiguous() for part in (q, k, v, decay, beta)]
+    needs_grad = torch.is_grad_enabled() and any(
+        part is not None and part.requires_grad for part in (*tensors, a_log, dt_bias, state)
+    )
+    out, last, _ = kda_forward(
+        *tensors, a_log, dt_bias, state, *tables, gate, lower_bound, raw, save=needs_grad
+    )
+    return OpOutput(out, last)
+
+
+def _rule(gate: str, lower_bound: float, raw: bool) -> Any:
+    return _delta.Rule(gate=gate, lower_bound=lower_bound, norm=raw, sigmoid=raw)
+
+
+def _chunks(*tables: Tensor | None) -> Any:
+    return None if tables[0] is None else _delta.Chunks(*tables)
+
+
+@custom_op("gendistill::kda_forward", mutates_args=())
+def kda_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor,
+    beta: Tensor,
+    a_log: Tensor | None,
+    dt_bias: Tensor | None,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    offsets: Tensor | None,
+    starts: Tensor | None,
+    lengths: Tensor | None,
+    gate: str,
+    lower_bound: float,
+    raw: bool,
+    save: bool,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Return output, final state, and what the backward pass needs (empty unless ``save``)."""
+    out, last, saved = _delta.chunk_forward(
+        _delta.Inputs(q, k, v, decay, beta, a_log, dt_bias),
+        _rule(gate, lower_bound, raw),
+        state=state,
+        chunks=_chunks(cu_seqlens, offsets, starts, lengths),
+        save=save,
+    )
+    return out, last, [] if saved is None else list(saved)
+
+
+@kda_forward.register_fake
+def _(
+    q,
+    k,
+    v,
+    decay,
+    beta,
+    a_log,
+    dt_bias,
+    state,
+    cu_seqlens,
+    offsets,
+    starts,
+    lengths,
+    gate,
+    lower_bound,
+    raw,
+    save,
+):
+    inputs = _delta.Inputs(q, k, v, decay, beta, a_log, dt_bias)
+    return _delta.empty_outputs(inputs, _chunks(cu_seqlens, offsets, starts, lengths), save=save)
+
+
+@custom_op("gendistill::kda_backward_scan", mutates_args=())
+def kda_backward_scan(
+    grad_out: Tensor,
+    grad_state: Tensor | None,
+    inputs: list[Tensor],
+    tables: list[Tensor],
+    saved: list[Tensor],
+    want_state: bool,
+) -> list[Tensor]:
+    """Return gradients of states and of written values, and of the initial state if wanted."""
+    grads, errors, first = _delta.chunk_backward_scan(
+        grad_out,
+        grad_state,
+        _delta.Inputs(*inputs),
+        _delta.Saved(*saved),
+        chunks=_delta.Chunks(*tables) if tables else None,
+        want_state=want_state,
+    )
+    return [grads, errors] if first is None else [grads, errors, first]
+
+
+@kda_backward_scan.register_fake
+def _(grad_out, grad_state, inputs, tables, saved, want_state):
+    kept = _delta.Saved(*saved)
+    found = [torch.empty_like(kept.states), torch.empty_like(kept.news)]
+    if want_state:
+        x = _delta.Inputs(*inputs)
+        number = x.q.shape[0] if not tables else tables[1].shape[0]
+        shape = (number, x.beta.shape[2], x.k.shape[3], x.v.shape[3])
+        found.append(x.q.new_empty(shape, dtype=torch.float32))
+    return found
+
+
+@custom_op("gendistill::kda_backward_local", mutates_args=())
+def kda_backward_local(
+    grad_out: Tensor,
+    inputs: list[Tensor],
+    tables: list[Tensor],
+    out: Tensor,
+    total: Tensor,
+    strength: Tensor,
+    norms: Tensor,
+    states: Tensor,
+    news: Tensor,
+    grads: Tensor,
+    errors: Tensor,
+    gate: str,
+    lower_bound: float,
+    raw: bool,
+) -> list[Tensor]:
+    """Return the gradients of q, k, v, decay, beta and, with a gate, of ``a_log`` and ``dt_bias``."""
+    none = total.new_empty(0)
+    found = _delta.chunk_backward_local(
+        grad_out,
+        _delta.Inputs(*inputs),
+        _rule(gate, lower_bound, raw),
+        out,
+        _delta.Saved(none, none, total, strength, norms, states, news),
+        grads,
+        errors,
+        chunks=_delta.Chunks(*tables) if tables else None,
+    )
+    return [part for part in found if part is not None]
+
+
+@kda_backward_local.register_fake
+def _(
+    grad_out, inputs, tables, out, total, strength, norms, states, news, grads, errors, gate, lower_bound, raw
+):  # fmt: skip
+    return [torch.empty_like(part) for part in inputs]
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, list[Tensor]]) -> None:
+    *tensors, ctx.gate, ctx.lower_bound, ctx.raw, _ = inputs
+    ctx.save_for_backward(*tensors, output[0])
+    # not through save_for_backward, so that the backward pass can free half of it on the way
+    ctx.saved = [part.detach() for part in output[2]]
+
+
+def _differentiate(ctx: Any, grad_out: Tensor, grad_state: Tensor | None, _: Any) -> tuple[Any, ...]:
+    *tensors, out = ctx.saved_tensors
+    parts, state, tables = tensors[:7], tensors[7], [part for part in tensors[8:] if part is not None]
+    saved, ctx.saved = ctx.saved, None
+    if not saved:
+        # a second backward pass through the same graph
+        saved = kda_forward(*tensors, ctx.gate, ctx.lower_bound, ctx.raw, save=True)[2]
+    inputs = [part for part in parts if part is not None]
+    grad_out = torch.zeros_like(out) if grad_out is None else grad_out.contiguous()
+    if grad_state is not None:
+        grad_state = grad_state.contiguous()
+    want_state = state is not None and ctx.needs_input_grad[7]
+    found = kda_backward_scan(grad_out, grad_state, inputs, tables, saved, want_state)
+    kept = saved[2:]
+    del saved
+    settings = (ctx.gate, ctx.lower_bound, ctx.raw)
+    grads = kda_backward_local(grad_out, inputs, tables, out, *kept, found[0], found[1], *settings)
+    grads += [None] * (7 - len(grads))
+    return (*grads, found[2] if want_state else None, *[None] * 8)
+
+
+kda_forward.register_autograd(_differentiate, setup_context=_keep)
+
+
+def triton_causal_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    activation: str,
+    state: Tensor | None,
+    segments: Segments | None,
+) -> OpOutput:
+    """Run the convolution kernel; arguments as :func:`gendistill.ops.causal_conv`."""
+    tiles = None if segments is None else segments.table(_conv.Tiles.of)
+    tables = [None] * 3 if tiles is None else list(tiles)
+    return OpOutput(*conv_forward(x.contiguous(), weight.contiguous(), bias, state, *tables, activation))
+
+
+def _tiles(*tables: Tensor | None) -> Any:
+    return None if tables[0] is None else _conv.Tiles(*tables)
+
+
+@custom_op("gendistill::conv_forward", mutates_args=())
+def conv_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    owners: Tensor | None,
+    firsts: Tensor | None,
+    activation: str,
+) -> tuple[Tensor, Tensor]:
+    """Return output and new state."""
+    return _conv.conv_forward(
+        x, weight, bias, activation=activation, state=state, tiles=_tiles(cu_seqlens, owners, firsts)
+    )
+
+
+@conv_forward.register_fake
+def _(x, weight, bias, state, cu_seqlens, owners, firsts, activation):
+    number = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return torch.empty_like(x), x.new_empty(number, x.shape[2], weight.shape[1] - 1)
+
+
+@custom_op("gendistill::conv_backward", mutates_args=())
+def conv_backward(
+    grad_out: Tensor,
+    grad_state: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    owners: Tensor | None,
+    firsts: Tensor | None,
+    activation: str,
+) -> list[Tensor]:
+    """Return the gradients of x, weight and, where they exist, bias and state."""
+    found = _conv.conv_backward(
+        grad_out,
+        grad_state,
+        x,
+        weight,
+        bias,
+        activation=activation,
+        state=state,
+        tiles=_tiles(cu_seqlens, owners, firsts),
+    )
+    # weight and bias may be two views of one sum, which an op must not return
+    return [part.clone() if index in (1, 2) else part for index, part in enumerate(found) if part is not None]
+
+
+@conv_backward.register_fake
+def _(grad_out, grad_state, x, weight, bias, state, cu_seqlens, owners, firsts, activation):
+    return [torch.empty_like(part) for part in (x, weight, bias, state) if part is not None]
+
+
+def _keep_conv(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.activation = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _differentiate_conv(ctx: Any, grad_out: Tensor, grad_state: Tensor | None) -> tuple[Any, ...]:
+    x, weight, bias, state, *tables = ctx.saved_tensors
+    grad_out = torch.zeros_like(x) if grad_out is None else grad_out.contiguous()
+    found = iter(conv_backward(grad_out, grad_state, x, weight, bias, state, *tables, ctx.activation))
+    grads = [None if part is None else next(found) for part in (x, weight, bias, state)]
+    return (*grads, None, None, None, None)
+
+
+conv_forward.register_autograd(_differentiate_conv, setup_context=_keep_conv)
+
+
+@custom_op("gendistill::gated_norm_forward", mutates_args=())
+def gated_norm_forward(
+    out: Tensor, weight: Tensor | None, gate: Tensor | None, activation: str, eps: float
+) -> Tensor:
+    """Return the normalised and gated ``[..., H * V]``."""
+    return _norm.gated_norm_forward(out, weight, gate, activation=activation, eps=eps)
+
+
+@gated_norm_forward.register_fake
+def _(out, weight, gate, activation, eps):
+    return out.new_empty(*out.shape[:-2], out.shape[-2] * out.shape[-1])
+
+
+@custom_op("gendistill::gated_norm_backward", mutates_args=())
+def gated_norm_backward(
+    grad: Tensor, out: Tensor, weight: Tensor | None, gate: Tensor | None, activation: str, eps: float
+) -> list[Tensor]:
+    """Return the gradients of out and, where they exist, weight and gate."""
+    found = _norm.gated_norm_backward(grad, out, weight, gate, activation=activation, eps=eps)
+    return [part for part in found if part is not None]
+
+
+@gated_norm_backward.register_fake
+def _(grad, out, weight, gate, activation, eps):
+    return [torch.empty_like(part) for part in (out, weight, gate) if part is not None]
+
+
+def _keep_norm(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.activation, ctx.eps = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _differentiate_norm(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    parts = ctx.saved_tensors
+    found = iter(gated_norm_backward(grad.contiguous(), *parts, ctx.activation, ctx.eps))
+    return (*[None if part is None else next(found) for part in parts], None, None)
+
+
+gated_norm_forward.register_autograd(_differentiate_norm, setup_context=_keep_norm)
+
+
+@custom_op("gendistill::kda_decode", mutates_args=("state", "conv_state"))
+def kda_decode(
+    qkv: Tensor,
+    decay: Tensor,
+    beta: Tensor,
+    state: Tensor,
+    a_log: Tensor,
+    dt_bias: Tensor,
+    conv_weight: Tensor | None,
+    conv_bias: Tensor | None,
+    conv_state: Tensor | None,
+    norm_weight: Tensor | None,
+    output_gate: Tensor | None,
+    num_kv_heads: int,
+    gate: str,
+    lower_bound: float,
+    conv_activation: str,
+    output_activation: str,
+    norm_eps: float,
+) -> Tensor:
+    """Run a few tokens through convolution, gates, delta rule, norm and output gate; both states change in place.
+
+    Args:
+        qkv: ``[N, T, (H + 2 num_kv_heads) K]`` before the convolution.
+        decay: ``[N, T, H, K]`` raw gate values.
+        beta: ``[N, T, H]`` logits.
+        state: ``[N, H, K, K]`` float32.
+        conv_state: ``[N, C, W - 1]``.
+        output_gate: ``[N, T, H K]`` raw.
+    Returns: ``[N, T, H, K]``.
+    """
+    convolution = None
+    if conv_weight is not None:
+        convolution = _decode.Convolution(conv_weight, conv_state, conv_bias, conv_activation)
+    finish = _decode.Finish(norm_weight, norm_eps, output_gate, output_activation)
+    return _decode.decode_step(
+        qkv,
+        decay,
+        beta,
+        state,
+        rule=_rule(gate, lower_bound, True),
+        heads=_decode.Heads(beta.shape[2], num_kv_heads, num_kv_heads),
+        A_log=a_log,
+        dt_bias=dt_bias,
+        convolution=convolution,
+        finish=finish,
+    )
+
+
+@kda_decode.register_fake
+def _(qkv, decay, beta, state, *settings):
+    return qkv.new_empty(*beta.shape, state.shape[3])

@@ -1,0 +1,155 @@
+"""The Triton ops as torch sees them, and the KDA layer that uses them, interpreted on the CPU, beside the reference."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from gendistill.mixers import KDA
+from gendistill.mixers.base import SequenceInfo
+from gendistill.ops.types import Segments
+
+pytest.importorskip("triton", reason="the Triton kernels need triton")
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("the interpreter is off: make interpret", allow_module_level=True)
+
+from gendistill.ops import triton_ops
+
+pytestmark = pytest.mark.interpret
+# the products of a chunk run in float16
+TOLERANCE = 5e-3
+LAYERS = {
+    "plain": {"num_heads": 2},
+    "grouped": {"num_heads": 4, "num_kv_heads": 2, "conv_activation": "silu", "output_norm": True},
+    "softplus": {"num_heads": 2, "gate": "softplus", "decay_init": "mamba", "output_gate": "sigmoid"},
+    "bare": {"num_heads": 2, "conv_size": 0, "output_gate": "none", "rope": True},
+}
+
+
+def pair(name):
+    torch.manual_seed(0)
+    settings = {"head_dim": 16, **LAYERS[name]}
+    layers = [KDA(32, impl=impl, **settings) for impl in ("reference", "triton")]
+    for parameter in layers[0].parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    layers[1].load_state_dict(layers[0].state_dict())
+    return layers
+
+
+def angles(length):
+    turned = torch.arange(length)[:, None] * torch.logspace(0, -2, 8).repeat(2)
+    return turned.cos()[None], turned.sin()[None]
+
+
+def distance(found, expected):
+    return ((found - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("padded", [False, True])
+def test_layer_and_every_gradient_match_the_reference(name, padded):
+    x = torch.randn(2, 20, 32)
+    sequences = None
+    if padded:
+        mask = torch.ones(2, 20)
+        mask[1, :7] = 0
+        sequences = SequenceInfo.from_mask(mask)
+    results = []
+    for layer in pair(name):
+        given = x.clone().requires_grad_()
+        out, state = layer(given, sequences=sequences, position_embeddings=angles(20))
+        out.square().sum().backward()
+        gradients = {key: parameter.grad for key, parameter in layer.named_parameters()}
+        results.append((out.detach(), state.recurrent.detach(), given.grad, gradients))
+    for found, expected in zip(results[1][:3], results[0][:3], strict=True):
+        assert distance(found, expected) < TOLERANCE
+    for key, expected in results[0][3].items():
+        assert distance(results[1][3][key], expected) < 2e-2, key
+
+
+@pytest.mark.parametrize("name", ["plain", "grouped", "softplus", "bare"])
+def test_layer_decodes_as_the_reference(name):
+    x = torch.randn(2, 12, 32)
+    cos, sin = angles(12)
+    results = []
+    with torch.no_grad():
+        for layer in pair(name):
+            parts, state = [], None
+            for start, end in ((0, 8), (8, 9), (9, 12)):
+                before = state
+                kept = None if state is None else state.recurrent.clone()
+                here = (cos[:, start:end], sin[:, start:end])
+                out, state = layer(x[:, start:end], state=state, position_embeddings=here)
+                parts.append(out)
+                if before is not None:
+                    assert torch.equal(before.recurrent, kept), "a state that is not owned changed"
+            results.append((torch.cat(parts, 1), state.recurrent))
+    for found, expected in zip(results[1], results[0], strict=True):
+        assert distance(found, expected) < TOLERANCE
+
+
+def test_a_cache_s_state_changes_in_place():
+    layer = pair("plain")[1]
+    with torch.no_grad():
+        _, state = layer(torch.randn(1, 5, 32))
+        owned = state._replace(owned=True)
+        _, after = layer(torch.randn(1, 1, 32), state=owned)
+    assert after.recurrent is owned.recurrent
+    assert after.conv is owned.conv
+
+
+def test_a_second_backward_pass_gives_the_same_gradient():
+    layer = pair("plain")[1]
+    x = torch.randn(1, 9, 32, requires_grad=True)
+    loss = layer(x)[0].square().sum()
+    first = torch.autograd.grad(loss, x, retain_graph=True)[0]
+    assert torch.equal(torch.autograd.grad(loss, x)[0], first)
+
+
+def inputs(H=2, K=16, T=9):
+    torch.manual_seed(0)
+    q, k, v, decay = (torch.randn(1, T, H, K, requires_grad=True) for _ in range(4))
+    beta = torch.randn(1, T, H, requires_grad=True)
+    a_log, dt_bias = torch.zeros(H, requires_grad=True), torch.zeros(H * K, requires_grad=True)
+    return q, k, v, decay, beta, a_log, dt_bias
+
+
+CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor")
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_ops_keep_torch_s_contracts(packed):
+    lengths = [4, 0, 5]
+    tables = [None] * 4
+    tiles = [None] * 3
+    number = 1
+    if packed:
+        segments = Segments(lengths)
+        tables = list(segments.table(triton_ops._delta.Chunks.of))
+        tiles = list(segments.table(triton_ops._conv.Tiles.of))
+        number = 3
+    state = torch.randn(number, 2, 16, 16, requires_grad=True)
+    arguments = (*inputs(), state, *tables, "bounded", -5.0, True)
+    for save in (False, True):
+        if save or not packed:
+            torch.library.opcheck(triton_ops.kda_forward, (*arguments, save), test_utils=CHECKS)
+    x, weight, bias = torch.randn(1, 9, 24), torch.randn(24, 4), torch.randn(24)
+    past = torch.randn(number, 24, 3)
+    torch.library.opcheck(triton_ops.conv_forward, (x, weight, bias, past, *tiles, "silu"), test_utils=CHECKS)
+    gate = torch.randn(1, 9, 32)
+    torch.library.opcheck(
+        triton_ops.gated_norm_forward,
+        (torch.randn(1, 9, 2, 16), torch.randn(16), gate, "silu", 1e-6),
+        test_utils=CHECKS,
+    )
+
+
+def test_no_token_leaves_the_state_alone():
+    q, k, v, decay, beta, a_log, dt_bias = inputs(T=0)
+    state = torch.randn(1, 2, 16, 16)
+    gates = {"gate": "bounded", "a_log": a_log, "dt_bias": dt_bias, "raw": True}
+    out, last = triton_ops.triton_kda(q, k, v, decay, beta, state=state, **gates)
+    assert out.shape == (1, 0, 2, 16)
+    assert torch.equal(last, state)
