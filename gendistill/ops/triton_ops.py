@@ -48,7 +48,7 @@ def triton_kda(
             state = q.new_zeros(number, beta.shape[2], k.shape[3], v.shape[3], dtype=torch.float32)
         return OpOutput(v.new_empty(*beta.shape, v.shape[3]), state)
     chunks = None if segments is None else segments.table(_delta.Chunks.of)
-    tables = [None] * 4 if chunks is None else list(chunks)
+    tables = [None] * 8 if chunks is None else list(chunks)
     tensors = [part.contiguous() for part in (q, k, v, decay, beta)]
     needs_grad = torch.is_grad_enabled() and any(
         part is not None and part.requires_grad for part in (*tensors, a_log, dt_bias, state)
@@ -81,6 +81,10 @@ def kda_forward(
     offsets: Tensor | None,
     starts: Tensor | None,
     lengths: Tensor | None,
+    segment_ends: Tensor | None,
+    segment_offsets: Tensor | None,
+    first_segments: Tensor | None,
+    alone: Tensor | None,
     gate: str,
     lower_bound: float,
     raw: bool,
@@ -91,33 +95,19 @@ def kda_forward(
         _delta.Inputs(q, k, v, decay, beta, a_log, dt_bias),
         _rule(gate, lower_bound, raw),
         state=state,
-        chunks=_chunks(cu_seqlens, offsets, starts, lengths),
+        chunks=_chunks(
+            cu_seqlens, offsets, starts, lengths, segment_ends, segment_offsets, first_segments, alone
+        ),
         save=save,
     )
     return out, last, [] if saved is None else list(saved)
 
 
 @kda_forward.register_fake
-def _(
-    q,
-    k,
-    v,
-    decay,
-    beta,
-    a_log,
-    dt_bias,
-    state,
-    cu_seqlens,
-    offsets,
-    starts,
-    lengths,
-    gate,
-    lower_bound,
-    raw,
-    save,
-):
+def _(q, k, v, decay, beta, a_log, dt_bias, state, *settings):
+    *tables, _gate, _lower_bound, _raw, save = settings
     inputs = _delta.Inputs(q, k, v, decay, beta, a_log, dt_bias)
-    return _delta.empty_outputs(inputs, _chunks(cu_seqlens, offsets, starts, lengths), save=save)
+    return _delta.empty_outputs(inputs, _chunks(*tables), save=save)
 
 
 @custom_op("gendistill::kda_backward_scan", mutates_args=())
@@ -164,6 +154,7 @@ def kda_backward_local(
     norms: Tensor,
     states: Tensor,
     news: Tensor,
+    matrices: Tensor,
     grads: Tensor,
     errors: Tensor,
     gate: str,
@@ -177,7 +168,7 @@ def kda_backward_local(
         _delta.Inputs(*inputs),
         _rule(gate, lower_bound, raw),
         out,
-        _delta.Saved(none, none, total, strength, norms, states, news),
+        _delta.Saved(none, none, total, strength, norms, states, news, matrices),
         grads,
         errors,
         chunks=_delta.Chunks(*tables) if tables else None,
@@ -186,9 +177,7 @@ def kda_backward_local(
 
 
 @kda_backward_local.register_fake
-def _(
-    grad_out, inputs, tables, out, total, strength, norms, states, news, grads, errors, gate, lower_bound, raw
-):  # fmt: skip
+def _(grad_out, inputs, *_):
     return [torch.empty_like(part) for part in inputs]
 
 
@@ -217,7 +206,7 @@ def _differentiate(ctx: Any, grad_out: Tensor, grad_state: Tensor | None, _: Any
     settings = (ctx.gate, ctx.lower_bound, ctx.raw)
     grads = kda_backward_local(grad_out, inputs, tables, out, *kept, found[0], found[1], *settings)
     grads += [None] * (7 - len(grads))
-    return (*grads, found[2] if want_state else None, *[None] * 8)
+    return (*grads, found[2] if want_state else None, *[None] * 12)
 
 
 kda_forward.register_autograd(_differentiate, setup_context=_keep)

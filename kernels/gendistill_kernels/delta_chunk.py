@@ -19,11 +19,12 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from gendistill_kernels.delta_chunk_backward import keys_kernel, reverse_scan_kernel, values_kernel
-from gendistill_kernels.delta_chunk_forward import prepare_kernel, scan_kernel
+from gendistill_kernels.delta_chunk_forward import carry_kernel, prepare_kernel, scan_kernel
 
 # a launch, ``kernel[grid](...)``, is not what the type of a jitted function says
 _prepare: Any = prepare_kernel
 _scan: Any = scan_kernel
+_carry: Any = carry_kernel
 _reverse_scan: Any = reverse_scan_kernel
 _values: Any = values_kernel
 _keys: Any = keys_kernel
@@ -32,8 +33,12 @@ _keys: Any = keys_kernel
 _SPLIT = torch.float32 if os.environ.get("TRITON_INTERPRET") == "1" else torch.bfloat16
 CHUNK = 64
 LEVELS = 6
+# A longer sequence is cut into segments of this many chunks, which are walked at the same time. Its own length alone
+# decides that, so that a sequence does not depend on what else is in the batch.
+SEGMENT = 128
 # as many chains times value blocks as keep every processor of the GPU busy with one program each
 _WIDE_BLOCKS_FROM = 100
+_SUMMARY_STAGES = 2
 
 
 class Rule(NamedTuple):
@@ -63,12 +68,20 @@ class Chunks(NamedTuple):
         offsets: ``[N]`` first chunk of every sequence.
         starts: ``[chunks]`` first token of every chunk.
         lengths: ``[chunks]`` tokens of every chunk.
+        segment_ends: ``[segments + 1]`` ends of the segments. This and what follows is None if no sequence is long.
+        segment_offsets: ``[segments]`` first chunk of every segment.
+        first_segments: ``[N + 1]`` first segment of every sequence, and their number.
+        alone: ``[segments]`` one where a sequence is a single segment, else zero.
     """
 
     cu_seqlens: Tensor | None
     offsets: Tensor | None
     starts: Tensor | None
     lengths: Tensor | None
+    segment_ends: Tensor | None = None
+    segment_offsets: Tensor | None = None
+    first_segments: Tensor | None = None
+    alone: Tensor | None = None
 
     @classmethod
     def of(cls, lengths: Sequence[int], device: torch.device | str) -> Chunks:
@@ -80,9 +93,39 @@ class Chunks(NamedTuple):
                 starts.append(ends[-1] + first)
                 sizes.append(min(CHUNK, length - first))
             ends.append(ends[-1] + length)
+        parts = (ends, offsets, starts, sizes, *_segments(lengths))
+        return cls(*(torch.tensor(part, dtype=torch.int32, device=device) for part in parts))
+
+    @classmethod
+    def of_rows(cls, rows: int, tokens: int, device: torch.device) -> Chunks:
+        """Say only what the segments of equally long, unpacked rows are."""
+        parts = _segments([tokens] * rows)
         return cls(
-            *(torch.tensor(part, dtype=torch.int32, device=device) for part in (ends, offsets, starts, sizes))
+            None, None, None, None, *(torch.tensor(part, dtype=torch.int32, device=device) for part in parts)
         )
+
+
+def _segments(lengths: Sequence[int]) -> tuple[list[int], ...]:
+    size = SEGMENT * CHUNK
+    if all(length <= size for length in lengths):
+        return ()
+    ends, offsets, firsts, alone = [0], [], [0], []
+    chunks = 0
+    for length in lengths:
+        parts = range(0, max(length, 1), size)
+        for first in parts:
+            tokens = min(size, length - first)
+            offsets.append(chunks)
+            chunks += triton.cdiv(tokens, CHUNK)
+            ends.append(ends[-1] + tokens)
+            alone.append(int(len(parts) == 1))
+        firsts.append(len(ends) - 1)
+    return ends, offsets, firsts, alone
+
+
+@functools.lru_cache(64)
+def _rows(rows: int, tokens: int, segment: int, device: torch.device) -> Chunks:
+    return Chunks.of_rows(rows, tokens, device)
 
 
 _UNPACKED = Chunks(None, None, None, None)
@@ -119,6 +162,7 @@ class Saved(NamedTuple):
         norms: ``[chunks, H, 2, 64]`` float32 factors of q (with the scale) and k.
         states: ``[chunks, H, V, BK]`` state before every chunk, transposed.
         news: ``[chunks, H, 64, V]`` values that the keys write.
+        matrices: ``[segments, H, K, K]`` float32, what every segment does to a state; empty if no sequence is long.
     """
 
     tall: Tensor
@@ -128,6 +172,7 @@ class Saved(NamedTuple):
     norms: Tensor
     states: Tensor
     news: Tensor
+    matrices: Tensor
 
 
 class Gradients(NamedTuple):
@@ -182,9 +227,9 @@ def _power_of_2(channels: int) -> int:
     return max(16, 1 << (channels - 1).bit_length())
 
 
-def _scan_config(n: _Sizes, *, save: bool) -> tuple[int, int, int]:
+def _scan_config(n: _Sizes, dtype: torch.dtype, *, save: bool) -> tuple[int, int, int]:
     """Choose the value block, warps and pipeline stages of the scans. Measured on one H200 for K = V = 128."""
-    if n.BK > 128:
+    if n.BK > 128 or dtype == torch.float32:
         return min(64, n.wide), 4, 1
     if n.wide >= 128 and n.sequences * n.H * (n.wide // 128) >= _WIDE_BLOCKS_FROM:
         return 128, 8, 2 if save else 3
@@ -222,6 +267,22 @@ def _tiles(part: Tensor) -> TensorDescriptor:
     return TensorDescriptor(part, [part.numel() // width, width], [width, 1], [CHUNK, width])
 
 
+def _layout(x: Inputs, n: _Sizes, chunks: Chunks | None) -> Chunks:
+    """Say where chunks and segments are. Keys of more than 128 channels make matrices too large to carry."""
+    if chunks is None:
+        if n.BK > 128 or n.T <= SEGMENT * CHUNK:
+            return _UNPACKED
+        return _rows(n.B, n.T, SEGMENT, x.q.device)
+    return Chunks(*chunks[:4]) if n.BK > 128 else chunks
+
+
+def _num_segments(x: Inputs, n: _Sizes, chunks: Chunks | None) -> int:
+    if chunks is None:
+        return n.B * triton.cdiv(n.T, SEGMENT * CHUNK) if n.BK <= 128 and n.T > SEGMENT * CHUNK else 0
+    at = _layout(x, n, chunks)
+    return 0 if at.alone is None else at.alone.shape[0]
+
+
 def _work(x: Inputs, n: _Sizes) -> list[Tensor]:
     """Allocate what the first kernel hands to the second: the first four of ``Saved``."""
     new = functools.partial(torch.empty, device=x.q.device)
@@ -244,6 +305,7 @@ def empty_outputs(x: Inputs, chunks: Chunks | None, *, save: bool) -> tuple[Tens
             new(n.chunks, n.H, 2, CHUNK, dtype=torch.float32),
             new(n.chunks, n.H, n.V, n.BK, dtype=x.q.dtype),
             new(n.chunks, n.H, CHUNK, n.V, dtype=x.q.dtype),
+            new(_num_segments(x, n, chunks), n.H, n.K, n.K, dtype=torch.float32),
         ]
     out = new(n.B, n.T, n.H, n.V, dtype=x.v.dtype)
     return out, new(n.sequences, n.H, n.K, n.V, dtype=torch.float32), saved
@@ -268,10 +330,10 @@ def chunk_forward(
     n = _Sizes.of(x, chunks)
     if not n.chunks:
         raise ValueError("chunk_forward needs at least one token")
-    packed, at = chunks is not None, chunks or _UNPACKED
+    packed, at = chunks is not None, _layout(x, n, chunks)
     out, state_out, kept = empty_outputs(x, chunks, save=save)
     saved = Saved(*kept) if kept else None
-    norms, states, news = (None, None, None) if saved is None else saved[4:]
+    norms, states, news = (None, None, None) if saved is None else saved[4:7]
     tall, square, total, strength = saved[:4] if saved is not None else _work(x, n)
     _prepare[(n.chunks, n.H)](
         x.q, x.k, x.decay, x.beta, x.A_log, x.dt_bias, _tables(x.q.device),
@@ -281,14 +343,53 @@ def chunk_forward(
         PACKED=packed, DOT=tl.float16, LEVELS=LEVELS, W=min(n.BK, 128), STAGES=1, SAVE=save,
         num_warps=4, num_stages=1,
     )  # fmt: skip
-    BV, warps, stages = _scan_config(n, save=save)
-    _scan[(triton.cdiv(n.V, BV), n.sequences * n.H)](
-        *map(_tiles, (*tall, *square)), total, strength, x.v, state,
-        out, state_out, states, news, at.cu_seqlens, at.offsets, n.T,
+    tiles = [*map(_tiles, (*tall, *square))]
+    BV, warps, stages = _scan_config(n, x.q.dtype, save=save)
+    sequences, where = n.sequences, (at.cu_seqlens, at.offsets)
+    final = state_out
+    if at.alone is not None:
+        sequences, where = at.alone.shape[0], (at.segment_ends, at.segment_offsets)
+        matrices = saved.matrices if saved else torch.empty(
+            sequences, n.H, n.K, n.K, dtype=torch.float32, device=x.q.device
+        )  # fmt: skip
+        ends, starts = (state_out.new_empty(sequences, n.H, n.K, n.V) for _ in range(2))
+        narrow = min(64, n.wide)
+        _scan[(triton.cdiv(n.V, narrow) + triton.cdiv(n.K, narrow), sequences * n.H)](
+            *tiles, total, strength, x.v, None,
+            out, ends, None, None, matrices, *where, at.alone, n.T,
+            H=n.H, HV=n.HV, K=n.K, V=n.V, BK=n.BK, BV=narrow, C=CHUNK, PACKED=True, HAS_STATE=False,
+            SAVE=False, STAGES=_SUMMARY_STAGES, SUMMARY=True, num_warps=4, num_stages=_SUMMARY_STAGES,
+        )  # fmt: skip
+        _run_carry(n, matrices, ends, state, starts, at.first_segments, back=False)
+        state, final = starts, ends
+        packed = True
+    _scan[(triton.cdiv(n.V, BV), sequences * n.H)](
+        *tiles, total, strength, x.v, state,
+        out, final, states, news, None, *where, None, n.T,
         H=n.H, HV=n.HV, K=n.K, V=n.V, BK=n.BK, BV=BV, C=CHUNK, PACKED=packed, HAS_STATE=state is not None,
-        SAVE=save, STAGES=stages, num_warps=warps, num_stages=stages,
+        SAVE=save, STAGES=stages, SUMMARY=False, num_warps=warps, num_stages=stages,
     )  # fmt: skip
+    if at.first_segments is not None:
+        torch.index_select(final, 0, at.first_segments[1:] - 1, out=state_out)
     return out, state_out, saved
+
+
+def _run_carry(
+    n: _Sizes,
+    matrices: Tensor,
+    ends: Tensor,
+    state: Tensor | None,
+    starts: Tensor,
+    first_segments: Tensor | None,
+    *,
+    back: bool,
+) -> None:
+    narrow = min(16, n.wide)
+    _carry[(triton.cdiv(n.V, narrow), n.sequences * n.H)](
+        matrices, ends, state, starts, first_segments,
+        H=n.H, K=n.K, V=n.V, BK=n.BK, BV=narrow, HAS_STATE=state is not None, BACK=back,
+        num_warps=8, num_stages=1,
+    )  # fmt: skip
 
 
 def chunk_backward(
@@ -335,18 +436,33 @@ def chunk_backward_scan(
         of the initial state, if wanted.
     """
     n = _Sizes.of(x, chunks)
-    packed, at = chunks is not None, chunks or _UNPACKED
+    packed, at = chunks is not None, _layout(x, n, chunks)
     grads, errors = torch.empty_like(saved.states), torch.empty_like(saved.news)
-    grad_in = None
-    if want_state:
-        grad_in = torch.empty(n.sequences, n.H, n.K, n.V, dtype=torch.float32, device=x.q.device)
-    BV, warps, stages = _scan_config(n, save=True)
-    _reverse_scan[(triton.cdiv(n.V, BV), n.sequences * n.H)](
-        *map(_tiles, (*saved.tall, *saved.square)), saved.total, saved.strength, grad_out, grad_state,
-        grads, errors, grad_in, at.cu_seqlens, at.offsets, n.T,
+    new = functools.partial(torch.empty, dtype=torch.float32, device=x.q.device)
+    tiles = [*map(_tiles, (*saved.tall, *saved.square))]
+    sequences, where = n.sequences, (at.cu_seqlens, at.offsets)
+    if at.alone is not None:
+        sequences, where = at.alone.shape[0], (at.segment_ends, at.segment_offsets)
+        heads, narrow, packed = new(sequences, n.H, n.K, n.V), min(64, n.wide), True
+        _reverse_scan[(triton.cdiv(n.V, narrow), sequences * n.H)](
+            *tiles, saved.total, saved.strength, grad_out, None,
+            None, None, heads, *where, at.alone, n.T,
+            H=n.H, K=n.K, V=n.V, BK=n.BK, BV=narrow, C=CHUNK, PACKED=True, HAS_GRAD=False,
+            WANT_GRAD=True, STAGES=_SUMMARY_STAGES, SUMMARY=True, num_warps=4, num_stages=_SUMMARY_STAGES,
+        )  # fmt: skip
+        tails = torch.empty_like(heads)
+        _run_carry(n, saved.matrices, heads, grad_state, tails, at.first_segments, back=True)
+        grad_state = tails
+    grad_in = new(sequences, n.H, n.K, n.V) if want_state else None
+    BV, warps, stages = _scan_config(n, x.q.dtype, save=True)
+    _reverse_scan[(triton.cdiv(n.V, BV), sequences * n.H)](
+        *tiles, saved.total, saved.strength, grad_out, grad_state,
+        grads, errors, grad_in, *where, None, n.T,
         H=n.H, K=n.K, V=n.V, BK=n.BK, BV=BV, C=CHUNK, PACKED=packed, HAS_GRAD=grad_state is not None,
-        WANT_GRAD=want_state, STAGES=stages, num_warps=warps, num_stages=stages,
+        WANT_GRAD=want_state, STAGES=stages, SUMMARY=False, num_warps=warps, num_stages=stages,
     )  # fmt: skip
+    if grad_in is not None and at.first_segments is not None:
+        grad_in = grad_in.index_select(0, at.first_segments[:-1])
     return grads, errors, grad_in
 
 

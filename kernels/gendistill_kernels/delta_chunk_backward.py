@@ -35,10 +35,12 @@ LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 def reverse_scan_kernel(
     qd, kd, kt, p, tb, gc, strength, grad_out, grad_state_out,
     grads, errors, grad_state_in,
-    cu_seqlens, chunk_offsets, tokens,
+    cu_seqlens, chunk_offsets, alone, tokens,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     C: tl.constexpr, PACKED: tl.constexpr, HAS_GRAD: tl.constexpr, WANT_GRAD: tl.constexpr, STAGES: tl.constexpr,
+    SUMMARY: tl.constexpr,
 ):  # fmt: skip
+    """Walk one sequence backwards; as ``SUMMARY``, only to find the gradient at its start."""
     block, chain = tl.program_id(0), tl.program_id(1)
     sequence, head = (chain // H).to(tl.int64), chain % H
     if PACKED:
@@ -59,6 +61,8 @@ def reverse_scan_kernel(
     if HAS_GRAD:
         state = tl.load(grad_state_out + cells, mask=inside, other=0.0).to(tl.float32)
     places = grad_out + (start + rows)[:, None] * (H * V) + head * V + columns[None, :]
+    if SUMMARY:
+        length = tl.where(tl.load(alone + sequence) != 0, 0, length)
     steps = tl.cdiv(length, C)
     for back in tl.range(0, steps, num_stages=STAGES):
         step = steps - 1 - back
@@ -74,13 +78,15 @@ def reverse_scan_kernel(
         gain = tl.exp2(tl.load(gc + tile * BK + channels))
         beta = tl.load(strength + tile * C + rows)
         left = state.to(dtype)
-        wide_cells = tile * BK * V + columns[:, None] * BK + channels[None, :]
-        tl.store(grads + wide_cells, left, mask=wide[:, None])
+        if not SUMMARY:
+            wide_cells = tile * BK * V + columns[:, None] * BK + channels[None, :]
+            tl.store(grads + wide_cells, left, mask=wide[:, None])
         upstream = tl.trans(incoming)
         new = tl.dot(upstream, scores) + tl.dot(left, tl.trans(tail))
         error = tl.dot(new.to(dtype), solve)
-        flat = tile * C * V + rows[:, None] * V + columns[None, :]
-        tl.store(errors + flat, tl.trans(error).to(dtype), mask=wide[None, :])
+        if not SUMMARY:
+            flat = tile * C * V + rows[:, None] * V + columns[None, :]
+            tl.store(errors + flat, tl.trans(error).to(dtype), mask=wide[None, :])
         state = state * gain[None, :] + tl.dot(upstream, queries)
         state -= tl.dot((error * beta[None, :]).to(dtype), keys)
     if WANT_GRAD:

@@ -202,12 +202,17 @@ def prepare_kernel(
 @triton.jit
 def scan_kernel(
     qd, kd, kt, p, inverse, gc, strengths, v, state_in,
-    out, state_out, states, news,
-    cu_seqlens, chunk_offsets, tokens,
+    out, state_out, states, news, matrices,
+    cu_seqlens, chunk_offsets, alone, tokens,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     C: tl.constexpr, PACKED: tl.constexpr, HAS_STATE: tl.constexpr, SAVE: tl.constexpr,
-    STAGES: tl.constexpr,
+    STAGES: tl.constexpr, SUMMARY: tl.constexpr,
 ):  # fmt: skip
+    """Walk one sequence; or, as ``SUMMARY``, find what it does to any state it may start from.
+
+    A state S before the sequence becomes ``M S + c``: c is its end when it starts from zero, and the columns of M are
+    its ends when it starts from those of the identity and writes no values. No output is made.
+    """
     block, chain = tl.program_id(0), tl.program_id(1)
     sequence, head = (chain // H).to(tl.int64), chain % H
     if PACKED:
@@ -221,6 +226,13 @@ def scan_kernel(
     columns = block * BV + tl.arange(0, BV)
     rows = tl.arange(0, C)
     wide = columns < V
+    VALUES: tl.constexpr = (V + BV - 1) // BV
+    if SUMMARY:
+        writes = block < VALUES
+        columns = tl.where(writes, columns, columns - VALUES * BV)
+        wide = columns < tl.where(writes, V, K)
+        # a sequence in one segment needs no summary
+        length = tl.where(tl.load(alone + sequence) != 0, 0, length)
     dtype = kd.dtype
     # the state is kept transposed, [V, K]: it is then the left operand of every product, straight from registers
     cells = (sequence * H + head) * K * V + channels[None, :] * V + columns[:, None]
@@ -228,6 +240,8 @@ def scan_kernel(
     state = tl.zeros([BV, BK], tl.float32)
     if HAS_STATE:
         state = tl.load(state_in + cells, mask=inside, other=0.0).to(tl.float32)
+    if SUMMARY:
+        state = tl.where((channels[None, :] == columns[:, None]) & (block >= VALUES), 1.0, 0.0)
     values = v + (start + rows)[:, None] * (HV * V) + (head // (H // HV)) * V + columns[None, :]
     zero = first * 0
     places = out + (start + rows)[:, None] * (H * V) + head * V + columns[None, :]
@@ -235,6 +249,8 @@ def scan_kernel(
         tile = (first + step) * H + head
         row = (tile * C).to(tl.int32)
         live = (step * C + rows < length)[:, None] & wide[None, :]
+        if SUMMARY:
+            live = live & writes
         offset = (step + zero) * C
         value = tl.load(values + offset * (HV * V), mask=live, other=0.0)
         keys = kd.load([row, 0])
@@ -251,10 +267,51 @@ def scan_kernel(
         if SAVE:
             flat = tile * C * V + rows[:, None] * V + columns[None, :]
             tl.store(news + flat, tl.trans(new), mask=wide[None, :])
-        queries = qd.load([row, 0])
-        scores = p.load([row, 0])
-        result = tl.dot(left, tl.trans(queries))
-        result += tl.dot(new, tl.trans(scores))
-        tl.store(places + offset * (H * V), tl.trans(result).to(out.dtype.element_ty), mask=live)
+        if not SUMMARY:
+            queries = qd.load([row, 0])
+            scores = p.load([row, 0])
+            result = tl.dot(left, tl.trans(queries))
+            result += tl.dot(new, tl.trans(scores))
+            tl.store(places + offset * (H * V), tl.trans(result).to(out.dtype.element_ty), mask=live)
         state = state * gain[None, :] + tl.dot(new, tail)
-    tl.store(state_out + cells, state, mask=inside)
+    if SUMMARY:
+        if writes:
+            tl.store(state_out + cells, state, mask=inside)
+        else:
+            cells = (sequence * H + head) * K * K + channels[None, :] * K + columns[:, None]
+            tl.store(matrices + cells, state, mask=inside)
+    else:
+        tl.store(state_out + cells, state, mask=inside)
+
+
+@triton.jit
+def carry_kernel(
+    matrices, ends, state_in, starts, first_segments,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    HAS_STATE: tl.constexpr, BACK: tl.constexpr,
+):  # fmt: skip
+    """Carry a state, or with ``BACK`` its gradient, over the segments of a sequence: ``S <- M S + c``."""
+    block, chain = tl.program_id(0), tl.program_id(1)
+    sequence, head = (chain // H).to(tl.int64), chain % H
+    first = tl.load(first_segments + sequence).to(tl.int64)
+    count = tl.load(first_segments + sequence + 1) - first
+    i, j = tl.arange(0, BK), tl.arange(0, BK)
+    columns = block * BV + tl.arange(0, BV)
+    inside = (i < K)[:, None] & (columns < V)[None, :]
+    square = (i < K)[:, None] & (j < K)[None, :]
+    cells = i[:, None] * V + columns[None, :]
+    state = tl.zeros([BK, BV], tl.float32)
+    if HAS_STATE:
+        state = tl.load(state_in + (sequence * H + head) * K * V + cells, mask=inside, other=0.0)
+    for step in range(0, count):
+        segment = first + (count - 1 - step if BACK else step)
+        tile = segment * H + head
+        tl.store(starts + tile * K * V + cells, state, mask=inside)
+        if step + 1 < count:
+            if BACK:
+                turn = j[None, :] * K + i[:, None]
+            else:
+                turn = i[:, None] * K + j[None, :]
+            matrix = tl.load(matrices + tile * K * K + turn, mask=square, other=0.0)
+            end = tl.load(ends + tile * K * V + cells, mask=inside, other=0.0)
+            state = tl.dot(matrix, state, end, input_precision="ieee")

@@ -13,6 +13,7 @@ pytest.importorskip("triton", reason="the Triton kernels need triton")
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("the interpreter is off: make interpret", allow_module_level=True)
 
+from gendistill_kernels import delta_chunk
 from gendistill_kernels.delta_chunk import Chunks, Inputs, Rule, chunk_backward, chunk_forward
 
 pytestmark = pytest.mark.interpret
@@ -153,6 +154,26 @@ def test_the_past_does_not_depend_on_the_future():
     for name, value in (("q", 9.0), ("k", -9.0), ("v", 1e4), ("decay", -1e3), ("beta", 1.0)):
         later[name][:, 21:] = value
     assert torch.equal(chunk_forward(x._replace(**later), rule)[0][:, :21], out[:, :21])
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_long_sequences_in_segments_match_the_reference(monkeypatch, packed):
+    monkeypatch.setattr(delta_chunk, "SEGMENT", 1)
+    rule, lengths = Rule("bounded"), [70, 0, 150, 30] if packed else [140, 140]
+    x = make(B=1 if packed else 2, T=sum(lengths) if packed else 140, rule=rule)
+    state = torch.randn(len(lengths), 2, 16, 16)
+    chunks = Chunks.of(lengths, "cpu") if packed else None
+    out, last, saved = chunk_forward(x, rule, state=state, chunks=chunks, save=True)
+    d_out, d_last = torch.randn_like(out), torch.randn_like(last)
+    found = chunk_backward(d_out, d_last, x, rule, out, saved, chunks=chunks, want_state=True)
+    assert saved.matrices.shape[0] == (7 if packed else 6)
+    monkeypatch.setattr(delta_chunk, "SEGMENT", 100)
+    chunks = Chunks.of(lengths, "cpu") if packed else None
+    whole, end, kept = chunk_forward(x, rule, state=state, chunks=chunks, save=True)
+    expected = chunk_backward(d_out, d_last, x, rule, whole, kept, chunks=chunks, want_state=True)
+    assert kept.matrices.shape[0] == 0
+    pairs = [(out, whole), (last, end), *zip(found, expected, strict=True)]
+    assert all(distance(one, other.double()) < 1e-5 for one, other in pairs)
 
 
 EXTREME = {

@@ -1,0 +1,362 @@
+"""The Triton kernels compiled for a GPU, against float64 autograd of the reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from gendistill.ops import (
+    Segments,
+    bounded_log_decay,
+    causal_conv,
+    gated_rms_norm,
+    l2norm,
+    recurrent_delta_rule,
+    softplus_log_decay,
+)
+from gendistill.ops.types import Impl
+
+if not torch.cuda.is_available():
+    pytest.skip("torch sees no CUDA device", allow_module_level=True)
+
+from gendistill.ops import triton_ops
+from gendistill_kernels import delta_chunk
+from gendistill_kernels.decode import Convolution, Finish, Heads, decode_step
+from gendistill_kernels.delta_chunk import Chunks, Inputs, Rule, chunk_backward, chunk_forward
+
+pytestmark = pytest.mark.gpu
+# relative rms error; rounding the output alone costs 1.7e-3 in bfloat16 and 2.1e-4 in float16
+TOLERANCE = {torch.bfloat16: 6e-3, torch.float16: 2.5e-3, torch.float32: 2e-3}
+# sums over all tokens, in which most of the gradient cancels
+SUMMED = {"A_log": 5e-2, "dt_bias": 2e-2}
+TENSORS = Inputs._fields
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch):
+    """Fill every new tensor with NaN, so that a cell that no program writes is seen."""
+
+    def poison(make):
+        def empty(*arguments, **keywords):
+            made = make(*arguments, **keywords)
+            return made.fill_(float("nan")) if made.is_floating_point() else made
+
+        return empty
+
+    monkeypatch.setattr(torch, "empty", poison(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", poison(torch.empty_like))
+
+
+def make(
+    B=2, T=200, H=3, K=128, V=128, HQ=None, HK=None, HV=None, *, rule=None, dtype=torch.bfloat16, seed=0
+) -> Inputs:
+    torch.manual_seed(seed)
+    rule = rule or Rule("bounded")
+
+    def normal(*shape):
+        return torch.randn(*shape, device="cuda")
+
+    q, k, v = (normal(B, T, n or H, c).to(dtype) for n, c in ((HQ, K), (HK, K), (HV, V)))
+    if not rule.norm:
+        q, k = q / 12, k / 12
+    decay, beta = normal(B, T, H, K).to(dtype), normal(B, T, H).to(dtype)
+    if rule.gate == "none":
+        decay = -0.3 * decay.abs()
+    if not rule.sigmoid:
+        beta = beta.sigmoid()
+    if rule.gate == "none":
+        return Inputs(q, k, v, decay, beta)
+    rates = torch.rand(H, device="cuda")
+    return Inputs(q, k, v, decay, beta, rates * 2.7 if rule.gate == "softplus" else rates, normal(H * K) - 4)
+
+
+def exact(x: Inputs, rule: Rule, state=None):
+    q, k = (l2norm(part) if rule.norm else part for part in (x.q, x.k))
+    beta = x.beta.sigmoid() if rule.sigmoid else x.beta
+    decay = x.decay
+    if rule.gate == "bounded":
+        decay = bounded_log_decay(decay, x.A_log, x.dt_bias, lower_bound=rule.lower_bound)
+    if rule.gate == "softplus":
+        decay = softplus_log_decay(decay, x.A_log, x.dt_bias)
+    settings = {"erase": beta, "write": beta, "state": state, "scale": rule.scale}
+    return recurrent_delta_rule(q, k, x.v, log_decay=decay, **settings)
+
+
+def distance(found, expected):
+    difference = (found.double() - expected).square().mean().sqrt()
+    return (difference / expected.square().mean().sqrt().clamp_min(1e-12)).item()
+
+
+def cut(x: Inputs, part: slice) -> Inputs:
+    return x._replace(**{name: getattr(x, name)[:, part].contiguous() for name in TENSORS[:5]})
+
+
+CASES = {
+    "softplus": (Rule("softplus"), {}, True),
+    "bounded": (Rule("bounded"), {}, False),
+    "given gates": (Rule("none", sigmoid=False), {"T": 64}, True),
+    "not normalised": (Rule("bounded", norm=False, scale=0.1), {"T": 65}, True),
+    "float16": (Rule("softplus"), {"dtype": torch.float16, "T": 127}, True),
+    "float32": (Rule("bounded"), {"dtype": torch.float32, "T": 100}, True),
+    "64 channels, 3 of 9 heads": (Rule("bounded"), {"H": 9, "HK": 3, "HV": 3, "K": 64, "V": 64}, True),
+    "64 channels, 2 of 14 heads": (Rule("softplus"), {"H": 14, "HK": 2, "HV": 2, "K": 64, "V": 64}, False),
+    "fewer query heads": (Rule("softplus"), {"H": 4, "HQ": 2, "HK": 2, "HV": 4}, True),
+    "96 channels": (Rule("bounded"), {"K": 96, "V": 96, "T": 63}, True),
+    "100 channels": (Rule("bounded"), {"K": 100, "V": 100, "T": 17}, True),
+    "256 channels": (Rule("bounded"), {"K": 256, "V": 256, "H": 2}, True),
+    "more values": (Rule("softplus"), {"K": 64, "V": 128}, True),
+    "fewer values": (Rule("softplus"), {"K": 128, "V": 64}, True),
+    "one token": (Rule("bounded"), {"T": 1}, True),
+    "many tokens": (Rule("bounded"), {"B": 1, "T": 4096, "H": 1}, True),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_output_state_and_every_gradient_match_float64(name):
+    rule, sizes, with_state = CASES[name]
+    x = make(**sizes, rule=rule)
+    tolerance = TOLERANCE[x.q.dtype]
+    shape = (x.q.shape[0], x.beta.shape[2], x.k.shape[3], x.v.shape[3])
+    state = torch.randn(shape, device="cuda") if with_state else None
+    out, last, saved = chunk_forward(x, rule, state=state, save=True)
+    d_out, d_last = torch.randn_like(out), torch.randn_like(last) if with_state else None
+    found = chunk_backward(d_out, d_last, x, rule, out, saved, want_state=with_state)
+
+    wide = Inputs(*(None if part is None else part.double().requires_grad_() for part in x))
+    start = state.double().requires_grad_() if with_state else None
+    expected, final = exact(wide, rule, start)
+    assert distance(out, expected.detach()) < tolerance
+    assert distance(last, final.detach()) < tolerance
+    loss = (expected * d_out.double()).sum()
+    if with_state:
+        loss = loss + (final * d_last.double()).sum()
+    names = [name for name, part in zip(TENSORS, wide, strict=True) if part is not None]
+    leaves = [getattr(wide, name) for name in names] + ([start] if with_state else [])
+    gradients = torch.autograd.grad(loss, leaves)
+    for field, gradient in zip([*names, "state"][: len(leaves)], gradients, strict=True):
+        assert distance(getattr(found, field), gradient) < SUMMED.get(field, tolerance), field
+
+
+def run(x, rule, segments=None, state=None):
+    gates = {"gate": rule.gate, "a_log": x.A_log, "dt_bias": x.dt_bias, "raw": True}
+    return triton_ops.triton_kda(*x[:5], **gates, segments=segments, state=state)
+
+
+def test_packed_documents_are_bitwise_as_if_alone():
+    rule, lengths = Rule("bounded"), [0, 15, 1, 64, 0, 200, 1, 65]
+    leaves = make(B=1, T=sum(lengths), rule=rule)
+    x = Inputs(*(part.requires_grad_() for part in leaves))
+    state = torch.randn(len(lengths), 3, 128, 128, device="cuda", requires_grad=True)
+    out, last = run(x, rule, Segments(lengths, device="cuda"), state)
+    d_out, d_last = torch.randn_like(out), torch.randn_like(last)
+    found = torch.autograd.grad((out, last), (*x[:5], state), (d_out, d_last))
+    first = 0
+    for number, length in enumerate(lengths):
+        here = slice(first, first + length)
+        first += length
+        if not length:
+            assert torch.equal(last[number], state[number])
+            assert torch.equal(found[5][number], d_last[number])
+            continue
+        alone = cut(x, here)
+        own = state[number : number + 1]
+        single, final = run(alone, rule, None, own)
+        assert torch.equal(out[:, here], single)
+        assert torch.equal(last[number], final[0])
+        part = torch.autograd.grad(
+            (single, final), (*alone[:5], own), (d_out[:, here].contiguous(), d_last[number : number + 1])
+        )
+        for whole, mine in zip(found[:5], part[:5], strict=True):
+            assert torch.equal(whole[:, here], mine)
+        assert torch.equal(found[5][number], part[5][0])
+
+
+def test_a_row_does_not_depend_on_its_batch_and_repeats_are_bitwise_equal():
+    rule = Rule("softplus")
+    x = make(B=3, T=300, rule=rule)
+    out, last = run(x, rule)
+    for _ in range(10):
+        assert all(torch.equal(a, b) for a, b in zip(run(x, rule), (out, last), strict=True))
+    alone = x._replace(**{name: getattr(x, name)[1:2].contiguous() for name in TENSORS[:5]})
+    assert torch.equal(run(alone, rule).out, out[1:2])
+    saved = chunk_forward(x, rule, save=True)
+    d_out = torch.randn_like(out)
+    first = chunk_backward(d_out, None, x, rule, saved[0], saved[2])
+    for _ in range(10):
+        again = chunk_backward(d_out, None, x, rule, saved[0], saved[2])
+        assert all(torch.equal(a, b) for a, b in zip(first[:7], again[:7], strict=True))
+
+
+@pytest.mark.parametrize("gate", ["none", "bounded"])
+def test_the_past_is_bitwise_independent_of_the_future(gate):
+    rule = Rule(gate, sigmoid=gate == "bounded")
+    x = make(T=200, rule=rule)
+    out = chunk_forward(x, rule)[0]
+    for place in (1, 21, 64, 130):
+        later = {name: getattr(x, name).clone() for name in TENSORS[:5]}
+        for name, value in (("q", 9.0), ("k", -9.0), ("v", 1e4), ("decay", -1e3), ("beta", 1.0)):
+            later[name][:, place:] = value
+        assert torch.equal(chunk_forward(x._replace(**later), rule)[0][:, :place], out[:, :place])
+
+
+def test_a_sequence_may_be_cut_where_chunks_end():
+    rule = Rule("softplus")
+    x = make(B=1, T=300, rule=rule)
+    out, last, _ = chunk_forward(x, rule)
+    one, state, _ = chunk_forward(cut(x, slice(0, 128)), rule)
+    two, final, _ = chunk_forward(cut(x, slice(128, 300)), rule, state=state)
+    assert torch.equal(out, torch.cat([one, two], 1))
+    assert torch.equal(last, final)
+    one, state, _ = chunk_forward(cut(x, slice(0, 100)), rule)
+    two, final, _ = chunk_forward(cut(x, slice(100, 300)), rule, state=state)
+    assert distance(torch.cat([one, two], 1), out.double()) < TOLERANCE[torch.bfloat16]
+    assert distance(final, last.double()) < TOLERANCE[torch.bfloat16]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_long_sequence_in_segments_is_as_in_one(monkeypatch, packed):
+    rule, lengths = Rule("softplus"), [500, 0, 40, 200] if packed else [370, 370]
+    x = make(B=1 if packed else 2, T=sum(lengths) if packed else 370, rule=rule)
+    state = torch.randn(len(lengths), 3, 128, 128, device="cuda")
+    results = []
+    for chunks_of_a_segment in (2, 128):
+        monkeypatch.setattr(delta_chunk, "SEGMENT", chunks_of_a_segment)
+        chunks = Chunks.of(lengths, "cuda") if packed else None
+        out, last, saved = chunk_forward(x, rule, state=state, chunks=chunks, save=True)
+        torch.manual_seed(1)
+        d_out, d_last = torch.randn_like(out), torch.randn_like(last)
+        found = chunk_backward(d_out, d_last, x, rule, out, saved, chunks=chunks, want_state=True)
+        results.append((out, last, *found))
+        assert (saved.matrices.shape[0] > 0) == (chunks_of_a_segment == 2)
+    for name, one, other in zip(("out", "last", *TENSORS, "state"), *results, strict=True):
+        assert distance(one, other.double()) < 2e-3 * (5 if name == "A_log" else 1), name
+
+
+EXTREME = {
+    "no decay": (0.0, 0.5),
+    "almost no decay": (-1e-6, 0.9),
+    "fastest bounded": (-5.0, 0.5),
+    "instant forgetting": (-1000.0, 0.5),
+    "full strength": (-0.01, 1.0),
+    "no strength": (-0.01, 0.0),
+}
+
+
+@pytest.mark.parametrize("keys", ["random", "equal", "alternating"])
+@pytest.mark.parametrize("name", EXTREME)
+def test_extreme_gates_stay_finite_and_right(name, keys):
+    rule = Rule("none", sigmoid=False)
+    x = make(T=150, H=2, rule=rule)
+    decay, beta = EXTREME[name]
+    x = x._replace(decay=torch.full_like(x.decay, decay), beta=torch.full_like(x.beta, beta))
+    if keys != "random":
+        k = x.k[:, :1].expand_as(x.k).clone()
+        if keys == "alternating":
+            k[:, ::2] *= -1
+        x = x._replace(k=k)
+    out, last, saved = chunk_forward(x, rule, save=True)
+    found = chunk_backward(torch.randn_like(out), torch.randn_like(last), x, rule, out, saved)
+    expected = exact(Inputs(*(None if part is None else part.double() for part in x)), rule).out
+    # with one direction for all keys, a write nearly undoes the one before it, and rounding is all that is left
+    tolerance = TOLERANCE[torch.bfloat16] * (2 if keys == "random" else 8)
+    assert distance(out, expected) < tolerance or expected.abs().max() < 1e-10
+    assert all(torch.isfinite(part).all() for part in found if part is not None)
+
+
+def test_some_channels_forget_at_once_and_gates_may_be_wild():
+    for rule, spread in ((Rule("softplus"), 8.0), (Rule("bounded"), 8.0)):
+        x = make(T=200, rule=rule)
+        x = x._replace(decay=x.decay * spread)
+        x.decay[..., ::10] = 1000.0
+        out, _, saved = chunk_forward(x, rule, save=True)
+        found = chunk_backward(torch.randn_like(out), None, x, rule, out, saved)
+        expected = exact(Inputs(*(None if part is None else part.double() for part in x)), rule).out
+        assert distance(out, expected) < 2 * TOLERANCE[torch.bfloat16]
+        assert all(torch.isfinite(part).all() for part in found if part is not None)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("activation", ["identity", "silu"])
+def test_convolution_matches_float64(packed, activation):
+    torch.manual_seed(0)
+    lengths = [0, 1, 130, 2, 67] if packed else None
+    segments = Segments(lengths, device="cuda") if packed else None
+    shape = (1, 200, 320) if packed else (2, 200, 320)
+    x = torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    weight, bias = (torch.randn(320, 4, device="cuda"), torch.randn(320, device="cuda"))
+    state = torch.randn(5 if packed else 2, 320, 3, device="cuda", dtype=torch.bfloat16)
+    leaves = [part.requires_grad_() for part in (x, weight, bias, state)]
+    settings = {"activation": activation, "segments": segments}
+    out, last = causal_conv(x, weight, bias, state=state, impl=Impl.TRITON, **settings)
+    d_out, d_last = torch.randn_like(out), torch.randn_like(last)
+    found = torch.autograd.grad((out, last), leaves, (d_out, d_last))
+    wide = [part.detach().double().requires_grad_() for part in leaves]
+    expected, end = causal_conv(*wide[:3], state=wide[3], **settings)
+    gradients = torch.autograd.grad((expected, end), wide, (d_out.double(), d_last.double()))
+    assert distance(out, expected.detach()) < 4e-3
+    assert torch.equal(last.double(), end.detach())
+    for mine, theirs in zip(found, gradients, strict=True):
+        assert distance(mine, theirs) < 4e-3
+
+
+@pytest.mark.parametrize("activation", ["silu", "sigmoid", "none"])
+@pytest.mark.parametrize("normed", [False, True])
+def test_gated_norm_matches_float64(activation, normed):
+    torch.manual_seed(0)
+    out = torch.randn(2, 300, 9, 64, device="cuda", dtype=torch.bfloat16)
+    weight = torch.randn(64, device="cuda") if normed else None
+    gate = None
+    if activation != "none":
+        gate = torch.randn(2, 300, 576, device="cuda", dtype=torch.bfloat16)
+    leaves = [None if part is None else part.requires_grad_() for part in (out, weight, gate)]
+    found = gated_rms_norm(*leaves, activation=activation, impl=Impl.TRITON)
+    wide = [None if part is None else part.detach().double().requires_grad_() for part in leaves]
+    expected = gated_rms_norm(*wide, activation=activation)
+    assert distance(found, expected.detach()) < 4e-3
+    d_out = torch.randn_like(found)
+    mine = torch.autograd.grad(found, [part for part in leaves if part is not None], d_out)
+    theirs = torch.autograd.grad(expected, [part for part in wide if part is not None], d_out.double())
+    for one, other in zip(mine, theirs, strict=True):
+        assert distance(one, other) < 4e-3
+
+
+@pytest.mark.parametrize(("H", "kv", "K"), [(16, 16, 128), (9, 3, 64), (14, 2, 64), (2, 1, 256)])
+@pytest.mark.parametrize("T", [1, 4])
+def test_decoding_matches_float64(H, kv, K, T):
+    torch.manual_seed(0)
+    N, C = 3, (H + 2 * kv) * K
+
+    def normal(*shape):
+        return torch.randn(*shape, device="cuda", dtype=torch.float32)
+
+    qkv, decay, beta = normal(N, T, C), normal(N, T, H, K), normal(N, T, H)
+    state, past = normal(N, H, K, K), normal(N, C, 3)
+    weight, bias, a_log, dt_bias = normal(C, 4), normal(C), normal(H) * 0.3, normal(H * K) - 2
+    gain, gate = normal(K), normal(N, T, H * K)
+    memory, history = state.clone(), past.clone()
+    out = decode_step(
+        qkv,
+        decay,
+        beta,
+        memory,
+        rule=Rule("bounded"),
+        heads=Heads(H, kv, kv),
+        A_log=a_log,
+        dt_bias=dt_bias,
+        convolution=Convolution(weight, history, bias, "silu"),
+        finish=Finish(gain, 1e-6, gate, "silu"),
+    )
+    mixed, end = causal_conv(
+        *(part.double() for part in (qkv, weight, bias)), activation="silu", state=past.double()
+    )
+    q, k, v = mixed.unflatten(-1, (-1, K)).split([H, kv, kv], 2)
+    log_decay = bounded_log_decay(decay.double(), a_log.double(), dt_bias.double(), lower_bound=-5.0)
+    strength = beta.double().sigmoid()
+    expected, final = recurrent_delta_rule(
+        l2norm(q), l2norm(k), v, log_decay=log_decay, erase=strength, write=strength, state=state.double()
+    )
+    expected = F.rms_norm(expected, (K,), gain.double(), 1e-6) * F.silu(gate.double()).view(N, T, H, K)
+    assert torch.equal(history.double(), end)
+    assert distance(memory, final) < 2e-6
+    assert distance(out, expected) < 2e-6
