@@ -84,7 +84,7 @@ def kda_forward(
     segment_ends: Tensor | None,
     segment_offsets: Tensor | None,
     first_segments: Tensor | None,
-    alone: Tensor | None,
+    kinds: Tensor | None,
     gate: str,
     lower_bound: float,
     raw: bool,
@@ -96,7 +96,7 @@ def kda_forward(
         _rule(gate, lower_bound, raw),
         state=state,
         chunks=_chunks(
-            cu_seqlens, offsets, starts, lengths, segment_ends, segment_offsets, first_segments, alone
+            cu_seqlens, offsets, starts, lengths, segment_ends, segment_offsets, first_segments, kinds
         ),
         save=save,
     )

@@ -38,7 +38,6 @@ LEVELS = 6
 SEGMENT = 128
 # as many chains times value blocks as keep every processor of the GPU busy with one program each
 _WIDE_BLOCKS_FROM = 100
-_SUMMARY_STAGES = 2
 
 
 class Rule(NamedTuple):
@@ -71,7 +70,7 @@ class Chunks(NamedTuple):
         segment_ends: ``[segments + 1]`` ends of the segments. This and what follows is None if no sequence is long.
         segment_offsets: ``[segments]`` first chunk of every segment.
         first_segments: ``[N + 1]`` first segment of every sequence, and their number.
-        alone: ``[segments]`` one where a sequence is a single segment, else zero.
+        kinds: ``[segments]`` one where a sequence is a single segment, two for the last of several, else zero.
     """
 
     cu_seqlens: Tensor | None
@@ -81,7 +80,7 @@ class Chunks(NamedTuple):
     segment_ends: Tensor | None = None
     segment_offsets: Tensor | None = None
     first_segments: Tensor | None = None
-    alone: Tensor | None = None
+    kinds: Tensor | None = None
 
     @classmethod
     def of(cls, lengths: Sequence[int], device: torch.device | str) -> Chunks:
@@ -109,7 +108,7 @@ def _segments(lengths: Sequence[int]) -> tuple[list[int], ...]:
     size = SEGMENT * CHUNK
     if all(length <= size for length in lengths):
         return ()
-    ends, offsets, firsts, alone = [0], [], [0], []
+    ends, offsets, firsts, kinds = [0], [], [0], []
     chunks = 0
     for length in lengths:
         parts = range(0, max(length, 1), size)
@@ -118,9 +117,9 @@ def _segments(lengths: Sequence[int]) -> tuple[list[int], ...]:
             offsets.append(chunks)
             chunks += triton.cdiv(tokens, CHUNK)
             ends.append(ends[-1] + tokens)
-            alone.append(int(len(parts) == 1))
+            kinds.append(1 if len(parts) == 1 else 2 if first == parts[-1] else 0)
         firsts.append(len(ends) - 1)
-    return ends, offsets, firsts, alone
+    return ends, offsets, firsts, kinds
 
 
 @functools.lru_cache(64)
@@ -280,7 +279,7 @@ def _num_segments(x: Inputs, n: _Sizes, chunks: Chunks | None) -> int:
     if chunks is None:
         return n.B * triton.cdiv(n.T, SEGMENT * CHUNK) if n.BK <= 128 and n.T > SEGMENT * CHUNK else 0
     at = _layout(x, n, chunks)
-    return 0 if at.alone is None else at.alone.shape[0]
+    return 0 if at.kinds is None else at.kinds.shape[0]
 
 
 def _work(x: Inputs, n: _Sizes) -> list[Tensor]:
@@ -347,8 +346,8 @@ def chunk_forward(
     BV, warps, stages = _scan_config(n, x.q.dtype, save=save)
     sequences, where = n.sequences, (at.cu_seqlens, at.offsets)
     final = state_out
-    if at.alone is not None:
-        sequences, where = at.alone.shape[0], (at.segment_ends, at.segment_offsets)
+    if at.kinds is not None:
+        sequences, where = at.kinds.shape[0], (at.segment_ends, at.segment_offsets)
         matrices = saved.matrices if saved else torch.empty(
             sequences, n.H, n.K, n.K, dtype=torch.float32, device=x.q.device
         )  # fmt: skip
@@ -356,9 +355,9 @@ def chunk_forward(
         narrow = min(64, n.wide)
         _scan[(triton.cdiv(n.V, narrow) + triton.cdiv(n.K, narrow), sequences * n.H)](
             *tiles, total, strength, x.v, None,
-            out, ends, None, None, matrices, *where, at.alone, n.T,
+            out, ends, None, None, matrices, *where, at.kinds, n.T,
             H=n.H, HV=n.HV, K=n.K, V=n.V, BK=n.BK, BV=narrow, C=CHUNK, PACKED=True, HAS_STATE=False,
-            SAVE=False, STAGES=_SUMMARY_STAGES, SUMMARY=True, num_warps=4, num_stages=_SUMMARY_STAGES,
+            SAVE=save, STAGES=2, SUMMARY=True, num_warps=4, num_stages=2,
         )  # fmt: skip
         _run_carry(n, matrices, ends, state, starts, at.first_segments, back=False)
         state, final = starts, ends
@@ -441,14 +440,14 @@ def chunk_backward_scan(
     new = functools.partial(torch.empty, dtype=torch.float32, device=x.q.device)
     tiles = [*map(_tiles, (*saved.tall, *saved.square))]
     sequences, where = n.sequences, (at.cu_seqlens, at.offsets)
-    if at.alone is not None:
-        sequences, where = at.alone.shape[0], (at.segment_ends, at.segment_offsets)
+    if at.kinds is not None:
+        sequences, where = at.kinds.shape[0], (at.segment_ends, at.segment_offsets)
         heads, narrow, packed = new(sequences, n.H, n.K, n.V), min(64, n.wide), True
         _reverse_scan[(triton.cdiv(n.V, narrow), sequences * n.H)](
             *tiles, saved.total, saved.strength, grad_out, None,
-            None, None, heads, *where, at.alone, n.T,
+            None, None, heads, *where, at.kinds, n.T,
             H=n.H, K=n.K, V=n.V, BK=n.BK, BV=narrow, C=CHUNK, PACKED=True, HAS_GRAD=False,
-            WANT_GRAD=True, STAGES=_SUMMARY_STAGES, SUMMARY=True, num_warps=4, num_stages=_SUMMARY_STAGES,
+            WANT_GRAD=True, STAGES=3, SUMMARY=True, num_warps=4, num_stages=3,
         )  # fmt: skip
         tails = torch.empty_like(heads)
         _run_carry(n, saved.matrices, heads, grad_state, tails, at.first_segments, back=True)

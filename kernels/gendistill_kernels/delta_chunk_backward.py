@@ -35,7 +35,7 @@ LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 def reverse_scan_kernel(
     qd, kd, kt, p, tb, gc, strength, grad_out, grad_state_out,
     grads, errors, grad_state_in,
-    cu_seqlens, chunk_offsets, alone, tokens,
+    cu_seqlens, chunk_offsets, kinds, tokens,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     C: tl.constexpr, PACKED: tl.constexpr, HAS_GRAD: tl.constexpr, WANT_GRAD: tl.constexpr, STAGES: tl.constexpr,
     SUMMARY: tl.constexpr,
@@ -62,7 +62,7 @@ def reverse_scan_kernel(
         state = tl.load(grad_state_out + cells, mask=inside, other=0.0).to(tl.float32)
     places = grad_out + (start + rows)[:, None] * (H * V) + head * V + columns[None, :]
     if SUMMARY:
-        length = tl.where(tl.load(alone + sequence) != 0, 0, length)
+        length = tl.where(tl.load(kinds + sequence) == 1, 0, length)
     steps = tl.cdiv(length, C)
     for back in tl.range(0, steps, num_stages=STAGES):
         step = steps - 1 - back

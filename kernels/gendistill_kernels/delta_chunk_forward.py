@@ -94,15 +94,17 @@ def _store_decayed(q, k, upto, after, log_decay, qd, kd, kt, cells):
 def _decay_tile(
     decay, inside, A_log, dt_bias, channels, K: tl.constexpr, head, lower_bound, GATE: tl.constexpr
 ):
-    raw = tl.load(decay, mask=inside, other=0.0).to(tl.float32)
     bias = 0.0
     rate = 0.0
+    # nothing decays where there is no token or no channel
     if GATE != "none":
+        raw = tl.load(decay, mask=inside, other=float("-inf")).to(tl.float32)
         bias = tl.load(dt_bias + head * K + channels, mask=channels < K, other=0.0).to(tl.float32)[None, :]
         rate = tl.load(A_log + head).to(tl.float32)
-    g = tl.where(inside, log2_decay(raw, rate, bias, lower_bound, GATE), 0.0)
+    else:
+        raw = tl.load(decay, mask=inside, other=0.0).to(tl.float32)
     # beyond this the decay is zero in float32, and sums of it stay finite in float16 products
-    return tl.maximum(g, -30000.0)
+    return tl.maximum(log2_decay(raw, rate, bias, lower_bound, GATE), -30000.0)
 
 
 @triton.jit
@@ -203,7 +205,7 @@ def prepare_kernel(
 def scan_kernel(
     qd, kd, kt, p, inverse, gc, strengths, v, state_in,
     out, state_out, states, news, matrices,
-    cu_seqlens, chunk_offsets, alone, tokens,
+    cu_seqlens, chunk_offsets, kinds, tokens,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     C: tl.constexpr, PACKED: tl.constexpr, HAS_STATE: tl.constexpr, SAVE: tl.constexpr,
     STAGES: tl.constexpr, SUMMARY: tl.constexpr,
@@ -231,8 +233,9 @@ def scan_kernel(
         writes = block < VALUES
         columns = tl.where(writes, columns, columns - VALUES * BV)
         wide = columns < tl.where(writes, V, K)
-        # a sequence in one segment needs no summary
-        length = tl.where(tl.load(alone + sequence) != 0, 0, length)
+        # a sequence in one segment needs no summary; the last segment's only serves to carry a gradient back
+        kind = tl.load(kinds + sequence)
+        length = tl.where((kind == 1) | ((kind == 2) & (not SAVE)), 0, length)
     dtype = kd.dtype
     # the state is kept transposed, [V, K]: it is then the left operand of every product, straight from registers
     cells = (sequence * H + head) * K * V + channels[None, :] * V + columns[:, None]
@@ -259,12 +262,12 @@ def scan_kernel(
         tail = kt.load([row, 0])
         gain = tl.exp2(tl.load(gc + tile * BK + channels))
         left = state.to(dtype)
-        if SAVE:
+        if SAVE and not SUMMARY:
             wide_cells = tile * BK * V + columns[:, None] * BK + channels[None, :]
             tl.store(states + wide_cells, left, mask=wide[:, None])
         error = tl.trans(value).to(tl.float32) - tl.dot(left, tl.trans(keys))
         new = tl.dot((error * strength[None, :]).to(dtype), tl.trans(solve)).to(dtype)
-        if SAVE:
+        if SAVE and not SUMMARY:
             flat = tile * C * V + rows[:, None] * V + columns[None, :]
             tl.store(news + flat, tl.trans(new), mask=wide[None, :])
         if not SUMMARY:
