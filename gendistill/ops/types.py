@@ -29,7 +29,7 @@ class OpOutput(NamedTuple):
     state: Tensor
 
 
-@functools.cache
+@torch.compiler.assume_constant_result
 def resolve_impl(requested: str, *, op: str, device: torch.device) -> Impl:
     """Turn a recipe's ``impl`` into one implementation.
 
@@ -55,6 +55,7 @@ def resolve_impl(requested: str, *, op: str, device: torch.device) -> Impl:
     )
 
 
+@functools.cache
 def _triton_obstacle(device: torch.device) -> str | None:
     """Say what keeps our Triton kernels from running there; None if nothing does."""
     for package in ("triton", "gendistill_kernels"):

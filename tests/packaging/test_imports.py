@@ -41,6 +41,7 @@ LAYERS = {
     "losses": {"ops", "data", "config"},
     "training": {"losses", "data", "models", "ops", "config"},
     "report": {"config"},
+    "bench": {"ops", "report"},
 }
 ABOVE_ALL = {
     "gendistill.pipeline",
