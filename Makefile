@@ -68,7 +68,7 @@ types: $(VENV)/.stamp-dev  ## check types
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 interpret: $(VENV)/.stamp-dev  ## run the Triton kernels on the CPU, interpreted
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 -q $(PYTEST_FLAGS) -m interpret tests/ops
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 -q $(PYTEST_FLAGS) -m interpret tests/ops tests/bench
 
 # pytest leaves with 5 when it selects nothing
 gpu: $(VENV)/.stamp-dev  ## run the tests that need a CUDA device

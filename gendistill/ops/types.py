@@ -47,6 +47,8 @@ def resolve_impl(requested: str, *, op: str, device: torch.device) -> Impl:
         return Impl.REFERENCE
     obstacle = _triton_obstacle(device)
     if obstacle is None:
+        # a compiler that traces the op must find it imported
+        triton_ops()
         return Impl.TRITON
     if requested == "auto":
         return Impl.REFERENCE
@@ -71,9 +73,14 @@ def _triton_obstacle(device: torch.device) -> str | None:
     return None
 
 
+_triton_ops: list[Any] = []
+
+
 def triton_ops() -> Any:
     """Import the Triton ops of the installed package; a student's exported code carries none of its own."""
-    return importlib.import_module("gendistill.ops.triton_ops")
+    if not _triton_ops:
+        _triton_ops.append(importlib.import_module("gendistill.ops.triton_ops"))
+    return _triton_ops[0]
 
 
 class Segments:

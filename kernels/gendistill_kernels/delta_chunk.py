@@ -242,7 +242,7 @@ def _upto(device: torch.device, dtype: torch.dtype) -> TensorDescriptor:
 
 
 @functools.cache
-def _tables(device: torch.device) -> TensorDescriptor:
+def _tables(device: torch.device, dtype: torch.dtype = torch.float16) -> TensorDescriptor:
     """Make 0/1 matrices, one under the other.
 
     Per level, what sums log-decays from the middle of a block to a token; the same from a token to the end of the
@@ -257,7 +257,7 @@ def _tables(device: torch.device) -> TensorDescriptor:
         # the highest bit in which i and t differ names the level at which they meet
         meets.append(((i ^ t) >= half) & ((i ^ t) < 2 * half))
     meets.pop()
-    table = torch.cat([*sums, t <= i, *meets]).to(device=device, dtype=torch.float16)
+    table = torch.cat([*sums, t <= i, *meets]).to(device=device, dtype=dtype)
     return _tiles(table)
 
 
@@ -334,12 +334,16 @@ def chunk_forward(
     saved = Saved(*kept) if kept else None
     norms, states, news = (None, None, None) if saved is None else saved[4:7]
     tall, square, total, strength = saved[:4] if saved is not None else _work(x, n)
+    # float32 inputs are for comparisons: what they cost does not matter, what they lose does
+    exact = x.q.dtype == torch.float32
+    operands, precision = (torch.float32, "tf32x3") if exact else (torch.float16, "tf32")
     _prepare[(n.chunks, n.H)](
-        x.q, x.k, x.decay, x.beta, x.A_log, x.dt_bias, _tables(x.q.device),
+        x.q, x.k, x.decay, x.beta, x.A_log, x.dt_bias, _tables(x.q.device, operands),
         *tall, *square, total, strength, norms,
         at.starts, at.lengths, n.T, n.K**-0.5 if rule.scale is None else rule.scale, rule.lower_bound,
         H=n.H, HQ=n.HQ, HK=n.HK, K=n.K, BK=n.BK, C=CHUNK, GATE=rule.gate, NORM=rule.norm, SIGMOID=rule.sigmoid,
-        PACKED=packed, DOT=tl.float16, LEVELS=LEVELS, W=min(n.BK, 128), STAGES=1, SAVE=save,
+        PACKED=packed, DOT=tl.float32 if exact else tl.float16, LEVELS=LEVELS, W=min(n.BK, 128), STAGES=1, SAVE=save,
+        PRECISION=precision,
         num_warps=4, num_stages=1,
     )  # fmt: skip
     tiles = [*map(_tiles, (*tall, *square))]
@@ -357,7 +361,7 @@ def chunk_forward(
             *tiles, total, strength, x.v, None,
             out, ends, None, None, matrices, *where, at.kinds, n.T,
             H=n.H, HV=n.HV, K=n.K, V=n.V, BK=n.BK, BV=narrow, C=CHUNK, PACKED=True, HAS_STATE=False,
-            SAVE=save, STAGES=2, SUMMARY=True, num_warps=4, num_stages=2,
+            SAVE=save, STAGES=2, SUMMARY=True, PRECISION=precision, num_warps=4, num_stages=2,
         )  # fmt: skip
         _run_carry(n, matrices, ends, state, starts, at.first_segments, back=False)
         state, final = starts, ends
@@ -366,7 +370,7 @@ def chunk_forward(
         *tiles, total, strength, x.v, state,
         out, final, states, news, None, *where, None, n.T,
         H=n.H, HV=n.HV, K=n.K, V=n.V, BK=n.BK, BV=BV, C=CHUNK, PACKED=packed, HAS_STATE=state is not None,
-        SAVE=save, STAGES=stages, SUMMARY=False, num_warps=warps, num_stages=stages,
+        SAVE=save, STAGES=stages, SUMMARY=False, PRECISION=precision, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     if at.first_segments is not None:
         torch.index_select(final, 0, at.first_segments[1:] - 1, out=state_out)

@@ -73,20 +73,21 @@ def log2_decay(raw, A_log, dt_bias, lower_bound, GATE: tl.constexpr):
 
 
 @triton.jit
-def _level_scores(q, k, sums, log_decay):
+def _level_scores(q, k, sums, log_decay, PRECISION: tl.constexpr):
     """Multiply decayed rows of the right halves with decayed rows of the left halves; other pairs are meaningless."""
-    factor = tl.exp2(tl.dot(sums, log_decay)).to(q.dtype)
+    factor = tl.exp2(tl.dot(sums, log_decay, input_precision=PRECISION)).to(q.dtype)
     left = k * factor
     other = tl.trans(left)
-    return tl.dot(q * factor, other), tl.dot(left, other)
+    scores = tl.dot(q * factor, other, input_precision=PRECISION)
+    return scores, tl.dot(left, other, input_precision=PRECISION)
 
 
 @triton.jit
-def _store_decayed(q, k, upto, after, log_decay, qd, kd, kt, cells):
-    factor = tl.exp2(tl.dot(upto, log_decay))
+def _store_decayed(q, k, upto, after, log_decay, qd, kd, kt, cells, PRECISION: tl.constexpr):
+    factor = tl.exp2(tl.dot(upto, log_decay, input_precision=PRECISION))
     tl.store(qd + cells, (q.to(tl.float32) * factor).to(qd.dtype.element_ty))
     tl.store(kd + cells, (k.to(tl.float32) * factor).to(qd.dtype.element_ty))
-    factor = tl.exp2(tl.dot(after, log_decay))
+    factor = tl.exp2(tl.dot(after, log_decay, input_precision=PRECISION))
     tl.store(kt + cells, (k.to(tl.float32) * factor).to(qd.dtype.element_ty))
 
 
@@ -115,6 +116,7 @@ def prepare_kernel(
     H: tl.constexpr, HQ: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr,
     GATE: tl.constexpr, NORM: tl.constexpr, SIGMOID: tl.constexpr, PACKED: tl.constexpr, DOT: tl.constexpr,
     LEVELS: tl.constexpr, W: tl.constexpr, STAGES: tl.constexpr, SAVE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     chunk, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     if PACKED:
@@ -173,9 +175,9 @@ def prepare_kernel(
     for level in tl.range(0, LEVELS, num_stages=STAGES):
         half = 1 << level
         inside = sums.load([level * C, 0])
-        scores, lower = _level_scores(q0, k0, inside, g0)
+        scores, lower = _level_scores(q0, k0, inside, g0, PRECISION)
         if TWO:
-            more, below = _level_scores(q1, k1, inside, g1)
+            more, below = _level_scores(q1, k1, inside, g1, PRECISION)
             scores += more
             lower += below
         # row i of a right half meets the left half of its block, which starts here
@@ -184,8 +186,8 @@ def prepare_kernel(
         mask = (j - corner[:, None]).to(tl.uint32) < width[:, None].to(tl.uint32)
         attention = tl.where(mask, scores, attention)
         lower = tl.where(mask, lower * strength[:, None], 0.0)
-        step = tl.dot(lower.to(DOT), inverse.to(DOT))
-        inverse -= tl.dot(inverse.to(DOT), step.to(DOT))
+        step = tl.dot(lower.to(DOT), inverse.to(DOT), input_precision=PRECISION)
+        inverse -= tl.dot(inverse.to(DOT), step.to(DOT), input_precision=PRECISION)
 
     squares = tile * C * C + i * C + j
     tl.store(p + squares, attention.to(p.dtype.element_ty))
@@ -196,9 +198,9 @@ def prepare_kernel(
         tl.store(norms + tile * 2 * C + C + rows, norm_k)
     cells = tile * C * BK + i * BK + c0[None, :]
     upto, after = sums.load([LEVELS * C + C, 0]), sums.load([LEVELS * C, 0])
-    _store_decayed(q0, k0, upto, after, g0, qd, kd, kt, cells)
+    _store_decayed(q0, k0, upto, after, g0, qd, kd, kt, cells, PRECISION)
     if TWO:
-        _store_decayed(q1, k1, upto, after, g1, qd, kd, kt, cells + W)
+        _store_decayed(q1, k1, upto, after, g1, qd, kd, kt, cells + W, PRECISION)
 
 
 @triton.jit
@@ -208,7 +210,7 @@ def scan_kernel(
     cu_seqlens, chunk_offsets, kinds, tokens,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     C: tl.constexpr, PACKED: tl.constexpr, HAS_STATE: tl.constexpr, SAVE: tl.constexpr,
-    STAGES: tl.constexpr, SUMMARY: tl.constexpr,
+    STAGES: tl.constexpr, SUMMARY: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Walk one sequence; or, as ``SUMMARY``, find what it does to any state it may start from.
 
@@ -265,18 +267,19 @@ def scan_kernel(
         if SAVE and not SUMMARY:
             wide_cells = tile * BK * V + columns[:, None] * BK + channels[None, :]
             tl.store(states + wide_cells, left, mask=wide[:, None])
-        error = tl.trans(value).to(tl.float32) - tl.dot(left, tl.trans(keys))
-        new = tl.dot((error * strength[None, :]).to(dtype), tl.trans(solve)).to(dtype)
+        error = tl.trans(value).to(tl.float32) - tl.dot(left, tl.trans(keys), input_precision=PRECISION)
+        new = tl.dot((error * strength[None, :]).to(dtype), tl.trans(solve), input_precision=PRECISION)
+        new = new.to(dtype)
         if SAVE and not SUMMARY:
             flat = tile * C * V + rows[:, None] * V + columns[None, :]
             tl.store(news + flat, tl.trans(new), mask=wide[None, :])
         if not SUMMARY:
             queries = qd.load([row, 0])
             scores = p.load([row, 0])
-            result = tl.dot(left, tl.trans(queries))
-            result += tl.dot(new, tl.trans(scores))
+            result = tl.dot(left, tl.trans(queries), input_precision=PRECISION)
+            result += tl.dot(new, tl.trans(scores), input_precision=PRECISION)
             tl.store(places + offset * (H * V), tl.trans(result).to(out.dtype.element_ty), mask=live)
-        state = state * gain[None, :] + tl.dot(new, tail)
+        state = state * gain[None, :] + tl.dot(new, tail, input_precision=PRECISION)
     if SUMMARY:
         if writes:
             tl.store(state_out + cells, state, mask=inside)

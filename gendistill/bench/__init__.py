@@ -1,0 +1,1 @@
+"""Measure our ops beside those of another library, in one process."""

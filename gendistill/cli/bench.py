@@ -1,0 +1,160 @@
+"""``gendistill bench``: check and time our kernels on this machine's GPU."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gendistill.bench.cases import CASES, DECODE_CASES, GATES, NAMES, SMOKE_CASES, SMOKE_DECODE
+from gendistill.cli.arguments import Parser, command_line
+from gendistill.errors import GendistillError, RecipeError
+
+if TYPE_CHECKING:
+    from gendistill.bench.peers import FlaCore
+    from gendistill.bench.rows import Measurement
+
+_DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the subcommand."""
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True, parser_class=Parser)
+    ops = actions.add_parser("ops", help="Kimi Delta Attention: whole sequences and decode steps")
+    ops.add_argument("--cases", metavar="NAME", nargs="+", choices=NAMES, help=f"some of: {', '.join(NAMES)}")
+    ops.add_argument("--gate", choices=(*GATES, "both"), default="both", help="decay gate (both)")
+    ops.add_argument("--dtype", choices=_DTYPES, default="bf16", help="of the inputs (bf16)")
+    ops.add_argument(
+        "--no-peer", action="store_true", help="leave out fla-core, which tunes itself for minutes"
+    )
+    ops.add_argument("--cold", action="store_true", help="also time a first call, in processes of its own")
+    ops.add_argument("--cold-peer", action="store_true", help="as --cold, the peer's as well")
+    ops.add_argument(
+        "--budget",
+        metavar="SECONDS",
+        type=float,
+        help="start no case later than this; what is left out is said",
+    )
+    ops.add_argument("--json", metavar="PATH", type=Path, help="write a results file, again after every case")
+    ops.add_argument("--plot", metavar="PATH", type=Path, help="draw the times, a PNG")
+    ops.add_argument("--commit", metavar="SHA", help="the measured code, where git does not know it")
+    ops.add_argument("--interpret-smoke", action="store_true", help=argparse.SUPPRESS)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Check and time the ops."""
+    if arguments.budget is not None and arguments.budget <= 0:
+        raise RecipeError(f"--budget must be positive, got {arguments.budget:g}", where="--budget")
+    if arguments.no_peer and arguments.cold_peer:
+        raise RecipeError("--cold-peer measures the peer that --no-peer leaves out", where="--cold-peer")
+    commit = _commit(arguments)
+    _check_device(smoke=arguments.interpret_smoke)
+    import torch
+    from rich.console import Console
+
+    from gendistill.bench.measure import attempt
+    from gendistill.bench.ops import Bench
+    from gendistill.bench.peers import FlaCore
+    from gendistill.bench.rows import save_plot
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = max(console.width, 160)
+    gates = GATES if arguments.gate == "both" else (arguments.gate,)
+    if arguments.interpret_smoke:
+        # the interpreter multiplies bfloat16 wrongly
+        bench = Bench(
+            cases=SMOKE_CASES,
+            decode_cases=(SMOKE_DECODE,),
+            gates=gates,
+            dtype=torch.float32,
+            device="cpu",
+            console=console,
+        )
+        return 0 if bench.check_ours() else 1
+    peer, reason = (None, None) if arguments.no_peer else attempt(FlaCore)
+    if reason is not None:
+        console.print(f"fla-core is not measured: {reason}", markup=False)
+    names = arguments.cases or NAMES
+    bench = Bench(
+        cases=[case for case in CASES if case.name in names],
+        decode_cases=DECODE_CASES if "decode" in names else (),
+        gates=gates,
+        dtype=getattr(torch, _DTYPES[arguments.dtype]),
+        peer=peer,
+        budget_s=arguments.budget,
+        cold=_cold(arguments, has_peer=peer is not None),
+        console=console,
+        save=_saver(arguments.json, peer, torch.cuda.get_device_name(), commit),
+    )
+    try:
+        return bench.run()
+    finally:
+        if arguments.plot:
+            save_plot(arguments.plot, bench.found, bench.peer_label)
+
+
+def _cold(arguments: argparse.Namespace, *, has_peer: bool) -> tuple[Any, ...]:
+    if arguments.cold_peer and has_peer:
+        return "ours", "peer"
+    return ("ours",) if arguments.cold or arguments.cold_peer else ()
+
+
+def _commit(arguments: argparse.Namespace) -> str | None:
+    """Return the commit for the results file, before anything is measured for it."""
+    from gendistill.provenance import source_commit
+
+    commit = arguments.commit or (source_commit() if arguments.json else None)
+    if arguments.json and commit is None:
+        raise RecipeError(
+            "git does not know the commit of this code, which a results file names",
+            where="--json",
+            hint="add --commit SHA",
+        )
+    if commit is not None and not re.fullmatch(r"[0-9a-f]{7,40}(-dirty)?", commit):
+        raise RecipeError(f'a commit is 7 to 40 hexadecimal digits, got "{commit}"', where="--commit")
+    return commit
+
+
+def _check_device(*, smoke: bool) -> None:
+    import torch
+
+    from gendistill.ops import resolve_impl
+
+    if smoke and os.environ.get("TRITON_INTERPRET") != "1":
+        raise GendistillError(
+            "--interpret-smoke needs Triton's interpreter",
+            hint="TRITON_INTERPRET=1 gendistill bench ops --interpret-smoke",
+        )
+    if not smoke and not torch.cuda.is_available():
+        raise GendistillError(
+            "gendistill bench ops measures on a CUDA device, and torch sees none here",
+            hint="gendistill doctor says why",
+        )
+    try:
+        resolve_impl("triton", op="kda", device=torch.device("cpu" if smoke else "cuda"))
+    except ValueError as error:
+        raise GendistillError(str(error)) from error
+
+
+def _saver(
+    path: Path | None, peer: FlaCore | None, device: str, commit: str | None
+) -> Callable[[Sequence[Measurement]], None]:
+    """Return what writes a results file of everything measured so far."""
+    from gendistill.provenance import installed_versions
+    from gendistill.report.results_table import write_results_json
+
+    label = peer.label if peer else None
+    versions = installed_versions() | (dict([label.split()]) if label else {})
+
+    def save(found: Sequence[Measurement]) -> None:
+        rows = [row for each in found if (row := each.row(label)) is not None]
+        if path is not None and rows:
+            write_results_json(
+                path, command=command_line(), device=device, rows=rows, commit=commit, versions=versions
+            )
+
+    return save

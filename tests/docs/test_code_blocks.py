@@ -1,0 +1,65 @@
+"""The pages' examples run, and what they say about signatures and saved tensors is so."""
+
+import ast
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from gendistill import ops
+
+ROOT = Path(__file__).parents[2]
+PAGES = ("kernels.md",)
+
+
+def blocks(page: str, language: str) -> list[tuple[int, str]]:
+    """Return the fenced blocks of a page with the line before their first."""
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    found = re.finditer(rf"^```{language}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    return [(text[: match.start(1)].count("\n"), match[1]) for match in found]
+
+
+def run(page: str) -> dict:
+    namespace: dict = {}
+    for line, code in blocks(page, "python"):
+        # empty lines before the code, so that a traceback shows the line of the page
+        exec(compile("\n" * line + code, f"docs/{page}", "exec"), namespace)
+    return namespace
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_python_blocks_run_in_order(page):
+    assert run(page)
+
+
+def test_signatures_are_those_of_the_source():
+    text = next(code for _, code in blocks("kernels.md", "text") if "def kda(" in code)
+    shown = [node for node in ast.parse(text).body if isinstance(node, ast.FunctionDef)]
+    assert {node.name for node in shown} == {"gated_kda", "kda", "causal_conv", "gated_rms_norm"}
+    for node in shown:
+        source = ast.parse(inspect.getsource(getattr(ops, node.name))).body[0]
+        assert isinstance(source, ast.FunctionDef)
+        assert ast.unparse(node.args) == ast.unparse(source.args)
+        assert node.returns is not None
+        assert source.returns is not None
+        assert ast.unparse(node.returns) == ast.unparse(source.returns)
+
+
+def test_saved_bytes_are_those_of_the_kernels():
+    pytest.importorskip("triton", reason="triton is not installed")
+    from gendistill_kernels.delta_chunk import Inputs, Saved, empty_outputs
+
+    code = next(code for _, code in blocks("kernels.md", "python") if "saved = {" in code)
+    page: dict = {}
+    exec(code, page)
+    tokens, heads, channels = 128, 2, 128
+    wide = torch.empty(1, tokens, heads, channels, dtype=torch.bfloat16)
+    _, _, tensors = empty_outputs(Inputs(wide, wide, wide, wide, wide[..., 0]), None, save=True)
+    sizes = {
+        name: tensor.nbytes / (tokens * heads)
+        for name, tensor in zip(Saved._fields, tensors, strict=True)
+        if tensor.numel()
+    }
+    assert sizes == page["saved"]
