@@ -6,9 +6,10 @@ from gendistill.ops.reference.attention import sliding_window_attention
 from gendistill.ops.reference.delta_rule import chunk_delta_rule, recurrent_delta_rule
 from gendistill.ops.reference.gates import bounded_log_decay, l2norm, softplus_log_decay
 from gendistill.ops.short_conv import causal_conv
-from gendistill.ops.types import OpOutput, Segments, resolve_impl
+from gendistill.ops.types import Impl, OpOutput, Segments, resolve_impl
 
 __all__ = [
+    "Impl",
     "OpOutput",
     "Segments",
     "bounded_log_decay",

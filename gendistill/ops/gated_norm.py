@@ -28,8 +28,15 @@ def gated_rms_norm(
         eps: Of the norm.
         impl: Implementation; :func:`gendistill.ops.resolve_impl` chooses one.
     Returns: ``[..., H * V]`` in ``out.dtype``.
+    Raises:
+        ValueError: The activation is unknown, or says nothing of the gate's being there.
     """
-    if impl is Impl.TRITON:
+    if activation not in ("silu", "sigmoid", "none") or (gate is None) != (activation == "none"):
+        given = "no gate" if gate is None else "a gate"
+        raise ValueError(
+            f'activation must be silu or sigmoid with a gate and none without, got "{activation}" and {given}'
+        )
+    if Impl(impl) is Impl.TRITON:
         return triton_ops().gated_norm_forward(out, weight, gate, activation, eps)
     if weight is not None:
         out = F.rms_norm(out, weight.shape, weight, eps)

@@ -15,6 +15,34 @@ from gendistill.ops.types import Impl, OpOutput, Segments, triton_ops
 _RECURRENT_TOKENS = 4
 
 
+def check_shapes(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor,
+    beta: Tensor,
+    state: Tensor | None,
+    segments: Segments | None,
+) -> None:
+    """Refuse tensors that do not belong together; the kernels would read past their ends."""
+    batch, length, heads = beta.shape
+    keys, values = q.shape[-1], v.shape[-1]
+    for name, part, channels in (("q", q, keys), ("k", k, keys), ("v", v, values), ("decay", decay, keys)):
+        if part.ndim != 4 or part.shape[:2] != (batch, length) or part.shape[3] != channels:
+            raise ValueError(
+                f"{name} must have shape {[batch, length, 'heads', channels]}, got {list(part.shape)}"
+            )
+        if heads % part.shape[2] or (name == "decay" and part.shape[2] != heads):
+            raise ValueError(f"{heads} heads of beta do not fit {part.shape[2]} heads of {name}")
+    number = batch if segments is None else len(segments.lengths)
+    if segments is not None and (batch != 1 or segments.num_tokens != length):
+        raise ValueError(
+            f"packed input must be one row of {segments.num_tokens} tokens, got {batch} rows of {length}"
+        )
+    if state is not None and state.shape != (number, heads, keys, values):
+        raise ValueError(f"state must have shape {[number, heads, keys, values]}, got {list(state.shape)}")
+
+
 def kda(
     q: Tensor,
     k: Tensor,
@@ -45,7 +73,8 @@ def kda(
         ValueError: Shapes disagree.
     Source: arXiv 2510.26692.
     """
-    if impl is Impl.TRITON:
+    check_shapes(q, k, v, log_decay, beta, state, segments)
+    if Impl(impl) is Impl.TRITON:
         return triton_ops().triton_kda(q, k, v, log_decay, beta, state=state, segments=segments)
     gates = {"log_decay": log_decay, "erase": beta, "write": beta, "state": state}
     if segments is None and q.shape[1] <= _RECURRENT_TOKENS:
@@ -83,9 +112,14 @@ def gated_kda(
         lower_bound: Of the bounded gate, per token, < 0.
         state, segments, impl: As in :func:`kda`.
     Returns: As :func:`kda`.
+    Raises:
+        ValueError: Shapes disagree or the gate is unknown.
     Source: arXiv 2510.26692.
     """
-    if impl is Impl.TRITON:
+    if gate not in ("bounded", "softplus"):
+        raise ValueError(f'gate must be bounded or softplus, got "{gate}"')
+    check_shapes(q, k, v, raw_decay, raw_beta, state, segments)
+    if Impl(impl) is Impl.TRITON:
         gates = {"gate": gate, "a_log": a_log, "dt_bias": dt_bias, "lower_bound": lower_bound, "raw": True}
         return triton_ops().triton_kda(q, k, v, raw_decay, raw_beta, **gates, state=state, segments=segments)
     if gate == "bounded":

@@ -35,6 +35,6 @@ def causal_conv(
         ValueError: Shapes disagree or the activation is unknown.
     """
     settings = {"activation": activation, "state": state, "segments": segments}
-    if impl is Impl.TRITON:
+    if Impl(impl) is Impl.TRITON:
         return triton_ops().triton_causal_conv(x, weight, bias, **settings)
     return reference_conv(x, weight, bias, **settings)

@@ -208,3 +208,28 @@ def test_wrong_shapes_are_named():
         chunk_delta_rule(**dict(inputs, state=inputs["state"][:1]))
     with pytest.raises(ValueError, match="multiple"):
         chunk_delta_rule(**dict(inputs, k=torch.zeros(2, 4, 3, 8, dtype=torch.float64)))
+
+
+def test_tensors_that_do_not_fit_are_named():
+    from gendistill.ops import Impl, Segments, gated_kda, gated_rms_norm, kda
+
+    q, k, v, decay = torch.rand(4, 1, 6, 2, 8)
+    beta = torch.rand(1, 6, 2)
+    good = {"q": q, "k": k, "v": v, "log_decay": -decay, "beta": beta}
+    for changed, message in (
+        ({"k": k[:, :5]}, "k must have shape"),
+        ({"log_decay": -decay[:, :, :1]}, "2 heads of beta do not fit 1 heads of decay"),
+        ({"v": torch.rand(1, 6, 3, 8)}, "do not fit 3 heads of v"),
+        ({"state": torch.rand(1, 2, 8, 4)}, "state must have shape"),
+        ({"segments": Segments([4, 4])}, "one row of 8 tokens"),
+        ({"impl": "fast"}, "not a valid Impl"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            kda(**{**good, **changed})
+    assert kda(**good, impl="reference").out.shape == (1, 6, 2, 8)
+    gates = {"a_log": torch.zeros(2), "dt_bias": torch.zeros(16)}
+    with pytest.raises(ValueError, match='got "Bounded"'):
+        gated_kda(q, k, v, decay, beta, gate="Bounded", **gates)
+    for activation, gate in (("relu", beta), ("none", beta), ("silu", None)):
+        with pytest.raises(ValueError, match="activation must be silu or sigmoid with a gate"):
+            gated_rms_norm(v, None, gate, activation=activation, impl=Impl.REFERENCE)
