@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
@@ -89,7 +87,7 @@ def gated_kda(
     raw_decay: Tensor,
     raw_beta: Tensor,
     *,
-    gate: Literal["bounded", "softplus"],
+    gate: str,
     a_log: Tensor,
     dt_bias: Tensor,
     lower_bound: float = -5.0,

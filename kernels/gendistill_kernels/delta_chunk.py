@@ -8,6 +8,7 @@ head.
 from __future__ import annotations
 
 import functools
+import math
 import os
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
@@ -115,7 +116,7 @@ def _segments(lengths: Sequence[int]) -> tuple[list[int], ...]:
         for first in parts:
             tokens = min(size, length - first)
             offsets.append(chunks)
-            chunks += triton.cdiv(tokens, CHUNK)
+            chunks += math.ceil(tokens / CHUNK)
             ends.append(ends[-1] + tokens)
             kinds.append(1 if len(parts) == 1 else 2 if first == parts[-1] else 0)
         firsts.append(len(ends) - 1)
@@ -216,7 +217,7 @@ class _Sizes(NamedTuple):
             V=V,
             BK=_power_of_2(K),
             wide=_power_of_2(V),
-            chunks=B * triton.cdiv(T, CHUNK) if chunks is None else len(chunks.starts),  # pyright: ignore
+            chunks=B * math.ceil(T / CHUNK) if chunks is None else len(chunks.starts),  # pyright: ignore
             sequences=B if chunks is None else len(chunks.offsets),  # pyright: ignore
         )
 
@@ -277,7 +278,7 @@ def _layout(x: Inputs, n: _Sizes, chunks: Chunks | None) -> Chunks:
 
 def _num_segments(x: Inputs, n: _Sizes, chunks: Chunks | None) -> int:
     if chunks is None:
-        return n.B * triton.cdiv(n.T, SEGMENT * CHUNK) if n.BK <= 128 and n.T > SEGMENT * CHUNK else 0
+        return n.B * math.ceil(n.T / (SEGMENT * CHUNK)) if n.BK <= 128 and n.T > SEGMENT * CHUNK else 0
     at = _layout(x, n, chunks)
     return 0 if at.kinds is None else at.kinds.shape[0]
 

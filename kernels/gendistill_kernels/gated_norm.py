@@ -8,10 +8,11 @@ With V channels per head, and mean over them::
 Every head of every token is one row of V, of o and of the gate alike. Without a norm, n is o and w is one.
 """
 
-# pyright: reportGeneralTypeIssues=false
+# pyright: reportGeneralTypeIssues=false, reportUnboundVariable=false
 # inside a kernel the language is Triton's: range, tuples and constants mean what its compiler says
 from __future__ import annotations
 
+import math
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -176,7 +177,7 @@ def gated_norm_backward(
         ValueError: As in the forward pass.
     """
     rows, constants = _layout(o, gate, activation, _TILE_BACKWARD)
-    tiles = triton.cdiv(rows, constants["ROWS"])
+    tiles = math.ceil(rows / constants["ROWS"])
     # the shape alone decides which rows a program sums over: the same input gives the same bits
     programs = max(1, min(tiles, _PROGRAMS))
     grad_o = torch.empty(o.shape, dtype=o.dtype, device=o.device)

@@ -17,6 +17,7 @@ Legend: T tokens, C channels, W taps, BC channels of one program, N sequences.
 # inside a kernel the language is Triton's: range, tuples and constants mean what its compiler says
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -280,9 +281,9 @@ def _sizes(
         raise ValueError(f"weight must have {C} channels, as x has, got {weight.shape[0]}")
     if state is not None and tuple(state.shape) != (N, C, weight.shape[1] - 1):
         raise ValueError(f"state must have shape {(N, C, weight.shape[1] - 1)}, got {tuple(state.shape)}")
-    number = B * max(1, triton.cdiv(T, TILE)) if tiles is None else len(tiles.owners)  # pyright: ignore
-    block = min(_BLOCK_BYTES // x.element_size(), triton.next_power_of_2(C))
-    return N, number, block, triton.cdiv(C, block)
+    number = B * max(1, math.ceil(T / TILE)) if tiles is None else len(tiles.owners)  # pyright: ignore
+    block = min(_BLOCK_BYTES // x.element_size(), 1 << (C - 1).bit_length())
+    return N, number, block, math.ceil(C / block)
 
 
 def _check_rows(name: str, part: Tensor) -> None:
@@ -354,8 +355,8 @@ def conv_backward(
     _, number, block, blocks = _sizes(x, weight, activation, state, tiles)
     (B, T, C), W = x.shape, weight.shape[1]
     # each program sums over a share of the tiles that only the shape decides: the same input gives the same bits
-    share = triton.cdiv(number, max(1, min(number, _PROGRAMS // blocks)))
-    workers = triton.cdiv(number, max(1, share))
+    share = math.ceil(number / max(1, min(number, _PROGRAMS // blocks)))
+    workers = math.ceil(number / max(1, share))
     grad_x = torch.empty(B, T, C, dtype=x.dtype, device=x.device)
     grad_in = None if state is None else torch.empty(state.shape, dtype=state.dtype, device=x.device)
     # taps of all channels, then biases
