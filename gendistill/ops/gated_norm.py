@@ -37,7 +37,7 @@ def gated_rms_norm(
             f'activation must be silu or sigmoid with a gate and none without, got "{activation}" and {given}'
         )
     if Impl(impl) is Impl.TRITON:
-        return triton_ops().gated_norm_forward(out, weight, gate, activation, eps)
+        return triton_ops().triton_gated_norm(out, weight, gate, activation, eps)
     if weight is not None:
         out = F.rms_norm(out, weight.shape, weight, eps)
     out = out.flatten(-2)

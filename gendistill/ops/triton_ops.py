@@ -21,6 +21,20 @@ _norm: Any = importlib.import_module("gendistill_kernels.gated_norm")
 _decode: Any = importlib.import_module("gendistill_kernels.decode")
 
 
+def _differentiable(op: Any, keep: Any, differentiate: Any) -> Any:
+    """Register an op's autograd, and return what calls the op: eagerly past that registration, which is slow."""
+    op.register_autograd(differentiate, setup_context=keep)
+    methods = {"forward": op, "setup_context": keep, "backward": differentiate}
+    function = type(op._name, (torch.autograd.Function,), {k: staticmethod(v) for k, v in methods.items()})
+
+    def call(*arguments: Any) -> Any:
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return op(*arguments)
+        return function.apply(*arguments)
+
+    return call
+
+
 def triton_kda(
     q: Tensor,
     k: Tensor,
@@ -53,9 +67,7 @@ def triton_kda(
     needs_grad = torch.is_grad_enabled() and any(
         part is not None and part.requires_grad for part in (*tensors, a_log, dt_bias, state)
     )
-    out, last, _ = kda_forward(
-        *tensors, a_log, dt_bias, state, *tables, gate, lower_bound, raw, save=needs_grad
-    )
+    out, last, _ = _kda(*tensors, a_log, dt_bias, state, *tables, gate, lower_bound, raw, needs_grad)
     return OpOutput(out, last)
 
 
@@ -209,7 +221,7 @@ def _differentiate(ctx: Any, grad_out: Tensor, grad_state: Tensor | None, _: Any
     return (*grads, found[2] if want_state else None, *[None] * 12)
 
 
-kda_forward.register_autograd(_differentiate, setup_context=_keep)
+_kda = _differentiable(kda_forward, _keep, _differentiate)
 
 
 def triton_causal_conv(
@@ -224,7 +236,7 @@ def triton_causal_conv(
     """Run the convolution kernel; arguments as :func:`gendistill.ops.causal_conv`."""
     tiles = None if segments is None else segments.table(_conv.Tiles.of)
     tables = [None] * 3 if tiles is None else list(tiles)
-    return OpOutput(*conv_forward(x.contiguous(), weight.contiguous(), bias, state, *tables, activation))
+    return OpOutput(*_causal_conv(x.contiguous(), weight.contiguous(), bias, state, *tables, activation))
 
 
 def _tiles(*tables: Tensor | None) -> Any:
@@ -300,7 +312,7 @@ def _differentiate_conv(ctx: Any, grad_out: Tensor, grad_state: Tensor | None) -
     return (*grads, None, None, None, None)
 
 
-conv_forward.register_autograd(_differentiate_conv, setup_context=_keep_conv)
+_causal_conv = _differentiable(conv_forward, _keep_conv, _differentiate_conv)
 
 
 @custom_op("gendistill::gated_norm_forward", mutates_args=())
@@ -341,7 +353,7 @@ def _differentiate_norm(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return (*[None if part is None else next(found) for part in parts], None, None)
 
 
-gated_norm_forward.register_autograd(_differentiate_norm, setup_context=_keep_norm)
+triton_gated_norm = _differentiable(gated_norm_forward, _keep_norm, _differentiate_norm)
 
 
 @custom_op("gendistill::kda_decode", mutates_args=("state", "conv_state"))
