@@ -19,21 +19,40 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from gendistill_kernels.delta_chunk_backward import keys_kernel, reverse_scan_kernel, values_kernel
-from gendistill_kernels.delta_chunk_forward import carry_kernel, prepare_kernel, scan_kernel
+from gendistill_kernels.delta_chunk_backward import (
+    keys_kernel,
+    keys_wild_kernel,
+    reverse_scan_kernel,
+    values_kernel,
+)
+from gendistill_kernels.delta_chunk_forward import (
+    carry_kernel,
+    prepare_kernel,
+    prepare_wild_kernel,
+    scan_kernel,
+)
 
 # a launch, ``kernel[grid](...)``, is not what the type of a jitted function says
 _prepare: Any = prepare_kernel
+_prepare_wild: Any = prepare_wild_kernel
 _scan: Any = scan_kernel
 _carry: Any = carry_kernel
 _reverse_scan: Any = reverse_scan_kernel
 _values: Any = values_kernel
 _keys: Any = keys_kernel
+_keys_wild: Any = keys_wild_kernel
 
 # operands with the range of float32; the interpreter multiplies bfloat16 wrongly
-_SPLIT = torch.float32 if os.environ.get("TRITON_INTERPRET") == "1" else torch.bfloat16
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_WIDE, _WIDE_TL = (torch.float32, tl.float32) if _INTERPRETED else (torch.bfloat16, tl.bfloat16)
 CHUNK = 64
 LEVELS = 6
+# A chunk whose decay, as a power of two, stays above this in every channel takes one product for all its pairs of
+# tokens: its factors stay in the range of the operands, and what they are multiplied with keeps its bits. Other chunks
+# go level by level.
+_RANGE, _RANGE_FLOAT16 = -100.0, -12.0
+# programs that look for such chunks
+_SEARCHERS = 264
 # A longer sequence is cut into segments of this many chunks, which are walked at the same time. Its own length alone
 # decides that, so that a sequence does not depend on what else is in the batch.
 SEGMENT = 128
@@ -163,6 +182,7 @@ class Saved(NamedTuple):
         states: ``[chunks, H, V, BK]`` state before every chunk, transposed.
         news: ``[chunks, H, 64, V]`` values that the keys write.
         matrices: ``[segments, H, K, K]`` float32, what every segment does to a state; empty if no sequence is long.
+        wild: ``[chunks, H]`` int32, one where the decay of a chunk is out of range.
     """
 
     tall: Tensor
@@ -173,6 +193,7 @@ class Saved(NamedTuple):
     states: Tensor
     news: Tensor
     matrices: Tensor
+    wild: Tensor
 
 
 class Gradients(NamedTuple):
@@ -237,9 +258,9 @@ def _scan_config(n: _Sizes, dtype: torch.dtype, *, save: bool) -> tuple[int, int
 
 
 @functools.cache
-def _upto(device: torch.device, dtype: torch.dtype) -> TensorDescriptor:
-    """Make the 0/1 matrix that sums over a token and those before it."""
-    return _tiles(torch.ones(CHUNK, CHUNK, dtype=dtype, device=device).tril())
+def _later(device: torch.device, dtype: torch.dtype) -> TensorDescriptor:
+    """Make the 0/1 matrix that sums over a token and those after it."""
+    return _tiles(torch.ones(CHUNK, CHUNK, dtype=dtype, device=device).triu())
 
 
 @functools.cache
@@ -247,24 +268,38 @@ def _tables(device: torch.device, dtype: torch.dtype = torch.float16) -> TensorD
     """Make 0/1 matrices, one under the other.
 
     Per level, what sums log-decays from the middle of a block to a token; the same from a token to the end of the
-    chunk, and from its start; per level, which pairs of tokens meet in it.
+    chunk, and from its start to the token.
     """
     i, t = torch.arange(CHUNK)[:, None], torch.arange(CHUNK)[None, :]
-    sums, meets = [], []
+    sums = []
     for level in range(LEVELS + 1):
         half = 1 << level
         # in the same half, on the inner side of the token: up to it in a right half, after it in a left one
         sums.append(((i ^ t) < half) & (((i & half) != 0) != (t > i)))
-        # the highest bit in which i and t differ names the level at which they meet
-        meets.append(((i ^ t) >= half) & ((i ^ t) < 2 * half))
-    meets.pop()
-    table = torch.cat([*sums, t <= i, *meets]).to(device=device, dtype=dtype)
-    return _tiles(table)
+    return _tiles(torch.cat([*sums, t <= i]).to(device=device, dtype=dtype))
 
 
-def _tiles(part: Tensor) -> TensorDescriptor:
+def _tiles(part: Tensor, columns: int | None = None) -> TensorDescriptor:
     width = part.shape[-1]
-    return TensorDescriptor(part, [part.numel() // width, width], [width, 1], [CHUNK, width])
+    return TensorDescriptor(part, [part.numel() // width, width], [width, 1], [CHUNK, columns or width])
+
+
+def _wide(dtype: torch.dtype) -> Any:
+    """Choose the operands that hold factors as far out as the limit of a chunk's decay."""
+    if dtype == torch.float16 and not _INTERPRETED:
+        return tl.float16
+    return tl.float32 if dtype == torch.float32 else _WIDE_TL
+
+
+def _never_wild(rule: Rule, limit: float) -> bool:
+    """Say whether a gate keeps every chunk in range, whatever the inputs."""
+    return rule.gate == "bounded" and CHUNK * rule.lower_bound * math.log2(math.e) > limit
+
+
+def _search(number: int) -> dict[str, int]:
+    """Say how many programs share a number of tiles, and how many a program looks at, rounded up."""
+    programs = min(_SEARCHERS, number)
+    return {"PROGRAMS": programs, "MOST": 1 << (-(-number // programs) - 1).bit_length()}
 
 
 def _layout(x: Inputs, n: _Sizes, chunks: Chunks | None) -> Chunks:
@@ -306,6 +341,7 @@ def empty_outputs(x: Inputs, chunks: Chunks | None, *, save: bool) -> tuple[Tens
             new(n.chunks, n.H, n.V, n.BK, dtype=x.q.dtype),
             new(n.chunks, n.H, CHUNK, n.V, dtype=x.q.dtype),
             new(_num_segments(x, n, chunks), n.H, n.K, n.K, dtype=torch.float32),
+            new(n.chunks, n.H, dtype=torch.int32),
         ]
     out = new(n.B, n.T, n.H, n.V, dtype=x.v.dtype)
     return out, new(n.sequences, n.H, n.K, n.V, dtype=torch.float32), saved
@@ -335,19 +371,28 @@ def chunk_forward(
     saved = Saved(*kept) if kept else None
     norms, states, news = (None, None, None) if saved is None else saved[4:7]
     tall, square, total, strength = saved[:4] if saved is not None else _work(x, n)
+    wild = torch.empty(n.chunks, n.H, dtype=torch.int32, device=x.q.device) if saved is None else saved.wild
     # float32 inputs are for comparisons: what they cost does not matter, what they lose does
     exact = x.q.dtype == torch.float32
     operands, precision = (torch.float32, "tf32x3") if exact else (torch.float16, "tf32")
-    _prepare[(n.chunks, n.H)](
-        x.q, x.k, x.decay, x.beta, x.A_log, x.dt_bias, _tables(x.q.device, operands),
-        *tall, *square, total, strength, norms,
-        at.starts, at.lengths, n.T, n.K**-0.5 if rule.scale is None else rule.scale, rule.lower_bound,
-        H=n.H, HQ=n.HQ, HK=n.HK, K=n.K, BK=n.BK, C=CHUNK, GATE=rule.gate, NORM=rule.norm, SIGMOID=rule.sigmoid,
-        PACKED=packed, DOT=tl.float32 if exact else tl.float16, LEVELS=LEVELS, W=min(n.BK, 128), STAGES=1, SAVE=save,
-        PRECISION=precision,
-        num_warps=4, num_stages=1,
-    )  # fmt: skip
     tiles = [*map(_tiles, (*tall, *square))]
+    W, limit = min(n.BK, 128), _RANGE_FLOAT16 if x.q.dtype == torch.float16 else _RANGE
+    stores = tiles if n.BK == W else [*(_tiles(part, W) for part in tall), *tiles[3:]]
+    arguments = (
+        x.q, x.k, x.decay, x.beta, x.A_log, x.dt_bias, _tables(x.q.device, operands),
+        *stores, total, strength, norms, wild,
+        at.starts, at.lengths, n.T, n.K**-0.5 if rule.scale is None else rule.scale, rule.lower_bound,
+    )  # fmt: skip
+    settings = {
+        "H": n.H, "HQ": n.HQ, "HK": n.HK, "K": n.K, "BK": n.BK, "C": CHUNK, "GATE": rule.gate, "NORM": rule.norm,
+        "SIGMOID": rule.sigmoid, "PACKED": packed, "DOT": tl.float32 if exact else tl.float16, "LEVELS": LEVELS,
+        "W": W, "SAVE": save, "PRECISION": precision, "RANGE": limit, "WIDE": _wide(x.q.dtype),
+        "num_warps": 4, "num_stages": 1,
+    }  # fmt: skip
+    _prepare[(n.chunks, n.H)](*arguments, **settings)
+    if not _never_wild(rule, limit):
+        search = _search(n.chunks * n.H)
+        _prepare_wild[(search["PROGRAMS"],)](*arguments, n.chunks * n.H, **settings, **search)
     BV, warps, stages = _scan_config(n, x.q.dtype, save=save)
     sequences, where = n.sequences, (at.cu_seqlens, at.offsets)
     final = state_out
@@ -499,23 +544,28 @@ def chunk_backward_local(
     W = min(n.BK, 32)
     d_bias = new(n.chunks, n.H, n.K, dtype=torch.float32) if rule.gate != "none" else None
     d_rate = new(n.chunks, n.H, n.BK // W, dtype=torch.float32) if rule.gate != "none" else None
-    d_scores = new(2, n.chunks, n.H, CHUNK, CHUNK, dtype=torch.float16)
-    rows = new(n.chunks, n.H, 4, CHUNK, dtype=torch.float32)
+    d_scores = new(2, n.chunks, n.H, CHUNK, CHUNK, dtype=_WIDE)
+    rows = new(n.chunks, n.H, 3, CHUNK, dtype=torch.float32)
     _values[(n.chunks, n.H)](
         x.v, saved.strength, out, grad_out, saved.news, errors, dv, d_beta, *d_scores, rows,
         at.starts, at.lengths, n.T,
         H=n.H, HV=n.HV, V=n.V, BV=n.wide, C=CHUNK, NORM=rule.norm, SIGMOID=rule.sigmoid, PACKED=packed,
         num_warps=4, num_stages=1,
     )  # fmt: skip
-    _keys[(n.BK // W * n.chunks, n.H)](
-        x.q, x.k, x.decay, x.A_log, x.dt_bias, _tables(x.q.device), _upto(x.q.device, _SPLIT), saved.total,
-        saved.norms, rows, *d_scores, saved.strength, errors, grad_out, saved.states, grads, saved.news,
+    arguments = (
+        x.q, x.k, x.decay, x.A_log, x.dt_bias, _tables(x.q.device), _later(x.q.device, _WIDE), saved.total,
+        saved.norms, rows, *d_scores, saved.strength, errors, grad_out, saved.states, grads, saved.news, saved.wild,
         dq, dk, d_decay, d_bias, d_rate, at.starts, at.lengths, n.T, scale, rule.lower_bound,
-        # ptxas 12.8 gets the addresses of some products wrong: 64 values are padded to 128, and the loop is pipelined
-        H=n.H, HQ=n.HQ, HK=n.HK, K=n.K, V=n.V, BK=n.BK, BV=128 if n.wide == 64 else n.wide, C=CHUNK,
-        GATE=rule.gate, NORM=rule.norm, PACKED=packed, DOT=tl.float16, LEVELS=LEVELS, W=W, STAGES=2,
-        num_warps=4, num_stages=1,
     )  # fmt: skip
+    settings = {
+        "H": n.H, "HQ": n.HQ, "HK": n.HK, "K": n.K, "V": n.V, "BK": n.BK, "BV": n.wide, "C": CHUNK,
+        "GATE": rule.gate, "NORM": rule.norm, "PACKED": packed, "DOT": tl.float16, "LEVELS": LEVELS, "W": W,
+        "num_warps": 4, "num_stages": 1,
+    }  # fmt: skip
+    _keys[(n.BK // W * n.chunks, n.H)](*arguments, **settings)
+    if not _never_wild(rule, _RANGE_FLOAT16 if x.q.dtype == torch.float16 else _RANGE):
+        search = _search(n.chunks * n.H)
+        _keys_wild[(search["PROGRAMS"],)](*arguments, n.chunks * n.H, **settings, **search)
 
     def summed(grad: Tensor, like: Tensor, heads: int) -> Tensor:
         if heads != n.H:

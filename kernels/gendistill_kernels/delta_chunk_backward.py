@@ -26,7 +26,7 @@ Source: derived in the project's notes and checked against float64 autograd of t
 import triton
 import triton.language as tl
 
-from gendistill_kernels.delta_chunk_forward import log2_decay, sigmoid
+from gendistill_kernels.delta_chunk_forward import any_wild, exp2, log2_decay, meet, place, sigmoid
 
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
@@ -75,7 +75,7 @@ def reverse_scan_kernel(
         solve = tb.load([row, 0])
         queries = qd.load([row, 0])
         keys = kd.load([row, 0])
-        gain = tl.exp2(tl.load(gc + tile * BK + channels))
+        gain = exp2(tl.load(gc + tile * BK + channels))
         beta = tl.load(strength + tile * C + rows)
         left = state.to(dtype)
         if not SUMMARY:
@@ -94,16 +94,6 @@ def reverse_scan_kernel(
 
 
 @triton.jit
-def _place(chunk, tokens, chunk_starts, chunk_lengths, C: tl.constexpr, PACKED: tl.constexpr):
-    """Return the first token of a chunk and how many it has."""
-    if PACKED:
-        return tl.load(chunk_starts + chunk).to(tl.int64), tl.load(chunk_lengths + chunk)
-    per_row = tl.cdiv(tokens, C)
-    first = (chunk % per_row) * C
-    return (chunk // per_row) * tokens + first, tl.minimum(tokens - first, C).to(tl.int32)
-
-
-@triton.jit
 def values_kernel(
     v, strength, out, grad_out, news, errors,
     dv, db, d_scores, d_lower, rows_out,
@@ -113,7 +103,7 @@ def values_kernel(
 ):  # fmt: skip
     """Do what only depends on values: dv, dbeta, and the gradients of the chunk's two score matrices."""
     chunk, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    start, length = _place(chunk, tokens, chunk_starts, chunk_lengths, C, PACKED)
+    start, length = place(chunk, tokens, chunk_starts, chunk_lengths, C, PACKED)
     rows, columns = tl.arange(0, C), tl.arange(0, BV)
     i, j = rows[:, None], rows[None, :]
     live = rows < length
@@ -144,42 +134,29 @@ def values_kernel(
             v + (token * HV + head // (H // HV))[:, None] * V + columns[None, :], mask=wide, other=0.0
         )
         along_k = 2.0 * own - amount * tl.sum(error.to(tl.float32) * value.to(tl.float32), 1)
-        tl.store(rows_out + tile * 4 * C + C + rows, along_q)
-        tl.store(rows_out + tile * 4 * C + 2 * C + rows, along_k)
+        tl.store(rows_out + tile * 3 * C + C + rows, along_q)
+        tl.store(rows_out + tile * 3 * C + 2 * C + rows, along_k)
 
     other = tl.trans(new)
     scores = tl.dot(upstream, other)
-    tl.store(rows_out + tile * 4 * C + rows, tl.sum(tl.where(i == j, scores, 0.0), 1))
-    scores = tl.where(i > j, scores, 0.0)
-    lower = tl.where(i > j, -tl.dot(pull, other), 0.0)
-    # float16 keeps ten bits of each entry; the largest one is brought to one first
-    largest = tl.maximum(tl.max(tl.max(tl.abs(scores), 1), 0), tl.max(tl.max(tl.abs(lower), 1), 0))
-    largest = tl.maximum(largest, 1e-30)
-    tl.store(rows_out + tile * 4 * C + 3 * C + rows, tl.zeros([C], tl.float32) + largest)
+    tl.store(rows_out + tile * 3 * C + rows, tl.sum(tl.where(i == j, scores, 0.0), 1))
     squares = tile * C * C + i * C + j
-    shrink = 1.0 / largest
-    scores = (scores * shrink).to(d_scores.dtype.element_ty)
-    lower = (lower * shrink).to(d_scores.dtype.element_ty)
-    # both triangles are stored: a pair of tokens acts on the later one and on the earlier one
-    tl.store(d_scores + squares, scores + tl.trans(scores))
-    tl.store(d_lower + squares, lower + tl.trans(lower))
+    tl.store(d_scores + squares, tl.where(i > j, scores, 0.0).to(d_scores.dtype.element_ty))
+    tl.store(d_lower + squares, tl.where(i > j, -tl.dot(pull, other), 0.0).to(d_scores.dtype.element_ty))
 
 
 @triton.jit
-def keys_kernel(
-    q, k, decay, A_log, dt_bias, sums, upto, total, norms, rows_in, d_scores, d_lower, strength, errors,
+def _keys(
+    chunk, head, part,
+    q, k, decay, A_log, dt_bias, sums, later, total, norms, rows_in, d_scores, d_lower, strength, errors,
     grad_out, states, grads, news,
     dq, dk, dg, d_bias, d_rate,
     chunk_starts, chunk_lengths, tokens, scale, lower_bound,
     H: tl.constexpr, HQ: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
     BV: tl.constexpr, C: tl.constexpr, GATE: tl.constexpr, NORM: tl.constexpr, PACKED: tl.constexpr,
-    DOT: tl.constexpr, LEVELS: tl.constexpr, W: tl.constexpr, STAGES: tl.constexpr,
+    DOT: tl.constexpr, LEVELS: tl.constexpr, W: tl.constexpr, WILD: tl.constexpr,
 ):  # fmt: skip
-    """Do what belongs to ``W`` key channels: dq, dk, and the gradients of their decays."""
-    PARTS: tl.constexpr = BK // W
-    # the parts of one chunk are neighbours: they read the same tiles
-    part, chunk, head = tl.program_id(0) % PARTS, (tl.program_id(0) // PARTS).to(tl.int64), tl.program_id(1)
-    start, length = _place(chunk, tokens, chunk_starts, chunk_lengths, C, PACKED)
+    start, length = place(chunk, tokens, chunk_starts, chunk_lengths, C, PACKED)
     rows, columns = tl.arange(0, C), tl.arange(0, BV)
     channels = part * W + tl.arange(0, W)
     i = rows[:, None]
@@ -196,80 +173,100 @@ def keys_kernel(
     flat = tile * C * V + i * V + columns[None, :]
     cells = tile * BK * V + columns[:, None] * BK + channels[None, :]
     squares = tile * C * C + i * C + rows[None, :]
+    scores, lower = tl.load(d_scores + squares), tl.load(d_lower + squares)
     raw = tl.load(decay + at, mask=inside, other=0.0).to(tl.float32)
     bias = 0.0
     rate = 0.0
     if GATE != "none":
         bias = tl.load(dt_bias + head * K + channels, mask=channels < K, other=0.0).to(tl.float32)[None, :]
         rate = tl.load(A_log + head).to(tl.float32)
-    q0 = tl.load(q + at_q, mask=inside, other=0.0)
-    k0 = tl.load(k + at_k, mask=inside, other=0.0)
+    x_q = tl.load(q + at_q, mask=inside, other=0.0)
+    x_k = tl.load(k + at_k, mask=inside, other=0.0)
     norm_q = tl.load(norms + tile * 2 * C + rows)
     norm_k = tl.load(norms + tile * 2 * C + C + rows)
     amount = tl.load(strength + tile * C + rows)
     gain = tl.load(total + tile * BK + channels)
-    largest = tl.load(rows_in + tile * 4 * C + 3 * C)
     upstream = tl.load(grad_out + (token * H + head)[:, None] * V + columns[None, :], mask=wide, other=0.0)
     error = tl.load(errors + flat, mask=full, other=0.0)
     new = tl.load(news + flat, mask=full, other=0.0)
     state = tl.load(states + cells, mask=(columns < V)[:, None], other=0.0)
     grad = tl.load(grads + cells, mask=(columns < V)[:, None], other=0.0)
-    scores, lower = tl.load(d_scores + squares), tl.load(d_lower + squares)
 
     g = tl.maximum(tl.where(inside, log2_decay(raw, rate, bias, lower_bound, GATE), 0.0), -30000.0)
-    g0 = g.to(DOT)
-    q0 = (q0.to(tl.float32) * norm_q[:, None]).to(DOT)
-    k0 = (k0.to(tl.float32) * norm_k[:, None]).to(DOT)
-    shrink = 1.0 / largest
+    log_decay = g.to(DOT)
+    x_q = (x_q.to(tl.float32) * norm_q[:, None]).to(DOT)
+    x_k = (x_k.to(tl.float32) * norm_k[:, None]).to(DOT)
+    both = tl.sum(state.to(tl.float32) * grad.to(tl.float32), 0) * exp2(gain)
+    upto = tl.dot(sums.load([(LEVELS + 1) * C, 0]), log_decay)
+    factor = exp2(upto)
+    wide_type = d_scores.dtype.element_ty
+    # A pair of tokens adds to d_sum of the later one what it takes from that of the earlier one, and a write what it
+    # adds to the decay after it: the same rounded factors on both sides keep that exact.
+    if not WILD:
+        back = exp2(-upto)
+        read_q, read_k = (
+            (x_q.to(tl.float32) * factor).to(wide_type),
+            (x_k.to(tl.float32) * factor).to(wide_type),
+        )
+        write = (x_k.to(tl.float32) * back).to(wide_type)
+        d_read = tl.dot(error, state) * -amount[:, None]
+        d_query = tl.dot(upstream, state)
+        d_write = tl.dot(new, grad) * exp2(gain)[None, :]
+        both += tl.sum(write.to(tl.float32) * d_write, 0)
+        # a loop of one turn: in straight-line code ptxas 12.8 loses the address of an operand whose place in shared
+        # memory was another's before
+        for _ in tl.range(0, tl.minimum(length, 1), num_stages=1):
+            d_read = tl.dot(lower, write, d_read)
+            d_query = tl.dot(scores, write, d_query)
+            d_write = tl.dot(tl.trans(scores), read_q, d_write)
+            d_write = tl.dot(tl.trans(lower), read_k, d_write)
+        d_sum = (
+            read_q.to(tl.float32) * d_query + read_k.to(tl.float32) * d_read - write.to(tl.float32) * d_write
+        )
+        d_query *= factor
+        d_key = factor * d_read + back * d_write
+    else:
+        d_query = tl.dot(upstream, state) * factor
+        d_read = tl.dot(error, state) * factor * -amount[:, None]
+        d_write = tl.dot(new, grad)
+        after = exp2(tl.dot(sums.load([LEVELS * C, 0]), log_decay))
+        d_write *= after
+        both += tl.sum(x_k.to(tl.float32) * d_write, 0)
+        d_sum = x_q.to(tl.float32) * d_query + x_k.to(tl.float32) * (d_read - d_write)
+        d_key = d_read + d_write
+        # inside the chunk, level by level
+        for level in tl.range(0, LEVELS):
+            decayed = exp2(tl.dot(sums.load([level * C, 0]), log_decay))
+            mask = meet(rows, level)
+            pairs, below = tl.where(mask, scores, 0.0), tl.where(mask, lower, 0.0)
+            own_q = (x_q.to(tl.float32) * decayed).to(wide_type)
+            own_k = (x_k.to(tl.float32) * decayed).to(wide_type)
+            reads, keys = tl.dot(pairs, own_k), tl.dot(below, own_k)
+            writes = tl.dot(tl.trans(pairs), own_q)
+            writes = tl.dot(tl.trans(below), own_k, writes)
+            d_query += decayed * reads
+            d_key += decayed * (keys + writes)
+            d_sum += own_q.to(tl.float32) * reads + own_k.to(tl.float32) * (keys - writes)
 
-    # through the states before and after the chunk
-    both = tl.sum(state.to(tl.float32) * grad.to(tl.float32), 0) * tl.exp2(gain)
-    d_query = tl.dot(upstream, state)
-    d_read = tl.dot(error, state)
-    d_write = tl.dot(new, grad)
-    factor = tl.exp2(tl.dot(sums.load([LEVELS * C + C, 0]), g0)) * shrink
-    d_query *= factor
-    d_read *= factor * -amount[:, None]
-    factor = tl.exp2(tl.dot(sums.load([LEVELS * C, 0]), g0)) * shrink
-    d_write *= factor
-    both += tl.sum(d_write * k0.to(tl.float32), 0) * largest
-
-    # inside the chunk, level by level: row i of a right half meets the left half of its block, and the other way round,
-    # so one product serves both directions, each row taking part in one of them
-    d_key, d_reach = d_read + d_write, d_read - d_write
-    for level in tl.range(0, LEVELS, num_stages=STAGES):
-        decayed = tl.exp2(tl.dot(sums.load([level * C, 0]), g0))
-        meet = sums.load([(LEVELS + 2 + level) * C, 0])
-        right = ((rows >> level) & 1)[:, None] != 0
-        small = decayed.to(DOT)
-        reads = tl.dot(scores * meet, tl.where(right, q0, k0) * small)
-        keys = tl.dot(lower * meet, k0 * small)
-        d_query += decayed * tl.where(right, reads, 0.0)
-        keys = decayed * (keys + tl.where(right, 0.0, reads))
-        d_key += keys
-        d_reach += tl.where(right, keys, -keys)
-
-    x_q, x_k = q0.to(tl.float32), k0.to(tl.float32)
-    d_sum = (x_q * d_query + x_k * d_reach) * largest
     # a token's own score is not decayed: it is added after that
-    diagonal = tl.load(rows_in + tile * 4 * C + rows)
-    d_query = d_query * largest + diagonal[:, None] * x_k
-    d_key = d_key * largest + diagonal[:, None] * x_q
+    diagonal = tl.load(rows_in + tile * 3 * C + rows)
+    d_query += diagonal[:, None] * x_k.to(tl.float32)
+    d_key += diagonal[:, None] * x_q.to(tl.float32)
     if NORM:
         # x_q is s times a unit vector, s the scale; its product with its gradient is <dO, O>
-        along_q = tl.load(rows_in + tile * 4 * C + C + rows)
-        along_k = tl.load(rows_in + tile * 4 * C + 2 * C + rows)
-        d_query -= (along_q / (scale * scale))[:, None] * x_q
-        d_key -= along_k[:, None] * x_k
+        along_q = tl.load(rows_in + tile * 3 * C + C + rows)
+        along_k = tl.load(rows_in + tile * 3 * C + 2 * C + rows)
+        d_query -= (along_q / (scale * scale))[:, None] * x_q.to(tl.float32)
+        d_key -= along_k[:, None] * x_k.to(tl.float32)
     tl.store(dq + at, (norm_q[:, None] * d_query).to(dq.dtype.element_ty), mask=inside)
     tl.store(dk + at, (norm_k[:, None] * d_key).to(dk.dtype.element_ty), mask=inside)
 
     # every later token of the chunk depends on this log-decay, and so does the state after it; the sum over them is a
     # product with a 0/1 matrix, in two halves that together hold 16 bits
-    later = tl.trans(upto.load([0, 0]))
-    high = d_sum.to(upto.dtype)
-    d_decay = tl.dot(later, high)
-    d_decay = tl.dot(later, (d_sum - high.to(tl.float32)).to(upto.dtype), d_decay) + both[None, :]
+    table = later.load([0, 0])
+    high = d_sum.to(later.dtype)
+    d_decay = tl.dot(table, high)
+    d_decay = tl.dot(table, (d_sum - high.to(tl.float32)).to(later.dtype), d_decay) + both[None, :]
     if GATE == "bounded":
         s = sigmoid(tl.exp(rate) * (raw + bias))
         d_raw = d_decay * lower_bound * s * (1.0 - s) * tl.exp(rate)
@@ -284,4 +281,53 @@ def keys_kernel(
     tl.store(dg + at, d_raw.to(dg.dtype.element_ty), mask=inside)
     if GATE != "none":
         tl.store(d_bias + tile * K + channels, tl.sum(d_raw, 0), mask=channels < K)
-        tl.store(d_rate + tile * PARTS + part, tl.sum(tl.sum(tl.where(inside, d_log, 0.0), 1), 0))
+        tl.store(d_rate + tile * (BK // W) + part, tl.sum(tl.sum(tl.where(inside, d_log, 0.0), 1), 0))
+
+
+@triton.jit
+def keys_kernel(
+    q, k, decay, A_log, dt_bias, sums, later, total, norms, rows_in, d_scores, d_lower, strength, errors,
+    grad_out, states, grads, news, wild,
+    dq, dk, dg, d_bias, d_rate,
+    chunk_starts, chunk_lengths, tokens, scale, lower_bound,
+    H: tl.constexpr, HQ: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
+    BV: tl.constexpr, C: tl.constexpr, GATE: tl.constexpr, NORM: tl.constexpr, PACKED: tl.constexpr,
+    DOT: tl.constexpr, LEVELS: tl.constexpr, W: tl.constexpr,
+):  # fmt: skip
+    """Do what belongs to ``W`` key channels: dq, dk, and the gradients of their decays."""
+    PARTS: tl.constexpr = BK // W
+    # the parts of one chunk are neighbours: they read the same tiles
+    part, chunk, head = tl.program_id(0) % PARTS, (tl.program_id(0) // PARTS).to(tl.int64), tl.program_id(1)
+    if tl.load(wild + chunk * H + head) == 0:
+        _keys(
+            chunk, head, part,
+            q, k, decay, A_log, dt_bias, sums, later, total, norms, rows_in, d_scores, d_lower, strength, errors,
+            grad_out, states, grads, news, dq, dk, dg, d_bias, d_rate,
+            chunk_starts, chunk_lengths, tokens, scale, lower_bound,
+            H, HQ, HK, K, V, BK, BV, C, GATE, NORM, PACKED, DOT, LEVELS, W, False,
+        )  # fmt: skip
+
+
+@triton.jit
+def keys_wild_kernel(
+    q, k, decay, A_log, dt_bias, sums, later, total, norms, rows_in, d_scores, d_lower, strength, errors,
+    grad_out, states, grads, news, wild,
+    dq, dk, dg, d_bias, d_rate,
+    chunk_starts, chunk_lengths, tokens, scale, lower_bound, number,
+    H: tl.constexpr, HQ: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
+    BV: tl.constexpr, C: tl.constexpr, GATE: tl.constexpr, NORM: tl.constexpr, PACKED: tl.constexpr,
+    DOT: tl.constexpr, LEVELS: tl.constexpr, W: tl.constexpr, PROGRAMS: tl.constexpr, MOST: tl.constexpr,
+):  # fmt: skip
+    """Do the same, level by level, for chunks whose decay is out of range."""
+    if any_wild(wild, number, PROGRAMS, MOST):
+        for step in tl.range(0, MOST):
+            tile = tl.program_id(0) + step * PROGRAMS
+            if tl.load(wild + tile, mask=tile < number, other=0) != 0:
+                for part in tl.range(0, BK // W):
+                    _keys(
+                        (tile // H).to(tl.int64), tile % H, part,
+                        q, k, decay, A_log, dt_bias, sums, later, total, norms, rows_in, d_scores, d_lower, strength,
+                        errors, grad_out, states, grads, news, dq, dk, dg, d_bias, d_rate,
+                        chunk_starts, chunk_lengths, tokens, scale, lower_bound,
+                        H, HQ, HK, K, V, BK, BV, C, GATE, NORM, PACKED, DOT, LEVELS, W, True,
+                    )  # fmt: skip

@@ -49,9 +49,17 @@ def reciprocal(x):
 
 
 @triton.jit
+def exp2(x):
+    """Compute ``2 ** x`` to 2e-7 of its value; zero below the normal numbers."""
+    if _ASSEMBLY:
+        return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
+    return tl.exp2(x)
+
+
+@triton.jit
 def softplus_log2(x):
     """Compute ``log2(1 + exp(x))`` to 2e-5 of its value, small values too."""
-    e = tl.exp2(-LOG2E * tl.abs(x))
+    e = exp2(-LOG2E * tl.abs(x))
     series = e * (LOG2E - e * (LOG2E / 2 - e * (LOG2E / 3)))
     return LOG2E * tl.maximum(x, 0.0) + tl.where(e < 0.0078125, series, log2(1.0 + e))
 
@@ -59,7 +67,7 @@ def softplus_log2(x):
 @triton.jit
 def sigmoid(x):
     """Compute ``1 / (1 + exp(-x))``."""
-    return reciprocal(1.0 + tl.exp2(-LOG2E * x))
+    return reciprocal(1.0 + exp2(-LOG2E * x))
 
 
 @triton.jit
@@ -73,22 +81,39 @@ def log2_decay(raw, A_log, dt_bias, lower_bound, GATE: tl.constexpr):
 
 
 @triton.jit
-def _level_scores(q, k, sums, log_decay, PRECISION: tl.constexpr):
-    """Multiply decayed rows of the right halves with decayed rows of the left halves; other pairs are meaningless."""
-    factor = tl.exp2(tl.dot(sums, log_decay, input_precision=PRECISION)).to(q.dtype)
-    left = k * factor
-    other = tl.trans(left)
-    scores = tl.dot(q * factor, other, input_precision=PRECISION)
-    return scores, tl.dot(left, other, input_precision=PRECISION)
+def place(chunk, tokens, chunk_starts, chunk_lengths, C: tl.constexpr, PACKED: tl.constexpr):
+    """Return the first token of a chunk and how many it has."""
+    if PACKED:
+        return tl.load(chunk_starts + chunk).to(tl.int64), tl.load(chunk_lengths + chunk)
+    per_row = tl.cdiv(tokens, C)
+    first = (chunk % per_row) * C
+    return (chunk // per_row) * tokens + first, tl.minimum(tokens - first, C).to(tl.int32)
 
 
 @triton.jit
-def _store_decayed(q, k, upto, after, log_decay, qd, kd, kt, cells, PRECISION: tl.constexpr):
-    factor = tl.exp2(tl.dot(upto, log_decay, input_precision=PRECISION))
-    tl.store(qd + cells, (q.to(tl.float32) * factor).to(qd.dtype.element_ty))
-    tl.store(kd + cells, (k.to(tl.float32) * factor).to(qd.dtype.element_ty))
-    factor = tl.exp2(tl.dot(after, log_decay, input_precision=PRECISION))
-    tl.store(kt + cells, (k.to(tl.float32) * factor).to(qd.dtype.element_ty))
+def any_wild(wild, number, PROGRAMS: tl.constexpr, MOST: tl.constexpr):
+    """Say whether one of the tiles ``program, program + PROGRAMS, ...`` needs another path."""
+    tiles = tl.program_id(0) + PROGRAMS * tl.arange(0, MOST)
+    return tl.max(tl.load(wild + tiles, mask=tiles < number, other=0), 0) != 0
+
+
+@triton.jit
+def meet(rows, level):
+    """Say which columns meet row i of a right half at a level: those of the left half of its block."""
+    half = 1 << level
+    corner = rows & ~(2 * half - 1)
+    width = tl.where((rows & half) != 0, half, 0)
+    return (rows[None, :] - corner[:, None]).to(tl.uint32) < width[:, None].to(tl.uint32)
+
+
+@triton.jit
+def _inverse_norm(at, live, K: tl.constexpr, BK: tl.constexpr):
+    """Return one over the length of every row of channels."""
+    channels = tl.arange(0, BK)
+    x = tl.load(at + channels[None, :], mask=live[:, None] & (channels < K)[None, :], other=0.0).to(
+        tl.float32
+    )
+    return tl.rsqrt(tl.sum(x * x, 1) + 1e-6)
 
 
 @triton.jit
@@ -109,50 +134,23 @@ def _decay_tile(
 
 
 @triton.jit
-def prepare_kernel(
-    q, k, decay, beta, A_log, dt_bias, sums,
-    qd, kd, kt, p, inverse_out, gc, strengths, norms,
+def _prepare(
+    chunk, head, q, k, decay, beta, A_log, dt_bias, sums,
+    qd, kd, kt, p, inverse_out, gc, strengths, norms, wild,
     chunk_starts, chunk_lengths, tokens, scale, lower_bound,
     H: tl.constexpr, HQ: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr,
     GATE: tl.constexpr, NORM: tl.constexpr, SIGMOID: tl.constexpr, PACKED: tl.constexpr, DOT: tl.constexpr,
-    LEVELS: tl.constexpr, W: tl.constexpr, STAGES: tl.constexpr, SAVE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    LEVELS: tl.constexpr, W: tl.constexpr, SAVE: tl.constexpr, PRECISION: tl.constexpr, WILD: tl.constexpr,
+    RANGE: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    chunk, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    if PACKED:
-        start, length = tl.load(chunk_starts + chunk).to(tl.int64), tl.load(chunk_lengths + chunk)
-    else:
-        per_row = tl.cdiv(tokens, C)
-        first = (chunk % per_row) * C
-        start, length = (chunk // per_row) * tokens + first, tl.minimum(tokens - first, C).to(tl.int32)
-    # wide keys are taken in two halves, so that a tile fits into the registers
-    TWO: tl.constexpr = BK > W
-    rows = tl.arange(0, C)
-    c0 = tl.arange(0, W)
-    c1 = W + c0
+    start, length = place(chunk, tokens, chunk_starts, chunk_lengths, C, PACKED)
+    rows, part = tl.arange(0, C), tl.arange(0, W)
     live = rows < length
     token = start + rows
     tile = chunk * H + head
-    at_q = q + (token * HQ + head // (H // HQ))[:, None] * K + c0[None, :]
-    at_k = k + (token * HK + head // (H // HK))[:, None] * K + c0[None, :]
-    at_g = decay + (token * H + head)[:, None] * K + c0[None, :]
-    in0 = live[:, None] & (c0 < K)[None, :]
-    in1 = live[:, None] & (c1 < K)[None, :]
-    q0 = tl.load(at_q, mask=in0, other=0.0).to(tl.float32)
-    k0 = tl.load(at_k, mask=in0, other=0.0).to(tl.float32)
-    qq, kk, qk = tl.sum(q0 * q0, 1), tl.sum(k0 * k0, 1), tl.sum(q0 * k0, 1)
-    g = _decay_tile(at_g, in0, A_log, dt_bias, c0, K, head, lower_bound, GATE)
-    tl.store(gc + tile * BK + c0, tl.sum(g, 0))
-    g0 = g.to(DOT)
-    if TWO:
-        q1 = tl.load(at_q + W, mask=in1, other=0.0).to(tl.float32)
-        k1 = tl.load(at_k + W, mask=in1, other=0.0).to(tl.float32)
-        qq += tl.sum(q1 * q1, 1)
-        kk += tl.sum(k1 * k1, 1)
-        qk += tl.sum(q1 * k1, 1)
-        g = _decay_tile(at_g + W, in1, A_log, dt_bias, c1, K, head, lower_bound, GATE)
-        tl.store(gc + tile * BK + c1, tl.sum(g, 0))
-        g1 = g.to(DOT)
+    at_q = q + (token * HQ + head // (H // HQ))[:, None] * K
+    at_k = k + (token * HK + head // (H // HK))[:, None] * K
+    at_g = decay + (token * H + head)[:, None] * K
     strength = tl.load(beta + token * H + head, mask=live, other=0.0).to(tl.float32)
     if SIGMOID:
         strength = tl.where(live, sigmoid(strength), 0.0)
@@ -162,45 +160,124 @@ def prepare_kernel(
     norm_q = tl.zeros([C], tl.float32) + scale
     norm_k = tl.zeros([C], tl.float32) + 1.0
     if NORM:
-        norm_q *= tl.rsqrt(qq + 1e-6)
-        norm_k *= tl.rsqrt(kk + 1e-6)
-    q0, k0 = (q0 * norm_q[:, None]).to(DOT), (k0 * norm_k[:, None]).to(DOT)
-    if TWO:
-        q1, k1 = (q1 * norm_q[:, None]).to(DOT), (k1 * norm_k[:, None]).to(DOT)
-
-    i, j = rows[:, None], rows[None, :]
-    attention = tl.where(i == j, (qk * norm_q * norm_k)[:, None], 0.0)
-    inverse = tl.where(i == j, 1.0, 0.0)
-    # a loop that is not unrolled: its code stays in the instruction cache
-    for level in tl.range(0, LEVELS, num_stages=STAGES):
-        half = 1 << level
-        inside = sums.load([level * C, 0])
-        scores, lower = _level_scores(q0, k0, inside, g0, PRECISION)
-        if TWO:
-            more, below = _level_scores(q1, k1, inside, g1, PRECISION)
-            scores += more
-            lower += below
-        # row i of a right half meets the left half of its block, which starts here
-        corner = rows & ~(2 * half - 1)
-        width = tl.where((rows & half) != 0, half, 0)
-        mask = (j - corner[:, None]).to(tl.uint32) < width[:, None].to(tl.uint32)
-        attention = tl.where(mask, scores, attention)
-        lower = tl.where(mask, lower * strength[:, None], 0.0)
-        step = tl.dot(lower.to(DOT), inverse.to(DOT), input_precision=PRECISION)
-        inverse -= tl.dot(inverse.to(DOT), step.to(DOT), input_precision=PRECISION)
-
-    squares = tile * C * C + i * C + j
-    tl.store(p + squares, attention.to(p.dtype.element_ty))
-    tl.store(inverse_out + squares, inverse.to(p.dtype.element_ty))
+        norm_q *= _inverse_norm(at_q, live, K, BK)
+        norm_k *= _inverse_norm(at_k, live, K, BK)
     tl.store(strengths + tile * C + rows, strength)
     if SAVE:
         tl.store(norms + tile * 2 * C + rows, norm_q)
         tl.store(norms + tile * 2 * C + C + rows, norm_k)
-    cells = tile * C * BK + i * BK + c0[None, :]
-    upto, after = sums.load([LEVELS * C + C, 0]), sums.load([LEVELS * C, 0])
-    _store_decayed(q0, k0, upto, after, g0, qd, kd, kt, cells, PRECISION)
-    if TWO:
-        _store_decayed(q1, k1, upto, after, g1, qd, kd, kt, cells + W, PRECISION)
+
+    row = (tile * C).to(tl.int32)
+    attention = tl.zeros([C, C], tl.float32)
+    lower = tl.zeros([C, C], tl.float32)
+    if WILD:
+        attention_by_level = tl.zeros([C, C], tl.float32)
+        lower_by_level = tl.zeros([C, C], tl.float32)
+        own = tl.zeros([C], tl.float32)
+        shortest = tl.zeros([C], tl.float32)
+    far = 0.0
+    # a loop that is not unrolled: its code stays in the instruction cache
+    for first in tl.range(0, BK, W):
+        channels = first + part
+        inside = live[:, None] & (channels < K)[None, :]
+        log_decay = _decay_tile(
+            at_g + channels[None, :], inside, A_log, dt_bias, channels, K, head, lower_bound, GATE
+        ).to(DOT)
+        xq = tl.load(at_q + channels[None, :], mask=inside, other=0.0).to(tl.float32)
+        xk = tl.load(at_k + channels[None, :], mask=inside, other=0.0).to(tl.float32)
+        xq, xk = (xq * norm_q[:, None]).to(DOT), (xk * norm_k[:, None]).to(DOT)
+        total = tl.sum(log_decay.to(tl.float32), 0)
+        tl.store(gc + tile * BK + channels, total)
+        far = tl.minimum(far, tl.min(total, 0))
+        upto = tl.dot(sums.load([(LEVELS + 1) * C, 0]), log_decay, input_precision=PRECISION)
+        factor = exp2(upto)
+        back = exp2(-upto)
+        read_q, read_k = xq.to(tl.float32) * factor, xk.to(tl.float32) * factor
+        qd.store([row, first], read_q.to(qd.dtype))
+        kd.store([row, first], read_k.to(qd.dtype))
+        write = xk.to(tl.float32) * back
+        other = tl.trans(write.to(WIDE))
+        attention = tl.dot(read_q.to(WIDE), other, attention, input_precision=PRECISION)
+        lower = tl.dot(read_k.to(WIDE), other, lower, input_precision=PRECISION)
+        if not WILD:
+            kt.store([row, first], (write * exp2(total)[None, :]).to(qd.dtype))
+        else:
+            shortest = tl.minimum(shortest, tl.min(upto, 1))
+            own += tl.sum(xq.to(tl.float32) * xk.to(tl.float32), 1)
+            after = tl.dot(sums.load([LEVELS * C, 0]), log_decay, input_precision=PRECISION)
+            kt.store([row, first], (xk.to(tl.float32) * exp2(after)).to(qd.dtype))
+            for level in tl.range(0, LEVELS):
+                inner = sums.load([level * C, 0])
+                small = exp2(tl.dot(inner, log_decay, input_precision=PRECISION)).to(DOT)
+                left = xk * small
+                mask = meet(rows, level)
+                scores = tl.dot(xq * small, tl.trans(left), input_precision=PRECISION)
+                attention_by_level += tl.where(mask, scores, 0.0)
+                scores = tl.dot(left, tl.trans(left), input_precision=PRECISION)
+                lower_by_level += tl.where(mask, scores, 0.0)
+
+    i, j = rows[:, None], rows[None, :]
+    attention = tl.where(i >= j, attention, 0.0)
+    lower = tl.where(i > j, lower * strength[:, None], 0.0)
+    if WILD:
+        # only rows that are out of range, so that no row depends on later ones
+        out = (shortest < RANGE)[:, None]
+        attention_by_level += tl.where(i == j, own[:, None], 0.0)
+        attention = tl.where(out, attention_by_level, attention)
+        lower = tl.where(out, lower_by_level * strength[:, None], lower)
+    else:
+        tl.store(wild + tile, (far < RANGE).to(tl.int32))
+    p.store([row, 0], attention.to(p.dtype))
+
+    inverse = tl.where(i == j, 1.0, tl.where(meet(rows, 0), -lower, 0.0))
+    for level in tl.range(1, LEVELS):
+        joint = tl.where(meet(rows, level), lower, 0.0).to(DOT)
+        step = tl.dot(joint, inverse.to(DOT), input_precision=PRECISION)
+        inverse -= tl.dot(inverse.to(DOT), step.to(DOT), input_precision=PRECISION)
+    inverse_out.store([row, 0], inverse.to(p.dtype))
+
+
+@triton.jit
+def prepare_kernel(
+    q, k, decay, beta, A_log, dt_bias, sums,
+    qd, kd, kt, p, inverse_out, gc, strengths, norms, wild,
+    chunk_starts, chunk_lengths, tokens, scale, lower_bound,
+    H: tl.constexpr, HQ: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr,
+    GATE: tl.constexpr, NORM: tl.constexpr, SIGMOID: tl.constexpr, PACKED: tl.constexpr, DOT: tl.constexpr,
+    LEVELS: tl.constexpr, W: tl.constexpr, SAVE: tl.constexpr, PRECISION: tl.constexpr, RANGE: tl.constexpr,
+    WIDE: tl.constexpr,
+):  # fmt: skip
+    """Prepare every chunk in one product, and mark those whose decay is out of its range."""
+    _prepare(
+        tl.program_id(0).to(tl.int64), tl.program_id(1), q, k, decay, beta, A_log, dt_bias, sums,
+        qd, kd, kt, p, inverse_out, gc, strengths, norms, wild,
+        chunk_starts, chunk_lengths, tokens, scale, lower_bound,
+        H, HQ, HK, K, BK, C, GATE, NORM, SIGMOID, PACKED, DOT, LEVELS, W, SAVE, PRECISION, False, RANGE, WIDE,
+    )  # fmt: skip
+
+
+@triton.jit
+def prepare_wild_kernel(
+    q, k, decay, beta, A_log, dt_bias, sums,
+    qd, kd, kt, p, inverse_out, gc, strengths, norms, wild,
+    chunk_starts, chunk_lengths, tokens, scale, lower_bound, number,
+    H: tl.constexpr, HQ: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr,
+    GATE: tl.constexpr, NORM: tl.constexpr, SIGMOID: tl.constexpr, PACKED: tl.constexpr, DOT: tl.constexpr,
+    LEVELS: tl.constexpr, W: tl.constexpr, SAVE: tl.constexpr, PRECISION: tl.constexpr, RANGE: tl.constexpr,
+    WIDE: tl.constexpr, PROGRAMS: tl.constexpr, MOST: tl.constexpr,
+):  # fmt: skip
+    """Prepare the marked chunks again, level by level."""
+    if any_wild(wild, number, PROGRAMS, MOST):
+        for step in tl.range(0, MOST):
+            tile = tl.program_id(0) + step * PROGRAMS
+            if tl.load(wild + tile, mask=tile < number, other=0) != 0:
+                _prepare(
+                    (tile // H).to(tl.int64), tile % H, q, k, decay, beta, A_log, dt_bias, sums,
+                    qd, kd, kt, p, inverse_out, gc, strengths, norms, wild,
+                    chunk_starts, chunk_lengths, tokens, scale, lower_bound,
+                    H, HQ, HK, K, BK, C, GATE, NORM, SIGMOID, PACKED, DOT, LEVELS, W, SAVE, PRECISION, True,
+                    RANGE, WIDE,
+                )  # fmt: skip
 
 
 @triton.jit
@@ -262,7 +339,7 @@ def scan_kernel(
         solve = inverse.load([row, 0])
         strength = tl.load(strengths + tile * C + rows)
         tail = kt.load([row, 0])
-        gain = tl.exp2(tl.load(gc + tile * BK + channels))
+        gain = exp2(tl.load(gc + tile * BK + channels))
         left = state.to(dtype)
         if SAVE and not SUMMARY:
             wide_cells = tile * BK * V + columns[:, None] * BK + channels[None, :]
