@@ -11,24 +11,23 @@ import functools
 import math
 import os
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from gendistill_kernels.delta_chunk_backward import keys_kernel, reverse_scan_kernel, values_kernel
 from gendistill_kernels.delta_chunk_forward import carry_kernel, prepare_kernel, scan_kernel
+from gendistill_kernels.launch import Blocks, Launcher
 
-# a launch, ``kernel[grid](...)``, is not what the type of a jitted function says
-_prepare: Any = prepare_kernel
-_scan: Any = scan_kernel
-_carry: Any = carry_kernel
-_reverse_scan: Any = reverse_scan_kernel
-_values: Any = values_kernel
-_keys: Any = keys_kernel
+_prepare = Launcher(prepare_kernel)
+_scan = Launcher(scan_kernel)
+_carry = Launcher(carry_kernel)
+_reverse_scan = Launcher(reverse_scan_kernel)
+_values = Launcher(values_kernel)
+_keys = Launcher(keys_kernel)
 
 # operands with the range of float32; the interpreter multiplies bfloat16 wrongly
 _SPLIT = torch.float32 if os.environ.get("TRITON_INTERPRET") == "1" else torch.bfloat16
@@ -237,13 +236,13 @@ def _scan_config(n: _Sizes, dtype: torch.dtype, *, save: bool) -> tuple[int, int
 
 
 @functools.cache
-def _upto(device: torch.device, dtype: torch.dtype) -> TensorDescriptor:
+def _upto(device: torch.device, dtype: torch.dtype) -> Blocks:
     """Make the 0/1 matrix that sums over a token and those before it."""
     return _tiles(torch.ones(CHUNK, CHUNK, dtype=dtype, device=device).tril())
 
 
 @functools.cache
-def _tables(device: torch.device, dtype: torch.dtype = torch.float16) -> TensorDescriptor:
+def _tables(device: torch.device, dtype: torch.dtype = torch.float16) -> Blocks:
     """Make 0/1 matrices, one under the other.
 
     Per level, what sums log-decays from the middle of a block to a token; the same from a token to the end of the
@@ -262,9 +261,8 @@ def _tables(device: torch.device, dtype: torch.dtype = torch.float16) -> TensorD
     return _tiles(table)
 
 
-def _tiles(part: Tensor) -> TensorDescriptor:
-    width = part.shape[-1]
-    return TensorDescriptor(part, [part.numel() // width, width], [width, 1], [CHUNK, width])
+def _tiles(part: Tensor) -> Blocks:
+    return Blocks(part, (CHUNK, part.shape[-1]))
 
 
 def _layout(x: Inputs, n: _Sizes, chunks: Chunks | None) -> Chunks:
