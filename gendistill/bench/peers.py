@@ -58,7 +58,7 @@ class Ours:
 
     def decode(self, x: DecodeInputs) -> Callable[[], OpOutput]:
         """As :class:`Contestant` says; the state changes in place."""
-        state, conv_state, run = x.state.clone(), x.conv_state.clone(), triton_ops().kda_decode
+        state, conv_state, run = x.state.clone(), x.conv_state.clone(), triton_ops().triton_kda_decode
         gates = (x.a_log, x.dt_bias, x.conv_weight, x.conv_bias)
         finish = (x.norm_weight, x.output_gate, x.kv_heads, "bounded", LOWER_BOUND, "identity", "silu")
 

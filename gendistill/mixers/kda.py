@@ -254,7 +254,7 @@ class KDA(nn.Module):
         if not state.owned:
             conv, recurrent = None if conv is None else conv.clone(), recurrent.clone()
         norm_weight, output_gate = self._output_gate(x)
-        out = triton_ops().kda_decode(
+        out = triton_ops().triton_kda_decode(
             self._project(x),
             self._raw_decay(x),
             self.b_proj(x),

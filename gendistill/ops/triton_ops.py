@@ -11,7 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.library import custom_op
+from torch.nn import Parameter
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from gendistill.ops.types import OpOutput, Segments
 
@@ -21,16 +24,58 @@ _norm: Any = importlib.import_module("gendistill_kernels.gated_norm")
 _decode: Any = importlib.import_module("gendistill_kernels.decode")
 
 
-def _differentiable(op: Any, keep: Any, differentiate: Any) -> Any:
-    """Register an op's autograd, and return what calls the op: eagerly past that registration, which is slow."""
-    op.register_autograd(differentiate, setup_context=keep)
-    methods = {"forward": op, "setup_context": keep, "backward": differentiate}
+# a subclass of Tensor may stand for something that has no memory
+_PLAIN = {Tensor, Parameter, type(None), list, str, float, int, bool}
+
+
+def _is_eager(arguments: tuple[Any, ...]) -> bool:
+    """Say whether nobody but autograd has to see an op: no compiler, tracer, transform, mode or tensor subclass."""
+    return not (
+        torch.compiler.is_compiling()
+        or is_in_torch_dispatch_mode()
+        or torch._C._are_functorch_transforms_active()
+        or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+        or not _PLAIN.issuperset(map(type, arguments))
+    )
+
+
+def _needs_grad(arguments: tuple[Any, ...]) -> bool:
+    return torch.is_grad_enabled() and any(
+        isinstance(part, Tensor) and part.requires_grad for part in arguments
+    )
+
+
+def _quick(op: Any, launch: Any) -> Any:
+    """Return what calls an op without derivative; eagerly, what it does itself, since its dispatch takes long."""
+
+    def call(*arguments: Any) -> Any:
+        if _is_eager(arguments) and not _needs_grad(arguments):
+            return launch(*arguments)
+        return op(*arguments)
+
+    return call
+
+
+def _differentiable(
+    op: Any, launch: Any, keep: Any, differentiate: Any, *, keep_registered: Any = None
+) -> Any:
+    """Register an op's derivative, and return what calls the op; eagerly, what it does itself, as :func:`_quick`."""
+    op.register_autograd(differentiate, setup_context=keep_registered or keep)
+
+    def forward(ctx: Any, *arguments: Any) -> Any:
+        # an output without a gradient says None, and costs no tensor of zeros
+        ctx.set_materialize_grads(False)
+        output = launch(*arguments)
+        keep(ctx, arguments, output)
+        return output
+
+    methods = {"forward": forward, "backward": once_differentiable(differentiate)}
     function = type(op._name, (torch.autograd.Function,), {k: staticmethod(v) for k, v in methods.items()})
 
     def call(*arguments: Any) -> Any:
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        if not _is_eager(arguments):
             return op(*arguments)
-        return function.apply(*arguments)
+        return function.apply(*arguments) if _needs_grad(arguments) else launch(*arguments)
 
     return call
 
@@ -79,8 +124,7 @@ def _chunks(*tables: Tensor | None) -> Any:
     return None if tables[0] is None else _delta.Chunks(*tables)
 
 
-@custom_op("gendistill::kda_forward", mutates_args=())
-def kda_forward(
+def _launch_kda_forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -115,6 +159,9 @@ def kda_forward(
     return out, last, [] if saved is None else list(saved)
 
 
+kda_forward = custom_op("gendistill::kda_forward", _launch_kda_forward, mutates_args=())
+
+
 @kda_forward.register_fake
 def _(q, k, v, decay, beta, a_log, dt_bias, state, *settings):
     *tables, _gate, _lower_bound, _raw, save = settings
@@ -122,8 +169,7 @@ def _(q, k, v, decay, beta, a_log, dt_bias, state, *settings):
     return _delta.empty_outputs(inputs, _chunks(*tables), save=save)
 
 
-@custom_op("gendistill::kda_backward_scan", mutates_args=())
-def kda_backward_scan(
+def _launch_kda_backward_scan(
     grad_out: Tensor,
     grad_state: Tensor | None,
     inputs: list[Tensor],
@@ -143,6 +189,9 @@ def kda_backward_scan(
     return [grads, errors] if first is None else [grads, errors, first]
 
 
+kda_backward_scan = custom_op("gendistill::kda_backward_scan", _launch_kda_backward_scan, mutates_args=())
+
+
 @kda_backward_scan.register_fake
 def _(grad_out, grad_state, inputs, tables, saved, want_state):
     kept = _delta.Saved(*saved)
@@ -155,8 +204,7 @@ def _(grad_out, grad_state, inputs, tables, saved, want_state):
     return found
 
 
-@custom_op("gendistill::kda_backward_local", mutates_args=())
-def kda_backward_local(
+def _launch_kda_backward_local(
     grad_out: Tensor,
     inputs: list[Tensor],
     tables: list[Tensor],
@@ -189,16 +237,29 @@ def kda_backward_local(
     return [part for part in found if part is not None]
 
 
+kda_backward_local = custom_op("gendistill::kda_backward_local", _launch_kda_backward_local, mutates_args=())
+
+
 @kda_backward_local.register_fake
 def _(grad_out, inputs, *_):
     return [torch.empty_like(part) for part in inputs]
+
+
+_forward = _quick(kda_forward, _launch_kda_forward)
+_backward_scan = _quick(kda_backward_scan, _launch_kda_backward_scan)
+_backward_local = _quick(kda_backward_local, _launch_kda_backward_local)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, list[Tensor]]) -> None:
     *tensors, ctx.gate, ctx.lower_bound, ctx.raw, _ = inputs
     ctx.save_for_backward(*tensors, output[0])
     # not through save_for_backward, so that the backward pass can free half of it on the way
-    ctx.saved = [part.detach() for part in output[2]]
+    ctx.saved = output[2]
+
+
+def _keep_detached(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, list[Tensor]]) -> None:
+    # torch makes all that the registered op returns part of the graph, which must not hold itself
+    _keep(ctx, inputs, (*output[:2], [part.detach() for part in output[2]]))
 
 
 def _differentiate(ctx: Any, grad_out: Tensor, grad_state: Tensor | None, _: Any) -> tuple[Any, ...]:
@@ -207,22 +268,24 @@ def _differentiate(ctx: Any, grad_out: Tensor, grad_state: Tensor | None, _: Any
     saved, ctx.saved = ctx.saved, None
     if not saved:
         # a second backward pass through the same graph
-        saved = kda_forward(*tensors, ctx.gate, ctx.lower_bound, ctx.raw, save=True)[2]
+        saved = _forward(*tensors, ctx.gate, ctx.lower_bound, ctx.raw, True)[2]
     inputs = [part for part in parts if part is not None]
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out.contiguous()
     if grad_state is not None:
         grad_state = grad_state.contiguous()
     want_state = state is not None and ctx.needs_input_grad[7]
-    found = kda_backward_scan(grad_out, grad_state, inputs, tables, saved, want_state)
+    found = _backward_scan(grad_out, grad_state, inputs, tables, saved, want_state)
     kept = saved[2:]
     del saved
     settings = (ctx.gate, ctx.lower_bound, ctx.raw)
-    grads = kda_backward_local(grad_out, inputs, tables, out, *kept, found[0], found[1], *settings)
+    grads = _backward_local(grad_out, inputs, tables, out, *kept, found[0], found[1], *settings)
     grads += [None] * (7 - len(grads))
     return (*grads, found[2] if want_state else None, *[None] * 12)
 
 
-_kda = _differentiable(kda_forward, _keep, _differentiate)
+_kda = _differentiable(
+    kda_forward, _launch_kda_forward, _keep, _differentiate, keep_registered=_keep_detached
+)
 
 
 def triton_causal_conv(
@@ -244,8 +307,7 @@ def _tiles(*tables: Tensor | None) -> Any:
     return None if tables[0] is None else _conv.Tiles(*tables)
 
 
-@custom_op("gendistill::conv_forward", mutates_args=())
-def conv_forward(
+def _launch_conv_forward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -261,14 +323,16 @@ def conv_forward(
     )
 
 
+conv_forward = custom_op("gendistill::conv_forward", _launch_conv_forward, mutates_args=())
+
+
 @conv_forward.register_fake
 def _(x, weight, bias, state, cu_seqlens, owners, firsts, activation):
     number = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     return torch.empty_like(x), x.new_empty(number, x.shape[2], weight.shape[1] - 1)
 
 
-@custom_op("gendistill::conv_backward", mutates_args=())
-def conv_backward(
+def _launch_conv_backward(
     grad_out: Tensor,
     grad_state: Tensor | None,
     x: Tensor,
@@ -291,13 +355,21 @@ def conv_backward(
         state=state,
         tiles=_tiles(cu_seqlens, owners, firsts),
     )
-    # weight and bias may be two views of one sum, which an op must not return
-    return [part.clone() if index in (1, 2) else part for index, part in enumerate(found) if part is not None]
+    if found.bias is not None and found.bias.dtype == found.weight.dtype:
+        # weight and bias may be two views of one sum, which an op must not return
+        found = found._replace(bias=found.bias.clone())
+    return [part for part in found if part is not None]
+
+
+conv_backward = custom_op("gendistill::conv_backward", _launch_conv_backward, mutates_args=())
 
 
 @conv_backward.register_fake
 def _(grad_out, grad_state, x, weight, bias, state, cu_seqlens, owners, firsts, activation):
     return [torch.empty_like(part) for part in (x, weight, bias, state) if part is not None]
+
+
+_conv_backward = _quick(conv_backward, _launch_conv_backward)
 
 
 def _keep_conv(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -308,20 +380,22 @@ def _keep_conv(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor])
 def _differentiate_conv(ctx: Any, grad_out: Tensor, grad_state: Tensor | None) -> tuple[Any, ...]:
     x, weight, bias, state, *tables = ctx.saved_tensors
     grad_out = torch.zeros_like(x) if grad_out is None else grad_out.contiguous()
-    found = iter(conv_backward(grad_out, grad_state, x, weight, bias, state, *tables, ctx.activation))
+    found = iter(_conv_backward(grad_out, grad_state, x, weight, bias, state, *tables, ctx.activation))
     grads = [None if part is None else next(found) for part in (x, weight, bias, state)]
     return (*grads, None, None, None, None)
 
 
-_causal_conv = _differentiable(conv_forward, _keep_conv, _differentiate_conv)
+_causal_conv = _differentiable(conv_forward, _launch_conv_forward, _keep_conv, _differentiate_conv)
 
 
-@custom_op("gendistill::gated_norm_forward", mutates_args=())
-def gated_norm_forward(
+def _launch_gated_norm_forward(
     out: Tensor, weight: Tensor | None, gate: Tensor | None, activation: str, eps: float
 ) -> Tensor:
     """Return the normalised and gated ``[..., H * V]``."""
     return _norm.gated_norm_forward(out, weight, gate, activation=activation, eps=eps)
+
+
+gated_norm_forward = custom_op("gendistill::gated_norm_forward", _launch_gated_norm_forward, mutates_args=())
 
 
 @gated_norm_forward.register_fake
@@ -329,8 +403,7 @@ def _(out, weight, gate, activation, eps):
     return out.new_empty(*out.shape[:-2], out.shape[-2] * out.shape[-1])
 
 
-@custom_op("gendistill::gated_norm_backward", mutates_args=())
-def gated_norm_backward(
+def _launch_gated_norm_backward(
     grad: Tensor, out: Tensor, weight: Tensor | None, gate: Tensor | None, activation: str, eps: float
 ) -> list[Tensor]:
     """Return the gradients of out and, where they exist, weight and gate."""
@@ -338,9 +411,17 @@ def gated_norm_backward(
     return [part for part in found if part is not None]
 
 
+gated_norm_backward = custom_op(
+    "gendistill::gated_norm_backward", _launch_gated_norm_backward, mutates_args=()
+)
+
+
 @gated_norm_backward.register_fake
 def _(grad, out, weight, gate, activation, eps):
     return [torch.empty_like(part) for part in (out, weight, gate) if part is not None]
+
+
+_gated_norm_backward = _quick(gated_norm_backward, _launch_gated_norm_backward)
 
 
 def _keep_norm(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -350,15 +431,16 @@ def _keep_norm(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _differentiate_norm(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     parts = ctx.saved_tensors
-    found = iter(gated_norm_backward(grad.contiguous(), *parts, ctx.activation, ctx.eps))
+    found = iter(_gated_norm_backward(grad.contiguous(), *parts, ctx.activation, ctx.eps))
     return (*[None if part is None else next(found) for part in parts], None, None)
 
 
-triton_gated_norm = _differentiable(gated_norm_forward, _keep_norm, _differentiate_norm)
+triton_gated_norm = _differentiable(
+    gated_norm_forward, _launch_gated_norm_forward, _keep_norm, _differentiate_norm
+)
 
 
-@custom_op("gendistill::kda_decode", mutates_args=("state", "conv_state"))
-def kda_decode(
+def _launch_kda_decode(
     qkv: Tensor,
     decay: Tensor,
     beta: Tensor,
@@ -388,6 +470,8 @@ def kda_decode(
         output_gate: ``[N, T, H K]`` raw.
     Returns: ``[N, T, H, K]``.
     """
+    changed = [part for part in (state, conv_state) if part is not None]
+    torch.autograd.graph.increment_version(changed)
     convolution = None
     if conv_weight is not None:
         convolution = _decode.Convolution(conv_weight, conv_state, conv_bias, conv_activation)
@@ -406,6 +490,12 @@ def kda_decode(
     )
 
 
+kda_decode = custom_op("gendistill::kda_decode", _launch_kda_decode, mutates_args=("state", "conv_state"))
+
+
 @kda_decode.register_fake
 def _(qkv, decay, beta, state, *settings):
     return qkv.new_empty(*beta.shape, state.shape[3])
+
+
+triton_kda_decode = _quick(kda_decode, _launch_kda_decode)

@@ -16,7 +16,7 @@ Legend: N sequences, T new tokens, K key channels, V value channels, H heads of 
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import triton
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from gendistill_kernels.delta_chunk import Rule
 from gendistill_kernels.delta_chunk_forward import log2_decay
+from gendistill_kernels.launch import Launcher
 
 # elements of the state that a program holds at once: 64 registers in each of 256 threads
 _TILE = 128 * 128
@@ -231,8 +232,7 @@ def decode_kernel(
                 tl.store(at_out, y.to(out.dtype.element_ty), mask=wide < V)
 
 
-# a launch, ``kernel[grid](...)``, is not what the type of a jitted function says
-_decode: Any = decode_kernel
+_decode = Launcher(decode_kernel)
 
 
 def decode_step(

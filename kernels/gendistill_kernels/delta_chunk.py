@@ -17,7 +17,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from gendistill_kernels.delta_chunk_backward import (
     keys_kernel,
@@ -31,16 +30,16 @@ from gendistill_kernels.delta_chunk_forward import (
     prepare_wild_kernel,
     scan_kernel,
 )
+from gendistill_kernels.launch import Blocks, Launcher
 
-# a launch, ``kernel[grid](...)``, is not what the type of a jitted function says
-_prepare: Any = prepare_kernel
-_prepare_wild: Any = prepare_wild_kernel
-_scan: Any = scan_kernel
-_carry: Any = carry_kernel
-_reverse_scan: Any = reverse_scan_kernel
-_values: Any = values_kernel
-_keys: Any = keys_kernel
-_keys_wild: Any = keys_wild_kernel
+_prepare = Launcher(prepare_kernel)
+_prepare_wild = Launcher(prepare_wild_kernel)
+_scan = Launcher(scan_kernel)
+_carry = Launcher(carry_kernel)
+_reverse_scan = Launcher(reverse_scan_kernel)
+_values = Launcher(values_kernel)
+_keys = Launcher(keys_kernel)
+_keys_wild = Launcher(keys_wild_kernel)
 
 # operands with the range of float32; the interpreter multiplies bfloat16 wrongly
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -258,13 +257,13 @@ def _scan_config(n: _Sizes, dtype: torch.dtype, *, save: bool) -> tuple[int, int
 
 
 @functools.cache
-def _later(device: torch.device, dtype: torch.dtype) -> TensorDescriptor:
+def _later(device: torch.device, dtype: torch.dtype) -> Blocks:
     """Make the 0/1 matrix that sums over a token and those after it."""
     return _tiles(torch.ones(CHUNK, CHUNK, dtype=dtype, device=device).triu())
 
 
 @functools.cache
-def _tables(device: torch.device, dtype: torch.dtype = torch.float16) -> TensorDescriptor:
+def _tables(device: torch.device, dtype: torch.dtype = torch.float16) -> Blocks:
     """Make 0/1 matrices, one under the other.
 
     Per level, what sums log-decays from the middle of a block to a token; the same from a token to the end of the
@@ -279,9 +278,8 @@ def _tables(device: torch.device, dtype: torch.dtype = torch.float16) -> TensorD
     return _tiles(torch.cat([*sums, t <= i]).to(device=device, dtype=dtype))
 
 
-def _tiles(part: Tensor, columns: int | None = None) -> TensorDescriptor:
-    width = part.shape[-1]
-    return TensorDescriptor(part, [part.numel() // width, width], [width, 1], [CHUNK, columns or width])
+def _tiles(part: Tensor, columns: int | None = None) -> Blocks:
+    return Blocks(part, (CHUNK, columns or part.shape[-1]))
 
 
 def _wide(dtype: torch.dtype) -> Any:

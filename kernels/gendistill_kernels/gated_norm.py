@@ -20,6 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gendistill_kernels.launch import Launcher
+
 # values of one tile: rows times channels, these rounded up to a power of two
 _TILE_FORWARD, _TILE_BACKWARD = 4096, 2048
 # programs of the backward pass, each with its own sum for the weight: five for each of 132 multiprocessors
@@ -100,9 +102,8 @@ def backward_kernel(
         tl.store(partial + program * V + column, tl.sum(d_weight, 0), mask=column < V)
 
 
-# a launch, ``kernel[grid](...)``, is not what the type of a jitted function says
-_forward: Any = forward_kernel
-_backward: Any = backward_kernel
+_forward = Launcher(forward_kernel)
+_backward = Launcher(backward_kernel)
 
 
 def _layout(o: Tensor, gate: Tensor | None, activation: str, tile: int) -> tuple[int, dict[str, Any]]:

@@ -19,12 +19,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from gendistill_kernels.launch import Launcher
 
 TILE = 64
 # one warp for every strip
@@ -262,9 +264,8 @@ def backward_kernel(
         tl.store(partial + C * W + c, tl.sum(d_bias, 0), mask=inside)
 
 
-# a launch, ``kernel[grid](...)``, is not what the type of a jitted function says
-_forward: Any = forward_kernel
-_backward: Any = backward_kernel
+_forward = Launcher(forward_kernel)
+_backward = Launcher(backward_kernel)
 
 
 def _sizes(

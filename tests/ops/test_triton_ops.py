@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import weakref
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gendistill.mixers import KDA
 from gendistill.mixers.base import SequenceInfo
@@ -114,6 +118,100 @@ def inputs(H=2, K=16, T=9):
     beta = torch.randn(1, T, H, requires_grad=True)
     a_log, dt_bias = torch.zeros(H, requires_grad=True), torch.zeros(H * K, requires_grad=True)
     return q, k, v, decay, beta, a_log, dt_bias
+
+
+def call_kda(parts, **settings):
+    q, k, v, decay, beta, a_log, dt_bias = parts
+    gates = {"gate": "bounded", "a_log": a_log, "dt_bias": dt_bias, "raw": True}
+    return triton_ops.triton_kda(q, k, v, decay, beta, **gates, **settings)
+
+
+class Watch(TorchDispatchMode):
+    """Write down which of our ops torch sees."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        if function.namespace == "gendistill":
+            self.seen.append(function._opname)
+        return function(*arguments, **(keywords or {}))
+
+
+def test_a_dispatch_mode_sees_the_ops_and_gets_the_same_result():
+    parts = inputs()
+    results = []
+    for mode in (contextlib.nullcontext(), Watch()):
+        with mode:
+            out, state = call_kda(parts)
+            loss = out.square().sum() + state.square().sum()
+            results.append((out, state, *torch.autograd.grad(loss, parts)))
+    assert mode.seen == ["kda_forward", "kda_backward_scan", "kda_backward_local"]
+    for eager, registered in zip(*results, strict=True):
+        assert torch.equal(eager, registered)
+
+
+def test_a_fake_tensor_never_reaches_a_kernel():
+    with FakeTensorMode() as mode:
+        parts = [mode.from_tensor(part) for part in inputs()]
+    assert isinstance(call_kda(parts).out, FakeTensor)
+
+
+@pytest.mark.parametrize("wanted", ["out", "state"])
+def test_an_output_without_a_gradient_counts_as_one_of_zeros(wanted):
+    parts = inputs()
+    result = call_kda(parts, state=torch.randn(1, 2, 16, 16, requires_grad=True))
+    other = result.state if wanted == "out" else result.out
+    loss = getattr(result, wanted).square().sum()
+    found = torch.autograd.grad(loss, parts, retain_graph=True)
+    expected = torch.autograd.grad(loss + 0 * other.sum(), parts)
+    for one, two in zip(found, expected, strict=True):
+        assert torch.equal(one, two)
+
+
+def test_a_derivative_of_the_gradient_is_refused():
+    parts = inputs()
+    out = call_kda(parts).out
+    first = torch.autograd.grad(out.square().sum(), parts[0], create_graph=True)[0]
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        first.sum().backward()
+
+
+def test_half_of_what_was_saved_is_freed_on_the_way(monkeypatch):
+    kept, alive = [], []
+    scan, local = triton_ops._delta.chunk_backward_scan, triton_ops._delta.chunk_backward_local
+
+    def watched_scan(grad_out, grad_state, x, saved, **settings):
+        kept.extend(weakref.ref(part) for part in saved[:2])
+        return scan(grad_out, grad_state, x, saved, **settings)
+
+    def watched_local(*arguments, **settings):
+        alive.extend(part() is not None for part in kept)
+        return local(*arguments, **settings)
+
+    monkeypatch.setattr(triton_ops._delta, "chunk_backward_scan", watched_scan)
+    monkeypatch.setattr(triton_ops._delta, "chunk_backward_local", watched_local)
+    call_kda(inputs()).out.sum().backward()
+    assert alive == [False, False]
+
+
+def test_a_state_that_decoding_changes_is_known_to_have_changed():
+    N, H, K = 1, 2, 16
+    state, window = torch.randn(N, H, K, K), torch.randn(N, 3 * H * K, 3)
+    saved = (
+        (state * torch.ones((), requires_grad=True)).sum(),
+        (window * torch.ones((), requires_grad=True)).sum(),
+    )
+    with torch.no_grad():
+        triton_ops.triton_kda_decode(
+            *(torch.randn(N, 1, 3 * H * K), torch.randn(N, 1, H, K), torch.randn(N, 1, H), state),
+            *(torch.zeros(H), torch.zeros(H * K), torch.randn(3 * H * K, 4), None, window),
+            *(None, None, H, "bounded", -5.0, "silu", "none", 1e-6),
+        )
+    for part in saved:
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            part.backward()
 
 
 CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor")

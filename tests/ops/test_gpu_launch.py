@@ -1,0 +1,95 @@
+"""Launches through the launcher, compiled for a GPU, beside Triton's plain path: the same bits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from gendistill.ops import causal_conv, gated_kda
+from gendistill.ops.types import Impl
+
+if not torch.cuda.is_available():
+    pytest.skip("torch sees no CUDA device", allow_module_level=True)
+
+from gendistill_kernels import launch
+from gendistill_kernels.launch import Launcher
+
+pytestmark = pytest.mark.gpu
+
+
+def draw(B, T, H, K, *, offset):
+    """Draw inputs that start ``offset`` elements behind an aligned address."""
+    torch.manual_seed(0)
+    shapes = [(B, T, H, K)] * 4 + [(B, T, H), (H,), (H * K,)]
+    dtypes = [torch.bfloat16] * 5 + [torch.float32] * 2
+    parts = []
+    for shape, dtype in zip(shapes, dtypes, strict=True):
+        store = torch.randn(torch.Size(shape).numel() + offset, device="cuda").to(dtype)
+        parts.append(store[offset:].view(shape).requires_grad_())
+    return parts
+
+
+def run(parts):
+    q, k, v, decay, beta, a_log, dt_bias = parts
+    settings = {"gate": "softplus", "a_log": a_log, "dt_bias": dt_bias, "impl": Impl.TRITON}
+    out, state = gated_kda(q, k, v, decay, beta, **settings)
+    mixed = causal_conv(
+        q.flatten(2),
+        torch.ones(q.shape[2] * q.shape[3], 4, device="cuda"),
+        activation="silu",
+        impl=Impl.TRITON,
+    )
+    loss = out.float().square().sum() + state.sum() + mixed.out.float().sum()
+    return [out.detach(), state.detach(), mixed.out.detach(), *torch.autograd.grad(loss, parts)]
+
+
+@pytest.fixture
+def paths(monkeypatch):
+    """Count launches that reach the C launcher directly; return that and a switch to plain ones."""
+    counted = []
+    start = launch._Compiled.launch
+
+    def counting(self, *arguments):
+        counted.append(self)
+        start(self, *arguments)
+
+    monkeypatch.setattr(launch._Compiled, "launch", counting)
+    return counted, lambda: monkeypatch.setattr(
+        Launcher, "__getitem__", lambda self, grid: self.function[grid]
+    )
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("shape", [(2, 200, 3, 128), (1, 63, 2, 64)])
+def test_launches_write_the_bits_of_plain_ones(shape, offset, paths):
+    counted, go_plain = paths
+    # the first call compiles, the second must not need Triton's plain path
+    parts = draw(*shape, offset=offset)
+    run(parts)
+    counted.clear()
+    found = run(parts)
+    num_launches = len(counted)
+    go_plain()
+    expected = run(parts)
+    assert num_launches >= 7
+    assert len(counted) == num_launches
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_launch_goes_to_the_current_stream(paths):
+    counted, _ = paths
+    parts = draw(1, 64, 1, 64, offset=0)
+    expected = run(parts)
+    counted.clear()
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    with torch.no_grad():
+        settings = {"gate": "softplus", "a_log": parts[5], "dt_bias": parts[6], "impl": Impl.TRITON}
+        gated_kda(*parts[:5], **settings)
+        stream.wait_stream(torch.cuda.current_stream())
+        # a launch to any other stream would not be captured
+        with torch.cuda.graph(graph, stream=stream):
+            out, _ = gated_kda(*parts[:5], **settings)
+        graph.replay()
+    assert counted
+    assert torch.equal(out, expected[0])
