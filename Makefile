@@ -7,6 +7,8 @@ VENV ?= .venv
 PIP_FLAGS ?=
 PYTEST_FLAGS ?=
 RECIPE ?= smollm2-135m-kda-cpu
+SANITIZER ?= compute-sanitizer
+CASES ?=
 
 BIN := $(VENV)/bin
 OLDEST := $(abspath $(VENV)/transformers-5.17)
@@ -16,7 +18,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.t
 export PYTHONSAFEPATH := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-main test-oldest lint types interpret gpu wheel-check clean
+.PHONY: help setup demo test test-main test-oldest lint types interpret gpu racecheck wheel-check clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*##/\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -78,6 +80,21 @@ gpu: $(VENV)/.stamp-dev  ## run the tests that need a CUDA device
 		else exit $$code; fi; \
 	else \
 		echo "gpu: nothing was tested: torch sees no CUDA device here (gendistill doctor says why)"; \
+	fi
+
+# once without the sanitizer, so that everything is compiled; without the allocator's cache, so that memcheck sees the
+# end of every tensor
+racecheck: $(VENV)/.stamp-dev  ## look for races and wrong accesses in the kernels, with NVIDIA's compute-sanitizer
+	@if ! command -v $(SANITIZER) >/dev/null; then \
+		echo "racecheck: nothing was tested: $(SANITIZER) is not installed; it comes with the CUDA toolkit," \
+			"also as make SANITIZER=/usr/local/cuda/bin/compute-sanitizer racecheck"; \
+	elif ! $(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then \
+		echo "racecheck: nothing was tested: torch sees no CUDA device here (gendistill doctor says why)"; \
+	else \
+		$(BIN)/python tests/ops/racecheck.py $(CASES) && for tool in racecheck memcheck initcheck; do \
+			PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) --tool $$tool --error-exitcode 9 \
+				$(BIN)/python tests/ops/racecheck.py $(CASES) || exit 1; \
+		done; \
 	fi
 
 wheel-check: $(VENV)/.stamp-dev  ## build the wheel and use it from an empty folder

@@ -145,3 +145,5 @@ BARS = {
 # relative rms error against float64; those of A_log and dt_bias are sums in which most of the gradient cancels
 ERROR_BAR = 2e-2
 ERROR_BARS = {"d A_log": 3e-2, "d dt_bias": 3e-2}
+# of ours to the peer's, on the same inputs; missing it is reported and stops nothing
+ERROR_RATIO_BAR = 1.2

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from rich.table import Table
 
-from gendistill.bench.cases import ERROR_BAR, ERROR_BARS, FORWARD, STEP, TRAIN
+from gendistill.bench.cases import ERROR_BAR, ERROR_BARS, ERROR_RATIO_BAR, FORWARD, STEP, TRAIN
 from gendistill.report.plots import COLOURS, INK, MUTED
 from gendistill.report.results_table import ResultRow
 
@@ -86,8 +86,17 @@ class Check:
         """Whether every error of ours is under its bar; NaN never is."""
         return all(error < ERROR_BARS.get(name, ERROR_BAR) for name, error in self.ours.items())
 
+    @property
+    def ratios(self) -> dict[str, float]:
+        """Our error over the peer's, by result, where the peer has one to compare with."""
+        return {
+            name: error / self.peer[name]
+            for name, error in self.ours.items()
+            if 0 < self.peer.get(name, 0.0) < math.inf
+        }
+
     def measurements(self) -> list[Measurement]:
-        """Return one measurement per result."""
+        """Return every error, then every ratio to the peer's."""
         words = {True: "agree bit by bit", False: "differ in bits", None: "not measured"}
         note = f"small sizes, against float64; 3 runs {words[self.same]}, the peer's: {words[self.peer_same]}"
         return [
@@ -102,6 +111,17 @@ class Check:
                 note=note,
             )
             for name, error in self.ours.items()
+        ] + [
+            Measurement(
+                case=self.case,
+                gate=self.gate,
+                quantity=f"error ratio to peer, {name}",
+                unit="",
+                ours=ratio,
+                bar=ERROR_RATIO_BAR,
+                note=f"ours {self.ours[name]:.2e}, the peer's {self.peer[name]:.2e}",
+            )
+            for name, ratio in self.ratios.items()
         ]
 
 
@@ -120,7 +140,8 @@ def check_table(checks: Sequence[Check], peer: str | None) -> Table:
         if check.peer:
             other = [_shown(check.peer.get(name), "", ".1e") for name in names]
             table.add_row(f"  {peer}", *other, _agree(check.peer_same), style="dim")
-            table.add_row("  ours / peer", *[_ratio(check, name) for name in names], style="dim")
+            title = f"  ours / peer, <= {ERROR_RATIO_BAR:g}"
+            table.add_row(title, *[_ratio(check.ratios.get(name)) for name in names], style="dim")
     return table
 
 
@@ -130,9 +151,10 @@ def _error(errors: Mapping[str, float], name: str) -> str:
     return f"[bold red]{shown}[/]" if red else shown
 
 
-def _ratio(check: Check, name: str) -> str:
-    ours, peer = check.ours.get(name), check.peer.get(name)
-    return f"{ours / peer:.2f}" if ours is not None and peer else NOT_MEASURED
+def _ratio(ratio: float | None) -> str:
+    if ratio is None:
+        return NOT_MEASURED
+    return f"{ratio:.2f}" if ratio <= ERROR_RATIO_BAR else f"[red]{ratio:.2f} missed[/]"
 
 
 def _agree(same: bool | None) -> str:

@@ -1,8 +1,9 @@
-"""``gendistill bench``: check and time our kernels on this machine's GPU."""
+"""``gendistill bench``: check and time our kernels on this machine's GPU, and train with them."""
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -14,6 +15,8 @@ from gendistill.cli.arguments import Parser, command_line
 from gendistill.errors import GendistillError, RecipeError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from gendistill.bench.peers import FlaCore
     from gendistill.bench.rows import Measurement
 
@@ -40,29 +43,44 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     ops.add_argument("--json", metavar="PATH", type=Path, help="write a results file, again after every case")
     ops.add_argument("--plot", metavar="PATH", type=Path, help="draw the times, a PNG")
-    ops.add_argument("--commit", metavar="SHA", help="the measured code, where git does not know it")
+    train = actions.add_parser("train", help="a small hybrid on our kernels and on the reference ops")
+    train.add_argument("--steps", metavar="N", type=int, help="of every run (2000)")
+    train.add_argument("--seeds", metavar="N", type=int, help="runs of each implementation, at least 2 (3)")
+    train.add_argument(
+        "--output",
+        metavar="FOLDER",
+        type=Path,
+        default=Path("runs/bench-train"),
+        help="holds the runs; the same command continues them (runs/bench-train)",
+    )
+    train.add_argument("--json", metavar="PATH", type=Path, help="write a results file")
+    train.add_argument("--plot", metavar="PATH", type=Path, help="draw the losses, a PNG")
     ops.add_argument("--interpret-smoke", action="store_true", help=argparse.SUPPRESS)
+    for parser in (ops, train):
+        parser.add_argument("--commit", metavar="SHA", help="the measured code, where git does not know it")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Check and time the ops."""
+    """Check and time the ops, or compare training."""
+    return {"ops": _run_ops, "train": _run_train}[arguments.action](arguments)
+
+
+def _run_ops(arguments: argparse.Namespace) -> int:
     if arguments.budget is not None and arguments.budget <= 0:
         raise RecipeError(f"--budget must be positive, got {arguments.budget:g}", where="--budget")
     if arguments.no_peer and arguments.cold_peer:
         raise RecipeError("--cold-peer measures the peer that --no-peer leaves out", where="--cold-peer")
     commit = _commit(arguments)
-    _check_device(smoke=arguments.interpret_smoke)
+    _check_plot(arguments)
+    _check_device("ops", smoke=arguments.interpret_smoke)
     import torch
-    from rich.console import Console
 
     from gendistill.bench.measure import attempt
     from gendistill.bench.ops import Bench
     from gendistill.bench.peers import FlaCore
     from gendistill.bench.rows import save_plot
 
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = max(console.width, 160)
+    console = _console()
     gates = GATES if arguments.gate == "both" else (arguments.gate,)
     if arguments.interpret_smoke:
         # the interpreter multiplies bfloat16 wrongly
@@ -97,6 +115,55 @@ def run(arguments: argparse.Namespace) -> int:
             save_plot(arguments.plot, bench.found, bench.peer_label)
 
 
+def _run_train(arguments: argparse.Namespace) -> int:
+    commit = _commit(arguments)
+    _check_plot(arguments)
+    _check_device("train")
+    import torch
+
+    from gendistill.bench.train import MOST_SEEDS, Setup, TrainBench, save_plot
+
+    chosen = {name: getattr(arguments, name) for name in ("steps", "seeds")}
+    chosen = {name: number for name, number in chosen.items() if number is not None}
+    if chosen.get("steps", 1) < 1:
+        raise RecipeError(f"--steps must be positive, got {chosen['steps']}", where="--steps")
+    if not 2 <= chosen.get("seeds", 2) <= MOST_SEEDS:
+        raise RecipeError(
+            f"--seeds must be 2 to {MOST_SEEDS}, got {chosen['seeds']}: the noise is the spread over seeds",
+            where="--seeds",
+        )
+    bench = TrainBench(folder=arguments.output, setup=Setup(**chosen), commit=commit, console=_console())
+    try:
+        found = bench.run()
+    finally:
+        if arguments.plot:
+            save_plot(arguments.plot, arguments.output)
+    if arguments.json:
+        from gendistill.report.results_table import write_results_json
+
+        device, rows = torch.cuda.get_device_name(), found.rows(bench.impls)
+        write_results_json(arguments.json, command=command_line(), device=device, rows=rows, commit=commit)
+    return 0
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = max(console.width, 160)
+    return console
+
+
+def _check_plot(arguments: argparse.Namespace) -> None:
+    """Refuse a chart that nothing can draw, before anything is measured for it."""
+    if arguments.plot and importlib.util.find_spec("matplotlib") is None:
+        raise GendistillError(
+            "--plot needs matplotlib, which is not installed",
+            hint="leave --plot out, or: pip install matplotlib",
+        )
+
+
 def _cold(arguments: argparse.Namespace, *, has_peer: bool) -> tuple[Any, ...]:
     if arguments.cold_peer and has_peer:
         return "ours", "peer"
@@ -119,19 +186,20 @@ def _commit(arguments: argparse.Namespace) -> str | None:
     return commit
 
 
-def _check_device(*, smoke: bool) -> None:
+def _check_device(action: str, *, smoke: bool = False) -> None:
     import torch
 
     from gendistill.ops import resolve_impl
 
+    command = f"gendistill bench {action}"
     if smoke and os.environ.get("TRITON_INTERPRET") != "1":
         raise GendistillError(
             "--interpret-smoke needs Triton's interpreter",
-            hint="TRITON_INTERPRET=1 gendistill bench ops --interpret-smoke",
+            hint=f"TRITON_INTERPRET=1 {command} --interpret-smoke",
         )
     if not smoke and not torch.cuda.is_available():
         raise GendistillError(
-            "gendistill bench ops measures on a CUDA device, and torch sees none here",
+            f"{command} measures on a CUDA device, and torch sees none here",
             hint="gendistill doctor says why",
         )
     try:

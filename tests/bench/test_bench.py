@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import math
 
 import pytest
 import torch
+from rich.console import Console
 
 from gendistill.bench import measure, ops
 from gendistill.bench.cases import BARS, CASES, DECODE_CASES, SMOKE_CASES, SMOKE_DECODE, Case
@@ -110,6 +112,25 @@ def test_nan_and_large_errors_are_red(error):
     assert not check.passed
     assert Check("a", "bounded", {"d A_log": 0.025}, True, peer={}).passed
     check_table([check], "peer")
+
+
+def test_errors_are_compared_with_the_peer_s_where_it_has_any():
+    ours = {"out": 3.6e-3, "state": 2e-3, "d q": 5e-3, "d k": 1e-3}
+    peer = {"out": 3e-3, "state": 1e-3, "d q": math.nan, "d k": 0.0}
+    check = Check("a", "bounded", ours, True, peer=peer)
+    rows = {row.name: row for each in check.measurements() if (row := each.row("peer")) is not None}
+    ratios = {name: row for name, row in rows.items() if "ratio" in name}
+    assert list(ratios) == [
+        "a bounded: error ratio to peer, out",
+        "a bounded: error ratio to peer, state",
+    ]
+    assert [row.met for row in ratios.values()] == [True, False]
+    # the ratio turns nothing red
+    assert check.passed
+    text = Console(file=io.StringIO(), width=200)
+    text.print(check_table([check], "peer"))
+    assert "2.00 missed" in text.file.getvalue()
+    assert not Check("a", "bounded", ours, True, peer={}).ratios
 
 
 def test_spread_covers_the_rounds():

@@ -41,7 +41,7 @@ LAYERS = {
     "losses": {"ops", "data", "config"},
     "training": {"losses", "data", "models", "ops", "config"},
     "report": {"config"},
-    "bench": {"ops", "report"},
+    "bench": {"training", "models", "data", "ops", "report", "config"},
 }
 ABOVE_ALL = {
     "gendistill.pipeline",

@@ -1,0 +1,171 @@
+"""Inputs of the kernels, their float64 answers and guarded memory, for the GPU tests and for ``racecheck.py``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from gendistill.ops import bounded_log_decay, l2norm, recurrent_delta_rule, softplus_log_decay
+from gendistill_kernels.delta_chunk import Chunks, Inputs, Rule, chunk_backward, chunk_forward
+
+DEVICE = "cuda"
+BF16, FP16 = torch.bfloat16, torch.float16
+TENSORS = Inputs._fields
+# bytes on both sides of a guarded tensor, as many as a tile of 64 by 256 float32; keeps addresses aligned
+GUARD = 1 << 16
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Draw a tensor, the same values for every dtype."""
+    return torch.randn(*shape, device=DEVICE).to(dtype)
+
+
+def draw(
+    rule: Rule,
+    B: int = 2,
+    T: int = 100,
+    H: int = 2,
+    K: int = 64,
+    V: int | None = None,
+    *,
+    heads: tuple[int, int, int] | None = None,
+    dtype: torch.dtype = BF16,
+    seed: int = 0,
+) -> Inputs:
+    """Draw the inputs of a chunked call; ``heads`` are those of q, k and v, H by default."""
+    torch.manual_seed(seed)
+    V = V or K
+    numbers = heads or (H, H, H)
+    q, k, v = (normal(B, T, number, c, dtype=dtype) for number, c in zip(numbers, (K, K, V), strict=True))
+    if not rule.norm:
+        q, k = q / K**0.5, k / K**0.5
+    decay, beta = normal(B, T, H, K, dtype=dtype), normal(B, T, H, dtype=dtype)
+    if not rule.sigmoid:
+        beta = beta.sigmoid()
+    if rule.gate == "none":
+        return Inputs(q, k, v, -0.3 * decay.abs(), beta)
+    rates = torch.rand(H, device=DEVICE) * (2.7 if rule.gate == "softplus" else 1.0)
+    return Inputs(q, k, v, decay, beta, rates, normal(H * K) - 4)
+
+
+def exact(x: Inputs, rule: Rule, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Apply the definition token by token; float64 inputs give float64 results."""
+    q, k = (l2norm(part) if rule.norm else part for part in (x.q, x.k))
+    beta = x.beta.sigmoid() if rule.sigmoid else x.beta
+    decay = x.decay
+    if rule.gate == "bounded":
+        decay = bounded_log_decay(decay, x.A_log, x.dt_bias, lower_bound=rule.lower_bound)
+    if rule.gate == "softplus":
+        decay = softplus_log_decay(decay, x.A_log, x.dt_bias)
+    settings = {"erase": beta, "write": beta, "state": state, "scale": rule.scale}
+    return recurrent_delta_rule(q, k, x.v, log_decay=decay, **settings)
+
+
+def run(
+    x: Inputs,
+    rule: Rule,
+    state: Tensor | None,
+    grads: tuple[Tensor, Tensor],
+    chunks: Chunks | None = None,
+) -> dict[str, Tensor]:
+    """Run the kernels forwards and backwards; every result by name."""
+    out, last, saved = chunk_forward(x, rule, state=state, chunks=chunks, save=True)
+    want = state is not None
+    found = chunk_backward(grads[0], grads[1], x, rule, out, saved, chunks=chunks, want_state=want)
+    named = {"out": out, "last": last, **{f"d {name}": part for name, part in found._asdict().items()}}
+    return {name: part for name, part in named.items() if part is not None}
+
+
+def differentiate(
+    x: Inputs, rule: Rule, state: Tensor | None, grads: tuple[Tensor, Tensor]
+) -> dict[str, Tensor]:
+    """Compute in float64 what :func:`run` returns."""
+    leaves = {**x._asdict(), "state": state}
+    wide = {
+        name: part.double().requires_grad_(part.is_floating_point())
+        for name, part in leaves.items()
+        if part is not None
+    }
+    start = wide.get("state")
+    inputs = Inputs(**{name: wide.get(name) for name in TENSORS})
+    out, last = exact(inputs, rule, start)
+    found = torch.autograd.grad((out, last), list(wide.values()), [part.double() for part in grads])
+    named = {f"d {name}": part for name, part in zip(wide, found, strict=True)}
+    return {"out": out.detach(), "last": last.detach(), **named}
+
+
+def upstream(x: Inputs, number: int | None = None, seed: int = 1) -> tuple[Tensor, Tensor]:
+    """Draw gradients of the output and of the final state."""
+    torch.manual_seed(seed)
+    B, T, H = x.beta.shape
+    K, V = x.k.shape[3], x.v.shape[3]
+    return normal(B, T, H, V, dtype=x.v.dtype), normal(number or B, H, K, V)
+
+
+def rms(part: Tensor) -> float:
+    """Root of the mean square, in float64."""
+    return part.double().square().mean().sqrt().item()
+
+
+def error(found: Tensor, expected: Tensor, floor: float = 1e-12) -> float:
+    """Divide the rms of the difference by the rms of the right answer, or by ``floor`` if that is larger."""
+    return rms(found.double() - expected) / max(rms(expected), floor)
+
+
+class Guards:
+    """Hand out tensors that lie inside larger buffers, filled so that reading or writing around them is seen.
+
+    All bits around a tensor are ones, which is NaN in every floating type: what reads it spoils its result. What
+    writes there changes it.
+    """
+
+    def __init__(self) -> None:
+        self.buffers: list[tuple[Tensor, int, str]] = []
+
+    def room(self, shape: tuple[int, ...], dtype: torch.dtype, device: Any, what: str = "new") -> Tensor:
+        """Make an uninitialised tensor, all NaN."""
+        size = torch.Size(shape).numel() * dtype.itemsize
+        padded = -(-size // 16) * 16
+        raw = torch.full((GUARD + padded + GUARD,), 255, dtype=torch.uint8, device=device)
+        self.buffers.append((raw, size, what))
+        return raw[GUARD : GUARD + size].view(dtype).view(shape)
+
+    def copy(self, part: Tensor, what: str = "input") -> Tensor:
+        """Copy a tensor into guarded memory."""
+        return self.room(tuple(part.shape), part.dtype, part.device, what).copy_(part)
+
+    def damage(self) -> list[str]:
+        """Name the tensors around which something was written."""
+        if self.buffers and self.buffers[0][0].is_cuda:
+            torch.cuda.synchronize()
+        bad = []
+        for raw, size, what in self.buffers:
+            before, after = raw[:GUARD], raw[GUARD + size :]
+            if not (bool((before == 255).all()) and bool((after == 255).all())):
+                bad.append(f"{what} tensor of {size} bytes")
+        return bad
+
+    @contextmanager
+    def everywhere(self) -> Iterator[None]:
+        """Guard whatever is allocated, too."""
+
+        def like(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+            def new(*arguments: Any, **keywords: Any) -> Tensor:
+                made = make(*arguments, **keywords)
+                if made.device.type != torch.device(DEVICE).type or not made.is_contiguous():
+                    return made
+                return self.room(tuple(made.shape), made.dtype, made.device)
+
+            return new
+
+        with (
+            mock.patch.object(torch, "empty", like(torch.empty)),
+            mock.patch.object(torch, "empty_like", like(torch.empty_like)),
+            mock.patch.object(Tensor, "new_empty", like(Tensor.new_empty)),
+        ):
+            yield

@@ -1,0 +1,150 @@
+"""Launch every kernel on a few tiny inputs, for ``compute-sanitizer``: ``make racecheck``.
+
+``python tests/ops/racecheck.py [NAME ...]`` runs the named cases, all by default, and fails if a result is not finite.
+Run it once without the sanitizer, so that everything is compiled.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from gendistill_kernels import delta_chunk
+from gendistill_kernels.decode import Convolution, Finish, Heads, decode_step
+from gendistill_kernels.delta_chunk import Chunks, Rule
+from gendistill_kernels.gated_norm import gated_norm_backward, gated_norm_forward
+from gendistill_kernels.short_conv import Tiles, conv_backward, conv_forward
+
+LENGTHS = [1, 0, 66, 13]
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def _load_cases() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("gpu_cases", Path(__file__).with_name("gpu_cases.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+cases = _load_cases()
+
+
+def chunks(rule: Rule, dtype: torch.dtype, *, packed: bool = False, **sizes: int) -> list[Tensor]:
+    """Run the chunked kernels forwards and backwards, and forwards without saving."""
+    number = len(LENGTHS) if packed else 1
+    x = cases.draw(rule, B=1, T=80, dtype=dtype, **{"H": 1, **sizes})
+    state = cases.normal(number, x.beta.shape[2], x.k.shape[3], x.v.shape[3])
+    table = Chunks.of(LENGTHS, cases.DEVICE) if packed else None
+    out, last, _ = delta_chunk.chunk_forward(x, rule, state=state, chunks=table)
+    return [out, last, *cases.run(x, rule, state, cases.upstream(x, number), table).values()]
+
+
+def segments(rule: Rule, dtype: torch.dtype, **sizes: int) -> list[Tensor]:
+    """Cut the sequence into segments of one chunk."""
+    before, delta_chunk.SEGMENT = delta_chunk.SEGMENT, 1
+    try:
+        return chunks(rule, dtype, **sizes)
+    finally:
+        delta_chunk.SEGMENT = before
+
+
+def convolution(dtype: torch.dtype, *, packed: bool) -> list[Tensor]:
+    """Run the convolution forwards and backwards."""
+    torch.manual_seed(0)
+    number = len(LENGTHS) if packed else 1
+    x, grad = (cases.normal(1, 80, 192, dtype=dtype) for _ in range(2))
+    weight, bias = cases.normal(192, 4, dtype=dtype), cases.normal(192, dtype=dtype)
+    state, end = (cases.normal(number, 192, 3, dtype=dtype) for _ in range(2))
+    tiles = Tiles.of(LENGTHS, cases.DEVICE) if packed else None
+    settings = {"activation": "silu", "state": state, "tiles": tiles}
+    return [
+        *conv_forward(x, weight, bias, **settings),
+        *conv_backward(grad, end, x, weight, bias, **settings),
+    ]
+
+
+def norm(dtype: torch.dtype, channels: int) -> list[Tensor]:
+    """Run the gated norm forwards and backwards."""
+    torch.manual_seed(0)
+    out, weight = cases.normal(1, 70, 3, channels, dtype=dtype), cases.normal(channels, dtype=dtype)
+    gate, grad = (cases.normal(1, 70, 3 * channels, dtype=dtype) for _ in range(2))
+    return [gated_norm_forward(out, weight, gate), *gated_norm_backward(grad, out, weight, gate)]
+
+
+def decode(dtype: torch.dtype, channels: int, tokens: int) -> list[Tensor]:
+    """Take a decode step with everything in it; two query heads share the others."""
+    torch.manual_seed(0)
+    N, H, K, C = 2, 2, channels, 4 * channels
+    state, past = cases.normal(N, H, K, K), cases.normal(N, C, 3, dtype=dtype)
+    out = decode_step(
+        cases.normal(N, tokens, C, dtype=dtype),
+        cases.normal(N, tokens, H, K, dtype=dtype),
+        cases.normal(N, tokens, H, dtype=dtype),
+        state,
+        rule=Rule("bounded"),
+        heads=Heads(2, 1, 1),
+        A_log=cases.normal(H),
+        dt_bias=cases.normal(H * K),
+        convolution=Convolution(cases.normal(C, 4, dtype=dtype), past, cases.normal(C, dtype=dtype), "silu"),
+        finish=Finish(
+            cases.normal(K, dtype=dtype), 1e-6, cases.normal(N, tokens, H * K, dtype=dtype), "silu"
+        ),
+    )
+    return [out, state, past]
+
+
+def make_cases() -> dict[str, Callable[[], Sequence[Tensor]]]:
+    """List what to run, by name."""
+    found: dict[str, Callable[[], Sequence[Tensor]]] = {}
+    for word, dtype in DTYPES.items():
+        for K in (64, 128):
+            for gate in ("bounded", "softplus"):
+                found[f"chunks-{K}-{gate}-{word}"] = lambda K=K, gate=gate, dtype=dtype: chunks(
+                    Rule(gate), dtype, K=K
+                )
+            found[f"segments-{K}-{word}"] = lambda K=K, dtype=dtype: segments(Rule("bounded"), dtype, K=K)
+            found[f"packed-{K}-{word}"] = lambda K=K, dtype=dtype: chunks(
+                Rule("none", sigmoid=False), dtype, packed=True, K=K
+            )
+            found[f"decode-{K}-{word}"] = lambda K=K, dtype=dtype: [
+                *decode(dtype, K, tokens=1),
+                *decode(dtype, K, tokens=3),
+            ]
+            found[f"norm-{K}-{word}"] = lambda K=K, dtype=dtype: norm(dtype, K)
+        found[f"convolution-{word}"] = lambda dtype=dtype: [
+            *convolution(dtype, packed=False),
+            *convolution(dtype, packed=True),
+        ]
+    found["chunks-256-bounded-bf16"] = lambda: chunks(Rule("bounded"), torch.bfloat16, K=256, V=64)
+    return found
+
+
+def main(names: Sequence[str]) -> int:
+    """Run the named cases, or all; returns the exit code."""
+    known = make_cases()
+    if unknown := [name for name in names if name not in known]:
+        print(f"unknown: {', '.join(unknown)}; there are {', '.join(known)}", file=sys.stderr)
+        return 2
+    bad = []
+    for name in names or known:
+        start = time.monotonic()
+        results = known[name]()
+        if not all(bool(torch.isfinite(part).all()) for part in results):
+            bad.append(name)
+        print(f"{name}: {len(results)} results, {time.monotonic() - start:.1f} s", flush=True)
+    if bad:
+        print(f"not finite: {', '.join(bad)}", file=sys.stderr)
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
