@@ -556,7 +556,7 @@ def chunk_backward_local(
         dq, dk, d_decay, d_bias, d_rate, at.starts, at.lengths, n.T, scale, rule.lower_bound,
     )  # fmt: skip
     settings = {
-        "H": n.H, "HQ": n.HQ, "HK": n.HK, "K": n.K, "V": n.V, "BK": n.BK, "BV": n.wide, "C": CHUNK,
+        "H": n.H, "HQ": n.HQ, "HK": n.HK, "K": n.K, "V": n.V, "BK": n.BK, "BV": max(n.wide, 128), "C": CHUNK,
         "GATE": rule.gate, "NORM": rule.norm, "PACKED": packed, "DOT": tl.float16, "LEVELS": LEVELS, "W": W,
         "num_warps": 4, "num_stages": 1,
     }  # fmt: skip

@@ -197,9 +197,11 @@ def _keys(
     x_q = (x_q.to(tl.float32) * norm_q[:, None]).to(DOT)
     x_k = (x_k.to(tl.float32) * norm_k[:, None]).to(DOT)
     both = tl.sum(state.to(tl.float32) * grad.to(tl.float32), 0) * exp2(gain)
-    upto = tl.dot(sums.load([(LEVELS + 1) * C, 0]), log_decay)
+    upto = tl.dot(tl.where(rows[:, None] >= rows[None, :], 1.0, 0.0).to(DOT), log_decay)
     factor = exp2(upto)
     wide_type = d_scores.dtype.element_ty
+    # Of what follows, the order keeps apart in shared memory what is multiplied with different halves of the chunk:
+    # ptxas 12.8 loses the address of a right factor that takes the place of an earlier left one.
     # A pair of tokens adds to d_sum of the later one what it takes from that of the earlier one, and a write what it
     # adds to the decay after it: the same rounded factors on both sides keep that exact.
     if not WILD:
@@ -209,17 +211,15 @@ def _keys(
             (x_k.to(tl.float32) * factor).to(wide_type),
         )
         write = (x_k.to(tl.float32) * back).to(wide_type)
-        d_read = tl.dot(error, state) * -amount[:, None]
-        d_query = tl.dot(upstream, state)
+        d_query = tl.dot(scores, write)
+        d_read = tl.dot(lower, write)
+        inner = tl.dot(tl.trans(scores), read_q)
+        inner = tl.dot(tl.trans(lower), read_k, inner)
+        d_query = tl.dot(upstream, state, d_query)
+        d_read -= tl.dot(error, state) * amount[:, None]
         d_write = tl.dot(new, grad) * exp2(gain)[None, :]
         both += tl.sum(write.to(tl.float32) * d_write, 0)
-        # a loop of one turn: in straight-line code ptxas 12.8 loses the address of an operand whose place in shared
-        # memory was another's before
-        for _ in tl.range(0, tl.minimum(length, 1), num_stages=1):
-            d_read = tl.dot(lower, write, d_read)
-            d_query = tl.dot(scores, write, d_query)
-            d_write = tl.dot(tl.trans(scores), read_q, d_write)
-            d_write = tl.dot(tl.trans(lower), read_k, d_write)
+        d_write += inner
         d_sum = (
             read_q.to(tl.float32) * d_query + read_k.to(tl.float32) * d_read - write.to(tl.float32) * d_write
         )
@@ -234,19 +234,22 @@ def _keys(
         both += tl.sum(x_k.to(tl.float32) * d_write, 0)
         d_sum = x_q.to(tl.float32) * d_query + x_k.to(tl.float32) * (d_read - d_write)
         d_key = d_read + d_write
-        # inside the chunk, level by level
-        for level in tl.range(0, LEVELS):
+        # inside the chunk, level by level: row i of a right half meets the left half of its block, and the other way
+        # round, so one product serves both directions, each row taking part in one of them
+        pairs = (scores + tl.trans(scores)).to(wide_type)
+        below = (lower + tl.trans(lower)).to(wide_type)
+        for level in tl.range(0, LEVELS, num_stages=2):
             decayed = exp2(tl.dot(sums.load([level * C, 0]), log_decay))
-            mask = meet(rows, level)
-            pairs, below = tl.where(mask, scores, 0.0), tl.where(mask, lower, 0.0)
-            own_q = (x_q.to(tl.float32) * decayed).to(wide_type)
+            differ = (i ^ rows[None, :]) >> level
+            right = ((rows >> level) & 1)[:, None] != 0
             own_k = (x_k.to(tl.float32) * decayed).to(wide_type)
-            reads, keys = tl.dot(pairs, own_k), tl.dot(below, own_k)
-            writes = tl.dot(tl.trans(pairs), own_q)
-            writes = tl.dot(tl.trans(below), own_k, writes)
-            d_query += decayed * reads
-            d_key += decayed * (keys + writes)
-            d_sum += own_q.to(tl.float32) * reads + own_k.to(tl.float32) * (keys - writes)
+            mixed = tl.where(right, (x_q.to(tl.float32) * decayed).to(wide_type), own_k)
+            reads = tl.dot(tl.where(differ == 1, pairs, 0.0), mixed)
+            keys = tl.dot(tl.where(differ == 1, below, 0.0), own_k)
+            d_query += decayed * tl.where(right, reads, 0.0)
+            d_key += decayed * (keys + tl.where(right, 0.0, reads))
+            both_ways = mixed.to(tl.float32) * reads + own_k.to(tl.float32) * keys
+            d_sum += tl.where(right, both_ways, -both_ways)
 
     # a token's own score is not decayed: it is added after that
     diagonal = tl.load(rows_in + tile * 3 * C + rows)
