@@ -26,7 +26,7 @@ Source: derived in the project's notes and checked against float64 autograd of t
 import triton
 import triton.language as tl
 
-from gendistill_kernels.delta_chunk_forward import any_wild, exp2, log2_decay, meet, place, sigmoid
+from gendistill_kernels.delta_chunk_forward import any_wild, exp2, log2_decay, place, sigmoid
 
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
