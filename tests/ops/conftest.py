@@ -8,10 +8,24 @@ from pathlib import Path
 import pytest
 
 
+def load(name: str):
+    """Import a module of this folder, which is no package."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 @pytest.fixture(scope="session")
 def cases():
     """The module ``gpu_cases``."""
-    spec = importlib.util.spec_from_file_location("gpu_cases", Path(__file__).with_name("gpu_cases.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    return load("gpu_cases")
+
+
+@pytest.fixture(scope="session")
+def machine_code():
+    """The module ``machine_code``."""
+    module = load("machine_code")
+    if not module.TOOL.exists():
+        pytest.skip(f"this triton brings no {module.TOOL.name}")
     return module

@@ -1,0 +1,106 @@
+"""The kernels' machine code for a Hopper GPU, compiled here: every product must know where its operands are."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="the Triton kernels need triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("the interpreter compiles nothing", allow_module_level=True)
+
+from gendistill_kernels import delta_chunk
+from gendistill_kernels.delta_chunk import Chunks, Inputs, Rule
+
+LAUNCHERS = ("_prepare", "_prepare_wild", "_keys", "_keys_wild", "_values")
+# what a pipelined loop reads lies at a place that turns with the loop
+TURNING = {"keys_wild_kernel": 4}
+CASES = {
+    "16 heads of 128": (Rule("bounded"), {}),
+    "softplus": (Rule("softplus"), {"H": 32}),
+    "given gates": (Rule("none", sigmoid=False), {}),
+    "3 of 9 heads of 64": (Rule("bounded"), {"H": 9, "kv": 3, "K": 64, "V": 64}),
+    "2 of 14 heads of 64, softplus": (Rule("softplus"), {"H": 14, "kv": 2, "K": 64, "V": 64}),
+    "96 channels": (Rule("bounded"), {"H": 4, "K": 96, "V": 96}),
+    "256 channels": (Rule("bounded"), {"H": 8, "K": 256, "V": 256}),
+    "float16": (Rule("bounded"), {"dtype": torch.float16}),
+    "packed": (Rule("bounded"), {"B": 1, "lengths": [5, 0, 123]}),
+}
+
+
+class Recorder:
+    """Stand in for a launcher; keeps what would be launched."""
+
+    def __init__(self, function, calls):
+        self.function, self.calls = function, calls
+
+    def __getitem__(self, grid):
+        return lambda *arguments, **settings: self.calls.append((self.function, arguments, settings))
+
+
+def launches(monkeypatch, rule, *, B=2, H=16, kv=None, K=128, V=128, dtype=torch.bfloat16, lengths=None):
+    """Return the launches of a forward and a backward pass."""
+    calls = []
+    for name in (
+        "_prepare",
+        "_prepare_wild",
+        "_scan",
+        "_carry",
+        "_reverse_scan",
+        "_values",
+        "_keys",
+        "_keys_wild",
+    ):
+        monkeypatch.setattr(delta_chunk, name, Recorder(getattr(delta_chunk, name).function, calls))
+    T = 128
+
+    def make(heads, channels):
+        return torch.zeros(B, T, heads, channels, dtype=dtype)
+
+    x = Inputs(make(H, K), make(kv or H, K), make(kv or H, V), make(H, K), torch.zeros(B, T, H, dtype=dtype))
+    if rule.gate != "none":
+        x = x._replace(A_log=torch.zeros(H), dt_bias=torch.zeros(H * K))
+    chunks = None if lengths is None else Chunks.of(lengths, "cpu")
+    out, _, saved = delta_chunk.chunk_forward(x, rule, chunks=chunks, save=True)
+    delta_chunk.chunk_backward(torch.zeros_like(out), None, x, rule, out, saved, chunks=chunks)
+    wanted = {getattr(delta_chunk, name).function for name in LAUNCHERS}
+    return [call for call in calls if call[0] in wanted]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_product_reads_its_own_operands(machine_code, monkeypatch, name):
+    rule, sizes = CASES[name]
+    found = launches(monkeypatch, rule, **sizes)
+    assert len(found) == len(LAUNCHERS)
+    for function, arguments, settings in found:
+        options = {key: settings.pop(key) for key in ("num_warps", "num_stages")}
+        sass, shared = machine_code.listing(function, arguments, settings, options)
+        products = machine_code.products(sass)
+        assert products
+        # a block starts with 1 KiB of the system's
+        inside = {None, -1, *range(1024, 1024 + shared)}
+        assert all(product.left in inside and product.right in inside for product in products), (
+            function.__name__
+        )
+        lost = [product for product in products if None in product[1:]]
+        assert len(lost) <= TURNING.get(function.__name__, 0), (function.__name__, lost)
+        assert all(product.right is not None for product in lost)
+
+
+def test_a_register_that_nothing_wrote_is_seen(machine_code):
+    sass = """
+        /*0000*/                   S2UR UR5, SR_CgaCtaId ;
+        /*0010*/                   UMOV UR4, 0x400 ;
+        /*0020*/                   ULEA UR4, UR5, UR4, 0x18 ;
+        /*0030*/                   USHF.R.U32.HI UR4, URZ, 0x4, UR4 ;
+        /*0040*/                   USGXT.U32 UR8, UR4, 0xe ;
+        /*0050*/                   UMOV UR9, 0x40000040 ;
+        /*0060*/                   UIADD3 UR10, UP1, UR8, 0x40, URZ ;
+        /*0070*/                   UIADD3.X UR11, URZ, -0x7fffffe0, URZ, UP1, !UPT ;
+        /*0080*/                   HGMMA.64x32x16.F32 R24, gdesc[UR8].tnspB, RZ, !UPT ;
+        /*0090*/                   UIADD3 UR10, UP1, UR20, 0x40, URZ ;
+        /*00a0*/                   HGMMA.64x32x16.F32 R24, gdesc[UR8].tnspB, R24 ;
+"""
+    assert [product[1:] for product in machine_code.products(sass)] == [(0x400, 0x800), (0x400, None)]
