@@ -1,6 +1,7 @@
 """Token sequences that a small model can learn, drawn from a seed: recall, copying and a Markov chain.
 
-Symbols 2 to 65 are keys, copied text and states of the chain, 66 to 129 are values.
+All tasks are about the symbols 2 to 33, and sizes differ from row to row, so that neither place nor symbol gives an
+answer away.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from torch import Tensor
 from gendistill.data.batch import IGNORE, Batch
 
 START, SEPARATOR = 0, 1
-VOCABULARY = 130
-_FIRST, _SYMBOLS = 2, 64
+_FIRST, _SYMBOLS = 2, 32
+VOCABULARY = _FIRST + _SYMBOLS
 _NEXT_STATES = 4
 # every chain is the same; seeds choose walks on it
 _CHAIN_SEED = 20_601
@@ -25,11 +26,15 @@ def _integers(generator: torch.Generator, number: int) -> Tensor:
     return _FIRST + torch.randint(_SYMBOLS, (number,), generator=generator)
 
 
+def _between(generator: torch.Generator, low: int, high: int) -> int:
+    return int(torch.randint(low, max(low, high) + 1, (), generator=generator))
+
+
 def recall_row(tokens: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Show keys with values, then ask for the values of keys in random order; what was asked is told."""
-    pairs = min(_SYMBOLS, max(1, tokens // 8))
+    pairs = _between(generator, 2, min(_SYMBOLS, tokens // 16))
     keys = _FIRST + torch.randperm(_SYMBOLS, generator=generator)[:pairs]
-    values = _SYMBOLS + _integers(generator, pairs)
+    values = _integers(generator, pairs)
     asked = torch.randint(pairs, (tokens // 2 + 1,), generator=generator)
     shown = torch.stack([keys, values], 1).flatten()
     questions = torch.stack([keys[asked], values[asked]], 1).flatten()
@@ -40,12 +45,12 @@ def recall_row(tokens: int, generator: torch.Generator) -> tuple[Tensor, Tensor]
 
 
 def copy_row(tokens: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Show random symbols, then the same again."""
-    half = tokens // 2
-    text = _integers(generator, half)
-    row = torch.cat([torch.tensor([START]), text, torch.tensor([SEPARATOR]), text])[: tokens + 1]
+    """Show random symbols, then the same again and again."""
+    length = _between(generator, 4, tokens // 8)
+    text = torch.cat([torch.tensor([SEPARATOR]), _integers(generator, length)])
+    row = torch.cat([torch.tensor([START]), text.repeat(tokens // length + 1)])[: tokens + 1]
     counted = torch.zeros(tokens, dtype=torch.bool)
-    counted[half + 1 : 2 * half + 1] = True
+    counted[length + 2 :] = True
     return row, counted
 
 
@@ -58,7 +63,7 @@ def _chain() -> tuple[Tensor, Tensor]:
 
 
 def chain_row(tokens: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Walk a Markov chain of 64 states, each with four that may follow."""
+    """Walk a Markov chain of 32 states, each with four that may follow."""
     nexts, bounds = (part.tolist() for part in _chain())
     draws = torch.rand(tokens, generator=generator).tolist()
     state = int(torch.randint(_SYMBOLS, (), generator=generator))
