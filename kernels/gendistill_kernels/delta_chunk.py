@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gendistill_kernels.delta_chunk_backward import (
+    SHIFT,
     keys_kernel,
     keys_wild_kernel,
     reverse_scan_kernel,
@@ -49,7 +50,7 @@ LEVELS = 6
 # A chunk whose decay, as a power of two, stays above this in every channel takes one product for all its pairs of
 # tokens: its factors stay in the range of the operands, and what they are multiplied with keeps its bits. Other chunks
 # go level by level.
-_RANGE, _RANGE_FLOAT16 = -100.0, -12.0
+_RANGE, _RANGE_FLOAT16 = -2 * SHIFT.value, -12.0
 # programs that look for such chunks
 _SEARCHERS = 264
 # A longer sequence is cut into segments of this many chunks, which are walked at the same time. Its own length alone

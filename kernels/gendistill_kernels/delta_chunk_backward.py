@@ -29,6 +29,10 @@ import triton.language as tl
 from gendistill_kernels.delta_chunk_forward import any_wild, exp2, log2_decay, place, sigmoid
 
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
+# Half of the range that the decay of a chunk may take, as a power of two, and two to the minus that. Gradients go up
+# and down by as much on the way: those between 1e-17 and 1e15 keep all bits.
+SHIFT: tl.constexpr = tl.constexpr(70.0)
+UNSHIFT: tl.constexpr = tl.constexpr(2.0**-70)
 
 
 @triton.jit
@@ -198,14 +202,14 @@ def _keys(
     x_k = (x_k.to(tl.float32) * norm_k[:, None]).to(DOT)
     both = tl.sum(state.to(tl.float32) * grad.to(tl.float32), 0) * exp2(gain)
     upto = tl.dot(tl.where(rows[:, None] >= rows[None, :], 1.0, 0.0).to(DOT), log_decay)
-    factor = exp2(upto)
     wide_type = d_scores.dtype.element_ty
     # Of what follows, the order keeps apart in shared memory what is multiplied with different halves of the chunk:
     # ptxas 12.8 loses the address of a right factor that takes the place of an earlier left one.
     # A pair of tokens adds to d_sum of the later one what it takes from that of the earlier one, and a write what it
     # adds to the decay after it: the same rounded factors on both sides keep that exact.
     if not WILD:
-        back = exp2(-upto)
+        factor = exp2(upto + SHIFT)
+        back = exp2(-SHIFT - upto)
         read_q, read_k = (
             (x_q.to(tl.float32) * factor).to(wide_type),
             (x_k.to(tl.float32) * factor).to(wide_type),
@@ -215,9 +219,9 @@ def _keys(
         d_read = tl.dot(lower, write)
         inner = tl.dot(tl.trans(scores), read_q)
         inner = tl.dot(tl.trans(lower), read_k, inner)
-        d_query = tl.dot(upstream, state, d_query)
-        d_read -= tl.dot(error, state) * amount[:, None]
-        d_write = tl.dot(new, grad) * exp2(gain)[None, :]
+        d_query += tl.dot(upstream, state) * UNSHIFT
+        d_read -= tl.dot(error, state) * (amount * UNSHIFT)[:, None]
+        d_write = tl.dot(new, grad) * exp2(gain + SHIFT)[None, :]
         both += tl.sum(write.to(tl.float32) * d_write, 0)
         d_write += inner
         d_sum = (
@@ -226,6 +230,7 @@ def _keys(
         d_query *= factor
         d_key = factor * d_read + back * d_write
     else:
+        factor = exp2(upto)
         d_query = tl.dot(upstream, state) * factor
         d_read = tl.dot(error, state) * factor * -amount[:, None]
         d_write = tl.dot(new, grad)

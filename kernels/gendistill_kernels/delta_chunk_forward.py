@@ -176,6 +176,8 @@ def _prepare(
         own = tl.zeros([C], tl.float32)
         shortest = tl.zeros([C], tl.float32)
     far = 0.0
+    SHIFT: tl.constexpr = -RANGE / 2
+    UNSHIFT: tl.constexpr = 2.0 ** (RANGE / 2)
     # a loop that is not unrolled: its code stays in the instruction cache
     for first in tl.range(0, BK, W):
         channels = first + part
@@ -190,17 +192,19 @@ def _prepare(
         tl.store(gc + tile * BK + channels, total)
         far = tl.minimum(far, tl.min(total, 0))
         upto = tl.dot(sums.load([(LEVELS + 1) * C, 0]), log_decay, input_precision=PRECISION)
-        factor = exp2(upto)
-        back = exp2(-upto)
-        read_q, read_k = xq.to(tl.float32) * factor, xk.to(tl.float32) * factor
-        qd.store([row, first], read_q.to(qd.dtype))
-        kd.store([row, first], read_k.to(qd.dtype))
+        # the range of the operands is used on both sides of one: half of it is shifted to the reading factor
+        factor = exp2(upto + SHIFT)
+        back = exp2(-SHIFT - upto)
+        read_q, read_k = (xq.to(tl.float32) * factor).to(WIDE), (xk.to(tl.float32) * factor).to(WIDE)
+        # exact: a power of two
+        qd.store([row, first], (read_q * UNSHIFT).to(qd.dtype))
+        kd.store([row, first], (read_k * UNSHIFT).to(qd.dtype))
         write = xk.to(tl.float32) * back
         other = tl.trans(write.to(WIDE))
-        attention = tl.dot(read_q.to(WIDE), other, attention, input_precision=PRECISION)
-        lower = tl.dot(read_k.to(WIDE), other, lower, input_precision=PRECISION)
+        attention = tl.dot(read_q, other, attention, input_precision=PRECISION)
+        lower = tl.dot(read_k, other, lower, input_precision=PRECISION)
         if not WILD:
-            kt.store([row, first], (write * exp2(total)[None, :]).to(qd.dtype))
+            kt.store([row, first], (write * exp2(total + SHIFT)[None, :]).to(qd.dtype))
         else:
             shortest = tl.minimum(shortest, tl.min(upto, 1))
             own += tl.sum(xq.to(tl.float32) * xk.to(tl.float32), 1)

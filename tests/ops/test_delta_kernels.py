@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 
 import pytest
@@ -198,3 +199,22 @@ def test_extreme_gates_stay_finite_and_right(name, same_keys):
     exact = reference(Inputs(*(None if part is None else part.double() for part in x)), rule)
     assert distance(out, exact.out) < TOLERANCE or exact.out.abs().max() < 1e-10
     assert all(torch.isfinite(part).all() for part in found if part is not None)
+
+
+@pytest.mark.parametrize("size", [1e-14, 1e10])
+@pytest.mark.parametrize("decay", [-97, -137, -141])
+def test_gradients_of_any_size_come_through_chunks_at_the_edge_of_their_range(decay, size):
+    """Of a chunk that decays by ``2**decay``, with gradients of this size."""
+    rule = Rule("none", sigmoid=False)
+    x = make(T=128, H=1, rule=rule)
+    x = x._replace(decay=torch.full_like(x.decay, decay * math.log(2) / 64))
+    out, last, saved = chunk_forward(x, rule, save=True)
+    d_out, d_last = torch.randn_like(out), torch.randn_like(last)
+    found = chunk_backward(size * d_out, size * d_last, x, rule, out, saved)
+    exact = Inputs(*(None if part is None else part.double().requires_grad_() for part in x))
+    expected, final = reference(exact, rule)
+    loss = (expected * d_out.double()).sum() + (final * d_last.double()).sum()
+    gradients = torch.autograd.grad(loss, exact[:5])
+    assert (saved.wild == (decay < -140)).all()
+    for field, gradient in zip(Inputs._fields, gradients, strict=False):
+        assert distance(getattr(found, field).double() / size, gradient) < TOLERANCE, field
