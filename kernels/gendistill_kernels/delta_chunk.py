@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -248,6 +247,11 @@ def _power_of_2(channels: int) -> int:
     return max(16, 1 << (channels - 1).bit_length())
 
 
+def _blocks(channels: int, size: int) -> int:
+    """Count blocks of this size."""
+    return -(-channels // size)
+
+
 def _scan_config(n: _Sizes, dtype: torch.dtype, *, save: bool) -> tuple[int, int, int]:
     """Choose the value block, warps and pipeline stages of the scans. Measured on one H200 for K = V = 128."""
     if n.BK > 128 or dtype == torch.float32:
@@ -402,7 +406,7 @@ def chunk_forward(
         )  # fmt: skip
         ends, starts = (state_out.new_empty(sequences, n.H, n.K, n.V) for _ in range(2))
         narrow = min(64, n.wide)
-        _scan[(triton.cdiv(n.V, narrow) + triton.cdiv(n.K, narrow), sequences * n.H)](
+        _scan[(_blocks(n.V, narrow) + _blocks(n.K, narrow), sequences * n.H)](
             *tiles, total, strength, x.v, None,
             out, ends, None, None, matrices, *where, at.kinds, n.T,
             H=n.H, HV=n.HV, K=n.K, V=n.V, BK=n.BK, BV=narrow, C=CHUNK, PACKED=True, HAS_STATE=False,
@@ -411,7 +415,7 @@ def chunk_forward(
         _run_carry(n, matrices, ends, state, starts, at.first_segments, back=False)
         state, final = starts, ends
         packed = True
-    _scan[(triton.cdiv(n.V, BV), sequences * n.H)](
+    _scan[(_blocks(n.V, BV), sequences * n.H)](
         *tiles, total, strength, x.v, state,
         out, final, states, news, None, *where, None, n.T,
         H=n.H, HV=n.HV, K=n.K, V=n.V, BK=n.BK, BV=BV, C=CHUNK, PACKED=packed, HAS_STATE=state is not None,
@@ -433,7 +437,7 @@ def _run_carry(
     back: bool,
 ) -> None:
     narrow = min(16, n.wide)
-    _carry[(triton.cdiv(n.V, narrow), n.sequences * n.H)](
+    _carry[(_blocks(n.V, narrow), n.sequences * n.H)](
         matrices, ends, state, starts, first_segments,
         H=n.H, K=n.K, V=n.V, BK=n.BK, BV=narrow, HAS_STATE=state is not None, BACK=back,
         num_warps=8, num_stages=1,
@@ -492,7 +496,7 @@ def chunk_backward_scan(
     if at.kinds is not None:
         sequences, where = at.kinds.shape[0], (at.segment_ends, at.segment_offsets)
         heads, narrow, packed = new(sequences, n.H, n.K, n.V), min(64, n.wide), True
-        _reverse_scan[(triton.cdiv(n.V, narrow), sequences * n.H)](
+        _reverse_scan[(_blocks(n.V, narrow), sequences * n.H)](
             *tiles, saved.total, saved.strength, grad_out, None,
             None, None, heads, *where, at.kinds, n.T,
             H=n.H, K=n.K, V=n.V, BK=n.BK, BV=narrow, C=CHUNK, PACKED=True, HAS_GRAD=False,
@@ -503,7 +507,7 @@ def chunk_backward_scan(
         grad_state = tails
     grad_in = new(sequences, n.H, n.K, n.V) if want_state else None
     BV, warps, stages = _scan_config(n, x.q.dtype, save=True)
-    _reverse_scan[(triton.cdiv(n.V, BV), sequences * n.H)](
+    _reverse_scan[(_blocks(n.V, BV), sequences * n.H)](
         *tiles, saved.total, saved.strength, grad_out, grad_state,
         grads, errors, grad_in, *where, None, n.T,
         H=n.H, K=n.K, V=n.V, BK=n.BK, BV=BV, C=CHUNK, PACKED=packed, HAS_GRAD=grad_state is not None,
@@ -557,6 +561,7 @@ def chunk_backward_local(
         dq, dk, d_decay, d_bias, d_rate, at.starts, at.lengths, n.T, scale, rule.lower_bound,
     )  # fmt: skip
     settings = {
+        # 64 values are padded to 128: with fewer, ptxas 12.8 loses operands (tests/ops/test_machine_code.py)
         "H": n.H, "HQ": n.HQ, "HK": n.HK, "K": n.K, "V": n.V, "BK": n.BK, "BV": max(n.wide, 128), "C": CHUNK,
         "GATE": rule.gate, "NORM": rule.norm, "PACKED": packed, "DOT": tl.float16, "LEVELS": LEVELS, "W": W,
         "num_warps": 4, "num_stages": 1,

@@ -4,7 +4,8 @@ With dS' the gradient of the state after a chunk (see ``delta_chunk_forward`` fo
 
     dN = P^T dO + kt dS'      dXb = T^T dN      dX = beta dXb      dS = e^G_C dS' + qd^T dO - kd^T dX
 
-``reverse_scan`` carries dS and stores dXb and dS'. ``local`` then needs nothing but its chunk::
+``reverse_scan`` carries dS and stores dXb and dS'. ``values`` and ``keys`` then need nothing but their chunk;
+``keys_wild`` takes those that are out of range::
 
     dP = tril(dO N^T)         dM = -stril(dX N^T)         M = L / beta, the products of decayed keys
     dq = e^G (dO S^T) + sum_j dP_ij k_j e^(G_i - G_j)                        (q with its scale)

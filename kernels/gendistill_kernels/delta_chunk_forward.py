@@ -1,4 +1,4 @@
-"""Chunked gated delta rule, forward: two kernels, no global synchronisation in between but the launch order.
+"""Chunked gated delta rule, forward: kernels with no global synchronisation in between but the launch order.
 
 ``prepare`` works on every chunk of every head at once: normalises q and k, turns raw gates into decays, and solves the
 chunk's unit lower-triangular system. ``scan`` walks the chunks of one head in order and carries the state.
@@ -9,10 +9,13 @@ Inside a chunk of C tokens, with G the inclusive sum of log-decays from the chun
     L_ij = beta_i <k_i e^G_i, k_j e^-G_j>  (i > j)       P_ij = scale <q_i e^G_i, k_j e^-G_j>  (i >= j)
     X = V - kd S        N = T diag(beta) X, T = (I + L)^-1        O = qd S + P N        S <- diag(e^G_C) S + kt^T N
 
-``e^-G`` alone overflows, so L and P are built level by level: at half-width b, rows in the right half of a block of 2b
-meet columns in its left half, and both exponents are taken from the boundary between the halves. Each of them is a sum
-of log-decays over tokens on one side of it, hence never positive, whatever the gate. Every pair i > j belongs to
-exactly one level. The inverse grows along the same levels: ``T <- T - T L_b T``.
+``e^-G`` alone may overflow. ``prepare`` multiplies ``2^s e^G`` with ``2^-s e^-G`` all the same, and marks chunks whose
+decay leaves the range that this allows, 2^(-2s) in any channel: they are wild. ``prepare_wild`` does these again, level
+by level: at half-width b, rows in the right half of a block of 2b meet columns in its left half, and both exponents are
+taken from the boundary between the halves. Each of them is a sum of log-decays over tokens on one side of it, hence
+never positive, whatever the gate. Every pair i > j belongs to exactly one level. Of a wild chunk only the rows that are
+out of range themselves are taken from there, so that no row depends on later ones. The inverse grows along the same
+levels: ``T <- T - T L_b T``.
 
 Legend: C tokens of a chunk, K key channels, V value channels, H heads of the state.
 """

@@ -211,7 +211,7 @@ def _all(words: Iterable[int]) -> int:
 
 
 def _sum(terms: list[int | None]) -> int | None:
-    return None if None in terms else sum(terms)  # pyright: ignore[reportArgumentType]
+    return None if None in terms else sum(terms)  # pyright: ignore[reportArgumentType]  # pyright: ignore
 
 
 def _next(register: str) -> str:
