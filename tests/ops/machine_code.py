@@ -211,7 +211,12 @@ def _all(words: Iterable[int]) -> int:
 
 
 def _sum(terms: list[int | None]) -> int | None:
-    return None if None in terms else sum(terms)  # pyright: ignore[reportArgumentType]  # pyright: ignore
+    total = 0
+    for term in terms:
+        if term is None:
+            return None
+        total += term
+    return total
 
 
 def _next(register: str) -> str:
