@@ -48,10 +48,12 @@ CHUNK = 64
 LEVELS = 6
 # A chunk whose decay, as a power of two, stays above this in every channel takes one product for all its pairs of
 # tokens: its factors stay in the range of the operands, and what they are multiplied with keeps its bits. Other chunks
-# go level by level.
+# go level by level down to blocks of 2^_WHOLE tokens, which then take one product if they are in range.
 _RANGE, _RANGE_FLOAT16 = -2 * SHIFT.value, -12.0
-# programs that look for such chunks
-_SEARCHERS = 264
+_WHOLE = 4
+# Programs that look for such chunks, two for every processor of an H100. A prime number: heads differ in how fast they
+# forget, and tiles a multiple of the number of heads apart would all be one head's.
+_SEARCHERS = 263
 # A longer sequence is cut into segments of this many chunks, which are walked at the same time. Its own length alone
 # decides that, so that a sequence does not depend on what else is in the batch.
 SEGMENT = 128
@@ -181,7 +183,8 @@ class Saved(NamedTuple):
         states: ``[chunks, H, V, BK]`` state before every chunk, transposed.
         news: ``[chunks, H, 64, V]`` values that the keys write.
         matrices: ``[segments, H, K, K]`` float32, what every segment does to a state; empty if no sequence is long.
-        wild: ``[chunks, H]`` int32, one where the decay of a chunk is out of range.
+        wild: ``[chunks, H]`` int32, one where the decay of a chunk is out of range, two where that of a block of 16
+            of its tokens is.
     """
 
     tall: Tensor
@@ -272,7 +275,7 @@ def _tables(device: torch.device, dtype: torch.dtype = torch.float16) -> Blocks:
     """Make 0/1 matrices, one under the other.
 
     Per level, what sums log-decays from the middle of a block to a token; the same from a token to the end of the
-    chunk, and from its start to the token.
+    chunk, from its start to the token, and from the start of the token's block of 2^_WHOLE.
     """
     i, t = torch.arange(CHUNK)[:, None], torch.arange(CHUNK)[None, :]
     sums = []
@@ -280,7 +283,8 @@ def _tables(device: torch.device, dtype: torch.dtype = torch.float16) -> Blocks:
         half = 1 << level
         # in the same half, on the inner side of the token: up to it in a right half, after it in a left one
         sums.append(((i ^ t) < half) & (((i & half) != 0) != (t > i)))
-    return _tiles(torch.cat([*sums, t <= i]).to(device=device, dtype=dtype))
+    sums += [t <= i, (t <= i) & ((i ^ t) < (1 << _WHOLE))]
+    return _tiles(torch.cat(sums).to(device=device, dtype=dtype))
 
 
 def _tiles(part: Tensor, columns: int | None = None) -> Blocks:
@@ -395,7 +399,10 @@ def chunk_forward(
     _prepare[(n.chunks, n.H)](*arguments, **settings)
     if not _never_wild(rule, limit):
         search = _search(n.chunks * n.H)
-        _prepare_wild[(search["PROGRAMS"],)](*arguments, n.chunks * n.H, **settings, **search)
+        _prepare_wild[(search["PROGRAMS"],)](
+            *arguments[:7], tiles[2] if n.BK <= 64 else _tiles(tall[2], 64), square[0], square[1], wild,
+            *arguments[-5:], n.chunks * n.H, **settings | {"W": min(n.BK, 64), "WHOLE": _WHOLE}, **search,
+        )  # fmt: skip
     BV, warps, stages = _scan_config(n, x.q.dtype, save=save)
     sequences, where = n.sequences, (at.cu_seqlens, at.offsets)
     final = state_out
@@ -563,8 +570,8 @@ def chunk_backward_local(
     settings = {
         # 64 values are padded to 128: with fewer, ptxas 12.8 loses operands (tests/ops/test_machine_code.py)
         "H": n.H, "HQ": n.HQ, "HK": n.HK, "K": n.K, "V": n.V, "BK": n.BK, "BV": max(n.wide, 128), "C": CHUNK,
-        "GATE": rule.gate, "NORM": rule.norm, "PACKED": packed, "DOT": tl.float16, "LEVELS": LEVELS, "W": W,
-        "num_warps": 4, "num_stages": 1,
+        "GATE": rule.gate, "NORM": rule.norm, "PACKED": packed, "DOT": tl.float16, "LEVELS": LEVELS,
+        "WHOLE": _WHOLE, "W": W, "num_warps": 4, "num_stages": 1,
     }  # fmt: skip
     _keys[(n.BK // W * n.chunks, n.H)](*arguments, **settings)
     if not _never_wild(rule, _RANGE_FLOAT16 if x.q.dtype == torch.float16 else _RANGE):

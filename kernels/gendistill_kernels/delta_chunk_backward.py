@@ -151,6 +151,26 @@ def values_kernel(
 
 
 @triton.jit
+def _value_tiles(
+    grad_out, errors, news, states, grads, token, live, tile, head, channels,
+    H: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """Load dO, dXb and N of a chunk, and some channels of the states S before it and dS' after it."""
+    rows, columns = tl.arange(0, C), tl.arange(0, BV)
+    full = (columns < V)[None, :]
+    flat = tile * C * V + rows[:, None] * V + columns[None, :]
+    cells = tile * BK * V + columns[:, None] * BK + channels[None, :]
+    places = grad_out + (token * H + head)[:, None] * V + columns[None, :]
+    return (
+        tl.load(places, mask=live[:, None] & full, other=0.0),
+        tl.load(errors + flat, mask=full, other=0.0),
+        tl.load(news + flat, mask=full, other=0.0),
+        tl.load(states + cells, mask=(columns < V)[:, None], other=0.0),
+        tl.load(grads + cells, mask=(columns < V)[:, None], other=0.0),
+    )
+
+
+@triton.jit
 def _keys(
     chunk, head, part,
     q, k, decay, A_log, dt_bias, sums, later, total, norms, rows_in, d_scores, d_lower, strength, errors,
@@ -159,10 +179,10 @@ def _keys(
     chunk_starts, chunk_lengths, tokens, scale, lower_bound,
     H: tl.constexpr, HQ: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
     BV: tl.constexpr, C: tl.constexpr, GATE: tl.constexpr, NORM: tl.constexpr, PACKED: tl.constexpr,
-    DOT: tl.constexpr, LEVELS: tl.constexpr, W: tl.constexpr, WILD: tl.constexpr,
+    DOT: tl.constexpr, LEVELS: tl.constexpr, WHOLE: tl.constexpr, W: tl.constexpr, WILD: tl.constexpr, deep,
 ):  # fmt: skip
     start, length = place(chunk, tokens, chunk_starts, chunk_lengths, C, PACKED)
-    rows, columns = tl.arange(0, C), tl.arange(0, BV)
+    rows = tl.arange(0, C)
     channels = part * W + tl.arange(0, W)
     i = rows[:, None]
     live = rows < length
@@ -173,10 +193,6 @@ def _keys(
     at = (token * H + head)[:, None] * K + channels[None, :]
     at_q = (token * HQ + head // (H // HQ))[:, None] * K + channels[None, :]
     at_k = (token * HK + head // (H // HK))[:, None] * K + channels[None, :]
-    wide = live[:, None] & (columns < V)[None, :]
-    full = (columns < V)[None, :]
-    flat = tile * C * V + i * V + columns[None, :]
-    cells = tile * BK * V + columns[:, None] * BK + channels[None, :]
     squares = tile * C * C + i * C + rows[None, :]
     scores, lower = tl.load(d_scores + squares), tl.load(d_lower + squares)
     raw = tl.load(decay + at, mask=inside, other=0.0).to(tl.float32)
@@ -191,17 +207,15 @@ def _keys(
     norm_k = tl.load(norms + tile * 2 * C + C + rows)
     amount = tl.load(strength + tile * C + rows)
     gain = tl.load(total + tile * BK + channels)
-    upstream = tl.load(grad_out + (token * H + head)[:, None] * V + columns[None, :], mask=wide, other=0.0)
-    error = tl.load(errors + flat, mask=full, other=0.0)
-    new = tl.load(news + flat, mask=full, other=0.0)
-    state = tl.load(states + cells, mask=(columns < V)[:, None], other=0.0)
-    grad = tl.load(grads + cells, mask=(columns < V)[:, None], other=0.0)
+    if not WILD:
+        upstream, error, new, state, grad = _value_tiles(
+            grad_out, errors, news, states, grads, token, live, tile, head, channels, H, V, BK, BV, C
+        )
 
     g = tl.maximum(tl.where(inside, log2_decay(raw, rate, bias, lower_bound, GATE), 0.0), -30000.0)
     log_decay = g.to(DOT)
     x_q = (x_q.to(tl.float32) * norm_q[:, None]).to(DOT)
     x_k = (x_k.to(tl.float32) * norm_k[:, None]).to(DOT)
-    both = tl.sum(state.to(tl.float32) * grad.to(tl.float32), 0) * exp2(gain)
     upto = tl.dot(tl.where(rows[:, None] >= rows[None, :], 1.0, 0.0).to(DOT), log_decay)
     wide_type = d_scores.dtype.element_ty
     # Of what follows, the order keeps apart in shared memory what is multiplied with different halves of the chunk:
@@ -209,6 +223,7 @@ def _keys(
     # A pair of tokens adds to d_sum of the later one what it takes from that of the earlier one, and a write what it
     # adds to the decay after it: the same rounded factors on both sides keep that exact.
     if not WILD:
+        both = tl.sum(state.to(tl.float32) * grad.to(tl.float32), 0) * exp2(gain)
         factor = exp2(upto + SHIFT)
         back = exp2(-SHIFT - upto)
         read_q, read_k = (
@@ -231,20 +246,38 @@ def _keys(
         d_query *= factor
         d_key = factor * d_read + back * d_write
     else:
+        # inside a block of 16 tokens in one product, as above, but for chunks that go through all levels
+        inner = tl.dot(sums.load([(LEVELS + 2) * C, 0]), log_decay) * tl.where(deep, 0.0, 1.0)
+        factor, back = exp2(inner + SHIFT), exp2(-SHIFT - inner)
+        near = ((i ^ rows[None, :]) < (1 << WHOLE)) & (not deep)
+        near_scores, near_lower = tl.where(near, scores, 0.0), tl.where(near, lower, 0.0)
+        read_q = (x_q.to(tl.float32) * factor).to(wide_type)
+        read_k = (x_k.to(tl.float32) * factor).to(wide_type)
+        write = (x_k.to(tl.float32) * back).to(wide_type)
+        reads = tl.dot(near_scores, write)
+        keys = tl.dot(near_lower, write)
+        inner = tl.dot(tl.trans(near_scores), read_q)
+        inner = tl.dot(tl.trans(near_lower), read_k, inner)
+        d_sum = read_q.to(tl.float32) * reads + read_k.to(tl.float32) * keys - write.to(tl.float32) * inner
+        d_key = factor * keys + back * inner
+        d_query = factor * reads
+        upstream, error, new, state, grad = _value_tiles(
+            grad_out, errors, news, states, grads, token, live, tile, head, channels, H, V, BK, BV, C
+        )
+        both = tl.sum(state.to(tl.float32) * grad.to(tl.float32), 0) * exp2(gain)
         factor = exp2(upto)
-        d_query = tl.dot(upstream, state) * factor
-        d_read = tl.dot(error, state) * factor * -amount[:, None]
-        d_write = tl.dot(new, grad)
-        after = exp2(tl.dot(sums.load([LEVELS * C, 0]), log_decay))
-        d_write *= after
-        both += tl.sum(x_k.to(tl.float32) * d_write, 0)
-        d_sum = x_q.to(tl.float32) * d_query + x_k.to(tl.float32) * (d_read - d_write)
-        d_key = d_read + d_write
-        # inside the chunk, level by level: row i of a right half meets the left half of its block, and the other way
-        # round, so one product serves both directions, each row taking part in one of them
+        reads = tl.dot(upstream, state) * factor
+        keys = tl.dot(error, state) * factor * -amount[:, None]
+        inner = tl.dot(new, grad) * exp2(tl.dot(sums.load([LEVELS * C, 0]), log_decay))
+        both += tl.sum(x_k.to(tl.float32) * inner, 0)
+        d_sum += x_q.to(tl.float32) * reads + x_k.to(tl.float32) * (keys - inner)
+        d_query += reads
+        d_key += keys + inner
+        # the rest level by level: row i of a right half meets the left half of its block, and the other way round, so
+        # one product serves both directions, each row taking part in one of them
         pairs = (scores + tl.trans(scores)).to(wide_type)
         below = (lower + tl.trans(lower)).to(wide_type)
-        for level in tl.range(0, LEVELS, num_stages=2):
+        for level in tl.range(tl.where(deep, 0, WHOLE), LEVELS, num_stages=2):
             decayed = exp2(tl.dot(sums.load([level * C, 0]), log_decay))
             differ = (i ^ rows[None, :]) >> level
             right = ((rows >> level) & 1)[:, None] != 0
@@ -301,7 +334,7 @@ def keys_kernel(
     chunk_starts, chunk_lengths, tokens, scale, lower_bound,
     H: tl.constexpr, HQ: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
     BV: tl.constexpr, C: tl.constexpr, GATE: tl.constexpr, NORM: tl.constexpr, PACKED: tl.constexpr,
-    DOT: tl.constexpr, LEVELS: tl.constexpr, W: tl.constexpr,
+    DOT: tl.constexpr, LEVELS: tl.constexpr, WHOLE: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
     """Do what belongs to ``W`` key channels: dq, dk, and the gradients of their decays."""
     PARTS: tl.constexpr = BK // W
@@ -313,7 +346,7 @@ def keys_kernel(
             q, k, decay, A_log, dt_bias, sums, later, total, norms, rows_in, d_scores, d_lower, strength, errors,
             grad_out, states, grads, news, dq, dk, dg, d_bias, d_rate,
             chunk_starts, chunk_lengths, tokens, scale, lower_bound,
-            H, HQ, HK, K, V, BK, BV, C, GATE, NORM, PACKED, DOT, LEVELS, W, False,
+            H, HQ, HK, K, V, BK, BV, C, GATE, NORM, PACKED, DOT, LEVELS, WHOLE, W, False, False,
         )  # fmt: skip
 
 
@@ -325,18 +358,20 @@ def keys_wild_kernel(
     chunk_starts, chunk_lengths, tokens, scale, lower_bound, number,
     H: tl.constexpr, HQ: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
     BV: tl.constexpr, C: tl.constexpr, GATE: tl.constexpr, NORM: tl.constexpr, PACKED: tl.constexpr,
-    DOT: tl.constexpr, LEVELS: tl.constexpr, W: tl.constexpr, PROGRAMS: tl.constexpr, MOST: tl.constexpr,
+    DOT: tl.constexpr, LEVELS: tl.constexpr, WHOLE: tl.constexpr, W: tl.constexpr,
+    PROGRAMS: tl.constexpr, MOST: tl.constexpr,
 ):  # fmt: skip
-    """Do the same, level by level, for chunks whose decay is out of range."""
+    """Do the same for chunks whose decay is out of range, in blocks of 16 tokens or, where marked so, less."""
     if any_wild(wild, number, PROGRAMS, MOST):
         for step in tl.range(0, MOST):
             tile = tl.program_id(0) + step * PROGRAMS
-            if tl.load(wild + tile, mask=tile < number, other=0) != 0:
+            mark = tl.load(wild + tile, mask=tile < number, other=0)
+            if mark != 0:
                 for part in tl.range(0, BK // W):
                     _keys(
                         (tile // H).to(tl.int64), tile % H, part,
                         q, k, decay, A_log, dt_bias, sums, later, total, norms, rows_in, d_scores, d_lower, strength,
                         errors, grad_out, states, grads, news, dq, dk, dg, d_bias, d_rate,
                         chunk_starts, chunk_lengths, tokens, scale, lower_bound,
-                        H, HQ, HK, K, V, BK, BV, C, GATE, NORM, PACKED, DOT, LEVELS, W, True,
+                        H, HQ, HK, K, V, BK, BV, C, GATE, NORM, PACKED, DOT, LEVELS, WHOLE, W, True, mark == 2,
                     )  # fmt: skip

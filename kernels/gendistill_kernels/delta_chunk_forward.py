@@ -10,12 +10,13 @@ Inside a chunk of C tokens, with G the inclusive sum of log-decays from the chun
     X = V - kd S        N = T diag(beta) X, T = (I + L)^-1        O = qd S + P N        S <- diag(e^G_C) S + kt^T N
 
 ``e^-G`` alone may overflow. ``prepare`` multiplies ``2^s e^G`` with ``2^-s e^-G`` all the same, and marks chunks whose
-decay leaves the range that this allows, 2^(-2s) in any channel: they are wild. ``prepare_wild`` does these again, level
-by level: at half-width b, rows in the right half of a block of 2b meet columns in its left half, and both exponents are
-taken from the boundary between the halves. Each of them is a sum of log-decays over tokens on one side of it, hence
-never positive, whatever the gate. Every pair i > j belongs to exactly one level. Of a wild chunk only the rows that are
-out of range themselves are taken from there, so that no row depends on later ones. The inverse grows along the same
-levels: ``T <- T - T L_b T``.
+decay leaves the range that this allows, 2^(-2s) in any channel: they are wild. ``prepare_wild`` does these again. At
+level b, rows in the right half of a block of 2b tokens meet columns in its left half, and both exponents are taken from
+the boundary between the halves. Each of them is a sum of log-decays over tokens on one side of it, hence never
+positive, whatever the gate. Levels 32 and 16 leave blocks of 16 tokens, of which each takes one product as above. Rows
+whose decay from the start of their block is out of range, too, go through all levels down to 1: every pair i > j belongs
+to exactly one. A row is done again only if its own decay from the start of the chunk is out of range, so that no row
+depends on later ones. The inverse grows along the same levels: ``T <- T - T L_b T``.
 
 Legend: C tokens of a chunk, K key channels, V value channels, H heads of the state.
 """
@@ -137,111 +138,40 @@ def _decay_tile(
 
 
 @triton.jit
-def _prepare(
-    chunk, head, q, k, decay, beta, A_log, dt_bias, sums,
-    qd, kd, kt, p, inverse_out, gc, strengths, norms, wild,
-    chunk_starts, chunk_lengths, tokens, scale, lower_bound,
-    H: tl.constexpr, HQ: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr,
-    GATE: tl.constexpr, NORM: tl.constexpr, SIGMOID: tl.constexpr, PACKED: tl.constexpr, DOT: tl.constexpr,
-    LEVELS: tl.constexpr, W: tl.constexpr, SAVE: tl.constexpr, PRECISION: tl.constexpr, WILD: tl.constexpr,
-    RANGE: tl.constexpr, WIDE: tl.constexpr,
+def _operands(
+    at_q, at_k, at_g, norm_q, norm_k, live, A_log, dt_bias, channels, head, lower_bound,
+    K: tl.constexpr, GATE: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    start, length = place(chunk, tokens, chunk_starts, chunk_lengths, C, PACKED)
-    rows, part = tl.arange(0, C), tl.arange(0, W)
-    live = rows < length
-    token = start + rows
-    tile = chunk * H + head
-    at_q = q + (token * HQ + head // (H // HQ))[:, None] * K
-    at_k = k + (token * HK + head // (H // HK))[:, None] * K
-    at_g = decay + (token * H + head)[:, None] * K
-    strength = tl.load(beta + token * H + head, mask=live, other=0.0).to(tl.float32)
+    """Return q and k, normalised, and the log-decay of some channels of a chunk."""
+    inside = live[:, None] & (channels < K)[None, :]
+    log_decay = _decay_tile(
+        at_g + channels[None, :], inside, A_log, dt_bias, channels, K, head, lower_bound, GATE
+    )
+    xq = tl.load(at_q + channels[None, :], mask=inside, other=0.0).to(tl.float32)
+    xk = tl.load(at_k + channels[None, :], mask=inside, other=0.0).to(tl.float32)
+    return (xq * norm_q[:, None]).to(DOT), (xk * norm_k[:, None]).to(DOT), log_decay.to(DOT)
+
+
+@triton.jit
+def _strength(beta, at, live, SIGMOID: tl.constexpr, SAVE: tl.constexpr):
+    strength = tl.load(beta + at, mask=live, other=0.0).to(tl.float32)
     if SIGMOID:
         strength = tl.where(live, sigmoid(strength), 0.0)
     elif SAVE:
         # the backward pass divides by it
         strength = tl.where(live, tl.maximum(strength, 1e-20), 0.0)
-    norm_q = tl.zeros([C], tl.float32) + scale
-    norm_k = tl.zeros([C], tl.float32) + 1.0
-    if NORM:
-        norm_q *= _inverse_norm(at_q, live, K, BK)
-        norm_k *= _inverse_norm(at_k, live, K, BK)
-    tl.store(strengths + tile * C + rows, strength)
-    if SAVE:
-        tl.store(norms + tile * 2 * C + rows, norm_q)
-        tl.store(norms + tile * 2 * C + C + rows, norm_k)
+    return strength
 
-    row = (tile * C).to(tl.int32)
-    attention = tl.zeros([C, C], tl.float32)
-    lower = tl.zeros([C, C], tl.float32)
-    if WILD:
-        attention_by_level = tl.zeros([C, C], tl.float32)
-        lower_by_level = tl.zeros([C, C], tl.float32)
-        own = tl.zeros([C], tl.float32)
-        shortest = tl.zeros([C], tl.float32)
-    far = 0.0
-    SHIFT: tl.constexpr = -RANGE / 2
-    UNSHIFT: tl.constexpr = 2.0 ** (RANGE / 2)
-    # a loop that is not unrolled: its code stays in the instruction cache
-    for first in tl.range(0, BK, W):
-        channels = first + part
-        inside = live[:, None] & (channels < K)[None, :]
-        log_decay = _decay_tile(
-            at_g + channels[None, :], inside, A_log, dt_bias, channels, K, head, lower_bound, GATE
-        ).to(DOT)
-        xq = tl.load(at_q + channels[None, :], mask=inside, other=0.0).to(tl.float32)
-        xk = tl.load(at_k + channels[None, :], mask=inside, other=0.0).to(tl.float32)
-        xq, xk = (xq * norm_q[:, None]).to(DOT), (xk * norm_k[:, None]).to(DOT)
-        total = tl.sum(log_decay.to(tl.float32), 0)
-        tl.store(gc + tile * BK + channels, total)
-        far = tl.minimum(far, tl.min(total, 0))
-        upto = tl.dot(sums.load([(LEVELS + 1) * C, 0]), log_decay, input_precision=PRECISION)
-        # the range of the operands is used on both sides of one: half of it is shifted to the reading factor
-        factor = exp2(upto + SHIFT)
-        back = exp2(-SHIFT - upto)
-        read_q, read_k = (xq.to(tl.float32) * factor).to(WIDE), (xk.to(tl.float32) * factor).to(WIDE)
-        # exact: a power of two
-        qd.store([row, first], (read_q * UNSHIFT).to(qd.dtype))
-        kd.store([row, first], (read_k * UNSHIFT).to(qd.dtype))
-        write = xk.to(tl.float32) * back
-        other = tl.trans(write.to(WIDE))
-        attention = tl.dot(read_q, other, attention, input_precision=PRECISION)
-        lower = tl.dot(read_k, other, lower, input_precision=PRECISION)
-        if not WILD:
-            kt.store([row, first], (write * exp2(total + SHIFT)[None, :]).to(qd.dtype))
-        else:
-            shortest = tl.minimum(shortest, tl.min(upto, 1))
-            own += tl.sum(xq.to(tl.float32) * xk.to(tl.float32), 1)
-            after = tl.dot(sums.load([LEVELS * C, 0]), log_decay, input_precision=PRECISION)
-            kt.store([row, first], (xk.to(tl.float32) * exp2(after)).to(qd.dtype))
-            for level in tl.range(0, LEVELS):
-                inner = sums.load([level * C, 0])
-                small = exp2(tl.dot(inner, log_decay, input_precision=PRECISION)).to(DOT)
-                left = xk * small
-                mask = meet(rows, level)
-                scores = tl.dot(xq * small, tl.trans(left), input_precision=PRECISION)
-                attention_by_level += tl.where(mask, scores, 0.0)
-                scores = tl.dot(left, tl.trans(left), input_precision=PRECISION)
-                lower_by_level += tl.where(mask, scores, 0.0)
 
-    i, j = rows[:, None], rows[None, :]
-    attention = tl.where(i >= j, attention, 0.0)
-    lower = tl.where(i > j, lower * strength[:, None], 0.0)
-    if WILD:
-        # only rows that are out of range, so that no row depends on later ones
-        out = (shortest < RANGE)[:, None]
-        attention_by_level += tl.where(i == j, own[:, None], 0.0)
-        attention = tl.where(out, attention_by_level, attention)
-        lower = tl.where(out, lower_by_level * strength[:, None], lower)
-    else:
-        tl.store(wild + tile, (far < RANGE).to(tl.int32))
-    p.store([row, 0], attention.to(p.dtype))
-
-    inverse = tl.where(i == j, 1.0, tl.where(meet(rows, 0), -lower, 0.0))
+@triton.jit
+def _invert(lower, rows, DOT: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.constexpr):
+    """Invert one plus a strictly lower triangular matrix."""
+    inverse = tl.where(rows[:, None] == rows[None, :], 1.0, tl.where(meet(rows, 0), -lower, 0.0))
     for level in tl.range(1, LEVELS):
         joint = tl.where(meet(rows, level), lower, 0.0).to(DOT)
         step = tl.dot(joint, inverse.to(DOT), input_precision=PRECISION)
         inverse -= tl.dot(inverse.to(DOT), step.to(DOT), input_precision=PRECISION)
-    inverse_out.store([row, 0], inverse.to(p.dtype))
+    return inverse
 
 
 @triton.jit
@@ -255,34 +185,169 @@ def prepare_kernel(
     WIDE: tl.constexpr,
 ):  # fmt: skip
     """Prepare every chunk in one product, and mark those whose decay is out of its range."""
-    _prepare(
-        tl.program_id(0).to(tl.int64), tl.program_id(1), q, k, decay, beta, A_log, dt_bias, sums,
-        qd, kd, kt, p, inverse_out, gc, strengths, norms, wild,
-        chunk_starts, chunk_lengths, tokens, scale, lower_bound,
-        H, HQ, HK, K, BK, C, GATE, NORM, SIGMOID, PACKED, DOT, LEVELS, W, SAVE, PRECISION, False, RANGE, WIDE,
-    )  # fmt: skip
+    chunk, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    start, length = place(chunk, tokens, chunk_starts, chunk_lengths, C, PACKED)
+    rows, part = tl.arange(0, C), tl.arange(0, W)
+    live = rows < length
+    token = start + rows
+    tile = chunk * H + head
+    at_q = q + (token * HQ + head // (H // HQ))[:, None] * K
+    at_k = k + (token * HK + head // (H // HK))[:, None] * K
+    at_g = decay + (token * H + head)[:, None] * K
+    strength = _strength(beta, token * H + head, live, SIGMOID, SAVE)
+    norm_q = tl.zeros([C], tl.float32) + scale
+    norm_k = tl.zeros([C], tl.float32) + 1.0
+    if NORM:
+        norm_q *= _inverse_norm(at_q, live, K, BK)
+        norm_k *= _inverse_norm(at_k, live, K, BK)
+    tl.store(strengths + tile * C + rows, strength)
+    if SAVE:
+        tl.store(norms + tile * 2 * C + rows, norm_q)
+        tl.store(norms + tile * 2 * C + C + rows, norm_k)
+
+    row = (tile * C).to(tl.int32)
+    attention = tl.zeros([C, C], tl.float32)
+    lower = tl.zeros([C, C], tl.float32)
+    farthest = tl.zeros([C], tl.float32)
+    SHIFT: tl.constexpr = -RANGE / 2
+    UNSHIFT: tl.constexpr = 2.0 ** (RANGE / 2)
+    # a loop that is not unrolled: its code stays in the instruction cache
+    for first in tl.range(0, BK, W):
+        channels = first + part
+        xq, xk, log_decay = _operands(
+            at_q, at_k, at_g, norm_q, norm_k, live, A_log, dt_bias, channels, head, lower_bound, K, GATE, DOT
+        )
+        total = tl.sum(log_decay.to(tl.float32), 0)
+        tl.store(gc + tile * BK + channels, total)
+        upto = tl.dot(sums.load([(LEVELS + 1) * C, 0]), log_decay, input_precision=PRECISION)
+        farthest = tl.minimum(farthest, tl.min(upto, 1))
+        # the range of the operands is used on both sides of one: half of it is shifted to the reading factor
+        factor = exp2(upto + SHIFT)
+        back = exp2(-SHIFT - upto)
+        read_q, read_k = (xq.to(tl.float32) * factor).to(WIDE), (xk.to(tl.float32) * factor).to(WIDE)
+        # exact: a power of two
+        qd.store([row, first], (read_q.to(tl.float32) * UNSHIFT).to(qd.dtype))
+        kd.store([row, first], (read_k.to(tl.float32) * UNSHIFT).to(qd.dtype))
+        write = xk.to(tl.float32) * back
+        other = tl.trans(write.to(WIDE))
+        attention = tl.dot(read_q, other, attention, input_precision=PRECISION)
+        lower = tl.dot(read_k, other, lower, input_precision=PRECISION)
+        kt.store([row, first], (write * exp2(total + SHIFT)[None, :]).to(qd.dtype))
+
+    # rows that are out of range come again; until then they must not spoil the inverse's other rows
+    out = farthest < RANGE
+    tl.store(wild + tile, tl.max(out.to(tl.int32), 0))
+    i, j = rows[:, None], rows[None, :]
+    p.store([row, 0], tl.where(i >= j, attention, 0.0).to(p.dtype))
+    lower = tl.where((i > j) & (out[:, None] == 0), lower * strength[:, None], 0.0)
+    inverse_out.store([row, 0], _invert(lower, rows, DOT, LEVELS, PRECISION).to(p.dtype))
+
+
+@triton.jit
+def _prepare_again(
+    chunk, head, q, k, decay, beta, A_log, dt_bias, sums, kt, p, inverse_out, wild,
+    chunk_starts, chunk_lengths, tokens, scale, lower_bound,
+    H: tl.constexpr, HQ: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr,
+    GATE: tl.constexpr, NORM: tl.constexpr, SIGMOID: tl.constexpr, PACKED: tl.constexpr, DOT: tl.constexpr,
+    LEVELS: tl.constexpr, WHOLE: tl.constexpr, W: tl.constexpr, SAVE: tl.constexpr, PRECISION: tl.constexpr,
+    RANGE: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    start, length = place(chunk, tokens, chunk_starts, chunk_lengths, C, PACKED)
+    rows, part = tl.arange(0, C), tl.arange(0, W)
+    i, j = rows[:, None], rows[None, :]
+    live = rows < length
+    token = start + rows
+    tile = chunk * H + head
+    at_q = q + (token * HQ + head // (H // HQ))[:, None] * K
+    at_k = k + (token * HK + head // (H // HK))[:, None] * K
+    at_g = decay + (token * H + head)[:, None] * K
+    strength = _strength(beta, token * H + head, live, SIGMOID, SAVE)
+    norm_q = tl.zeros([C], tl.float32) + scale
+    norm_k = tl.zeros([C], tl.float32) + 1.0
+    if NORM:
+        norm_q *= _inverse_norm(at_q, live, K, BK)
+        norm_k *= _inverse_norm(at_k, live, K, BK)
+
+    row = (tile * C).to(tl.int32)
+    attention = tl.zeros([C, C], tl.float32)
+    lower = tl.zeros([C, C], tl.float32)
+    from_start = tl.zeros([C], tl.float32)
+    from_block = tl.zeros([C], tl.float32)
+    SHIFT: tl.constexpr = -RANGE / 2
+    for first in tl.range(0, BK, W):
+        channels = first + part
+        xq, xk, log_decay = _operands(
+            at_q, at_k, at_g, norm_q, norm_k, live, A_log, dt_bias, channels, head, lower_bound, K, GATE, DOT
+        )
+        upto = tl.dot(sums.load([(LEVELS + 1) * C, 0]), log_decay, input_precision=PRECISION)
+        from_start = tl.minimum(from_start, tl.min(upto, 1))
+        after = tl.dot(sums.load([LEVELS * C, 0]), log_decay, input_precision=PRECISION)
+        kt.store([row, first], (xk.to(tl.float32) * exp2(after)).to(kt.dtype))
+        upto = tl.dot(sums.load([(LEVELS + 2) * C, 0]), log_decay, input_precision=PRECISION)
+        from_block = tl.minimum(from_block, tl.min(upto, 1))
+        factor = exp2(upto + SHIFT)
+        write = tl.trans((xk.to(tl.float32) * exp2(-SHIFT - upto)).to(WIDE))
+        near = (i ^ j) < (1 << WHOLE)
+        scores = tl.dot((xq.to(tl.float32) * factor).to(WIDE), write, input_precision=PRECISION)
+        attention += tl.where(near & (i >= j), scores, 0.0)
+        scores = tl.dot((xk.to(tl.float32) * factor).to(WIDE), write, input_precision=PRECISION)
+        lower += tl.where(near & (i > j), scores, 0.0)
+        for level in tl.range(WHOLE, LEVELS):
+            small = exp2(tl.dot(sums.load([level * C, 0]), log_decay, input_precision=PRECISION)).to(DOT)
+            left = xk * small
+            mask = meet(rows, level)
+            scores = tl.dot(xq * small, tl.trans(left), input_precision=PRECISION)
+            attention += tl.where(mask, scores, 0.0)
+            scores = tl.dot(left, tl.trans(left), input_precision=PRECISION)
+            lower += tl.where(mask, scores, 0.0)
+
+    deep = from_block < RANGE
+    if tl.max(deep.to(tl.int32), 0) != 0:
+        tl.store(wild + tile, 2)
+        attention = tl.where(deep[:, None], 0.0, attention)
+        lower = tl.where(deep[:, None], 0.0, lower)
+        for first in tl.range(0, BK, W):
+            channels = first + part
+            xq, xk, log_decay = _operands(
+                at_q, at_k, at_g, norm_q, norm_k, live, A_log, dt_bias, channels, head, lower_bound, K, GATE, DOT
+            )
+            own = tl.sum(xq.to(tl.float32) * xk.to(tl.float32), 1)
+            attention += tl.where((i == j) & deep[:, None], own[:, None], 0.0)
+            for level in tl.range(0, LEVELS):
+                small = exp2(tl.dot(sums.load([level * C, 0]), log_decay, input_precision=PRECISION)).to(DOT)
+                left = xk * small
+                mask = meet(rows, level) & deep[:, None]
+                scores = tl.dot(xq * small, tl.trans(left), input_precision=PRECISION)
+                attention += tl.where(mask, scores, 0.0)
+                scores = tl.dot(left, tl.trans(left), input_precision=PRECISION)
+                lower += tl.where(mask, scores, 0.0)
+
+    # only rows that are out of range themselves
+    out = (from_start < RANGE)[:, None]
+    inverse = _invert(lower * strength[:, None], rows, DOT, LEVELS, PRECISION)
+    at = tile * C * C + i * C + j
+    tl.store(p + at, attention.to(p.dtype.element_ty), mask=out)
+    tl.store(inverse_out + at, inverse.to(p.dtype.element_ty), mask=out)
 
 
 @triton.jit
 def prepare_wild_kernel(
-    q, k, decay, beta, A_log, dt_bias, sums,
-    qd, kd, kt, p, inverse_out, gc, strengths, norms, wild,
+    q, k, decay, beta, A_log, dt_bias, sums, kt, p, inverse_out, wild,
     chunk_starts, chunk_lengths, tokens, scale, lower_bound, number,
     H: tl.constexpr, HQ: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr,
     GATE: tl.constexpr, NORM: tl.constexpr, SIGMOID: tl.constexpr, PACKED: tl.constexpr, DOT: tl.constexpr,
-    LEVELS: tl.constexpr, W: tl.constexpr, SAVE: tl.constexpr, PRECISION: tl.constexpr, RANGE: tl.constexpr,
-    WIDE: tl.constexpr, PROGRAMS: tl.constexpr, MOST: tl.constexpr,
+    LEVELS: tl.constexpr, WHOLE: tl.constexpr, W: tl.constexpr, SAVE: tl.constexpr, PRECISION: tl.constexpr,
+    RANGE: tl.constexpr, WIDE: tl.constexpr, PROGRAMS: tl.constexpr, MOST: tl.constexpr,
 ):  # fmt: skip
-    """Prepare the marked chunks again, level by level."""
+    """Prepare the marked chunks again; mark with two those with rows that go through all levels."""
     if any_wild(wild, number, PROGRAMS, MOST):
         for step in tl.range(0, MOST):
             tile = tl.program_id(0) + step * PROGRAMS
             if tl.load(wild + tile, mask=tile < number, other=0) != 0:
-                _prepare(
+                _prepare_again(
                     (tile // H).to(tl.int64), tile % H, q, k, decay, beta, A_log, dt_bias, sums,
-                    qd, kd, kt, p, inverse_out, gc, strengths, norms, wild,
-                    chunk_starts, chunk_lengths, tokens, scale, lower_bound,
-                    H, HQ, HK, K, BK, C, GATE, NORM, SIGMOID, PACKED, DOT, LEVELS, W, SAVE, PRECISION, True,
+                    kt, p, inverse_out, wild, chunk_starts, chunk_lengths, tokens, scale, lower_bound,
+                    H, HQ, HK, K, BK, C, GATE, NORM, SIGMOID, PACKED, DOT, LEVELS, WHOLE, W, SAVE, PRECISION,
                     RANGE, WIDE,
                 )  # fmt: skip
 

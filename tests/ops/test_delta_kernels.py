@@ -147,14 +147,50 @@ def test_a_sequence_may_be_cut_where_chunks_end():
     assert torch.equal(last, final)
 
 
-def test_the_past_does_not_depend_on_the_future():
+@pytest.mark.parametrize(("decay", "mark"), [(-1.0, 0), (-4.0, 1), (-1e3, 2)])
+def test_the_past_does_not_depend_on_the_future(decay, mark):
+    """Nor on how far the later tokens' decay takes the chunk out of range."""
     rule = Rule("none", sigmoid=False)
     x = make(T=70, rule=rule)
-    out = chunk_forward(x, rule)[0]
+    out, _, saved = chunk_forward(x, rule, save=True)
     later = {name: getattr(x, name).clone() for name in Inputs._fields[:5]}
-    for name, value in (("q", 9.0), ("k", -9.0), ("v", 1e4), ("decay", -1e3), ("beta", 1.0)):
+    for name, value in (("q", 9.0), ("k", -9.0), ("v", 1e4), ("decay", decay), ("beta", 1.0)):
         later[name][:, 21:] = value
-    assert torch.equal(chunk_forward(x._replace(**later), rule)[0][:, :21], out[:, :21])
+    again, _, kept = chunk_forward(x._replace(**later), rule, save=True)
+    assert torch.equal(again[:, :21], out[:, :21])
+    assert (saved.wild == 0).all()
+    assert (kept.wild[0] == mark).all()
+
+
+@pytest.mark.parametrize("which", ["one channel", "some tokens", "every other head"])
+def test_chunks_partly_out_of_range_match_the_reference(which):
+    """Rows in range, rows in range of their block of 16 tokens, and rows of which a single token is out of it."""
+    rule = Rule("none", sigmoid=False)
+    x = make(T=200, H=4, rule=rule, seed=3)
+    decay = x.decay.clone()
+    if which == "one channel":
+        decay[..., 5] = -2.5
+        decay[:, 128:, 1, 7] = -7.0
+    elif which == "some tokens":
+        decay[:, 40:43] = -60.0
+        decay[:, 100] = -200.0
+        decay[:, 150:] = -4.0
+    else:
+        decay[:, :, ::2] = -5.0
+        decay[:, :, 2] = -11.0
+    x = x._replace(decay=decay)
+    out, last, saved = chunk_forward(x, rule, save=True)
+    d_out, d_last = torch.randn_like(out), torch.randn_like(last)
+    found = chunk_backward(d_out, d_last, x, rule, out, saved)
+    assert saved.wild.unique().tolist() == [0, 1, 2]
+    exact = Inputs(*(None if part is None else part.double().requires_grad_() for part in x))
+    expected, final = reference(exact, rule)
+    loss = (expected * d_out.double()).sum() + (final * d_last.double()).sum()
+    gradients = torch.autograd.grad(loss, exact[:5])
+    assert distance(out, expected.detach()) < TOLERANCE
+    assert distance(last, final.detach()) < TOLERANCE
+    for field, gradient in zip(Inputs._fields, gradients, strict=False):
+        assert distance(getattr(found, field), gradient) < TOLERANCE, field
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -202,7 +238,7 @@ def test_extreme_gates_stay_finite_and_right(name, same_keys):
 
 
 @pytest.mark.parametrize("size", [1e-14, 1e10])
-@pytest.mark.parametrize("decay", [-97, -137, -141])
+@pytest.mark.parametrize("decay", [-97, -137, -141, -550, -570])
 def test_gradients_of_any_size_come_through_chunks_at_the_edge_of_their_range(decay, size):
     """Of a chunk that decays by ``2**decay``, with gradients of this size."""
     rule = Rule("none", sigmoid=False)
@@ -215,6 +251,6 @@ def test_gradients_of_any_size_come_through_chunks_at_the_edge_of_their_range(de
     expected, final = reference(exact, rule)
     loss = (expected * d_out.double()).sum() + (final * d_last.double()).sum()
     gradients = torch.autograd.grad(loss, exact[:5])
-    assert (saved.wild == (decay < -140)).all()
+    assert (saved.wild == (decay < -140) + (decay < 4 * -140)).all()
     for field, gradient in zip(Inputs._fields, gradients, strict=False):
         assert distance(getattr(found, field).double() / size, gradient) < TOLERANCE, field
