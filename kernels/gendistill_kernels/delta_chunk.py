@@ -51,9 +51,6 @@ LEVELS = 6
 # go level by level down to blocks of 2^_WHOLE tokens, which then take one product if they are in range.
 _RANGE, _RANGE_FLOAT16 = -2 * SHIFT.value, -12.0
 _WHOLE = 4
-# Programs that look for such chunks, two for every processor of an H100. A prime number: heads differ in how fast they
-# forget, and tiles a multiple of the number of heads apart would all be one head's.
-_SEARCHERS = 263
 # A longer sequence is cut into segments of this many chunks, which are walked at the same time. Its own length alone
 # decides that, so that a sequence does not depend on what else is in the batch.
 SEGMENT = 128
@@ -303,12 +300,6 @@ def _never_wild(rule: Rule, limit: float) -> bool:
     return rule.gate == "bounded" and CHUNK * rule.lower_bound * math.log2(math.e) > limit
 
 
-def _search(number: int) -> dict[str, int]:
-    """Say how many programs share a number of tiles, and how many a program looks at, rounded up."""
-    programs = min(_SEARCHERS, number)
-    return {"PROGRAMS": programs, "MOST": 1 << (-(-number // programs) - 1).bit_length()}
-
-
 def _layout(x: Inputs, n: _Sizes, chunks: Chunks | None) -> Chunks:
     """Say where chunks and segments are. Keys of more than 128 channels make matrices too large to carry."""
     if chunks is None:
@@ -398,10 +389,9 @@ def chunk_forward(
     }  # fmt: skip
     _prepare[(n.chunks, n.H)](*arguments, **settings)
     if not _never_wild(rule, limit):
-        search = _search(n.chunks * n.H)
-        _prepare_wild[(search["PROGRAMS"],)](
+        _prepare_wild[(n.chunks, n.H)](
             *arguments[:7], tiles[2] if n.BK <= 64 else _tiles(tall[2], 64), square[0], square[1], wild,
-            *arguments[-5:], n.chunks * n.H, **settings | {"W": min(n.BK, 64), "WHOLE": _WHOLE}, **search,
+            *arguments[-5:], **settings | {"W": min(n.BK, 64), "WHOLE": _WHOLE},
         )  # fmt: skip
     BV, warps, stages = _scan_config(n, x.q.dtype, save=save)
     sequences, where = n.sequences, (at.cu_seqlens, at.offsets)
@@ -575,8 +565,7 @@ def chunk_backward_local(
     }  # fmt: skip
     _keys[(n.BK // W * n.chunks, n.H)](*arguments, **settings)
     if not _never_wild(rule, _RANGE_FLOAT16 if x.q.dtype == torch.float16 else _RANGE):
-        search = _search(n.chunks * n.H)
-        _keys_wild[(search["PROGRAMS"],)](*arguments, n.chunks * n.H, **settings, **search)
+        _keys_wild[(n.BK // W * n.chunks, n.H)](*arguments, **settings)
 
     def summed(grad: Tensor, like: Tensor, heads: int) -> Tensor:
         if heads != n.H:

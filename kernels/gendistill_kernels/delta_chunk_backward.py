@@ -27,7 +27,7 @@ Source: derived in the project's notes and checked against float64 autograd of t
 import triton
 import triton.language as tl
 
-from gendistill_kernels.delta_chunk_forward import any_wild, exp2, log2_decay, place, sigmoid
+from gendistill_kernels.delta_chunk_forward import exp2, log2_decay, place, sigmoid
 
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 # Half of the range that the decay of a chunk may take, as a power of two, and two to the minus that. Gradients go up
@@ -151,26 +151,6 @@ def values_kernel(
 
 
 @triton.jit
-def _value_tiles(
-    grad_out, errors, news, states, grads, token, live, tile, head, channels,
-    H: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-):  # fmt: skip
-    """Load dO, dXb and N of a chunk, and some channels of the states S before it and dS' after it."""
-    rows, columns = tl.arange(0, C), tl.arange(0, BV)
-    full = (columns < V)[None, :]
-    flat = tile * C * V + rows[:, None] * V + columns[None, :]
-    cells = tile * BK * V + columns[:, None] * BK + channels[None, :]
-    places = grad_out + (token * H + head)[:, None] * V + columns[None, :]
-    return (
-        tl.load(places, mask=live[:, None] & full, other=0.0),
-        tl.load(errors + flat, mask=full, other=0.0),
-        tl.load(news + flat, mask=full, other=0.0),
-        tl.load(states + cells, mask=(columns < V)[:, None], other=0.0),
-        tl.load(grads + cells, mask=(columns < V)[:, None], other=0.0),
-    )
-
-
-@triton.jit
 def _keys(
     chunk, head, part,
     q, k, decay, A_log, dt_bias, sums, later, total, norms, rows_in, d_scores, d_lower, strength, errors,
@@ -207,21 +187,29 @@ def _keys(
     norm_k = tl.load(norms + tile * 2 * C + C + rows)
     amount = tl.load(strength + tile * C + rows)
     gain = tl.load(total + tile * BK + channels)
+    columns = tl.arange(0, BV)
+    full = (columns < V)[None, :]
+    wide = live[:, None] & full
+    at_out = (token * H + head)[:, None] * V + columns[None, :]
+    flat = tile * C * V + i * V + columns[None, :]
+    cells = tile * BK * V + columns[:, None] * BK + channels[None, :]
     if not WILD:
-        upstream, error, new, state, grad = _value_tiles(
-            grad_out, errors, news, states, grads, token, live, tile, head, channels, H, V, BK, BV, C
-        )
+        upstream = tl.load(grad_out + at_out, mask=wide, other=0.0)
+        error = tl.load(errors + flat, mask=full, other=0.0)
+        new = tl.load(news + flat, mask=full, other=0.0)
+        state = tl.load(states + cells, mask=(columns < V)[:, None], other=0.0)
+        grad = tl.load(grads + cells, mask=(columns < V)[:, None], other=0.0)
 
     g = tl.maximum(tl.where(inside, log2_decay(raw, rate, bias, lower_bound, GATE), 0.0), -30000.0)
     log_decay = g.to(DOT)
     x_q = (x_q.to(tl.float32) * norm_q[:, None]).to(DOT)
     x_k = (x_k.to(tl.float32) * norm_k[:, None]).to(DOT)
-    upto = tl.dot(tl.where(rows[:, None] >= rows[None, :], 1.0, 0.0).to(DOT), log_decay)
     wide_type = d_scores.dtype.element_ty
     # Of what follows, the order keeps apart in shared memory what is multiplied with different halves of the chunk:
     # ptxas 12.8 loses the address of a right factor that takes the place of an earlier left one.
     # A pair of tokens adds to d_sum of the later one what it takes from that of the earlier one, and a write what it
     # adds to the decay after it: the same rounded factors on both sides keep that exact.
+    upto = tl.dot(tl.where(rows[:, None] >= rows[None, :], 1.0, 0.0).to(DOT), log_decay)
     if not WILD:
         both = tl.sum(state.to(tl.float32) * grad.to(tl.float32), 0) * exp2(gain)
         factor = exp2(upto + SHIFT)
@@ -249,7 +237,7 @@ def _keys(
         # inside a block of 16 tokens in one product, as above, but for chunks that go through all levels
         inner = tl.dot(sums.load([(LEVELS + 2) * C, 0]), log_decay) * tl.where(deep, 0.0, 1.0)
         factor, back = exp2(inner + SHIFT), exp2(-SHIFT - inner)
-        near = ((i ^ rows[None, :]) < (1 << WHOLE)) & (not deep)
+        near = (rows[None, :] - (i & -(1 << WHOLE))).to(tl.uint32) < (tl.where(deep, 0, 1 << WHOLE) + 0 * i).to(tl.uint32)
         near_scores, near_lower = tl.where(near, scores, 0.0), tl.where(near, lower, 0.0)
         read_q = (x_q.to(tl.float32) * factor).to(wide_type)
         read_k = (x_k.to(tl.float32) * factor).to(wide_type)
@@ -261,34 +249,41 @@ def _keys(
         d_sum = read_q.to(tl.float32) * reads + read_k.to(tl.float32) * keys - write.to(tl.float32) * inner
         d_key = factor * keys + back * inner
         d_query = factor * reads
-        upstream, error, new, state, grad = _value_tiles(
-            grad_out, errors, news, states, grads, token, live, tile, head, channels, H, V, BK, BV, C
-        )
-        both = tl.sum(state.to(tl.float32) * grad.to(tl.float32), 0) * exp2(gain)
+        # one after another: together they would not fit in the registers, and those saved in memory cost more
+        state = tl.load(states + cells, mask=(columns < V)[:, None], other=0.0)
         factor = exp2(upto)
-        reads = tl.dot(upstream, state) * factor
-        keys = tl.dot(error, state) * factor * -amount[:, None]
-        inner = tl.dot(new, grad) * exp2(tl.dot(sums.load([LEVELS * C, 0]), log_decay))
-        both += tl.sum(x_k.to(tl.float32) * inner, 0)
-        d_sum += x_q.to(tl.float32) * reads + x_k.to(tl.float32) * (keys - inner)
+        reads = tl.dot(tl.load(grad_out + at_out, mask=wide, other=0.0), state) * factor
+        d_sum += x_q.to(tl.float32) * reads
         d_query += reads
-        d_key += keys + inner
+        reads = tl.dot(tl.load(errors + flat, mask=full, other=0.0), state) * factor * -amount[:, None]
+        d_sum += x_k.to(tl.float32) * reads
+        d_key += reads
+        grad = tl.load(grads + cells, mask=(columns < V)[:, None], other=0.0)
+        both = tl.sum(state.to(tl.float32) * grad.to(tl.float32), 0) * exp2(gain)
+        inner = tl.dot(tl.load(news + flat, mask=full, other=0.0), grad)
+        inner *= exp2(tl.dot(sums.load([LEVELS * C, 0]), log_decay))
+        both += tl.sum(x_k.to(tl.float32) * inner, 0)
+        d_sum -= x_k.to(tl.float32) * inner
+        d_key += inner
         # the rest level by level: row i of a right half meets the left half of its block, and the other way round, so
         # one product serves both directions, each row taking part in one of them
         pairs = (scores + tl.trans(scores)).to(wide_type)
         below = (lower + tl.trans(lower)).to(wide_type)
         for level in tl.range(tl.where(deep, 0, WHOLE), LEVELS, num_stages=2):
+            half = (1 << level) + 0 * i
             decayed = exp2(tl.dot(sums.load([level * C, 0]), log_decay))
-            differ = (i ^ rows[None, :]) >> level
-            right = ((rows >> level) & 1)[:, None] != 0
-            own_k = (x_k.to(tl.float32) * decayed).to(wide_type)
-            mixed = tl.where(right, (x_q.to(tl.float32) * decayed).to(wide_type), own_k)
-            reads = tl.dot(tl.where(differ == 1, pairs, 0.0), mixed)
-            keys = tl.dot(tl.where(differ == 1, below, 0.0), own_k)
-            d_query += decayed * tl.where(right, reads, 0.0)
-            d_key += decayed * (keys + tl.where(right, 0.0, reads))
-            both_ways = mixed.to(tl.float32) * reads + own_k.to(tl.float32) * keys
-            d_sum += tl.where(right, both_ways, -both_ways)
+            # columns of the other half of the row's block
+            other = (rows[None, :] - ((i & -half) ^ half)).to(tl.uint32) < half.to(tl.uint32)
+            right = (i & half) != 0
+            own = (x_k.to(tl.float32) * decayed).to(wide_type)
+            inner = tl.dot(tl.where(other, below, 0.0), own)
+            d_key += decayed * inner
+            d_sum += tl.where(right, own.to(tl.float32), -own.to(tl.float32)) * inner
+            own = tl.where(right, (x_q.to(tl.float32) * decayed).to(wide_type), own)
+            inner = tl.dot(tl.where(other, pairs, 0.0), own)
+            d_query += tl.where(right, decayed * inner, 0.0)
+            d_key += tl.where(right, 0.0, decayed * inner)
+            d_sum += tl.where(right, own.to(tl.float32), -own.to(tl.float32)) * inner
 
     # a token's own score is not decayed: it is added after that
     diagonal = tl.load(rows_in + tile * 3 * C + rows)
@@ -303,12 +298,19 @@ def _keys(
     tl.store(dq + at, (norm_q[:, None] * d_query).to(dq.dtype.element_ty), mask=inside)
     tl.store(dk + at, (norm_k[:, None] * d_key).to(dk.dtype.element_ty), mask=inside)
 
-    # every later token of the chunk depends on this log-decay, and so does the state after it; the sum over them is a
-    # product with a 0/1 matrix, in two halves that together hold 16 bits
-    table = later.load([0, 0])
-    high = d_sum.to(later.dtype)
-    d_decay = tl.dot(table, high)
-    d_decay = tl.dot(table, (d_sum - high.to(tl.float32)).to(later.dtype), d_decay) + both[None, :]
+    # Every later token of the chunk depends on this log-decay, and so does the state after it. The sum over them is a
+    # product with a 0/1 matrix, in two halves that together hold 16 bits; a scan where ptxas would lose that matrix.
+    if WILD:
+        d_decay = tl.cumsum(d_sum, 0, reverse=True) + both[None, :]
+    else:
+        table = later.load([0, 0])
+        high = d_sum.to(later.dtype)
+        d_decay = tl.dot(table, high)
+        d_decay = tl.dot(table, (d_sum - high.to(tl.float32)).to(later.dtype), d_decay) + both[None, :]
+    if WILD:
+        # not kept, for the same reason
+        raw = tl.load(decay + at, mask=inside, other=0.0).to(tl.float32)
+        g = tl.maximum(tl.where(inside, log2_decay(raw, rate, bias, lower_bound, GATE), 0.0), -30000.0)
     if GATE == "bounded":
         s = sigmoid(tl.exp(rate) * (raw + bias))
         d_raw = d_decay * lower_bound * s * (1.0 - s) * tl.exp(rate)
@@ -355,23 +357,20 @@ def keys_wild_kernel(
     q, k, decay, A_log, dt_bias, sums, later, total, norms, rows_in, d_scores, d_lower, strength, errors,
     grad_out, states, grads, news, wild,
     dq, dk, dg, d_bias, d_rate,
-    chunk_starts, chunk_lengths, tokens, scale, lower_bound, number,
+    chunk_starts, chunk_lengths, tokens, scale, lower_bound,
     H: tl.constexpr, HQ: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
     BV: tl.constexpr, C: tl.constexpr, GATE: tl.constexpr, NORM: tl.constexpr, PACKED: tl.constexpr,
     DOT: tl.constexpr, LEVELS: tl.constexpr, WHOLE: tl.constexpr, W: tl.constexpr,
-    PROGRAMS: tl.constexpr, MOST: tl.constexpr,
 ):  # fmt: skip
     """Do the same for chunks whose decay is out of range, in blocks of 16 tokens or, where marked so, less."""
-    if any_wild(wild, number, PROGRAMS, MOST):
-        for step in tl.range(0, MOST):
-            tile = tl.program_id(0) + step * PROGRAMS
-            mark = tl.load(wild + tile, mask=tile < number, other=0)
-            if mark != 0:
-                for part in tl.range(0, BK // W):
-                    _keys(
-                        (tile // H).to(tl.int64), tile % H, part,
-                        q, k, decay, A_log, dt_bias, sums, later, total, norms, rows_in, d_scores, d_lower, strength,
-                        errors, grad_out, states, grads, news, dq, dk, dg, d_bias, d_rate,
-                        chunk_starts, chunk_lengths, tokens, scale, lower_bound,
-                        H, HQ, HK, K, V, BK, BV, C, GATE, NORM, PACKED, DOT, LEVELS, WHOLE, W, True, mark == 2,
-                    )  # fmt: skip
+    PARTS: tl.constexpr = BK // W
+    part, chunk, head = tl.program_id(0) % PARTS, (tl.program_id(0) // PARTS).to(tl.int64), tl.program_id(1)
+    mark = tl.load(wild + chunk * H + head)
+    if mark != 0:
+        _keys(
+            chunk, head, part,
+            q, k, decay, A_log, dt_bias, sums, later, total, norms, rows_in, d_scores, d_lower, strength, errors,
+            grad_out, states, grads, news, dq, dk, dg, d_bias, d_rate,
+            chunk_starts, chunk_lengths, tokens, scale, lower_bound,
+            H, HQ, HK, K, V, BK, BV, C, GATE, NORM, PACKED, DOT, LEVELS, WHOLE, W, True, mark == 2,
+        )  # fmt: skip

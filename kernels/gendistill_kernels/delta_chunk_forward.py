@@ -95,13 +95,6 @@ def place(chunk, tokens, chunk_starts, chunk_lengths, C: tl.constexpr, PACKED: t
 
 
 @triton.jit
-def any_wild(wild, number, PROGRAMS: tl.constexpr, MOST: tl.constexpr):
-    """Say whether one of the tiles ``program, program + PROGRAMS, ...`` needs another path."""
-    tiles = tl.program_id(0) + PROGRAMS * tl.arange(0, MOST)
-    return tl.max(tl.load(wild + tiles, mask=tiles < number, other=0), 0) != 0
-
-
-@triton.jit
 def meet(rows, level):
     """Say which columns meet row i of a right half at a level: those of the left half of its block."""
     half = 1 << level
@@ -333,23 +326,20 @@ def _prepare_again(
 @triton.jit
 def prepare_wild_kernel(
     q, k, decay, beta, A_log, dt_bias, sums, kt, p, inverse_out, wild,
-    chunk_starts, chunk_lengths, tokens, scale, lower_bound, number,
+    chunk_starts, chunk_lengths, tokens, scale, lower_bound,
     H: tl.constexpr, HQ: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr,
     GATE: tl.constexpr, NORM: tl.constexpr, SIGMOID: tl.constexpr, PACKED: tl.constexpr, DOT: tl.constexpr,
     LEVELS: tl.constexpr, WHOLE: tl.constexpr, W: tl.constexpr, SAVE: tl.constexpr, PRECISION: tl.constexpr,
-    RANGE: tl.constexpr, WIDE: tl.constexpr, PROGRAMS: tl.constexpr, MOST: tl.constexpr,
+    RANGE: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Prepare the marked chunks again; mark with two those with rows that go through all levels."""
-    if any_wild(wild, number, PROGRAMS, MOST):
-        for step in tl.range(0, MOST):
-            tile = tl.program_id(0) + step * PROGRAMS
-            if tl.load(wild + tile, mask=tile < number, other=0) != 0:
-                _prepare_again(
-                    (tile // H).to(tl.int64), tile % H, q, k, decay, beta, A_log, dt_bias, sums,
-                    kt, p, inverse_out, wild, chunk_starts, chunk_lengths, tokens, scale, lower_bound,
-                    H, HQ, HK, K, BK, C, GATE, NORM, SIGMOID, PACKED, DOT, LEVELS, WHOLE, W, SAVE, PRECISION,
-                    RANGE, WIDE,
-                )  # fmt: skip
+    chunk, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    if tl.load(wild + chunk * H + head) != 0:
+        _prepare_again(
+            chunk, head, q, k, decay, beta, A_log, dt_bias, sums,
+            kt, p, inverse_out, wild, chunk_starts, chunk_lengths, tokens, scale, lower_bound,
+            H, HQ, HK, K, BK, C, GATE, NORM, SIGMOID, PACKED, DOT, LEVELS, WHOLE, W, SAVE, PRECISION, RANGE, WIDE,
+        )  # fmt: skip
 
 
 @triton.jit

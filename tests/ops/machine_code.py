@@ -74,9 +74,9 @@ def listing(function, arguments, constants, options) -> tuple[str, int]:
     return done.stdout, kernel.metadata.shared
 
 
-def products(sass: str) -> list[Product]:
-    """Compute the operands' addresses of every ``wgmma``, in the order of the listing."""
-    machine, found = _Machine(), []
+def products(sass: str, thread: int = 0) -> list[Product]:
+    """Compute the operands' addresses of every ``wgmma`` for one thread, in the order of the listing."""
+    machine, found = _Machine(thread), []
     for line in sass.splitlines():
         match = _LINE.match(line)
         if match is None:
@@ -95,7 +95,8 @@ def products(sass: str) -> list[Product]:
 class _Machine:
     """Hold the integers that are known at one point of a program, which is read from top to bottom."""
 
-    def __init__(self) -> None:
+    def __init__(self, thread: int) -> None:
+        self.special = {"SR_CgaCtaId": 0, "SR_TID.X": thread}
         self.registers: dict[str, int | None] = {"RZ": 0, "URZ": 0, "SRZ": 0}
         self.carries: dict[str, int | None] = {"PT": 1, "UPT": 1}
         self.stack: dict[int, int | None] = {}
@@ -149,7 +150,10 @@ class _Machine:
         elif name == "CS2R" and sources == ["SRZ"]:
             result = 0
         elif name in ("S2UR", "S2R"):
-            result = 0 if sources == ["SR_CgaCtaId"] else None
+            result = self.special.get(sources[0])
+        elif name == "SHFL.IDX":
+            # from lane 0, which has what this thread has if threads of a warp agree
+            result = self.value(sources[0])
         else:
             known = [self.value(part) for part in sources if not _PREDICATE.match(part)]
             result = _compute(kind, known)
