@@ -1,5 +1,6 @@
 """Public maths on ``[B, T, H, D]`` tensors; ``reference`` defines every op in eager torch."""
 
+from gendistill.ops.gated_delta_rule import gated_delta_rule
 from gendistill.ops.gated_norm import gated_rms_norm
 from gendistill.ops.kda import gated_kda, kda
 from gendistill.ops.reference.attention import sliding_window_attention
@@ -15,6 +16,7 @@ __all__ = [
     "bounded_log_decay",
     "causal_conv",
     "chunk_delta_rule",
+    "gated_delta_rule",
     "gated_kda",
     "gated_rms_norm",
     "kda",

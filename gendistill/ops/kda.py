@@ -10,7 +10,7 @@ from gendistill.ops.reference.gates import bounded_log_decay, l2norm, softplus_l
 from gendistill.ops.types import Impl, OpOutput, Segments, triton_ops
 
 # below this many tokens a loop is cheaper than the chunked form
-_RECURRENT_TOKENS = 4
+RECURRENT_TOKENS = 4
 
 
 def check_shapes(
@@ -75,7 +75,7 @@ def kda(
     if Impl(impl) is Impl.TRITON:
         return triton_ops().triton_kda(q, k, v, log_decay, beta, state=state, segments=segments)
     gates = {"log_decay": log_decay, "erase": beta, "write": beta, "state": state}
-    if segments is None and q.shape[1] <= _RECURRENT_TOKENS:
+    if segments is None and q.shape[1] <= RECURRENT_TOKENS:
         return recurrent_delta_rule(q, k, v, **gates)
     return chunk_delta_rule(q, k, v, **gates, segments=segments, log_decay_floor=log_decay_floor)
 

@@ -85,8 +85,11 @@ def triton_kda(
     k: Tensor,
     v: Tensor,
     decay: Tensor,
-    beta: Tensor,
+    beta: Tensor | None,
     *,
+    erase: Tensor | None = None,
+    write: Tensor | None = None,
+    erases: bool = True,
     gate: str = "none",
     a_log: Tensor | None = None,
     dt_bias: Tensor | None = None,
@@ -95,29 +98,41 @@ def triton_kda(
     state: Tensor | None = None,
     segments: Segments | None = None,
 ) -> OpOutput:
-    """Run the chunked kernels; arguments as :func:`gendistill.ops.kda`.
+    """Run the chunked kernels; arguments as :func:`gendistill.ops.kda` and :func:`gendistill.ops.gated_delta_rule`.
 
     Args:
+        erase, write: Strengths per channel, where ``beta`` is not what erases or writes.
+        erases: Whether anything erases.
         gate: ``none``: ``decay`` holds log-decays; otherwise raw values of a ``softplus`` or ``bounded`` gate.
-        raw: q and k are not normalised yet, and ``beta`` holds logits.
+        raw: q and k are not normalised yet, and ``beta``, ``erase`` and ``write`` hold logits.
     """
     if q.shape[1] == 0:
         number = q.shape[0] if segments is None else len(segments.lengths)
         if state is None:
-            state = q.new_zeros(number, beta.shape[2], k.shape[3], v.shape[3], dtype=torch.float32)
-        return OpOutput(v.new_empty(*beta.shape, v.shape[3]), state)
+            state = q.new_zeros(number, decay.shape[2], k.shape[3], v.shape[3], dtype=torch.float32)
+        return OpOutput(v.new_empty(*decay.shape[:3], v.shape[3]), state)
     chunks = None if segments is None else segments.table(_delta.Chunks.of)
     tables = [None] * 8 if chunks is None else list(chunks)
-    tensors = [part.contiguous() for part in (q, k, v, decay, beta)]
+    q, k, v, decay = q.contiguous(), k.contiguous(), v.contiguous(), decay.contiguous()
+    beta, erase, write = (None if part is None else part.contiguous() for part in (beta, erase, write))
+    inputs = (q, k, v, decay, beta, a_log, dt_bias, erase, write)
     needs_grad = torch.is_grad_enabled() and any(
-        part is not None and part.requires_grad for part in (*tensors, a_log, dt_bias, state)
+        part is not None and part.requires_grad for part in (*inputs, state)
     )
-    out, last, _ = _kda(*tensors, a_log, dt_bias, state, *tables, gate, lower_bound, raw, needs_grad)
+    out, last, _ = _kda(*inputs, state, *tables, gate, lower_bound, raw, erases, needs_grad)
     return OpOutput(out, last)
 
 
-def _rule(gate: str, lower_bound: float, raw: bool) -> Any:
-    return _delta.Rule(gate=gate, lower_bound=lower_bound, norm=raw, sigmoid=raw)
+def _rule(x: Any, gate: str, lower_bound: float, raw: bool, erases: bool) -> Any:
+    """Say what ``Inputs`` mean."""
+    return _delta.Rule(
+        gate=gate,
+        lower_bound=lower_bound,
+        norm=raw,
+        sigmoid=raw,
+        erase="none" if not erases else "scalar" if x.erase is None else "channel",
+        write="scalar" if x.write is None else "channel",
+    )
 
 
 def _chunks(*tables: Tensor | None) -> Any:
@@ -129,9 +144,11 @@ def _launch_kda_forward(
     k: Tensor,
     v: Tensor,
     decay: Tensor,
-    beta: Tensor,
+    beta: Tensor | None,
     a_log: Tensor | None,
     dt_bias: Tensor | None,
+    erase: Tensor | None,
+    write: Tensor | None,
     state: Tensor | None,
     cu_seqlens: Tensor | None,
     offsets: Tensor | None,
@@ -144,12 +161,14 @@ def _launch_kda_forward(
     gate: str,
     lower_bound: float,
     raw: bool,
+    erases: bool,
     save: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Return output, final state, and what the backward pass needs (empty unless ``save``)."""
+    x = _delta.Inputs(q, k, v, decay, beta, a_log, dt_bias, erase, write)
     out, last, saved = _delta.chunk_forward(
-        _delta.Inputs(q, k, v, decay, beta, a_log, dt_bias),
-        _rule(gate, lower_bound, raw),
+        x,
+        _rule(x, gate, lower_bound, raw, erases),
         state=state,
         chunks=_chunks(
             cu_seqlens, offsets, starts, lengths, segment_ends, segment_offsets, first_segments, kinds
@@ -163,25 +182,30 @@ kda_forward = custom_op("gendistill::kda_forward", _launch_kda_forward, mutates_
 
 
 @kda_forward.register_fake
-def _(q, k, v, decay, beta, a_log, dt_bias, state, *settings):
-    *tables, _gate, _lower_bound, _raw, save = settings
-    inputs = _delta.Inputs(q, k, v, decay, beta, a_log, dt_bias)
-    return _delta.empty_outputs(inputs, _chunks(*tables), save=save)
+def _(q, k, v, decay, beta, a_log, dt_bias, erase, write, state, *settings):
+    *tables, gate, lower_bound, raw, erases, save = settings
+    x = _delta.Inputs(q, k, v, decay, beta, a_log, dt_bias, erase, write)
+    rule = _rule(x, gate, lower_bound, raw, erases)
+    return _delta.empty_outputs(x, _chunks(*tables), save=save, rule=rule)
 
 
 def _launch_kda_backward_scan(
     grad_out: Tensor,
     grad_state: Tensor | None,
-    inputs: list[Tensor],
+    inputs: list[Tensor | None],
     tables: list[Tensor],
     saved: list[Tensor],
+    erases: bool,
     want_state: bool,
 ) -> list[Tensor]:
     """Return gradients of states and of written values, and of the initial state if wanted."""
+    x = _delta.Inputs(*inputs)
     grads, errors, first = _delta.chunk_backward_scan(
         grad_out,
         grad_state,
-        _delta.Inputs(*inputs),
+        x,
+        # of the rule, the scan looks at nothing but what erases and writes
+        _rule(x, "none", 0.0, False, erases),
         _delta.Saved(*saved),
         chunks=_delta.Chunks(*tables) if tables else None,
         want_state=want_state,
@@ -193,20 +217,20 @@ kda_backward_scan = custom_op("gendistill::kda_backward_scan", _launch_kda_backw
 
 
 @kda_backward_scan.register_fake
-def _(grad_out, grad_state, inputs, tables, saved, want_state):
+def _(grad_out, grad_state, inputs, tables, saved, erases, want_state):
     kept = _delta.Saved(*saved)
     found = [torch.empty_like(kept.states), torch.empty_like(kept.news)]
     if want_state:
         x = _delta.Inputs(*inputs)
         number = x.q.shape[0] if not tables else tables[1].shape[0]
-        shape = (number, x.beta.shape[2], x.k.shape[3], x.v.shape[3])
+        shape = (number, x.decay.shape[2], x.k.shape[3], x.v.shape[3])
         found.append(x.q.new_empty(shape, dtype=torch.float32))
     return found
 
 
 def _launch_kda_backward_local(
     grad_out: Tensor,
-    inputs: list[Tensor],
+    inputs: list[Tensor | None],
     tables: list[Tensor],
     out: Tensor,
     total: Tensor,
@@ -221,13 +245,15 @@ def _launch_kda_backward_local(
     gate: str,
     lower_bound: float,
     raw: bool,
+    erases: bool,
 ) -> list[Tensor]:
-    """Return the gradients of q, k, v, decay, beta and, with a gate, of ``a_log`` and ``dt_bias``."""
+    """Return the gradients of those inputs that are there, in their order."""
     none = total.new_empty(0)
+    x = _delta.Inputs(*inputs)
     found = _delta.chunk_backward_local(
         grad_out,
-        _delta.Inputs(*inputs),
-        _rule(gate, lower_bound, raw),
+        x,
+        _rule(x, gate, lower_bound, raw, erases),
         out,
         _delta.Saved(none, none, total, strength, norms, states, news, matrices, wild),
         grads,
@@ -242,7 +268,7 @@ kda_backward_local = custom_op("gendistill::kda_backward_local", _launch_kda_bac
 
 @kda_backward_local.register_fake
 def _(grad_out, inputs, *_):
-    return [torch.empty_like(part) for part in inputs]
+    return [torch.empty_like(part) for part in inputs if part is not None]
 
 
 _forward = _quick(kda_forward, _launch_kda_forward)
@@ -251,7 +277,7 @@ _backward_local = _quick(kda_backward_local, _launch_kda_backward_local)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, list[Tensor]]) -> None:
-    *tensors, ctx.gate, ctx.lower_bound, ctx.raw, _ = inputs
+    *tensors, ctx.gate, ctx.lower_bound, ctx.raw, ctx.erases, _ = inputs
     ctx.save_for_backward(*tensors, output[0])
     # not through save_for_backward, so that the backward pass can free half of it on the way
     ctx.saved = output[2]
@@ -264,23 +290,25 @@ def _keep_detached(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _differentiate(ctx: Any, grad_out: Tensor, grad_state: Tensor | None, _: Any) -> tuple[Any, ...]:
     *tensors, out = ctx.saved_tensors
-    parts, state, tables = tensors[:7], tensors[7], [part for part in tensors[8:] if part is not None]
+    number = len(_delta.Inputs._fields)
+    inputs, state = tensors[:number], tensors[number]
+    tables = [part for part in tensors[number + 1 :] if part is not None]
+    settings = (ctx.gate, ctx.lower_bound, ctx.raw, ctx.erases)
     saved, ctx.saved = ctx.saved, None
     if not saved:
         # a second backward pass through the same graph
-        saved = _forward(*tensors, ctx.gate, ctx.lower_bound, ctx.raw, True)[2]
-    inputs = [part for part in parts if part is not None]
+        saved = _forward(*tensors, *settings, True)[2]
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out.contiguous()
     if grad_state is not None:
         grad_state = grad_state.contiguous()
-    want_state = state is not None and ctx.needs_input_grad[7]
-    found = _backward_scan(grad_out, grad_state, inputs, tables, saved, want_state)
+    want_state = state is not None and ctx.needs_input_grad[number]
+    scanned = _backward_scan(grad_out, grad_state, inputs, tables, saved, ctx.erases, want_state)
     kept = saved[2:]
     del saved
-    settings = (ctx.gate, ctx.lower_bound, ctx.raw)
-    grads = _backward_local(grad_out, inputs, tables, out, *kept, found[0], found[1], *settings)
-    grads += [None] * (7 - len(grads))
-    return (*grads, found[2] if want_state else None, *[None] * 12)
+    found = iter(_backward_local(grad_out, inputs, tables, out, *kept, scanned[0], scanned[1], *settings))
+    grads = [None if part is None else next(found) for part in inputs]
+    # nothing for the tables and the settings
+    return (*grads, scanned[2] if want_state else None, *[None] * 13)
 
 
 _kda = _differentiable(
@@ -481,7 +509,7 @@ def _launch_kda_decode(
         decay,
         beta,
         state,
-        rule=_rule(gate, lower_bound, True),
+        rule=_delta.Rule(gate=gate, lower_bound=lower_bound),
         heads=_decode.Heads(beta.shape[2], num_kv_heads, num_kv_heads),
         A_log=a_log,
         dt_bias=dt_bias,

@@ -257,15 +257,22 @@ def decode_step(
         decay: ``[N, T, H, K]``, as ``rule.gate`` says.
         beta: ``[N, T, H]``, as ``rule.sigmoid`` says.
         state: ``[N, H, K, V]`` float32, contiguous; updated in place.
-        rule: What the inputs mean.
+        rule: What the inputs mean; here one strength both erases and writes.
         heads: How many heads ``qkv`` packs.
         A_log, dt_bias: ``[H]`` and ``[H * K]`` float32, of the gate; None without one.
         convolution: None has none.
         finish: Norm and gate of the output; None has neither.
         out: ``[N, T, H, V]`` in ``qkv.dtype``, contiguous, to write to.
+    Raises:
+        ValueError: The rule is another one of the family.
     Returns:
         ``[N, T, H, V]`` in ``qkv.dtype``.
     """
+    if decay.ndim != 4 or rule.erase != "scalar" or rule.write != "scalar":
+        raise ValueError(
+            "decode_step takes a decay per channel and one strength that erases and writes, got"
+            f' {decay.ndim} axes of decay, erase "{rule.erase}" and write "{rule.write}"; use chunk_forward'
+        )
     N, T = qkv.shape[:2]
     H, K, V = state.shape[1:]
     if out is None:

@@ -1,5 +1,10 @@
 """Launch the chunked delta-rule kernels.
 
+One family, each case of which is compiled by itself: the decay is one number per key channel or one per head; what a
+write erases is nothing, or has one strength per head or one per key channel; what it writes has one per head or one per
+value channel. One strength that both erases and writes, with a decay per channel, is Kimi Delta Attention, and with one
+decay per head the gated delta rule; channels everywhere are GDN-2; without erase it is gated linear attention.
+
 Tensors are ``[B, T, heads, channels]``, contiguous. The output, the gates and the state have H heads; q, k and v may
 have fewer, and head h then reads their head ``h // (H / heads)``. Workspaces hold one tile of 64 tokens per chunk and
 head.
@@ -66,8 +71,14 @@ class Rule(NamedTuple):
             ``-exp(A_log) softplus(raw + dt_bias)``; ``bounded``: ``lower_bound sigmoid(exp(A_log) (raw + dt_bias))``.
         lower_bound: Of the bounded gate.
         norm: L2-normalise q and k.
-        sigmoid: ``beta`` holds logits.
+        sigmoid: ``beta``, ``Inputs.erase`` and ``Inputs.write`` hold logits.
         scale: Factor on q; ``K ** -0.5`` by default.
+        erase: What a write first erases under its key: ``none``; ``scalar``: ``beta`` of it; ``channel``: of every key
+            channel what ``Inputs.erase`` says.
+        write: How much of v is written: ``scalar``: ``beta`` of it; ``channel``: of every value channel what
+            ``Inputs.write`` says.
+
+    Whether the decay is one per head shows in the shape of ``Inputs.decay``.
     """
 
     gate: Literal["none", "softplus", "bounded"] = "none"
@@ -75,6 +86,12 @@ class Rule(NamedTuple):
     norm: bool = True
     sigmoid: bool = True
     scale: float | None = None
+    erase: Literal["none", "scalar", "channel"] = "scalar"
+    write: Literal["scalar", "channel"] = "scalar"
+
+
+_ERASE, _WRITE = ("none", "scalar", "channel"), ("scalar", "channel")
+_KDA = Rule()
 
 
 class Chunks(NamedTuple):
@@ -154,18 +171,22 @@ class Inputs(NamedTuple):
     Attributes:
         q, k: ``[B, T, HQ, K]``, ``[B, T, HK, K]``.
         v: ``[B, T, HV, V]``.
-        decay: ``[B, T, H, K]``, as ``Rule.gate`` says.
-        beta: ``[B, T, H]``, as ``Rule.sigmoid`` says.
-        A_log, dt_bias: ``[H]`` and ``[H * K]`` float32, of the gate; None without one.
+        decay: ``[B, T, H, K]`` or ``[B, T, H]``, as ``Rule.gate`` says.
+        beta: ``[B, T, H]``, as ``Rule.sigmoid`` says; None if neither ``Rule.erase`` nor ``Rule.write`` is ``scalar``.
+        A_log, dt_bias: ``[H]`` and ``[H * K]``, or ``[H]`` for one decay per head; float32, of the gate; None without.
+        erase: ``[B, T, H, K]`` if ``Rule.erase`` is ``channel``, else None.
+        write: ``[B, T, H, V]`` if ``Rule.write`` is ``channel``, else None.
     """
 
     q: Tensor
     k: Tensor
     v: Tensor
     decay: Tensor
-    beta: Tensor
+    beta: Tensor | None
     A_log: Tensor | None = None
     dt_bias: Tensor | None = None
+    erase: Tensor | None = None
+    write: Tensor | None = None
 
 
 class Saved(NamedTuple):
@@ -173,15 +194,17 @@ class Saved(NamedTuple):
 
     Attributes:
         tall: ``[3, chunks, H, 64, BK]``: decayed q, decayed k, and k decayed to the chunk's end.
-        square: ``[2, chunks, H, 64, 64]``: scores, and the inverse of the chunk's triangular system.
+            Without erase ``[2, ...]``, no decayed k.
+        square: ``[2, chunks, H, 64, 64]``: scores, and the inverse of the chunk's triangular system. Without erase only
+            the scores.
         total: ``[chunks, H, BK]`` float32, base-2 log-decay of whole chunks.
-        strength: ``[chunks, H, 64]`` float32 beta.
+        strength: ``[chunks, H, 64]`` float32 beta; empty if there is none.
         norms: ``[chunks, H, 2, 64]`` float32 factors of q (with the scale) and k.
         states: ``[chunks, H, V, BK]`` state before every chunk, transposed.
         news: ``[chunks, H, 64, V]`` values that the keys write.
         matrices: ``[segments, H, K, K]`` float32, what every segment does to a state; empty if no sequence is long.
         wild: ``[chunks, H]`` int32, one where the decay of a chunk is out of range, two where that of a block of 16
-            of its tokens is.
+            of its tokens is; empty with one decay per head.
     """
 
     tall: Tensor
@@ -202,9 +225,11 @@ class Gradients(NamedTuple):
     k: Tensor
     v: Tensor
     decay: Tensor
-    beta: Tensor
+    beta: Tensor | None
     A_log: Tensor | None
     dt_bias: Tensor | None
+    erase: Tensor | None
+    write: Tensor | None
     state: Tensor | None
 
 
@@ -229,7 +254,7 @@ class _Sizes(NamedTuple):
         return cls(
             B=B,
             T=T,
-            H=x.beta.shape[2],
+            H=x.decay.shape[2],
             HQ=HQ,
             HK=x.k.shape[2],
             HV=x.v.shape[2],
@@ -316,30 +341,82 @@ def _num_segments(x: Inputs, n: _Sizes, chunks: Chunks | None) -> int:
     return 0 if at.kinds is None else at.kinds.shape[0]
 
 
-def _work(x: Inputs, n: _Sizes) -> list[Tensor]:
+def _erase_case(rule: Rule) -> str:
+    """Say how the kernels erase: ``tied`` if what strengthens a write is what erases."""
+    return "tied" if rule.erase == rule.write == "scalar" else rule.erase
+
+
+def check_rule(x: Inputs, rule: Rule) -> None:
+    """Refuse inputs that do not fit the rule; the kernels would read what is not there.
+
+    Raises:
+        ValueError: A tensor is missing, superfluous, or of another shape.
+    """
+    for name, kind, kinds in (("erase", rule.erase, _ERASE), ("write", rule.write, _WRITE)):
+        if kind not in kinds:
+            raise ValueError(
+                f"Rule.{name} must be one of {', '.join(kinds)}, got {kind!r}; choose one of them"
+            )
+    rows, K, V = tuple(x.decay.shape[:3]), x.q.shape[3], x.v.shape[3]
+    scalar = "scalar" in (rule.erase, rule.write)
+    parts = (
+        ("beta", x.beta, rows if scalar else None),
+        ("erase", x.erase, (*rows, K) if rule.erase == "channel" else None),
+        ("write", x.write, (*rows, V) if rule.write == "channel" else None),
+    )
+    for name, part, shape in parts:
+        if (part is None) != (shape is None) or (part is not None and tuple(part.shape) != shape):
+            got = None if part is None else list(part.shape)
+            fix = "leave it out" if shape is None else "pass it"
+            raise ValueError(
+                f'with erase "{rule.erase}" and write "{rule.write}" {name} must be'
+                f" {None if shape is None else list(shape)}, got {got}; {fix}, or change Rule.erase or Rule.write"
+            )
+
+
+def _work(x: Inputs, rule: Rule, n: _Sizes) -> list[Tensor]:
     """Allocate what the first kernel hands to the second: the first four of ``Saved``."""
     new = functools.partial(torch.empty, device=x.q.device)
+    less = rule.erase == "none"
     return [
-        new(3, n.chunks, n.H, CHUNK, n.BK, dtype=x.q.dtype),
-        new(2, n.chunks, n.H, CHUNK, CHUNK, dtype=x.q.dtype),
+        new(3 - less, n.chunks, n.H, CHUNK, n.BK, dtype=x.q.dtype),
+        new(2 - less, n.chunks, n.H, CHUNK, CHUNK, dtype=x.q.dtype),
         new(n.chunks, n.H, n.BK, dtype=torch.float32),
-        new(n.chunks, n.H, CHUNK, dtype=torch.float32),
+        new(*((0,) if x.beta is None else (n.chunks, n.H, CHUNK)), dtype=torch.float32),
     ]
 
 
-def empty_outputs(x: Inputs, chunks: Chunks | None, *, save: bool) -> tuple[Tensor, Tensor, list[Tensor]]:
+def _empty_wild(x: Inputs, n: _Sizes) -> Tensor:
+    shape = (0,) if x.decay.ndim == 3 else (n.chunks, n.H)
+    return torch.empty(*shape, dtype=torch.int32, device=x.q.device)
+
+
+def _none_if_empty(part: Tensor) -> Tensor | None:
+    return part if part.numel() else None
+
+
+def _five(tall: Sequence[Any], square: Sequence[Any]) -> list[Any]:
+    """Name decayed q, decayed k, k decayed to the end, scores and inverse; None for what nothing that erases needs."""
+    if len(tall) == 3:
+        return [*tall, *square]
+    return [tall[0], None, tall[1], square[0], None]
+
+
+def empty_outputs(
+    x: Inputs, chunks: Chunks | None, *, save: bool, rule: Rule = _KDA
+) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Allocate what ``chunk_forward`` returns: output, final state, and the tensors of ``Saved`` if asked for."""
     n = _Sizes.of(x, chunks)
     new = functools.partial(torch.empty, device=x.q.device)
     saved = []
     if save:
         saved = [
-            *_work(x, n),
+            *_work(x, rule, n),
             new(n.chunks, n.H, 2, CHUNK, dtype=torch.float32),
             new(n.chunks, n.H, n.V, n.BK, dtype=x.q.dtype),
             new(n.chunks, n.H, CHUNK, n.V, dtype=x.q.dtype),
             new(_num_segments(x, n, chunks), n.H, n.K, n.K, dtype=torch.float32),
-            new(n.chunks, n.H, dtype=torch.int32),
+            _empty_wild(x, n),
         ]
     out = new(n.B, n.T, n.H, n.V, dtype=x.v.dtype)
     return out, new(n.sequences, n.H, n.K, n.V, dtype=torch.float32), saved
@@ -357,41 +434,50 @@ def chunk_forward(
         chunks: Packed sequences (then ``B == 1``).
         save: Keep what the backward pass needs.
     Raises:
-        ValueError: There is no token.
+        ValueError: There is no token, or the inputs do not fit the rule.
     Returns:
         ``[B, T, H, V]`` in ``v.dtype``, the final state ``[N, H, K, V]`` float32, and what was saved.
     """
     n = _Sizes.of(x, chunks)
     if not n.chunks:
         raise ValueError("chunk_forward needs at least one token")
+    check_rule(x, rule)
+    scalar, erase = x.decay.ndim == 3, _erase_case(rule)
     packed, at = chunks is not None, _layout(x, n, chunks)
-    out, state_out, kept = empty_outputs(x, chunks, save=save)
+    out, state_out, kept = empty_outputs(x, chunks, save=save, rule=rule)
     saved = Saved(*kept) if kept else None
     norms, states, news = (None, None, None) if saved is None else saved[4:7]
-    tall, square, total, strength = saved[:4] if saved is not None else _work(x, n)
-    wild = torch.empty(n.chunks, n.H, dtype=torch.int32, device=x.q.device) if saved is None else saved.wild
+    tall, square, total, strength = saved[:4] if saved is not None else _work(x, rule, n)
+    strength = _none_if_empty(strength)
+    wild = _none_if_empty(_empty_wild(x, n) if saved is None else saved.wild)
     # float32 inputs are for comparisons: what they cost does not matter, what they lose does
     exact = x.q.dtype == torch.float32
     operands, precision = (torch.float32, "tf32x3") if exact else (torch.float16, "tf32")
-    tiles = [*map(_tiles, (*tall, *square))]
+    tiles = _five(*([*map(_tiles, part)] for part in (tall, square)))
     W, limit = min(n.BK, 128), _RANGE_FLOAT16 if x.q.dtype == torch.float16 else _RANGE
-    stores = tiles if n.BK == W else [*(_tiles(part, W) for part in tall), *tiles[3:]]
+    stores = tiles
+    if n.BK != W:
+        stores = [*(None if part is None else _tiles(part.base, W) for part in tiles[:3]), *tiles[3:]]
     arguments = (
         x.q, x.k, x.decay, x.beta, x.A_log, x.dt_bias, _tables(x.q.device, operands),
         *stores, total, strength, norms, wild,
         at.starts, at.lengths, n.T, n.K**-0.5 if rule.scale is None else rule.scale, rule.lower_bound,
+        x.erase,
     )  # fmt: skip
     settings = {
         "H": n.H, "HQ": n.HQ, "HK": n.HK, "K": n.K, "BK": n.BK, "C": CHUNK, "GATE": rule.gate, "NORM": rule.norm,
         "SIGMOID": rule.sigmoid, "PACKED": packed, "DOT": tl.float32 if exact else tl.float16, "LEVELS": LEVELS,
         "W": W, "SAVE": save, "PRECISION": precision, "RANGE": limit, "WIDE": _wide(x.q.dtype),
+        "ERASE": erase, "SCALAR": scalar,
         "num_warps": 4, "num_stages": 1,
     }  # fmt: skip
     _prepare[(n.chunks, n.H)](*arguments, **settings)
-    if not _never_wild(rule, limit):
+    if not scalar and not _never_wild(rule, limit):
+        again = {name: part for name, part in settings.items() if name != "SCALAR"}
         _prepare_wild[(n.chunks, n.H)](
-            *arguments[:7], tiles[2] if n.BK <= 64 else _tiles(tall[2], 64), square[0], square[1], wild,
-            *arguments[-5:], **settings | {"W": min(n.BK, 64), "WHOLE": _WHOLE},
+            *arguments[:7], tiles[2] if n.BK <= 64 else _tiles(tiles[2].base, 64), square[0],
+            None if rule.erase == "none" else square[1], wild,
+            *arguments[-6:], **again | {"W": min(n.BK, 64), "WHOLE": _WHOLE},
         )  # fmt: skip
     BV, warps, stages = _scan_config(n, x.q.dtype, save=save)
     sequences, where = n.sequences, (at.cu_seqlens, at.offsets)
@@ -405,18 +491,20 @@ def chunk_forward(
         narrow = min(64, n.wide)
         _scan[(_blocks(n.V, narrow) + _blocks(n.K, narrow), sequences * n.H)](
             *tiles, total, strength, x.v, None,
-            out, ends, None, None, matrices, *where, at.kinds, n.T,
+            out, ends, None, None, matrices, *where, at.kinds, n.T, x.write,
             H=n.H, HV=n.HV, K=n.K, V=n.V, BK=n.BK, BV=narrow, C=CHUNK, PACKED=True, HAS_STATE=False,
-            SAVE=save, STAGES=2, SUMMARY=True, PRECISION=precision, num_warps=4, num_stages=2,
+            SAVE=save, STAGES=2, SUMMARY=True, PRECISION=precision, ERASE=erase, SIGMOID=rule.sigmoid,
+            num_warps=4, num_stages=2,
         )  # fmt: skip
         _run_carry(n, matrices, ends, state, starts, at.first_segments, back=False)
         state, final = starts, ends
         packed = True
     _scan[(_blocks(n.V, BV), sequences * n.H)](
         *tiles, total, strength, x.v, state,
-        out, final, states, news, None, *where, None, n.T,
+        out, final, states, news, None, *where, None, n.T, x.write,
         H=n.H, HV=n.HV, K=n.K, V=n.V, BK=n.BK, BV=BV, C=CHUNK, PACKED=packed, HAS_STATE=state is not None,
-        SAVE=save, STAGES=stages, SUMMARY=False, PRECISION=precision, num_warps=warps, num_stages=stages,
+        SAVE=save, STAGES=stages, SUMMARY=False, PRECISION=precision, ERASE=erase, SIGMOID=rule.sigmoid,
+        num_warps=warps, num_stages=stages,
     )  # fmt: skip
     if at.first_segments is not None:
         torch.index_select(final, 0, at.first_segments[1:] - 1, out=state_out)
@@ -462,7 +550,7 @@ def chunk_backward(
         want_state: Whether the initial state needs a gradient.
     """
     grads, errors, grad_in = chunk_backward_scan(
-        grad_out, grad_state, x, saved, chunks=chunks, want_state=want_state
+        grad_out, grad_state, x, rule, saved, chunks=chunks, want_state=want_state
     )
     return chunk_backward_local(grad_out, x, rule, out, saved, grads, errors, chunks=chunks)._replace(
         state=grad_in
@@ -473,6 +561,7 @@ def chunk_backward_scan(
     grad_out: Tensor,
     grad_state: Tensor | None,
     x: Inputs,
+    rule: Rule,
     saved: Saved,
     *,
     chunks: Chunks | None = None,
@@ -487,17 +576,18 @@ def chunk_backward_scan(
     n = _Sizes.of(x, chunks)
     packed, at = chunks is not None, _layout(x, n, chunks)
     grads, errors = torch.empty_like(saved.states), torch.empty_like(saved.news)
+    erase, strength = _erase_case(rule), _none_if_empty(saved.strength)
     new = functools.partial(torch.empty, dtype=torch.float32, device=x.q.device)
-    tiles = [*map(_tiles, (*saved.tall, *saved.square))]
+    tiles = _five(*([*map(_tiles, part)] for part in (saved.tall, saved.square)))
     sequences, where = n.sequences, (at.cu_seqlens, at.offsets)
     if at.kinds is not None:
         sequences, where = at.kinds.shape[0], (at.segment_ends, at.segment_offsets)
         heads, narrow, packed = new(sequences, n.H, n.K, n.V), min(64, n.wide), True
         _reverse_scan[(_blocks(n.V, narrow), sequences * n.H)](
-            *tiles, saved.total, saved.strength, grad_out, None,
+            *tiles, saved.total, strength, grad_out, None,
             None, None, heads, *where, at.kinds, n.T,
             H=n.H, K=n.K, V=n.V, BK=n.BK, BV=narrow, C=CHUNK, PACKED=True, HAS_GRAD=False,
-            WANT_GRAD=True, STAGES=3, SUMMARY=True, num_warps=4, num_stages=3,
+            WANT_GRAD=True, STAGES=3, SUMMARY=True, ERASE=erase, num_warps=4, num_stages=3,
         )  # fmt: skip
         tails = torch.empty_like(heads)
         _run_carry(n, saved.matrices, heads, grad_state, tails, at.first_segments, back=True)
@@ -505,10 +595,10 @@ def chunk_backward_scan(
     grad_in = new(sequences, n.H, n.K, n.V) if want_state else None
     BV, warps, stages = _scan_config(n, x.q.dtype, save=True)
     _reverse_scan[(_blocks(n.V, BV), sequences * n.H)](
-        *tiles, saved.total, saved.strength, grad_out, grad_state,
+        *tiles, saved.total, strength, grad_out, grad_state,
         grads, errors, grad_in, *where, None, n.T,
         H=n.H, K=n.K, V=n.V, BK=n.BK, BV=BV, C=CHUNK, PACKED=packed, HAS_GRAD=grad_state is not None,
-        WANT_GRAD=want_state, STAGES=stages, SUMMARY=False, num_warps=warps, num_stages=stages,
+        WANT_GRAD=want_state, STAGES=stages, SUMMARY=False, ERASE=erase, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     if grad_in is not None and at.first_segments is not None:
         grad_in = grad_in.index_select(0, at.first_segments[:-1])
@@ -540,32 +630,46 @@ def chunk_backward_local(
         return new(n.B, n.T, n.H, like.shape[3], dtype=torch.float32 if shared else like.dtype)
 
     dq, dk, dv = per_head(x.q, n.HQ), per_head(x.k, n.HK), per_head(x.v, n.HV)
-    d_decay, d_beta = torch.empty_like(x.decay), torch.empty_like(x.beta)
+    scalar, erase, strength = x.decay.ndim == 3, _erase_case(rule), _none_if_empty(saved.strength)
     W = min(n.BK, 32)
-    d_bias = new(n.chunks, n.H, n.K, dtype=torch.float32) if rule.gate != "none" else None
-    d_rate = new(n.chunks, n.H, n.BK // W, dtype=torch.float32) if rule.gate != "none" else None
+    parts = n.BK // W
+    # what is summed over key channels comes in parts
+    d_decay = new(*x.decay.shape, parts, dtype=torch.float32) if scalar else torch.empty_like(x.decay)
+    d_write, d_beta, d_erase = (
+        None if part is None else torch.empty_like(part) for part in (x.write, x.beta, x.erase)
+    )
+    if erase == "scalar":
+        d_erase = new(*x.decay.shape[:3], parts, dtype=torch.float32)
+    has_gate = rule.gate != "none"
+    d_bias = new(n.chunks, n.H, parts if scalar else n.K, dtype=torch.float32) if has_gate else None
+    d_rate = new(n.chunks, n.H, parts, dtype=torch.float32) if has_gate else None
     d_scores = new(2, n.chunks, n.H, CHUNK, CHUNK, dtype=_WIDE)
     rows = new(n.chunks, n.H, 3, CHUNK, dtype=torch.float32)
     _values[(n.chunks, n.H)](
-        x.v, saved.strength, out, grad_out, saved.news, errors, dv, d_beta, *d_scores, rows,
-        at.starts, at.lengths, n.T,
+        x.v, strength, out, grad_out, saved.news, errors, dv, d_beta, *d_scores, rows,
+        at.starts, at.lengths, n.T, x.write, d_write,
         H=n.H, HV=n.HV, V=n.V, BV=n.wide, C=CHUNK, NORM=rule.norm, SIGMOID=rule.sigmoid, PACKED=packed,
-        num_warps=4, num_stages=1,
+        ERASE=erase, num_warps=4, num_stages=1,
     )  # fmt: skip
     arguments = (
         x.q, x.k, x.decay, x.A_log, x.dt_bias, _tables(x.q.device), _later(x.q.device, _WIDE), saved.total,
-        saved.norms, rows, *d_scores, saved.strength, errors, grad_out, saved.states, grads, saved.news, saved.wild,
-        dq, dk, d_decay, d_bias, d_rate, at.starts, at.lengths, n.T, scale, rule.lower_bound,
+        saved.norms, rows, *d_scores, strength, errors, grad_out, saved.states, grads, saved.news,
+        _none_if_empty(saved.wild), dq, dk, d_decay, d_bias, d_rate, at.starts, at.lengths, n.T, scale,
+        rule.lower_bound, x.erase, d_erase,
     )  # fmt: skip
     settings = {
         # 64 values are padded to 128: with fewer, ptxas 12.8 loses operands (tests/ops/test_machine_code.py)
         "H": n.H, "HQ": n.HQ, "HK": n.HK, "K": n.K, "V": n.V, "BK": n.BK, "BV": max(n.wide, 128), "C": CHUNK,
         "GATE": rule.gate, "NORM": rule.norm, "PACKED": packed, "DOT": tl.float16, "LEVELS": LEVELS,
-        "WHOLE": _WHOLE, "W": W, "num_warps": 4, "num_stages": 1,
+        "WHOLE": _WHOLE, "W": W, "SIGMOID": rule.sigmoid, "ERASE": erase, "SCALAR": scalar, "num_warps": 4,
+        "num_stages": 1,
     }  # fmt: skip
     _keys[(n.BK // W * n.chunks, n.H)](*arguments, **settings)
-    if not _never_wild(rule, _RANGE_FLOAT16 if x.q.dtype == torch.float16 else _RANGE):
+    if not scalar and not _never_wild(rule, _RANGE_FLOAT16 if x.q.dtype == torch.float16 else _RANGE):
         _keys_wild[(n.BK // W * n.chunks, n.H)](*arguments, **settings)
+
+    if erase == "scalar" and d_erase is not None and x.beta is not None:
+        d_beta, d_erase = d_erase.sum(3).to(x.beta.dtype), None
 
     def summed(grad: Tensor, like: Tensor, heads: int) -> Tensor:
         if heads != n.H:
@@ -576,9 +680,11 @@ def chunk_backward_local(
         summed(dq, x.q, n.HQ),
         summed(dk, x.k, n.HK),
         summed(dv, x.v, n.HV),
-        d_decay,
+        d_decay.sum(3).to(x.decay.dtype) if scalar else d_decay,
         d_beta,
         None if d_rate is None else d_rate.sum((0, 2)),
-        None if d_bias is None else d_bias.sum(0).flatten(),
+        None if d_bias is None else d_bias.sum((0, 2)) if scalar else d_bias.sum(0).flatten(),
+        d_erase,
+        d_write,
         None,
     )

@@ -19,6 +19,18 @@ L2-normalised q and k with their gradients, which the normalisation's backward n
 ``<dXb_i, 2 N_i - beta_i v_i>``: the output is linear in q_i, and the key acts once through what it writes, N_i, and
 once through what it reads, beta_i v_i - N_i.
 
+Where one strength does not both erase and write (see ``delta_chunk_forward``), dX is ``T^T dN``, with a the key that
+erases and u what is written::
+
+    dL = -stril(dX N^T)       dv = write dX                 dwrite = v dX
+    da = e^G (-dX S^T) + sum_j dL_ij k_j e^(G_i - G_j)      derase = k da      dk+ = erase da      dG takes a da
+    dk- = e^(G_C - G) (N dS'^T) + sum_i (dP_ij q_i + dL_ij a_i) e^(G_i - G_j)
+
+and ``<k_i, dk_i> = <dX_i, 2 N_i - u_i>``, whatever erases: ``<k_i, erase_i da_i> = <a_i, da_i>`` is
+``<dX_i, N_i - u_i>``, since N_i is u_i less what a_i reads, and ``<k_i, dk-_i>`` is ``<N_i, dX_i>``, since dX is the
+gradient of what is written. Without erase dX is dN. With ``SCALAR`` decay ``e^(G_i - G_j)`` is a factor on dP and dL,
+and dG is summed over channels.
+
 Source: derived in the project's notes and checked against float64 autograd of the reference.
 """
 
@@ -27,7 +39,7 @@ Source: derived in the project's notes and checked against float64 autograd of t
 import triton
 import triton.language as tl
 
-from gendistill_kernels.delta_chunk_forward import exp2, log2_decay, place, sigmoid
+from gendistill_kernels.delta_chunk_forward import decay_of_tokens, exp2, log2_decay, place, sigmoid
 
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 # Half of the range that the decay of a chunk may take, as a power of two, and two to the minus that. Gradients go up
@@ -43,7 +55,7 @@ def reverse_scan_kernel(
     cu_seqlens, chunk_offsets, kinds, tokens,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     C: tl.constexpr, PACKED: tl.constexpr, HAS_GRAD: tl.constexpr, WANT_GRAD: tl.constexpr, STAGES: tl.constexpr,
-    SUMMARY: tl.constexpr,
+    SUMMARY: tl.constexpr, ERASE: tl.constexpr,
 ):  # fmt: skip
     """Walk one sequence backwards; as ``SUMMARY``, only to find the gradient at its start."""
     block, chain = tl.program_id(0), tl.program_id(1)
@@ -59,7 +71,7 @@ def reverse_scan_kernel(
     columns = block * BV + tl.arange(0, BV)
     rows = tl.arange(0, C)
     wide = columns < V
-    dtype = kd.dtype
+    dtype = kt.dtype
     cells = (sequence * H + head) * K * V + channels[None, :] * V + columns[:, None]
     inside = (channels < K)[None, :] & wide[:, None]
     state = tl.zeros([BV, BK], tl.float32)
@@ -77,23 +89,32 @@ def reverse_scan_kernel(
         incoming = tl.load(places + (step + first * 0) * C * (H * V), mask=live, other=0.0)
         scores = p.load([row, 0])
         tail = kt.load([row, 0])
-        solve = tb.load([row, 0])
+        if ERASE != "none":
+            solve = tb.load([row, 0])
         queries = qd.load([row, 0])
-        keys = kd.load([row, 0])
+        if ERASE != "none":
+            keys = kd.load([row, 0])
         gain = exp2(tl.load(gc + tile * BK + channels))
-        beta = tl.load(strength + tile * C + rows)
+        if ERASE == "tied":
+            beta = tl.load(strength + tile * C + rows)
         left = state.to(dtype)
         if not SUMMARY:
             wide_cells = tile * BK * V + columns[:, None] * BK + channels[None, :]
             tl.store(grads + wide_cells, left, mask=wide[:, None])
         upstream = tl.trans(incoming)
         new = tl.dot(upstream, scores) + tl.dot(left, tl.trans(tail))
-        error = tl.dot(new.to(dtype), solve)
+        if ERASE != "none":
+            error = tl.dot(new.to(dtype), solve)
+        else:
+            error = new
         if not SUMMARY:
             flat = tile * C * V + rows[:, None] * V + columns[None, :]
             tl.store(errors + flat, tl.trans(error).to(dtype), mask=wide[None, :])
         state = state * gain[None, :] + tl.dot(upstream, queries)
-        state -= tl.dot((error * beta[None, :]).to(dtype), keys)
+        if ERASE == "tied":
+            state -= tl.dot((error * beta[None, :]).to(dtype), keys)
+        elif ERASE != "none":
+            state -= tl.dot(error.to(dtype), keys)
     if WANT_GRAD:
         tl.store(grad_state_in + cells, state, mask=inside)
 
@@ -102,11 +123,11 @@ def reverse_scan_kernel(
 def values_kernel(
     v, strength, out, grad_out, news, errors,
     dv, db, d_scores, d_lower, rows_out,
-    chunk_starts, chunk_lengths, tokens,
+    chunk_starts, chunk_lengths, tokens, write, d_write,
     H: tl.constexpr, HV: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-    NORM: tl.constexpr, SIGMOID: tl.constexpr, PACKED: tl.constexpr,
+    NORM: tl.constexpr, SIGMOID: tl.constexpr, PACKED: tl.constexpr, ERASE: tl.constexpr,
 ):  # fmt: skip
-    """Do what only depends on values: dv, dbeta, and the gradients of the chunk's two score matrices."""
+    """Do what only depends on values: dv, the gradient of the strength, and those of the chunk's two score matrices."""
     chunk, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     start, length = place(chunk, tokens, chunk_starts, chunk_lengths, C, PACKED)
     rows, columns = tl.arange(0, C), tl.arange(0, BV)
@@ -122,23 +143,48 @@ def values_kernel(
     places = (token * H + head)[:, None] * V + columns[None, :]
     new = tl.load(news + flat, mask=full, other=0.0)
     error = tl.load(errors + flat, mask=full, other=0.0)
-    amount = tl.load(strength + tile * C + rows)
-    own = tl.sum(error.to(tl.float32) * new.to(tl.float32), 1)
-    if SIGMOID:
-        d_amount = own * (1.0 - amount)
+    if ERASE == "tied":
+        amount = tl.load(strength + tile * C + rows)
+        own = tl.sum(error.to(tl.float32) * new.to(tl.float32), 1)
+        if SIGMOID:
+            d_amount = own * (1.0 - amount)
+        else:
+            d_amount = tl.where(live, own / tl.where(live, amount, 1.0), 0.0)
+        tl.store(db + token * H + head, d_amount, mask=live)
+        pull = (error.to(tl.float32) * amount[:, None]).to(dtype)
+        tl.store(dv + places, pull.to(dv.dtype.element_ty), mask=wide)
     else:
-        d_amount = tl.where(live, own / tl.where(live, amount, 1.0), 0.0)
-    tl.store(db + token * H + head, d_amount, mask=live)
-    pull = (error.to(tl.float32) * amount[:, None]).to(dtype)
-    tl.store(dv + places, pull.to(dv.dtype.element_ty), mask=wide)
+        own = tl.sum(error.to(tl.float32) * new.to(tl.float32), 1)
+        value = tl.load(
+            v + (token * HV + head // (H // HV))[:, None] * V + columns[None, :], mask=wide, other=0.0
+        )
+        d_gate = error.to(tl.float32) * value.to(tl.float32)
+        if write is None:
+            amount = tl.load(strength + tile * C + rows)
+            gate = amount[:, None]
+            d_amount = tl.sum(d_gate, 1)
+            if SIGMOID:
+                d_amount *= amount * (1.0 - amount)
+            tl.store(db + token * H + head, d_amount.to(db.dtype.element_ty), mask=live)
+        else:
+            gate = tl.load(write + places, mask=wide, other=0.0).to(tl.float32)
+            if SIGMOID:
+                gate = sigmoid(gate)
+                d_gate *= gate * (1.0 - gate)
+            tl.store(d_write + places, d_gate.to(d_write.dtype.element_ty), mask=wide)
+        pull = error
+        tl.store(dv + places, (error.to(tl.float32) * gate).to(dv.dtype.element_ty), mask=wide)
     upstream = tl.load(grad_out + places, mask=wide, other=0.0)
     if NORM:
         result = tl.load(out + places, mask=wide, other=0.0)
         along_q = tl.sum(upstream.to(tl.float32) * result.to(tl.float32), 1)
-        value = tl.load(
-            v + (token * HV + head // (H // HV))[:, None] * V + columns[None, :], mask=wide, other=0.0
-        )
-        along_k = 2.0 * own - amount * tl.sum(error.to(tl.float32) * value.to(tl.float32), 1)
+        if ERASE == "tied":
+            value = tl.load(
+                v + (token * HV + head // (H // HV))[:, None] * V + columns[None, :], mask=wide, other=0.0
+            )
+            along_k = 2.0 * own - amount * tl.sum(error.to(tl.float32) * value.to(tl.float32), 1)
+        else:
+            along_k = 2.0 * own - tl.sum(error.to(tl.float32) * value.to(tl.float32) * gate, 1)
         tl.store(rows_out + tile * 3 * C + C + rows, along_q)
         tl.store(rows_out + tile * 3 * C + 2 * C + rows, along_k)
 
@@ -147,7 +193,173 @@ def values_kernel(
     tl.store(rows_out + tile * 3 * C + rows, tl.sum(tl.where(i == j, scores, 0.0), 1))
     squares = tile * C * C + i * C + j
     tl.store(d_scores + squares, tl.where(i > j, scores, 0.0).to(d_scores.dtype.element_ty))
-    tl.store(d_lower + squares, tl.where(i > j, -tl.dot(pull, other), 0.0).to(d_scores.dtype.element_ty))
+    if ERASE != "none":
+        tl.store(d_lower + squares, tl.where(i > j, -tl.dot(pull, other), 0.0).to(d_scores.dtype.element_ty))
+
+
+# What follows returns the gradients of q, of the key that erases, and of the key that writes, of the pairs of a chunk and
+# of the states before and after it, what they add to that of G, and what they add to the whole chunk's. If the keys are
+# tied, the third has the second in it.
+
+
+@triton.jit
+def _pairs_of_tokens(
+    scores, lower, upstream, error, new, state, grad, x_q, x_k, x_a, amount, gain, upto,
+    C: tl.constexpr, ERASE: tl.constexpr,
+):  # fmt: skip
+    """With one decay per head: differences of sums of log-decays scale the pairs themselves."""
+    rows = tl.arange(0, C)
+    wide_type = scores.dtype
+    both = tl.sum(state.to(tl.float32) * grad.to(tl.float32), 0) * exp2(gain)
+    ratio = exp2(tl.where(rows[:, None] > rows[None, :], upto[:, None] - upto[None, :], 0.0))
+    near_q, near_k, near_a = x_q.to(wide_type), x_k.to(wide_type), x_a.to(wide_type)
+    pairs = (scores.to(tl.float32) * ratio).to(wide_type)
+    d_query = tl.dot(pairs, near_k)
+    inner = tl.dot(tl.trans(pairs), near_q)
+    d_read = d_query
+    if ERASE != "none":
+        below = (lower.to(tl.float32) * ratio).to(wide_type)
+        d_read = tl.dot(below, near_k)
+        inner = tl.dot(tl.trans(below), near_a, inner)
+    since = exp2(upto)[:, None]
+    d_query += tl.dot(upstream, state) * since
+    d_write = tl.dot(new, grad) * exp2(gain[None, :] - upto[:, None])
+    both += tl.sum(near_k.to(tl.float32) * d_write, 0)
+    d_write += inner
+    d_sum = near_q.to(tl.float32) * d_query - near_k.to(tl.float32) * d_write
+    if ERASE == "tied":
+        since *= amount[:, None]
+    if ERASE != "none":
+        d_read -= tl.dot(error, state) * since
+        d_sum += near_a.to(tl.float32) * d_read
+    if ERASE == "tied":
+        d_write += d_read
+    return d_query, d_read, d_write, d_sum, both
+
+
+@triton.jit
+def _pairs_in_range(
+    scores, lower, upstream, error, new, state, grad, x_q, x_k, x_a, amount, gain, upto, ERASE: tl.constexpr
+):
+    """In one product for all pairs of a chunk: ``2^s e^G`` and ``2^-s e^-G`` stay in the range of the operands."""
+    wide_type = scores.dtype
+    both = tl.sum(state.to(tl.float32) * grad.to(tl.float32), 0) * exp2(gain)
+    factor = exp2(upto + SHIFT)
+    back = exp2(-SHIFT - upto)
+    read_q = (x_q.to(tl.float32) * factor).to(wide_type)
+    read_k = (x_a.to(tl.float32) * factor).to(wide_type)
+    write = (x_k.to(tl.float32) * back).to(wide_type)
+    d_query = tl.dot(scores, write)
+    d_read = d_query
+    if ERASE != "none":
+        d_read = tl.dot(lower, write)
+    inner = tl.dot(tl.trans(scores), read_q)
+    if ERASE != "none":
+        inner = tl.dot(tl.trans(lower), read_k, inner)
+    d_query += tl.dot(upstream, state) * UNSHIFT
+    if ERASE == "tied":
+        d_read -= tl.dot(error, state) * (amount * UNSHIFT)[:, None]
+    elif ERASE != "none":
+        d_read -= tl.dot(error, state) * UNSHIFT
+    d_write = tl.dot(new, grad) * exp2(gain + SHIFT)[None, :]
+    both += tl.sum(write.to(tl.float32) * d_write, 0)
+    d_write += inner
+    d_sum = read_q.to(tl.float32) * d_query - write.to(tl.float32) * d_write
+    if ERASE != "none":
+        d_sum += read_k.to(tl.float32) * d_read
+    d_query, d_read, d_write = d_query * factor, d_read * factor, d_write * back
+    if ERASE == "tied":
+        d_write += d_read
+    return d_query, d_read, d_write, d_sum, both
+
+
+@triton.jit
+def _pairs_by_level(
+    scores, lower, at_upstream, wide, at_error, at_new, full, at_state, at_grad, high,
+    x_q, x_k, x_a, log_decay, amount, gain, upto, sums, deep,
+    C: tl.constexpr, LEVELS: tl.constexpr, WHOLE: tl.constexpr, ERASE: tl.constexpr,
+):  # fmt: skip
+    """Level by level down to blocks of 16 tokens, which take one product as above; ``deep`` chunks go on to single ones.
+
+    Tiles are loaded one after another: together they would not fit in the registers, and what is saved in memory costs
+    more, for shared memory leaves it no cache.
+    """
+    rows = tl.arange(0, C)
+    i, j = rows[:, None], rows[None, :]
+    wide_type = scores.dtype
+    inner = tl.dot(sums.load([(LEVELS + 2) * C, 0]), log_decay) * tl.where(deep, 0.0, 1.0)
+    factor, back = exp2(inner + SHIFT), exp2(-SHIFT - inner)
+    near = (j - (i & -(1 << WHOLE))).to(tl.uint32) < (tl.where(deep, 0, 1 << WHOLE) + 0 * i).to(tl.uint32)
+    near_scores = tl.where(near, scores, 0.0)
+    read_q = (x_q.to(tl.float32) * factor).to(wide_type)
+    write = (x_k.to(tl.float32) * back).to(wide_type)
+    reads = tl.dot(near_scores, write)
+    d_read = reads
+    if ERASE != "none":
+        near_lower = tl.where(near, lower, 0.0)
+        read_k = (x_a.to(tl.float32) * factor).to(wide_type)
+        d_read = tl.dot(near_lower, write)
+    inner = tl.dot(tl.trans(near_scores), read_q)
+    if ERASE != "none":
+        inner = tl.dot(tl.trans(near_lower), read_k, inner)
+    d_sum = read_q.to(tl.float32) * reads - write.to(tl.float32) * inner
+    if ERASE != "none":
+        d_sum += read_k.to(tl.float32) * d_read
+    d_query, d_read, d_write = factor * reads, factor * d_read, back * inner
+    if ERASE == "tied":
+        d_write += d_read
+
+    state = tl.load(at_state, mask=high, other=0.0)
+    factor = exp2(upto)
+    reads = tl.dot(tl.load(at_upstream, mask=wide, other=0.0), state) * factor
+    d_sum += x_q.to(tl.float32) * reads
+    d_query += reads
+    if ERASE != "none":
+        reads = tl.dot(tl.load(at_error, mask=full, other=0.0), state) * -factor
+        if ERASE == "tied":
+            reads *= amount[:, None]
+        d_sum += x_a.to(tl.float32) * reads
+        if ERASE == "tied":
+            d_write += reads
+        else:
+            d_read += reads
+    grad = tl.load(at_grad, mask=high, other=0.0)
+    both = tl.sum(state.to(tl.float32) * grad.to(tl.float32), 0) * exp2(gain)
+    inner = tl.dot(tl.load(at_new, mask=full, other=0.0), grad)
+    inner *= exp2(tl.dot(sums.load([LEVELS * C, 0]), log_decay))
+    both += tl.sum(x_k.to(tl.float32) * inner, 0)
+    d_sum -= x_k.to(tl.float32) * inner
+    d_write += inner
+
+    # row i of a right half meets the left half of its block, and the other way round, so one product serves both
+    # directions, each row taking part in one of them
+    pairs = (scores + tl.trans(scores)).to(wide_type)
+    if ERASE != "none":
+        below = (lower + tl.trans(lower)).to(wide_type)
+    for level in tl.range(tl.where(deep, 0, WHOLE), LEVELS, num_stages=2):
+        half = (1 << level) + 0 * i
+        decayed = exp2(tl.dot(sums.load([level * C, 0]), log_decay))
+        # columns of the other half of the row's block
+        other = (j - ((i & -half) ^ half)).to(tl.uint32) < half.to(tl.uint32)
+        right = (i & half) != 0
+        own_k = (x_k.to(tl.float32) * decayed).to(wide_type)
+        if ERASE != "none":
+            own = own_k
+            if ERASE != "tied":
+                own = tl.where(right, (x_a.to(tl.float32) * decayed).to(wide_type), own_k)
+            inner = tl.dot(tl.where(other, below, 0.0), own)
+            if ERASE == "tied":
+                d_write += decayed * inner
+            else:
+                d_read += tl.where(right, decayed * inner, 0.0)
+                d_write += tl.where(right, 0.0, decayed * inner)
+            d_sum += tl.where(right, own.to(tl.float32), -own.to(tl.float32)) * inner
+        own = tl.where(right, (x_q.to(tl.float32) * decayed).to(wide_type), own_k)
+        inner = tl.dot(tl.where(other, pairs, 0.0), own)
+        d_query += tl.where(right, decayed * inner, 0.0)
+        d_write += tl.where(right, 0.0, decayed * inner)
+        d_sum += tl.where(right, own.to(tl.float32), -own.to(tl.float32)) * inner
+    return d_query, d_read, d_write, d_sum, both
 
 
 @triton.jit
@@ -156,10 +368,11 @@ def _keys(
     q, k, decay, A_log, dt_bias, sums, later, total, norms, rows_in, d_scores, d_lower, strength, errors,
     grad_out, states, grads, news,
     dq, dk, dg, d_bias, d_rate,
-    chunk_starts, chunk_lengths, tokens, scale, lower_bound,
+    chunk_starts, chunk_lengths, tokens, scale, lower_bound, erase, d_erase,
     H: tl.constexpr, HQ: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
     BV: tl.constexpr, C: tl.constexpr, GATE: tl.constexpr, NORM: tl.constexpr, PACKED: tl.constexpr,
-    DOT: tl.constexpr, LEVELS: tl.constexpr, WHOLE: tl.constexpr, W: tl.constexpr, WILD: tl.constexpr, deep,
+    DOT: tl.constexpr, LEVELS: tl.constexpr, WHOLE: tl.constexpr, W: tl.constexpr, SIGMOID: tl.constexpr,
+    ERASE: tl.constexpr, SCALAR: tl.constexpr, WILD: tl.constexpr, deep,
 ):  # fmt: skip
     start, length = place(chunk, tokens, chunk_starts, chunk_lengths, C, PACKED)
     rows = tl.arange(0, C)
@@ -174,18 +387,32 @@ def _keys(
     at_q = (token * HQ + head // (H // HQ))[:, None] * K + channels[None, :]
     at_k = (token * HK + head // (H // HK))[:, None] * K + channels[None, :]
     squares = tile * C * C + i * C + rows[None, :]
-    scores, lower = tl.load(d_scores + squares), tl.load(d_lower + squares)
-    raw = tl.load(decay + at, mask=inside, other=0.0).to(tl.float32)
+    scores = tl.load(d_scores + squares)
+    lower = scores
+    if ERASE != "none":
+        lower = tl.load(d_lower + squares)
     bias = 0.0
     rate = 0.0
-    if GATE != "none":
-        bias = tl.load(dt_bias + head * K + channels, mask=channels < K, other=0.0).to(tl.float32)[None, :]
-        rate = tl.load(A_log + head).to(tl.float32)
+    if SCALAR:
+        raw = tl.load(decay + token * H + head, mask=live, other=0.0).to(tl.float32)
+        if GATE != "none":
+            bias = tl.load(dt_bias + head).to(tl.float32)
+            rate = tl.load(A_log + head).to(tl.float32)
+    else:
+        raw = tl.load(decay + at, mask=inside, other=0.0).to(tl.float32)
+        if GATE != "none":
+            bias = tl.load(dt_bias + head * K + channels, mask=channels < K, other=0.0).to(tl.float32)
+            bias = bias[None, :]
+            rate = tl.load(A_log + head).to(tl.float32)
     x_q = tl.load(q + at_q, mask=inside, other=0.0)
     x_k = tl.load(k + at_k, mask=inside, other=0.0)
     norm_q = tl.load(norms + tile * 2 * C + rows)
     norm_k = tl.load(norms + tile * 2 * C + C + rows)
-    amount = tl.load(strength + tile * C + rows)
+    amount = norm_k
+    if ERASE == "tied" or ERASE == "scalar":
+        amount = tl.load(strength + tile * C + rows)
+    if ERASE == "channel":
+        gate = tl.load(erase + at, mask=inside, other=0.0).to(tl.float32)
     gain = tl.load(total + tile * BK + channels)
     columns = tl.arange(0, BV)
     full = (columns < V)[None, :]
@@ -193,98 +420,64 @@ def _keys(
     at_out = (token * H + head)[:, None] * V + columns[None, :]
     flat = tile * C * V + i * V + columns[None, :]
     cells = tile * BK * V + columns[:, None] * BK + channels[None, :]
+    high = (columns < V)[:, None]
     if not WILD:
         upstream = tl.load(grad_out + at_out, mask=wide, other=0.0)
         error = tl.load(errors + flat, mask=full, other=0.0)
         new = tl.load(news + flat, mask=full, other=0.0)
-        state = tl.load(states + cells, mask=(columns < V)[:, None], other=0.0)
-        grad = tl.load(grads + cells, mask=(columns < V)[:, None], other=0.0)
+        state = tl.load(states + cells, mask=high, other=0.0)
+        grad = tl.load(grads + cells, mask=high, other=0.0)
 
-    g = tl.maximum(tl.where(inside, log2_decay(raw, rate, bias, lower_bound, GATE), 0.0), -30000.0)
-    log_decay = g.to(DOT)
+    if SCALAR:
+        g = decay_of_tokens(raw, live, A_log, dt_bias, head, lower_bound, GATE)
+    else:
+        g = tl.maximum(tl.where(inside, log2_decay(raw, rate, bias, lower_bound, GATE), 0.0), -30000.0)
+        log_decay = g.to(DOT)
     x_q = (x_q.to(tl.float32) * norm_q[:, None]).to(DOT)
     x_k = (x_k.to(tl.float32) * norm_k[:, None]).to(DOT)
-    wide_type = d_scores.dtype.element_ty
+    x_a = x_k
+    if ERASE == "scalar":
+        gate = amount[:, None]
+        x_a = (x_k.to(tl.float32) * gate).to(DOT)
+    elif ERASE == "channel":
+        if SIGMOID:
+            gate = sigmoid(gate)
+        x_a = (x_k.to(tl.float32) * gate).to(DOT)
+    if SCALAR:
+        upto = tl.sum(tl.where(rows[:, None] >= rows[None, :], g[None, :], 0.0), 1)
+    else:
+        upto = tl.dot(tl.where(rows[:, None] >= rows[None, :], 1.0, 0.0).to(DOT), log_decay)
     # Of what follows, the order keeps apart in shared memory what is multiplied with different halves of the chunk:
     # ptxas 12.8 loses the address of a right factor that takes the place of an earlier left one.
     # A pair of tokens adds to d_sum of the later one what it takes from that of the earlier one, and a write what it
     # adds to the decay after it: the same rounded factors on both sides keep that exact.
-    upto = tl.dot(tl.where(rows[:, None] >= rows[None, :], 1.0, 0.0).to(DOT), log_decay)
-    if not WILD:
-        both = tl.sum(state.to(tl.float32) * grad.to(tl.float32), 0) * exp2(gain)
-        factor = exp2(upto + SHIFT)
-        back = exp2(-SHIFT - upto)
-        read_q, read_k = (
-            (x_q.to(tl.float32) * factor).to(wide_type),
-            (x_k.to(tl.float32) * factor).to(wide_type),
+    if SCALAR:
+        d_query, d_read, d_key, d_sum, both = _pairs_of_tokens(
+            scores, lower, upstream, error, new, state, grad, x_q, x_k, x_a, amount, gain, upto, C, ERASE
         )
-        write = (x_k.to(tl.float32) * back).to(wide_type)
-        d_query = tl.dot(scores, write)
-        d_read = tl.dot(lower, write)
-        inner = tl.dot(tl.trans(scores), read_q)
-        inner = tl.dot(tl.trans(lower), read_k, inner)
-        d_query += tl.dot(upstream, state) * UNSHIFT
-        d_read -= tl.dot(error, state) * (amount * UNSHIFT)[:, None]
-        d_write = tl.dot(new, grad) * exp2(gain + SHIFT)[None, :]
-        both += tl.sum(write.to(tl.float32) * d_write, 0)
-        d_write += inner
-        d_sum = (
-            read_q.to(tl.float32) * d_query + read_k.to(tl.float32) * d_read - write.to(tl.float32) * d_write
-        )
-        d_query *= factor
-        d_key = factor * d_read + back * d_write
+    elif WILD:
+        d_query, d_read, d_key, d_sum, both = _pairs_by_level(
+            scores, lower, grad_out + at_out, wide, errors + flat, news + flat, full, states + cells, grads + cells,
+            high, x_q, x_k, x_a, log_decay, amount, gain, upto, sums, deep, C, LEVELS, WHOLE, ERASE,
+        )  # fmt: skip
     else:
-        # inside a block of 16 tokens in one product, as above, but for chunks that go through all levels
-        inner = tl.dot(sums.load([(LEVELS + 2) * C, 0]), log_decay) * tl.where(deep, 0.0, 1.0)
-        factor, back = exp2(inner + SHIFT), exp2(-SHIFT - inner)
-        near = (rows[None, :] - (i & -(1 << WHOLE))).to(tl.uint32) < (tl.where(deep, 0, 1 << WHOLE) + 0 * i).to(tl.uint32)
-        near_scores, near_lower = tl.where(near, scores, 0.0), tl.where(near, lower, 0.0)
-        read_q = (x_q.to(tl.float32) * factor).to(wide_type)
-        read_k = (x_k.to(tl.float32) * factor).to(wide_type)
-        write = (x_k.to(tl.float32) * back).to(wide_type)
-        reads = tl.dot(near_scores, write)
-        keys = tl.dot(near_lower, write)
-        inner = tl.dot(tl.trans(near_scores), read_q)
-        inner = tl.dot(tl.trans(near_lower), read_k, inner)
-        d_sum = read_q.to(tl.float32) * reads + read_k.to(tl.float32) * keys - write.to(tl.float32) * inner
-        d_key = factor * keys + back * inner
-        d_query = factor * reads
-        # one after another: together they would not fit in the registers, and those saved in memory cost more
-        state = tl.load(states + cells, mask=(columns < V)[:, None], other=0.0)
-        factor = exp2(upto)
-        reads = tl.dot(tl.load(grad_out + at_out, mask=wide, other=0.0), state) * factor
-        d_sum += x_q.to(tl.float32) * reads
-        d_query += reads
-        reads = tl.dot(tl.load(errors + flat, mask=full, other=0.0), state) * factor * -amount[:, None]
-        d_sum += x_k.to(tl.float32) * reads
-        d_key += reads
-        grad = tl.load(grads + cells, mask=(columns < V)[:, None], other=0.0)
-        both = tl.sum(state.to(tl.float32) * grad.to(tl.float32), 0) * exp2(gain)
-        inner = tl.dot(tl.load(news + flat, mask=full, other=0.0), grad)
-        inner *= exp2(tl.dot(sums.load([LEVELS * C, 0]), log_decay))
-        both += tl.sum(x_k.to(tl.float32) * inner, 0)
-        d_sum -= x_k.to(tl.float32) * inner
-        d_key += inner
-        # the rest level by level: row i of a right half meets the left half of its block, and the other way round, so
-        # one product serves both directions, each row taking part in one of them
-        pairs = (scores + tl.trans(scores)).to(wide_type)
-        below = (lower + tl.trans(lower)).to(wide_type)
-        for level in tl.range(tl.where(deep, 0, WHOLE), LEVELS, num_stages=2):
-            half = (1 << level) + 0 * i
-            decayed = exp2(tl.dot(sums.load([level * C, 0]), log_decay))
-            # columns of the other half of the row's block
-            other = (rows[None, :] - ((i & -half) ^ half)).to(tl.uint32) < half.to(tl.uint32)
-            right = (i & half) != 0
-            own = (x_k.to(tl.float32) * decayed).to(wide_type)
-            inner = tl.dot(tl.where(other, below, 0.0), own)
-            d_key += decayed * inner
-            d_sum += tl.where(right, own.to(tl.float32), -own.to(tl.float32)) * inner
-            own = tl.where(right, (x_q.to(tl.float32) * decayed).to(wide_type), own)
-            inner = tl.dot(tl.where(other, pairs, 0.0), own)
-            d_query += tl.where(right, decayed * inner, 0.0)
-            d_key += tl.where(right, 0.0, decayed * inner)
-            d_sum += tl.where(right, own.to(tl.float32), -own.to(tl.float32)) * inner
+        d_query, d_read, d_key, d_sum, both = _pairs_in_range(
+            scores, lower, upstream, error, new, state, grad, x_q, x_k, x_a, amount, gain, upto, ERASE
+        )
 
+    if ERASE == "scalar" or ERASE == "channel":
+        d_key += gate * d_read
+        d_gate = x_k.to(tl.float32) * d_read
+        if ERASE == "channel":
+            if SIGMOID:
+                d_gate *= gate * (1.0 - gate)
+            tl.store(d_erase + at, d_gate.to(d_erase.dtype.element_ty), mask=inside)
+        else:
+            d_amount = tl.sum(d_gate, 1)
+            if SIGMOID:
+                d_amount *= amount * (1.0 - amount)
+            # one number per part of the channels, which are added up outside
+            tl.store(d_erase + (token * H + head) * (BK // W) + part, d_amount, mask=live)
     # a token's own score is not decayed: it is added after that
     diagonal = tl.load(rows_in + tile * 3 * C + rows)
     d_query += diagonal[:, None] * x_k.to(tl.float32)
@@ -300,15 +493,19 @@ def _keys(
 
     # Every later token of the chunk depends on this log-decay, and so does the state after it. The sum over them is a
     # product with a 0/1 matrix, in two halves that together hold 16 bits; a scan where ptxas would lose that matrix.
-    if WILD:
+    if SCALAR:
+        # of this part's channels alone: they are added up outside
+        sums_of_tokens = tl.sum(d_sum, 1)
+        d_decay = tl.sum(tl.where(i >= rows[None, :], sums_of_tokens[:, None], 0.0), 0) + tl.sum(both, 0)
+    elif WILD:
         d_decay = tl.cumsum(d_sum, 0, reverse=True) + both[None, :]
     else:
         table = later.load([0, 0])
-        high = d_sum.to(later.dtype)
-        d_decay = tl.dot(table, high)
-        d_decay = tl.dot(table, (d_sum - high.to(tl.float32)).to(later.dtype), d_decay) + both[None, :]
+        first = d_sum.to(later.dtype)
+        d_decay = tl.dot(table, first)
+        d_decay = tl.dot(table, (d_sum - first.to(tl.float32)).to(later.dtype), d_decay) + both[None, :]
     if WILD:
-        # not kept, for the same reason
+        # not kept: there are too few registers
         raw = tl.load(decay + at, mask=inside, other=0.0).to(tl.float32)
         g = tl.maximum(tl.where(inside, log2_decay(raw, rate, bias, lower_bound, GATE), 0.0), -30000.0)
     if GATE == "bounded":
@@ -321,11 +518,18 @@ def _keys(
     else:
         d_raw = d_decay
         d_log = d_decay
-    d_raw = tl.where(inside, d_raw, 0.0)
-    tl.store(dg + at, d_raw.to(dg.dtype.element_ty), mask=inside)
-    if GATE != "none":
-        tl.store(d_bias + tile * K + channels, tl.sum(d_raw, 0), mask=channels < K)
-        tl.store(d_rate + tile * (BK // W) + part, tl.sum(tl.sum(tl.where(inside, d_log, 0.0), 1), 0))
+    if SCALAR:
+        d_raw = tl.where(live, d_raw, 0.0)
+        tl.store(dg + (token * H + head) * (BK // W) + part, d_raw, mask=live)
+        if GATE != "none":
+            tl.store(d_bias + tile * (BK // W) + part, tl.sum(d_raw, 0))
+            tl.store(d_rate + tile * (BK // W) + part, tl.sum(tl.where(live, d_log, 0.0), 0))
+    else:
+        d_raw = tl.where(inside, d_raw, 0.0)
+        tl.store(dg + at, d_raw.to(dg.dtype.element_ty), mask=inside)
+        if GATE != "none":
+            tl.store(d_bias + tile * K + channels, tl.sum(d_raw, 0), mask=channels < K)
+            tl.store(d_rate + tile * (BK // W) + part, tl.sum(tl.sum(tl.where(inside, d_log, 0.0), 1), 0))
 
 
 @triton.jit
@@ -333,22 +537,24 @@ def keys_kernel(
     q, k, decay, A_log, dt_bias, sums, later, total, norms, rows_in, d_scores, d_lower, strength, errors,
     grad_out, states, grads, news, wild,
     dq, dk, dg, d_bias, d_rate,
-    chunk_starts, chunk_lengths, tokens, scale, lower_bound,
+    chunk_starts, chunk_lengths, tokens, scale, lower_bound, erase, d_erase,
     H: tl.constexpr, HQ: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
     BV: tl.constexpr, C: tl.constexpr, GATE: tl.constexpr, NORM: tl.constexpr, PACKED: tl.constexpr,
-    DOT: tl.constexpr, LEVELS: tl.constexpr, WHOLE: tl.constexpr, W: tl.constexpr,
+    DOT: tl.constexpr, LEVELS: tl.constexpr, WHOLE: tl.constexpr, W: tl.constexpr, SIGMOID: tl.constexpr,
+    ERASE: tl.constexpr, SCALAR: tl.constexpr,
 ):  # fmt: skip
     """Do what belongs to ``W`` key channels: dq, dk, and the gradients of their decays."""
     PARTS: tl.constexpr = BK // W
     # the parts of one chunk are neighbours: they read the same tiles
     part, chunk, head = tl.program_id(0) % PARTS, (tl.program_id(0) // PARTS).to(tl.int64), tl.program_id(1)
-    if tl.load(wild + chunk * H + head) == 0:
+    # one decay per head has no chunk out of range; the compiler looks at nothing after a constant that decides
+    if SCALAR or tl.load(wild + chunk * H + head) == 0:
         _keys(
             chunk, head, part,
             q, k, decay, A_log, dt_bias, sums, later, total, norms, rows_in, d_scores, d_lower, strength, errors,
             grad_out, states, grads, news, dq, dk, dg, d_bias, d_rate,
-            chunk_starts, chunk_lengths, tokens, scale, lower_bound,
-            H, HQ, HK, K, V, BK, BV, C, GATE, NORM, PACKED, DOT, LEVELS, WHOLE, W, False, False,
+            chunk_starts, chunk_lengths, tokens, scale, lower_bound, erase, d_erase,
+            H, HQ, HK, K, V, BK, BV, C, GATE, NORM, PACKED, DOT, LEVELS, WHOLE, W, SIGMOID, ERASE, SCALAR, False, False,
         )  # fmt: skip
 
 
@@ -357,10 +563,11 @@ def keys_wild_kernel(
     q, k, decay, A_log, dt_bias, sums, later, total, norms, rows_in, d_scores, d_lower, strength, errors,
     grad_out, states, grads, news, wild,
     dq, dk, dg, d_bias, d_rate,
-    chunk_starts, chunk_lengths, tokens, scale, lower_bound,
+    chunk_starts, chunk_lengths, tokens, scale, lower_bound, erase, d_erase,
     H: tl.constexpr, HQ: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
     BV: tl.constexpr, C: tl.constexpr, GATE: tl.constexpr, NORM: tl.constexpr, PACKED: tl.constexpr,
-    DOT: tl.constexpr, LEVELS: tl.constexpr, WHOLE: tl.constexpr, W: tl.constexpr,
+    DOT: tl.constexpr, LEVELS: tl.constexpr, WHOLE: tl.constexpr, W: tl.constexpr, SIGMOID: tl.constexpr,
+    ERASE: tl.constexpr, SCALAR: tl.constexpr,
 ):  # fmt: skip
     """Do the same for chunks whose decay is out of range, in blocks of 16 tokens or, where marked so, less."""
     PARTS: tl.constexpr = BK // W
@@ -371,6 +578,7 @@ def keys_wild_kernel(
             chunk, head, part,
             q, k, decay, A_log, dt_bias, sums, later, total, norms, rows_in, d_scores, d_lower, strength, errors,
             grad_out, states, grads, news, dq, dk, dg, d_bias, d_rate,
-            chunk_starts, chunk_lengths, tokens, scale, lower_bound,
-            H, HQ, HK, K, V, BK, BV, C, GATE, NORM, PACKED, DOT, LEVELS, WHOLE, W, True, mark == 2,
+            chunk_starts, chunk_lengths, tokens, scale, lower_bound, erase, d_erase,
+            H, HQ, HK, K, V, BK, BV, C, GATE, NORM, PACKED, DOT, LEVELS, WHOLE, W, SIGMOID, ERASE, SCALAR,
+            True, mark == 2,
         )  # fmt: skip

@@ -18,6 +18,18 @@ whose decay from the start of their block is out of range, too, go through all l
 to exactly one. A row is done again only if its own decay from the start of the chunk is out of range, so that no row
 depends on later ones. The inverse grows along the same levels: ``T <- T - T L_b T``.
 
+That is Kimi Delta Attention, ``ERASE == "tied"``: one strength both erases and writes. In the other cases a key erases
+as ``a = erase k`` and writes ``u = write v``, and ``kd`` and L hold all of the erase strength::
+
+    kd = a e^G      L_ij = <a_i e^G_i, k_j e^-G_j>  (i > j)      X = diag(write) V - kd S      N = T X
+
+with ``erase`` one number per token or one per key channel, ``write`` one per token or one per value channel. Without
+erase, L is zero and N = diag(write) V: kd, L and T do not exist. With ``SCALAR`` decay, one per token and head,
+``e^(G_i - G_j)`` is a factor on ``<k_i, k_j>``: the exponent is masked first and then never positive, so that no chunk
+is wild.
+
+Source: the general rule of ``gendistill.ops.recurrent_delta_rule``, cut into chunks; checked against it in float64.
+
 Legend: C tokens of a chunk, K key channels, V value channels, H heads of the state.
 """
 
@@ -131,6 +143,40 @@ def _decay_tile(
 
 
 @triton.jit
+def decay_of_tokens(raw, live, A_log, dt_bias, head, lower_bound, GATE: tl.constexpr):
+    """Return base-2 log-decays of a head's tokens, ``[C]`` float32, zero where there is no token.
+
+    Held above -256, where the decay is zero in float32, so that differences of their sums keep three digits.
+    """
+    bias = 0.0
+    rate = 0.0
+    if GATE != "none":
+        bias = tl.load(dt_bias + head).to(tl.float32)
+        rate = tl.load(A_log + head).to(tl.float32)
+    return tl.maximum(tl.where(live, log2_decay(raw, rate, bias, lower_bound, GATE), 0.0), -256.0)
+
+
+@triton.jit
+def _normalised(at_q, at_k, norm_q, norm_k, inside, channels, DOT: tl.constexpr):
+    """Return some channels of a chunk's q and k."""
+    xq = tl.load(at_q + channels[None, :], mask=inside, other=0.0).to(tl.float32)
+    xk = tl.load(at_k + channels[None, :], mask=inside, other=0.0).to(tl.float32)
+    return (xq * norm_q[:, None]).to(DOT), (xk * norm_k[:, None]).to(DOT)
+
+
+@triton.jit
+def _eraser(xk, erase, at, live, channels, K: tl.constexpr, SIGMOID: tl.constexpr, ERASE: tl.constexpr):
+    """Return the key that erases, but for a strength per token."""
+    if ERASE == "channel":
+        inside = live[:, None] & (channels < K)[None, :]
+        gate = tl.load(erase + at[:, None] * K + channels[None, :], mask=inside, other=0.0).to(tl.float32)
+        if SIGMOID:
+            gate = sigmoid(gate)
+        xk = (xk.to(tl.float32) * gate).to(xk.dtype)
+    return xk
+
+
+@triton.jit
 def _operands(
     at_q, at_k, at_g, norm_q, norm_k, live, A_log, dt_bias, channels, head, lower_bound,
     K: tl.constexpr, GATE: tl.constexpr, DOT: tl.constexpr,
@@ -140,17 +186,16 @@ def _operands(
     log_decay = _decay_tile(
         at_g + channels[None, :], inside, A_log, dt_bias, channels, K, head, lower_bound, GATE
     )
-    xq = tl.load(at_q + channels[None, :], mask=inside, other=0.0).to(tl.float32)
-    xk = tl.load(at_k + channels[None, :], mask=inside, other=0.0).to(tl.float32)
-    return (xq * norm_q[:, None]).to(DOT), (xk * norm_k[:, None]).to(DOT), log_decay.to(DOT)
+    xq, xk = _normalised(at_q, at_k, norm_q, norm_k, inside, channels, DOT)
+    return xq, xk, log_decay.to(DOT)
 
 
 @triton.jit
-def _strength(beta, at, live, SIGMOID: tl.constexpr, SAVE: tl.constexpr):
+def _strength(beta, at, live, SIGMOID: tl.constexpr, DIVIDES: tl.constexpr):
     strength = tl.load(beta + at, mask=live, other=0.0).to(tl.float32)
     if SIGMOID:
         strength = tl.where(live, sigmoid(strength), 0.0)
-    elif SAVE:
+    elif DIVIDES:
         # the backward pass divides by it
         strength = tl.where(live, tl.maximum(strength, 1e-20), 0.0)
     return strength
@@ -171,11 +216,11 @@ def _invert(lower, rows, DOT: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.
 def prepare_kernel(
     q, k, decay, beta, A_log, dt_bias, sums,
     qd, kd, kt, p, inverse_out, gc, strengths, norms, wild,
-    chunk_starts, chunk_lengths, tokens, scale, lower_bound,
+    chunk_starts, chunk_lengths, tokens, scale, lower_bound, erase,
     H: tl.constexpr, HQ: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr,
     GATE: tl.constexpr, NORM: tl.constexpr, SIGMOID: tl.constexpr, PACKED: tl.constexpr, DOT: tl.constexpr,
     LEVELS: tl.constexpr, W: tl.constexpr, SAVE: tl.constexpr, PRECISION: tl.constexpr, RANGE: tl.constexpr,
-    WIDE: tl.constexpr,
+    WIDE: tl.constexpr, ERASE: tl.constexpr, SCALAR: tl.constexpr,
 ):  # fmt: skip
     """Prepare every chunk in one product, and mark those whose decay is out of its range."""
     chunk, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -187,13 +232,15 @@ def prepare_kernel(
     at_q = q + (token * HQ + head // (H // HQ))[:, None] * K
     at_k = k + (token * HK + head // (H // HK))[:, None] * K
     at_g = decay + (token * H + head)[:, None] * K
-    strength = _strength(beta, token * H + head, live, SIGMOID, SAVE)
+    if beta is not None:
+        strength = _strength(beta, token * H + head, live, SIGMOID, SAVE and ERASE == "tied")
     norm_q = tl.zeros([C], tl.float32) + scale
     norm_k = tl.zeros([C], tl.float32) + 1.0
     if NORM:
         norm_q *= _inverse_norm(at_q, live, K, BK)
         norm_k *= _inverse_norm(at_k, live, K, BK)
-    tl.store(strengths + tile * C + rows, strength)
+    if beta is not None:
+        tl.store(strengths + tile * C + rows, strength)
     if SAVE:
         tl.store(norms + tile * 2 * C + rows, norm_q)
         tl.store(norms + tile * 2 * C + C + rows, norm_k)
@@ -202,48 +249,100 @@ def prepare_kernel(
     attention = tl.zeros([C, C], tl.float32)
     lower = tl.zeros([C, C], tl.float32)
     farthest = tl.zeros([C], tl.float32)
+    if SCALAR:
+        raw = tl.load(decay + token * H + head, mask=live, other=0.0).to(tl.float32)
+        gates = decay_of_tokens(raw, live, A_log, dt_bias, head, lower_bound, GATE)
+        upto = tl.sum(tl.where(rows[:, None] >= rows[None, :], gates[None, :], 0.0), 1)
+        total = tl.sum(gates, 0)
     SHIFT: tl.constexpr = -RANGE / 2
     UNSHIFT: tl.constexpr = 2.0 ** (RANGE / 2)
     # a loop that is not unrolled: its code stays in the instruction cache
     for first in tl.range(0, BK, W):
         channels = first + part
-        xq, xk, log_decay = _operands(
-            at_q, at_k, at_g, norm_q, norm_k, live, A_log, dt_bias, channels, head, lower_bound, K, GATE, DOT
-        )
-        total = tl.sum(log_decay.to(tl.float32), 0)
-        tl.store(gc + tile * BK + channels, total)
-        upto = tl.dot(sums.load([(LEVELS + 1) * C, 0]), log_decay, input_precision=PRECISION)
-        farthest = tl.minimum(farthest, tl.min(upto, 1))
-        # the range of the operands is used on both sides of one: half of it is shifted to the reading factor
-        factor = exp2(upto + SHIFT)
-        back = exp2(-SHIFT - upto)
-        read_q, read_k = (xq.to(tl.float32) * factor).to(WIDE), (xk.to(tl.float32) * factor).to(WIDE)
-        # exact: a power of two
-        qd.store([row, first], (read_q.to(tl.float32) * UNSHIFT).to(qd.dtype))
-        kd.store([row, first], (read_k.to(tl.float32) * UNSHIFT).to(qd.dtype))
-        write = xk.to(tl.float32) * back
-        other = tl.trans(write.to(WIDE))
-        attention = tl.dot(read_q, other, attention, input_precision=PRECISION)
-        lower = tl.dot(read_k, other, lower, input_precision=PRECISION)
-        kt.store([row, first], (write * exp2(total + SHIFT)[None, :]).to(qd.dtype))
+        if SCALAR:
+            inside = live[:, None] & (channels < K)[None, :]
+            xq, xk = _normalised(at_q, at_k, norm_q, norm_k, inside, channels, DOT)
+            xa = _eraser(xk, erase, token * H + head, live, channels, K, SIGMOID, ERASE)
+            tl.store(gc + tile * BK + channels, total + tl.zeros([W], tl.float32))
+            since = exp2(upto)
+            qd.store([row, first], (xq.to(tl.float32) * since[:, None]).to(qd.dtype))
+            if ERASE == "scalar":
+                since *= strength
+            if ERASE != "none":
+                kd.store([row, first], (xa.to(tl.float32) * since[:, None]).to(qd.dtype))
+            kt.store([row, first], (xk.to(tl.float32) * exp2(total - upto)[:, None]).to(qd.dtype))
+            other = tl.trans(xk)
+            attention = tl.dot(xq, other, attention, input_precision=PRECISION)
+            if ERASE != "none":
+                lower = tl.dot(xa, other, lower, input_precision=PRECISION)
+        else:
+            xq, xk, log_decay = _operands(
+                at_q,
+                at_k,
+                at_g,
+                norm_q,
+                norm_k,
+                live,
+                A_log,
+                dt_bias,
+                channels,
+                head,
+                lower_bound,
+                K,
+                GATE,
+                DOT,
+            )
+            xa = _eraser(xk, erase, token * H + head, live, channels, K, SIGMOID, ERASE)
+            total = tl.sum(log_decay.to(tl.float32), 0)
+            tl.store(gc + tile * BK + channels, total)
+            upto = tl.dot(sums.load([(LEVELS + 1) * C, 0]), log_decay, input_precision=PRECISION)
+            farthest = tl.minimum(farthest, tl.min(upto, 1))
+            # the range of the operands is used on both sides of one: half of it is shifted to the reading factor
+            factor = exp2(upto + SHIFT)
+            back = exp2(-SHIFT - upto)
+            read_q, read_k = (xq.to(tl.float32) * factor).to(WIDE), (xa.to(tl.float32) * factor).to(WIDE)
+            # exact: a power of two
+            qd.store([row, first], (read_q.to(tl.float32) * UNSHIFT).to(qd.dtype))
+            if ERASE == "scalar":
+                kd.store([row, first], (read_k.to(tl.float32) * (strength * UNSHIFT)[:, None]).to(qd.dtype))
+            elif ERASE != "none":
+                kd.store([row, first], (read_k.to(tl.float32) * UNSHIFT).to(qd.dtype))
+            write = xk.to(tl.float32) * back
+            other = tl.trans(write.to(WIDE))
+            attention = tl.dot(read_q, other, attention, input_precision=PRECISION)
+            if ERASE != "none":
+                lower = tl.dot(read_k, other, lower, input_precision=PRECISION)
+            kt.store([row, first], (write * exp2(total + SHIFT)[None, :]).to(qd.dtype))
 
-    # rows that are out of range come again; until then they must not spoil the inverse's other rows
-    out = farthest < RANGE
-    tl.store(wild + tile, tl.max(out.to(tl.int32), 0))
+    if not SCALAR:
+        # rows that are out of range come again; until then they must not spoil the inverse's other rows
+        out = farthest < RANGE
+        tl.store(wild + tile, tl.max(out.to(tl.int32), 0))
     i, j = rows[:, None], rows[None, :]
+    if SCALAR:
+        ratio = exp2(tl.where(i >= j, upto[:, None] - upto[None, :], 0.0))
+        attention *= ratio
+        lower *= ratio
     p.store([row, 0], tl.where(i >= j, attention, 0.0).to(p.dtype))
-    lower = tl.where((i > j) & (out[:, None] == 0), lower * strength[:, None], 0.0)
-    inverse_out.store([row, 0], _invert(lower, rows, DOT, LEVELS, PRECISION).to(p.dtype))
+    if ERASE != "none":
+        below = i > j
+        if not SCALAR:
+            below = below & (out[:, None] == 0)
+        if ERASE == "channel":
+            lower = tl.where(below, lower, 0.0)
+        else:
+            lower = tl.where(below, lower * strength[:, None], 0.0)
+        inverse_out.store([row, 0], _invert(lower, rows, DOT, LEVELS, PRECISION).to(p.dtype))
 
 
 @triton.jit
 def _prepare_again(
     chunk, head, q, k, decay, beta, A_log, dt_bias, sums, kt, p, inverse_out, wild,
-    chunk_starts, chunk_lengths, tokens, scale, lower_bound,
+    chunk_starts, chunk_lengths, tokens, scale, lower_bound, erase,
     H: tl.constexpr, HQ: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr,
     GATE: tl.constexpr, NORM: tl.constexpr, SIGMOID: tl.constexpr, PACKED: tl.constexpr, DOT: tl.constexpr,
     LEVELS: tl.constexpr, WHOLE: tl.constexpr, W: tl.constexpr, SAVE: tl.constexpr, PRECISION: tl.constexpr,
-    RANGE: tl.constexpr, WIDE: tl.constexpr,
+    RANGE: tl.constexpr, WIDE: tl.constexpr, ERASE: tl.constexpr,
 ):  # fmt: skip
     start, length = place(chunk, tokens, chunk_starts, chunk_lengths, C, PACKED)
     rows, part = tl.arange(0, C), tl.arange(0, W)
@@ -254,7 +353,8 @@ def _prepare_again(
     at_q = q + (token * HQ + head // (H // HQ))[:, None] * K
     at_k = k + (token * HK + head // (H // HK))[:, None] * K
     at_g = decay + (token * H + head)[:, None] * K
-    strength = _strength(beta, token * H + head, live, SIGMOID, SAVE)
+    if beta is not None:
+        strength = _strength(beta, token * H + head, live, SIGMOID, SAVE and ERASE == "tied")
     norm_q = tl.zeros([C], tl.float32) + scale
     norm_k = tl.zeros([C], tl.float32) + 1.0
     if NORM:
@@ -272,6 +372,7 @@ def _prepare_again(
         xq, xk, log_decay = _operands(
             at_q, at_k, at_g, norm_q, norm_k, live, A_log, dt_bias, channels, head, lower_bound, K, GATE, DOT
         )
+        xa = _eraser(xk, erase, token * H + head, live, channels, K, SIGMOID, ERASE)
         upto = tl.dot(sums.load([(LEVELS + 1) * C, 0]), log_decay, input_precision=PRECISION)
         from_start = tl.minimum(from_start, tl.min(upto, 1))
         after = tl.dot(sums.load([LEVELS * C, 0]), log_decay, input_precision=PRECISION)
@@ -283,7 +384,7 @@ def _prepare_again(
         near = (i ^ j) < (1 << WHOLE)
         scores = tl.dot((xq.to(tl.float32) * factor).to(WIDE), write, input_precision=PRECISION)
         attention += tl.where(near & (i >= j), scores, 0.0)
-        scores = tl.dot((xk.to(tl.float32) * factor).to(WIDE), write, input_precision=PRECISION)
+        scores = tl.dot((xa.to(tl.float32) * factor).to(WIDE), write, input_precision=PRECISION)
         lower += tl.where(near & (i > j), scores, 0.0)
         for level in tl.range(WHOLE, LEVELS):
             small = exp2(tl.dot(sums.load([level * C, 0]), log_decay, input_precision=PRECISION)).to(DOT)
@@ -291,7 +392,10 @@ def _prepare_again(
             mask = meet(rows, level)
             scores = tl.dot(xq * small, tl.trans(left), input_precision=PRECISION)
             attention += tl.where(mask, scores, 0.0)
-            scores = tl.dot(left, tl.trans(left), input_precision=PRECISION)
+            if ERASE == "channel":
+                scores = tl.dot(xa * small, tl.trans(left), input_precision=PRECISION)
+            else:
+                scores = tl.dot(left, tl.trans(left), input_precision=PRECISION)
             lower += tl.where(mask, scores, 0.0)
 
     deep = from_block < RANGE
@@ -302,8 +406,22 @@ def _prepare_again(
         for first in tl.range(0, BK, W):
             channels = first + part
             xq, xk, log_decay = _operands(
-                at_q, at_k, at_g, norm_q, norm_k, live, A_log, dt_bias, channels, head, lower_bound, K, GATE, DOT
+                at_q,
+                at_k,
+                at_g,
+                norm_q,
+                norm_k,
+                live,
+                A_log,
+                dt_bias,
+                channels,
+                head,
+                lower_bound,
+                K,
+                GATE,
+                DOT,
             )
+            xa = _eraser(xk, erase, token * H + head, live, channels, K, SIGMOID, ERASE)
             own = tl.sum(xq.to(tl.float32) * xk.to(tl.float32), 1)
             attention += tl.where((i == j) & deep[:, None], own[:, None], 0.0)
             for level in tl.range(0, LEVELS):
@@ -312,33 +430,41 @@ def _prepare_again(
                 mask = meet(rows, level) & deep[:, None]
                 scores = tl.dot(xq * small, tl.trans(left), input_precision=PRECISION)
                 attention += tl.where(mask, scores, 0.0)
-                scores = tl.dot(left, tl.trans(left), input_precision=PRECISION)
+                if ERASE == "channel":
+                    scores = tl.dot(xa * small, tl.trans(left), input_precision=PRECISION)
+                else:
+                    scores = tl.dot(left, tl.trans(left), input_precision=PRECISION)
                 lower += tl.where(mask, scores, 0.0)
 
     # only rows that are out of range themselves
     out = (from_start < RANGE)[:, None]
-    inverse = _invert(lower * strength[:, None], rows, DOT, LEVELS, PRECISION)
+    if ERASE == "tied" or ERASE == "scalar":
+        lower *= strength[:, None]
+    if ERASE != "none":
+        inverse = _invert(lower, rows, DOT, LEVELS, PRECISION)
     at = tile * C * C + i * C + j
     tl.store(p + at, attention.to(p.dtype.element_ty), mask=out)
-    tl.store(inverse_out + at, inverse.to(p.dtype.element_ty), mask=out)
+    if ERASE != "none":
+        tl.store(inverse_out + at, inverse.to(p.dtype.element_ty), mask=out)
 
 
 @triton.jit
 def prepare_wild_kernel(
     q, k, decay, beta, A_log, dt_bias, sums, kt, p, inverse_out, wild,
-    chunk_starts, chunk_lengths, tokens, scale, lower_bound,
+    chunk_starts, chunk_lengths, tokens, scale, lower_bound, erase,
     H: tl.constexpr, HQ: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr,
     GATE: tl.constexpr, NORM: tl.constexpr, SIGMOID: tl.constexpr, PACKED: tl.constexpr, DOT: tl.constexpr,
     LEVELS: tl.constexpr, WHOLE: tl.constexpr, W: tl.constexpr, SAVE: tl.constexpr, PRECISION: tl.constexpr,
-    RANGE: tl.constexpr, WIDE: tl.constexpr,
+    RANGE: tl.constexpr, WIDE: tl.constexpr, ERASE: tl.constexpr,
 ):  # fmt: skip
     """Prepare the marked chunks again; mark with two those with rows that go through all levels."""
     chunk, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     if tl.load(wild + chunk * H + head) != 0:
         _prepare_again(
             chunk, head, q, k, decay, beta, A_log, dt_bias, sums,
-            kt, p, inverse_out, wild, chunk_starts, chunk_lengths, tokens, scale, lower_bound,
+            kt, p, inverse_out, wild, chunk_starts, chunk_lengths, tokens, scale, lower_bound, erase,
             H, HQ, HK, K, BK, C, GATE, NORM, SIGMOID, PACKED, DOT, LEVELS, WHOLE, W, SAVE, PRECISION, RANGE, WIDE,
+            ERASE,
         )  # fmt: skip
 
 
@@ -346,10 +472,11 @@ def prepare_wild_kernel(
 def scan_kernel(
     qd, kd, kt, p, inverse, gc, strengths, v, state_in,
     out, state_out, states, news, matrices,
-    cu_seqlens, chunk_offsets, kinds, tokens,
+    cu_seqlens, chunk_offsets, kinds, tokens, write,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     C: tl.constexpr, PACKED: tl.constexpr, HAS_STATE: tl.constexpr, SAVE: tl.constexpr,
-    STAGES: tl.constexpr, SUMMARY: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr, SUMMARY: tl.constexpr, PRECISION: tl.constexpr, ERASE: tl.constexpr,
+    SIGMOID: tl.constexpr,
 ):  # fmt: skip
     """Walk one sequence; or, as ``SUMMARY``, find what it does to any state it may start from.
 
@@ -377,7 +504,7 @@ def scan_kernel(
         # a sequence in one segment needs no summary; the last segment's only serves to carry a gradient back
         kind = tl.load(kinds + sequence)
         length = tl.where((kind == 1) | ((kind == 2) & (not SAVE)), 0, length)
-    dtype = kd.dtype
+    dtype = kt.dtype
     # the state is kept transposed, [V, K]: it is then the left operand of every product, straight from registers
     cells = (sequence * H + head) * K * V + channels[None, :] * V + columns[:, None]
     inside = (channels < K)[None, :] & wide[:, None]
@@ -389,6 +516,8 @@ def scan_kernel(
     values = v + (start + rows)[:, None] * (HV * V) + (head // (H // HV)) * V + columns[None, :]
     zero = first * 0
     places = out + (start + rows)[:, None] * (H * V) + head * V + columns[None, :]
+    if write is not None:
+        gates = write + (start + rows)[:, None] * (H * V) + head * V + columns[None, :]
     for step in tl.range(0, tl.cdiv(length, C), num_stages=STAGES):
         tile = (first + step) * H + head
         row = (tile * C).to(tl.int32)
@@ -397,17 +526,32 @@ def scan_kernel(
             live = live & writes
         offset = (step + zero) * C
         value = tl.load(values + offset * (HV * V), mask=live, other=0.0)
-        keys = kd.load([row, 0])
-        solve = inverse.load([row, 0])
-        strength = tl.load(strengths + tile * C + rows)
+        if ERASE != "none":
+            keys = kd.load([row, 0])
+            solve = inverse.load([row, 0])
+        if write is None:
+            strength = tl.load(strengths + tile * C + rows)
+        else:
+            gate = tl.load(gates + offset * (H * V), mask=live, other=0.0).to(tl.float32)
+            if SIGMOID:
+                gate = sigmoid(gate)
         tail = kt.load([row, 0])
         gain = exp2(tl.load(gc + tile * BK + channels))
         left = state.to(dtype)
         if SAVE and not SUMMARY:
             wide_cells = tile * BK * V + columns[:, None] * BK + channels[None, :]
             tl.store(states + wide_cells, left, mask=wide[:, None])
-        error = tl.trans(value).to(tl.float32) - tl.dot(left, tl.trans(keys), input_precision=PRECISION)
-        new = tl.dot((error * strength[None, :]).to(dtype), tl.trans(solve), input_precision=PRECISION)
+        if ERASE == "tied":
+            error = tl.trans(value).to(tl.float32) - tl.dot(left, tl.trans(keys), input_precision=PRECISION)
+            new = tl.dot((error * strength[None, :]).to(dtype), tl.trans(solve), input_precision=PRECISION)
+        else:
+            if write is None:
+                new = tl.trans(value).to(tl.float32) * strength[None, :]
+            else:
+                new = tl.trans((value.to(tl.float32) * gate).to(dtype)).to(tl.float32)
+            if ERASE != "none":
+                new -= tl.dot(left, tl.trans(keys), input_precision=PRECISION)
+                new = tl.dot(new.to(dtype), tl.trans(solve), input_precision=PRECISION)
         new = new.to(dtype)
         if SAVE and not SUMMARY:
             flat = tile * C * V + rows[:, None] * V + columns[None, :]

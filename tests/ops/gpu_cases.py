@@ -34,36 +34,53 @@ def draw(
     V: int | None = None,
     *,
     heads: tuple[int, int, int] | None = None,
+    decay_per: str = "channel",
     dtype: torch.dtype = BF16,
     seed: int = 0,
 ) -> Inputs:
-    """Draw the inputs of a chunked call; ``heads`` are those of q, k and v, H by default."""
+    """Draw the inputs of a chunked call; ``heads`` are those of q, k and v, H by default; decay per channel or head."""
     torch.manual_seed(seed)
     V = V or K
     numbers = heads or (H, H, H)
     q, k, v = (normal(B, T, number, c, dtype=dtype) for number, c in zip(numbers, (K, K, V), strict=True))
     if not rule.norm:
         q, k = q / K**0.5, k / K**0.5
-    decay, beta = normal(B, T, H, K, dtype=dtype), normal(B, T, H, dtype=dtype)
-    if not rule.sigmoid:
-        beta = beta.sigmoid()
+    wide = (K,) if decay_per == "channel" else ()
+    decay, beta = normal(B, T, H, *wide, dtype=dtype), normal(B, T, H, dtype=dtype)
+    x = Inputs(q, k, v, decay, beta)
     if rule.gate == "none":
-        return Inputs(q, k, v, -0.3 * decay.abs(), beta)
-    rates = torch.rand(H, device=DEVICE) * (2.7 if rule.gate == "softplus" else 1.0)
-    return Inputs(q, k, v, decay, beta, rates, normal(H * K) - 4)
+        x = x._replace(decay=-0.3 * decay.abs())
+    else:
+        rates = torch.rand(H, device=DEVICE) * (2.7 if rule.gate == "softplus" else 1.0)
+        x = x._replace(A_log=rates, dt_bias=normal(H * (K if wide else 1)) - 4)
+    strengths = {
+        "beta": beta if "scalar" in (rule.erase, rule.write) else None,
+        "erase": normal(B, T, H, K, dtype=dtype) if rule.erase == "channel" else None,
+        "write": normal(B, T, H, V, dtype=dtype) if rule.write == "channel" else None,
+    }
+    if not rule.sigmoid:
+        strengths = {name: part if part is None else part.sigmoid() for name, part in strengths.items()}
+    return x._replace(**strengths)
 
 
 def exact(x: Inputs, rule: Rule, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Apply the definition token by token; float64 inputs give float64 results."""
     q, k = (l2norm(part) if rule.norm else part for part in (x.q, x.k))
-    beta = x.beta.sigmoid() if rule.sigmoid else x.beta
-    decay = x.decay
+    beta, erase, write = (
+        part if part is None or not rule.sigmoid else part.sigmoid() for part in (x.beta, x.erase, x.write)
+    )
+    # a decay per head is one of a single channel
+    decay = x.decay if x.decay.ndim == 4 else x.decay[..., None]
     if rule.gate == "bounded":
         decay = bounded_log_decay(decay, x.A_log, x.dt_bias, lower_bound=rule.lower_bound)
     if rule.gate == "softplus":
         decay = softplus_log_decay(decay, x.A_log, x.dt_bias)
-    settings = {"erase": beta, "write": beta, "state": state, "scale": rule.scale}
-    return recurrent_delta_rule(q, k, x.v, log_decay=decay, **settings)
+    settings = {
+        "log_decay": decay if x.decay.ndim == 4 else decay[..., 0],
+        "erase": {"none": None, "scalar": beta, "channel": erase}[rule.erase],
+        "write": beta if rule.write == "scalar" else write,
+    }
+    return recurrent_delta_rule(q, k, x.v, **settings, state=state, scale=rule.scale)
 
 
 def run(
@@ -102,7 +119,7 @@ def differentiate(
 def upstream(x: Inputs, number: int | None = None, seed: int = 1) -> tuple[Tensor, Tensor]:
     """Draw gradients of the output and of the final state."""
     torch.manual_seed(seed)
-    B, T, H = x.beta.shape
+    B, T, H = x.decay.shape[:3]
     K, V = x.k.shape[3], x.v.shape[3]
     return normal(B, T, H, V, dtype=x.v.dtype), normal(number or B, H, K, V)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -49,7 +51,19 @@ def poisoned(monkeypatch):
 
 
 def make(
-    B=2, T=200, H=3, K=128, V=128, HQ=None, HK=None, HV=None, *, rule=None, dtype=torch.bfloat16, seed=0
+    B=2,
+    T=200,
+    H=3,
+    K=128,
+    V=128,
+    HQ=None,
+    HK=None,
+    HV=None,
+    *,
+    rule=None,
+    dtype=torch.bfloat16,
+    seed=0,
+    decay_per="channel",
 ) -> Inputs:
     torch.manual_seed(seed)
     rule = rule or Rule("bounded")
@@ -60,27 +74,41 @@ def make(
     q, k, v = (normal(B, T, n or H, c).to(dtype) for n, c in ((HQ, K), (HK, K), (HV, V)))
     if not rule.norm:
         q, k = q / 12, k / 12
-    decay, beta = normal(B, T, H, K).to(dtype), normal(B, T, H).to(dtype)
+    wide = (K,) if decay_per == "channel" else ()
+    decay, beta = normal(B, T, H, *wide).to(dtype), normal(B, T, H).to(dtype)
+    x = Inputs(q, k, v, decay, beta)
     if rule.gate == "none":
-        decay = -0.3 * decay.abs()
+        x = x._replace(decay=-0.3 * decay.abs())
+    else:
+        rates = torch.rand(H, device="cuda") * (2.7 if rule.gate == "softplus" else 1.0)
+        x = x._replace(A_log=rates, dt_bias=normal(H * (K if wide else 1)) - 4)
+    strengths = {
+        "beta": beta if "scalar" in (rule.erase, rule.write) else None,
+        "erase": normal(B, T, H, K).to(dtype) if rule.erase == "channel" else None,
+        "write": normal(B, T, H, V).to(dtype) if rule.write == "channel" else None,
+    }
     if not rule.sigmoid:
-        beta = beta.sigmoid()
-    if rule.gate == "none":
-        return Inputs(q, k, v, decay, beta)
-    rates = torch.rand(H, device="cuda")
-    return Inputs(q, k, v, decay, beta, rates * 2.7 if rule.gate == "softplus" else rates, normal(H * K) - 4)
+        strengths = {name: part if part is None else part.sigmoid() for name, part in strengths.items()}
+    return x._replace(**strengths)
 
 
 def exact(x: Inputs, rule: Rule, state=None):
     q, k = (l2norm(part) if rule.norm else part for part in (x.q, x.k))
-    beta = x.beta.sigmoid() if rule.sigmoid else x.beta
-    decay = x.decay
+    beta, erase, write = (
+        part if part is None or not rule.sigmoid else part.sigmoid() for part in (x.beta, x.erase, x.write)
+    )
+    # a decay per head is one of a single channel
+    decay = x.decay if x.decay.ndim == 4 else x.decay[..., None]
     if rule.gate == "bounded":
         decay = bounded_log_decay(decay, x.A_log, x.dt_bias, lower_bound=rule.lower_bound)
     if rule.gate == "softplus":
         decay = softplus_log_decay(decay, x.A_log, x.dt_bias)
-    settings = {"erase": beta, "write": beta, "state": state, "scale": rule.scale}
-    return recurrent_delta_rule(q, k, x.v, log_decay=decay, **settings)
+    settings = {
+        "log_decay": decay if x.decay.ndim == 4 else decay[..., 0],
+        "erase": {"none": None, "scalar": beta, "channel": erase}[rule.erase],
+        "write": beta if rule.write == "scalar" else write,
+    }
+    return recurrent_delta_rule(q, k, x.v, **settings, state=state, scale=rule.scale)
 
 
 def distance(found, expected):
@@ -110,6 +138,23 @@ CASES = {
     "one token": (Rule("bounded"), {"T": 1}, True),
     "many tokens": (Rule("bounded"), {"B": 1, "T": 4096, "H": 1}, True),
 }
+FAMILY = [*itertools.product(("channel", "scalar"), ("none", "scalar", "channel"), ("scalar", "channel"))]
+FAMILY.remove(("channel", "scalar", "scalar"))
+for decay_per, erase, write in FAMILY:
+    words = {"erase": erase, "write": write}
+    CASES |= {
+        f"{decay_per}, {erase}, {write}: {name}": (
+            Rule(gate, **words, **more),
+            {**sizes, "decay_per": decay_per},
+            start,
+        )
+        for name, gate, more, sizes, start in (
+            ("softplus", "softplus", {}, {}, True),
+            ("given gates, float16", "none", {"sigmoid": False}, {"dtype": torch.float16, "T": 65}, False),
+            ("1 of 3 heads of 64", "bounded", {}, {"HK": 1, "HV": 1, "K": 64, "V": 64}, True),
+            ("fewer values", "bounded", {"norm": False, "scale": 0.1}, {"K": 100, "V": 40, "T": 63}, True),
+        )
+    }
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -117,7 +162,7 @@ def test_output_state_and_every_gradient_match_float64(name):
     rule, sizes, with_state = CASES[name]
     x = make(**sizes, rule=rule)
     tolerance = TOLERANCE[x.q.dtype]
-    shape = (x.q.shape[0], x.beta.shape[2], x.k.shape[3], x.v.shape[3])
+    shape = (x.q.shape[0], x.decay.shape[2], x.k.shape[3], x.v.shape[3])
     state = torch.randn(shape, device="cuda") if with_state else None
     out, last, saved = chunk_forward(x, rule, state=state, save=True)
     d_out, d_last = torch.randn_like(out), torch.randn_like(last) if with_state else None
@@ -146,7 +191,7 @@ def run(x, rule, segments=None, state=None):
 def test_packed_documents_are_bitwise_as_if_alone():
     rule, lengths = Rule("bounded"), [0, 15, 1, 64, 0, 200, 1, 65]
     leaves = make(B=1, T=sum(lengths), rule=rule)
-    x = Inputs(*(part.requires_grad_() for part in leaves))
+    x = Inputs(*(None if part is None else part.requires_grad_() for part in leaves))
     state = torch.randn(len(lengths), 3, 128, 128, device="cuda", requires_grad=True)
     out, last = run(x, rule, Segments(lengths, device="cuda"), state)
     d_out, d_last = torch.randn_like(out), torch.randn_like(last)
@@ -230,7 +275,40 @@ def test_a_long_sequence_in_segments_is_as_in_one(monkeypatch, packed):
         results.append((out, last, *found))
         assert (saved.matrices.shape[0] > 0) == (chunks_of_a_segment == 2)
     for name, one, other in zip(("out", "last", *TENSORS, "state"), *results, strict=True):
-        assert distance(one, other.double()) < 2e-3 * (5 if name == "A_log" else 1), name
+        assert one is None or distance(one, other.double()) < 2e-3 * (5 if name == "A_log" else 1), name
+
+
+@pytest.mark.parametrize("log_decay", [0.0, -20.0, -1000.0])
+@pytest.mark.parametrize(("decay_per", "erase", "write"), FAMILY)
+def test_the_family_stays_finite_and_right_with_strong_decay_and_none(decay_per, erase, write, log_decay):
+    rule = Rule("none", sigmoid=False, erase=erase, write=write)
+    x = make(T=150, H=2, rule=rule, decay_per=decay_per)
+    x = x._replace(decay=torch.full_like(x.decay, log_decay))
+    out, last, saved = chunk_forward(x, rule, save=True)
+    d_out, d_last = torch.randn_like(out), torch.randn_like(last)
+    found = chunk_backward(d_out, d_last, x, rule, out, saved)
+    again = chunk_backward(d_out, d_last, x, rule, out, saved)
+    wide = Inputs(*(None if part is None else part.double().requires_grad_() for part in x))
+    expected, final = exact(wide, rule)
+    assert distance(out, expected.detach()) < 2 * TOLERANCE[torch.bfloat16]
+    assert distance(last, final.detach()) < 2 * TOLERANCE[torch.bfloat16]
+    assert all(torch.isfinite(part).all() for part in found if part is not None)
+    assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True) if a is not None)
+    gradients = torch.autograd.grad((expected, final), wide[:3], (d_out.double(), d_last.double()))
+    for name, gradient in zip(TENSORS, gradients, strict=False):
+        assert distance(getattr(found, name), gradient) < 2 * TOLERANCE[torch.bfloat16], name
+
+
+@pytest.mark.parametrize(("decay_per", "erase", "write"), FAMILY)
+def test_the_past_of_the_family_is_bitwise_independent_of_the_future(decay_per, erase, write):
+    rule = Rule("none", sigmoid=False, erase=erase, write=write)
+    x = make(T=100, rule=rule, decay_per=decay_per)
+    out = chunk_forward(x, rule)[0]
+    for place in (1, 21, 64):
+        later = {name: part.clone() for name, part in x._asdict().items() if part is not None}
+        for name, part in later.items():
+            part[:, place:] = {"q": 9.0, "k": -9.0, "v": 1e4, "decay": -1e3}.get(name, 1.0)
+        assert torch.equal(chunk_forward(x._replace(**later), rule)[0][:, :place], out[:, :place])
 
 
 EXTREME = {

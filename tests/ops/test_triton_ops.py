@@ -182,9 +182,9 @@ def test_half_of_what_was_saved_is_freed_on_the_way(monkeypatch):
     kept, alive = [], []
     scan, local = triton_ops._delta.chunk_backward_scan, triton_ops._delta.chunk_backward_local
 
-    def watched_scan(grad_out, grad_state, x, saved, **settings):
+    def watched_scan(grad_out, grad_state, x, rule, saved, **settings):
         kept.extend(weakref.ref(part) for part in saved[:2])
-        return scan(grad_out, grad_state, x, saved, **settings)
+        return scan(grad_out, grad_state, x, rule, saved, **settings)
 
     def watched_local(*arguments, **settings):
         alive.extend(part() is not None for part in kept)
@@ -229,7 +229,7 @@ def test_ops_keep_torch_s_contracts(packed):
         tiles = list(segments.table(triton_ops._conv.Tiles.of))
         number = 3
     state = torch.randn(number, 2, 16, 16, requires_grad=True)
-    arguments = (*inputs(), state, *tables, "bounded", -5.0, True)
+    arguments = (*inputs(), None, None, state, *tables, "bounded", -5.0, True, True)
     for save in (False, True):
         if save or not packed:
             torch.library.opcheck(triton_ops.kda_forward, (*arguments, save), test_utils=CHECKS)

@@ -1,0 +1,172 @@
+"""The public op of the delta-rule family, on the reference and, interpreted, on the Triton kernels."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import os
+
+import pytest
+import torch
+
+from gendistill.ops import Segments, gated_delta_rule, gated_kda, kda, l2norm, recurrent_delta_rule
+from gendistill.ops.types import Impl
+
+FAMILY = [*itertools.product(("channel", "scalar"), ("none", "scalar", "channel"), ("scalar", "channel"))]
+
+
+def make(decay, erase, write, *, gate="softplus", T=21, H=2, K=16, V=20, dtype=torch.float64):
+    """Draw arguments of the op by name; all tensors need gradients."""
+    torch.manual_seed(0)
+
+    def draw(*shape):
+        return torch.randn(1, T, H, *shape, dtype=dtype)
+
+    wide = [K] if decay == "channel" else []
+    parts = {"q": draw(K), "k": draw(K), "v": draw(V), "decay": draw(*wide)}
+    strengths = {"erase": draw(K) if erase == "channel" else None}
+    strengths["write"] = draw(V) if write == "channel" else None
+    strengths["beta"] = draw() if "scalar" in (erase, write) else None
+    if gate == "none":
+        parts |= {"q": l2norm(parts["q"]), "k": l2norm(parts["k"]), "decay": -parts["decay"].abs()}
+        strengths = {name: None if part is None else part.sigmoid() for name, part in strengths.items()}
+    else:
+        parts |= {
+            "a_log": torch.randn(H, dtype=dtype) / 3,
+            "dt_bias": torch.randn(H * K if wide else H, dtype=dtype),
+        }
+    parts |= {name: part for name, part in strengths.items() if part is not None}
+    parts = {name: part.requires_grad_() for name, part in parts.items()}
+    return {**parts, **({"erase": None} if erase == "none" else {}), "gate": gate}
+
+
+def distance(x, y):
+    return ((x.double() - y.double()).norm() / y.double().norm().clamp_min(1e-12)).item()
+
+
+@pytest.mark.parametrize(("decay", "erase", "write"), FAMILY)
+def test_the_op_is_the_recurrence(decay, erase, write):
+    x = make(decay, erase, write, gate="none")
+    out, state = gated_delta_rule(**x)
+    expected = recurrent_delta_rule(
+        x["q"],
+        x["k"],
+        x["v"],
+        log_decay=x["decay"],
+        erase=None if erase == "none" else x["erase"] if erase == "channel" else x["beta"],
+        write=x["write"] if write == "channel" else x["beta"],
+    )
+    torch.testing.assert_close(out, expected.out)
+    torch.testing.assert_close(state, expected.state)
+
+
+def test_one_strength_and_a_decay_per_channel_is_kda():
+    x = make("channel", "scalar", "scalar")
+    gates = {name: x[name] for name in ("gate", "a_log", "dt_bias")}
+    parts = [x[name] for name in ("q", "k", "v", "decay", "beta")]
+    assert torch.equal(gated_delta_rule(*parts, **gates).out, gated_kda(*parts, **gates).out)
+    x = make("channel", "scalar", "scalar", gate="none")
+    parts = [x[name] for name in ("q", "k", "v", "decay", "beta")]
+    assert torch.equal(gated_delta_rule(*parts).out, kda(*parts).out)
+
+
+@pytest.mark.parametrize("gate", ["softplus", "bounded"])
+@pytest.mark.parametrize(("decay", "erase", "write"), FAMILY)
+def test_documents_and_splits_are_as_the_whole(decay, erase, write, gate):
+    x = make(decay, erase, write, gate=gate)
+    tokens = ("q", "k", "v", "decay", "beta", "erase", "write")
+
+    def cut(part):
+        return {n: p[:, part] if n in tokens and p is not None else p for n, p in x.items()}
+
+    whole, last = gated_delta_rule(**x)
+    one = gated_delta_rule(**cut(slice(0, 18)))
+    two = gated_delta_rule(**cut(slice(18, 21)), state=one.state)
+    torch.testing.assert_close(torch.cat([one.out, two.out], 1), whole)
+    torch.testing.assert_close(two.state, last)
+    packed, states = gated_delta_rule(**x, segments=Segments([18, 0, 3]))
+    torch.testing.assert_close(packed[:, :18], one.out)
+    torch.testing.assert_close(packed[:, 18:], gated_delta_rule(**cut(slice(18, 21))).out)
+    assert (states[1] == 0).all()
+
+
+WRONG = {
+    "no beta": ({"beta": None}, 'beta must be .* where erase or write is "beta", got None; pass that'),
+    "a beta that nothing reads": (
+        {"erase": torch.zeros(1, 21, 2, 16), "write": torch.zeros(1, 21, 2, 20)},
+        'neither erase nor write is "beta".*leave it out',
+    ),
+    "erase of another width": ({"erase": torch.zeros(1, 21, 2, 20)}, r"erase must be \[1, 21, 2, 16\]"),
+    "write of another width": ({"write": torch.zeros(1, 21, 2, 16)}, r"write must be \[1, 21, 2, 20\]"),
+    "nothing written": ({"write": None}, 'write must be a tensor, "beta", got None'),
+    "another word": ({"erase": "none"}, "erase must be a tensor, \"beta\" or None, got 'none'"),
+    "another gate": ({"gate": "relu"}, "gate must be none, softplus or bounded"),
+    "a gate without its bias": ({"dt_bias": None}, r"dt_bias must be \[2\]"),
+    "a bias per channel for a decay per head": ({"dt_bias": torch.zeros(32)}, r"dt_bias must be \[2\]"),
+    "a bias without a gate": ({"gate": "none"}, "a_log must be None"),
+    "decay of two axes": ({"decay": torch.zeros(1, 21)}, "decay must be"),
+    "decay of other heads": ({"decay": torch.zeros(1, 21, 3)}, r"must be \[3\]"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_cannot_work_is_refused(name):
+    change, message = WRONG[name]
+    with pytest.raises(ValueError, match=message):
+        gated_delta_rule(**{**make("scalar", "scalar", "scalar"), **change})
+
+
+def interpreted(function):
+    """Mark a test of the kernels."""
+    off = os.environ.get("TRITON_INTERPRET") != "1"
+    return pytest.mark.interpret(
+        pytest.mark.skipif(off, reason="the interpreter is off: make interpret")(function)
+    )
+
+
+@interpreted
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(("decay", "erase", "write"), FAMILY)
+def test_the_kernels_match_the_reference(decay, erase, write, packed):
+    x = make(decay, erase, write, dtype=torch.float32)
+    leaves = {name: part for name, part in x.items() if isinstance(part, torch.Tensor)}
+    settings = {"segments": Segments([5, 0, 16])} if packed else {}
+    state = torch.randn(3 if packed else 1, 2, 16, 20, requires_grad=True)
+    leaves["state"] = state
+    found, expected = (
+        gated_delta_rule(**x, **settings, state=state, impl=impl) for impl in (Impl.TRITON, Impl.REFERENCE)
+    )
+    grads = (torch.randn_like(found.out), torch.randn_like(found.state))
+    mine, theirs = (torch.autograd.grad(result, list(leaves.values()), grads) for result in (found, expected))
+    assert distance(found.out, expected.out) < 5e-3
+    assert distance(found.state, expected.state) < 5e-3
+    for name, one, two in zip(leaves, mine, theirs, strict=True):
+        assert one.shape == two.shape
+        assert distance(one, two) < (2e-2 if name in ("a_log", "dt_bias") else 6e-3), name
+
+
+@interpreted
+@pytest.mark.parametrize(("decay", "erase", "write"), FAMILY)
+def test_the_op_compiles_whole_and_keeps_torch_s_contracts(decay, erase, write):
+    x = make(decay, erase, write, dtype=torch.float32, T=5, V=16)
+    names = [name for name, part in x.items() if isinstance(part, torch.Tensor)]
+    rest = {name: part for name, part in x.items() if name not in names}
+    leaves = [x[name] for name in names]
+
+    def step(*parts):
+        return gated_delta_rule(**dict(zip(names, parts, strict=True)), **rest, impl=Impl.TRITON).out
+
+    torch.compiler.reset()
+    results = []
+    for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        out = function(*leaves)
+        results.append((out.detach(), *torch.autograd.grad(out.square().sum(), leaves)))
+    for eager, compiled in zip(*results, strict=True):
+        assert torch.equal(eager, compiled)
+    order = ("q", "k", "v", "decay", "beta", "a_log", "dt_bias", "erase", "write")
+    settings = (None, *[None] * 8, "softplus", -5.0, True, erase != "none", True)
+    torch.library.opcheck(
+        importlib.import_module("gendistill.ops.triton_ops").kda_forward,
+        (*(x.get(name) for name in order), *settings),
+        test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
+    )
