@@ -12,6 +12,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
 from gendistill_kernels import delta_chunk
+from gendistill_kernels.configs import SHARED_BYTES
 from gendistill_kernels.delta_chunk import Chunks, Inputs, Rule
 
 LAUNCHERS = ("_prepare", "_prepare_wild", "_keys", "_keys_wild", "_values")
@@ -77,6 +78,7 @@ def test_every_product_reads_its_own_operands(machine_code, monkeypatch, name):
     for function, arguments, settings in found:
         options = {key: settings.pop(key) for key in ("num_warps", "num_stages")}
         sass, shared = machine_code.listing(function, arguments, settings, options)
+        assert shared <= SHARED_BYTES["sm_90"]
         products = machine_code.products(sass)
         assert products
         # a block starts with 1 KiB of the system's
