@@ -119,6 +119,8 @@ CASES = (
 DECODE_CASES = (DecodeCase("decode-1", 1), DecodeCase("decode-64", 64), DecodeCase("decode-256", 256))
 COLD_CASE = Case("1x2048x16x128", 1, 2048, 16, 128, kv_heads=16)
 NAMES = (*(case.name for case in CASES), "decode")
+# between them few and many chains, heads of 64 and 128 channels, and a sequence that is cut into segments
+TUNE_NAMES = ("8x4096x16x128", "1x32768x16x128", "8x4096x14x64")
 
 # for the interpreter, which takes a second per chunk and head
 SMOKE_CASES = (

@@ -1,4 +1,4 @@
-"""``gendistill bench``: check and time our kernels on this machine's GPU, and train with them."""
+"""``gendistill bench``: check, time and tune our kernels on this machine's GPU, and train with them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gendistill.bench.cases import CASES, DECODE_CASES, GATES, NAMES, SMOKE_CASES, SMOKE_DECODE
+from gendistill.bench.cases import (
+    CASES,
+    DECODE_CASES,
+    GATES,
+    NAMES,
+    SMOKE_CASES,
+    SMOKE_DECODE,
+    TUNE_NAMES,
+)
 from gendistill.cli.arguments import Parser, command_line
 from gendistill.errors import GendistillError, RecipeError
 
@@ -56,18 +64,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     train.add_argument("--json", metavar="PATH", type=Path, help="write a results file")
     train.add_argument("--plot", metavar="PATH", type=Path, help="draw the losses, a PNG")
     ops.add_argument("--interpret-smoke", action="store_true", help=argparse.SUPPRESS)
-    for parser in (ops, train):
+    tune = actions.add_parser("tune", help="launch configurations of the kernels beside other candidates")
+    names = [case.name for case in CASES]
+    tune.add_argument(
+        "--cases",
+        metavar="NAME",
+        nargs="+",
+        choices=names,
+        default=TUNE_NAMES,
+        help=f"some of: {', '.join(names)} ({', '.join(TUNE_NAMES)})",
+    )
+    tune.add_argument("--kernels", metavar="NAME", nargs="+", help="of the table; all by default")
+    tune.add_argument("--dtype", choices=_DTYPES, default="bf16", help="of the inputs (bf16)")
+    tune.add_argument(
+        "--budget",
+        metavar="SECONDS",
+        type=float,
+        help="start no kernel later than this; what is left out is said",
+    )
+    tune.add_argument(
+        "--json", metavar="PATH", type=Path, help="write a results file, again after every kernel"
+    )
+    for parser in (ops, train, tune):
         parser.add_argument("--commit", metavar="SHA", help="the measured code, where git does not know it")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Check and time the ops, or compare training."""
-    return {"ops": _run_ops, "train": _run_train}[arguments.action](arguments)
+    """Check and time the ops, compare training, or tune."""
+    return {"ops": _run_ops, "train": _run_train, "tune": _run_tune}[arguments.action](arguments)
 
 
 def _run_ops(arguments: argparse.Namespace) -> int:
-    if arguments.budget is not None and arguments.budget <= 0:
-        raise RecipeError(f"--budget must be positive, got {arguments.budget:g}", where="--budget")
+    _check_budget(arguments)
     if arguments.no_peer and arguments.cold_peer:
         raise RecipeError("--cold-peer measures the peer that --no-peer leaves out", where="--cold-peer")
     commit = _commit(arguments)
@@ -144,6 +172,42 @@ def _run_train(arguments: argparse.Namespace) -> int:
         device, rows = torch.cuda.get_device_name(), found.rows(bench.impls)
         write_results_json(arguments.json, command=command_line(), device=device, rows=rows, commit=commit)
     return 0
+
+
+def _run_tune(arguments: argparse.Namespace) -> int:
+    _check_budget(arguments)
+    commit = _commit(arguments)
+    _check_device("tune")
+    import torch
+
+    from gendistill.bench.tune import Outcome, Tuner, make_jobs
+    from gendistill.report.results_table import write_results_json
+    from gendistill_kernels.configs import KERNELS
+
+    kernels = arguments.kernels or list(KERNELS)
+    if unknown := [name for name in kernels if name not in KERNELS]:
+        raise RecipeError(
+            f"no kernel {', '.join(unknown)} in the table; there are {', '.join(KERNELS)}", where="--kernels"
+        )
+    device = torch.cuda.get_device_name()
+
+    def save(found: Sequence[Outcome]) -> None:
+        rows = [row for outcome in found for row in outcome.rows()]
+        if arguments.json and rows:
+            write_results_json(
+                arguments.json, command=command_line(), device=device, rows=rows, commit=commit
+            )
+
+    cases = [case for case in CASES if case.name in arguments.cases]
+    jobs = make_jobs(cases, dtype=getattr(torch, _DTYPES[arguments.dtype]), kernels=kernels)
+    found = Tuner(jobs=jobs, budget_s=arguments.budget, console=_console(), save=save).run()
+    # a configuration in the table that cannot run is not a matter of taste
+    return 1 if any(outcome.now.ms is None for outcome in found) else 0
+
+
+def _check_budget(arguments: argparse.Namespace) -> None:
+    if arguments.budget is not None and arguments.budget <= 0:
+        raise RecipeError(f"--budget must be positive, got {arguments.budget:g}", where="--budget")
 
 
 def _console() -> Console:

@@ -23,14 +23,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gendistill_kernels.configs import lookup
 from gendistill_kernels.delta_chunk import Rule
 from gendistill_kernels.delta_chunk_forward import log2_decay
 from gendistill_kernels.launch import Launcher
 
-# elements of the state that a program holds at once: 64 registers in each of 256 threads
-_TILE = 128 * 128
-# two programs of 256 threads share one processor of the GPU, so that one loads while the other computes
-_REGISTERS = 128
 # bytes of state above which caching it would only push out what other kernels read
 _STREAM_FROM = 1 << 24
 
@@ -283,9 +280,10 @@ def decode_step(
     W = 0 if weight is None else weight.shape[1]
     finish = finish or Finish()
     BK, wide = (max(16, triton.next_power_of_2(channels)) for channels in (K, V))
-    BV = min(wide, max(16, _TILE // BK))
+    config = lookup(qkv.device, "decode", BK, wide, qkv.dtype.itemsize)
+    BV = min(wide, max(16, config.block // BK))
     groups = math.gcd(*heads) if W > 1 else H
-    warps = min(8, max(1, BK * BV // 1024))
+    warps = min(config.warps, max(1, BK * BV // 1024))
     _decode[(N * groups,)](
         qkv, decay, beta, state, out, A_log, dt_bias,
         weight, convolution and convolution.bias, convolution and convolution.state,
@@ -298,6 +296,6 @@ def decode_step(
         ACTIVATION="identity" if convolution is None else convolution.activation,
         OUT_GATE=finish.gate_activation,
         EVICTION="evict_first" if state.numel() * 4 > _STREAM_FROM else "",
-        num_warps=warps, num_stages=1, maxnreg=_REGISTERS if warps == 8 else None,
+        num_warps=warps, num_stages=config.stages, maxnreg=config.registers if warps == config.warps else None,
     )  # fmt: skip
     return out

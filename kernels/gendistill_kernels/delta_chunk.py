@@ -22,6 +22,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from gendistill_kernels.configs import SEGMENT, Config, is_many, lookup
 from gendistill_kernels.delta_chunk_backward import (
     SHIFT,
     keys_kernel,
@@ -56,11 +57,6 @@ LEVELS = 6
 # go level by level down to blocks of 2^_WHOLE tokens, which then take one product if they are in range.
 _RANGE, _RANGE_FLOAT16 = -2 * SHIFT.value, -12.0
 _WHOLE = 4
-# A longer sequence is cut into segments of this many chunks, which are walked at the same time. Its own length alone
-# decides that, so that a sequence does not depend on what else is in the batch.
-SEGMENT = 128
-# as many chains times value blocks as keep every processor of the GPU busy with one program each
-_WIDE_BLOCKS_FROM = 100
 
 
 class Rule(NamedTuple):
@@ -277,13 +273,10 @@ def _blocks(channels: int, size: int) -> int:
     return -(-channels // size)
 
 
-def _scan_config(n: _Sizes, dtype: torch.dtype, *, save: bool) -> tuple[int, int, int]:
-    """Choose the value block, warps and pipeline stages of the scans. Measured on one H200 for K = V = 128."""
-    if n.BK > 128 or dtype == torch.float32:
-        return min(64, n.wide), 4, 1
-    if n.wide >= 128 and n.sequences * n.H * (n.wide // 128) >= _WIDE_BLOCKS_FROM:
-        return 128, 8, 2 if save else 3
-    return min(64, n.wide), 4, 2 if save else 3
+def _config(kernel: str, x: Inputs, n: _Sizes, *, save: bool = False) -> Config:
+    """Choose how a kernel is launched; a ValueError says that it cannot be."""
+    many = is_many(n.sequences * n.H, n.wide)
+    return lookup(x.q.device, kernel, n.BK, n.wide, x.q.dtype.itemsize, many, save)
 
 
 @functools.cache
@@ -443,6 +436,11 @@ def chunk_forward(
         raise ValueError("chunk_forward needs at least one token")
     check_rule(x, rule)
     scalar, erase = x.decay.ndim == 3, _erase_case(rule)
+    prepare = _config("prepare", x, n)
+    scan = _config("scan", x, n, save=save)
+    if save:
+        # of what the backward pass will launch, this takes the fewest sizes
+        _config("keys", x, n)
     packed, at = chunks is not None, _layout(x, n, chunks)
     out, state_out, kept = empty_outputs(x, chunks, save=save, rule=rule)
     saved = Saved(*kept) if kept else None
@@ -454,7 +452,7 @@ def chunk_forward(
     exact = x.q.dtype == torch.float32
     operands, precision = (torch.float32, "tf32x3") if exact else (torch.float16, "tf32")
     tiles = _five(*([*map(_tiles, part)] for part in (tall, square)))
-    W, limit = min(n.BK, 128), _RANGE_FLOAT16 if x.q.dtype == torch.float16 else _RANGE
+    W, limit = min(n.BK, prepare.block), _RANGE_FLOAT16 if x.q.dtype == torch.float16 else _RANGE
     stores = tiles
     if n.BK != W:
         stores = [*(None if part is None else _tiles(part.base, W) for part in tiles[:3]), *tiles[3:]]
@@ -468,18 +466,19 @@ def chunk_forward(
         "H": n.H, "HQ": n.HQ, "HK": n.HK, "K": n.K, "BK": n.BK, "C": CHUNK, "GATE": rule.gate, "NORM": rule.norm,
         "SIGMOID": rule.sigmoid, "PACKED": packed, "DOT": tl.float32 if exact else tl.float16, "LEVELS": LEVELS,
         "W": W, "SAVE": save, "PRECISION": precision, "RANGE": limit, "WIDE": _wide(x.q.dtype),
-        "ERASE": erase, "SCALAR": scalar,
-        "num_warps": 4, "num_stages": 1,
+        "ERASE": erase,
     }  # fmt: skip
-    _prepare[(n.chunks, n.H)](*arguments, **settings)
+    _prepare[(n.chunks, n.H)](
+        *arguments, **settings, SCALAR=scalar, num_warps=prepare.warps, num_stages=prepare.stages
+    )
     if not scalar and not _never_wild(rule, limit):
-        again = {name: part for name, part in settings.items() if name != "SCALAR"}
+        again = _config("prepare_wild", x, n)
+        W = min(n.BK, again.block)
         _prepare_wild[(n.chunks, n.H)](
-            *arguments[:7], tiles[2] if n.BK <= 64 else _tiles(tiles[2].base, 64), square[0],
-            None if rule.erase == "none" else square[1], wild,
-            *arguments[-6:], **again | {"W": min(n.BK, 64), "WHOLE": _WHOLE},
+            *arguments[:7], tiles[2] if n.BK == W else _tiles(tiles[2].base, W), square[0],
+            None if rule.erase == "none" else square[1], wild, *arguments[-6:],
+            **settings | {"W": W}, WHOLE=_WHOLE, num_warps=again.warps, num_stages=again.stages,
         )  # fmt: skip
-    BV, warps, stages = _scan_config(n, x.q.dtype, save=save)
     sequences, where = n.sequences, (at.cu_seqlens, at.offsets)
     final = state_out
     if at.kinds is not None:
@@ -488,23 +487,25 @@ def chunk_forward(
             sequences, n.H, n.K, n.K, dtype=torch.float32, device=x.q.device
         )  # fmt: skip
         ends, starts = (state_out.new_empty(sequences, n.H, n.K, n.V) for _ in range(2))
-        narrow = min(64, n.wide)
-        _scan[(_blocks(n.V, narrow) + _blocks(n.K, narrow), sequences * n.H)](
+        summary = _config("summary", x, n, save=save)
+        BV = min(n.wide, summary.block)
+        _scan[(_blocks(n.V, BV) + _blocks(n.K, BV), sequences * n.H)](
             *tiles, total, strength, x.v, None,
             out, ends, None, None, matrices, *where, at.kinds, n.T, x.write,
-            H=n.H, HV=n.HV, K=n.K, V=n.V, BK=n.BK, BV=narrow, C=CHUNK, PACKED=True, HAS_STATE=False,
-            SAVE=save, STAGES=2, SUMMARY=True, PRECISION=precision, ERASE=erase, SIGMOID=rule.sigmoid,
-            num_warps=4, num_stages=2,
+            H=n.H, HV=n.HV, K=n.K, V=n.V, BK=n.BK, BV=BV, C=CHUNK, PACKED=True, HAS_STATE=False,
+            SAVE=save, STAGES=summary.stages, SUMMARY=True, PRECISION=precision, ERASE=erase,
+            SIGMOID=rule.sigmoid, num_warps=summary.warps, num_stages=summary.stages,
         )  # fmt: skip
-        _run_carry(n, matrices, ends, state, starts, at.first_segments, back=False)
+        _run_carry(x, n, matrices, ends, state, starts, at.first_segments, back=False)
         state, final = starts, ends
         packed = True
+    BV = min(n.wide, scan.block)
     _scan[(_blocks(n.V, BV), sequences * n.H)](
         *tiles, total, strength, x.v, state,
         out, final, states, news, None, *where, None, n.T, x.write,
         H=n.H, HV=n.HV, K=n.K, V=n.V, BK=n.BK, BV=BV, C=CHUNK, PACKED=packed, HAS_STATE=state is not None,
-        SAVE=save, STAGES=stages, SUMMARY=False, PRECISION=precision, ERASE=erase, SIGMOID=rule.sigmoid,
-        num_warps=warps, num_stages=stages,
+        SAVE=save, STAGES=scan.stages, SUMMARY=False, PRECISION=precision, ERASE=erase, SIGMOID=rule.sigmoid,
+        num_warps=scan.warps, num_stages=scan.stages,
     )  # fmt: skip
     if at.first_segments is not None:
         torch.index_select(final, 0, at.first_segments[1:] - 1, out=state_out)
@@ -512,6 +513,7 @@ def chunk_forward(
 
 
 def _run_carry(
+    x: Inputs,
     n: _Sizes,
     matrices: Tensor,
     ends: Tensor,
@@ -521,11 +523,12 @@ def _run_carry(
     *,
     back: bool,
 ) -> None:
-    narrow = min(16, n.wide)
-    _carry[(_blocks(n.V, narrow), n.sequences * n.H)](
+    carry = _config("carry", x, n)
+    BV = min(n.wide, carry.block)
+    _carry[(_blocks(n.V, BV), n.sequences * n.H)](
         matrices, ends, state, starts, first_segments,
-        H=n.H, K=n.K, V=n.V, BK=n.BK, BV=narrow, HAS_STATE=state is not None, BACK=back,
-        num_warps=8, num_stages=1,
+        H=n.H, K=n.K, V=n.V, BK=n.BK, BV=BV, HAS_STATE=state is not None, BACK=back,
+        num_warps=carry.warps, num_stages=carry.stages,
     )  # fmt: skip
 
 
@@ -582,23 +585,27 @@ def chunk_backward_scan(
     sequences, where = n.sequences, (at.cu_seqlens, at.offsets)
     if at.kinds is not None:
         sequences, where = at.kinds.shape[0], (at.segment_ends, at.segment_offsets)
-        heads, narrow, packed = new(sequences, n.H, n.K, n.V), min(64, n.wide), True
-        _reverse_scan[(_blocks(n.V, narrow), sequences * n.H)](
+        heads, packed, summary = new(sequences, n.H, n.K, n.V), True, _config("reverse_summary", x, n)
+        BV = min(n.wide, summary.block)
+        _reverse_scan[(_blocks(n.V, BV), sequences * n.H)](
             *tiles, saved.total, strength, grad_out, None,
             None, None, heads, *where, at.kinds, n.T,
-            H=n.H, K=n.K, V=n.V, BK=n.BK, BV=narrow, C=CHUNK, PACKED=True, HAS_GRAD=False,
-            WANT_GRAD=True, STAGES=3, SUMMARY=True, ERASE=erase, num_warps=4, num_stages=3,
+            H=n.H, K=n.K, V=n.V, BK=n.BK, BV=BV, C=CHUNK, PACKED=True, HAS_GRAD=False,
+            WANT_GRAD=True, STAGES=summary.stages, SUMMARY=True, ERASE=erase,
+            num_warps=summary.warps, num_stages=summary.stages,
         )  # fmt: skip
         tails = torch.empty_like(heads)
-        _run_carry(n, saved.matrices, heads, grad_state, tails, at.first_segments, back=True)
+        _run_carry(x, n, saved.matrices, heads, grad_state, tails, at.first_segments, back=True)
         grad_state = tails
     grad_in = new(sequences, n.H, n.K, n.V) if want_state else None
-    BV, warps, stages = _scan_config(n, x.q.dtype, save=True)
+    scan = _config("reverse_scan", x, n, save=True)
+    BV = min(n.wide, scan.block)
     _reverse_scan[(_blocks(n.V, BV), sequences * n.H)](
         *tiles, saved.total, strength, grad_out, grad_state,
         grads, errors, grad_in, *where, None, n.T,
         H=n.H, K=n.K, V=n.V, BK=n.BK, BV=BV, C=CHUNK, PACKED=packed, HAS_GRAD=grad_state is not None,
-        WANT_GRAD=want_state, STAGES=stages, SUMMARY=False, ERASE=erase, num_warps=warps, num_stages=stages,
+        WANT_GRAD=want_state, STAGES=scan.stages, SUMMARY=False, ERASE=erase,
+        num_warps=scan.warps, num_stages=scan.stages,
     )  # fmt: skip
     if grad_in is not None and at.first_segments is not None:
         grad_in = grad_in.index_select(0, at.first_segments[:-1])
@@ -624,6 +631,7 @@ def chunk_backward_local(
     new = functools.partial(torch.empty, device=x.q.device)
     packed, at = chunks is not None, chunks or _UNPACKED
     scale = n.K**-0.5 if rule.scale is None else rule.scale
+    values, keys = _config("values", x, n), _config("keys", x, n)
 
     def per_head(like: Tensor, heads: int) -> Tensor:
         shared = heads != n.H
@@ -631,7 +639,7 @@ def chunk_backward_local(
 
     dq, dk, dv = per_head(x.q, n.HQ), per_head(x.k, n.HK), per_head(x.v, n.HV)
     scalar, erase, strength = x.decay.ndim == 3, _erase_case(rule), _none_if_empty(saved.strength)
-    W = min(n.BK, 32)
+    W = min(n.BK, keys.block)
     parts = n.BK // W
     # what is summed over key channels comes in parts
     d_decay = new(*x.decay.shape, parts, dtype=torch.float32) if scalar else torch.empty_like(x.decay)
@@ -649,7 +657,7 @@ def chunk_backward_local(
         x.v, strength, out, grad_out, saved.news, errors, dv, d_beta, *d_scores, rows,
         at.starts, at.lengths, n.T, x.write, d_write,
         H=n.H, HV=n.HV, V=n.V, BV=n.wide, C=CHUNK, NORM=rule.norm, SIGMOID=rule.sigmoid, PACKED=packed,
-        ERASE=erase, num_warps=4, num_stages=1,
+        ERASE=erase, num_warps=values.warps, num_stages=values.stages,
     )  # fmt: skip
     arguments = (
         x.q, x.k, x.decay, x.A_log, x.dt_bias, _tables(x.q.device), _later(x.q.device, _WIDE), saved.total,
@@ -661,12 +669,14 @@ def chunk_backward_local(
         # 64 values are padded to 128: with fewer, ptxas 12.8 loses operands (tests/ops/test_machine_code.py)
         "H": n.H, "HQ": n.HQ, "HK": n.HK, "K": n.K, "V": n.V, "BK": n.BK, "BV": max(n.wide, 128), "C": CHUNK,
         "GATE": rule.gate, "NORM": rule.norm, "PACKED": packed, "DOT": tl.float16, "LEVELS": LEVELS,
-        "WHOLE": _WHOLE, "W": W, "SIGMOID": rule.sigmoid, "ERASE": erase, "SCALAR": scalar, "num_warps": 4,
-        "num_stages": 1,
+        "WHOLE": _WHOLE, "W": W, "SIGMOID": rule.sigmoid, "ERASE": erase, "SCALAR": scalar,
     }  # fmt: skip
-    _keys[(n.BK // W * n.chunks, n.H)](*arguments, **settings)
+    _keys[(parts * n.chunks, n.H)](*arguments, **settings, num_warps=keys.warps, num_stages=keys.stages)
     if not scalar and not _never_wild(rule, _RANGE_FLOAT16 if x.q.dtype == torch.float16 else _RANGE):
-        _keys_wild[(n.BK // W * n.chunks, n.H)](*arguments, **settings)
+        again = _config("keys_wild", x, n)
+        _keys_wild[(parts * n.chunks, n.H)](
+            *arguments, **settings, num_warps=again.warps, num_stages=again.stages
+        )
 
     if erase == "scalar" and d_erase is not None and x.beta is not None:
         d_beta, d_erase = d_erase.sum(3).to(x.beta.dtype), None

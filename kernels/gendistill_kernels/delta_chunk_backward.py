@@ -197,9 +197,9 @@ def values_kernel(
         tl.store(d_lower + squares, tl.where(i > j, -tl.dot(pull, other), 0.0).to(d_scores.dtype.element_ty))
 
 
-# What follows returns the gradients of q, of the key that erases, and of the key that writes, of the pairs of a chunk and
-# of the states before and after it, what they add to that of G, and what they add to the whole chunk's. If the keys are
-# tied, the third has the second in it.
+# The next three return the gradients of q, of the key that erases and of the key that writes, as they come from pairs of
+# tokens and from the states before and after the chunk; what they add to that of G, and to that of the whole chunk's
+# decay. If the keys are tied, the third has the second in it.
 
 
 @triton.jit
@@ -279,7 +279,7 @@ def _pairs_by_level(
     x_q, x_k, x_a, log_decay, amount, gain, upto, sums, deep,
     C: tl.constexpr, LEVELS: tl.constexpr, WHOLE: tl.constexpr, ERASE: tl.constexpr,
 ):  # fmt: skip
-    """Level by level down to blocks of 16 tokens, which take one product as above; ``deep`` chunks go on to single ones.
+    """Level by level down to blocks of 16 tokens, which take one product as above; if ``deep``, to single tokens.
 
     Tiles are loaded one after another: together they would not fit in the registers, and what is saved in memory costs
     more, for shared memory leaves it no cache.

@@ -14,8 +14,8 @@ decay leaves the range that this allows, 2^(-2s) in any channel: they are wild. 
 level b, rows in the right half of a block of 2b tokens meet columns in its left half, and both exponents are taken from
 the boundary between the halves. Each of them is a sum of log-decays over tokens on one side of it, hence never
 positive, whatever the gate. Levels 32 and 16 leave blocks of 16 tokens, of which each takes one product as above. Rows
-whose decay from the start of their block is out of range, too, go through all levels down to 1: every pair i > j belongs
-to exactly one. A row is done again only if its own decay from the start of the chunk is out of range, so that no row
+whose decay from the start of their block is out of range, too, go through all levels down to 1: every pair i > j is in
+exactly one. A row is done again only if its own decay from the start of the chunk is out of range, so that no row
 depends on later ones. The inverse grows along the same levels: ``T <- T - T L_b T``.
 
 That is Kimi Delta Attention, ``ERASE == "tied"``: one strength both erases and writes. In the other cases a key erases

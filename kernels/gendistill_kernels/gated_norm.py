@@ -20,12 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gendistill_kernels.configs import Config, lookup
 from gendistill_kernels.launch import Launcher
-
-# values of one tile: rows times channels, these rounded up to a power of two
-_TILE_FORWARD, _TILE_BACKWARD = 4096, 2048
-# programs of the backward pass, each with its own sum for the weight: five for each of 132 multiprocessors
-_PROGRAMS = 660
 
 
 class Gradients(NamedTuple):
@@ -106,8 +102,8 @@ _forward = Launcher(forward_kernel)
 _backward = Launcher(backward_kernel)
 
 
-def _layout(o: Tensor, gate: Tensor | None, activation: str, tile: int) -> tuple[int, dict[str, Any]]:
-    """Count rows and choose the constants of a kernel."""
+def _layout(o: Tensor, gate: Tensor | None, activation: str, config: Config) -> tuple[int, dict[str, Any]]:
+    """Count rows and choose the constants of a kernel: a tile is rows times channels, rounded up to a power of two."""
     if (gate is None) != (activation == "none"):
         raise ValueError(
             f'a gate belongs to every activation but none, got "{activation}" and gate {gate is None}'
@@ -116,7 +112,7 @@ def _layout(o: Tensor, gate: Tensor | None, activation: str, tile: int) -> tuple
         raise ValueError(f"gate and o must be of one size, got {tuple(gate.shape)} and {tuple(o.shape)}")
     V = o.shape[-1]
     wide = triton.next_power_of_2(V)
-    return o.numel() // V, {"V": V, "BV": wide, "ROWS": max(1, tile // wide), "GATE": activation}
+    return o.numel() // V, {"V": V, "BV": wide, "ROWS": max(1, config.block // wide), "GATE": activation}
 
 
 def _contiguous(part: Tensor | None) -> Tensor | None:
@@ -144,7 +140,8 @@ def gated_norm_forward(
     Returns:
         ``[..., H * V]`` in ``o.dtype``, contiguous.
     """
-    rows, constants = _layout(o, gate, activation, _TILE_FORWARD)
+    config = lookup(o.device, "norm_forward", size=o.dtype.itemsize)
+    rows, constants = _layout(o, gate, activation, config)
     out = torch.empty(*o.shape[:-2], o.shape[-2] * o.shape[-1], dtype=o.dtype, device=o.device)
     _forward[(triton.cdiv(rows, constants["ROWS"]),)](
         o.contiguous(),
@@ -155,7 +152,7 @@ def gated_norm_forward(
         eps,
         **constants,
         NORM=weight is not None,
-        num_warps=4,
+        num_warps=config.warps,
     )
     return out
 
@@ -177,10 +174,11 @@ def gated_norm_backward(
     Raises:
         ValueError: As in the forward pass.
     """
-    rows, constants = _layout(o, gate, activation, _TILE_BACKWARD)
+    config = lookup(o.device, "norm_backward", size=o.dtype.itemsize)
+    rows, constants = _layout(o, gate, activation, config)
     tiles = math.ceil(rows / constants["ROWS"])
     # the shape alone decides which rows a program sums over: the same input gives the same bits
-    programs = max(1, min(tiles, _PROGRAMS))
+    programs = max(1, min(tiles, config.programs))
     grad_o = torch.empty(o.shape, dtype=o.dtype, device=o.device)
     grad_gate = None if gate is None else torch.empty(gate.shape, dtype=gate.dtype, device=o.device)
     partial = None
@@ -188,7 +186,7 @@ def gated_norm_backward(
         partial = torch.empty(programs, o.shape[-1], dtype=torch.float32, device=o.device)
     _backward[(programs,)](
         grad_out.contiguous(), o.contiguous(), weight, _contiguous(gate), grad_o, grad_gate, partial,
-        rows, programs, triton.cdiv(tiles, programs), eps, **constants, NORM=weight is not None, num_warps=4,
+        rows, programs, triton.cdiv(tiles, programs), eps, **constants, NORM=weight is not None, num_warps=config.warps,
     )  # fmt: skip
     d_weight = None if weight is None or partial is None else partial.sum(0).to(weight.dtype)
     return Gradients(grad_o, d_weight, grad_gate)

@@ -26,15 +26,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gendistill_kernels.configs import Config, lookup
 from gendistill_kernels.launch import Launcher
 
 TILE = 64
-# one warp for every strip
-_STRIPS_FORWARD, _STRIPS_BACKWARD = 8, 2
-# 16 bytes for each thread of a warp
-_BLOCK_BYTES = 512
-# programs of the backward pass, each with its own sum for the weights: a few rounds of what fits on a GPU at once
-_PROGRAMS = 2048
 
 
 class Tiles(NamedTuple):
@@ -269,7 +264,7 @@ _backward = Launcher(backward_kernel)
 
 
 def _sizes(
-    x: Tensor, weight: Tensor, activation: str, state: Tensor | None, tiles: Tiles | None
+    x: Tensor, weight: Tensor, activation: str, state: Tensor | None, tiles: Tiles | None, config: Config
 ) -> tuple[int, int, int, int]:
     """Count sequences, tiles, channels of a block and blocks; refuse what the kernels would misread."""
     B, T, C = x.shape
@@ -283,7 +278,7 @@ def _sizes(
     if state is not None and tuple(state.shape) != (N, C, weight.shape[1] - 1):
         raise ValueError(f"state must have shape {(N, C, weight.shape[1] - 1)}, got {tuple(state.shape)}")
     number = B * max(1, math.ceil(T / TILE)) if tiles is None else len(tiles.owners)  # pyright: ignore
-    block = min(_BLOCK_BYTES // x.element_size(), 1 << (C - 1).bit_length())
+    block = min(config.block, 1 << (C - 1).bit_length())
     return N, number, block, math.ceil(C / block)
 
 
@@ -316,17 +311,17 @@ def conv_forward(
         ``[B, T, C]`` and the new state ``[N, C, W - 1]``, both contiguous and in ``x.dtype``.
     """
     _check_rows("x", x)
-    N, number, block, blocks = _sizes(x, weight, activation, state, tiles)
+    config = lookup(x.device, "conv_forward", size=x.dtype.itemsize)
+    N, number, block, blocks = _sizes(x, weight, activation, state, tiles, config)
     (B, T, C), W = x.shape, weight.shape[1]
     out = torch.empty(B, T, C, dtype=x.dtype, device=x.device)
     state_out = torch.empty(N, C, W - 1, dtype=x.dtype, device=x.device)
     _forward[(number * blocks,)](
         x, weight.contiguous(), bias, None if state is None else state.contiguous(), out, state_out,
         *(tiles or _UNPACKED), T, C, x.stride(0), x.stride(1),
-        W=W, TILE=TILE, STRIPS=_STRIPS_FORWARD, BC=block, SILU=activation == "silu", PACKED=tiles is not None,
+        W=W, TILE=TILE, STRIPS=config.warps, BC=block, SILU=activation == "silu", PACKED=tiles is not None,
         HAS_BIAS=bias is not None, HAS_STATE=state is not None,
-        # two programs at once on a multiprocessor
-        num_warps=_STRIPS_FORWARD, maxnreg=128,
+        num_warps=config.warps, maxnreg=config.registers,
     )  # fmt: skip
     return out, state_out
 
@@ -353,10 +348,11 @@ def conv_backward(
     """
     _check_rows("x", x)
     _check_rows("grad_out", grad_out)
-    _, number, block, blocks = _sizes(x, weight, activation, state, tiles)
+    config = lookup(x.device, "conv_backward", size=x.dtype.itemsize)
+    _, number, block, blocks = _sizes(x, weight, activation, state, tiles, config)
     (B, T, C), W = x.shape, weight.shape[1]
     # each program sums over a share of the tiles that only the shape decides: the same input gives the same bits
-    share = math.ceil(number / max(1, min(number, _PROGRAMS // blocks)))
+    share = math.ceil(number / max(1, min(number, config.programs // blocks)))
     workers = math.ceil(number / max(1, share))
     grad_x = torch.empty(B, T, C, dtype=x.dtype, device=x.device)
     grad_in = None if state is None else torch.empty(state.shape, dtype=state.dtype, device=x.device)
@@ -367,9 +363,9 @@ def conv_backward(
         grad_out, None if grad_state is None else grad_state.contiguous(), x, weight.contiguous(), bias,
         None if state is None else state.contiguous(), grad_x, grad_in, partial,
         *(tiles or _UNPACKED), T, number, share, C, x.stride(0), x.stride(1), grad_out.stride(0), grad_out.stride(1),
-        W=W, TILE=TILE, STRIPS=_STRIPS_BACKWARD, BC=block, SILU=activation == "silu", PACKED=tiles is not None,
+        W=W, TILE=TILE, STRIPS=config.warps, BC=block, SILU=activation == "silu", PACKED=tiles is not None,
         HAS_BIAS=bias is not None, HAS_STATE=state is not None, HAS_GRAD=grad_state is not None,
-        STAGES=1, num_warps=_STRIPS_BACKWARD,
+        STAGES=config.stages, num_warps=config.warps,
     )  # fmt: skip
     sums = partial.sum(0)
     return Gradients(

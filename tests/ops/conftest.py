@@ -29,3 +29,9 @@ def machine_code():
     if not module.TOOL.exists():
         pytest.skip(f"this triton brings no {module.TOOL.name}")
     return module
+
+
+@pytest.fixture(scope="session")
+def config_cases():
+    """The module ``config_cases``."""
+    return load("config_cases")

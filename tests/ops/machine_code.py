@@ -45,8 +45,8 @@ class Product(NamedTuple):
     right: int | None
 
 
-def listing(function, arguments, constants, options) -> tuple[str, int]:
-    """Compile a launch for compute capability 9.0; returns its machine code and bytes of shared memory."""
+def build(function, arguments, constants, options, capability: int = 90):
+    """Compile a launch for a compute capability, ten times its number."""
     signature, fixed, attributes = {}, {}, {}
     for index, (name, value) in enumerate(zip(function.arg_names, arguments, strict=False)):
         if hasattr(value, "block_shape"):
@@ -66,12 +66,41 @@ def listing(function, arguments, constants, options) -> tuple[str, int]:
     for name, value in constants.items():
         signature[name], fixed[(function.arg_names.index(name),)] = "constexpr", value
     source = ASTSource(fn=function, signature=signature, constexprs=fixed, attrs=attributes)
-    kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def _dump(kernel, flag: str) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        done = subprocess.run([TOOL, "-sass", file.name], capture_output=True, text=True, check=True)
-    return done.stdout, kernel.metadata.shared
+        done = subprocess.run([TOOL, flag, file.name], capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+def listing(function, arguments, constants, options) -> tuple[str, int]:
+    """Compile a launch for compute capability 9.0; returns its machine code and bytes of shared memory."""
+    kernel = build(function, arguments, constants, options)
+    return code(kernel), kernel.metadata.shared
+
+
+def code(kernel) -> str:
+    """Return the machine code of a compiled kernel."""
+    return _dump(kernel, "-sass")
+
+
+class Usage(NamedTuple):
+    """Say what a program takes: bytes of shared memory, registers of a thread, bytes of a thread on the stack."""
+
+    shared: int
+    registers: int
+    stack: int
+
+
+def usage(kernel) -> Usage:
+    """Read what a program of a compiled kernel takes."""
+    match = re.search(r"REG:(\d+) STACK:(\d+)", _dump(kernel, "-res-usage"))
+    assert match is not None
+    return Usage(kernel.metadata.shared, *map(int, match.groups()))
 
 
 def products(sass: str, thread: int = 0) -> list[Product]:

@@ -14,7 +14,7 @@ pytest.importorskip("triton", reason="the Triton kernels need triton")
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("the interpreter is off: make interpret", allow_module_level=True)
 
-from gendistill_kernels import short_conv
+from gendistill_kernels.configs import Config, forced
 from gendistill_kernels.short_conv import Tiles, conv_backward, conv_forward
 
 pytestmark = pytest.mark.interpret
@@ -107,9 +107,9 @@ def test_no_token_leaves_the_state_alone():
     assert not found.bias.any()
 
 
-def test_programs_may_take_several_tiles(monkeypatch):
-    monkeypatch.setattr(short_conv, "_PROGRAMS", 2)
-    check(make(T=130, C=4), "silu")
+def test_programs_may_take_several_tiles():
+    with forced("conv_backward", Config(256, 2, programs=2)):
+        check(make(T=130, C=4), "silu")
 
 
 def test_packed_documents_match_the_reference():

@@ -12,7 +12,7 @@ pytest.importorskip("triton", reason="the Triton kernels need triton")
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("the interpreter is off: make interpret", allow_module_level=True)
 
-from gendistill_kernels import gated_norm
+from gendistill_kernels.configs import Config, forced
 from gendistill_kernels.gated_norm import gated_norm_backward, gated_norm_forward
 
 pytestmark = pytest.mark.interpret
@@ -87,10 +87,9 @@ def test_output_and_every_gradient_match_torch(name):
     check(make(**sizes), activation)
 
 
-def test_programs_may_take_several_tiles(monkeypatch):
-    monkeypatch.setattr(gated_norm, "_PROGRAMS", 2)
-    monkeypatch.setattr(gated_norm, "_TILE_BACKWARD", 64)
-    check(make(), "silu")
+def test_programs_may_take_several_tiles():
+    with forced("norm_backward", Config(64, 4, programs=2)):
+        check(make(), "silu")
 
 
 def test_small_rows_are_governed_by_epsilon():

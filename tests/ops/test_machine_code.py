@@ -14,6 +14,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
 from gendistill_kernels import delta_chunk
+from gendistill_kernels.configs import SHARED_BYTES
 from gendistill_kernels.delta_chunk import Chunks, Inputs, Rule
 
 LAUNCHERS = ("_prepare", "_prepare_wild", "_keys", "_keys_wild", "_values")
@@ -111,10 +112,13 @@ def test_every_product_reads_its_own_operands(machine_code, monkeypatch, name):
     # one decay per head has no chunks out of range
     assert len(found) == len(LAUNCHERS) - (2 if sizes.get("decay") == "scalar" else 0)
     for function, arguments, settings in found:
-        options = {key: settings.pop(key) for key in ("num_warps", "num_stages", "maxnreg") if key in settings}
+        options = {
+            key: settings.pop(key) for key in ("num_warps", "num_stages", "maxnreg") if key in settings
+        }
         sass, shared = machine_code.listing(function, arguments, settings, options)
         # Triton makes a bfloat16 constant too small for float16 a zero
         assert not re.search(r"H(MUL|FMA)2\S* [^;]*\bRZ\.H0_H0", sass), function.__name__
+        assert shared <= SHARED_BYTES["sm_90"]
         products = machine_code.products(sass)
         assert products
         # a block starts with 1 KiB of the system's

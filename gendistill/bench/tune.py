@@ -1,0 +1,438 @@
+"""Time every kernel's launch configuration beside a few others, and print rows for the table of the best.
+
+A candidate is forced, the pass that the kernel is part of runs, and its results are compared with those of the
+configuration in the table; then the kernel's own launch is repeated and timed. Nothing is changed.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from torch import Tensor
+
+from gendistill.bench import measure
+from gendistill.bench.cases import GATES, LOWER_BOUND, Case, DecodeCase
+from gendistill.bench.inputs import SequenceInputs, draw_decode, draw_sequence
+from gendistill.bench.launches import Launch, watch
+from gendistill.bench.measure import attempt, relative_error
+from gendistill.report.results_table import ResultRow
+from gendistill_kernels import configs, delta_chunk
+from gendistill_kernels.configs import Config, Entry
+from gendistill_kernels.decode import Convolution, Finish, Heads, decode_step
+from gendistill_kernels.delta_chunk import Chunks, Inputs, Rule, chunk_backward, chunk_forward
+from gendistill_kernels.gated_norm import gated_norm_backward, gated_norm_forward
+from gendistill_kernels.short_conv import Tiles, conv_backward, conv_forward
+
+# a candidate must save this part of the time to be called better: rounds differ by a percent or two
+MARGIN = 0.03
+# Of results to those of the configuration in the table; rounding to bfloat16 alone costs 1.7e-3. The gradients of a
+# gate's parameters are sums in which most cancels.
+TOLERANCE, SUMMED = 5e-3, {"A_log": 5e-2, "dt_bias": 2e-2}
+# what to try, besides what the table has
+_SCANS = tuple(
+    Config(block, warps, stages)
+    for block, warps in ((32, 4), (64, 4), (128, 4), (128, 8))
+    for stages in (1, 2, 3)
+)
+CANDIDATES: dict[str, tuple[Config, ...]] = {
+    "prepare": tuple(Config(block, warps) for block in (32, 64, 128) for warps in (4, 8)),
+    "prepare_wild": tuple(Config(block, warps) for block in (32, 64, 128) for warps in (4, 8)),
+    "scan": _SCANS,
+    "summary": _SCANS,
+    "reverse_scan": _SCANS,
+    "reverse_summary": _SCANS,
+    "carry": tuple(Config(block, warps) for block in (16, 32, 64) for warps in (4, 8)),
+    "values": tuple(Config(256, warps) for warps in (4, 8)),
+    "keys": tuple(Config(block, warps) for block in (16, 32, 64) for warps in (4, 8)),
+    "keys_wild": tuple(Config(1, warps) for warps in (4, 8)),
+    "conv_forward": tuple(
+        Config(block, warps, registers=limit)
+        for block in (128, 256)
+        for warps in (4, 8)
+        for limit in (None, 128)
+    ),
+    "conv_backward": tuple(
+        Config(block, warps, programs=number)
+        for block in (128, 256)
+        for warps in (2, 4)
+        for number in (1024, 2048)
+    ),
+    "norm_forward": tuple(Config(block, warps) for block in (2048, 4096, 8192) for warps in (4, 8)),
+    "norm_backward": tuple(
+        Config(block, 4, programs=number) for block in (1024, 2048, 4096) for number in (396, 660, 1056)
+    ),
+    "decode": tuple(
+        Config(block, warps, registers=limit)
+        for block in (8192, 16384)
+        for warps in (4, 8)
+        for limit in (None, 128)
+    ),
+}
+# kernels of the chunked rule, and whether states are kept; only the scan is launched both ways
+_CHUNKED = (
+    ("prepare", False),
+    ("prepare_wild", False),
+    ("scan", False),
+    ("scan", True),
+    ("summary", False),
+    ("carry", False),
+    ("reverse_scan", True),
+    ("reverse_summary", True),
+    ("values", True),
+    ("keys", True),
+    ("keys_wild", True),
+)
+# whose block the table takes from elsewhere
+_NO_BLOCK = ("keys_wild", "values")
+
+
+class Job(NamedTuple):
+    """Say what to tune, and how to reach it.
+
+    Attributes:
+        kernel: Its name in the table.
+        case: Name of the case.
+        keys, values, size, many, save: Of :class:`Entry`.
+        step: Runs the pass that the kernel is part of; returns its results by name.
+    """
+
+    kernel: str
+    case: str
+    keys: int
+    values: int
+    size: int
+    many: bool
+    save: bool
+    step: Callable[[], dict[str, Tensor]]
+
+    @property
+    def shape(self) -> str:
+        """What tables call it."""
+        words = [
+            f"K {self.keys}, V {self.values}, {self.size} bytes",
+            "many chains" if self.many else "few chains",
+        ]
+        return ", ".join([*words, "saving"] if self.save else words)
+
+    @property
+    def entry(self) -> Entry:
+        """The row that the running GPU's part of the table has for it."""
+        where = configs.architecture(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        return configs.find(where, *self.key)
+
+    @property
+    def key(self) -> tuple[str, int, int, int, bool, bool]:
+        """What the table is asked; jobs that share it are one."""
+        return self.kernel, self.keys, self.values, self.size, self.many, self.save
+
+
+class Trial(NamedTuple):
+    """Hold what was found out about a configuration.
+
+    Attributes:
+        config: It.
+        ms: Time of one launch; None if it was dropped.
+        reason: Why it was dropped.
+    """
+
+    config: Config
+    ms: float | None
+    reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """Hold the trials of one job; the first is the configuration in the table."""
+
+    job: Job
+    trials: Sequence[Trial]
+
+    @property
+    def now(self) -> Trial:
+        """What the table has."""
+        return self.trials[0]
+
+    @property
+    def best(self) -> Trial:
+        """The fastest, if it beats what the table has by ``MARGIN``; else what the table has."""
+        timed = [trial for trial in self.trials if trial.ms is not None]
+        if not timed:
+            return self.now
+        fastest = min(timed, key=lambda trial: trial.ms or 0.0)
+        if self.now.ms is not None and (fastest.ms or 0.0) > self.now.ms * (1 - MARGIN):
+            return self.now
+        return fastest
+
+    def paste(self) -> str:
+        """Write the best as a row for the table, covering this job's sizes and those below."""
+        job, row = self.job, self.job.entry
+        keys, values = (
+            "ANY" if bound == configs.ANY else str(size)
+            for bound, size in ((row.keys, job.keys), (row.values, job.values))
+        )
+        many, save = (
+            None if bound is None else value for bound, value in ((row.many, job.many), (row.save, job.save))
+        )
+        return (
+            f'Entry("{job.kernel}", {keys}, {values}, {job.size}, {many}, {save}, {code(self.best.config)}),'
+        )
+
+    def rows(self) -> list[ResultRow]:
+        """Return the times as rows of a results file."""
+        return [
+            ResultRow(
+                name=f"{self.job.kernel}, {self.job.shape}, {self.job.case}: {code(trial.config)}",
+                value=trial.ms,
+                unit="ms",
+                better="lower",
+                n=None,
+                note="; ".join(self.words(trial)) or None,
+            )
+            for trial in self.trials
+            if trial.ms is not None
+        ]
+
+    def words(self, trial: Trial) -> list[str]:
+        """Say what a configuration is: in the table, the best, or dropped."""
+        words = ["chosen now"] if trial is self.now else []
+        words += ["best"] if trial is self.best and trial.ms is not None else []
+        return [*words, f"dropped: {trial.reason}"] if trial.reason else words
+
+
+def code(config: Config) -> str:
+    """Write a configuration as in the table."""
+    words = [str(config.block), str(config.warps)]
+    for name, usual in Config._field_defaults.items():
+        if (value := getattr(config, name)) != usual:
+            words.append(f"{name}={value}")
+    return f"Config({', '.join(words)})"
+
+
+def candidates(job: Job, now: Config) -> list[Config]:
+    """Return what the table has, then what else to try: no block larger than what there is, nothing twice."""
+    most = {"prepare": job.keys, "keys": job.keys}.get(job.kernel, job.values)
+    if job.kernel.startswith(("norm", "conv", "decode")):
+        most = configs.ANY
+    others = CANDIDATES[job.kernel]
+    if job.kernel in _NO_BLOCK:
+        others = tuple(other._replace(block=now.block) for other in others)
+    else:
+        others = tuple(other for other in others if other.block <= most)
+    # the same launch under another name
+    seen = now._replace(block=min(now.block, most))
+    return [now, *(other for other in dict.fromkeys(others) if other not in (now, seen))]
+
+
+def table(outcome: Outcome) -> Table:
+    """List the trials of one job."""
+    found = Table(title=f"{outcome.job.kernel}: {outcome.job.shape}", title_justify="left")
+    for name in ("candidate", "ms", "chosen now?", "best?", "dropped"):
+        found.add_column(name, justify="right" if name == "ms" else "left")
+    for trial in outcome.trials:
+        found.add_row(
+            code(trial.config),
+            "" if trial.ms is None else f"{trial.ms:.4f}",
+            "yes" if trial is outcome.now else "",
+            "yes" if trial is outcome.best and trial.ms is not None else "",
+            escape(trial.reason or ""),
+        )
+    return found
+
+
+def difference(found: dict[str, Tensor], expected: dict[str, Tensor]) -> str | None:
+    """Say which result is off; None if none is."""
+    for name, part in expected.items():
+        off = relative_error(found[name], part.double())
+        if not off <= SUMMED.get(name.removeprefix("d "), TOLERANCE):
+            return f"{name} is off by {off:.1e}"
+    return None
+
+
+def time_launch(launch: Launch) -> float:
+    """Return the milliseconds of a launch, with a cleared cache before each."""
+    return measure.time_rounds({"launch": launch.again})["launch"].median
+
+
+@dataclass(slots=True, kw_only=True)
+class Tuner:
+    """Try the candidates of some jobs.
+
+    Attributes:
+        jobs: What to tune, in this order.
+        console: Where to print.
+        budget_s: No job starts later than this.
+        clock: Times a launch.
+        save: Called with everything found so far, after every job.
+    """
+
+    jobs: Iterable[Job]
+    console: Console = field(default_factory=lambda: Console(highlight=False))
+    budget_s: float | None = None
+    clock: Callable[[Launch], float] = time_launch
+    save: Callable[[Sequence[Outcome]], None] = lambda found: None
+
+    def run(self) -> list[Outcome]:
+        """Tune, and print a table per job and the rows that would change."""
+        found: list[Outcome] = []
+        seen, start = set(), time.monotonic()
+        for job in self.jobs:
+            if job.key in seen:
+                continue
+            seen.add(job.key)
+            spent = time.monotonic() - start
+            if self.budget_s is not None and spent > self.budget_s:
+                self.console.print(
+                    f"the budget of {self.budget_s:g} s is spent: {job.kernel} and what follows left out"
+                )
+                break
+            self.console.print(f"[dim]{spent:6.1f} s[/]  {job.kernel}: {job.shape}, {job.case}")
+            outcome = self.tune(job)
+            if outcome is None:
+                self.console.print("          not launched here")
+                continue
+            found.append(outcome)
+            self.console.print(table(outcome))
+            self.save(found)
+        better = [outcome for outcome in found if outcome.best is not outcome.now]
+        if better:
+            self.console.print(
+                "rows to put above those of the same kernel in kernels/gendistill_kernels/configs.py:"
+            )
+            for outcome in better:
+                self.console.print(f"    {outcome.paste()}", markup=False, soft_wrap=True)
+        else:
+            self.console.print(f"nothing is faster by {MARGIN:.0%} than what the table has")
+        return found
+
+    def tune(self, job: Job) -> Outcome | None:
+        """Try a job's candidates; None if its pass does not launch the kernel."""
+        now = job.entry.config
+        with configs.forced(job.kernel, now), watch(job.kernel) as launches:
+            expected = {name: part.clone() for name, part in job.step().items()}
+        if not launches:
+            return None
+        return Outcome(job, [self._try(job, config, expected) for config in candidates(job, now)])
+
+    def _try(self, job: Job, config: Config, expected: dict[str, Tensor]) -> Trial:
+        def check() -> Launch:
+            with configs.forced(job.kernel, config), watch(job.kernel) as launches:
+                found = job.step()
+            if reason := difference(found, expected):
+                raise ValueError(reason)
+            return launches[-1]
+
+        launch, reason = attempt(check)
+        if reason is not None:
+            return Trial(config, None, reason)
+        ms, reason = attempt(lambda: self.clock(launch))
+        return Trial(config, ms, reason)
+
+
+def make_jobs(
+    cases: Sequence[Case],
+    *,
+    dtype: torch.dtype,
+    device: str = "cuda",
+    kernels: Collection[str] = configs.KERNELS,
+) -> Iterator[Job]:
+    """Make what to tune for some cases, one after the other: the tensors of one part of a layer at a time."""
+    for case in cases:
+        for part in (_chunked, _convolution, _norm, _decoding):
+            yield from (job for job in part(case, dtype, device) if job.kernel in kernels)
+
+
+def _chunked(case: Case, dtype: torch.dtype, device: str) -> Iterator[Job]:
+    """Go over the kernels of the chunked rule, with each gate; that which starts wildest has chunks out of range."""
+    rows = case.batch if case.lengths is None else len(case.lengths)
+    wide = delta_chunk._power_of_2(case.channels)
+    many = configs.is_many(rows * case.heads, wide)
+    chunks = None if case.lengths is None else Chunks.of(case.lengths, device)
+    for gate in GATES:
+        drawn = draw_sequence(case, gate, device=device, dtype=dtype)
+        step = _chunked_step(drawn, Rule(gate, LOWER_BOUND), chunks)  # pyright: ignore[reportArgumentType]
+        for kernel, save in _CHUNKED:
+            if kernel.endswith("_wild") == (gate == "softplus"):
+                sizes = (case.name, wide, wide, dtype.itemsize, many, save)
+                yield Job(kernel, *sizes, step=functools.partial(step, save))
+
+
+def _chunked_step(
+    drawn: SequenceInputs, rule: Rule, chunks: Chunks | None
+) -> Callable[[bool], dict[str, Tensor]]:
+    x = Inputs(*(None if part is None else part.detach() for part in drawn[:7]))  # pyright: ignore
+    grad = torch.randn(*x.decay.shape[:3], x.v.shape[3], device=x.v.device).to(x.v.dtype)
+
+    def step(save: bool) -> dict[str, Tensor]:
+        out, state, saved = chunk_forward(x, rule, chunks=chunks, save=save)
+        found = {"out": out, "state": state}
+        if saved is not None:
+            grads = chunk_backward(grad, None, x, rule, out, saved, chunks=chunks)
+            found |= {f"d {name}": part for name, part in grads._asdict().items() if part is not None}
+        return found
+
+    return step
+
+
+def _normal(device: str, dtype: torch.dtype, *shape: int) -> Tensor:
+    return torch.randn(*shape, device=device).to(dtype)
+
+
+def _convolution(case: Case, dtype: torch.dtype, device: str) -> Iterator[Job]:
+    normal = functools.partial(_normal, device, dtype)
+    B, T, C = case.batch, case.tokens, (case.heads + 2 * case.kv_heads) * case.channels
+    x, grad, weight, bias = normal(B, T, C), normal(B, T, C), normal(C, 4), normal(C)
+    tiles = None if case.lengths is None else Tiles.of(case.lengths, device)
+
+    def step() -> dict[str, Tensor]:
+        out, state = conv_forward(x, weight, bias, activation="silu", tiles=tiles)
+        grads = conv_backward(grad, None, x, weight, bias, activation="silu", tiles=tiles)
+        return {"out": out, "state": state, "d x": grads.x, "d weight": grads.weight}
+
+    for kernel in ("conv_forward", "conv_backward"):
+        yield Job(kernel, case.name, 1, 1, dtype.itemsize, many=False, save=False, step=step)
+
+
+def _norm(case: Case, dtype: torch.dtype, device: str) -> Iterator[Job]:
+    normal = functools.partial(_normal, device, dtype)
+    B, T, H, V = case.batch, case.tokens, case.heads, case.channels
+    o, gain, gate, grad = normal(B, T, H, V), normal(V), normal(B, T, H * V), normal(B, T, H * V)
+
+    def step() -> dict[str, Tensor]:
+        grads = gated_norm_backward(grad, o, gain, gate)
+        found = {f"d {name}": part for name, part in grads._asdict().items() if part is not None}
+        return {"out": gated_norm_forward(o, gain, gate), **found}
+
+    for kernel in ("norm_forward", "norm_backward"):
+        yield Job(kernel, case.name, 1, 1, dtype.itemsize, many=False, save=False, step=step)
+
+
+def _decoding(case: Case, dtype: torch.dtype, device: str) -> Iterator[Job]:
+    wide = delta_chunk._power_of_2(case.channels)
+    sizes = DecodeCase("step", 64, case.heads, case.channels, case.kv_heads)
+    x = draw_decode(sizes, device=device, dtype=dtype)
+
+    def step() -> dict[str, Tensor]:
+        state, history = x.state.clone(), x.conv_state.clone()
+        out = decode_step(
+            x.qkv,
+            x.decay,
+            x.beta,
+            state,
+            rule=Rule("bounded", LOWER_BOUND),
+            heads=Heads(x.heads, x.kv_heads, x.kv_heads),
+            A_log=x.a_log,
+            dt_bias=x.dt_bias,
+            convolution=Convolution(x.conv_weight, history, x.conv_bias),
+            finish=Finish(x.norm_weight, gate=x.output_gate),
+        )
+        return {"out": out, "state": state}
+
+    yield Job("decode", case.name, wide, wide, dtype.itemsize, many=False, save=False, step=step)

@@ -1,0 +1,261 @@
+"""How every kernel is launched: one table, one lookup. Nothing is tuned at run time.
+
+``gendistill bench tune`` times the entries beside other candidates and prints rows to paste here; docs/kernels.md says
+how. tests/ops/test_configs.py compiles every entry at the largest sizes that it covers and holds it against the limits
+of its architecture, tests/ops/test_gpu_configs.py runs every entry of the architecture it is on.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal, NamedTuple
+
+import torch
+
+# for each kernel, what the block of a configuration counts
+KERNELS = {
+    "prepare": "key channels of a turn of the loop",
+    "prepare_wild": "key channels of a turn of the loop",
+    "scan": "value channels of a program",
+    "summary": "value channels of a program",
+    "carry": "value channels of a program",
+    "reverse_scan": "value channels of a program",
+    "reverse_summary": "value channels of a program",
+    "values": "value channels of a program, all of them",
+    "keys": "key channels of a program",
+    "keys_wild": "nothing: its blocks are those of keys, whose sums it fills",
+    "conv_forward": "channels of a program",
+    "conv_backward": "channels of a program",
+    "norm_forward": "elements of a program's tile",
+    "norm_backward": "elements of a program's tile",
+    "decode": "elements of the state that a program holds at once",
+}
+# Bytes of shared memory that a program may have. ``any`` is for 8.6, 8.9 and 12.x, which have the least of what runs
+# bfloat16 products, and for whatever is not known.
+SHARED_BYTES = {"sm_90": 232448, "sm_80": 166912, "any": 101376}
+Architecture = Literal["sm_90", "sm_80", "any"]
+_ARCHITECTURES: dict[tuple[int, int], Architecture] = {(9, 0): "sm_90", (8, 0): "sm_80", (8, 7): "sm_80"}
+# as many chains times blocks of 128 values as keep every processor of the GPU busy with one program each
+MANY = 100
+# A longer sequence is cut into segments of this many chunks, which are walked at the same time. Its own length alone
+# decides that, so that a sequence does not depend on what else is in the batch; and no GPU, for bits depend on it.
+SEGMENT = 128
+
+
+class Config(NamedTuple):
+    """Say how a kernel is launched.
+
+    Attributes:
+        block: How much a program takes at once, as ``KERNELS`` says; less where there is less.
+        warps: Of a program. The convolution gives each a strip of tokens; decode gives each 1024 elements, so that
+            programs with less to do have fewer.
+        stages: Turns of the loop whose loads are under way at the same time.
+        registers: The most of a thread, so that several programs share a processor; for decode, of programs with all
+            their warps.
+        programs: The most that share the work of one launch, of kernels that share it.
+    """
+
+    block: int
+    warps: int
+    stages: int = 1
+    registers: int | None = None
+    programs: int = 0
+
+
+class Entry(NamedTuple):
+    """Say what a configuration is for.
+
+    Attributes:
+        kernel: One of ``KERNELS``.
+        keys, values: The most channels of a head, rounded up to a power of two.
+        size: The most bytes of an element of the inputs.
+        many: Whether there are ``MANY`` programs of 128 value channels; None where it does not matter.
+        save: Whether states are kept for the backward pass; None where it does not matter.
+        config: How to launch it.
+    """
+
+    kernel: str
+    keys: int
+    values: int
+    size: int
+    many: bool | None
+    save: bool | None
+    config: Config
+
+
+ANY = 1 << 30
+
+# The first row that covers a call is taken.
+TABLE: dict[Architecture, tuple[Entry, ...]] = {
+    # Timed beside others at K = V = 128 in bfloat16: scan, reverse_scan and keys on one H200, prepare on one H100
+    # (docs/kernels-log.md); of the rest only the chosen one's time is on record. Nothing was timed with 256 channels or
+    # 4 bytes. Results compared with float64 on a GPU are on record for 16 bits with up to 256 keys and 128 values, and
+    # for float32, which is for comparisons and need not be fast, with up to 128 channels and without segments; what
+    # other rows cover is only known to fit.
+    "sm_90": (
+        # 128 channels a turn 0.50 ms at B, 64: 0.56, 32: 0.57
+        Entry("prepare", 256, ANY, 4, None, None, Config(128, 4)),
+        # 128 channels a turn spill; 32 give ptxas 12.8 addresses that it loses
+        Entry("prepare_wild", 256, ANY, 4, None, None, Config(64, 4)),
+        Entry("scan", 128, 256, 2, True, True, Config(128, 8, stages=2)),
+        Entry("scan", 128, 256, 2, True, False, Config(128, 8, stages=3)),
+        Entry("scan", 128, 256, 2, False, True, Config(64, 4, stages=2)),
+        Entry("scan", 128, 256, 2, False, False, Config(64, 4, stages=3)),
+        Entry("scan", 256, 256, 2, None, None, Config(64, 4)),
+        Entry("scan", 256, 256, 4, None, False, Config(64, 4)),
+        Entry("scan", 256, 128, 4, None, True, Config(64, 4)),
+        Entry("summary", 128, 256, 4, None, None, Config(64, 4, stages=2)),
+        Entry("carry", 128, 256, 4, None, None, Config(16, 8)),
+        Entry("reverse_scan", 128, 256, 2, True, None, Config(128, 8, stages=2)),
+        Entry("reverse_scan", 128, 256, 2, False, None, Config(64, 4, stages=2)),
+        Entry("reverse_scan", 256, 256, 2, None, None, Config(64, 4)),
+        Entry("reverse_scan", 128, 128, 4, None, None, Config(64, 4)),
+        # 64 channels take 377 KB; with 4 warps, 32 channels spill ten times as much
+        Entry("reverse_scan", 256, 128, 4, None, None, Config(32, 8)),
+        Entry("reverse_summary", 128, 256, 2, None, None, Config(64, 4, stages=3)),
+        # three stages take 477 KB
+        Entry("reverse_summary", 128, 128, 4, None, None, Config(64, 4)),
+        Entry("values", ANY, 256, 2, None, None, Config(256, 4)),
+        Entry("values", ANY, 128, 4, None, None, Config(256, 4)),
+        # one H100, B: 1.47 ms; with 8 warps 1.99 at 128 registers and 2.59 at 160, with 64 channels and 8 warps 1.84
+        Entry("keys", 256, 256, 2, None, None, Config(32, 4)),
+        # float32 values of 256 channels fit with no block: 8 take 239 KB
+        Entry("keys", 256, 128, 4, None, None, Config(32, 4)),
+        Entry("keys_wild", 256, 256, 2, None, None, Config(32, 4)),
+        Entry("keys_wild", 256, 128, 4, None, None, Config(32, 4)),
+        # 16 bytes for each thread of a warp; two programs at once on a processor
+        Entry("conv_forward", ANY, ANY, 2, None, None, Config(256, 8, registers=128)),
+        Entry("conv_forward", ANY, ANY, 4, None, None, Config(128, 8, registers=128)),
+        # programs: a few rounds of what fits on a GPU at once, each with its own sum for the weights
+        Entry("conv_backward", ANY, ANY, 2, None, None, Config(256, 2, programs=2048)),
+        Entry("conv_backward", ANY, ANY, 4, None, None, Config(128, 2, programs=2048)),
+        Entry("norm_forward", ANY, ANY, 4, None, None, Config(4096, 4)),
+        # programs: five for each of 132 processors, each with its own sum for the weight
+        Entry("norm_backward", ANY, ANY, 4, None, None, Config(2048, 4, programs=660)),
+        # 64 registers of state in each of 256 threads; two programs at once on a processor
+        Entry("decode", ANY, ANY, 4, None, None, Config(128 * 128, 8, registers=128)),
+    ),
+    # No kernel has run on what follows: rows are chosen only to fit, and to spill little, by what the compiler says.
+    # float32 inputs of the chunked kernels do not fit: prepare_wild takes 197 KB.
+    "sm_80": (
+        Entry("prepare", 256, ANY, 2, None, None, Config(32, 8)),
+        Entry("prepare_wild", 256, ANY, 2, None, None, Config(32, 8)),
+        Entry("scan", 128, 256, 2, None, None, Config(64, 8)),
+        Entry("scan", 256, 256, 2, None, None, Config(16, 8)),
+        Entry("summary", 128, 256, 2, None, None, Config(64, 8)),
+        Entry("carry", 128, 256, 2, None, None, Config(16, 8)),
+        Entry("reverse_scan", 128, 256, 2, None, None, Config(64, 8)),
+        Entry("reverse_scan", 256, 256, 2, None, None, Config(64, 8)),
+        Entry("reverse_summary", 128, 256, 2, None, None, Config(64, 8)),
+        Entry("values", ANY, 256, 2, None, None, Config(256, 8)),
+        Entry("keys", 256, 256, 2, None, None, Config(32, 4)),
+        Entry("keys_wild", 256, 256, 2, None, None, Config(32, 4)),
+        Entry("conv_forward", ANY, ANY, 2, None, None, Config(256, 8, registers=128)),
+        Entry("conv_forward", ANY, ANY, 4, None, None, Config(128, 8, registers=128)),
+        Entry("conv_backward", ANY, ANY, 2, None, None, Config(256, 2, programs=2048)),
+        Entry("conv_backward", ANY, ANY, 4, None, None, Config(128, 2, programs=2048)),
+        Entry("norm_forward", ANY, ANY, 4, None, None, Config(4096, 4)),
+        Entry("norm_backward", ANY, ANY, 4, None, None, Config(2048, 4, programs=540)),
+        Entry("decode", ANY, ANY, 4, None, None, Config(128 * 128, 8, registers=128)),
+    ),
+    # gradients of values of 256 channels do not fit: keys takes 160 KB
+    "any": (
+        Entry("prepare", 256, ANY, 2, None, None, Config(32, 8)),
+        Entry("prepare_wild", 256, ANY, 2, None, None, Config(32, 8)),
+        Entry("scan", 128, 256, 2, None, None, Config(64, 8)),
+        Entry("scan", 256, 256, 2, None, None, Config(16, 8)),
+        Entry("summary", 128, 256, 2, None, None, Config(64, 8)),
+        Entry("carry", 128, 256, 2, None, None, Config(16, 8)),
+        Entry("reverse_scan", 128, 128, 2, None, None, Config(64, 8)),
+        Entry("reverse_scan", 256, 128, 2, None, None, Config(16, 8)),
+        Entry("reverse_summary", 128, 128, 2, None, None, Config(64, 8)),
+        Entry("values", ANY, 128, 2, None, None, Config(256, 8)),
+        Entry("keys", 256, 128, 2, None, None, Config(32, 4)),
+        Entry("keys_wild", 256, 128, 2, None, None, Config(32, 4)),
+        Entry("conv_forward", ANY, ANY, 2, None, None, Config(256, 8, registers=128)),
+        Entry("conv_forward", ANY, ANY, 4, None, None, Config(128, 8, registers=128)),
+        Entry("conv_backward", ANY, ANY, 2, None, None, Config(256, 2, programs=1024)),
+        Entry("conv_backward", ANY, ANY, 4, None, None, Config(128, 2, programs=1024)),
+        Entry("norm_forward", ANY, ANY, 4, None, None, Config(4096, 4)),
+        Entry("norm_backward", ANY, ANY, 4, None, None, Config(2048, 4, programs=320)),
+        Entry("decode", ANY, ANY, 4, None, None, Config(128 * 128, 8, registers=128)),
+    ),
+}  # fmt: skip
+
+_forced: dict[str, Config] = {}
+
+
+@functools.cache
+def architecture(device: torch.device) -> Architecture:
+    """Say which part of the table a device reads. On a CPU kernels are interpreted, as an sm_90 would run them."""
+    if device.type != "cuda":
+        return "sm_90"
+    return _ARCHITECTURES.get(torch.cuda.get_device_capability(device), "any")
+
+
+@functools.lru_cache(4096)
+def lookup(
+    device: torch.device,
+    kernel: str,
+    keys: int = 1,
+    values: int = 1,
+    size: int = 2,
+    many: bool = False,
+    save: bool = False,
+) -> Config:
+    """Return how to launch a kernel; arguments after the first as in :class:`Entry`.
+
+    Raises:
+        ValueError: No configuration fits.
+    """
+    if kernel in _forced:
+        return _forced[kernel]
+    return find(architecture(device), kernel, keys, values, size, many, save).config
+
+
+def find(
+    where: Architecture, kernel: str, keys: int, values: int, size: int, many: bool, save: bool
+) -> Entry:
+    """Return the first entry that covers a call; as :func:`lookup`."""
+    rows = [
+        row
+        for row in TABLE[where]
+        if row.kernel == kernel and row.many in (None, many) and row.save in (None, save)
+    ]
+    for row in rows:
+        if keys <= row.keys and values <= row.values and size <= row.size:
+            return row
+    allowed = dict.fromkeys(
+        f"{_most(row.keys)} key and {_most(row.values)} value channels of up to {row.size} bytes"
+        for row in rows
+    )
+    purpose = "with a backward pass" if save else "without a backward pass"
+    raise ValueError(
+        f"the kernel {kernel} has no configuration for {keys} key and {values} value channels of {size} bytes "
+        f"{purpose} on a GPU of the class {where}: allowed are {'; '.join(allowed)}; or use the reference"
+    )
+
+
+def _most(channels: int) -> str:
+    return "any number of" if channels == ANY else f"up to {channels}"
+
+
+def is_many(chains: int, values: int) -> bool:
+    """Say whether there is work for every processor if a program takes 128 value channels."""
+    return chains * (values // 128) >= MANY
+
+
+@contextmanager
+def forced(kernel: str, config: Config) -> Iterator[None]:
+    """Launch a kernel with this configuration, whatever its sizes; for tests and tuning."""
+    before = dict(_forced)
+    _forced[kernel] = config
+    lookup.cache_clear()
+    try:
+        yield
+    finally:
+        _forced.clear()
+        _forced.update(before)
+        lookup.cache_clear()

@@ -1,0 +1,128 @@
+"""The largest call that an entry of the kernels' table covers: its inputs, the call, and the right answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from gendistill.bench.launches import PLACES
+from gendistill.ops import causal_conv, gated_rms_norm
+from gendistill_kernels import delta_chunk
+from gendistill_kernels.configs import Entry
+from gendistill_kernels.decode import Heads, decode_step
+from gendistill_kernels.delta_chunk import Rule, chunk_forward
+from gendistill_kernels.gated_norm import gated_norm_backward, gated_norm_forward
+from gendistill_kernels.short_conv import conv_backward, conv_forward
+
+FORWARD = ("prepare", "prepare_wild", "scan", "summary", "carry")
+RULE = Rule("softplus")
+Call = Callable[[], dict[str, Tensor]]
+
+
+def saves(entry: Entry) -> list[bool]:
+    """Say of which forward passes an entry is part."""
+    if entry.kernel not in FORWARD:
+        return [True]
+    return [False, True] if entry.save is None else [entry.save]
+
+
+def make(cases: Any, entry: Entry, *, save: bool) -> tuple[Call, Call]:
+    """Return what calls the kernel at the largest sizes of an entry, and what computes that in float64.
+
+    Args:
+        cases: The module ``gpu_cases``.
+        entry: To be forced by the caller.
+        save: Differentiate, too.
+    """
+    dtype = torch.float32 if entry.size == 4 else torch.bfloat16
+    K, V = min(entry.keys, 256), min(entry.values, 256)
+    if PLACES[entry.kernel].module is delta_chunk:
+        if save and dtype == torch.float32:
+            # what has a gradient
+            V = min(V, 128)
+        return _chunks(
+            cases, K, V, dtype, save=save, cut=entry.kernel in ("summary", "carry", "reverse_summary")
+        )
+    return {"conv": _convolution, "norm": _norm, "decode": _decode}[entry.kernel.split("_")[0]](cases, dtype)
+
+
+def _chunks(cases: Any, K: int, V: int, dtype: torch.dtype, *, save: bool, cut: bool) -> tuple[Call, Call]:
+    x = cases.draw(RULE, B=1, T=200, K=K, V=V, dtype=dtype)
+    # four channels of the first chunk forget fast, so that it goes level by level
+    x.decay[:, :64, :, :4] += 6
+    state, grads = cases.normal(1, 2, K, V), cases.upstream(x)
+
+    def call() -> dict[str, Tensor]:
+        with mock.patch.object(delta_chunk, "SEGMENT", 1 if cut else delta_chunk.SEGMENT):
+            if save:
+                return cases.run(x, RULE, state, grads)
+            return dict(zip(("out", "last"), chunk_forward(x, RULE, state=state), strict=False))
+
+    def answer() -> dict[str, Tensor]:
+        found = cases.differentiate(x, RULE, state, grads)
+        return found if save else {name: found[name] for name in ("out", "last")}
+
+    return call, answer
+
+
+def _differentiated(op: Callable[..., Any], inputs: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
+    """Run an op in float64; returns its results and the gradients of its inputs."""
+    wide = [part.double().requires_grad_() for part in inputs]
+    results = op(*wide)
+    results = [results] if isinstance(results, Tensor) else list(results)
+    found = torch.autograd.grad(results, wide, [grad.double() for grad in grads])
+    return [*(part.detach() for part in results), *found]
+
+
+def _named(parts: Any) -> dict[str, Tensor]:
+    return {str(number): part for number, part in enumerate(parts)}
+
+
+def _convolution(cases: Any, dtype: torch.dtype) -> tuple[Call, Call]:
+    torch.manual_seed(0)
+    x, grad = (cases.normal(2, 200, 520, dtype=dtype) for _ in range(2))
+    weight, bias = cases.normal(520, 4), cases.normal(520)
+    state, end = (cases.normal(2, 520, 3, dtype=dtype) for _ in range(2))
+
+    def call() -> dict[str, Tensor]:
+        settings = {"activation": "silu", "state": state}
+        forward = conv_forward(x, weight, bias, **settings)
+        return _named([*forward, *conv_backward(grad, end, x, weight, bias, **settings)])
+
+    def op(x: Tensor, weight: Tensor, bias: Tensor, state: Tensor) -> Any:
+        return causal_conv(x, weight, bias, activation="silu", state=state)
+
+    return call, lambda: _named(_differentiated(op, [x, weight, bias, state], [grad, end]))
+
+
+def _norm(cases: Any, dtype: torch.dtype) -> tuple[Call, Call]:
+    torch.manual_seed(0)
+    out, weight = cases.normal(2, 200, 3, 128, dtype=dtype), cases.normal(128)
+    gate, grad = (cases.normal(2, 200, 384, dtype=dtype) for _ in range(2))
+
+    def call() -> dict[str, Tensor]:
+        return _named([gated_norm_forward(out, weight, gate), *gated_norm_backward(grad, out, weight, gate)])
+
+    return call, lambda: _named(_differentiated(gated_rms_norm, [out, weight, gate], [grad]))
+
+
+def _decode(cases: Any, dtype: torch.dtype) -> tuple[Call, Call]:
+    x = cases.draw(RULE, B=3, T=2, H=4, K=128, dtype=dtype)
+    state = cases.normal(3, 4, 128, 128)
+
+    def call() -> dict[str, Tensor]:
+        memory = state.clone()
+        packed = torch.cat([part.flatten(2) for part in x[:3]], 2)
+        gates = {"A_log": x.A_log, "dt_bias": x.dt_bias}
+        out = decode_step(packed, x.decay, x.beta, memory, rule=RULE, heads=Heads(4, 4, 4), **gates)
+        return {"out": out, "last": memory}
+
+    def answer() -> dict[str, Tensor]:
+        wide = x._replace(**{name: part.double() for name, part in x._asdict().items()})
+        return dict(zip(("out", "last"), cases.exact(wide, RULE, state.double()), strict=True))
+
+    return call, answer
