@@ -652,16 +652,17 @@ def chunk_backward_local(
     d_bias = new(n.chunks, n.H, parts if scalar else n.K, dtype=torch.float32) if has_gate else None
     d_rate = new(n.chunks, n.H, parts, dtype=torch.float32) if has_gate else None
     d_scores = new(2, n.chunks, n.H, CHUNK, CHUNK, dtype=_WIDE)
+    units = new(n.chunks, n.H, dtype=torch.float32)
     rows = new(n.chunks, n.H, 3, CHUNK, dtype=torch.float32)
     _values[(n.chunks, n.H)](
-        x.v, strength, out, grad_out, saved.news, errors, dv, d_beta, *d_scores, rows,
+        x.v, strength, out, grad_out, saved.news, errors, dv, d_beta, *d_scores, units, rows,
         at.starts, at.lengths, n.T, x.write, d_write,
         H=n.H, HV=n.HV, V=n.V, BV=n.wide, C=CHUNK, NORM=rule.norm, SIGMOID=rule.sigmoid, PACKED=packed,
         ERASE=erase, num_warps=values.warps, num_stages=values.stages,
     )  # fmt: skip
     arguments = (
         x.q, x.k, x.decay, x.A_log, x.dt_bias, _tables(x.q.device), _later(x.q.device, _WIDE), saved.total,
-        saved.norms, rows, *d_scores, strength, errors, grad_out, saved.states, grads, saved.news,
+        saved.norms, rows, *d_scores, units, strength, errors, grad_out, saved.states, grads, saved.news,
         _none_if_empty(saved.wild), dq, dk, d_decay, d_bias, d_rate, at.starts, at.lengths, n.T, scale,
         rule.lower_bound, x.erase, d_erase,
     )  # fmt: skip

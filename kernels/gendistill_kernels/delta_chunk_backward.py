@@ -43,9 +43,10 @@ from gendistill_kernels.delta_chunk_forward import decay_of_tokens, exp2, log2_d
 
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 # Half of the range that the decay of a chunk may take, as a power of two, and two to the minus that. Gradients go up
-# and down by as much on the way: those between 1e-17 and 1e15 keep all bits.
-SHIFT: tl.constexpr = tl.constexpr(70.0)
-UNSHIFT: tl.constexpr = tl.constexpr(2.0**-70)
+# and down by as much on the way. Those of a chunk are divided by a power of two near the largest of them, so that all
+# above a 200,000th of it keep their bits.
+SHIFT: tl.constexpr = tl.constexpr(100.0)
+UNSHIFT: tl.constexpr = tl.constexpr(2.0**-100)
 
 
 @triton.jit
@@ -120,9 +121,17 @@ def reverse_scan_kernel(
 
 
 @triton.jit
+def _inverse_power_of_2(x):
+    """Return the inverse of the power of two that a positive number is one to two times of; one for 0, inf and NaN."""
+    exponent = (x.to(tl.int32, bitcast=True) >> 23) & 255
+    exponent = tl.where((exponent == 0) | (exponent == 255), 127, exponent)
+    return (tl.minimum(254 - exponent, 253) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def values_kernel(
     v, strength, out, grad_out, news, errors,
-    dv, db, d_scores, d_lower, rows_out,
+    dv, db, d_scores, d_lower, units, rows_out,
     chunk_starts, chunk_lengths, tokens, write, d_write,
     H: tl.constexpr, HV: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     NORM: tl.constexpr, SIGMOID: tl.constexpr, PACKED: tl.constexpr, ERASE: tl.constexpr,
@@ -192,25 +201,33 @@ def values_kernel(
     scores = tl.dot(upstream, other)
     tl.store(rows_out + tile * 3 * C + rows, tl.sum(tl.where(i == j, scores, 0.0), 1))
     squares = tile * C * C + i * C + j
-    tl.store(d_scores + squares, tl.where(i > j, scores, 0.0).to(d_scores.dtype.element_ty))
+    scores = tl.where(i > j, scores, 0.0)
+    largest = tl.max(tl.max(tl.abs(scores), 1), 0)
     if ERASE != "none":
-        tl.store(d_lower + squares, tl.where(i > j, -tl.dot(pull, other), 0.0).to(d_scores.dtype.element_ty))
+        lower = tl.where(i > j, -tl.dot(pull, other), 0.0)
+        largest = tl.maximum(largest, tl.max(tl.max(tl.abs(lower), 1), 0))
+    inverse_unit = _inverse_power_of_2(largest)
+    tl.store(units + tile, inverse_unit)
+    tl.store(d_scores + squares, (scores * inverse_unit).to(d_scores.dtype.element_ty))
+    if ERASE != "none":
+        tl.store(d_lower + squares, (lower * inverse_unit).to(d_scores.dtype.element_ty))
 
 
-# The next three return the gradients of q, of the key that erases and of the key that writes, as they come from pairs of
-# tokens and from the states before and after the chunk; what they add to that of G, and to that of the whole chunk's
-# decay. If the keys are tied, the third has the second in it.
+# The next three return the gradients of q, of the key that erases and of the key that writes, as they come from pairs
+# of tokens and from the states before and after the chunk; what they add to that of G, and to that of the whole chunk's
+# decay. If the keys are tied, the third has the second in it. All of it is times ``inverse_unit``, as the gradients of
+# the score matrices are: what goes up and down by 2^s must be near one.
 
 
 @triton.jit
 def _pairs_of_tokens(
-    scores, lower, upstream, error, new, state, grad, x_q, x_k, x_a, amount, gain, upto,
+    scores, lower, upstream, error, new, state, grad, x_q, x_k, x_a, amount, gain, upto, inverse_unit,
     C: tl.constexpr, ERASE: tl.constexpr,
 ):  # fmt: skip
     """With one decay per head: differences of sums of log-decays scale the pairs themselves."""
     rows = tl.arange(0, C)
     wide_type = scores.dtype
-    both = tl.sum(state.to(tl.float32) * grad.to(tl.float32), 0) * exp2(gain)
+    both = tl.sum(state.to(tl.float32) * grad.to(tl.float32), 0) * inverse_unit * exp2(gain)
     ratio = exp2(tl.where(rows[:, None] > rows[None, :], upto[:, None] - upto[None, :], 0.0))
     near_q, near_k, near_a = x_q.to(wide_type), x_k.to(wide_type), x_a.to(wide_type)
     pairs = (scores.to(tl.float32) * ratio).to(wide_type)
@@ -222,15 +239,15 @@ def _pairs_of_tokens(
         d_read = tl.dot(below, near_k)
         inner = tl.dot(tl.trans(below), near_a, inner)
     since = exp2(upto)[:, None]
-    d_query += tl.dot(upstream, state) * since
-    d_write = tl.dot(new, grad) * exp2(gain[None, :] - upto[:, None])
+    d_query += tl.dot(upstream, state) * inverse_unit * since
+    d_write = tl.dot(new, grad) * inverse_unit * exp2(gain[None, :] - upto[:, None])
     both += tl.sum(near_k.to(tl.float32) * d_write, 0)
     d_write += inner
     d_sum = near_q.to(tl.float32) * d_query - near_k.to(tl.float32) * d_write
     if ERASE == "tied":
         since *= amount[:, None]
     if ERASE != "none":
-        d_read -= tl.dot(error, state) * since
+        d_read -= tl.dot(error, state) * inverse_unit * since
         d_sum += near_a.to(tl.float32) * d_read
     if ERASE == "tied":
         d_write += d_read
@@ -239,11 +256,12 @@ def _pairs_of_tokens(
 
 @triton.jit
 def _pairs_in_range(
-    scores, lower, upstream, error, new, state, grad, x_q, x_k, x_a, amount, gain, upto, ERASE: tl.constexpr
-):
+    scores, lower, upstream, error, new, state, grad, x_q, x_k, x_a, amount, gain, upto, inverse_unit,
+    ERASE: tl.constexpr,
+):  # fmt: skip
     """In one product for all pairs of a chunk: ``2^s e^G`` and ``2^-s e^-G`` stay in the range of the operands."""
     wide_type = scores.dtype
-    both = tl.sum(state.to(tl.float32) * grad.to(tl.float32), 0) * exp2(gain)
+    both = tl.sum(state.to(tl.float32) * grad.to(tl.float32), 0) * inverse_unit * exp2(gain)
     factor = exp2(upto + SHIFT)
     back = exp2(-SHIFT - upto)
     read_q = (x_q.to(tl.float32) * factor).to(wide_type)
@@ -256,12 +274,13 @@ def _pairs_in_range(
     inner = tl.dot(tl.trans(scores), read_q)
     if ERASE != "none":
         inner = tl.dot(tl.trans(lower), read_k, inner)
-    d_query += tl.dot(upstream, state) * UNSHIFT
+    # two factors after another: their product may be out of range
+    d_query += tl.dot(upstream, state) * inverse_unit * UNSHIFT
     if ERASE == "tied":
-        d_read -= tl.dot(error, state) * (amount * UNSHIFT)[:, None]
+        d_read -= tl.dot(error, state) * inverse_unit * (amount * UNSHIFT)[:, None]
     elif ERASE != "none":
-        d_read -= tl.dot(error, state) * UNSHIFT
-    d_write = tl.dot(new, grad) * exp2(gain + SHIFT)[None, :]
+        d_read -= tl.dot(error, state) * inverse_unit * UNSHIFT
+    d_write = tl.dot(new, grad) * inverse_unit * exp2(gain + SHIFT)[None, :]
     both += tl.sum(write.to(tl.float32) * d_write, 0)
     d_write += inner
     d_sum = read_q.to(tl.float32) * d_query - write.to(tl.float32) * d_write
@@ -276,7 +295,7 @@ def _pairs_in_range(
 @triton.jit
 def _pairs_by_level(
     scores, lower, at_upstream, wide, at_error, at_new, full, at_state, at_grad, high,
-    x_q, x_k, x_a, log_decay, amount, gain, upto, sums, deep,
+    x_q, x_k, x_a, log_decay, amount, gain, upto, inverse_unit, sums, deep,
     C: tl.constexpr, LEVELS: tl.constexpr, WHOLE: tl.constexpr, ERASE: tl.constexpr,
 ):  # fmt: skip
     """Level by level down to blocks of 16 tokens, which take one product as above; if ``deep``, to single tokens.
@@ -311,11 +330,11 @@ def _pairs_by_level(
 
     state = tl.load(at_state, mask=high, other=0.0)
     factor = exp2(upto)
-    reads = tl.dot(tl.load(at_upstream, mask=wide, other=0.0), state) * factor
+    reads = tl.dot(tl.load(at_upstream, mask=wide, other=0.0), state) * inverse_unit * factor
     d_sum += x_q.to(tl.float32) * reads
     d_query += reads
     if ERASE != "none":
-        reads = tl.dot(tl.load(at_error, mask=full, other=0.0), state) * -factor
+        reads = tl.dot(tl.load(at_error, mask=full, other=0.0), state) * inverse_unit * -factor
         if ERASE == "tied":
             reads *= amount[:, None]
         d_sum += x_a.to(tl.float32) * reads
@@ -324,8 +343,8 @@ def _pairs_by_level(
         else:
             d_read += reads
     grad = tl.load(at_grad, mask=high, other=0.0)
-    both = tl.sum(state.to(tl.float32) * grad.to(tl.float32), 0) * exp2(gain)
-    inner = tl.dot(tl.load(at_new, mask=full, other=0.0), grad)
+    both = tl.sum(state.to(tl.float32) * grad.to(tl.float32), 0) * inverse_unit * exp2(gain)
+    inner = tl.dot(tl.load(at_new, mask=full, other=0.0), grad) * inverse_unit
     inner *= exp2(tl.dot(sums.load([LEVELS * C, 0]), log_decay))
     both += tl.sum(x_k.to(tl.float32) * inner, 0)
     d_sum -= x_k.to(tl.float32) * inner
@@ -365,7 +384,7 @@ def _pairs_by_level(
 @triton.jit
 def _keys(
     chunk, head, part,
-    q, k, decay, A_log, dt_bias, sums, later, total, norms, rows_in, d_scores, d_lower, strength, errors,
+    q, k, decay, A_log, dt_bias, sums, later, total, norms, rows_in, d_scores, d_lower, units, strength, errors,
     grad_out, states, grads, news,
     dq, dk, dg, d_bias, d_rate,
     chunk_starts, chunk_lengths, tokens, scale, lower_bound, erase, d_erase,
@@ -414,6 +433,8 @@ def _keys(
     if ERASE == "channel":
         gate = tl.load(erase + at, mask=inside, other=0.0).to(tl.float32)
     gain = tl.load(total + tile * BK + channels)
+    inverse_unit = tl.load(units + tile)
+    unit = _inverse_power_of_2(inverse_unit)
     columns = tl.arange(0, BV)
     full = (columns < V)[None, :]
     wide = live[:, None] & full
@@ -453,21 +474,24 @@ def _keys(
     # adds to the decay after it: the same rounded factors on both sides keep that exact.
     if SCALAR:
         d_query, d_read, d_key, d_sum, both = _pairs_of_tokens(
-            scores, lower, upstream, error, new, state, grad, x_q, x_k, x_a, amount, gain, upto, C, ERASE
-        )
+            scores, lower, upstream, error, new, state, grad, x_q, x_k, x_a, amount, gain, upto, inverse_unit,
+            C, ERASE,
+        )  # fmt: skip
     elif WILD:
         d_query, d_read, d_key, d_sum, both = _pairs_by_level(
             scores, lower, grad_out + at_out, wide, errors + flat, news + flat, full, states + cells, grads + cells,
-            high, x_q, x_k, x_a, log_decay, amount, gain, upto, sums, deep, C, LEVELS, WHOLE, ERASE,
+            high, x_q, x_k, x_a, log_decay, amount, gain, upto, inverse_unit, sums, deep,
+            C, LEVELS, WHOLE, ERASE,
         )  # fmt: skip
     else:
         d_query, d_read, d_key, d_sum, both = _pairs_in_range(
-            scores, lower, upstream, error, new, state, grad, x_q, x_k, x_a, amount, gain, upto, ERASE
-        )
+            scores, lower, upstream, error, new, state, grad, x_q, x_k, x_a, amount, gain, upto, inverse_unit,
+            ERASE,
+        )  # fmt: skip
 
     if ERASE == "scalar" or ERASE == "channel":
         d_key += gate * d_read
-        d_gate = x_k.to(tl.float32) * d_read
+        d_gate = x_k.to(tl.float32) * d_read * unit
         if ERASE == "channel":
             if SIGMOID:
                 d_gate *= gate * (1.0 - gate)
@@ -479,17 +503,17 @@ def _keys(
             # one number per part of the channels, which are added up outside
             tl.store(d_erase + (token * H + head) * (BK // W) + part, d_amount, mask=live)
     # a token's own score is not decayed: it is added after that
-    diagonal = tl.load(rows_in + tile * 3 * C + rows)
+    diagonal = tl.load(rows_in + tile * 3 * C + rows) * inverse_unit
     d_query += diagonal[:, None] * x_k.to(tl.float32)
     d_key += diagonal[:, None] * x_q.to(tl.float32)
     if NORM:
         # x_q is s times a unit vector, s the scale; its product with its gradient is <dO, O>
-        along_q = tl.load(rows_in + tile * 3 * C + C + rows)
-        along_k = tl.load(rows_in + tile * 3 * C + 2 * C + rows)
+        along_q = tl.load(rows_in + tile * 3 * C + C + rows) * inverse_unit
+        along_k = tl.load(rows_in + tile * 3 * C + 2 * C + rows) * inverse_unit
         d_query -= (along_q / (scale * scale))[:, None] * x_q.to(tl.float32)
         d_key -= along_k[:, None] * x_k.to(tl.float32)
-    tl.store(dq + at, (norm_q[:, None] * d_query).to(dq.dtype.element_ty), mask=inside)
-    tl.store(dk + at, (norm_k[:, None] * d_key).to(dk.dtype.element_ty), mask=inside)
+    tl.store(dq + at, ((norm_q * unit)[:, None] * d_query).to(dq.dtype.element_ty), mask=inside)
+    tl.store(dk + at, ((norm_k * unit)[:, None] * d_key).to(dk.dtype.element_ty), mask=inside)
 
     # Every later token of the chunk depends on this log-decay, and so does the state after it. The sum over them is a
     # product with a 0/1 matrix, in two halves that together hold 16 bits; a scan where ptxas would lose that matrix.
@@ -504,6 +528,7 @@ def _keys(
         first = d_sum.to(later.dtype)
         d_decay = tl.dot(table, first)
         d_decay = tl.dot(table, (d_sum - first.to(tl.float32)).to(later.dtype), d_decay) + both[None, :]
+    d_decay *= unit
     if WILD:
         # not kept: there are too few registers
         raw = tl.load(decay + at, mask=inside, other=0.0).to(tl.float32)
@@ -534,7 +559,7 @@ def _keys(
 
 @triton.jit
 def keys_kernel(
-    q, k, decay, A_log, dt_bias, sums, later, total, norms, rows_in, d_scores, d_lower, strength, errors,
+    q, k, decay, A_log, dt_bias, sums, later, total, norms, rows_in, d_scores, d_lower, units, strength, errors,
     grad_out, states, grads, news, wild,
     dq, dk, dg, d_bias, d_rate,
     chunk_starts, chunk_lengths, tokens, scale, lower_bound, erase, d_erase,
@@ -551,7 +576,7 @@ def keys_kernel(
     if SCALAR or tl.load(wild + chunk * H + head) == 0:
         _keys(
             chunk, head, part,
-            q, k, decay, A_log, dt_bias, sums, later, total, norms, rows_in, d_scores, d_lower, strength, errors,
+            q, k, decay, A_log, dt_bias, sums, later, total, norms, rows_in, d_scores, d_lower, units, strength, errors,
             grad_out, states, grads, news, dq, dk, dg, d_bias, d_rate,
             chunk_starts, chunk_lengths, tokens, scale, lower_bound, erase, d_erase,
             H, HQ, HK, K, V, BK, BV, C, GATE, NORM, PACKED, DOT, LEVELS, WHOLE, W, SIGMOID, ERASE, SCALAR, False, False,
@@ -560,7 +585,7 @@ def keys_kernel(
 
 @triton.jit
 def keys_wild_kernel(
-    q, k, decay, A_log, dt_bias, sums, later, total, norms, rows_in, d_scores, d_lower, strength, errors,
+    q, k, decay, A_log, dt_bias, sums, later, total, norms, rows_in, d_scores, d_lower, units, strength, errors,
     grad_out, states, grads, news, wild,
     dq, dk, dg, d_bias, d_rate,
     chunk_starts, chunk_lengths, tokens, scale, lower_bound, erase, d_erase,
@@ -576,7 +601,7 @@ def keys_wild_kernel(
     if mark != 0:
         _keys(
             chunk, head, part,
-            q, k, decay, A_log, dt_bias, sums, later, total, norms, rows_in, d_scores, d_lower, strength, errors,
+            q, k, decay, A_log, dt_bias, sums, later, total, norms, rows_in, d_scores, d_lower, units, strength, errors,
             grad_out, states, grads, news, dq, dk, dg, d_bias, d_rate,
             chunk_starts, chunk_lengths, tokens, scale, lower_bound, erase, d_erase,
             H, HQ, HK, K, V, BK, BV, C, GATE, NORM, PACKED, DOT, LEVELS, WHOLE, W, SIGMOID, ERASE, SCALAR,

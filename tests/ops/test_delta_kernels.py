@@ -169,8 +169,8 @@ def test_chunks_partly_out_of_range_match_the_reference(which):
     x = make(T=200, H=4, rule=rule, seed=3)
     decay = x.decay.clone()
     if which == "one channel":
-        decay[..., 5] = -2.5
-        decay[:, 128:, 1, 7] = -7.0
+        decay[..., 5] = -3.0
+        decay[:, 128:, 1, 7] = -10.0
     elif which == "some tokens":
         decay[:, 40:43] = -60.0
         decay[:, 100] = -200.0
@@ -237,8 +237,8 @@ def test_extreme_gates_stay_finite_and_right(name, same_keys):
     assert all(torch.isfinite(part).all() for part in found if part is not None)
 
 
-@pytest.mark.parametrize("size", [1e-14, 1e10])
-@pytest.mark.parametrize("decay", [-97, -137, -141, -550, -570])
+@pytest.mark.parametrize("size", [1e-24, 1e-14, 1e20])
+@pytest.mark.parametrize("decay", [-97, -197, -201, -790, -810])
 def test_gradients_of_any_size_come_through_chunks_at_the_edge_of_their_range(decay, size):
     """Of a chunk that decays by ``2**decay``, with gradients of this size."""
     rule = Rule("none", sigmoid=False)
@@ -251,6 +251,6 @@ def test_gradients_of_any_size_come_through_chunks_at_the_edge_of_their_range(de
     expected, final = reference(exact, rule)
     loss = (expected * d_out.double()).sum() + (final * d_last.double()).sum()
     gradients = torch.autograd.grad(loss, exact[:5])
-    assert (saved.wild == (decay < -140) + (decay < 4 * -140)).all()
+    assert (saved.wild == (decay < -200) + (decay < 4 * -200)).all()
     for field, gradient in zip(Inputs._fields, gradients, strict=False):
         assert distance(getattr(found, field).double() / size, gradient) < TOLERANCE, field
