@@ -122,7 +122,7 @@ def _decode(cases: Any, dtype: torch.dtype) -> tuple[Call, Call]:
         return {"out": out, "last": memory}
 
     def answer() -> dict[str, Tensor]:
-        wide = x._replace(**{name: part.double() for name, part in x._asdict().items()})
+        wide = x._replace(**{name: part.double() for name, part in x._asdict().items() if part is not None})
         return dict(zip(("out", "last"), cases.exact(wide, RULE, state.double()), strict=True))
 
     return call, answer

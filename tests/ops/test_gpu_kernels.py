@@ -30,6 +30,9 @@ from gendistill_kernels.delta_chunk import Chunks, Inputs, Rule, chunk_backward,
 pytestmark = pytest.mark.gpu
 # relative rms error; rounding the output alone costs 1.7e-3 in bfloat16 and 2.1e-4 in float16
 TOLERANCE = {torch.bfloat16: 6e-3, torch.float16: 2.5e-3, torch.float32: 2e-3}
+# of the family's other rules, on an H100: up to 6.7e-3 in bfloat16 (beta where it only erases: a sum over key channels in
+# which much cancels), and up to 3.9e-3 in float16 (a given decay), for score gradients are bfloat16 there, too
+FAMILY_TOLERANCE = {torch.bfloat16: 8e-3, torch.float16: 5e-3}
 # sums over all tokens, in which most of the gradient cancels
 SUMMED = {"A_log": 5e-2, "dt_bias": 2e-2}
 TENSORS = Inputs._fields
@@ -161,7 +164,8 @@ for decay_per, erase, write in FAMILY:
 def test_output_state_and_every_gradient_match_float64(name):
     rule, sizes, with_state = CASES[name]
     x = make(**sizes, rule=rule)
-    tolerance = TOLERANCE[x.q.dtype]
+    is_kda = x.decay.ndim == 4 and (rule.erase, rule.write) == ("scalar", "scalar")
+    tolerance = (TOLERANCE if is_kda else FAMILY_TOLERANCE)[x.q.dtype]
     shape = (x.q.shape[0], x.decay.shape[2], x.k.shape[3], x.v.shape[3])
     state = torch.randn(shape, device="cuda") if with_state else None
     out, last, saved = chunk_forward(x, rule, state=state, save=True)

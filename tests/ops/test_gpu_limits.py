@@ -381,7 +381,7 @@ def test_forward_and_backward_replay_in_a_cuda_graph(cases, packed, T):
     number = len(lengths) if packed else 1
     state = cases.normal(number, 2, 128, 128)
     grads = cases.upstream(x, number)
-    leaves = [part.requires_grad_() for part in (*x, state)]
+    leaves = [part.requires_grad_() for part in (*x, state) if part is not None]
     gates = {"gate": "bounded", "a_log": x.A_log, "dt_bias": x.dt_bias}
 
     def step():
