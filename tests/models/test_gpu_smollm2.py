@@ -215,49 +215,71 @@ def test_float32_logits_of_a_whole_text_are_close(exact, prompt):
     assert error < 3e-3
 
 
+@torch.no_grad()
+def generate_with_logits(student, prompt):
+    """As ``generate``, with the logits ``[B, T, vocab]`` that every token was chosen by."""
+    settings = {"output_logits": True, "return_dict_in_generate": True}
+    found = student.generate(
+        prompt.ids,
+        attention_mask=prompt.mask,
+        max_new_tokens=NEW_TOKENS,
+        do_sample=False,
+        pad_token_id=2,
+        **settings,
+    )
+    return found.sequences[:, prompt.ids.shape[1] :], torch.stack(found.logits, 1).float()
+
+
+def spread(logits, truth):
+    """Root mean square of what rounding does to the logits of a place; the same added to all changes no choice."""
+    shift = logits - truth
+    return (shift - shift.mean(-1, keepdim=True)).square().mean(-1).sqrt()
+
+
 def test_bfloat16_differences_are_what_bfloat16_costs_the_reference(folder, prompt, tokenizer):
-    """Against float32 with the same, rounded weights: only arithmetic differs."""
+    """Against float32 with the same, rounded weights, on the text that both write until they part."""
     reference = load(folder, torch.bfloat16, "reference")
     student, exact = with_impl(reference, "triton"), copy.deepcopy(reference).float()
-    expected, found = (generate(model, prompt) for model in (reference, student))
-
-    text = extend(prompt, expected)
-    kept = text.mask.bool()
-    truth, theirs, ours = (predict(model, text)[kept] for model in (exact, reference, student))
-    # a few places are far off with any rounding, so a mean over places says little
-    spreads = [(part - truth).square().mean(1).sqrt() for part in (theirs, ours)]
-    typical = [spread.median().item() for spread in spreads]
-    largest = [spread.max().item() for spread in spreads]
-    best = truth.argmax(1)
-    agree = [(part.argmax(1) == best).float().mean().item() for part in (theirs, ours)]
-    print(
-        f"\nbfloat16 logits of {len(truth)} tokens, rms difference from float32: reference {typical[0]:.4f} (median; "
-        f"at most {largest[0]:.2f}), kernels {typical[1]:.4f} (at most {largest[1]:.2f}), ratio "
-        f"{typical[1] / typical[0]:.3f}; the best token is float32's for {agree[0]:.1%} and {agree[1]:.1%}"
+    (expected, theirs), (found, ours) = (
+        generate_with_logits(model, prompt) for model in (reference, student)
     )
-    assert typical[1] < 1.2 * typical[0]
+    truth = predict(exact, extend(prompt, expected))[:, prompt.ids.shape[1] - 1 : -1]
 
-    truth, theirs = (predict(model, text) for model in (exact, reference))
-    unexplained = []
     places = first_differences(found, expected)
+    shared = torch.ones_like(expected, dtype=torch.bool)
     for row, place in places:
-        here = row, prompt.ids.shape[1] + place - 1
-        pair = found[row, place], expected[row, place]
+        shared[row, place + 1 :] = False
+    costs = [spread(part, truth) for part in (theirs, ours)]
+    # a few places are far off with any rounding, so a mean over places says little
+    levels = torch.tensor([0.5, 0.9, 0.98], device=DEVICE)
+    quantiles = [part[shared].quantile(levels).tolist() for part in costs]
+    best = truth.argmax(-1)
+    agree = [(part.argmax(-1) == best)[shared].float().mean().item() for part in (theirs, ours)]
+    print(
+        f"\nbfloat16 logits of {int(shared.sum())} tokens, rms difference from float32 (50%, 90% and 98% of places are "
+        f"below): reference {quantiles[0]}, kernels {quantiles[1]}; the best token is float32's for {agree[0]:.1%} and "
+        f"{agree[1]:.1%}"
+    )
+    unexplained = []
+    for row, place in places:
+        here = row, place
+        pair = found[here], expected[here]
         margin = (truth[here][pair[0]] - truth[here][pair[1]]).abs().item()
-        shift = theirs[here] - truth[here]
-        # adding the same to all logits changes no choice
-        spread = (shift - shift.mean()).square().mean().sqrt().item()
+        moved = [part[here].item() for part in costs]
         words = " / ".join(repr(tokenizer.decode([int(token)])) for token in pair)
         line = (
             f"row {row} differs from token {place} on: {words}, {margin:.4f} apart in float32, where bfloat16 moves "
-            f"the reference's logits by {spread:.4f} rms"
+            f"the logits by {moved[0]:.4f} rms in the reference and {moved[1]:.4f} in the kernels"
         )
         print(line)
-        # three standard deviations: two logits, each rounded by the reference and by the kernels
-        if margin > 3 * 2 * spread:
+        # three standard deviations of two logits, each rounded by both
+        if margin > 3 * 2 * max(moved):
             unexplained.append(line)
     print(f"{len(found) - len(places)} of {len(found)} rows agree in all {found.shape[1]} tokens")
     assert not unexplained, "\n".join(unexplained)
+    # the kernels' rounding costs no more than the reference's, at ordinary places nor at bad ones
+    assert quantiles[1][0] < 1.2 * quantiles[0][0]
+    assert quantiles[1][1] < 1.5 * quantiles[0][1]
 
 
 def test_the_compiled_decoding_of_a_static_cache_gives_the_same_text(exact, prompt, tokenizer):
