@@ -165,8 +165,8 @@ def peak_extra_mib(step: Step) -> float:
     return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
-def count_launches(step: Step) -> int | None:
-    """Count what a step starts on the device, copies and fills included; None where the profiler sees nothing."""
+def _device_events(step: Step) -> list[Any]:
+    """Run a step that has run before; what it starts on the device, copies and fills included."""
     from torch.profiler import ProfilerActivity, profile
 
     step()
@@ -174,8 +174,23 @@ def count_launches(step: Step) -> int | None:
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
         step()
         torch.cuda.synchronize()
-    events = profiler.events() or ()
-    return sum(event.device_type.name == "CUDA" for event in events) or None
+    return [event for event in profiler.events() or () if event.device_type.name == "CUDA"]
+
+
+def count_launches(step: Step) -> int | None:
+    """Count what a step starts on the device; None where the profiler sees nothing."""
+    return len(_device_events(step)) or None
+
+
+def kernel_times(step: Step, repeats: int = 5) -> dict[str, float]:
+    """Return the milliseconds on the device of every kernel of a step, the most first: medians of several runs."""
+    runs: dict[str, list[float]] = {}
+    for number in range(repeats):
+        for event in _device_events(step):
+            times = runs.setdefault(event.name, [0.0] * repeats)
+            times[number] += event.device_time / 1000
+    found = {name: statistics.median(times) for name, times in runs.items()}
+    return dict(sorted(found.items(), key=lambda item: -item[1]))
 
 
 def rotating_steps(who: Contestant, x: DecodeInputs, number: int) -> Step:

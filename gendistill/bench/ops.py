@@ -37,6 +37,7 @@ class Bench:
         ours: Our ops.
         budget_s: No case starts later than this.
         cold: Whose first calls to time, after the decode steps.
+        breakdown: Also list the time of each of our kernels.
         console: Where to print.
         save: Called with everything measured so far, after every case.
     """
@@ -50,6 +51,7 @@ class Bench:
     ours: Contestant = field(default_factory=Ours)
     budget_s: float | None = None
     cold: Sequence[Who] = ()
+    breakdown: bool = False
     console: Console = field(default_factory=lambda: Console(highlight=False))
     save: Callable[[Sequence[Measurement]], None] = lambda found: None
     found: list[Measurement] = field(default_factory=list)
@@ -131,6 +133,10 @@ class Bench:
                 found.append(self._values(peaks, f"{quantity}, {sizes.MEMORY}", "MiB", **about))
             launches = {name: measure.count_launches(step) for name, step in steps.items()}
             found.append(self._values(launches, f"{quantity}, {sizes.LAUNCHES}", "launches", **about))
+            if self.breakdown:
+                for name, time_ms in measure.kernel_times(steps["ours"]).items():
+                    where = f"{quantity}, {name} on the device"
+                    found.append(self._values({"ours": time_ms}, where, "ms", **{**about, "notes": []}))
             graphs, failures = self._graphs(steps)
             replayed = measure.time_rounds(graphs)
             found.append(

@@ -43,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     ops.add_argument("--cold", action="store_true", help="also time a first call, in processes of its own")
     ops.add_argument("--cold-peer", action="store_true", help="as --cold, the peer's as well")
+    ops.add_argument("--breakdown", action="store_true", help="also the time of each of our kernels")
     ops.add_argument(
         "--budget",
         metavar="SECONDS",
@@ -133,6 +134,7 @@ def _run_ops(arguments: argparse.Namespace) -> int:
         peer=peer,
         budget_s=arguments.budget,
         cold=_cold(arguments, has_peer=peer is not None),
+        breakdown=arguments.breakdown,
         console=console,
         save=_saver(arguments.json, peer, torch.cuda.get_device_name(), commit),
     )

@@ -676,7 +676,7 @@ def chunk_backward_local(
     if not scalar and not _never_wild(rule, _RANGE_FLOAT16 if x.q.dtype == torch.float16 else _RANGE):
         again = _config("keys_wild", x, n)
         _keys_wild[(parts * n.chunks, n.H)](
-            *arguments, **settings, num_warps=again.warps, num_stages=again.stages
+            *arguments, **settings | {"BV": n.wide}, num_warps=again.warps, num_stages=again.stages
         )
 
     if erase == "scalar" and d_erase is not None and x.beta is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -93,6 +94,24 @@ def test_a_results_file_without_a_commit_is_refused_before_measuring(monkeypatch
     monkeypatch.setattr("gendistill.provenance.source_commit", lambda: None)
     assert main(["bench", "ops", "--json", "x.json"]) == 2
     assert "--commit" in capsys.readouterr().err
+
+
+def test_kernel_times_are_medians_of_what_a_step_takes_in_each_kernel(monkeypatch):
+    class Event(NamedTuple):
+        name: str
+        device_time: float
+
+    runs = iter([[Event("a", 1000.0), Event("b", 10.0), Event("a", 3000.0)], [Event("b", 5000.0)]] * 2)
+    monkeypatch.setattr(measure, "_device_events", lambda step: next(runs))
+    assert measure.kernel_times(lambda: None, repeats=4) == {"b": 2.505, "a": 2.0}
+
+
+def test_a_breakdown_lists_our_kernels(fake_clock, monkeypatch):
+    monkeypatch.setattr(measure, "kernel_times", lambda step: {"prepare_kernel": 0.5, "scan_kernel": 0.3})
+    bench = ops.Bench(**settings(cases=SMOKE_CASES[:1], decode_cases=(), gates=("bounded",), breakdown=True))
+    assert bench.run() == 0
+    listed = [each for each in bench.found if each.quantity.endswith("scan_kernel on the device")]
+    assert [(each.ours, each.unit) for each in listed] == [(0.3, "ms"), (0.3, "ms")]
 
 
 def test_least_bytes_are_those_of_the_notes():
