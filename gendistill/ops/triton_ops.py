@@ -113,7 +113,8 @@ def triton_kda(
         return OpOutput(v.new_empty(*decay.shape[:3], v.shape[3]), state)
     chunks = None if segments is None else segments.table(_delta.Chunks.of)
     tables = [None] * 8 if chunks is None else list(chunks)
-    q, k, v, decay = q.contiguous(), k.contiguous(), v.contiguous(), decay.contiguous()
+    # q, k and v may be parts of one tensor, which the kernels step through
+    decay = decay.contiguous()
     beta, erase, write = (None if part is None else part.contiguous() for part in (beta, erase, write))
     inputs = (q, k, v, decay, beta, a_log, dt_bias, erase, write)
     needs_grad = torch.is_grad_enabled() and any(

@@ -5,9 +5,9 @@ write erases is nothing, or has one strength per head or one per key channel; wh
 value channel. One strength that both erases and writes, with a decay per channel, is Kimi Delta Attention, and with one
 decay per head the gated delta rule; channels everywhere are GDN-2; without erase it is gated linear attention.
 
-Tensors are ``[B, T, heads, channels]``, contiguous. The output, the gates and the state have H heads; q, k and v may
-have fewer, and head h then reads their head ``h // (H / heads)``. Workspaces hold one tile of 64 tokens per chunk and
-head.
+Tensors are ``[B, T, heads, channels]``, contiguous; q, k and v may be parts of wider tokens. The output, the gates and
+the state have H heads; q, k and v may have fewer, and head h then reads their head ``h // (H / heads)``. Workspaces
+hold one tile of 64 tokens per chunk and head.
 """
 
 from __future__ import annotations
@@ -268,6 +268,26 @@ def _power_of_2(channels: int) -> int:
     return max(16, 1 << (channels - 1).bit_length())
 
 
+def _token_stride(part: Tensor) -> int | None:
+    """Return how many elements lie between tokens, if tokens of all rows do so and heads are next to each other."""
+    B, T, heads, channels = part.shape
+    by_row, by_token, by_head, by_channel = part.stride()
+    stride = by_token if T > 1 else by_row if B > 1 else heads * channels
+    even = B == 1 or T == 1 or by_row == T * by_token
+    dense = (channels == 1 or by_channel == 1) and (heads == 1 or by_head == channels)
+    return stride if even and dense and stride >= heads * channels else None
+
+
+def _even(x: Inputs) -> Inputs:
+    """Copy what of q, k and v the kernels cannot step through."""
+    uneven = {
+        name: part.contiguous()
+        for name, part in (("q", x.q), ("k", x.k), ("v", x.v))
+        if _token_stride(part) is None
+    }
+    return x._replace(**uneven) if uneven else x
+
+
 def _blocks(channels: int, size: int) -> int:
     """Count blocks of this size."""
     return -(-channels // size)
@@ -431,6 +451,7 @@ def chunk_forward(
     Returns:
         ``[B, T, H, V]`` in ``v.dtype``, the final state ``[N, H, K, V]`` float32, and what was saved.
     """
+    x = _even(x)
     n = _Sizes.of(x, chunks)
     if not n.chunks:
         raise ValueError("chunk_forward needs at least one token")
@@ -463,7 +484,8 @@ def chunk_forward(
         x.erase,
     )  # fmt: skip
     settings = {
-        "H": n.H, "HQ": n.HQ, "HK": n.HK, "K": n.K, "BK": n.BK, "C": CHUNK, "GATE": rule.gate, "NORM": rule.norm,
+        "H": n.H, "HQ": n.HQ, "HK": n.HK, "SQ": _token_stride(x.q), "SK": _token_stride(x.k), "K": n.K,
+        "BK": n.BK, "C": CHUNK, "GATE": rule.gate, "NORM": rule.norm,
         "SIGMOID": rule.sigmoid, "PACKED": packed, "DOT": tl.float32 if exact else tl.float16, "LEVELS": LEVELS,
         "W": W, "SAVE": save, "PRECISION": precision, "RANGE": limit, "WIDE": _wide(x.q.dtype),
         "ERASE": erase,
@@ -492,8 +514,8 @@ def chunk_forward(
         _scan[(_blocks(n.V, BV) + _blocks(n.K, BV), sequences * n.H)](
             *tiles, total, strength, x.v, None,
             out, ends, None, None, matrices, *where, at.kinds, n.T, x.write,
-            H=n.H, HV=n.HV, K=n.K, V=n.V, BK=n.BK, BV=BV, C=CHUNK, PACKED=True, HAS_STATE=False,
-            SAVE=save, STAGES=summary.stages, SUMMARY=True, PRECISION=precision, ERASE=erase,
+            H=n.H, HV=n.HV, SV=_token_stride(x.v), K=n.K, V=n.V, BK=n.BK, BV=BV, C=CHUNK, PACKED=True,
+            HAS_STATE=False, SAVE=save, STAGES=summary.stages, SUMMARY=True, PRECISION=precision, ERASE=erase,
             SIGMOID=rule.sigmoid, num_warps=summary.warps, num_stages=summary.stages,
         )  # fmt: skip
         _run_carry(x, n, matrices, ends, state, starts, at.first_segments, back=False)
@@ -503,8 +525,9 @@ def chunk_forward(
     _scan[(_blocks(n.V, BV), sequences * n.H)](
         *tiles, total, strength, x.v, state,
         out, final, states, news, None, *where, None, n.T, x.write,
-        H=n.H, HV=n.HV, K=n.K, V=n.V, BK=n.BK, BV=BV, C=CHUNK, PACKED=packed, HAS_STATE=state is not None,
-        SAVE=save, STAGES=scan.stages, SUMMARY=False, PRECISION=precision, ERASE=erase, SIGMOID=rule.sigmoid,
+        H=n.H, HV=n.HV, SV=_token_stride(x.v), K=n.K, V=n.V, BK=n.BK, BV=BV, C=CHUNK, PACKED=packed,
+        HAS_STATE=state is not None, SAVE=save, STAGES=scan.stages, SUMMARY=False, PRECISION=precision, ERASE=erase,
+        SIGMOID=rule.sigmoid,
         num_warps=scan.warps, num_stages=scan.stages,
     )  # fmt: skip
     if at.first_segments is not None:
@@ -627,6 +650,7 @@ def chunk_backward_local(
 
     ``saved.tall`` and ``saved.square`` are not read.
     """
+    x = _even(x)
     n = _Sizes.of(x, chunks)
     new = functools.partial(torch.empty, device=x.q.device)
     packed, at = chunks is not None, chunks or _UNPACKED
@@ -657,7 +681,8 @@ def chunk_backward_local(
     _values[(n.chunks, n.H)](
         x.v, strength, out, grad_out, saved.news, errors, dv, d_beta, *d_scores, units, rows,
         at.starts, at.lengths, n.T, x.write, d_write,
-        H=n.H, HV=n.HV, V=n.V, BV=n.wide, C=CHUNK, NORM=rule.norm, SIGMOID=rule.sigmoid, PACKED=packed,
+        H=n.H, HV=n.HV, SV=_token_stride(x.v), V=n.V, BV=n.wide, C=CHUNK, NORM=rule.norm, SIGMOID=rule.sigmoid,
+        PACKED=packed,
         ERASE=erase, num_warps=values.warps, num_stages=values.stages,
     )  # fmt: skip
     arguments = (
@@ -668,7 +693,8 @@ def chunk_backward_local(
     )  # fmt: skip
     settings = {
         # 64 values are padded to 128: with fewer, ptxas 12.8 loses operands (tests/ops/test_machine_code.py)
-        "H": n.H, "HQ": n.HQ, "HK": n.HK, "K": n.K, "V": n.V, "BK": n.BK, "BV": max(n.wide, 128), "C": CHUNK,
+        "H": n.H, "HQ": n.HQ, "HK": n.HK, "SQ": _token_stride(x.q), "SK": _token_stride(x.k), "K": n.K, "V": n.V,
+        "BK": n.BK, "BV": max(n.wide, 128), "C": CHUNK,
         "GATE": rule.gate, "NORM": rule.norm, "PACKED": packed, "DOT": tl.float16, "LEVELS": LEVELS,
         "WHOLE": _WHOLE, "W": W, "SIGMOID": rule.sigmoid, "ERASE": erase, "SCALAR": scalar,
     }  # fmt: skip

@@ -133,7 +133,7 @@ def values_kernel(
     v, strength, out, grad_out, news, errors,
     dv, db, d_scores, d_lower, units, rows_out,
     chunk_starts, chunk_lengths, tokens, write, d_write,
-    H: tl.constexpr, HV: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+    H: tl.constexpr, HV: tl.constexpr, SV: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     NORM: tl.constexpr, SIGMOID: tl.constexpr, PACKED: tl.constexpr, ERASE: tl.constexpr,
 ):  # fmt: skip
     """Do what only depends on values: dv, the gradient of the strength, and those of the chunk's two score matrices."""
@@ -165,7 +165,7 @@ def values_kernel(
     else:
         own = tl.sum(error.to(tl.float32) * new.to(tl.float32), 1)
         value = tl.load(
-            v + (token * HV + head // (H // HV))[:, None] * V + columns[None, :], mask=wide, other=0.0
+            v + token[:, None] * SV + (head // (H // HV)) * V + columns[None, :], mask=wide, other=0.0
         )
         d_gate = error.to(tl.float32) * value.to(tl.float32)
         if write is None:
@@ -189,7 +189,7 @@ def values_kernel(
         along_q = tl.sum(upstream.to(tl.float32) * result.to(tl.float32), 1)
         if ERASE == "tied":
             value = tl.load(
-                v + (token * HV + head // (H // HV))[:, None] * V + columns[None, :], mask=wide, other=0.0
+                v + token[:, None] * SV + (head // (H // HV)) * V + columns[None, :], mask=wide, other=0.0
             )
             along_k = 2.0 * own - amount * tl.sum(error.to(tl.float32) * value.to(tl.float32), 1)
         else:
@@ -388,7 +388,8 @@ def _keys(
     grad_out, states, grads, news,
     dq, dk, dg, d_bias, d_rate,
     chunk_starts, chunk_lengths, tokens, scale, lower_bound, erase, d_erase,
-    H: tl.constexpr, HQ: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
+    H: tl.constexpr, HQ: tl.constexpr, HK: tl.constexpr, SQ: tl.constexpr, SK: tl.constexpr, K: tl.constexpr,
+    V: tl.constexpr, BK: tl.constexpr,
     BV: tl.constexpr, C: tl.constexpr, GATE: tl.constexpr, NORM: tl.constexpr, PACKED: tl.constexpr,
     DOT: tl.constexpr, LEVELS: tl.constexpr, WHOLE: tl.constexpr, W: tl.constexpr, SIGMOID: tl.constexpr,
     ERASE: tl.constexpr, SCALAR: tl.constexpr, WILD: tl.constexpr, deep,
@@ -403,8 +404,8 @@ def _keys(
     inside = live[:, None] & (channels < K)[None, :]
     # everything is asked for before anything is waited for
     at = (token * H + head)[:, None] * K + channels[None, :]
-    at_q = (token * HQ + head // (H // HQ))[:, None] * K + channels[None, :]
-    at_k = (token * HK + head // (H // HK))[:, None] * K + channels[None, :]
+    at_q = token[:, None] * SQ + (head // (H // HQ)) * K + channels[None, :]
+    at_k = token[:, None] * SK + (head // (H // HK)) * K + channels[None, :]
     squares = tile * C * C + i * C + rows[None, :]
     scores = tl.load(d_scores + squares)
     lower = scores
@@ -563,7 +564,8 @@ def keys_kernel(
     grad_out, states, grads, news, wild,
     dq, dk, dg, d_bias, d_rate,
     chunk_starts, chunk_lengths, tokens, scale, lower_bound, erase, d_erase,
-    H: tl.constexpr, HQ: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
+    H: tl.constexpr, HQ: tl.constexpr, HK: tl.constexpr, SQ: tl.constexpr, SK: tl.constexpr, K: tl.constexpr,
+    V: tl.constexpr, BK: tl.constexpr,
     BV: tl.constexpr, C: tl.constexpr, GATE: tl.constexpr, NORM: tl.constexpr, PACKED: tl.constexpr,
     DOT: tl.constexpr, LEVELS: tl.constexpr, WHOLE: tl.constexpr, W: tl.constexpr, SIGMOID: tl.constexpr,
     ERASE: tl.constexpr, SCALAR: tl.constexpr,
@@ -579,7 +581,8 @@ def keys_kernel(
             q, k, decay, A_log, dt_bias, sums, later, total, norms, rows_in, d_scores, d_lower, units, strength, errors,
             grad_out, states, grads, news, dq, dk, dg, d_bias, d_rate,
             chunk_starts, chunk_lengths, tokens, scale, lower_bound, erase, d_erase,
-            H, HQ, HK, K, V, BK, BV, C, GATE, NORM, PACKED, DOT, LEVELS, WHOLE, W, SIGMOID, ERASE, SCALAR, False, False,
+            H, HQ, HK, SQ, SK, K, V, BK, BV, C, GATE, NORM, PACKED, DOT, LEVELS, WHOLE, W, SIGMOID, ERASE, SCALAR,
+            False, False,
         )  # fmt: skip
 
 
@@ -589,7 +592,8 @@ def keys_wild_kernel(
     grad_out, states, grads, news, wild,
     dq, dk, dg, d_bias, d_rate,
     chunk_starts, chunk_lengths, tokens, scale, lower_bound, erase, d_erase,
-    H: tl.constexpr, HQ: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
+    H: tl.constexpr, HQ: tl.constexpr, HK: tl.constexpr, SQ: tl.constexpr, SK: tl.constexpr, K: tl.constexpr,
+    V: tl.constexpr, BK: tl.constexpr,
     BV: tl.constexpr, C: tl.constexpr, GATE: tl.constexpr, NORM: tl.constexpr, PACKED: tl.constexpr,
     DOT: tl.constexpr, LEVELS: tl.constexpr, WHOLE: tl.constexpr, W: tl.constexpr, SIGMOID: tl.constexpr,
     ERASE: tl.constexpr, SCALAR: tl.constexpr,
@@ -604,6 +608,6 @@ def keys_wild_kernel(
             q, k, decay, A_log, dt_bias, sums, later, total, norms, rows_in, d_scores, d_lower, units, strength, errors,
             grad_out, states, grads, news, dq, dk, dg, d_bias, d_rate,
             chunk_starts, chunk_lengths, tokens, scale, lower_bound, erase, d_erase,
-            H, HQ, HK, K, V, BK, BV, C, GATE, NORM, PACKED, DOT, LEVELS, WHOLE, W, SIGMOID, ERASE, SCALAR,
+            H, HQ, HK, SQ, SK, K, V, BK, BV, C, GATE, NORM, PACKED, DOT, LEVELS, WHOLE, W, SIGMOID, ERASE, SCALAR,
             True, mark == 2,
         )  # fmt: skip

@@ -217,7 +217,8 @@ def prepare_kernel(
     q, k, decay, beta, A_log, dt_bias, sums,
     qd, kd, kt, p, inverse_out, gc, strengths, norms, wild,
     chunk_starts, chunk_lengths, tokens, scale, lower_bound, erase,
-    H: tl.constexpr, HQ: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr,
+    H: tl.constexpr, HQ: tl.constexpr, HK: tl.constexpr, SQ: tl.constexpr, SK: tl.constexpr, K: tl.constexpr,
+    BK: tl.constexpr, C: tl.constexpr,
     GATE: tl.constexpr, NORM: tl.constexpr, SIGMOID: tl.constexpr, PACKED: tl.constexpr, DOT: tl.constexpr,
     LEVELS: tl.constexpr, W: tl.constexpr, SAVE: tl.constexpr, PRECISION: tl.constexpr, RANGE: tl.constexpr,
     WIDE: tl.constexpr, ERASE: tl.constexpr, SCALAR: tl.constexpr,
@@ -229,8 +230,8 @@ def prepare_kernel(
     live = rows < length
     token = start + rows
     tile = chunk * H + head
-    at_q = q + (token * HQ + head // (H // HQ))[:, None] * K
-    at_k = k + (token * HK + head // (H // HK))[:, None] * K
+    at_q = q + token[:, None] * SQ + (head // (H // HQ)) * K
+    at_k = k + token[:, None] * SK + (head // (H // HK)) * K
     at_g = decay + (token * H + head)[:, None] * K
     if beta is not None:
         strength = _strength(beta, token * H + head, live, SIGMOID, SAVE and ERASE == "tied")
@@ -339,7 +340,8 @@ def prepare_kernel(
 def _prepare_again(
     chunk, head, q, k, decay, beta, A_log, dt_bias, sums, kt, p, inverse_out, wild,
     chunk_starts, chunk_lengths, tokens, scale, lower_bound, erase,
-    H: tl.constexpr, HQ: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr,
+    H: tl.constexpr, HQ: tl.constexpr, HK: tl.constexpr, SQ: tl.constexpr, SK: tl.constexpr, K: tl.constexpr,
+    BK: tl.constexpr, C: tl.constexpr,
     GATE: tl.constexpr, NORM: tl.constexpr, SIGMOID: tl.constexpr, PACKED: tl.constexpr, DOT: tl.constexpr,
     LEVELS: tl.constexpr, WHOLE: tl.constexpr, W: tl.constexpr, SAVE: tl.constexpr, PRECISION: tl.constexpr,
     RANGE: tl.constexpr, WIDE: tl.constexpr, ERASE: tl.constexpr,
@@ -350,8 +352,8 @@ def _prepare_again(
     live = rows < length
     token = start + rows
     tile = chunk * H + head
-    at_q = q + (token * HQ + head // (H // HQ))[:, None] * K
-    at_k = k + (token * HK + head // (H // HK))[:, None] * K
+    at_q = q + token[:, None] * SQ + (head // (H // HQ)) * K
+    at_k = k + token[:, None] * SK + (head // (H // HK)) * K
     at_g = decay + (token * H + head)[:, None] * K
     if beta is not None:
         strength = _strength(beta, token * H + head, live, SIGMOID, SAVE and ERASE == "tied")
@@ -452,7 +454,8 @@ def _prepare_again(
 def prepare_wild_kernel(
     q, k, decay, beta, A_log, dt_bias, sums, kt, p, inverse_out, wild,
     chunk_starts, chunk_lengths, tokens, scale, lower_bound, erase,
-    H: tl.constexpr, HQ: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr,
+    H: tl.constexpr, HQ: tl.constexpr, HK: tl.constexpr, SQ: tl.constexpr, SK: tl.constexpr, K: tl.constexpr,
+    BK: tl.constexpr, C: tl.constexpr,
     GATE: tl.constexpr, NORM: tl.constexpr, SIGMOID: tl.constexpr, PACKED: tl.constexpr, DOT: tl.constexpr,
     LEVELS: tl.constexpr, WHOLE: tl.constexpr, W: tl.constexpr, SAVE: tl.constexpr, PRECISION: tl.constexpr,
     RANGE: tl.constexpr, WIDE: tl.constexpr, ERASE: tl.constexpr,
@@ -463,8 +466,8 @@ def prepare_wild_kernel(
         _prepare_again(
             chunk, head, q, k, decay, beta, A_log, dt_bias, sums,
             kt, p, inverse_out, wild, chunk_starts, chunk_lengths, tokens, scale, lower_bound, erase,
-            H, HQ, HK, K, BK, C, GATE, NORM, SIGMOID, PACKED, DOT, LEVELS, WHOLE, W, SAVE, PRECISION, RANGE, WIDE,
-            ERASE,
+            H, HQ, HK, SQ, SK, K, BK, C, GATE, NORM, SIGMOID, PACKED, DOT, LEVELS, WHOLE, W, SAVE, PRECISION, RANGE,
+            WIDE, ERASE,
         )  # fmt: skip
 
 
@@ -473,7 +476,8 @@ def scan_kernel(
     qd, kd, kt, p, inverse, gc, strengths, v, state_in,
     out, state_out, states, news, matrices,
     cu_seqlens, chunk_offsets, kinds, tokens, write,
-    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    H: tl.constexpr, HV: tl.constexpr, SV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
+    BV: tl.constexpr,
     C: tl.constexpr, PACKED: tl.constexpr, HAS_STATE: tl.constexpr, SAVE: tl.constexpr,
     STAGES: tl.constexpr, SUMMARY: tl.constexpr, PRECISION: tl.constexpr, ERASE: tl.constexpr,
     SIGMOID: tl.constexpr,
@@ -513,7 +517,7 @@ def scan_kernel(
         state = tl.load(state_in + cells, mask=inside, other=0.0).to(tl.float32)
     if SUMMARY:
         state = tl.where((channels[None, :] == columns[:, None]) & (block >= VALUES), 1.0, 0.0)
-    values = v + (start + rows)[:, None] * (HV * V) + (head // (H // HV)) * V + columns[None, :]
+    values = v + (start + rows)[:, None] * SV + (head // (H // HV)) * V + columns[None, :]
     zero = first * 0
     places = out + (start + rows)[:, None] * (H * V) + head * V + columns[None, :]
     if write is not None:
@@ -525,7 +529,7 @@ def scan_kernel(
         if SUMMARY:
             live = live & writes
         offset = (step + zero) * C
-        value = tl.load(values + offset * (HV * V), mask=live, other=0.0)
+        value = tl.load(values + offset * SV, mask=live, other=0.0)
         if ERASE != "none":
             keys = kd.load([row, 0])
             solve = inverse.load([row, 0])

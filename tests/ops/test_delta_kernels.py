@@ -213,6 +213,31 @@ def test_long_sequences_in_segments_match_the_reference(monkeypatch, packed):
     assert all(distance(one, other.double()) < 1e-5 for one, other in pairs if one is not None)
 
 
+@pytest.mark.parametrize("layout", ["parts of one tensor", "heads before tokens"])
+def test_how_q_k_and_v_lie_in_memory_changes_nothing(monkeypatch, layout):
+    """Parts of one projection are not copied."""
+    rule = Rule("bounded")
+    x = make(B=2, T=70, H=4, HQ=2, HK=2, HV=2, V=32, rule=rule)
+    if layout == "parts of one tensor":
+        flat = torch.cat([part.flatten(2) for part in (x.q, x.k, x.v)], 2)
+        parts = flat.split([part.shape[2] * part.shape[3] for part in (x.q, x.k, x.v)], 2)
+        views = [
+            part.unflatten(2, whole.shape[2:]) for part, whole in zip(parts, (x.q, x.k, x.v), strict=True)
+        ]
+        monkeypatch.setattr(torch.Tensor, "contiguous", None)
+    else:
+        views = [part.transpose(1, 2).contiguous().transpose(1, 2) for part in (x.q, x.k, x.v)]
+    y = x._replace(q=views[0], k=views[1], v=views[2])
+    assert not y.q.is_contiguous()
+    assert not y.v.is_contiguous()
+    found = []
+    for inputs in (x, y):
+        out, last, saved = chunk_forward(inputs, rule, save=True)
+        torch.manual_seed(1)
+        found.append([out, last, *chunk_backward(torch.randn_like(out), None, inputs, rule, out, saved)])
+    assert all(one is other or torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
 EXTREME = {
     "no decay": (0.0, 0.5),
     "instant forgetting": (-1000.0, 0.5),
