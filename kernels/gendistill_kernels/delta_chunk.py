@@ -24,7 +24,6 @@ from torch import Tensor
 
 from gendistill_kernels.configs import SEGMENT, Config, is_many, lookup
 from gendistill_kernels.delta_chunk_backward import (
-    SHIFT,
     keys_kernel,
     keys_wild_kernel,
     reverse_scan_kernel,
@@ -49,13 +48,14 @@ _keys_wild = Launcher(keys_wild_kernel)
 
 # operands with the range of float32; the interpreter multiplies bfloat16 wrongly
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-_WIDE, _WIDE_TL = (torch.float32, tl.float32) if _INTERPRETED else (torch.bfloat16, tl.bfloat16)
+_TRITON = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+_WIDE = torch.float32 if _INTERPRETED else torch.bfloat16
 CHUNK = 64
 LEVELS = 6
 # A chunk whose decay, as a power of two, stays above this in every channel takes one product for all its pairs of
 # tokens: its factors stay in the range of the operands, and what they are multiplied with keeps its bits. Other chunks
 # go level by level down to blocks of 2^_WHOLE tokens, which then take one product if they are in range.
-_RANGE, _RANGE_FLOAT16 = -2 * SHIFT.value, -12.0
+_RANGE, _RANGE_FLOAT16 = -200.0, -12.0
 _WHOLE = 4
 
 
@@ -326,16 +326,23 @@ def _tiles(part: Tensor, columns: int | None = None) -> Blocks:
     return Blocks(part, (CHUNK, columns or part.shape[-1]))
 
 
-def _wide(dtype: torch.dtype) -> Any:
+def _range(dtype: torch.dtype) -> float:
+    return _RANGE_FLOAT16 if dtype == torch.float16 else _RANGE
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
     """Choose the operands that hold factors as far out as the limit of a chunk's decay."""
-    if dtype == torch.float16 and not _INTERPRETED:
-        return tl.float16
-    return tl.float32 if dtype == torch.float32 else _WIDE_TL
+    return dtype if dtype == torch.float16 and not _INTERPRETED else _WIDE
 
 
-def _never_wild(rule: Rule, limit: float) -> bool:
+def _wide_exact(dtype: torch.dtype) -> Any:
+    """As ``_wide``, and float32 for float32 inputs, which the forward pass multiplies as they are."""
+    return _TRITON[torch.float32 if dtype == torch.float32 else _wide(dtype)]
+
+
+def _never_wild(rule: Rule, dtype: torch.dtype) -> bool:
     """Say whether a gate keeps every chunk in range, whatever the inputs."""
-    return rule.gate == "bounded" and CHUNK * rule.lower_bound * math.log2(math.e) > limit
+    return rule.gate == "bounded" and CHUNK * rule.lower_bound * math.log2(math.e) > _range(dtype)
 
 
 def _layout(x: Inputs, n: _Sizes, chunks: Chunks | None) -> Chunks:
@@ -473,7 +480,7 @@ def chunk_forward(
     exact = x.q.dtype == torch.float32
     operands, precision = (torch.float32, "tf32x3") if exact else (torch.float16, "tf32")
     tiles = _five(*([*map(_tiles, part)] for part in (tall, square)))
-    W, limit = min(n.BK, prepare.block), _RANGE_FLOAT16 if x.q.dtype == torch.float16 else _RANGE
+    W = min(n.BK, prepare.block)
     stores = tiles
     if n.BK != W:
         stores = [*(None if part is None else _tiles(part.base, W) for part in tiles[:3]), *tiles[3:]]
@@ -487,13 +494,14 @@ def chunk_forward(
         "H": n.H, "HQ": n.HQ, "HK": n.HK, "SQ": _token_stride(x.q), "SK": _token_stride(x.k), "K": n.K,
         "BK": n.BK, "C": CHUNK, "GATE": rule.gate, "NORM": rule.norm,
         "SIGMOID": rule.sigmoid, "PACKED": packed, "DOT": tl.float32 if exact else tl.float16, "LEVELS": LEVELS,
-        "W": W, "SAVE": save, "PRECISION": precision, "RANGE": limit, "WIDE": _wide(x.q.dtype),
+        "W": W, "SAVE": save, "PRECISION": precision, "RANGE": _range(x.q.dtype),
+        "WIDE": _wide_exact(x.q.dtype),
         "ERASE": erase,
     }  # fmt: skip
     _prepare[(n.chunks, n.H)](
         *arguments, **settings, SCALAR=scalar, num_warps=prepare.warps, num_stages=prepare.stages
     )
-    if not scalar and not _never_wild(rule, limit):
+    if not scalar and not _never_wild(rule, x.q.dtype):
         again = _config("prepare_wild", x, n)
         W = min(n.BK, again.block)
         _prepare_wild[(n.chunks, n.H)](
@@ -675,7 +683,7 @@ def chunk_backward_local(
     has_gate = rule.gate != "none"
     d_bias = new(n.chunks, n.H, parts if scalar else n.K, dtype=torch.float32) if has_gate else None
     d_rate = new(n.chunks, n.H, parts, dtype=torch.float32) if has_gate else None
-    d_scores = new(2, n.chunks, n.H, CHUNK, CHUNK, dtype=_WIDE)
+    d_scores = new(2, n.chunks, n.H, CHUNK, CHUNK, dtype=_wide(x.q.dtype))
     units = new(n.chunks, n.H, dtype=torch.float32)
     rows = new(n.chunks, n.H, 3, CHUNK, dtype=torch.float32)
     _values[(n.chunks, n.H)](
@@ -697,9 +705,10 @@ def chunk_backward_local(
         "BK": n.BK, "BV": max(n.wide, 128), "C": CHUNK,
         "GATE": rule.gate, "NORM": rule.norm, "PACKED": packed, "DOT": tl.float16, "LEVELS": LEVELS,
         "WHOLE": _WHOLE, "W": W, "SIGMOID": rule.sigmoid, "ERASE": erase, "SCALAR": scalar,
+        "RANGE": _range(x.q.dtype),
     }  # fmt: skip
     _keys[(parts * n.chunks, n.H)](*arguments, **settings, num_warps=keys.warps, num_stages=keys.stages)
-    if not scalar and not _never_wild(rule, _RANGE_FLOAT16 if x.q.dtype == torch.float16 else _RANGE):
+    if not scalar and not _never_wild(rule, x.q.dtype):
         again = _config("keys_wild", x, n)
         _keys_wild[(parts * n.chunks, n.H)](
             *arguments, **settings | {"BV": n.wide}, num_warps=again.warps, num_stages=again.stages

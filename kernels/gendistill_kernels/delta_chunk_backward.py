@@ -42,11 +42,6 @@ import triton.language as tl
 from gendistill_kernels.delta_chunk_forward import decay_of_tokens, exp2, log2_decay, place, sigmoid
 
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
-# Half of the range that the decay of a chunk may take, as a power of two, and two to the minus that. Gradients go up
-# and down by as much on the way. Those of a chunk are divided by a power of two near the largest of them, so that all
-# above a 200,000th of it keep their bits.
-SHIFT: tl.constexpr = tl.constexpr(100.0)
-UNSHIFT: tl.constexpr = tl.constexpr(2.0**-100)
 
 
 @triton.jit
@@ -257,9 +252,15 @@ def _pairs_of_tokens(
 @triton.jit
 def _pairs_in_range(
     scores, lower, upstream, error, new, state, grad, x_q, x_k, x_a, amount, gain, upto, inverse_unit,
-    ERASE: tl.constexpr,
+    ERASE: tl.constexpr, RANGE: tl.constexpr,
 ):  # fmt: skip
-    """In one product for all pairs of a chunk: ``2^s e^G`` and ``2^-s e^-G`` stay in the range of the operands."""
+    """In one product for all pairs of a chunk: ``2^s e^G`` and ``2^-s e^-G`` stay in the range of the operands.
+
+    Gradients go up and down by 2^s on the way. Those of a chunk are divided by a power of two near the largest of them,
+    so that with bfloat16 operands all above a 200,000th of it keep their bits.
+    """
+    SHIFT: tl.constexpr = -RANGE / 2
+    UNSHIFT: tl.constexpr = 2.0 ** (RANGE / 2)
     wide_type = scores.dtype
     both = tl.sum(state.to(tl.float32) * grad.to(tl.float32), 0) * inverse_unit * exp2(gain)
     factor = exp2(upto + SHIFT)
@@ -296,13 +297,14 @@ def _pairs_in_range(
 def _pairs_by_level(
     scores, lower, at_upstream, wide, at_error, at_new, full, at_state, at_grad, high,
     x_q, x_k, x_a, log_decay, amount, gain, upto, inverse_unit, sums, deep,
-    C: tl.constexpr, LEVELS: tl.constexpr, WHOLE: tl.constexpr, ERASE: tl.constexpr,
+    C: tl.constexpr, LEVELS: tl.constexpr, WHOLE: tl.constexpr, ERASE: tl.constexpr, RANGE: tl.constexpr,
 ):  # fmt: skip
     """Level by level down to blocks of 16 tokens, which take one product as above; if ``deep``, to single tokens.
 
     Tiles are loaded one after another: together they would not fit in the registers, and what is saved in memory costs
     more, for shared memory leaves it no cache.
     """
+    SHIFT: tl.constexpr = -RANGE / 2
     rows = tl.arange(0, C)
     i, j = rows[:, None], rows[None, :]
     wide_type = scores.dtype
@@ -392,7 +394,7 @@ def _keys(
     V: tl.constexpr, BK: tl.constexpr,
     BV: tl.constexpr, C: tl.constexpr, GATE: tl.constexpr, NORM: tl.constexpr, PACKED: tl.constexpr,
     DOT: tl.constexpr, LEVELS: tl.constexpr, WHOLE: tl.constexpr, W: tl.constexpr, SIGMOID: tl.constexpr,
-    ERASE: tl.constexpr, SCALAR: tl.constexpr, WILD: tl.constexpr, deep,
+    ERASE: tl.constexpr, SCALAR: tl.constexpr, RANGE: tl.constexpr, WILD: tl.constexpr, deep,
 ):  # fmt: skip
     start, length = place(chunk, tokens, chunk_starts, chunk_lengths, C, PACKED)
     rows = tl.arange(0, C)
@@ -482,12 +484,12 @@ def _keys(
         d_query, d_read, d_key, d_sum, both = _pairs_by_level(
             scores, lower, grad_out + at_out, wide, errors + flat, news + flat, full, states + cells, grads + cells,
             high, x_q, x_k, x_a, log_decay, amount, gain, upto, inverse_unit, sums, deep,
-            C, LEVELS, WHOLE, ERASE,
+            C, LEVELS, WHOLE, ERASE, RANGE,
         )  # fmt: skip
     else:
         d_query, d_read, d_key, d_sum, both = _pairs_in_range(
             scores, lower, upstream, error, new, state, grad, x_q, x_k, x_a, amount, gain, upto, inverse_unit,
-            ERASE,
+            ERASE, RANGE,
         )  # fmt: skip
 
     if ERASE == "scalar" or ERASE == "channel":
@@ -568,7 +570,7 @@ def keys_kernel(
     V: tl.constexpr, BK: tl.constexpr,
     BV: tl.constexpr, C: tl.constexpr, GATE: tl.constexpr, NORM: tl.constexpr, PACKED: tl.constexpr,
     DOT: tl.constexpr, LEVELS: tl.constexpr, WHOLE: tl.constexpr, W: tl.constexpr, SIGMOID: tl.constexpr,
-    ERASE: tl.constexpr, SCALAR: tl.constexpr,
+    ERASE: tl.constexpr, SCALAR: tl.constexpr, RANGE: tl.constexpr,
 ):  # fmt: skip
     """Do what belongs to ``W`` key channels: dq, dk, and the gradients of their decays."""
     PARTS: tl.constexpr = BK // W
@@ -582,7 +584,7 @@ def keys_kernel(
             grad_out, states, grads, news, dq, dk, dg, d_bias, d_rate,
             chunk_starts, chunk_lengths, tokens, scale, lower_bound, erase, d_erase,
             H, HQ, HK, SQ, SK, K, V, BK, BV, C, GATE, NORM, PACKED, DOT, LEVELS, WHOLE, W, SIGMOID, ERASE, SCALAR,
-            False, False,
+            RANGE, False, False,
         )  # fmt: skip
 
 
@@ -596,7 +598,7 @@ def keys_wild_kernel(
     V: tl.constexpr, BK: tl.constexpr,
     BV: tl.constexpr, C: tl.constexpr, GATE: tl.constexpr, NORM: tl.constexpr, PACKED: tl.constexpr,
     DOT: tl.constexpr, LEVELS: tl.constexpr, WHOLE: tl.constexpr, W: tl.constexpr, SIGMOID: tl.constexpr,
-    ERASE: tl.constexpr, SCALAR: tl.constexpr,
+    ERASE: tl.constexpr, SCALAR: tl.constexpr, RANGE: tl.constexpr,
 ):  # fmt: skip
     """Do the same for chunks whose decay is out of range, in blocks of 16 tokens or, where marked so, less."""
     PARTS: tl.constexpr = BK // W
@@ -609,5 +611,5 @@ def keys_wild_kernel(
             grad_out, states, grads, news, dq, dk, dg, d_bias, d_rate,
             chunk_starts, chunk_lengths, tokens, scale, lower_bound, erase, d_erase,
             H, HQ, HK, SQ, SK, K, V, BK, BV, C, GATE, NORM, PACKED, DOT, LEVELS, WHOLE, W, SIGMOID, ERASE, SCALAR,
-            True, mark == 2,
+            RANGE, True, mark == 2,
         )  # fmt: skip

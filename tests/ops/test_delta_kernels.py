@@ -238,6 +238,29 @@ def test_how_q_k_and_v_lie_in_memory_changes_nothing(monkeypatch, layout):
     assert all(one is other or torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
+@pytest.mark.parametrize("gate", ["bounded", "none"])
+def test_float16_inputs_are_differentiated_in_float16(monkeypatch, gate):
+    """As on a GPU; interpreted, other tests take float32, which the range of 2^-12 does not need."""
+    monkeypatch.setattr(delta_chunk, "_INTERPRETED", False)
+    rule = Rule(gate, sigmoid=gate != "none")
+    x = make(T=140, H=2, rule=rule, dtype=torch.float16)
+    decay = x.decay.clone()
+    decay[:, :64] /= 16
+    x = x._replace(decay=decay if gate == "none" else x.decay)
+    out, last, saved = chunk_forward(x, rule, save=True)
+    d_out, d_last = torch.randn_like(out), torch.randn_like(last)
+    found = chunk_backward(d_out, d_last, x, rule, out, saved)
+    assert (saved.wild == 0).any() == (gate == "none")
+    exact = Inputs(*(None if part is None else part.double().requires_grad_() for part in x))
+    expected, final = reference(exact, rule)
+    loss = (expected * d_out.double()).sum() + (final * d_last.double()).sum()
+    leaves = {name: part for name, part in exact._asdict().items() if part is not None}
+    gradients = torch.autograd.grad(loss, list(leaves.values()))
+    assert distance(out, expected.detach()) < 1.5e-3
+    for field, gradient in zip(leaves, gradients, strict=True):
+        assert distance(getattr(found, field), gradient) < SUMMED.get(field, 2e-3), field
+
+
 EXTREME = {
     "no decay": (0.0, 0.5),
     "instant forgetting": (-1000.0, 0.5),

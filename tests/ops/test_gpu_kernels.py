@@ -31,7 +31,7 @@ pytestmark = pytest.mark.gpu
 # relative rms error; rounding the output alone costs 1.7e-3 in bfloat16 and 2.1e-4 in float16
 TOLERANCE = {torch.bfloat16: 6e-3, torch.float16: 2.5e-3, torch.float32: 2e-3}
 # of the family's other rules, on an H100: up to 6.7e-3 in bfloat16 (beta where it only erases: a sum over key channels
-# in which much cancels), and up to 3.9e-3 in float16 (a given decay), for score gradients are bfloat16 there, too
+# in which much cancels), and up to 3.9e-3 in float16 (a given decay), when score gradients were bfloat16 there, too
 FAMILY_TOLERANCE = {torch.bfloat16: 8e-3, torch.float16: 5e-3}
 # sums over all tokens, in which most of the gradient cancels
 SUMMED = {"A_log": 5e-2, "dt_bias": 2e-2}
