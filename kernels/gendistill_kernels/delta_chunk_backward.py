@@ -120,7 +120,7 @@ def _inverse_power_of_2(x):
     """Return the inverse of the power of two that a positive number is one to two times of; one for 0, inf and NaN."""
     exponent = (x.to(tl.int32, bitcast=True) >> 23) & 255
     exponent = tl.where((exponent == 0) | (exponent == 255), 127, exponent)
-    return (tl.minimum(254 - exponent, 253) << 23).to(tl.float32, bitcast=True)
+    return (tl.maximum(254 - exponent, 1) << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit

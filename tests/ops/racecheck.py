@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,11 +39,19 @@ def _load_cases() -> ModuleType:
 cases = _load_cases()
 
 
-def chunks(rule: Rule, dtype: torch.dtype, *, packed: bool = False, **sizes: int) -> list[Tensor]:
-    """Run the chunked kernels forwards and backwards, and forwards without saving."""
+def chunks(
+    rule: Rule, dtype: torch.dtype, *, packed: bool = False, wild: bool = False, **sizes: Any
+) -> list[Tensor]:
+    """Run the chunked kernels forwards and backwards, and forwards without saving.
+
+    ``wild``: one chunk's decay is out of range, that of a block of 16 of the other's tokens, too.
+    """
     number = len(LENGTHS) if packed else 1
     x = cases.draw(rule, B=1, T=80, dtype=dtype, **{"H": 1, **sizes})
-    state = cases.normal(number, x.beta.shape[2], x.k.shape[3], x.v.shape[3])
+    if wild:
+        x.decay[:, :64, :, 3] = -4.0
+        x.decay[:, 64:, :, 5] = -20.0
+    state = cases.normal(number, x.decay.shape[2], x.k.shape[3], x.v.shape[3])
     table = Chunks.of(LENGTHS, cases.DEVICE) if packed else None
     out, last, _ = delta_chunk.chunk_forward(x, rule, state=state, chunks=table)
     return [out, last, *cases.run(x, rule, state, cases.upstream(x, number), table).values()]
@@ -115,6 +124,9 @@ def make_cases() -> dict[str, Callable[[], Sequence[Tensor]]]:
             found[f"packed-{K}-{word}"] = lambda K=K, dtype=dtype: chunks(
                 Rule("none", sigmoid=False), dtype, packed=True, K=K
             )
+            found[f"out-of-range-{K}-{word}"] = lambda K=K, dtype=dtype: chunks(
+                Rule("none", sigmoid=False), dtype, wild=True, K=K
+            )
             found[f"decode-{K}-{word}"] = lambda K=K, dtype=dtype: [
                 *decode(dtype, K, tokens=1),
                 *decode(dtype, K, tokens=3),
@@ -124,6 +136,14 @@ def make_cases() -> dict[str, Callable[[], Sequence[Tensor]]]:
             *convolution(dtype, packed=False),
             *convolution(dtype, packed=True),
         ]
+    for name, decay_per, erase, write in (
+        ("gdn", "scalar", "scalar", "scalar"),
+        ("gdn2", "channel", "channel", "channel"),
+        ("linear-attention", "scalar", "none", "scalar"),
+    ):
+        found[f"{name}-64-bf16"] = lambda decay_per=decay_per, erase=erase, write=write: chunks(
+            Rule("softplus", erase=erase, write=write), torch.bfloat16, K=64, decay_per=decay_per
+        )
     found["chunks-256-bounded-bf16"] = lambda: chunks(Rule("bounded"), torch.bfloat16, K=256, V=64)
     return found
 
