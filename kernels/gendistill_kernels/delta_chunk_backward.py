@@ -39,7 +39,7 @@ Source: derived in the project's notes and checked against float64 autograd of t
 import triton
 import triton.language as tl
 
-from gendistill_kernels.delta_chunk_forward import decay_of_tokens, exp2, log2_decay, place, sigmoid
+from gendistill_kernels.delta_chunk_forward import decay_of_tokens, exp2, log2_decay, narrow, place, sigmoid
 
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
@@ -265,9 +265,9 @@ def _pairs_in_range(
     both = tl.sum(state.to(tl.float32) * grad.to(tl.float32), 0) * inverse_unit * exp2(gain)
     factor = exp2(upto + SHIFT)
     back = exp2(-SHIFT - upto)
-    read_q = (x_q.to(tl.float32) * factor).to(wide_type)
-    read_k = (x_a.to(tl.float32) * factor).to(wide_type)
-    write = (x_k.to(tl.float32) * back).to(wide_type)
+    read_q = narrow(x_q.to(tl.float32) * factor, wide_type)
+    read_k = narrow(x_a.to(tl.float32) * factor, wide_type)
+    write = narrow(x_k.to(tl.float32) * back, wide_type)
     d_query = tl.dot(scores, write)
     d_read = d_query
     if ERASE != "none":
@@ -312,13 +312,13 @@ def _pairs_by_level(
     factor, back = exp2(inner + SHIFT), exp2(-SHIFT - inner)
     near = (j - (i & -(1 << WHOLE))).to(tl.uint32) < (tl.where(deep, 0, 1 << WHOLE) + 0 * i).to(tl.uint32)
     near_scores = tl.where(near, scores, 0.0)
-    read_q = (x_q.to(tl.float32) * factor).to(wide_type)
-    write = (x_k.to(tl.float32) * back).to(wide_type)
+    read_q = narrow(x_q.to(tl.float32) * factor, wide_type)
+    write = narrow(x_k.to(tl.float32) * back, wide_type)
     reads = tl.dot(near_scores, write)
     d_read = reads
     if ERASE != "none":
         near_lower = tl.where(near, lower, 0.0)
-        read_k = (x_a.to(tl.float32) * factor).to(wide_type)
+        read_k = narrow(x_a.to(tl.float32) * factor, wide_type)
         d_read = tl.dot(near_lower, write)
     inner = tl.dot(tl.trans(near_scores), read_q)
     if ERASE != "none":
@@ -456,9 +456,9 @@ def _keys(
         g = decay_of_tokens(raw, live, A_log, dt_bias, head, lower_bound, GATE)
     else:
         g = tl.maximum(tl.where(inside, log2_decay(raw, rate, bias, lower_bound, GATE), 0.0), -30000.0)
-        log_decay = g.to(DOT)
-    x_q = (x_q.to(tl.float32) * norm_q[:, None]).to(DOT)
-    x_k = (x_k.to(tl.float32) * norm_k[:, None]).to(DOT)
+        log_decay = narrow(g, DOT)
+    x_q = narrow(x_q.to(tl.float32) * norm_q[:, None], DOT)
+    x_k = narrow(x_k.to(tl.float32) * norm_k[:, None], DOT)
     x_a = x_k
     if ERASE == "scalar":
         gate = amount[:, None]
@@ -528,9 +528,9 @@ def _keys(
         d_decay = tl.cumsum(d_sum, 0, reverse=True) + both[None, :]
     else:
         table = later.load([0, 0])
-        first = d_sum.to(later.dtype)
+        first = narrow(d_sum, later.dtype)
         d_decay = tl.dot(table, first)
-        d_decay = tl.dot(table, (d_sum - first.to(tl.float32)).to(later.dtype), d_decay) + both[None, :]
+        d_decay = tl.dot(table, narrow(d_sum - first.to(tl.float32), later.dtype), d_decay) + both[None, :]
     d_decay *= unit
     if WILD:
         # not kept: there are too few registers

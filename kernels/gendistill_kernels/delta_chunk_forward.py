@@ -73,6 +73,16 @@ def exp2(x):
 
 
 @triton.jit
+def narrow(x, DTYPE: tl.constexpr):
+    """Convert float32 to the type of a product's operands, two at once: what is used again is not, by the compiler."""
+    if _ASSEMBLY and tl.float16 == DTYPE:
+        return tl.inline_asm_elementwise("cvt.rn.f16x2.f32 $0, $2, $1;", "=r,r,r", [x], tl.float16, True, 2)
+    if _ASSEMBLY and tl.bfloat16 == DTYPE:
+        return tl.inline_asm_elementwise("cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [x], tl.bfloat16, True, 2)
+    return x.to(DTYPE)
+
+
+@triton.jit
 def softplus_log2(x):
     """Compute ``log2(1 + exp(x))`` to 2e-5 of its value, small values too."""
     e = exp2(-LOG2E * tl.abs(x))
