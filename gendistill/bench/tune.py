@@ -218,7 +218,7 @@ def code(config: Config) -> str:
 
 def candidates(job: Job, now: Config) -> list[Config]:
     """Return what the table has, then what else to try: no block larger than what there is, nothing twice."""
-    most = {"prepare": job.keys, "keys": job.keys}.get(job.kernel, job.values)
+    most = job.keys if job.kernel in ("prepare", "prepare_wild", "keys") else job.values
     if job.kernel.startswith(("norm", "conv", "decode")):
         most = configs.ANY
     others = CANDIDATES[job.kernel]
@@ -306,7 +306,8 @@ class Tuner:
             self.console.print(
                 "rows to put above those of the same kernel in kernels/gendistill_kernels/configs.py:"
             )
-            for outcome in better:
+            # a row covers smaller sizes, too, and the first that covers a call is taken
+            for outcome in sorted(better, key=lambda one: one.job.key):
                 self.console.print(f"    {outcome.paste()}", markup=False, soft_wrap=True)
         else:
             self.console.print(f"nothing is faster by {MARGIN:.0%} than what the table has")

@@ -80,6 +80,10 @@ def _differentiable(
     return call
 
 
+def _contiguous(part: Tensor | None) -> Tensor | None:
+    return None if part is None else part.contiguous()
+
+
 def triton_kda(
     q: Tensor,
     k: Tensor,
@@ -106,7 +110,11 @@ def triton_kda(
         gate: ``none``: ``decay`` holds log-decays; otherwise raw values of a ``softplus`` or ``bounded`` gate.
         raw: q and k are not normalised yet, and ``beta``, ``erase`` and ``write`` hold logits.
     """
-    if q.shape[1] == 0:
+    if q.device.type != "cuda" and not _delta._INTERPRETED:
+        raise ValueError(
+            f'impl "triton" needs tensors on an NVIDIA GPU, q is on {q.device}; or use "reference"'
+        )
+    if q.shape[0] * q.shape[1] == 0:
         number = q.shape[0] if segments is None else len(segments.lengths)
         if state is None:
             state = q.new_zeros(number, decay.shape[2], k.shape[3], v.shape[3], dtype=torch.float32)
@@ -114,8 +122,8 @@ def triton_kda(
     chunks = None if segments is None else segments.table(_delta.Chunks.of)
     tables = [None] * 8 if chunks is None else list(chunks)
     # q, k and v may be parts of one tensor, which the kernels step through
-    decay = decay.contiguous()
-    beta, erase, write = (None if part is None else part.contiguous() for part in (beta, erase, write))
+    decay, state = decay.contiguous(), _contiguous(state)
+    beta, erase, write, a_log, dt_bias = map(_contiguous, (beta, erase, write, a_log, dt_bias))
     inputs = (q, k, v, decay, beta, a_log, dt_bias, erase, write)
     needs_grad = torch.is_grad_enabled() and any(
         part is not None and part.requires_grad for part in (*inputs, state)
@@ -269,7 +277,9 @@ kda_backward_local = custom_op("gendistill::kda_backward_local", _launch_kda_bac
 
 @kda_backward_local.register_fake
 def _(grad_out, inputs, *_):
-    return [torch.empty_like(part) for part in inputs if part is not None]
+    # the kernels' are contiguous, however the inputs lie
+    contiguous = torch.contiguous_format
+    return [torch.empty_like(part, memory_format=contiguous) for part in inputs if part is not None]
 
 
 _forward = _quick(kda_forward, _launch_kda_forward)
@@ -329,7 +339,8 @@ def triton_causal_conv(
     """Run the convolution kernel; arguments as :func:`gendistill.ops.causal_conv`."""
     tiles = None if segments is None else segments.table(_conv.Tiles.of)
     tables = [None] * 3 if tiles is None else list(tiles)
-    return OpOutput(*_causal_conv(x.contiguous(), weight.contiguous(), bias, state, *tables, activation))
+    tensors = map(_contiguous, (x, weight, bias))
+    return OpOutput(*_causal_conv(*tensors, state, *tables, activation))
 
 
 def _tiles(*tables: Tensor | None) -> Any:

@@ -196,8 +196,10 @@ def values_kernel(
     scores = tl.dot(upstream, other)
     tl.store(rows_out + tile * 3 * C + rows, tl.sum(tl.where(i == j, scores, 0.0), 1))
     squares = tile * C * C + i * C + j
+    # The unit of what the kernel of the keys makes: pairs of tokens, and the states before and after the chunk. Of
+    # these, ``own`` tells: a token alone in its chunk has no pairs.
+    largest = tl.max(tl.maximum(tl.max(tl.where(i >= j, tl.abs(scores), 0.0), 1), tl.abs(own)), 0)
     scores = tl.where(i > j, scores, 0.0)
-    largest = tl.max(tl.max(tl.abs(scores), 1), 0)
     if ERASE != "none":
         lower = tl.where(i > j, -tl.dot(pull, other), 0.0)
         largest = tl.maximum(largest, tl.max(tl.max(tl.abs(lower), 1), 0))

@@ -238,6 +238,42 @@ def test_how_q_k_and_v_lie_in_memory_changes_nothing(monkeypatch, layout):
     assert all(one is other or torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
+LOPSIDED = {
+    "one token, then steps that change nothing": (Rule("none", sigmoid=False), 0.0),
+    "strengths of nearly nothing": (Rule("softplus"), 0.0),
+    "no erase, small gradients of the output": (Rule("none", sigmoid=False, erase="none"), 1e-12),
+}
+
+
+@pytest.mark.parametrize("name", LOPSIDED)
+def test_gradients_of_states_may_be_much_larger_than_those_of_pairs(name):
+    """Pairs of tokens and states share a power of two by which a chunk's gradients are divided."""
+    rule, size = LOPSIDED[name]
+    x = make(T=64, H=1, rule=rule)
+    decay, beta = 0.1 * x.decay, x.beta.clone()
+    if name.startswith("one token"):
+        decay[:, 1:], beta[:, 1:] = 0.0, 0.0
+    elif name.startswith("strengths"):
+        decay, beta[:, 1:] = x.decay, -30.0
+    x = x._replace(decay=decay, beta=beta)
+    out, last, saved = chunk_forward(x, rule, save=True)
+    d_out, d_last = size * torch.randn_like(out), torch.randn_like(last)
+    d_out[:, 0] = torch.randn_like(d_out[:, 0]) if size == 0 else d_out[:, 0]
+    found = chunk_backward(d_out, d_last, x, rule, out, saved)
+    exact = Inputs(*(None if part is None else part.double().requires_grad_() for part in x))
+    q, k = (l2norm(part) for part in exact[:2])
+    beta = exact.beta.sigmoid() if rule.sigmoid else exact.beta
+    decay = exact.decay
+    if rule.gate == "softplus":
+        decay = softplus_log_decay(decay, exact.A_log, exact.dt_bias)
+    erase = None if rule.erase == "none" else beta
+    expected, final = recurrent_delta_rule(q, k, exact.v, log_decay=decay, erase=erase, write=beta)
+    loss = (expected * d_out.double()).sum() + (final * d_last.double()).sum()
+    for field in ("k", "v", "decay"):
+        gradient = torch.autograd.grad(loss, getattr(exact, field), retain_graph=True)[0]
+        assert distance(getattr(found, field), gradient) < TOLERANCE, field
+
+
 @pytest.mark.parametrize("gate", ["bounded", "none"])
 def test_float16_inputs_are_differentiated_in_float16(monkeypatch, gate):
     """As on a GPU; interpreted, other tests take float32, which the range of 2^-12 does not need."""

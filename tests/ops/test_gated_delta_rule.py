@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import itertools
 import os
+import shutil
 
 import pytest
 import torch
@@ -170,3 +171,61 @@ def test_the_op_compiles_whole_and_keeps_torch_s_contracts(decay, erase, write):
         (*(x.get(name) for name in order), *settings),
         test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
     )
+
+
+@interpreted
+def test_how_states_and_gates_lie_in_memory_changes_nothing():
+    x = make("channel", "scalar", "scalar", dtype=torch.float32, gate="softplus")
+    state = torch.randn(1, 2, 20, 16).transpose(2, 3)
+    strided = {**x, "a_log": torch.randn(4)[::2], "dt_bias": torch.randn(1).expand(32)}
+    plain = {**strided, **{name: strided[name].contiguous() for name in ("a_log", "dt_bias")}}
+    found = gated_delta_rule(**strided, state=state, impl=Impl.TRITON)
+    expected = gated_delta_rule(**plain, state=state.contiguous(), impl=Impl.TRITON)
+    assert torch.equal(found.out, expected.out)
+    assert torch.equal(found.state, expected.state)
+
+
+@interpreted
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs g++ on a CPU")
+def test_compiled_gradients_are_right_where_heads_come_before_tokens(monkeypatch):
+    torch.manual_seed(0)
+    leaves = [torch.randn(2, 2, 5, 16, requires_grad=True) for _ in range(3)]
+    leaves += [torch.randn(2, 5, 2, 16, requires_grad=True), torch.randn(2, 5, 2, requires_grad=True)]
+    gates = {"gate": "softplus", "a_log": torch.zeros(2), "dt_bias": torch.zeros(32)}
+
+    def step(*parts):
+        q, k, v = (part.transpose(1, 2) for part in parts[:3])
+        return gated_kda(q, k, v, *parts[3:], **gates, impl=Impl.TRITON).out
+
+    expected = torch.autograd.grad(step(*leaves).square().sum(), leaves)
+    # what is compiled for a graph does not change with how its ops are registered
+    monkeypatch.setattr("torch._inductor.config.force_disable_caches", True)
+    compiled = torch.compile(step, fullgraph=True, backend="inductor")
+    found = torch.autograd.grad(compiled(*leaves).square().sum(), leaves)
+    assert all(torch.allclose(one, other, atol=1e-5) for one, other in zip(found, expected, strict=True))
+
+
+@interpreted
+def test_no_rows_are_no_output():
+    x = make("channel", "scalar", "scalar", dtype=torch.float32)
+    empty = {name: part[:0] if name not in ("a_log", "dt_bias", "gate") else part for name, part in x.items()}
+    out, state = gated_delta_rule(**empty, impl=Impl.TRITON)
+    assert out.shape == (0, 21, 2, 20)
+    assert state.shape == (0, 2, 16, 20)
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter takes them")
+def test_tensors_of_the_cpu_are_refused():
+    pytest.importorskip("triton", reason="the Triton kernels need triton")
+    x = make("channel", "scalar", "scalar", dtype=torch.float32)
+    with pytest.raises(ValueError, match="NVIDIA GPU"):
+        gated_delta_rule(**x, impl=Impl.TRITON)
+
+
+def test_all_heads_may_share_queries_keys_and_values():
+    x = make("channel", "scalar", "scalar", gate="none", H=1)
+    wide = {name: x[name].expand(-1, -1, 4, *x[name].shape[3:]) for name in ("decay", "beta")}
+    found = gated_delta_rule(**{**x, **wide})
+    expected = gated_delta_rule(**x)
+    torch.testing.assert_close(found.out, expected.out.expand(-1, -1, 4, -1))
+    torch.testing.assert_close(found.state, expected.state.expand(-1, 4, -1, -1))

@@ -74,7 +74,7 @@ def recurrent_delta_rule(
             value = value - torch.einsum("bhkv,bhk->bhv", memory, x.erase[:, t] * key)
         memory = memory + key[..., None] * value[..., None, :]
         outputs.append(torch.einsum("bhkv,bhk->bhv", memory, query))
-    out = torch.stack(outputs, dim=1) if outputs else x.v.new_zeros(*q.shape[:3], v.shape[-1])
+    out = torch.stack(outputs, dim=1) if outputs else x.v.new_zeros(*x.q.shape[:3], v.shape[-1])
     return OpOutput(out.to(v.dtype), memory)
 
 
@@ -201,7 +201,7 @@ def _prepare(
     number: int | None = None,
 ) -> _Inputs:
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    heads = max(q.shape[2], v.shape[2])
+    heads = write.shape[2]
     x = _Inputs(q, k, v, heads, dtype)
     x.q = x.q * (q.shape[-1] ** -0.5 if scale is None else scale)
     x.log_decay = None if log_decay is None else _gate("log_decay", log_decay, q, heads, q.shape[-1], dtype)
