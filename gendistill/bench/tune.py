@@ -181,9 +181,9 @@ class Outcome:
         many, save = (
             None if bound is None else value for bound, value in ((row.many, job.many), (row.save, job.save))
         )
-        return (
-            f'Entry("{job.kernel}", {keys}, {values}, {job.size}, {many}, {save}, {code(self.best.config)}),'
-        )
+        sizes = f"{keys}, {values}, {job.size}, {many}, {save}"
+        # two cases may ask for different rows of the same sizes
+        return f'Entry("{job.kernel}", {sizes}, {code(self.best.config)}),  # {job.case}'
 
     def rows(self) -> list[ResultRow]:
         """Return the times as rows of a results file."""
