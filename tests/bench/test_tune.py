@@ -75,10 +75,10 @@ def test_configurations_and_rows_are_written_as_in_the_table():
             assert eval(code(row.config), {"Config": Config}) == row.config
     found = outcome(1.0, 0.5).paste()
     assert found == 'Entry("scan", 128, 128, 2, True, False, Config(4, 4)),  # a case'
-    row = eval(found.rstrip(","), vars(configs))
+    (row,) = eval(found, vars(configs))
     assert row.config == Config(4, 4)
     norm = Outcome(job("norm_forward", 1, 1, many=False), [Trial(Config(4096, 4), 1.0)])
-    assert norm.paste() == 'Entry("norm_forward", ANY, ANY, 2, None, None, Config(4096, 4)),'
+    assert norm.paste() == 'Entry("norm_forward", ANY, ANY, 2, None, None, Config(4096, 4)),  # a case'
 
 
 def written(tuner):
