@@ -33,6 +33,7 @@ PLACES = {
     "values": Place(delta_chunk, "_values"),
     "keys": Place(delta_chunk, "_keys"),
     "keys_wild": Place(delta_chunk, "_keys_wild"),
+    "sum_heads": Place(delta_chunk, "_sum_heads"),
     "conv_forward": Place(short_conv, "_forward"),
     "conv_backward": Place(short_conv, "_backward"),
     "norm_forward": Place(gated_norm, "_forward"),

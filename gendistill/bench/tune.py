@@ -53,6 +53,7 @@ CANDIDATES: dict[str, tuple[Config, ...]] = {
     "values": tuple(Config(256, warps) for warps in (4, 8)),
     "keys": tuple(Config(block, warps) for block in (16, 32, 64) for warps in (4, 8)),
     "keys_wild": tuple(Config(1, warps) for warps in (4, 8)),
+    "sum_heads": tuple(Config(block, warps) for block in (512, 1024, 2048) for warps in (4, 8)),
     "conv_forward": tuple(
         Config(block, warps, registers=limit)
         for block in (128, 256)
@@ -89,6 +90,7 @@ _CHUNKED = (
     ("values", True),
     ("keys", True),
     ("keys_wild", True),
+    ("sum_heads", True),
 )
 # whose block the table takes from elsewhere
 _NO_BLOCK = ("keys_wild", "values")
@@ -219,7 +221,7 @@ def code(config: Config) -> str:
 def candidates(job: Job, now: Config) -> list[Config]:
     """Return what the table has, then what else to try: no block larger than what there is, nothing twice."""
     most = job.keys if job.kernel in ("prepare", "prepare_wild", "keys") else job.values
-    if job.kernel.startswith(("norm", "conv", "decode")):
+    if job.kernel.startswith(("norm", "conv", "decode", "sum_heads")):
         most = configs.ANY
     others = CANDIDATES[job.kernel]
     if job.kernel in _NO_BLOCK:

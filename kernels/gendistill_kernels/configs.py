@@ -26,6 +26,7 @@ KERNELS = {
     "values": "value channels of a program, all of them",
     "keys": "key channels of a program",
     "keys_wild": "nothing: its blocks are those of keys, whose sums it fills",
+    "sum_heads": "elements of a program's tile",
     "conv_forward": "channels of a program",
     "conv_backward": "channels of a program",
     "norm_forward": "elements of a program's tile",
@@ -126,6 +127,7 @@ TABLE: dict[Architecture, tuple[Entry, ...]] = {
         Entry("keys_wild", 256, 256, 2, None, None, Config(32, 4)),
         Entry("keys_wild", 256, 128, 4, None, None, Config(32, 4)),
         # 16 bytes for each thread of a warp; two programs at once on a processor
+        Entry("sum_heads", ANY, ANY, 4, None, None, Config(1024, 4)),
         Entry("conv_forward", ANY, ANY, 2, None, None, Config(256, 8, registers=128)),
         Entry("conv_forward", ANY, ANY, 4, None, None, Config(128, 8, registers=128)),
         # programs: a few rounds of what fits on a GPU at once, each with its own sum for the weights
@@ -152,6 +154,7 @@ TABLE: dict[Architecture, tuple[Entry, ...]] = {
         Entry("values", ANY, 256, 2, None, None, Config(256, 8)),
         Entry("keys", 256, 256, 2, None, None, Config(32, 4)),
         Entry("keys_wild", 256, 256, 2, None, None, Config(32, 4)),
+        Entry("sum_heads", ANY, ANY, 4, None, None, Config(1024, 4)),
         Entry("conv_forward", ANY, ANY, 2, None, None, Config(256, 8, registers=128)),
         Entry("conv_forward", ANY, ANY, 4, None, None, Config(128, 8, registers=128)),
         Entry("conv_backward", ANY, ANY, 2, None, None, Config(256, 2, programs=2048)),
@@ -174,6 +177,7 @@ TABLE: dict[Architecture, tuple[Entry, ...]] = {
         Entry("values", ANY, 128, 2, None, None, Config(256, 8)),
         Entry("keys", 256, 128, 2, None, None, Config(32, 4)),
         Entry("keys_wild", 256, 128, 2, None, None, Config(32, 4)),
+        Entry("sum_heads", ANY, ANY, 4, None, None, Config(1024, 4)),
         Entry("conv_forward", ANY, ANY, 2, None, None, Config(256, 8, registers=128)),
         Entry("conv_forward", ANY, ANY, 4, None, None, Config(128, 8, registers=128)),
         Entry("conv_backward", ANY, ANY, 2, None, None, Config(256, 2, programs=1024)),

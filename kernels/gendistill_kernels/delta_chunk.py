@@ -27,6 +27,7 @@ from gendistill_kernels.delta_chunk_backward import (
     keys_kernel,
     keys_wild_kernel,
     reverse_scan_kernel,
+    sum_heads_kernel,
     values_kernel,
 )
 from gendistill_kernels.delta_chunk_forward import (
@@ -45,6 +46,7 @@ _reverse_scan = Launcher(reverse_scan_kernel)
 _values = Launcher(values_kernel)
 _keys = Launcher(keys_kernel)
 _keys_wild = Launcher(keys_wild_kernel)
+_sum_heads = Launcher(sum_heads_kernel)
 
 # operands with the range of float32; the interpreter multiplies bfloat16 wrongly
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -718,9 +720,14 @@ def chunk_backward_local(
         d_beta, d_erase = d_erase.sum(3).to(x.beta.dtype), None
 
     def summed(grad: Tensor, like: Tensor, heads: int) -> Tensor:
-        if heads != n.H:
-            grad = grad.unflatten(2, (heads, n.H // heads)).sum(3)
-        return grad.to(like.dtype)
+        if heads == n.H:
+            return grad
+        total, config = new(like.shape, dtype=like.dtype), _config("sum_heads", x, n)
+        _sum_heads[(_blocks(total.numel(), config.block),)](
+            grad, total, total.numel(), GROUP=n.H // heads, WIDTH=like.shape[3], BLOCK=config.block,
+            num_warps=config.warps, num_stages=config.stages,
+        )  # fmt: skip
+        return total
 
     return Gradients(
         summed(dq, x.q, n.HQ),

@@ -615,3 +615,15 @@ def keys_wild_kernel(
             H, HQ, HK, SQ, SK, K, V, BK, BV, C, GATE, NORM, PACKED, DOT, LEVELS, WHOLE, W, SIGMOID, ERASE, SCALAR,
             RANGE, True, mark == 2,
         )  # fmt: skip
+
+
+@triton.jit
+def sum_heads_kernel(x, out, number, GROUP: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Add up float32 gradients of the ``GROUP`` heads that share one, in the order of the heads."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    live = at < number
+    first = x + (at // WIDTH) * (GROUP * WIDTH) + at % WIDTH
+    total = tl.load(first, mask=live, other=0.0)
+    for head in tl.range(1, GROUP):
+        total += tl.load(first + head * WIDTH, mask=live, other=0.0)
+    tl.store(out + at, total.to(out.dtype.element_ty), mask=live)

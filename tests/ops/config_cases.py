@@ -45,13 +45,28 @@ def make(cases: Any, entry: Entry, *, save: bool) -> tuple[Call, Call]:
             # what has a gradient
             V = min(V, 128)
         return _chunks(
-            cases, K, V, dtype, save=save, cut=entry.kernel in ("summary", "carry", "reverse_summary")
+            cases,
+            K,
+            V,
+            dtype,
+            save=save,
+            cut=entry.kernel in ("summary", "carry", "reverse_summary"),
+            heads=(2, 1, 1) if entry.kernel == "sum_heads" else None,
         )
     return {"conv": _convolution, "norm": _norm, "decode": _decode}[entry.kernel.split("_")[0]](cases, dtype)
 
 
-def _chunks(cases: Any, K: int, V: int, dtype: torch.dtype, *, save: bool, cut: bool) -> tuple[Call, Call]:
-    x = cases.draw(RULE, B=1, T=200, K=K, V=V, dtype=dtype)
+def _chunks(
+    cases: Any,
+    K: int,
+    V: int,
+    dtype: torch.dtype,
+    *,
+    save: bool,
+    cut: bool,
+    heads: tuple[int, int, int] | None,
+) -> tuple[Call, Call]:
+    x = cases.draw(RULE, B=1, T=200, K=K, V=V, dtype=dtype, heads=heads)
     # four channels of the first chunk forget fast, so that it goes level by level
     x.decay[:, :64, :, :4] += 6
     state, grads = cases.normal(1, 2, K, V), cases.upstream(x)

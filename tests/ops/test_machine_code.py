@@ -75,6 +75,7 @@ def launches(
         "_prepare_wild",
         "_scan",
         "_carry",
+        "_sum_heads",
         "_reverse_scan",
         "_values",
         "_keys",
