@@ -288,21 +288,8 @@ def prepare_kernel(
                 lower = tl.dot(xa, other, lower, input_precision=PRECISION)
         else:
             xq, xk, log_decay = _operands(
-                at_q,
-                at_k,
-                at_g,
-                norm_q,
-                norm_k,
-                live,
-                A_log,
-                dt_bias,
-                channels,
-                head,
-                lower_bound,
-                K,
-                GATE,
-                DOT,
-            )
+                at_q, at_k, at_g, norm_q, norm_k, live, A_log, dt_bias, channels, head, lower_bound, K, GATE, DOT,
+            )  # fmt: skip
             xa = _eraser(xk, erase, token * H + head, live, channels, K, SIGMOID, ERASE)
             total = tl.sum(log_decay.to(tl.float32), 0)
             tl.store(gc + tile * BK + channels, total)
@@ -418,21 +405,8 @@ def _prepare_again(
         for first in tl.range(0, BK, W):
             channels = first + part
             xq, xk, log_decay = _operands(
-                at_q,
-                at_k,
-                at_g,
-                norm_q,
-                norm_k,
-                live,
-                A_log,
-                dt_bias,
-                channels,
-                head,
-                lower_bound,
-                K,
-                GATE,
-                DOT,
-            )
+                at_q, at_k, at_g, norm_q, norm_k, live, A_log, dt_bias, channels, head, lower_bound, K, GATE, DOT,
+            )  # fmt: skip
             xa = _eraser(xk, erase, token * H + head, live, channels, K, SIGMOID, ERASE)
             own = tl.sum(xq.to(tl.float32) * xk.to(tl.float32), 1)
             attention += tl.where((i == j) & deep[:, None], own[:, None], 0.0)
