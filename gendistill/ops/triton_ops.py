@@ -11,73 +11,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.library import custom_op
-from torch.nn import Parameter
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from gendistill.ops.eager import differentiable, quick
 from gendistill.ops.types import OpOutput, Segments
 
 _delta: Any = importlib.import_module("gendistill_kernels.delta_chunk")
 _conv: Any = importlib.import_module("gendistill_kernels.short_conv")
 _norm: Any = importlib.import_module("gendistill_kernels.gated_norm")
 _decode: Any = importlib.import_module("gendistill_kernels.decode")
-
-
-# a subclass of Tensor may stand for something that has no memory
-_PLAIN = {Tensor, Parameter, type(None), list, str, float, int, bool}
-
-
-def _is_eager(arguments: tuple[Any, ...]) -> bool:
-    """Say whether nobody but autograd has to see an op: no compiler, tracer, transform, mode or tensor subclass."""
-    return not (
-        torch.compiler.is_compiling()
-        or is_in_torch_dispatch_mode()
-        or torch._C._are_functorch_transforms_active()
-        or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
-        or not _PLAIN.issuperset(map(type, arguments))
-    )
-
-
-def _needs_grad(arguments: tuple[Any, ...]) -> bool:
-    return torch.is_grad_enabled() and any(
-        isinstance(part, Tensor) and part.requires_grad for part in arguments
-    )
-
-
-def _quick(op: Any, launch: Any) -> Any:
-    """Return what calls an op without derivative; eagerly, what it does itself, since its dispatch takes long."""
-
-    def call(*arguments: Any) -> Any:
-        if _is_eager(arguments) and not _needs_grad(arguments):
-            return launch(*arguments)
-        return op(*arguments)
-
-    return call
-
-
-def _differentiable(
-    op: Any, launch: Any, keep: Any, differentiate: Any, *, keep_registered: Any = None
-) -> Any:
-    """Register an op's derivative, and return what calls the op; eagerly, what it does itself, as :func:`_quick`."""
-    op.register_autograd(differentiate, setup_context=keep_registered or keep)
-
-    def forward(ctx: Any, *arguments: Any) -> Any:
-        # an output without a gradient says None, and costs no tensor of zeros
-        ctx.set_materialize_grads(False)
-        output = launch(*arguments)
-        keep(ctx, arguments, output)
-        return output
-
-    methods = {"forward": forward, "backward": once_differentiable(differentiate)}
-    function = type(op._name, (torch.autograd.Function,), {k: staticmethod(v) for k, v in methods.items()})
-
-    def call(*arguments: Any) -> Any:
-        if not _is_eager(arguments):
-            return op(*arguments)
-        return function.apply(*arguments) if _needs_grad(arguments) else launch(*arguments)
-
-    return call
 
 
 def _contiguous(part: Tensor | None) -> Tensor | None:
@@ -282,9 +224,9 @@ def _(grad_out, inputs, *_):
     return [torch.empty_like(part, memory_format=contiguous) for part in inputs if part is not None]
 
 
-_forward = _quick(kda_forward, _launch_kda_forward)
-_backward_scan = _quick(kda_backward_scan, _launch_kda_backward_scan)
-_backward_local = _quick(kda_backward_local, _launch_kda_backward_local)
+_forward = quick(kda_forward, _launch_kda_forward)
+_backward_scan = quick(kda_backward_scan, _launch_kda_backward_scan)
+_backward_local = quick(kda_backward_local, _launch_kda_backward_local)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, list[Tensor]]) -> None:
@@ -322,9 +264,7 @@ def _differentiate(ctx: Any, grad_out: Tensor, grad_state: Tensor | None, _: Any
     return (*grads, scanned[2] if want_state else None, *[None] * 13)
 
 
-_kda = _differentiable(
-    kda_forward, _launch_kda_forward, _keep, _differentiate, keep_registered=_keep_detached
-)
+_kda = differentiable(kda_forward, _launch_kda_forward, _keep, _differentiate, keep_registered=_keep_detached)
 
 
 def triton_causal_conv(
@@ -409,7 +349,7 @@ def _(grad_out, grad_state, x, weight, bias, state, cu_seqlens, owners, firsts, 
     return [torch.empty_like(part) for part in (x, weight, bias, state) if part is not None]
 
 
-_conv_backward = _quick(conv_backward, _launch_conv_backward)
+_conv_backward = quick(conv_backward, _launch_conv_backward)
 
 
 def _keep_conv(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -425,7 +365,7 @@ def _differentiate_conv(ctx: Any, grad_out: Tensor, grad_state: Tensor | None) -
     return (*grads, None, None, None, None)
 
 
-_causal_conv = _differentiable(conv_forward, _launch_conv_forward, _keep_conv, _differentiate_conv)
+_causal_conv = differentiable(conv_forward, _launch_conv_forward, _keep_conv, _differentiate_conv)
 
 
 def _launch_gated_norm_forward(
@@ -461,7 +401,7 @@ def _(grad, out, weight, gate, activation, eps):
     return [torch.empty_like(part) for part in (out, weight, gate) if part is not None]
 
 
-_gated_norm_backward = _quick(gated_norm_backward, _launch_gated_norm_backward)
+_gated_norm_backward = quick(gated_norm_backward, _launch_gated_norm_backward)
 
 
 def _keep_norm(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -475,7 +415,7 @@ def _differentiate_norm(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return (*[None if part is None else next(found) for part in parts], None, None)
 
 
-triton_gated_norm = _differentiable(
+triton_gated_norm = differentiable(
     gated_norm_forward, _launch_gated_norm_forward, _keep_norm, _differentiate_norm
 )
 
@@ -538,4 +478,4 @@ def _(qkv, decay, beta, state, *settings):
     return qkv.new_empty(*beta.shape, state.shape[3])
 
 
-triton_kda_decode = _quick(kda_decode, _launch_kda_decode)
+triton_kda_decode = quick(kda_decode, _launch_kda_decode)
