@@ -88,6 +88,17 @@ class Entry(NamedTuple):
 
 ANY = 1 << 30
 
+# what fits everywhere; timed on an H200, but for sum_heads
+_EVERYWHERE = (
+    Entry("sum_heads", ANY, ANY, 4, None, None, Config(1024, 4)),
+    # 16 bytes for each thread of a warp; two programs at once on a processor
+    Entry("conv_forward", ANY, ANY, 2, None, None, Config(256, 8, registers=128)),
+    Entry("conv_forward", ANY, ANY, 4, None, None, Config(128, 8, registers=128)),
+    Entry("norm_forward", ANY, ANY, 4, None, None, Config(4096, 4)),
+    # 64 registers of state in each of 256 threads; two programs at once on a processor
+    Entry("decode", ANY, ANY, 4, None, None, Config(128 * 128, 8, registers=128)),
+)
+
 # The first row that covers a call is taken.
 TABLE: dict[Architecture, tuple[Entry, ...]] = {
     # Timed beside others at K = V = 128 in bfloat16: scan, reverse_scan and keys on one H200, prepare on one H100
@@ -126,18 +137,12 @@ TABLE: dict[Architecture, tuple[Entry, ...]] = {
         Entry("keys", 256, 128, 4, None, None, Config(32, 4)),
         Entry("keys_wild", 256, 256, 2, None, None, Config(32, 4)),
         Entry("keys_wild", 256, 128, 4, None, None, Config(32, 4)),
-        # 16 bytes for each thread of a warp; two programs at once on a processor
-        Entry("sum_heads", ANY, ANY, 4, None, None, Config(1024, 4)),
-        Entry("conv_forward", ANY, ANY, 2, None, None, Config(256, 8, registers=128)),
-        Entry("conv_forward", ANY, ANY, 4, None, None, Config(128, 8, registers=128)),
         # programs: a few rounds of what fits on a GPU at once, each with its own sum for the weights
         Entry("conv_backward", ANY, ANY, 2, None, None, Config(256, 2, programs=2048)),
         Entry("conv_backward", ANY, ANY, 4, None, None, Config(128, 2, programs=2048)),
-        Entry("norm_forward", ANY, ANY, 4, None, None, Config(4096, 4)),
         # programs: five for each of 132 processors, each with its own sum for the weight
         Entry("norm_backward", ANY, ANY, 4, None, None, Config(2048, 4, programs=660)),
-        # 64 registers of state in each of 256 threads; two programs at once on a processor
-        Entry("decode", ANY, ANY, 4, None, None, Config(128 * 128, 8, registers=128)),
+        *_EVERYWHERE,
     ),
     # No kernel has run on what follows: rows are chosen only to fit, and to spill little, by what the compiler says.
     # float32 inputs of the chunked kernels do not fit: prepare_wild takes 197 KB.
@@ -154,14 +159,10 @@ TABLE: dict[Architecture, tuple[Entry, ...]] = {
         Entry("values", ANY, 256, 2, None, None, Config(256, 8)),
         Entry("keys", 256, 256, 2, None, None, Config(32, 4)),
         Entry("keys_wild", 256, 256, 2, None, None, Config(32, 4)),
-        Entry("sum_heads", ANY, ANY, 4, None, None, Config(1024, 4)),
-        Entry("conv_forward", ANY, ANY, 2, None, None, Config(256, 8, registers=128)),
-        Entry("conv_forward", ANY, ANY, 4, None, None, Config(128, 8, registers=128)),
         Entry("conv_backward", ANY, ANY, 2, None, None, Config(256, 2, programs=2048)),
         Entry("conv_backward", ANY, ANY, 4, None, None, Config(128, 2, programs=2048)),
-        Entry("norm_forward", ANY, ANY, 4, None, None, Config(4096, 4)),
         Entry("norm_backward", ANY, ANY, 4, None, None, Config(2048, 4, programs=540)),
-        Entry("decode", ANY, ANY, 4, None, None, Config(128 * 128, 8, registers=128)),
+        *_EVERYWHERE,
     ),
     # gradients of values of 256 channels do not fit: keys takes 160 KB
     "any": (
@@ -177,14 +178,10 @@ TABLE: dict[Architecture, tuple[Entry, ...]] = {
         Entry("values", ANY, 128, 2, None, None, Config(256, 8)),
         Entry("keys", 256, 128, 2, None, None, Config(32, 4)),
         Entry("keys_wild", 256, 128, 2, None, None, Config(32, 4)),
-        Entry("sum_heads", ANY, ANY, 4, None, None, Config(1024, 4)),
-        Entry("conv_forward", ANY, ANY, 2, None, None, Config(256, 8, registers=128)),
-        Entry("conv_forward", ANY, ANY, 4, None, None, Config(128, 8, registers=128)),
         Entry("conv_backward", ANY, ANY, 2, None, None, Config(256, 2, programs=1024)),
         Entry("conv_backward", ANY, ANY, 4, None, None, Config(128, 2, programs=1024)),
-        Entry("norm_forward", ANY, ANY, 4, None, None, Config(4096, 4)),
         Entry("norm_backward", ANY, ANY, 4, None, None, Config(2048, 4, programs=320)),
-        Entry("decode", ANY, ANY, 4, None, None, Config(128 * 128, 8, registers=128)),
+        *_EVERYWHERE,
     ),
 }  # fmt: skip
 
