@@ -136,6 +136,17 @@ def _inverse_norm(at, live, K: tl.constexpr, BK: tl.constexpr):
 
 
 @triton.jit
+def _norms(at_q, at_k, live, scale, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, NORM: tl.constexpr):
+    """Return the factors of the rows of q, with the scale, and of k."""
+    norm_q = tl.zeros([C], tl.float32) + scale
+    norm_k = tl.zeros([C], tl.float32) + 1.0
+    if NORM:
+        norm_q *= _inverse_norm(at_q, live, K, BK)
+        norm_k *= _inverse_norm(at_k, live, K, BK)
+    return norm_q, norm_k
+
+
+@triton.jit
 def _decay_tile(
     decay, inside, A_log, dt_bias, channels, K: tl.constexpr, head, lower_bound, GATE: tl.constexpr
 ):
@@ -245,11 +256,7 @@ def prepare_kernel(
     at_g = decay + (token * H + head)[:, None] * K
     if beta is not None:
         strength = _strength(beta, token * H + head, live, SIGMOID, SAVE and ERASE == "tied")
-    norm_q = tl.zeros([C], tl.float32) + scale
-    norm_k = tl.zeros([C], tl.float32) + 1.0
-    if NORM:
-        norm_q *= _inverse_norm(at_q, live, K, BK)
-        norm_k *= _inverse_norm(at_k, live, K, BK)
+    norm_q, norm_k = _norms(at_q, at_k, live, scale, K, BK, C, NORM)
     if beta is not None:
         tl.store(strengths + tile * C + rows, strength)
     if SAVE:
@@ -334,6 +341,24 @@ def prepare_kernel(
 
 
 @triton.jit
+def _add_level(
+    attention, lower, level, mask, xq, xk, xa, log_decay, sums,
+    C: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, ERASE: tl.constexpr,
+):  # fmt: skip
+    """Add the pairs of tokens of a level, both of whose decays are taken from the middle of a block."""
+    small = exp2(tl.dot(sums.load([level * C, 0]), log_decay, input_precision=PRECISION)).to(DOT)
+    left = xk * small
+    scores = tl.dot(xq * small, tl.trans(left), input_precision=PRECISION)
+    attention += tl.where(mask, scores, 0.0)
+    if ERASE == "channel":
+        scores = tl.dot(xa * small, tl.trans(left), input_precision=PRECISION)
+    else:
+        scores = tl.dot(left, tl.trans(left), input_precision=PRECISION)
+    lower += tl.where(mask, scores, 0.0)
+    return attention, lower
+
+
+@triton.jit
 def _prepare_again(
     chunk, head, q, k, decay, beta, A_log, dt_bias, sums, kt, p, inverse_out, wild,
     chunk_starts, chunk_lengths, tokens, scale, lower_bound, erase,
@@ -354,11 +379,7 @@ def _prepare_again(
     at_g = decay + (token * H + head)[:, None] * K
     if beta is not None:
         strength = _strength(beta, token * H + head, live, SIGMOID, SAVE and ERASE == "tied")
-    norm_q = tl.zeros([C], tl.float32) + scale
-    norm_k = tl.zeros([C], tl.float32) + 1.0
-    if NORM:
-        norm_q *= _inverse_norm(at_q, live, K, BK)
-        norm_k *= _inverse_norm(at_k, live, K, BK)
+    norm_q, norm_k = _norms(at_q, at_k, live, scale, K, BK, C, NORM)
 
     row = (tile * C).to(tl.int32)
     attention = tl.zeros([C, C], tl.float32)
@@ -386,16 +407,21 @@ def _prepare_again(
         scores = tl.dot((xa.to(tl.float32) * factor).to(WIDE), write, input_precision=PRECISION)
         lower += tl.where(near & (i > j), scores, 0.0)
         for level in tl.range(WHOLE, LEVELS):
-            small = exp2(tl.dot(sums.load([level * C, 0]), log_decay, input_precision=PRECISION)).to(DOT)
-            left = xk * small
-            mask = meet(rows, level)
-            scores = tl.dot(xq * small, tl.trans(left), input_precision=PRECISION)
-            attention += tl.where(mask, scores, 0.0)
-            if ERASE == "channel":
-                scores = tl.dot(xa * small, tl.trans(left), input_precision=PRECISION)
-            else:
-                scores = tl.dot(left, tl.trans(left), input_precision=PRECISION)
-            lower += tl.where(mask, scores, 0.0)
+            attention, lower = _add_level(
+                attention,
+                lower,
+                level,
+                meet(rows, level),
+                xq,
+                xk,
+                xa,
+                log_decay,
+                sums,
+                C,
+                DOT,
+                PRECISION,
+                ERASE,
+            )
 
     deep = from_block < RANGE
     if tl.max(deep.to(tl.int32), 0) != 0:
@@ -411,16 +437,10 @@ def _prepare_again(
             own = tl.sum(xq.to(tl.float32) * xk.to(tl.float32), 1)
             attention += tl.where((i == j) & deep[:, None], own[:, None], 0.0)
             for level in tl.range(0, LEVELS):
-                small = exp2(tl.dot(sums.load([level * C, 0]), log_decay, input_precision=PRECISION)).to(DOT)
-                left = xk * small
-                mask = meet(rows, level) & deep[:, None]
-                scores = tl.dot(xq * small, tl.trans(left), input_precision=PRECISION)
-                attention += tl.where(mask, scores, 0.0)
-                if ERASE == "channel":
-                    scores = tl.dot(xa * small, tl.trans(left), input_precision=PRECISION)
-                else:
-                    scores = tl.dot(left, tl.trans(left), input_precision=PRECISION)
-                lower += tl.where(mask, scores, 0.0)
+                attention, lower = _add_level(
+                    attention, lower, level, meet(rows, level) & deep[:, None], xq, xk, xa, log_decay, sums,
+                    C, DOT, PRECISION, ERASE,
+                )  # fmt: skip
 
     # only rows that are out of range themselves
     out = (from_start < RANGE)[:, None]
