@@ -10,7 +10,7 @@ from torch import Tensor
 from gendistill.ops.kda import RECURRENT_TOKENS, check_shapes
 from gendistill.ops.reference.delta_rule import chunk_delta_rule, recurrent_delta_rule
 from gendistill.ops.reference.gates import bounded_log_decay, l2norm, softplus_log_decay
-from gendistill.ops.types import Impl, OpOutput, Segments, triton_ops
+from gendistill.ops.types import Impl, OpOutput, Segments, is_triton, triton_ops
 
 
 def gated_delta_rule(
@@ -66,7 +66,7 @@ def gated_delta_rule(
     _check_strengths(beta, erase, write, (*decay.shape[:3], q.shape[-1], v.shape[-1]))
     erase_gate = erase if isinstance(erase, Tensor) else None
     write_gate = write if isinstance(write, Tensor) else None
-    if Impl(impl) is Impl.TRITON:
+    if is_triton(impl):
         strengths = {"erase": erase_gate, "write": write_gate, "erases": erase is not None}
         gates = {"gate": gate, "a_log": a_log, "dt_bias": dt_bias, "lower_bound": lower_bound}
         return triton_ops().triton_kda(

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gendistill.ops.types import Impl, triton_ops
+from gendistill.ops.types import Impl, is_triton, triton_ops
 
 
 def gated_rms_norm(
@@ -36,7 +36,7 @@ def gated_rms_norm(
         raise ValueError(
             f'activation must be silu or sigmoid with a gate and none without, got "{activation}" and {given}'
         )
-    if Impl(impl) is Impl.TRITON:
+    if is_triton(impl):
         return triton_ops().triton_gated_norm(out, weight, gate, activation, eps)
     if weight is not None:
         out = F.rms_norm(out, weight.shape, weight, eps)

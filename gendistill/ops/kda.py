@@ -7,7 +7,7 @@ from torch import Tensor
 
 from gendistill.ops.reference.delta_rule import chunk_delta_rule, recurrent_delta_rule
 from gendistill.ops.reference.gates import bounded_log_decay, l2norm, softplus_log_decay
-from gendistill.ops.types import Impl, OpOutput, Segments, triton_ops
+from gendistill.ops.types import Impl, OpOutput, Segments, is_triton, triton_ops
 
 # below this many tokens a loop is cheaper than the chunked form
 RECURRENT_TOKENS = 4
@@ -72,7 +72,7 @@ def kda(
     Source: arXiv 2510.26692.
     """
     check_shapes(q, k, v, log_decay, beta, state, segments)
-    if Impl(impl) is Impl.TRITON:
+    if is_triton(impl):
         return triton_ops().triton_kda(q, k, v, log_decay, beta, state=state, segments=segments)
     gates = {"log_decay": log_decay, "erase": beta, "write": beta, "state": state}
     if segments is None and q.shape[1] <= RECURRENT_TOKENS:
@@ -117,7 +117,7 @@ def gated_kda(
     if gate not in ("bounded", "softplus"):
         raise ValueError(f'gate must be bounded or softplus, got "{gate}"')
     check_shapes(q, k, v, raw_decay, raw_beta, state, segments)
-    if Impl(impl) is Impl.TRITON:
+    if is_triton(impl):
         gates = {"gate": gate, "a_log": a_log, "dt_bias": dt_bias, "lower_bound": lower_bound, "raw": True}
         return triton_ops().triton_kda(q, k, v, raw_decay, raw_beta, **gates, state=state, segments=segments)
     if gate == "bounded":

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from gendistill.ops.reference.short_conv import causal_conv as reference_conv
-from gendistill.ops.types import Impl, OpOutput, Segments, triton_ops
+from gendistill.ops.types import Impl, OpOutput, Segments, is_triton, triton_ops
 
 
 def causal_conv(
@@ -35,6 +35,6 @@ def causal_conv(
         ValueError: Shapes disagree or the activation is unknown.
     """
     settings = {"activation": activation, "state": state, "segments": segments}
-    if Impl(impl) is Impl.TRITON:
+    if is_triton(impl):
         return triton_ops().triton_causal_conv(x, weight, bias, **settings)
     return reference_conv(x, weight, bias, **settings)

@@ -22,6 +22,13 @@ class Impl(StrEnum):
     TRITON = "triton"
 
 
+def is_triton(impl: Impl | str) -> bool:
+    """Say whether an op shall run on our kernels; a ValueError says that there is no such implementation."""
+    # torch 2.11 cannot trace the class called with one of its members
+    chosen = impl if isinstance(impl, Impl) else Impl(impl)
+    return chosen is Impl.TRITON
+
+
 class OpOutput(NamedTuple):
     """Hold an op's output and the state after the last token."""
 
