@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from gendistill_kernels import decode, delta_chunk, gated_norm, short_conv
+from gendistill_kernels.launch import Fixed
 
 
 class Place(NamedTuple):
@@ -34,6 +35,7 @@ PLACES = {
     "keys": Place(delta_chunk, "_keys"),
     "keys_wild": Place(delta_chunk, "_keys_wild"),
     "sum_heads": Place(delta_chunk, "_sum_heads"),
+    "sum_chunks": Place(delta_chunk, "_sum_chunks"),
     "conv_forward": Place(short_conv, "_forward"),
     "conv_backward": Place(short_conv, "_backward"),
     "norm_forward": Place(gated_norm, "_forward"),
@@ -64,6 +66,8 @@ class _Watched:
     def __getitem__(self, grid: Any) -> Callable[..., None]:
         def call(*arguments: Any, **settings: Any) -> None:
             launch = Launch(self.launcher, grid, arguments, settings)
+            if isinstance(grid, Fixed):
+                launch = Launch(self.launcher, grid.grid, arguments, {**grid.constants})
             self.found.append(launch)
             if self.run:
                 launch.again()

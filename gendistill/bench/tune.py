@@ -24,10 +24,11 @@ from gendistill.bench.inputs import SequenceInputs, draw_decode, draw_sequence
 from gendistill.bench.launches import Launch, watch
 from gendistill.bench.measure import attempt, relative_error
 from gendistill.report.results_table import ResultRow
-from gendistill_kernels import configs, delta_chunk
+from gendistill_kernels import configs
 from gendistill_kernels.configs import Config, Entry
 from gendistill_kernels.decode import Convolution, Finish, Heads, decode_step
 from gendistill_kernels.delta_chunk import Chunks, Inputs, Rule, chunk_backward, chunk_forward
+from gendistill_kernels.delta_plan import power_of_2
 from gendistill_kernels.gated_norm import gated_norm_backward, gated_norm_forward
 from gendistill_kernels.short_conv import Tiles, conv_backward, conv_forward
 
@@ -54,6 +55,7 @@ CANDIDATES: dict[str, tuple[Config, ...]] = {
     "keys": tuple(Config(block, warps) for block in (16, 32, 64) for warps in (4, 8)),
     "keys_wild": tuple(Config(1, warps) for warps in (4, 8)),
     "sum_heads": tuple(Config(block, warps) for block in (512, 1024, 2048) for warps in (4, 8)),
+    "sum_chunks": tuple(Config(block, warps) for block in (1024, 4096, 8192) for warps in (4, 8)),
     "conv_forward": tuple(
         Config(block, warps, registers=limit)
         for block in (128, 256)
@@ -91,6 +93,7 @@ _CHUNKED = (
     ("keys", True),
     ("keys_wild", True),
     ("sum_heads", True),
+    ("sum_chunks", True),
 )
 # whose block the table takes from elsewhere
 _NO_BLOCK = ("keys_wild", "values")
@@ -221,7 +224,7 @@ def code(config: Config) -> str:
 def candidates(job: Job, now: Config) -> list[Config]:
     """Return what the table has, then what else to try: no block larger than what there is, nothing twice."""
     most = job.keys if job.kernel in ("prepare", "prepare_wild", "keys") else job.values
-    if job.kernel.startswith(("norm", "conv", "decode", "sum_heads")):
+    if job.kernel.startswith(("norm", "conv", "decode", "sum_")):
         most = configs.ANY
     others = CANDIDATES[job.kernel]
     if job.kernel in _NO_BLOCK:
@@ -355,8 +358,8 @@ def make_jobs(
 def _chunked(case: Case, dtype: torch.dtype, device: str) -> Iterator[Job]:
     """Go over the kernels of the chunked rule, with each gate; that which starts wildest has chunks out of range."""
     rows = case.batch if case.lengths is None else len(case.lengths)
-    wide = delta_chunk._power_of_2(case.channels)
-    many = configs.is_many(rows * case.heads, wide)
+    wide = power_of_2(case.channels)
+    many = configs.is_many(rows * case.heads, wide, packed=case.lengths is not None)
     chunks = None if case.lengths is None else Chunks.of(case.lengths, device)
     for gate in GATES:
         drawn = draw_sequence(case, gate, device=device, dtype=dtype)
@@ -418,7 +421,7 @@ def _norm(case: Case, dtype: torch.dtype, device: str) -> Iterator[Job]:
 
 
 def _decoding(case: Case, dtype: torch.dtype, device: str) -> Iterator[Job]:
-    wide = delta_chunk._power_of_2(case.channels)
+    wide = power_of_2(case.channels)
     sizes = DecodeCase("step", 64, case.heads, case.channels, case.kv_heads)
     x = draw_decode(sizes, device=device, dtype=dtype)
 

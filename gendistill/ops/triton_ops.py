@@ -76,14 +76,9 @@ def triton_kda(
 
 def _rule(x: Any, gate: str, lower_bound: float, raw: bool, erases: bool) -> Any:
     """Say what ``Inputs`` mean."""
-    return _delta.Rule(
-        gate=gate,
-        lower_bound=lower_bound,
-        norm=raw,
-        sigmoid=raw,
-        erase="none" if not erases else "scalar" if x.erase is None else "channel",
-        write="scalar" if x.write is None else "channel",
-    )
+    erase = "none" if not erases else "scalar" if x.erase is None else "channel"
+    write = "scalar" if x.write is None else "channel"
+    return _delta.Rule(gate, lower_bound, raw, raw, None, erase, write)
 
 
 def _chunks(*tables: Tensor | None) -> Any:
@@ -199,14 +194,13 @@ def _launch_kda_backward_local(
     erases: bool,
 ) -> list[Tensor]:
     """Return the gradients of those inputs that are there, in their order."""
-    none = total.new_empty(0)
     x = _delta.Inputs(*inputs)
     found = _delta.chunk_backward_local(
         grad_out,
         x,
         _rule(x, gate, lower_bound, raw, erases),
         out,
-        _delta.Saved(none, none, total, strength, norms, states, news, matrices, wild),
+        _delta.Saved(None, None, total, strength, norms, states, news, matrices, wild),
         grads,
         errors,
         chunks=_delta.Chunks(*tables) if tables else None,

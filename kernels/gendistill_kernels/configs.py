@@ -8,9 +8,9 @@ of its architecture, tests/ops/test_gpu_configs.py runs every entry of the archi
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -27,6 +27,7 @@ KERNELS = {
     "keys": "key channels of a program",
     "keys_wild": "nothing: its blocks are those of keys, whose sums it fills",
     "sum_heads": "elements of a program's tile",
+    "sum_chunks": "elements of a program's tile",
     "conv_forward": "channels of a program",
     "conv_backward": "channels of a program",
     "norm_forward": "elements of a program's tile",
@@ -88,9 +89,10 @@ class Entry(NamedTuple):
 
 ANY = 1 << 30
 
-# what fits everywhere; timed on an H200, but for sum_heads
+# what fits everywhere; timed on an H200, but for the sums
 _EVERYWHERE = (
     Entry("sum_heads", ANY, ANY, 4, None, None, Config(1024, 4)),
+    Entry("sum_chunks", ANY, ANY, 4, None, None, Config(4096, 4)),
     # 16 bytes for each thread of a warp; two programs at once on a processor
     Entry("conv_forward", ANY, ANY, 2, None, None, Config(256, 8, registers=128)),
     Entry("conv_forward", ANY, ANY, 4, None, None, Config(128, 8, registers=128)),
@@ -186,6 +188,18 @@ TABLE: dict[Architecture, tuple[Entry, ...]] = {
 }  # fmt: skip
 
 _forced: dict[str, Config] = {}
+_caches: list[Any] = []
+
+
+def cached(size: int) -> Callable[[Callable[..., Any]], Any]:
+    """Remember the last results of a function that depends on the table, until the table is overruled."""
+
+    def decorate(function: Callable[..., Any]) -> Any:
+        found = functools.lru_cache(size)(function)
+        _caches.append(found)
+        return found
+
+    return decorate
 
 
 @functools.cache
@@ -196,7 +210,7 @@ def architecture(device: torch.device) -> Architecture:
     return _ARCHITECTURES.get(torch.cuda.get_device_capability(device), "any")
 
 
-@functools.lru_cache(4096)
+@cached(4096)
 def lookup(
     device: torch.device,
     kernel: str,
@@ -243,9 +257,12 @@ def _most(channels: int) -> str:
     return "any number of" if channels == ANY else f"up to {channels}"
 
 
-def is_many(chains: int, values: int) -> bool:
-    """Say whether there is work for every processor if a program takes 128 value channels."""
-    return chains * (values // 128) >= MANY
+def is_many(chains: int, values: int, *, packed: bool) -> bool:
+    """Say whether there is work for every processor, until the end, if a program takes 128 value channels.
+
+    Packed sequences differ in length, so that most programs are done before the last.
+    """
+    return not packed and chains * (values // 128) >= MANY
 
 
 @contextmanager
@@ -253,10 +270,15 @@ def forced(kernel: str, config: Config) -> Iterator[None]:
     """Launch a kernel with this configuration, whatever its sizes; for tests and tuning."""
     before = dict(_forced)
     _forced[kernel] = config
-    lookup.cache_clear()
+    _forget()
     try:
         yield
     finally:
         _forced.clear()
         _forced.update(before)
-        lookup.cache_clear()
+        _forget()
+
+
+def _forget() -> None:
+    for cache in _caches:
+        cache.cache_clear()

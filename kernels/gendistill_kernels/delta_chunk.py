@@ -16,17 +16,17 @@ import functools
 import math
 import os
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-import triton.language as tl
 from torch import Tensor
 
-from gendistill_kernels.configs import SEGMENT, Config, is_many, lookup
+from gendistill_kernels.configs import SEGMENT
 from gendistill_kernels.delta_chunk_backward import (
     keys_kernel,
     keys_wild_kernel,
     reverse_scan_kernel,
+    sum_chunks_kernel,
     sum_heads_kernel,
     values_kernel,
 )
@@ -36,7 +36,19 @@ from gendistill_kernels.delta_chunk_forward import (
     prepare_wild_kernel,
     scan_kernel,
 )
-from gendistill_kernels.launch import Blocks, Launcher
+from gendistill_kernels.delta_plan import (
+    CHUNK,
+    LEVELS,
+    WHOLE,
+    Plan,
+    Rule,
+    Sizes,
+    Space,
+    num_segments,
+    plan,
+    work_spaces,
+)
+from gendistill_kernels.launch import Blocks, Fixed, Launcher
 
 _prepare = Launcher(prepare_kernel)
 _prepare_wild = Launcher(prepare_wild_kernel)
@@ -47,48 +59,11 @@ _values = Launcher(values_kernel)
 _keys = Launcher(keys_kernel)
 _keys_wild = Launcher(keys_wild_kernel)
 _sum_heads = Launcher(sum_heads_kernel)
+_sum_chunks = Launcher(sum_chunks_kernel)
 
-# operands with the range of float32; the interpreter multiplies bfloat16 wrongly
+# the interpreter multiplies bfloat16 wrongly
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-_TRITON = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 _WIDE = torch.float32 if _INTERPRETED else torch.bfloat16
-CHUNK = 64
-LEVELS = 6
-# A chunk whose decay, as a power of two, stays above this in every channel takes one product for all its pairs of
-# tokens: its factors stay in the range of the operands, and what they are multiplied with keeps its bits. Other chunks
-# go level by level down to blocks of 2^_WHOLE tokens, which then take one product if they are in range.
-_RANGE, _RANGE_FLOAT16 = -200.0, -12.0
-_WHOLE = 4
-
-
-class Rule(NamedTuple):
-    """Say what the inputs are.
-
-    Attributes:
-        gate: ``none``: ``decay`` holds log-decays; ``softplus``: raw values, log-decay
-            ``-exp(A_log) softplus(raw + dt_bias)``; ``bounded``: ``lower_bound sigmoid(exp(A_log) (raw + dt_bias))``.
-        lower_bound: Of the bounded gate.
-        norm: L2-normalise q and k.
-        sigmoid: ``beta``, ``Inputs.erase`` and ``Inputs.write`` hold logits.
-        scale: Factor on q; ``K ** -0.5`` by default.
-        erase: What a write first erases under its key: ``none``; ``scalar``: ``beta`` of it; ``channel``: of every key
-            channel what ``Inputs.erase`` says.
-        write: How much of v is written: ``scalar``: ``beta`` of it; ``channel``: of every value channel what
-            ``Inputs.write`` says.
-
-    Whether the decay is one per head shows in the shape of ``Inputs.decay``.
-    """
-
-    gate: Literal["none", "softplus", "bounded"] = "none"
-    lower_bound: float = -5.0
-    norm: bool = True
-    sigmoid: bool = True
-    scale: float | None = None
-    erase: Literal["none", "scalar", "channel"] = "scalar"
-    write: Literal["scalar", "channel"] = "scalar"
-
-
-_ERASE, _WRITE = ("none", "scalar", "channel"), ("scalar", "channel")
 _KDA = Rule()
 
 
@@ -231,74 +206,41 @@ class Gradients(NamedTuple):
     state: Tensor | None
 
 
-class _Sizes(NamedTuple):
-    B: int
-    T: int
-    H: int
-    HQ: int
-    HK: int
-    HV: int
-    K: int
-    V: int
-    BK: int
-    wide: int
-    chunks: int
-    sequences: int
-
-    @classmethod
-    def of(cls, x: Inputs, chunks: Chunks | None) -> _Sizes:
-        B, T, HQ, K = x.q.shape
-        V = x.v.shape[3]
-        return cls(
-            B=B,
-            T=T,
-            H=x.decay.shape[2],
-            HQ=HQ,
-            HK=x.k.shape[2],
-            HV=x.v.shape[2],
-            K=K,
-            V=V,
-            BK=_power_of_2(K),
-            wide=_power_of_2(V),
-            chunks=B * math.ceil(T / CHUNK) if chunks is None else len(chunks.starts),  # pyright: ignore
-            sequences=B if chunks is None else len(chunks.offsets),  # pyright: ignore
-        )
+def _plan(x: Inputs, rule: Rule, chunks: Chunks | None) -> tuple[Inputs, Plan]:
+    """Look up the plan of a call, and copy what of q, k and v the kernels cannot step through."""
+    packed = None
+    if chunks is not None:
+        assert chunks.starts is not None
+        assert chunks.offsets is not None
+        kinds = 0 if chunks.kinds is None else chunks.kinds.shape[0]
+        packed = chunks.starts.shape[0], chunks.offsets.shape[0], kinds, chunks.starts.get_device()
+    found = plan(
+        tuple([None if part is None else part.shape for part in x]),
+        (x.q.stride(), x.k.stride(), x.v.stride()),
+        tuple([None if part is None else (part.dtype, part.get_device()) for part in x]),
+        x.q.device,
+        rule,
+        packed,
+        SEGMENT,
+        _WIDE,
+        not _INTERPRETED,
+    )
+    if None not in found.token_strides:
+        return x, found
+    even = [
+        part if stride is not None else part.contiguous()
+        for part, stride in zip((x.q, x.k, x.v), found.token_strides, strict=True)
+    ]
+    return _plan(x._replace(q=even[0], k=even[1], v=even[2]), rule, chunks)
 
 
-def _power_of_2(channels: int) -> int:
-    """Round up to a size of tile that products accept."""
-    return max(16, 1 << (channels - 1).bit_length())
+def _kind(part: Tensor | None) -> Any:
+    return None if part is None else (part.dtype, part.get_device())
 
 
-def _token_stride(part: Tensor) -> int | None:
-    """Return how many elements lie between tokens, if tokens of all rows do so and heads are next to each other."""
-    B, T, heads, channels = part.shape
-    by_row, by_token, by_head, by_channel = part.stride()
-    stride = by_token if T > 1 else by_row if B > 1 else heads * channels
-    even = B == 1 or T == 1 or by_row == T * by_token
-    dense = (channels == 1 or by_channel == 1) and (heads == 1 or by_head == channels)
-    return stride if even and dense and stride >= heads * channels else None
-
-
-def _even(x: Inputs) -> Inputs:
-    """Copy what of q, k and v the kernels cannot step through."""
-    uneven = {
-        name: part.contiguous()
-        for name, part in (("q", x.q), ("k", x.k), ("v", x.v))
-        if _token_stride(part) is None
-    }
-    return x._replace(**uneven) if uneven else x
-
-
-def _blocks(channels: int, size: int) -> int:
-    """Count blocks of this size."""
-    return -(-channels // size)
-
-
-def _config(kernel: str, x: Inputs, n: _Sizes, *, save: bool = False) -> Config:
-    """Choose how a kernel is launched; a ValueError says that it cannot be."""
-    many = is_many(n.sequences * n.H, n.wide)
-    return lookup(x.q.device, kernel, n.BK, n.wide, x.q.dtype.itemsize, many, save)
+def _allocate(space: Space, device: torch.device) -> Tensor:
+    # what is typed as a tensor is one, wherever it is used
+    return None if space is None else torch.empty(space[0], dtype=space[1], device=device)  # pyright: ignore
 
 
 @functools.cache
@@ -312,7 +254,7 @@ def _tables(device: torch.device, dtype: torch.dtype = torch.float16) -> Blocks:
     """Make 0/1 matrices, one under the other.
 
     Per level, what sums log-decays from the middle of a block to a token; the same from a token to the end of the
-    chunk, from its start to the token, and from the start of the token's block of 2^_WHOLE.
+    chunk, from its start to the token, and from the start of the token's block of 2^WHOLE.
     """
     i, t = torch.arange(CHUNK)[:, None], torch.arange(CHUNK)[None, :]
     sums = []
@@ -320,128 +262,57 @@ def _tables(device: torch.device, dtype: torch.dtype = torch.float16) -> Blocks:
         half = 1 << level
         # in the same half, on the inner side of the token: up to it in a right half, after it in a left one
         sums.append(((i ^ t) < half) & (((i & half) != 0) != (t > i)))
-    sums += [t <= i, (t <= i) & ((i ^ t) < (1 << _WHOLE))]
+    sums += [t <= i, (t <= i) & ((i ^ t) < (1 << WHOLE))]
     return _tiles(torch.cat(sums).to(device=device, dtype=dtype))
 
 
-def _tiles(part: Tensor, columns: int | None = None) -> Blocks:
-    return Blocks(part, (CHUNK, columns or part.shape[-1]))
+def _tiles(whole: Tensor, columns: int | None = None, part: int | None = None) -> Blocks:
+    return Blocks(whole, (CHUNK, columns or whole.shape[-1]), part)
 
 
-def _range(dtype: torch.dtype) -> float:
-    return _RANGE_FLOAT16 if dtype == torch.float16 else _RANGE
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    """Choose the operands that hold factors as far out as the limit of a chunk's decay."""
-    return dtype if dtype == torch.float16 and not _INTERPRETED else _WIDE
-
-
-def _wide_exact(dtype: torch.dtype) -> Any:
-    """As ``_wide``, and float32 for float32 inputs, which the forward pass multiplies as they are."""
-    return _TRITON[torch.float32 if dtype == torch.float32 else _wide(dtype)]
-
-
-def _never_wild(rule: Rule, dtype: torch.dtype) -> bool:
-    """Say whether a gate keeps every chunk in range, whatever the inputs."""
-    return rule.gate == "bounded" and CHUNK * rule.lower_bound * math.log2(math.e) > _range(dtype)
-
-
-def _layout(x: Inputs, n: _Sizes, chunks: Chunks | None) -> Chunks:
-    """Say where chunks and segments are. Keys of more than 128 channels make matrices too large to carry."""
-    if chunks is None:
-        if n.BK > 128 or n.T <= SEGMENT * CHUNK:
-            return _UNPACKED
-        return _rows(n.B, n.T, SEGMENT, x.q.device)
-    return Chunks(*chunks[:4]) if n.BK > 128 else chunks
-
-
-def _num_segments(x: Inputs, n: _Sizes, chunks: Chunks | None) -> int:
-    if chunks is None:
-        return n.B * math.ceil(n.T / (SEGMENT * CHUNK)) if n.BK <= 128 and n.T > SEGMENT * CHUNK else 0
-    at = _layout(x, n, chunks)
-    return 0 if at.kinds is None else at.kinds.shape[0]
-
-
-def _erase_case(rule: Rule) -> str:
-    """Say how the kernels erase: ``tied`` if what strengthens a write is what erases."""
-    return "tied" if rule.erase == rule.write == "scalar" else rule.erase
-
-
-def check_rule(x: Inputs, rule: Rule) -> None:
-    """Refuse inputs that do not fit the rule; the kernels would read what is not there.
-
-    Raises:
-        ValueError: A tensor is missing, superfluous, or of another shape.
-    """
-    for name, kind, kinds in (("erase", rule.erase, _ERASE), ("write", rule.write, _WRITE)):
-        if kind not in kinds:
-            raise ValueError(
-                f"Rule.{name} must be one of {', '.join(kinds)}, got {kind!r}; choose one of them"
-            )
-    rows, K, V = tuple(x.decay.shape[:3]), x.q.shape[3], x.v.shape[3]
-    scalar = "scalar" in (rule.erase, rule.write)
-    parts = (
-        ("beta", x.beta, rows if scalar else None),
-        ("erase", x.erase, (*rows, K) if rule.erase == "channel" else None),
-        ("write", x.write, (*rows, V) if rule.write == "channel" else None),
-    )
-    for name, part, shape in parts:
-        if (part is None) != (shape is None) or (part is not None and tuple(part.shape) != shape):
-            got = None if part is None else list(part.shape)
-            fix = "leave it out" if shape is None else "pass it"
-            raise ValueError(
-                f'with erase "{rule.erase}" and write "{rule.write}" {name} must be'
-                f" {None if shape is None else list(shape)}, got {got}; {fix}, or change Rule.erase or Rule.write"
-            )
-
-
-def _work(x: Inputs, rule: Rule, n: _Sizes) -> list[Tensor]:
-    """Allocate what the first kernel hands to the second: the first four of ``Saved``."""
-    new = functools.partial(torch.empty, device=x.q.device)
-    less = rule.erase == "none"
-    return [
-        new(3 - less, n.chunks, n.H, CHUNK, n.BK, dtype=x.q.dtype),
-        new(2 - less, n.chunks, n.H, CHUNK, CHUNK, dtype=x.q.dtype),
-        new(n.chunks, n.H, n.BK, dtype=torch.float32),
-        new(*((0,) if x.beta is None else (n.chunks, n.H, CHUNK)), dtype=torch.float32),
-    ]
-
-
-def _empty_wild(x: Inputs, n: _Sizes) -> Tensor:
-    shape = (0,) if x.decay.ndim == 3 else (n.chunks, n.H)
-    return torch.empty(*shape, dtype=torch.int32, device=x.q.device)
+def _layout(at: Plan, x: Inputs, chunks: Chunks | None) -> Chunks:
+    """Say where chunks and segments are."""
+    if chunks is not None:
+        return chunks if at.segments else Chunks(*chunks[:4])
+    return _rows(at.n.B, at.n.T, SEGMENT, x.q.device) if at.segments else _UNPACKED
 
 
 def _none_if_empty(part: Tensor) -> Tensor | None:
     return part if part.numel() else None
 
 
-def _five(tall: Sequence[Any], square: Sequence[Any]) -> list[Any]:
+def _five(tall: Tensor, square: Tensor, columns: int | None = None) -> list[Any]:
     """Name decayed q, decayed k, k decayed to the end, scores and inverse; None for what nothing that erases needs."""
-    if len(tall) == 3:
-        return [*tall, *square]
-    return [tall[0], None, tall[1], square[0], None]
+    first, last = _tiles(tall, columns, 0), _tiles(square, None, 0)
+    if tall.shape[0] == 2:
+        return [first, None, _tiles(tall, columns, 1), last, None]
+    return [first, _tiles(tall, columns, 1), _tiles(tall, columns, 2), last, _tiles(square, None, 1)]
 
 
 def empty_outputs(
     x: Inputs, chunks: Chunks | None, *, save: bool, rule: Rule = _KDA
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Allocate what ``chunk_forward`` returns: output, final state, and the tensors of ``Saved`` if asked for."""
-    n = _Sizes.of(x, chunks)
-    new = functools.partial(torch.empty, device=x.q.device)
+    packed = None if chunks is None else (len(chunks.starts), len(chunks.offsets))  # pyright: ignore
+    n = Sizes.of(x.q.shape, x.k.shape, x.v.shape, x.decay.shape, packed)
     saved = []
     if save:
-        saved = [
-            *_work(x, rule, n),
-            new(n.chunks, n.H, 2, CHUNK, dtype=torch.float32),
-            new(n.chunks, n.H, n.V, n.BK, dtype=x.q.dtype),
-            new(n.chunks, n.H, CHUNK, n.V, dtype=x.q.dtype),
-            new(_num_segments(x, n, chunks), n.H, n.K, n.K, dtype=torch.float32),
-            _empty_wild(x, n),
-        ]
-    out = new(n.B, n.T, n.H, n.V, dtype=x.v.dtype)
-    return out, new(n.sequences, n.H, n.K, n.V, dtype=torch.float32), saved
+        kinds = None if chunks is None else 0 if chunks.kinds is None else chunks.kinds.shape[0]
+        spaces = work_spaces(
+            n,
+            rule,
+            x.q.dtype,
+            beta=x.beta is not None,
+            scalar=x.decay.ndim == 3,
+            segments=num_segments(n, SEGMENT, kinds),
+            save=True,
+        )
+        saved = [_allocate(space, x.q.device) for space in spaces]
+    return *_results(n, x), saved
+
+
+def _results(n: Sizes, x: Inputs) -> tuple[Tensor, Tensor]:
+    return x.v.new_empty(n.B, n.T, n.H, n.V), x.v.new_empty(n.sequences, n.H, n.K, n.V, dtype=torch.float32)
 
 
 def chunk_forward(
@@ -460,109 +331,46 @@ def chunk_forward(
     Returns:
         ``[B, T, H, V]`` in ``v.dtype``, the final state ``[N, H, K, V]`` float32, and what was saved.
     """
-    x = _even(x)
-    n = _Sizes.of(x, chunks)
+    x, at = _plan(x, rule, chunks)
+    n = at.n
     if not n.chunks:
         raise ValueError("chunk_forward needs at least one token")
-    check_rule(x, rule)
-    scalar, erase = x.decay.ndim == 3, _erase_case(rule)
-    prepare = _config("prepare", x, n)
-    scan = _config("scan", x, n, save=save)
-    if save:
-        # of what the backward pass will launch, this takes the fewest sizes
-        _config("keys", x, n)
-    packed, at = chunks is not None, _layout(x, n, chunks)
-    out, state_out, kept = empty_outputs(x, chunks, save=save, rule=rule)
-    saved = Saved(*kept) if kept else None
-    norms, states, news = (None, None, None) if saved is None else saved[4:7]
-    tall, square, total, strength = saved[:4] if saved is not None else _work(x, rule, n)
-    strength = _none_if_empty(strength)
-    wild = _none_if_empty(_empty_wild(x, n) if saved is None else saved.wild)
-    # float32 inputs are for comparisons: what they cost does not matter, what they lose does
-    exact = x.q.dtype == torch.float32
-    operands, precision = (torch.float32, "tf32x3") if exact else (torch.float16, "tf32")
-    tiles = _five(*([*map(_tiles, part)] for part in (tall, square)))
-    W = min(n.BK, prepare.block)
-    stores = tiles
-    if n.BK != W:
-        stores = [*(None if part is None else _tiles(part.base, W) for part in tiles[:3]), *tiles[3:]]
-    arguments = (
-        x.q, x.k, x.decay, x.beta, x.A_log, x.dt_bias, _tables(x.q.device, operands),
-        *stores, total, strength, norms, wild,
-        at.starts, at.lengths, n.T, n.K**-0.5 if rule.scale is None else rule.scale, rule.lower_bound,
-        x.erase,
+    todo, where = at.forward(save=save, state=_kind(state)), _layout(at, x, chunks)
+    out, state_out = _results(n, x)
+    work = [_allocate(space, at.device) for space in todo.spaces]
+    tall, square, total, strength, norms, states, news, matrices, wild = work
+    strength, wild = _none_if_empty(strength), _none_if_empty(wild)
+    tiles = _five(tall, square)
+    sums = _tables(at.device, todo.operands)
+    _prepare[todo.prepare](
+        x.q, x.k, x.decay, x.beta, x.A_log, x.dt_bias, sums,
+        *(tiles if todo.width == n.BK else _five(tall, square, todo.width)), total, strength, norms, wild,
+        where.starts, where.lengths, n.T, at.scale, rule.lower_bound, x.erase,
     )  # fmt: skip
-    settings = {
-        "H": n.H, "HQ": n.HQ, "HK": n.HK, "SQ": _token_stride(x.q), "SK": _token_stride(x.k), "K": n.K,
-        "BK": n.BK, "C": CHUNK, "GATE": rule.gate, "NORM": rule.norm,
-        "SIGMOID": rule.sigmoid, "PACKED": packed, "DOT": tl.float32 if exact else tl.float16, "LEVELS": LEVELS,
-        "W": W, "SAVE": save, "PRECISION": precision, "RANGE": _range(x.q.dtype),
-        "WIDE": _wide_exact(x.q.dtype),
-        "ERASE": erase,
-    }  # fmt: skip
-    _prepare[(n.chunks, n.H)](
-        *arguments, **settings, SCALAR=scalar, num_warps=prepare.warps, num_stages=prepare.stages
-    )
-    if not scalar and not _never_wild(rule, x.q.dtype):
-        again = _config("prepare_wild", x, n)
-        W = min(n.BK, again.block)
-        _prepare_wild[(n.chunks, n.H)](
-            *arguments[:7], tiles[2] if n.BK == W else _tiles(tiles[2].base, W), square[0],
-            None if rule.erase == "none" else square[1], wild, *arguments[-6:],
-            **settings | {"W": W}, WHOLE=_WHOLE, num_warps=again.warps, num_stages=again.stages,
+    if todo.prepare_wild is not None:
+        end = tiles[2] if todo.width_wild == n.BK else _five(tall, square, todo.width_wild)[2]
+        _prepare_wild[todo.prepare_wild](
+            x.q, x.k, x.decay, x.beta, x.A_log, x.dt_bias, sums,
+            end, square[0], square[1] if square.shape[0] == 2 else None, wild,
+            where.starts, where.lengths, n.T, at.scale, rule.lower_bound, x.erase,
         )  # fmt: skip
-    sequences, where = n.sequences, (at.cu_seqlens, at.offsets)
-    final = state_out
-    if at.kinds is not None:
-        sequences, where = at.kinds.shape[0], (at.segment_ends, at.segment_offsets)
-        matrices = saved.matrices if saved else torch.empty(
-            sequences, n.H, n.K, n.K, dtype=torch.float32, device=x.q.device
-        )  # fmt: skip
-        ends, starts = (state_out.new_empty(sequences, n.H, n.K, n.V) for _ in range(2))
-        summary = _config("summary", x, n, save=save)
-        BV = min(n.wide, summary.block)
-        _scan[(_blocks(n.V, BV) + _blocks(n.K, BV), sequences * n.H)](
+    final, ends, offsets = state_out, where.cu_seqlens, where.offsets
+    if todo.summary is not None:
+        final, starts = (state_out.new_empty(at.segments, n.H, n.K, n.V) for _ in range(2))
+        ends, offsets = where.segment_ends, where.segment_offsets
+        _scan[todo.summary](
             *tiles, total, strength, x.v, None,
-            out, ends, None, None, matrices, *where, at.kinds, n.T, x.write,
-            H=n.H, HV=n.HV, SV=_token_stride(x.v), K=n.K, V=n.V, BK=n.BK, BV=BV, C=CHUNK, PACKED=True,
-            HAS_STATE=False, SAVE=save, STAGES=summary.stages, SUMMARY=True, PRECISION=precision, ERASE=erase,
-            SIGMOID=rule.sigmoid, num_warps=summary.warps, num_stages=summary.stages,
+            out, final, None, None, matrices, ends, offsets, where.kinds, n.T, x.write,
         )  # fmt: skip
-        _run_carry(x, n, matrices, ends, state, starts, at.first_segments, back=False)
-        state, final = starts, ends
-        packed = True
-    BV = min(n.wide, scan.block)
-    _scan[(_blocks(n.V, BV), sequences * n.H)](
+        _carry[todo.carry](matrices, final, state, starts, where.first_segments)
+        state = starts
+    _scan[todo.scan](
         *tiles, total, strength, x.v, state,
-        out, final, states, news, None, *where, None, n.T, x.write,
-        H=n.H, HV=n.HV, SV=_token_stride(x.v), K=n.K, V=n.V, BK=n.BK, BV=BV, C=CHUNK, PACKED=packed,
-        HAS_STATE=state is not None, SAVE=save, STAGES=scan.stages, SUMMARY=False, PRECISION=precision, ERASE=erase,
-        SIGMOID=rule.sigmoid,
-        num_warps=scan.warps, num_stages=scan.stages,
+        out, final, states, news, None, ends, offsets, None, n.T, x.write,
     )  # fmt: skip
-    if at.first_segments is not None:
-        torch.index_select(final, 0, at.first_segments[1:] - 1, out=state_out)
-    return out, state_out, saved
-
-
-def _run_carry(
-    x: Inputs,
-    n: _Sizes,
-    matrices: Tensor,
-    ends: Tensor,
-    state: Tensor | None,
-    starts: Tensor,
-    first_segments: Tensor | None,
-    *,
-    back: bool,
-) -> None:
-    carry = _config("carry", x, n)
-    BV = min(n.wide, carry.block)
-    _carry[(_blocks(n.V, BV), n.sequences * n.H)](
-        matrices, ends, state, starts, first_segments,
-        H=n.H, K=n.K, V=n.V, BK=n.BK, BV=BV, HAS_STATE=state is not None, BACK=back,
-        num_warps=carry.warps, num_stages=carry.stages,
-    )  # fmt: skip
+    if where.first_segments is not None:
+        torch.index_select(final, 0, where.first_segments[1:] - 1, out=state_out)
+    return out, state_out, Saved(*work) if save else None
 
 
 def chunk_backward(
@@ -609,39 +417,29 @@ def chunk_backward_scan(
         Gradients of the states after every chunk, as ``Saved.states``; of what the keys write, as ``Saved.news``; and
         of the initial state, if wanted.
     """
-    n = _Sizes.of(x, chunks)
-    packed, at = chunks is not None, _layout(x, n, chunks)
+    x, at = _plan(x, rule, chunks)
+    n, where = at.n, _layout(at, x, chunks)
+    todo = at.reverse_scan(_kind(grad_out), _kind(grad_state), want_state=want_state)
     grads, errors = torch.empty_like(saved.states), torch.empty_like(saved.news)
-    erase, strength = _erase_case(rule), _none_if_empty(saved.strength)
-    new = functools.partial(torch.empty, dtype=torch.float32, device=x.q.device)
-    tiles = _five(*([*map(_tiles, part)] for part in (saved.tall, saved.square)))
-    sequences, where = n.sequences, (at.cu_seqlens, at.offsets)
-    if at.kinds is not None:
-        sequences, where = at.kinds.shape[0], (at.segment_ends, at.segment_offsets)
-        heads, packed, summary = new(sequences, n.H, n.K, n.V), True, _config("reverse_summary", x, n)
-        BV = min(n.wide, summary.block)
-        _reverse_scan[(_blocks(n.V, BV), sequences * n.H)](
+    strength, tiles = _none_if_empty(saved.strength), _five(saved.tall, saved.square)
+    new = functools.partial(saved.total.new_empty, at.segments or n.sequences, n.H, n.K, n.V)
+    ends, offsets = where.cu_seqlens, where.offsets
+    if todo.summary is not None:
+        ends, offsets = where.segment_ends, where.segment_offsets
+        heads, tails = new(), new()
+        _reverse_scan[todo.summary](
             *tiles, saved.total, strength, grad_out, None,
-            None, None, heads, *where, at.kinds, n.T,
-            H=n.H, K=n.K, V=n.V, BK=n.BK, BV=BV, C=CHUNK, PACKED=True, HAS_GRAD=False,
-            WANT_GRAD=True, STAGES=summary.stages, SUMMARY=True, ERASE=erase,
-            num_warps=summary.warps, num_stages=summary.stages,
+            None, None, heads, ends, offsets, where.kinds, n.T,
         )  # fmt: skip
-        tails = torch.empty_like(heads)
-        _run_carry(x, n, saved.matrices, heads, grad_state, tails, at.first_segments, back=True)
+        _carry[todo.carry](saved.matrices, heads, grad_state, tails, where.first_segments)
         grad_state = tails
-    grad_in = new(sequences, n.H, n.K, n.V) if want_state else None
-    scan = _config("reverse_scan", x, n, save=True)
-    BV = min(n.wide, scan.block)
-    _reverse_scan[(_blocks(n.V, BV), sequences * n.H)](
+    grad_in = new() if want_state else None
+    _reverse_scan[todo.scan](
         *tiles, saved.total, strength, grad_out, grad_state,
-        grads, errors, grad_in, *where, None, n.T,
-        H=n.H, K=n.K, V=n.V, BK=n.BK, BV=BV, C=CHUNK, PACKED=packed, HAS_GRAD=grad_state is not None,
-        WANT_GRAD=want_state, STAGES=scan.stages, SUMMARY=False, ERASE=erase,
-        num_warps=scan.warps, num_stages=scan.stages,
+        grads, errors, grad_in, ends, offsets, None, n.T,
     )  # fmt: skip
-    if grad_in is not None and at.first_segments is not None:
-        grad_in = grad_in.index_select(0, at.first_segments[:-1])
+    if grad_in is not None and where.first_segments is not None:
+        grad_in = grad_in.index_select(0, where.first_segments[:-1])
     return grads, errors, grad_in
 
 
@@ -660,83 +458,48 @@ def chunk_backward_local(
 
     ``saved.tall`` and ``saved.square`` are not read.
     """
-    x = _even(x)
-    n = _Sizes.of(x, chunks)
-    new = functools.partial(torch.empty, device=x.q.device)
-    packed, at = chunks is not None, chunks or _UNPACKED
-    scale = n.K**-0.5 if rule.scale is None else rule.scale
-    values, keys = _config("values", x, n), _config("keys", x, n)
-
-    def per_head(like: Tensor, heads: int) -> Tensor:
-        shared = heads != n.H
-        return new(n.B, n.T, n.H, like.shape[3], dtype=torch.float32 if shared else like.dtype)
-
-    dq, dk, dv = per_head(x.q, n.HQ), per_head(x.k, n.HK), per_head(x.v, n.HV)
-    scalar, erase, strength = x.decay.ndim == 3, _erase_case(rule), _none_if_empty(saved.strength)
-    W = min(n.BK, keys.block)
-    parts = n.BK // W
-    # what is summed over key channels comes in parts
-    d_decay = new(*x.decay.shape, parts, dtype=torch.float32) if scalar else torch.empty_like(x.decay)
-    d_write, d_beta, d_erase = (
-        None if part is None else torch.empty_like(part) for part in (x.write, x.beta, x.erase)
-    )
-    if erase == "scalar":
-        d_erase = new(*x.decay.shape[:3], parts, dtype=torch.float32)
-    has_gate = rule.gate != "none"
-    d_bias = new(n.chunks, n.H, parts if scalar else n.K, dtype=torch.float32) if has_gate else None
-    d_rate = new(n.chunks, n.H, parts, dtype=torch.float32) if has_gate else None
-    d_scores = new(2, n.chunks, n.H, CHUNK, CHUNK, dtype=_wide(x.q.dtype))
-    units = new(n.chunks, n.H, dtype=torch.float32)
-    rows = new(n.chunks, n.H, 3, CHUNK, dtype=torch.float32)
-    _values[(n.chunks, n.H)](
-        x.v, strength, out, grad_out, saved.news, errors, dv, d_beta, *d_scores, units, rows,
-        at.starts, at.lengths, n.T, x.write, d_write,
-        H=n.H, HV=n.HV, SV=_token_stride(x.v), V=n.V, BV=n.wide, C=CHUNK, NORM=rule.norm, SIGMOID=rule.sigmoid,
-        PACKED=packed,
-        ERASE=erase, num_warps=values.warps, num_stages=values.stages,
+    x, at = _plan(x, rule, chunks)
+    n, todo, where = at.n, at.local(_kind(grad_out)), chunks or _UNPACKED
+    spaces = [_allocate(space, at.device) for space in todo[:12]]
+    dq, dk, dv, d_decay, d_write, d_beta, d_erase, d_bias, d_rate, d_scores, units, rows = spaces
+    strength, wild = _none_if_empty(saved.strength), _none_if_empty(saved.wild)
+    scores, lower = d_scores.unbind()
+    _values[todo.values](
+        x.v, strength, out, grad_out, saved.news, errors, dv, d_beta, scores, lower, units, rows,
+        where.starts, where.lengths, n.T, x.write, d_write,
     )  # fmt: skip
     arguments = (
-        x.q, x.k, x.decay, x.A_log, x.dt_bias, _tables(x.q.device), _later(x.q.device, _WIDE), saved.total,
-        saved.norms, rows, *d_scores, units, strength, errors, grad_out, saved.states, grads, saved.news,
-        _none_if_empty(saved.wild), dq, dk, d_decay, d_bias, d_rate, at.starts, at.lengths, n.T, scale,
-        rule.lower_bound, x.erase, d_erase,
+        x.q, x.k, x.decay, x.A_log, x.dt_bias, _tables(at.device), _later(at.device, at.wide_any), saved.total,
+        saved.norms, rows, scores, lower, units, strength, errors, grad_out, saved.states, grads, saved.news, wild,
+        dq, dk, d_decay, d_bias, d_rate, where.starts, where.lengths, n.T, at.scale, rule.lower_bound,
+        x.erase, d_erase,
     )  # fmt: skip
-    settings = {
-        # 64 values are padded to 128: with fewer, ptxas 12.8 loses operands (tests/ops/test_machine_code.py)
-        "H": n.H, "HQ": n.HQ, "HK": n.HK, "SQ": _token_stride(x.q), "SK": _token_stride(x.k), "K": n.K, "V": n.V,
-        "BK": n.BK, "BV": max(n.wide, 128), "C": CHUNK,
-        "GATE": rule.gate, "NORM": rule.norm, "PACKED": packed, "DOT": tl.float16, "LEVELS": LEVELS,
-        "WHOLE": _WHOLE, "W": W, "SIGMOID": rule.sigmoid, "ERASE": erase, "SCALAR": scalar,
-        "RANGE": _range(x.q.dtype),
-    }  # fmt: skip
-    _keys[(parts * n.chunks, n.H)](*arguments, **settings, num_warps=keys.warps, num_stages=keys.stages)
-    if not scalar and not _never_wild(rule, x.q.dtype):
-        again = _config("keys_wild", x, n)
-        _keys_wild[(parts * n.chunks, n.H)](
-            *arguments, **settings | {"BV": n.wide}, num_warps=again.warps, num_stages=again.stages
-        )
+    _keys[todo.keys](*arguments)
+    if todo.keys_wild is not None:
+        _keys_wild[todo.keys_wild](*arguments)
 
-    if erase == "scalar" and d_erase is not None and x.beta is not None:
-        d_beta, d_erase = d_erase.sum(3).to(x.beta.dtype), None
-
-    def summed(grad: Tensor, like: Tensor, heads: int) -> Tensor:
-        if heads == n.H:
+    def summed(grad: Tensor, like: Tensor, launch: Fixed | None) -> Tensor:
+        if launch is None:
             return grad
-        total, config = new(like.shape, dtype=like.dtype), _config("sum_heads", x, n)
-        _sum_heads[(_blocks(total.numel(), config.block),)](
-            grad, total, total.numel(), GROUP=n.H // heads, WIDTH=like.shape[3], BLOCK=config.block,
-            num_warps=config.warps, num_stages=config.stages,
-        )  # fmt: skip
+        total = torch.empty_like(like, memory_format=torch.contiguous_format)
+        _sum_heads[launch](grad, total, total.numel())
         return total
 
+    d_gate = None, None
+    if todo.sum_gate is not None:
+        # bias and rate, whose shapes and dtype these are
+        d_gate = [torch.empty_like(part) for part in (x.dt_bias, x.A_log) if part is not None]
+        _sum_chunks[todo.sum_gate](d_bias, d_rate, *d_gate, n.chunks)
+    if at.erase == "scalar" and x.beta is not None:
+        d_beta, d_erase = d_erase.sum(3).to(x.beta.dtype), None
     return Gradients(
-        summed(dq, x.q, n.HQ),
-        summed(dk, x.k, n.HK),
-        summed(dv, x.v, n.HV),
-        d_decay.sum(3).to(x.decay.dtype) if scalar else d_decay,
+        summed(dq, x.q, todo.sum_q),
+        summed(dk, x.k, todo.sum_k),
+        summed(dv, x.v, todo.sum_v),
+        d_decay.sum(3).to(x.decay.dtype) if at.scalar else d_decay,
         d_beta,
-        None if d_rate is None else d_rate.sum((0, 2)),
-        None if d_bias is None else d_bias.sum((0, 2)) if scalar else d_bias.sum(0).flatten(),
+        d_gate[1],
+        d_gate[0],
         d_erase,
         d_write,
         None,

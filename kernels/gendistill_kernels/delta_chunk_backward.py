@@ -627,3 +627,31 @@ def sum_heads_kernel(x, out, number, GROUP: tl.constexpr, WIDTH: tl.constexpr, B
     for head in tl.range(1, GROUP):
         total += tl.load(first + head * WIDTH, mask=live, other=0.0)
     tl.store(out + at, total.to(out.dtype.element_ty), mask=live)
+
+
+@triton.jit
+def _sum_chunks(
+    x, out, block, chunks, N: tl.constexpr, PARTS: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr
+):  # fmt: skip
+    columns, rows = block * COLUMNS + tl.arange(0, COLUMNS), tl.arange(0, ROWS)
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for first in tl.range(0, chunks, ROWS):
+        row = (first + rows).to(tl.int64)
+        live = (row < chunks)[:, None] & (columns < N)[None, :]
+        for part in tl.static_range(PARTS):
+            total += tl.load(x + (row[:, None] * N + columns[None, :]) * PARTS + part, mask=live, other=0.0)
+    tl.store(out + columns, tl.sum(total, 0), mask=columns < N)
+
+
+@triton.jit
+def sum_chunks_kernel(
+    biases, rates, bias, rate, chunks,
+    BIASES: tl.constexpr, BIAS_PARTS: tl.constexpr, RATES: tl.constexpr, RATE_PARTS: tl.constexpr,
+    COLUMNS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Add up the gradients of the gate's parameters, ``[chunks, BIASES or RATES, parts]``, always in the same order."""
+    block = tl.program_id(0)
+    if block < tl.cdiv(BIASES, COLUMNS):
+        _sum_chunks(biases, bias, block, chunks, BIASES, BIAS_PARTS, COLUMNS, ROWS)
+    else:
+        _sum_chunks(rates, rate, block - tl.cdiv(BIASES, COLUMNS), chunks, RATES, RATE_PARTS, COLUMNS, ROWS)

@@ -2,7 +2,8 @@
 
 ``kernel[grid](...)`` classifies every argument anew, formats the options, compares global variables and encodes every
 tensor descriptor: 20 to 50 microseconds a launch. A ``Launcher`` lets Triton do that once for every combination of what
-it compiles for, keeps the compiled kernel, and hands later calls of the same combination to its C launcher.
+it compiles for, keeps the compiled kernel, and hands later calls of the same combination to its C launcher. Of a
+``Fixed`` launch even the combination is known: only addresses are left to read.
 
 It reaches into Triton below its public functions, in the versions of ``_HEADS`` only. Elsewhere, and for whatever
 it does not know, every call is the plain ``kernel[grid](...)``, which differs in nothing but time.
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import operator
 import types
 import warnings
 from collections.abc import Callable, Sequence
@@ -40,29 +42,67 @@ _HEADS: dict[str, Callable[[Any, Any], tuple[Any, ...]]] = {
     ),
 }  # fmt: skip
 # places of which a kernel keeps the encoded descriptor; workspaces of a step come back to the same places in the next
-_PLACES = 4096
+_PLACES = 512
 
 
 class Blocks(TensorDescriptor):
-    """Describe a contiguous tensor as one matrix, all axes but the last its rows, that is read in blocks.
+    """Describe a contiguous tensor, or one of the equal parts that its first axis has, as a matrix read in blocks.
 
-    Made without the checks of a ``TensorDescriptor``, which every launch would pay for.
+    All axes but the last are the matrix's rows. Made without the checks of a ``TensorDescriptor``, which every launch
+    would pay for; what only a first launch asks for is computed then.
 
     Args:
-        base: Starts at a multiple of 16 bytes, and so does every row.
+        whole: Starts at a multiple of 16 bytes, and so does every row.
         block_shape: Rows and columns; powers of two, no fewer than 16 bytes of columns.
+        part: Index into the first axis of ``whole``; None for all of it.
     """
 
-    def __init__(self, base: Tensor, block_shape: tuple[int, int]) -> None:
-        width = base.shape[-1]
-        rows = base.numel() // width
-        self.base = base
-        self.shape = [rows, width]
-        self.strides = [width, 1]
+    def __init__(self, whole: Tensor, block_shape: tuple[int, int], part: int | None = None) -> None:
+        self.whole = whole
         self.block_shape = [*block_shape]
-        # what a kernel is compiled for, and what is encoded
-        self.kind = (base.dtype, base.get_device(), block_shape)
-        self.place = (base.data_ptr(), rows, width)
+        self.part = part
+        # where the matrix is
+        self.place = whole.data_ptr() + (part * whole.nbytes // whole.shape[0] if part else 0)
+
+    @property
+    def base(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The tensor described."""
+        return self.whole if self.part is None else self.whole[self.part]
+
+    @property
+    def shape(self) -> list[int]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Rows and columns of the matrix."""
+        width = self.whole.shape[-1]
+        rows = self.whole.numel() // width
+        return [rows if self.part is None else rows // self.whole.shape[0], width]
+
+    @property
+    def strides(self) -> list[int]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Of the matrix, in elements."""
+        return [self.whole.shape[-1], 1]
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """What a kernel is compiled for, but for the address."""
+        return self.whole.dtype, self.whole.get_device(), *self.block_shape
+
+
+class Fixed:
+    """Hold what does not change from one launch to the next: ``launcher[Fixed(grid, ...)](arguments)``.
+
+    Whoever makes one promises to hand it to one launcher only, with arguments that differ in nothing but the places of
+    tensors and blocks: not in classes, dtypes, devices, shapes of blocks, nor numbers.
+
+    Args:
+        grid: Up to three numbers of programs.
+        constants: Constants of the kernel, and options.
+    """
+
+    def __init__(self, grid: tuple[int, ...], **constants: Any) -> None:
+        self.grid = grid
+        self.constants = constants
+        # how to launch it again, on which device
+        self.ready: tuple[int, _Compiled, Callable[..., list[Any] | None]] | None = None
 
 
 # for an argument of each type: what distinguishes compiled kernels, and what its C launcher gets
@@ -118,8 +158,22 @@ def _reader(classes: tuple[type, ...]) -> Callable[..., tuple[tuple[Any, ...], l
             keys.append(key.format(name))
         values.append(value.format(name))
     body = f"    return ({''.join(key + ', ' for key in keys)}), [{', '.join(values)}]\n"
+    return _function(f"def read({', '.join(names)}):\n{''.join(pointers)}{body}")
+
+
+@functools.cache
+def _places_reader(classes: tuple[type, ...]) -> Callable[..., list[Any] | None]:
+    """Make a function of arguments of these classes, which returns plain values; None if a tensor is not aligned."""
+    names = [f"x{index}" for index in range(len(classes))]
+    pointers = [name for name, kind in zip(names, classes, strict=True) if _RULES[kind] is _POINTER]
+    reads = "".join(f"    {name} = {name}.data_ptr()\n" for name in pointers)
+    checks = f"    if ({' | '.join(pointers)}) & 15:\n        return None\n" if pointers else ""
+    return _function(f"def read({', '.join(names)}):\n{reads}{checks}    return [{', '.join(names)}]\n")
+
+
+def _function(source: str) -> Callable[..., Any]:
     scope: dict[str, Any] = {}
-    exec(f"def read({', '.join(names)}):\n{''.join(pointers)}{body}", scope)
+    exec(source, scope)
     return scope["read"]
 
 
@@ -140,14 +194,33 @@ class Launcher:
         self._known: dict[tuple[type, ...], tuple[Any, dict[tuple[Any, ...], _Compiled | None]]] = {}
 
     def __getitem__(self, grid: Any) -> Callable[..., Any]:
-        if type(self.function) is not JITFunction:
-            return self.function[grid]
-        if _VERSION not in _HEADS:
+        is_fixed = type(grid) is Fixed
+        if type(self.function) is JITFunction and _VERSION in _HEADS:
+            return functools.partial(self._repeat if is_fixed else self._launch, grid)
+        if type(self.function) is JITFunction:
             _warn(f"triton {triton.__version__} is not one of {', '.join(_HEADS)}")
-            return self.function[grid]
-        return functools.partial(self._launch, grid)
+        if is_fixed:
+            return functools.partial(self.function[grid.grid], **grid.constants)
+        return self.function[grid]
 
-    def _launch(self, grid: Any, /, *arguments: Any, **constants: Any) -> None:
+    def _repeat(self, fixed: Fixed, /, *arguments: Any) -> None:
+        if fixed.ready is not None and not _is_watched(self.function):
+            device, compiled, read = fixed.ready
+            active: Any = driver.active
+            if active.get_current_device() == device:
+                values = read(*arguments)
+                if values is not None:
+                    compiled.launch(fixed.grid, active.get_current_stream(device), values)
+                    return
+        compiled = self._launch(fixed.grid, *arguments, **fixed.constants)
+        if compiled is not None:
+            read = _places_reader(tuple(map(type, arguments)))
+            if read(*arguments) is not None:
+                active: Any = driver.active
+                fixed.ready = active.get_current_device(), compiled.fixed(), read
+
+    def _launch(self, grid: Any, /, *arguments: Any, **constants: Any) -> _Compiled | None:
+        """Launch; returns what to launch such again with, if there is anything."""
         classes = tuple(map(type, arguments))
         found = self._known.get(classes)
         if found is None:
@@ -155,7 +228,7 @@ class Launcher:
         read, known = found
         if read is None or type(grid) is not tuple or _is_watched(self.function):
             self.function[grid](*arguments, **constants)
-            return
+            return None
         active: Any = driver.active
         device = active.get_current_device()
         kind, values = read(*arguments)
@@ -164,41 +237,66 @@ class Launcher:
         compiled = known.get(key)
         if compiled is not None:
             compiled.launch(grid, active.get_current_stream(device), values)
-            return
+            return compiled
         kernel = self.function[grid](*arguments, **constants)
         if key not in known and isinstance(kernel, CompiledKernel):
             known[key] = _compiled(kernel, self.function, arguments)
+        return known.get(key)
 
 
 class _Compiled:
-    """Hold a compiled kernel's C launcher, all that it gets from call to call, and encoded descriptors."""
+    """Hold a compiled kernel's C launcher, all that it gets from call to call, and encoded descriptors.
+
+    Args:
+        start, head: The C launcher, and what it gets first.
+        tail: How many constants follow the arguments.
+        blocks: Which arguments are encoded, and what the compiler says of each.
+        key: What tells two encoded blocks apart.
+    """
 
     def __init__(
-        self, start: Callable[..., None], head: tuple[Any, ...], tail: int, blocks: list[tuple[int, Any]]
+        self,
+        start: Callable[..., None],
+        head: tuple[Any, ...],
+        tail: int,
+        blocks: Sequence[tuple[int, Any]],
+        key: Callable[[Blocks], Any],
     ) -> None:
         self.start = start
         self.head = head
+        # the places of constants, which a kernel has no parameters for
         self.tail = [None] * tail
         # from the last to the first, since each becomes several values
-        self.blocks = [(index, meta, {}) for index, meta in reversed(blocks)]
+        self.blocks = [
+            (index, meta, {}) for index, meta in sorted(blocks, key=operator.itemgetter(0), reverse=True)
+        ]
+        self.key = key
+
+    def fixed(self) -> _Compiled:
+        """Return the same for blocks that differ in nothing but their places."""
+        blocks = [(index, meta) for index, meta, _ in self.blocks]
+        return _Compiled(self.start, self.head, len(self.tail), blocks, operator.attrgetter("place"))
 
     def launch(self, grid: tuple[int, ...], stream: int, values: list[Any]) -> None:
         """Launch; ``values`` are as a reader returns them."""
         for index, meta, places in self.blocks:
-            block = values[index]
-            encoded = places.get(block.place)
+            key = self.key(values[index])
+            encoded = places.get(key)
             if encoded is None:
                 if len(places) >= _PLACES:
                     places.clear()
-                encoded = places[block.place] = nvidia.make_tensordesc_arg(block, meta)
+                encoded = places[key] = nvidia.make_tensordesc_arg(values[index], meta)
             values[index : index + 1] = encoded
-        # the places of constants, which a kernel has no parameters for
         values += self.tail
         x, y, z = (*grid, 1, 1)[:3]
         if _VERSION == "3.6":
             self.start(x, y, z, stream, *self.head, *values)
         else:
             self.start(x, y, z, stream, *self.head, values)
+
+
+def _place_and_shape(block: Blocks) -> tuple[int, ...]:
+    return block.place, *block.shape
 
 
 def _compiled(kernel: CompiledKernel, function: JITFunction, arguments: Sequence[Any]) -> _Compiled | None:
@@ -221,7 +319,8 @@ def _compiled(kernel: CompiledKernel, function: JITFunction, arguments: Sequence
         # descriptors that are not encoded but taken apart
         return None
     head = _HEADS[_VERSION](kernel, run)
-    return _Compiled(start, head, len(function.params) - count, list(zip(blocks, metas, strict=True)))
+    blocks = list(zip(blocks, metas, strict=True))
+    return _Compiled(start, head, len(function.params) - count, blocks, _place_and_shape)
 
 
 def _c_launcher(run: Any) -> Callable[..., None] | None:

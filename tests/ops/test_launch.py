@@ -25,7 +25,7 @@ from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from gendistill_kernels import launch
-from gendistill_kernels.launch import Blocks, Launcher
+from gendistill_kernels.launch import Blocks, Fixed, Launcher
 
 if launch._VERSION not in launch._HEADS:
     pytest.skip("the launcher leaves this version of Triton alone", allow_module_level=True)
@@ -182,6 +182,70 @@ def test_every_launch_is_the_one_that_triton_makes(recorder):
         assert found == [wanted, wanted], name
 
 
+FIXED = ("plain", "a parameter", "None", "one", "64 bits", "a constant", "an option", "three axes")
+
+
+@pytest.mark.parametrize("name", FIXED)
+def test_a_fixed_launch_is_the_one_that_triton_makes(recorder, name):
+    settings = {"rows": 5, "columns": 7, "scale": 0.5, "N": 4, "KIND": "a", "num_warps": 4, **CASES[name]}
+    x, y, grid = settings.pop("x", X), settings.pop("y", Y), settings.pop("grid", (3,))
+    numbers = [settings.pop(key) for key in ("rows", "columns", "scale")]
+    fixed, launcher = Fixed(grid, **settings), Launcher(kernel)
+    pairs = [(x, y), (x, y), (STORE[8:], y), (STORE[1:], y), (x, y)]
+
+    def launch_all(launch):
+        start, before = len(recorder.launches), recorder.plain
+        for pair in pairs:
+            launch(*(type(x)(pair[0]) if type(x) is torch.nn.Parameter else pair[0], pair[1]), *numbers)
+        return recorder.launches[start:], recorder.plain - before
+
+    found, plain = launch_all(lambda *arguments: launcher[fixed](*arguments))
+    expected, _ = launch_all(lambda *arguments: kernel[grid](*arguments, **settings))
+    # what is not aligned is another kernel
+    assert len({head[4] for head, *_ in expected}) == 2
+    assert plain == 2
+    assert found == expected
+    # nothing but places is read any more
+    launcher._known.clear()
+    assert launch_all(lambda *arguments: launcher[fixed](*arguments)) == (expected, 1)
+
+
+def test_a_fixed_launch_goes_to_the_current_device_and_stream(recorder):
+    launcher, fixed, seen = Launcher(kernel), Fixed((3,), N=4, KIND="a", num_warps=4), []
+    for device, stream in ((0, 7), (1, 7), (0, 9), (1, 7)):
+        driver.active.device, driver.active.stream = device, stream
+        launcher[fixed](X, Y, 5, 7, 0.5)
+        head = recorder.launches[-1][0]
+        seen.append((head[3], head[4]))
+    assert seen == [(7, 1), (8, 2), (9, 1), (8, 2)]
+    assert recorder.plain == 2
+
+
+def test_fixed_blocks_may_be_parts_of_a_tensor(recorder):
+    launcher, fixed = Launcher(block_kernel), Fixed((1,), N=1)
+    whole, other = torch.zeros(3, 2, 64, 64, dtype=torch.float16), torch.zeros(64, 64, dtype=torch.float16)
+
+    def launch_all(launch):
+        start = len(recorder.launches)
+        for part in (0, 1, 2, 1):
+            launch(part)
+        return recorder.launches[start:]
+
+    expected = launch_all(
+        lambda part: block_kernel[(1,)](
+            _described(whole[part], (64, 64)), _described(other, (64, 64)), 3, N=1
+        )
+    )
+
+    def launch(part):
+        launcher[fixed](Blocks(whole, (64, 64), part), Blocks(other, (64, 64)), 3)
+
+    assert launch_all(launch) == launch_all(launch) == expected
+    encoded = driver.active.encoded
+    assert launch_all(launch) == expected
+    assert driver.active.encoded == encoded
+
+
 def test_devices_and_streams_are_told_apart(recorder):
     launcher = Launcher(kernel)
     seen = []
@@ -245,18 +309,26 @@ def test_a_tensor_of_the_host_never_becomes_a_bare_address(recorder, monkeypatch
     assert recorder.plain == 3
 
 
+@pytest.mark.parametrize("is_fixed", [False, True])
 @pytest.mark.parametrize("hook", ["launch_enter_hook", "launch_exit_hook"])
-def test_hooks_see_every_launch(recorder, hook):
-    launcher, seen = Launcher(kernel), []
-    call(launcher, x=X, y=Y)
+def test_hooks_see_every_launch(recorder, hook, is_fixed):
+    launcher, seen, fixed = Launcher(kernel), [], Fixed((3,), N=4, KIND="a", num_warps=4)
+
+    def launch():
+        if is_fixed:
+            launcher[fixed](X, Y, 5, 7, 0.5)
+        else:
+            call(launcher, x=X, y=Y)
+
+    launch()
     chain = getattr(knobs.runtime, hook)
     chain.add(seen.append)
     try:
-        call(launcher, x=X, y=Y)
+        launch()
     finally:
         chain.remove(seen.append)
     assert recorder.plain == 2
-    call(launcher, x=X, y=Y)
+    launch()
     assert recorder.plain == 2
 
 
@@ -279,7 +351,9 @@ def test_another_version_of_triton_is_left_alone(recorder, monkeypatch):
     with pytest.warns(RuntimeWarning, match=f"triton {triton.__version__} is not one of"):
         call(launcher, x=X, y=Y)
     call(launcher, x=X, y=Y)
-    assert recorder.plain == 2
+    launcher[Fixed((3,), N=4, KIND="a", num_warps=4)](X, Y, 5, 7, 0.5)
+    assert recorder.plain == 3
+    assert recorder.launches[0] == recorder.launches[2]
 
 
 def test_the_c_launcher_is_found_only_where_it_is_known_to_be():

@@ -51,8 +51,8 @@ class Recorder:
     def __init__(self, function, calls):
         self.function, self.calls = function, calls
 
-    def __getitem__(self, grid):
-        return lambda *arguments, **settings: self.calls.append((self.function, arguments, settings))
+    def __getitem__(self, fixed):
+        return lambda *arguments: self.calls.append((self.function, arguments, {**fixed.constants}))
 
 
 def launches(
@@ -76,6 +76,7 @@ def launches(
         "_scan",
         "_carry",
         "_sum_heads",
+        "_sum_chunks",
         "_reverse_scan",
         "_values",
         "_keys",

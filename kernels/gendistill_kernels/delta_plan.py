@@ -1,0 +1,518 @@
+"""Plan the launches of the chunked delta rule: all that follows from the sizes of a call, worked out once.
+
+Between calls of the same sizes nothing changes but where tensors are, and what the host does for a short call takes
+longer than the GPU. ``plan`` keeps grids, constants, sizes of workspaces and checks; ``delta_chunk`` allocates and
+launches.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any, Literal, NamedTuple
+
+import torch
+import triton.language as tl
+
+from gendistill_kernels.configs import Config, cached, is_many, lookup
+from gendistill_kernels.launch import Fixed
+
+_TRITON = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+CHUNK = 64
+LEVELS = 6
+# A chunk whose decay, as a power of two, stays above this in every channel takes one product for all its pairs of
+# tokens: its factors stay in the range of the operands, and what they are multiplied with keeps its bits. Other chunks
+# go level by level down to blocks of 2^WHOLE tokens, which then take one product if they are in range.
+_RANGE, _RANGE_FLOAT16 = -200.0, -12.0
+WHOLE = 4
+_INPUTS = ("q", "k", "v", "decay", "beta", "A_log", "dt_bias", "erase", "write")
+_ERASE, _WRITE = ("none", "scalar", "channel"), ("scalar", "channel")
+
+Shape = tuple[int, ...]
+# dtype of a tensor, and number of its device
+Kind = tuple[torch.dtype, int]
+# shape and dtype of a tensor to allocate; None for no tensor
+Space = tuple[Shape, torch.dtype] | None
+
+
+class Rule(NamedTuple):
+    """Say what the inputs are.
+
+    Attributes:
+        gate: ``none``: ``decay`` holds log-decays; ``softplus``: raw values, log-decay
+            ``-exp(A_log) softplus(raw + dt_bias)``; ``bounded``: ``lower_bound sigmoid(exp(A_log) (raw + dt_bias))``.
+        lower_bound: Of the bounded gate.
+        norm: L2-normalise q and k.
+        sigmoid: ``beta``, ``Inputs.erase`` and ``Inputs.write`` hold logits.
+        scale: Factor on q; ``K ** -0.5`` by default.
+        erase: What a write first erases under its key: ``none``; ``scalar``: ``beta`` of it; ``channel``: of every key
+            channel what ``Inputs.erase`` says.
+        write: How much of v is written: ``scalar``: ``beta`` of it; ``channel``: of every value channel what
+            ``Inputs.write`` says.
+
+    Whether the decay is one per head shows in the shape of ``Inputs.decay``.
+    """
+
+    gate: Literal["none", "softplus", "bounded"] = "none"
+    lower_bound: float = -5.0
+    norm: bool = True
+    sigmoid: bool = True
+    scale: float | None = None
+    erase: Literal["none", "scalar", "channel"] = "scalar"
+    write: Literal["scalar", "channel"] = "scalar"
+
+
+class Sizes(NamedTuple):
+    """Count what there is of everything; capital letters as in ``delta_chunk``.
+
+    Attributes:
+        HQ, HK, HV: Heads of q, k and v.
+        BK, wide: K and V, rounded up to a size of tile.
+        chunks, sequences: In all rows.
+    """
+
+    B: int
+    T: int
+    H: int
+    HQ: int
+    HK: int
+    HV: int
+    K: int
+    V: int
+    BK: int
+    wide: int
+    chunks: int
+    sequences: int
+
+    @classmethod
+    def of(cls, q: Shape, k: Shape, v: Shape, decay: Shape, packed: tuple[int, int] | None) -> Sizes:
+        """Count from shapes, and from the numbers of chunks and sequences if sequences are packed."""
+        B, T, HQ, K = q
+        chunks, sequences = (B * -(-T // CHUNK), B) if packed is None else packed
+        V = v[3]
+        return cls(B, T, decay[2], HQ, k[2], v[2], K, V, power_of_2(K), power_of_2(V), chunks, sequences)
+
+
+def power_of_2(channels: int) -> int:
+    """Round up to a size of tile that products accept."""
+    return max(16, 1 << (channels - 1).bit_length())
+
+
+def num_segments(n: Sizes, segment: int, packed: int | None) -> int:
+    """Count the segments into which long sequences are cut: ``packed`` of them, or of equal rows; zero if none is long.
+
+    Keys of more than 128 channels make matrices too large to carry.
+    """
+    if n.BK > 128:
+        return 0
+    if packed is not None:
+        return packed
+    return n.B * -(-n.T // (segment * CHUNK)) if segment * CHUNK < n.T else 0
+
+
+def work_spaces(
+    n: Sizes, rule: Rule, dtype: torch.dtype, *, beta: bool, scalar: bool, segments: int, save: bool
+) -> list[Space]:
+    """List what the forward pass allocates besides its results: ``Saved``, or as much of it as there must be."""
+    less = rule.erase == "none"
+    float32 = torch.float32
+    return [
+        ((3 - less, n.chunks, n.H, CHUNK, n.BK), dtype),
+        ((2 - less, n.chunks, n.H, CHUNK, CHUNK), dtype),
+        ((n.chunks, n.H, n.BK), float32),
+        ((n.chunks, n.H, CHUNK) if beta else (0,), float32),
+        ((n.chunks, n.H, 2, CHUNK), float32) if save else None,
+        ((n.chunks, n.H, n.V, n.BK), dtype) if save else None,
+        ((n.chunks, n.H, CHUNK, n.V), dtype) if save else None,
+        ((segments, n.H, n.K, n.K), float32) if save or segments else None,
+        ((0,) if scalar else (n.chunks, n.H), torch.int32),
+    ]
+
+
+class Forward(NamedTuple):
+    """Hold the launches of a forward pass, in their order.
+
+    Attributes:
+        spaces: As ``work_spaces``.
+        operands: Dtype of the 0/1 matrices.
+        prepare, prepare_wild, summary, carry, scan: Launches; None where there is none.
+        width, width_wild: Channels of the blocks that the first two store.
+    """
+
+    spaces: list[Space]
+    operands: torch.dtype
+    prepare: Fixed
+    width: int
+    prepare_wild: Fixed | None
+    width_wild: int
+    summary: Fixed | None
+    carry: Fixed | None
+    scan: Fixed
+
+
+class ReverseScan(NamedTuple):
+    """Hold the launches of the first half of a backward pass.
+
+    Attributes:
+        summary, carry, scan: Launches, in their order; None where there is none.
+    """
+
+    summary: Fixed | None
+    carry: Fixed | None
+    scan: Fixed
+
+
+class Local(NamedTuple):
+    """Hold the launches of the second half of a backward pass.
+
+    Attributes:
+        dq, dk, dv: Gradients per head of the state.
+        d_decay, d_write, d_beta, d_erase: Gradients, or what they are summed from.
+        d_bias, d_rate: Of every chunk, of the gate's parameters.
+        d_scores, units, rows: What the first kernel hands to the second.
+        values, keys, keys_wild: Launches; None where there is none.
+        sum_q, sum_k, sum_v: Launches that add up heads; None where no heads share.
+        sum_gate: The launch that adds up the gradients of the gate's parameters; None without a gate.
+    """
+
+    dq: Space
+    dk: Space
+    dv: Space
+    d_decay: Space
+    d_write: Space
+    d_beta: Space
+    d_erase: Space
+    d_bias: Space
+    d_rate: Space
+    d_scores: Space
+    units: Space
+    rows: Space
+    values: Fixed
+    keys: Fixed
+    keys_wild: Fixed | None
+    sum_q: Fixed | None
+    sum_k: Fixed | None
+    sum_v: Fixed | None
+    sum_gate: Fixed | None
+
+
+class Plan:
+    """Work out what calls of the same sizes share; made by ``plan``.
+
+    Args:
+        shapes, kinds: Of ``Inputs``, in their order; None where there is no tensor.
+        strides: Of q, k and v.
+        device: Of q.
+        rule: What the inputs mean.
+        packed: Numbers of chunks, of sequences, of segments, and of the device if sequences are packed, else None.
+        segment: Chunks of a segment.
+        wide_any: Operands that have the range of float32.
+        keep_float16: Whether float16 inputs make do with their own range instead.
+
+    Attributes:
+        n: Sizes.
+        token_strides: From token to token of q, k and v; None for what has to be copied first.
+        scalar: Whether there is one decay per head.
+        segments: How many; zero if no sequence is cut.
+        scale: Factor on q.
+
+    Raises:
+        ValueError: Tensors are on several devices, or do not fit the rule; the kernels would read what is not there.
+    """
+
+    def __init__(
+        self,
+        shapes: tuple[Shape | None, ...],
+        strides: tuple[Shape, ...],
+        kinds: tuple[Kind | None, ...],
+        device: torch.device,
+        rule: Rule,
+        packed: tuple[int, int, int, int] | None,
+        segment: int,
+        wide_any: torch.dtype,
+        keep_float16: bool,
+    ) -> None:
+        q, k, v, decay, beta, _, _, erase, write = shapes
+        assert q is not None
+        assert k is not None
+        assert v is not None
+        assert decay is not None
+        _check_rule(rule, decay, q[3], v[3], beta=beta, erase=erase, write=write)
+        self.n = n = Sizes.of(q, k, v, decay, packed and packed[:2])
+        self.token_strides = [
+            token_stride(shape, stride) for shape, stride in zip((q, k, v), strides, strict=True)
+        ]
+        self.rule, self.device, self.packed = rule, device, packed is not None
+        self.shapes, self.dtypes = shapes, [kind and kind[0] for kind in kinds]
+        self._place = kinds[0] and kinds[0][1]
+        for name, kind in zip(_INPUTS, kinds, strict=True):
+            self._check_place(name, kind)
+        self._check_place("cu_seqlens", packed and (torch.int32, packed[3]))
+        self.scalar = len(decay) == 3
+        self.segments = num_segments(n, segment, packed and packed[2])
+        self.scale = n.K**-0.5 if rule.scale is None else rule.scale
+        self.dtype: torch.dtype = self.dtypes[0]  # pyright: ignore[reportAttributeAccessIssue]
+        # what holds factors as far out as the limit of a chunk's decay
+        self.wide_any = wide_any
+        self.wide = self.dtype if self.dtype == torch.float16 and keep_float16 else wide_any
+        self.range = _RANGE_FLOAT16 if self.dtype == torch.float16 else _RANGE
+        # what strengthens a write is what erases
+        self.erase = "tied" if rule.erase == rule.write == "scalar" else rule.erase
+        self._made: dict[Any, Any] = {}
+
+    def forward(self, *, save: bool, state: Kind | None) -> Forward:
+        """Plan a forward pass, which may save for the backward pass, or start from a state."""
+        key = ("forward", save, state)
+        if key not in self._made:
+            self._check_place("state", state)
+            self._made[key] = self._forward(save, state is not None)
+        return self._made[key]
+
+    def reverse_scan(self, grad_out: Kind, grad_state: Kind | None, *, want_state: bool) -> ReverseScan:
+        """Plan the first half of a backward pass: from these gradients, and for the initial state's."""
+        key = ("reverse", grad_out, grad_state, want_state)
+        if key not in self._made:
+            self._check_place("grad_out", grad_out)
+            self._check_place("grad_state", grad_state)
+            self._made[key] = self._reverse_scan(grad_state is not None, want_state)
+        return self._made[key]
+
+    def local(self, grad_out: Kind) -> Local:
+        """Plan the second half of a backward pass."""
+        key = ("local", grad_out)
+        if key not in self._made:
+            self._check_place("grad_out", grad_out)
+            self._made[key] = self._local()
+        return self._made[key]
+
+    def _check_place(self, name: str, kind: Kind | None) -> None:
+        if kind is not None and kind[1] != self._place:
+            found, expected = (
+                "the CPU" if number is None or number < 0 else f"cuda:{number}"
+                for number in (kind[1], self._place)
+            )
+            raise ValueError(f"{name} is on {found} and q on {expected}; put all tensors on one device")
+
+    def _config(self, kernel: str, *, save: bool = False) -> Config:
+        n = self.n
+        many = is_many(n.sequences * n.H, n.wide, packed=self.packed)
+        return lookup(self.device, kernel, n.BK, n.wide, self.dtype.itemsize, many, save)
+
+    @functools.cached_property
+    def _never_wild(self) -> bool:
+        """Whether a gate keeps every chunk in range, whatever the inputs, or there is no range to keep."""
+        rule = self.rule
+        return self.scalar or (
+            rule.gate == "bounded" and CHUNK * rule.lower_bound * math.log2(math.e) > self.range
+        )
+
+    def _of_scan(self, config: Config, columns: int, **constants: Any) -> Fixed:
+        """Plan a scan, forward or backward, over this many columns of every state, in blocks."""
+        n, BV = self.n, min(self.n.wide, config.block)
+        chains = (self.segments or n.sequences) * n.H
+        programs = -(-n.V // BV) + (-(-columns // BV) if columns else 0)
+        return Fixed(
+            (programs, chains),
+            **{"H": n.H, "K": n.K, "V": n.V, "BK": n.BK, "BV": BV, "C": CHUNK},
+            PACKED=self.packed or self.segments > 0, STAGES=config.stages, ERASE=self.erase, **constants,
+            num_warps=config.warps, num_stages=config.stages,
+        )  # fmt: skip
+
+    def _carry(self, has_state: bool, *, back: bool) -> Fixed:
+        n, config = self.n, self._config("carry")
+        BV = min(n.wide, config.block)
+        return Fixed(
+            (-(-n.V // BV), n.sequences * n.H),
+            H=n.H, K=n.K, V=n.V, BK=n.BK, BV=BV, HAS_STATE=has_state, BACK=back,
+            num_warps=config.warps, num_stages=config.stages,
+        )  # fmt: skip
+
+    def _forward(self, save: bool, has_state: bool) -> Forward:
+        n, rule = self.n, self.rule
+        prepare, scan = self._config("prepare"), self._config("scan", save=save)
+        if save:
+            # of what the backward pass will launch, this takes the fewest sizes
+            self._config("keys")
+        # float32 inputs are for comparisons: what they cost does not matter, what they lose does
+        exact = self.dtype == torch.float32
+        precision = "tf32x3" if exact else "tf32"
+        settings = {
+            "H": n.H, "HQ": n.HQ, "HK": n.HK, "SQ": self.token_strides[0], "SK": self.token_strides[1], "K": n.K,
+            "BK": n.BK, "C": CHUNK, "GATE": rule.gate, "NORM": rule.norm, "SIGMOID": rule.sigmoid,
+            "PACKED": self.packed, "DOT": tl.float32 if exact else tl.float16, "LEVELS": LEVELS, "SAVE": save,
+            "PRECISION": precision, "RANGE": self.range, "WIDE": _TRITON[torch.float32 if exact else self.wide],
+            "ERASE": self.erase,
+        }  # fmt: skip
+        width = width_wild = min(n.BK, prepare.block)
+        again = None
+        if not self._never_wild:
+            config = self._config("prepare_wild")
+            width_wild = min(n.BK, config.block)
+            again = Fixed(
+                (n.chunks, n.H), **settings, W=width_wild, WHOLE=WHOLE,
+                num_warps=config.warps, num_stages=config.stages,
+            )  # fmt: skip
+        walk = {
+            "HV": n.HV, "SV": self.token_strides[2], "SAVE": save, "PRECISION": precision, "SIGMOID": rule.sigmoid
+        }  # fmt: skip
+        summary = carry = None
+        if self.segments:
+            config = self._config("summary", save=save)
+            summary = self._of_scan(config, n.K, **walk, HAS_STATE=False, SUMMARY=True)
+            carry = self._carry(has_state, back=False)
+        return Forward(
+            spaces=work_spaces(
+                n, rule, self.dtype, beta=self.dtypes[4] is not None, scalar=self.scalar,
+                segments=self.segments, save=save,
+            ),
+            operands=torch.float32 if exact else torch.float16,
+            prepare=Fixed(
+                (n.chunks, n.H), **settings, W=width, SCALAR=self.scalar,
+                num_warps=prepare.warps, num_stages=prepare.stages,
+            ),
+            width=width,
+            prepare_wild=again,
+            width_wild=width_wild,
+            summary=summary,
+            carry=carry,
+            scan=self._of_scan(scan, 0, **walk, HAS_STATE=has_state or self.segments > 0, SUMMARY=False),
+        )  # fmt: skip
+
+    def _reverse_scan(self, has_grad: bool, want_state: bool) -> ReverseScan:
+        summary = carry = None
+        if self.segments:
+            config = self._config("reverse_summary")
+            summary = self._of_scan(config, 0, HAS_GRAD=False, WANT_GRAD=True, SUMMARY=True)
+            carry = self._carry(has_grad, back=True)
+        has_grad = has_grad or self.segments > 0
+        scan = self._config("reverse_scan", save=True)
+        return ReverseScan(
+            summary, carry, self._of_scan(scan, 0, HAS_GRAD=has_grad, WANT_GRAD=want_state, SUMMARY=False)
+        )
+
+    def _local(self) -> Local:
+        n, rule, float32 = self.n, self.rule, torch.float32
+        values, keys = self._config("values"), self._config("keys")
+        W = min(n.BK, keys.block)
+        parts = n.BK // W
+        grid = (parts * n.chunks, n.H)
+        like: list[Space] = [
+            None if shape is None or dtype is None else (shape, dtype)
+            for shape, dtype in zip(self.shapes, self.dtypes, strict=True)
+        ]
+        q, k, v, decay, beta, _, _, erase, write = like
+
+        def per_head(heads: int, channels: int, dtype: torch.dtype | None) -> Space:
+            return (n.B, n.T, n.H, channels), float32 if heads != n.H or dtype is None else dtype
+
+        def summed(space: Space, heads: int) -> Fixed | None:
+            if heads == n.H or space is None:
+                return None
+            config = self._config("sum_heads")
+            number = math.prod(space[0])
+            return Fixed(
+                (-(-number // config.block),), GROUP=n.H // heads, WIDTH=space[0][3], BLOCK=config.block,
+                num_warps=config.warps, num_stages=config.stages,
+            )  # fmt: skip
+
+        # what is summed over key channels comes in parts
+        if self.scalar:
+            decay = ((n.B, n.T, n.H, parts), float32)
+        if self.erase == "scalar":
+            erase = ((n.B, n.T, n.H, parts), float32)
+        has_gate = rule.gate != "none"
+        columns = n.H if self.scalar else n.H * n.K
+        sums, config = None, self._config("sum_chunks")
+        if has_gate:
+            blocks = -(-columns // SUMMED_COLUMNS) + -(-n.H // SUMMED_COLUMNS)
+            sums = Fixed(
+                (blocks,), BIASES=columns, BIAS_PARTS=parts if self.scalar else 1, RATES=n.H, RATE_PARTS=parts,
+                COLUMNS=SUMMED_COLUMNS, ROWS=config.block // SUMMED_COLUMNS,
+                num_warps=config.warps, num_stages=config.stages,
+            )  # fmt: skip
+        settings = {
+            # 64 values are padded to 128: with fewer, ptxas 12.8 loses operands (tests/ops/test_machine_code.py)
+            "H": n.H, "HQ": n.HQ, "HK": n.HK, "SQ": self.token_strides[0], "SK": self.token_strides[1], "K": n.K,
+            "V": n.V, "BK": n.BK, "BV": max(n.wide, 128), "C": CHUNK,
+            "GATE": rule.gate, "NORM": rule.norm, "PACKED": self.packed, "DOT": tl.float16, "LEVELS": LEVELS,
+            "WHOLE": WHOLE, "W": W, "SIGMOID": rule.sigmoid, "ERASE": self.erase, "SCALAR": self.scalar,
+            "RANGE": self.range,
+        }  # fmt: skip
+        again = None
+        if not self._never_wild:
+            config = self._config("keys_wild")
+            again = Fixed(grid, **settings | {"BV": n.wide}, num_warps=config.warps, num_stages=config.stages)
+        return Local(
+            dq=per_head(n.HQ, n.K, self.dtypes[0]),
+            dk=per_head(n.HK, n.K, self.dtypes[1]),
+            dv=per_head(n.HV, n.V, self.dtypes[2]),
+            d_decay=decay,
+            d_write=write,
+            d_beta=beta,
+            d_erase=erase,
+            d_bias=((n.chunks, n.H, parts if self.scalar else n.K), float32) if has_gate else None,
+            d_rate=((n.chunks, n.H, parts), float32) if has_gate else None,
+            d_scores=((2, n.chunks, n.H, CHUNK, CHUNK), self.wide),
+            units=((n.chunks, n.H), float32),
+            rows=((n.chunks, n.H, 3, CHUNK), float32),
+            values=Fixed(
+                (n.chunks, n.H),
+                H=n.H, HV=n.HV, SV=self.token_strides[2], V=n.V, BV=n.wide, C=CHUNK, NORM=rule.norm,
+                SIGMOID=rule.sigmoid, PACKED=self.packed, ERASE=self.erase,
+                num_warps=values.warps, num_stages=values.stages,
+            ),
+            keys=Fixed(grid, **settings, num_warps=keys.warps, num_stages=keys.stages),
+            keys_wild=again,
+            sum_q=summed(q, n.HQ),
+            sum_k=summed(k, n.HK),
+            sum_v=summed(v, n.HV),
+            sum_gate=sums,
+        )  # fmt: skip
+
+
+# columns that a program of the sum over chunks takes: 128 bytes
+SUMMED_COLUMNS = 32
+
+plan = cached(256)(Plan)
+
+
+def token_stride(shape: Shape, stride: Shape) -> int | None:
+    """Return how many elements lie between tokens, if tokens of all rows do so and heads are next to each other."""
+    B, T, heads, channels = shape
+    by_row, by_token, by_head, by_channel = stride
+    found = by_token if T > 1 else by_row if B > 1 else heads * channels
+    even = B == 1 or T == 1 or by_row == T * by_token
+    dense = (channels == 1 or by_channel == 1) and (heads == 1 or by_head == channels)
+    return found if even and dense and found >= heads * channels else None
+
+
+def _check_rule(
+    rule: Rule,
+    decay: Shape,
+    K: int,
+    V: int,
+    *,
+    beta: Shape | None,
+    erase: Shape | None,
+    write: Shape | None,
+) -> None:
+    for name, kind, kinds in (("erase", rule.erase, _ERASE), ("write", rule.write, _WRITE)):
+        if kind not in kinds:
+            raise ValueError(
+                f"Rule.{name} must be one of {', '.join(kinds)}, got {kind!r}; choose one of them"
+            )
+    rows = tuple(decay[:3])
+    scalar = "scalar" in (rule.erase, rule.write)
+    parts = (
+        ("beta", beta, rows if scalar else None),
+        ("erase", erase, (*rows, K) if rule.erase == "channel" else None),
+        ("write", write, (*rows, V) if rule.write == "channel" else None),
+    )
+    for name, part, shape in parts:
+        if (part is None) != (shape is None) or (part is not None and tuple(part) != shape):
+            got = None if part is None else list(part)
+            fix = "leave it out" if shape is None else "pass it"
+            raise ValueError(
+                f'with erase "{rule.erase}" and write "{rule.write}" {name} must be'
+                f" {None if shape is None else list(shape)}, got {got}; {fix}, or change Rule.erase or Rule.write"
+            )

@@ -1,0 +1,106 @@
+"""Plans of the chunked kernels: what calls share, what tells them apart, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="the Triton kernels need triton")
+
+from gendistill_kernels import configs
+from gendistill_kernels.configs import Config, forced
+from gendistill_kernels.delta_plan import Rule, plan, token_stride
+
+F32, BF16 = torch.float32, torch.bfloat16
+BOUNDED = Rule("bounded")
+
+
+def make(*, B=8, T=4096, H=16, K=128, V=128, rule=BOUNDED, packed=None, segment=128, **kinds):
+    shapes = {
+        "q": (B, T, H, K),
+        "k": (B, T, H, K),
+        "v": (B, T, H, V),
+        "decay": (B, T, H, K),
+        "beta": (B, T, H),
+    }
+    shapes |= {"A_log": (H,), "dt_bias": (H * K,), "erase": None, "write": None}
+    usual = {name: None if shape is None else (BF16, 0) for name, shape in shapes.items()}
+    strides = tuple(
+        (T * shape[2] * shape[3], shape[2] * shape[3], shape[3], 1)
+        for shape in (shapes["q"], shapes["k"], shapes["v"])
+    )
+    kinds = (usual | kinds).values()
+    return plan(
+        tuple(shapes.values()), strides, tuple(kinds), torch.device("cpu"), rule, packed, segment, BF16, True
+    )
+
+
+def test_equal_calls_share_a_plan():
+    assert make() is make()
+    assert make().forward(save=True, state=None) is make().forward(save=True, state=None)
+    others = [make(T=4095), make(rule=Rule("softplus")), make(q=(torch.float16, 0)), make(segment=8)]
+    assert len({make(), *others}) == 5
+    one = make()
+    states = [one.forward(save=False, state=state) for state in (None, (F32, 0), (BF16, 0))]
+    assert len(set(map(id, states))) == 3
+    assert [each.scan.constants["HAS_STATE"] for each in states] == [False, True, True]
+
+
+def test_tensors_on_several_devices_are_refused():
+    with pytest.raises(ValueError, match="v is on cuda:1 and q on cuda:0; put all tensors on one device"):
+        make(v=(BF16, 1))
+    with pytest.raises(ValueError, match="dt_bias is on the CPU and q on cuda:0"):
+        make(dt_bias=(F32, -1))
+    with pytest.raises(ValueError, match="cu_seqlens is on the CPU"):
+        make(B=1, packed=(64, 3, 0, -1))
+    with pytest.raises(ValueError, match="state is on cuda:2"):
+        make().forward(save=False, state=(F32, 2))
+    with pytest.raises(ValueError, match="grad_state is on the CPU"):
+        make().reverse_scan((BF16, 0), (F32, -1), want_state=False)
+    with pytest.raises(ValueError, match="grad_out is on cuda:1"):
+        make().local((BF16, 1))
+
+
+def test_packed_sequences_are_walked_by_more_programs():
+    whole, packed = (
+        make(**sizes).forward(save=False, state=None).scan
+        for sizes in ({}, {"B": 1, "T": 8 * 4096, "packed": (512, 8, 0, 0), "segment": 1000})
+    )
+    assert (whole.grid, whole.constants["BV"]) == ((1, 128), 128)
+    assert (packed.grid, packed.constants["BV"]) == ((2, 128), 64)
+
+
+def test_long_sequences_are_cut():
+    todo = make(B=1, T=32768).forward(save=True, state=None)
+    assert todo.summary is not None
+    assert todo.summary.grid == (4, 64)
+    assert todo.scan.grid == (2, 64)
+    assert todo.scan.constants["HAS_STATE"]
+    assert todo.spaces[7] == ((4, 16, 128, 128), F32)
+    assert make(B=1, T=8192).forward(save=True, state=None).summary is None
+
+
+def test_a_forced_configuration_makes_new_plans():
+    usual = make().forward(save=False, state=None).scan
+    with forced("scan", Config(32, 2, stages=2)):
+        other = make().forward(save=False, state=None).scan
+    assert (other.constants["BV"], other.constants["num_warps"]) == (32, 2)
+    assert make().forward(save=False, state=None).scan.constants == usual.constants
+    assert configs.lookup.cache_info().currsize
+
+
+@pytest.mark.parametrize(
+    ("shape", "stride", "expected"),
+    [
+        ((2, 5, 3, 4), (60, 12, 4, 1), 12),
+        ((2, 5, 3, 4), (180, 36, 4, 1), 36),
+        ((1, 5, 3, 4), (7, 36, 4, 1), 36),
+        ((2, 5, 3, 4), (200, 36, 4, 1), None),
+        ((2, 5, 3, 4), (60, 4, 20, 1), None),
+        ((2, 5, 3, 4), (0, 0, 4, 1), None),
+        ((2, 1, 3, 4), (36, 12, 4, 1), 36),
+        ((1, 1, 3, 4), (1, 1, 4, 1), 12),
+    ],
+)
+def test_strides_that_kernels_can_step_through(shape, stride, expected):
+    assert token_stride(shape, stride) == expected
