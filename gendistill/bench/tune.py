@@ -75,8 +75,8 @@ CANDIDATES: dict[str, tuple[Config, ...]] = {
     "decode": tuple(
         Config(block, warps, registers=limit)
         for block in (8192, 16384)
-        for warps in (4, 8)
-        for limit in (None, 128)
+        for warps in (8, 16)
+        for limit in (None, 64, 128)
     ),
 }
 # kernels of the chunked rule, and whether states are kept; only the scan is launched both ways

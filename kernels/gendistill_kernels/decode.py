@@ -15,6 +15,7 @@ Legend: N sequences, T new tokens, K key channels, V value channels, H heads of 
 # inside a kernel the language is Triton's: range, tuples and constants mean what its compiler says
 from __future__ import annotations
 
+import functools
 import math
 from typing import Literal, NamedTuple
 
@@ -22,6 +23,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from gendistill_kernels.configs import lookup
 from gendistill_kernels.delta_chunk import Rule
@@ -118,6 +120,11 @@ def _store_window(past, channels, window, inside, W: tl.constexpr):
 
 
 @triton.jit
+def _add_three(a0, a1, a2, b0, b1, b2):
+    return a0 + b0, a1 + b1, a2 + b2
+
+
+@triton.jit
 def decode_kernel(
     qkv, decay, beta, state, out, A_log, dt_bias, weight, bias, history, norm_weight, gate,
     qkv_row, qkv_token, decay_row, decay_token, beta_row, beta_token, gate_row, gate_token,
@@ -125,8 +132,13 @@ def decode_kernel(
     T: tl.constexpr, H: tl.constexpr, HQ: tl.constexpr, HK: tl.constexpr, HV: tl.constexpr, K: tl.constexpr,
     V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, W: tl.constexpr, GROUPS: tl.constexpr,
     GATE: tl.constexpr, NORM: tl.constexpr, SIGMOID: tl.constexpr, ACTIVATION: tl.constexpr,
-    OUT_GATE: tl.constexpr, EVICTION: tl.constexpr,
+    OUT_GATE: tl.constexpr, EVICTION: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    if OVERLAP:
+        # Programs are placed while the kernel before still runs, and wait here for all that it writes; so may those of
+        # the kernel after. What waits is the same as without.
+        gdc_wait()
+        gdc_launch_dependents()
     GROUP: tl.constexpr = H // GROUPS
     BLOCKS: tl.constexpr = (V + BV - 1) // BV
     # the norm of an output that is computed in blocks waits for the last one
@@ -184,24 +196,24 @@ def decode_kernel(
                 v = _convolve(window_v, factors_v, offset_v, W, ACTIVATION)
                 window_qk, window_v = window_qk[1:], window_v[1:]
 
-                tile = tl.reshape(tl.where(part == 2, forget, qk), [BK, 4])
-                factor = tl.where(tl.arange(0, 4) == 0, scale, 1.0)
-                if NORM:
-                    norms = tl.rsqrt(tl.sum(tile * tile, 0) + 1e-6)
-                    factor *= tl.where(tl.arange(0, 4) < 2, norms, 1.0)
-                even, odd = tl.split(tl.reshape(tile * factor[None, :], [BK, 2, 2]))
+                even, odd = tl.split(tl.reshape(tl.where(part == 2, forget, qk), [BK, 2, 2]))
                 q, forget = tl.split(even)
                 k, _ = tl.split(odd)
                 v, end = tl.split(tl.reshape(tl.where(half == 0, v, end), [BV, 2]))
-                qk = tl.sum(q * k, 0)
+                # lengths and angle in one sum; q and k meet the state as they are, and what they make is scaled
+                scale_q, scale_k = scale, 1.0
+                square_q, square_k, cross = tl.reduce((q * q, k * k, q * k), 0, _add_three)
+                if NORM:
+                    scale_q = scale * tl.rsqrt(square_q + 1e-6)
+                    scale_k = tl.rsqrt(square_k + 1e-6)
 
                 memory *= forget[:, None]
                 # q meets the state before the update, which adds <q, k> times the new value: one sum over rows, not two
                 both = tl.join(memory * k[:, None], memory * q[:, None])
                 recalled, y = tl.split(tl.sum(both, 0))
-                new = strength * (v - recalled)
-                y += qk * new
-                memory += k[:, None] * new[None, :]
+                new = strength * (v - recalled * scale_k)
+                y = (y + cross * scale_k * new) * scale_q
+                memory += k[:, None] * (new * scale_k)[None, :]
                 if not LATE:
                     if norm_weight is not None:
                         y *= tl.rsqrt(tl.sum(y * y, 0) / V + eps)
@@ -230,6 +242,12 @@ def decode_kernel(
 
 
 _decode = Launcher(decode_kernel)
+
+
+@functools.cache
+def _can_overlap(device: torch.device) -> bool:
+    """Say whether a kernel may be placed before the one before it has ended."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def decode_step(
@@ -284,6 +302,7 @@ def decode_step(
     BV = min(wide, max(16, config.block // BK))
     groups = math.gcd(*heads) if W > 1 else H
     warps = min(config.warps, max(1, BK * BV // 1024))
+    overlap = _can_overlap(qkv.device)
     _decode[(N * groups,)](
         qkv, decay, beta, state, out, A_log, dt_bias,
         weight, convolution and convolution.bias, convolution and convolution.state,
@@ -296,6 +315,7 @@ def decode_step(
         ACTIVATION="identity" if convolution is None else convolution.activation,
         OUT_GATE=finish.gate_activation,
         EVICTION="evict_first" if state.numel() * 4 > _STREAM_FROM else "",
+        OVERLAP=overlap, launch_pdl=overlap,
         num_warps=warps, num_stages=config.stages, maxnreg=config.registers if warps == config.warps else None,
     )  # fmt: skip
     return out

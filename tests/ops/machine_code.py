@@ -30,6 +30,8 @@ _POINTERS = {
 _LINE = re.compile(r"\s+/\*([0-9a-f]{4,5})\*/\s+(?:@(!?U?P\w+)\s+)?(\S+)\s*(.*?);")
 _PREDICATE = re.compile(r"!?U?P(\d|T)$")
 _WORD = (1 << 32) - 1
+# keywords of a launch that are no constants of the kernel
+OPTIONS = ("num_warps", "num_stages", "maxnreg", "launch_pdl")
 
 
 class Product(NamedTuple):

@@ -128,9 +128,7 @@ def fits(machine_code, cases, config_cases, where, row: Entry):
             config_cases.make(cases, row, save=save)[0]()
         launch = found[-1]
         settings = dict(launch.settings)
-        options = {
-            name: settings.pop(name) for name in ("num_warps", "num_stages", "maxnreg") if name in settings
-        }
+        options = {name: settings.pop(name) for name in machine_code.OPTIONS if name in settings}
         assert options["num_warps"] <= row.config.warps
         function, capability = launch.launcher.function, CAPABILITIES[where]
         kernel = machine_code.build(function, launch.arguments, settings, options, capability)

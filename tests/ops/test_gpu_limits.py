@@ -406,29 +406,70 @@ def test_convolution_and_norm_replay_in_a_cuda_graph(cases):
     check_replays(step, [x, gate])
 
 
-def test_decoding_replays_in_a_cuda_graph_and_walks_on(cases):
-    torch.manual_seed(0)
-    N, H, kv, K = 3, 4, 2, 64
-    C = (H + 2 * kv) * K
-    qkv, decay = cases.normal(N, 1, C, dtype=BF16), cases.normal(N, 1, H, K, dtype=BF16)
-    beta, gate = cases.normal(N, 1, H, dtype=BF16), cases.normal(N, 1, H * K, dtype=BF16)
-    fixed = (cases.normal(H) * 0.3, cases.normal(H * K) - 2, cases.normal(C, 4), cases.normal(C))
-    gain = cases.normal(K)
-    state, past = cases.normal(N, H, K, K), cases.normal(N, C, 3, dtype=BF16)
+class Decoding:
+    """Hold the inputs and states of a layer's steps."""
 
-    def step(state, past):
-        finish = (gain, gate, kv, "bounded", -5.0, "silu", "sigmoid", 1e-6)
+    def __init__(self, cases, N=3, H=4, kv=2, K=64):
+        torch.manual_seed(0)
+        C = (H + 2 * kv) * K
+        self.inputs = [cases.normal(N, 1, *sizes, dtype=BF16) for sizes in ((C,), (H, K), (H,), (H * K,))]
+        self.fixed = (cases.normal(H) * 0.3, cases.normal(H * K) - 2, cases.normal(C, 4), cases.normal(C))
+        self.finish = (kv, "bounded", -5.0, "silu", "sigmoid", 1e-6)
+        self.gain = cases.normal(K)
+        self.states = [cases.normal(N, H, K, K), cases.normal(N, C, 3, dtype=BF16)]
+
+    def step(self, state, past):
+        qkv, decay, beta, gate = self.inputs
         with torch.no_grad():
-            return triton_ops.kda_decode(qkv, decay, beta, state, *fixed, past, *finish)
+            return triton_ops.kda_decode(
+                qkv, decay, beta, state, *self.fixed, past, self.gain, gate, *self.finish
+            )
 
-    graph, out = capture(lambda: step(state, past))
-    eager_state, eager_past = state.clone(), past.clone()
+
+def test_decoding_replays_in_a_cuda_graph_and_walks_on(cases):
+    layer = Decoding(cases)
+    graph, out = capture(lambda: layer.step(*layer.states))
+    eager = [part.clone() for part in layer.states]
     for seed in range(8):
         torch.manual_seed(seed)
-        for part in (qkv, decay, beta, gate):
+        for part in layer.inputs:
             part.copy_(torch.randn_like(part))
         graph.replay()
-        expected = step(eager_state, eager_past)
+        expected = layer.step(*eager)
         assert torch.equal(out, expected)
-        assert torch.equal(state, eager_state)
-        assert torch.equal(past, eager_past)
+        assert all(torch.equal(one, other) for one, other in zip(layer.states, eager, strict=True))
+
+
+@pytest.mark.parametrize("replayed", [False, True])
+@pytest.mark.parametrize("N", [1, 40, 300])
+def test_steps_that_overlap_wait_for_each_other(cases, N, replayed):
+    """A step may be placed while the one before it runs; here every one needs what that one writes."""
+    layer = Decoding(cases, N)
+
+    def walk(states, wait):
+        outs = []
+        for _ in range(20):
+            outs.append(layer.step(*states))
+            # from the output to the next step's input, by a kernel that waits for nothing but the stream
+            layer.inputs[3].copy_(outs[-1].flatten(2))
+            wait()
+            outs.append(layer.step(*states))
+            wait()
+        return outs
+
+    gate = layer.inputs[3].clone()
+    one, other = ([part.clone() for part in layer.states] for _ in range(2))
+    expected = walk(one, torch.cuda.synchronize)
+    layer.inputs[3].copy_(gate)
+    if replayed:
+        before = [part.clone() for part in other]
+        graph, outs = capture(lambda: walk(other, lambda: None))
+        layer.inputs[3].copy_(gate)
+        for part, start in zip(other, before, strict=True):
+            part.copy_(start)
+        graph.replay()
+    else:
+        outs = walk(other, lambda: None)
+    torch.cuda.synchronize()
+    assert all(torch.equal(*pair) for pair in zip(outs, expected, strict=True))
+    assert all(torch.equal(*pair) for pair in zip(one, other, strict=True))

@@ -13,8 +13,9 @@ pytest.importorskip("triton", reason="the Triton kernels need triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
-from gendistill_kernels import delta_chunk
+from gendistill_kernels import decode, delta_chunk
 from gendistill_kernels.configs import SHARED_BYTES
+from gendistill_kernels.decode import Convolution, Heads
 from gendistill_kernels.delta_chunk import Chunks, Inputs, Rule
 
 LAUNCHERS = ("_prepare", "_prepare_wild", "_keys", "_keys_wild", "_values")
@@ -114,9 +115,7 @@ def test_every_product_reads_its_own_operands(machine_code, monkeypatch, name):
     # one decay per head has no chunks out of range
     assert len(found) == len(LAUNCHERS) - (2 if sizes.get("decay") == "scalar" else 0)
     for function, arguments, settings in found:
-        options = {
-            key: settings.pop(key) for key in ("num_warps", "num_stages", "maxnreg") if key in settings
-        }
+        options = {key: settings.pop(key) for key in machine_code.OPTIONS if key in settings}
         sass, shared = machine_code.listing(function, arguments, settings, options)
         # Triton makes a bfloat16 constant too small for float16 a zero
         assert not re.search(r"H(MUL|FMA)2\S* [^;]*\bRZ\.H0_H0", sass), function.__name__
@@ -148,3 +147,30 @@ def test_a_register_that_nothing_wrote_is_seen(machine_code):
         /*00a0*/                   HGMMA.64x32x16.F32 R24, gdesc[UR8].tnspB, R24 ;
 """
     assert [product[1:] for product in machine_code.products(sass)] == [(0x400, 0x800), (0x400, None)]
+
+
+def test_an_overlapping_step_waits_before_it_touches_memory(machine_code, monkeypatch):
+    calls = []
+    monkeypatch.setattr(decode, "_decode", {(4,): lambda *given, **settings: calls.append((given, settings))})
+    N, H, K = 1, 4, 64
+    qkv, decay, beta = (
+        torch.zeros(N, 1, *sizes, dtype=torch.bfloat16) for sizes in ((3 * H * K,), (H, K), (H,))
+    )
+    history = Convolution(torch.zeros(3 * H * K, 4), torch.zeros(N, 3 * H * K, 3))
+    gates = {"A_log": torch.zeros(H), "dt_bias": torch.zeros(H * K)}
+    state, heads = torch.zeros(N, H, K, K), Heads(H, H, H)
+    decode.decode_step(
+        qkv, decay, beta, state, rule=Rule("bounded"), heads=heads, convolution=history, **gates
+    )
+    ((arguments, settings),) = calls
+    assert not settings["OVERLAP"], "there is no GPU here"
+    settings["OVERLAP"] = settings["launch_pdl"] = True
+    options = {key: settings.pop(key) for key in machine_code.OPTIONS if settings.get(key) is not None}
+    settings.pop("maxnreg", None)
+    sass, _ = machine_code.listing(decode.decode_kernel, arguments, settings, options)
+    names = re.findall(r"^\s+/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9]+)", sass, re.MULTILINE)
+    touched = [
+        index for index, name in enumerate(names) if name in ("LDG", "STG", "LD", "ST", "ATOMG", "RED")
+    ]
+    assert names.index("ACQBULK") < touched[0]
+    assert "PREEXIT" in names
