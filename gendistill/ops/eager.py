@@ -26,9 +26,11 @@ def _is_eager(arguments: tuple[Any, ...]) -> bool:
 
 
 def _needs_grad(arguments: tuple[Any, ...]) -> bool:
-    return torch.is_grad_enabled() and any(
-        isinstance(part, Tensor) and part.requires_grad for part in arguments
-    )
+    if torch.is_grad_enabled():
+        for part in arguments:
+            if isinstance(part, Tensor) and part.requires_grad:
+                return True
+    return False
 
 
 def quick(op: Any, launch: Any) -> Any:

@@ -26,12 +26,14 @@ def check_shapes(
     batch, length, heads = beta.shape
     keys, values = q.shape[-1], v.shape[-1]
     for name, part, channels in (("q", q, keys), ("k", k, keys), ("v", v, values), ("decay", decay, keys)):
-        if part.ndim != 4 or part.shape[:2] != (batch, length) or part.shape[3] != channels:
+        # its shape is read once: a short call on a GPU waits for all that happens here
+        shape = part.shape
+        if len(shape) != 4 or shape[:2] != (batch, length) or shape[3] != channels:
             raise ValueError(
-                f"{name} must have shape {[batch, length, 'heads', channels]}, got {list(part.shape)}"
+                f"{name} must have shape {[batch, length, 'heads', channels]}, got {list(shape)}"
             )
-        if heads % part.shape[2] or (name == "decay" and part.shape[2] != heads):
-            raise ValueError(f"{heads} heads of beta do not fit {part.shape[2]} heads of {name}")
+        if heads % shape[2] or (name == "decay" and shape[2] != heads):
+            raise ValueError(f"{heads} heads of beta do not fit {shape[2]} heads of {name}")
     number = batch if segments is None else len(segments.lengths)
     if segments is not None and (batch != 1 or segments.num_tokens != length):
         raise ValueError(

@@ -43,7 +43,6 @@ from gendistill_kernels.delta_plan import (
     Plan,
     Rule,
     Sizes,
-    Space,
     num_segments,
     plan,
     work_spaces,
@@ -238,11 +237,6 @@ def _kind(part: Tensor | None) -> Any:
     return None if part is None else (part.dtype, part.get_device())
 
 
-def _allocate(space: Space, device: torch.device) -> Tensor:
-    # what is typed as a tensor is one, wherever it is used
-    return None if space is None else torch.empty(space[0], dtype=space[1], device=device)  # pyright: ignore
-
-
 @functools.cache
 def _later(device: torch.device, dtype: torch.dtype) -> Blocks:
     """Make the 0/1 matrix that sums over a token and those after it."""
@@ -307,7 +301,7 @@ def empty_outputs(
             segments=num_segments(n, SEGMENT, kinds),
             save=True,
         )
-        saved = [_allocate(space, x.q.device) for space in spaces]
+        saved = [x.q.new_empty(space[0], dtype=space[1]) for space in spaces if space is not None]
     return *_results(n, x), saved
 
 
@@ -337,7 +331,7 @@ def chunk_forward(
         raise ValueError("chunk_forward needs at least one token")
     todo, where = at.forward(save=save, state=_kind(state)), _layout(at, x, chunks)
     out, state_out = _results(n, x)
-    work = [_allocate(space, at.device) for space in todo.spaces]
+    work = todo.work.allocate()
     tall, square, total, strength, norms, states, news, matrices, wild = work
     strength, wild = _none_if_empty(strength), _none_if_empty(wild)
     tiles = _five(tall, square)
@@ -460,8 +454,8 @@ def chunk_backward_local(
     """
     x, at = _plan(x, rule, chunks)
     n, todo, where = at.n, at.local(_kind(grad_out)), chunks or _UNPACKED
-    spaces = [_allocate(space, at.device) for space in todo[:12]]
-    dq, dk, dv, d_decay, d_write, d_beta, d_erase, d_bias, d_rate, d_scores, units, rows = spaces
+    work = todo.work.allocate()
+    dq, dk, dv, d_decay, d_write, d_beta, d_erase, d_bias, d_rate, d_scores, units, rows = work
     strength, wild = _none_if_empty(saved.strength), _none_if_empty(saved.wild)
     scores, lower = d_scores.unbind()
     _values[todo.values](

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
 import triton.language as tl
+from torch import Tensor
 
 from gendistill_kernels.configs import Config, cached, is_many, lookup
 from gendistill_kernels.launch import Fixed
@@ -129,17 +131,41 @@ def work_spaces(
     ]
 
 
+@functools.cache
+def _element(dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.empty(1, dtype=dtype, device=device)
+
+
+class Workspace:
+    """Allocate the same tensors for every call.
+
+    Args:
+        spaces: What to allocate; None for no tensor.
+        device: Where.
+    """
+
+    def __init__(self, spaces: Sequence[Space], device: torch.device) -> None:
+        # tensors like others take half as long to make as those of a given shape, dtype and device
+        self._like = [
+            None if space is None else _element(space[1], device).expand(space[0]) for space in spaces
+        ]
+
+    def allocate(self) -> list[Any]:
+        """Return new, contiguous tensors with nothing in particular in them, and None where there is none."""
+        return [None if like is None else torch.empty_like(like) for like in self._like]
+
+
 class Forward(NamedTuple):
     """Hold the launches of a forward pass, in their order.
 
     Attributes:
-        spaces: As ``work_spaces``.
+        work: Of ``work_spaces``.
         operands: Dtype of the 0/1 matrices.
         prepare, prepare_wild, summary, carry, scan: Launches; None where there is none.
         width, width_wild: Channels of the blocks that the first two store.
     """
 
-    spaces: list[Space]
+    work: Workspace
     operands: torch.dtype
     prepare: Fixed
     width: int
@@ -166,27 +192,15 @@ class Local(NamedTuple):
     """Hold the launches of the second half of a backward pass.
 
     Attributes:
-        dq, dk, dv: Gradients per head of the state.
-        d_decay, d_write, d_beta, d_erase: Gradients, or what they are summed from.
-        d_bias, d_rate: Of every chunk, of the gate's parameters.
-        d_scores, units, rows: What the first kernel hands to the second.
+        work: Gradients of q, k and v per head of the state; of decay, write, beta and erase, or what they are summed
+            from; of the gate's bias and rate in every chunk; and what the first kernel hands to the second: gradients
+            of scores, their units, rows.
         values, keys, keys_wild: Launches; None where there is none.
         sum_q, sum_k, sum_v: Launches that add up heads; None where no heads share.
         sum_gate: The launch that adds up the gradients of the gate's parameters; None without a gate.
     """
 
-    dq: Space
-    dk: Space
-    dv: Space
-    d_decay: Space
-    d_write: Space
-    d_beta: Space
-    d_erase: Space
-    d_bias: Space
-    d_rate: Space
-    d_scores: Space
-    units: Space
-    rows: Space
+    work: Workspace
     values: Fixed
     keys: Fixed
     keys_wild: Fixed | None
@@ -360,11 +374,12 @@ class Plan:
             config = self._config("summary", save=save)
             summary = self._of_scan(config, n.K, **walk, HAS_STATE=False, SUMMARY=True)
             carry = self._carry(has_state, back=False)
+        beta = self.dtypes[4] is not None
+        spaces = work_spaces(
+            n, rule, self.dtype, beta=beta, scalar=self.scalar, segments=self.segments, save=save
+        )
         return Forward(
-            spaces=work_spaces(
-                n, rule, self.dtype, beta=self.dtypes[4] is not None, scalar=self.scalar,
-                segments=self.segments, save=save,
-            ),
+            work=Workspace(spaces, self.device),
             operands=torch.float32 if exact else torch.float16,
             prepare=Fixed(
                 (n.chunks, n.H), **settings, W=width, SCALAR=self.scalar,
@@ -442,19 +457,22 @@ class Plan:
         if not self._never_wild:
             config = self._config("keys_wild")
             again = Fixed(grid, **settings | {"BV": n.wide}, num_warps=config.warps, num_stages=config.stages)
+        spaces = [
+            per_head(n.HQ, n.K, self.dtypes[0]),
+            per_head(n.HK, n.K, self.dtypes[1]),
+            per_head(n.HV, n.V, self.dtypes[2]),
+            decay,
+            write,
+            beta,
+            erase,
+            ((n.chunks, n.H, parts if self.scalar else n.K), float32) if has_gate else None,
+            ((n.chunks, n.H, parts), float32) if has_gate else None,
+            ((2, n.chunks, n.H, CHUNK, CHUNK), self.wide),
+            ((n.chunks, n.H), float32),
+            ((n.chunks, n.H, 3, CHUNK), float32),
+        ]
         return Local(
-            dq=per_head(n.HQ, n.K, self.dtypes[0]),
-            dk=per_head(n.HK, n.K, self.dtypes[1]),
-            dv=per_head(n.HV, n.V, self.dtypes[2]),
-            d_decay=decay,
-            d_write=write,
-            d_beta=beta,
-            d_erase=erase,
-            d_bias=((n.chunks, n.H, parts if self.scalar else n.K), float32) if has_gate else None,
-            d_rate=((n.chunks, n.H, parts), float32) if has_gate else None,
-            d_scores=((2, n.chunks, n.H, CHUNK, CHUNK), self.wide),
-            units=((n.chunks, n.H), float32),
-            rows=((n.chunks, n.H, 3, CHUNK), float32),
+            work=Workspace(spaces, self.device),
             values=Fixed(
                 (n.chunks, n.H),
                 H=n.H, HV=n.HV, SV=self.token_strides[2], V=n.V, BV=n.wide, C=CHUNK, NORM=rule.norm,

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import operator
 import types
 import warnings
 from collections.abc import Callable, Sequence
@@ -101,8 +100,8 @@ class Fixed:
     def __init__(self, grid: tuple[int, ...], **constants: Any) -> None:
         self.grid = grid
         self.constants = constants
-        # how to launch it again, on which device
-        self.ready: tuple[int, _Compiled, Callable[..., list[Any] | None]] | None = None
+        # on which device it was launched, and what launches it there again
+        self.ready: tuple[int, Callable[..., bool]] | None = None
 
 
 # for an argument of each type: what distinguishes compiled kernels, and what its C launcher gets
@@ -158,23 +157,12 @@ def _reader(classes: tuple[type, ...]) -> Callable[..., tuple[tuple[Any, ...], l
             keys.append(key.format(name))
         values.append(value.format(name))
     body = f"    return ({''.join(key + ', ' for key in keys)}), [{', '.join(values)}]\n"
-    return _function(f"def read({', '.join(names)}):\n{''.join(pointers)}{body}")
+    return _function(f"def read({', '.join(names)}):\n{''.join(pointers)}{body}", {})["read"]
 
 
-@functools.cache
-def _places_reader(classes: tuple[type, ...]) -> Callable[..., list[Any] | None]:
-    """Make a function of arguments of these classes, which returns plain values; None if a tensor is not aligned."""
-    names = [f"x{index}" for index in range(len(classes))]
-    pointers = [name for name, kind in zip(names, classes, strict=True) if _RULES[kind] is _POINTER]
-    reads = "".join(f"    {name} = {name}.data_ptr()\n" for name in pointers)
-    checks = f"    if ({' | '.join(pointers)}) & 15:\n        return None\n" if pointers else ""
-    return _function(f"def read({', '.join(names)}):\n{reads}{checks}    return [{', '.join(names)}]\n")
-
-
-def _function(source: str) -> Callable[..., Any]:
-    scope: dict[str, Any] = {}
+def _function(source: str, scope: dict[str, Any]) -> dict[str, Any]:
     exec(source, scope)
-    return scope["read"]
+    return scope
 
 
 class Launcher:
@@ -204,20 +192,18 @@ class Launcher:
         return self.function[grid]
 
     def _repeat(self, fixed: Fixed, /, *arguments: Any) -> None:
-        if fixed.ready is not None and not _is_watched(self.function):
-            device, compiled, read = fixed.ready
-            active: Any = driver.active
-            if active.get_current_device() == device:
-                values = read(*arguments)
-                if values is not None:
-                    compiled.launch(fixed.grid, active.get_current_stream(device), values)
-                    return
+        active: Any = driver.active
+        device = active.get_current_device()
+        if (
+            fixed.ready is not None
+            and fixed.ready[0] == device
+            and not _is_watched(self.function)
+            and fixed.ready[1](active.get_current_stream(device), *arguments)
+        ):
+            return
         compiled = self._launch(fixed.grid, *arguments, **fixed.constants)
-        if compiled is not None:
-            read = _places_reader(tuple(map(type, arguments)))
-            if read(*arguments) is not None:
-                active: Any = driver.active
-                fixed.ready = active.get_current_device(), compiled.fixed(), read
+        if compiled is not None and all(_is_aligned(part) for part in arguments):
+            fixed.ready = device, compiled.repeat(fixed.grid, tuple(map(type, arguments)))
 
     def _launch(self, grid: Any, /, *arguments: Any, **constants: Any) -> _Compiled | None:
         """Launch; returns what to launch such again with, if there is anything."""
@@ -251,7 +237,6 @@ class _Compiled:
         start, head: The C launcher, and what it gets first.
         tail: How many constants follow the arguments.
         blocks: Which arguments are encoded, and what the compiler says of each.
-        key: What tells two encoded blocks apart.
     """
 
     def __init__(
@@ -260,33 +245,47 @@ class _Compiled:
         head: tuple[Any, ...],
         tail: int,
         blocks: Sequence[tuple[int, Any]],
-        key: Callable[[Blocks], Any],
     ) -> None:
         self.start = start
         self.head = head
         # the places of constants, which a kernel has no parameters for
         self.tail = [None] * tail
         # from the last to the first, since each becomes several values
-        self.blocks = [
-            (index, meta, {}) for index, meta in sorted(blocks, key=operator.itemgetter(0), reverse=True)
-        ]
-        self.key = key
+        self.blocks = [(index, meta, {}) for index, meta in reversed(blocks)]
 
-    def fixed(self) -> _Compiled:
-        """Return the same for blocks that differ in nothing but their places."""
-        blocks = [(index, meta) for index, meta, _ in self.blocks]
-        return _Compiled(self.start, self.head, len(self.tail), blocks, operator.attrgetter("place"))
+    def repeat(self, grid: tuple[int, ...], classes: tuple[type, ...]) -> Callable[..., bool]:
+        """Make what launches this on a stream, with arguments that differ in nothing but places.
+
+        It launches nothing and returns False if a tensor does not start at a multiple of 16 bytes.
+        """
+        names = [f"x{index}" for index in range(len(classes))]
+        pointers = [name for name, kind in zip(names, classes, strict=True) if _RULES[kind] is _POINTER]
+        lines = [f"{name} = {name}.data_ptr()" for name in pointers]
+        if pointers:
+            lines.append(f"if ({' | '.join(pointers)}) & 15: return False")
+        scope: dict[str, Any] = {"start": self.start, "head": self.head, "tail": self.tail, "encode": _encode}
+        given = [*names]
+        for index, meta, _ in self.blocks:
+            name = names[index]
+            scope |= {f"places{index}": {}, f"meta{index}": meta}
+            lines.append(
+                f"{name} = places{index}.get({name}.place) or "
+                f"encode(places{index}, {name}.place, {name}, meta{index})"
+            )
+            given[index] = f"*{name}"
+        values = ", ".join([*given, "*tail"])
+        values = values if _VERSION == "3.6" else f"[{values}]"
+        x, y, z = (*grid, 1, 1)[:3]
+        lines += [f"start({x}, {y}, {z}, stream, *head, {values})", "return True"]
+        body = "".join(f"    {line}\n" for line in lines)
+        return _function(f"def repeat(stream, {', '.join(names)}):\n{body}", scope)["repeat"]
 
     def launch(self, grid: tuple[int, ...], stream: int, values: list[Any]) -> None:
         """Launch; ``values`` are as a reader returns them."""
         for index, meta, places in self.blocks:
-            key = self.key(values[index])
-            encoded = places.get(key)
-            if encoded is None:
-                if len(places) >= _PLACES:
-                    places.clear()
-                encoded = places[key] = nvidia.make_tensordesc_arg(values[index], meta)
-            values[index : index + 1] = encoded
+            block = values[index]
+            key = block.place, *block.shape
+            values[index : index + 1] = places.get(key) or _encode(places, key, block, meta)
         values += self.tail
         x, y, z = (*grid, 1, 1)[:3]
         if _VERSION == "3.6":
@@ -295,8 +294,16 @@ class _Compiled:
             self.start(x, y, z, stream, *self.head, values)
 
 
-def _place_and_shape(block: Blocks) -> tuple[int, ...]:
-    return block.place, *block.shape
+def _encode(places: dict[Any, Any], key: Any, block: Blocks, meta: Any) -> Sequence[Any]:
+    """Encode a block's descriptor, and keep it."""
+    if len(places) >= _PLACES:
+        places.clear()
+    places[key] = found = nvidia.make_tensordesc_arg(block, meta)
+    return found
+
+
+def _is_aligned(part: Any) -> bool:
+    return not isinstance(part, Tensor) or part.data_ptr() & 15 == 0
 
 
 def _compiled(kernel: CompiledKernel, function: JITFunction, arguments: Sequence[Any]) -> _Compiled | None:
@@ -320,7 +327,7 @@ def _compiled(kernel: CompiledKernel, function: JITFunction, arguments: Sequence
         return None
     head = _HEADS[_VERSION](kernel, run)
     blocks = list(zip(blocks, metas, strict=True))
-    return _Compiled(start, head, len(function.params) - count, blocks, _place_and_shape)
+    return _Compiled(start, head, len(function.params) - count, blocks)
 
 
 def _c_launcher(run: Any) -> Callable[..., None] | None:

@@ -9,7 +9,7 @@ pytest.importorskip("triton", reason="the Triton kernels need triton")
 
 from gendistill_kernels import configs
 from gendistill_kernels.configs import Config, forced
-from gendistill_kernels.delta_plan import Rule, plan, token_stride
+from gendistill_kernels.delta_plan import Rule, Workspace, plan, token_stride
 
 F32, BF16 = torch.float32, torch.bfloat16
 BOUNDED = Rule("bounded")
@@ -76,7 +76,7 @@ def test_long_sequences_are_cut():
     assert todo.summary.grid == (4, 64)
     assert todo.scan.grid == (2, 64)
     assert todo.scan.constants["HAS_STATE"]
-    assert todo.spaces[7] == ((4, 16, 128, 128), F32)
+    assert todo.work.allocate()[7].shape == (4, 16, 128, 128)
     assert make(B=1, T=8192).forward(save=True, state=None).summary is None
 
 
@@ -87,6 +87,18 @@ def test_a_forced_configuration_makes_new_plans():
     assert (other.constants["BV"], other.constants["num_warps"]) == (32, 2)
     assert make().forward(save=False, state=None).scan.constants == usual.constants
     assert configs.lookup.cache_info().currsize
+
+
+def test_workspaces_are_new_and_contiguous():
+    shapes = [(3, 2, 5), (2, 1, 5), (0, 4), (1,), (7, 1, 1)]
+    work = Workspace([None, *((shape, BF16) for shape in shapes)], torch.device("cpu"))
+    (nothing, *first), (_, *second) = work.allocate(), work.allocate()
+    assert nothing is None
+    for shape, one, other in zip(shapes, first, second, strict=True):
+        assert (one.shape, one.dtype) == (shape, BF16)
+        assert one.is_contiguous()
+        assert one.untyped_storage().nbytes() == 2 * one.numel()
+        assert one.numel() == 0 or one.data_ptr() != other.data_ptr()
 
 
 @pytest.mark.parametrize(
