@@ -59,11 +59,14 @@ class Ours:
     def decode(self, x: DecodeInputs) -> Callable[[], OpOutput]:
         """As :class:`Contestant` says; the state changes in place."""
         state, conv_state, run = x.state.clone(), x.conv_state.clone(), triton_ops().triton_kda_decode
-        gates = (x.a_log, x.dt_bias, x.conv_weight, x.conv_bias)
+        qkv, *taps = (
+            list(x.split(part, dim)) for part, dim in ((x.qkv, 2), (x.conv_weight, 0), (x.conv_bias, 0))
+        )
         finish = (x.norm_weight, x.output_gate, x.kv_heads, "bounded", LOWER_BOUND, "identity", "silu")
 
         def step() -> OpOutput:
-            return OpOutput(run(x.qkv, x.decay, x.beta, state, *gates, conv_state, *finish, NORM_EPS), state)
+            given = (qkv, x.decay, x.beta, state, x.a_log, x.dt_bias, *taps, conv_state)
+            return OpOutput(run(*given, *finish, NORM_EPS), state)
 
         return step
 

@@ -274,30 +274,29 @@ class KDA(nn.Module):
         )
         return self.o_proj(out.flatten(-2)), MixerState(conv, recurrent)
 
-    def _project(self, x: Tensor) -> Tensor:
-        return torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], dim=-1)
+    def _project(self, x: Tensor) -> list[Tensor]:
+        return [self.q_proj(x), self.k_proj(x), self.v_proj(x)]
 
     def _raw_decay(self, x: Tensor) -> Tensor:
         return self.f_b_proj(self.f_a_proj(x)).unflatten(-1, (self.num_heads, self.head_dim))
 
-    def _taps(self) -> tuple[Tensor | None, Tensor | None]:
-        """Return weight ``[C, W]`` and bias ``[C]`` of the convolution over q, k and v."""
+    def _taps(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Return weights ``[channels, W]`` and biases ``[channels]`` of the convolutions, none if there are none."""
         if not self.conv_size:
-            return None, None
+            return [], []
         convs: Any = (self.q_conv1d, self.k_conv1d, self.v_conv1d)
-        weight = torch.cat([conv.weight for conv in convs])[:, 0]
-        return weight, None if convs[0].bias is None else torch.cat([conv.bias for conv in convs])
+        return [conv.weight[:, 0] for conv in convs], [conv.bias for conv in convs if conv.bias is not None]
 
     def _convolve(
         self, x: Tensor, sequences: SequenceInfo | None, state: MixerState | None, impl: Impl
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        qkv, conv_state = self._project(x), None
-        weight, bias = self._taps()
-        if weight is not None:
+        qkv, conv_state = torch.cat(self._project(x), dim=-1), None
+        weights, biases = self._taps()
+        if weights:
             qkv, conv_state = causal_conv(
                 qkv,
-                weight,
-                bias,
+                torch.cat(weights),
+                torch.cat(biases) if biases else None,
                 activation=self.conv_activation,
                 state=None if state is None else state.conv,
                 segments=None if sequences is None else sequences.segments,

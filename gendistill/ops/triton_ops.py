@@ -415,14 +415,14 @@ triton_gated_norm = differentiable(
 
 
 def _launch_kda_decode(
-    qkv: Tensor,
+    qkv: list[Tensor],
     decay: Tensor,
     beta: Tensor,
     state: Tensor,
     a_log: Tensor,
     dt_bias: Tensor,
-    conv_weight: Tensor | None,
-    conv_bias: Tensor | None,
+    conv_weights: list[Tensor],
+    conv_biases: list[Tensor],
     conv_state: Tensor | None,
     norm_weight: Tensor | None,
     output_gate: Tensor | None,
@@ -436,10 +436,11 @@ def _launch_kda_decode(
     """Run a few tokens through convolution, gates, delta rule, norm and output gate; both states change in place.
 
     Args:
-        qkv: ``[N, T, (H + 2 num_kv_heads) K]`` before the convolution.
+        qkv: q ``[N, T, H K]``, and k and v ``[N, T, num_kv_heads K]``, before the convolution.
         decay: ``[N, T, H, K]`` raw gate values.
         beta: ``[N, T, H]`` logits.
         state: ``[N, H, K, K]`` float32.
+        conv_weights, conv_biases: ``[channels, W]`` and ``[channels]`` of q, k and v; none if there are none.
         conv_state: ``[N, C, W - 1]``.
         output_gate: ``[N, T, H K]`` raw.
     Returns: ``[N, T, H, K]``.
@@ -447,8 +448,8 @@ def _launch_kda_decode(
     changed = [part for part in (state, conv_state) if part is not None]
     torch.autograd.graph.increment_version(changed)
     convolution = None
-    if conv_weight is not None:
-        convolution = _decode.Convolution(conv_weight, conv_state, conv_bias, conv_activation)
+    if conv_weights:
+        convolution = _decode.Convolution(conv_weights, conv_state, conv_biases or None, conv_activation)
     finish = _decode.Finish(norm_weight, norm_eps, output_gate, output_activation)
     return _decode.decode_step(
         qkv,
@@ -469,7 +470,7 @@ kda_decode = custom_op("gendistill::kda_decode", _launch_kda_decode, mutates_arg
 
 @kda_decode.register_fake
 def _(qkv, decay, beta, state, *settings):
-    return qkv.new_empty(*beta.shape, state.shape[3])
+    return qkv[0].new_empty(*beta.shape, state.shape[3])
 
 
 triton_kda_decode = quick(kda_decode, _launch_kda_decode)

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -25,11 +26,16 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from gendistill_kernels.configs import lookup
+from gendistill_kernels.configs import cached, lookup
 from gendistill_kernels.delta_chunk import Rule
 from gendistill_kernels.delta_chunk_forward import log2_decay
-from gendistill_kernels.launch import Launcher
+from gendistill_kernels.launch import Fixed, Launcher
 
+_TENSORS = (
+    "q", "k", "v", "decay", "beta", "state", "out", "A_log", "dt_bias",
+    *(f"the convolution's {kind} of {part}" for kind in ("weight", "bias") for part in "qkv"),
+    "the convolution's state", "norm_weight", "gate",
+)  # fmt: skip
 # bytes of state above which caching it would only push out what other kernels read
 _STREAM_FROM = 1 << 24
 
@@ -46,16 +52,16 @@ class Convolution(NamedTuple):
     """Describe the short convolution of q, k and v.
 
     Attributes:
-        weight: ``[C, W]``, contiguous; the last tap multiplies the current token.
+        weight: ``[C, W]``, contiguous, or one for each of q, k and v; the last tap multiplies the current token.
         state: ``[N, C, W - 1]`` inputs before the first token, contiguous, in the dtype of the inputs or float32;
             updated in place. None for one tap.
-        bias: ``[C]`` or None.
+        bias: ``[C]``, or one for each of q, k and v, or None.
         activation: ``identity`` or ``silu``.
     """
 
-    weight: Tensor
+    weight: Tensor | Sequence[Tensor]
     state: Tensor | None
-    bias: Tensor | None = None
+    bias: Tensor | Sequence[Tensor] | None = None
     activation: Literal["identity", "silu"] = "identity"
 
 
@@ -90,15 +96,15 @@ def _load(at, inside):
 
 
 @triton.jit
-def _load_taps(weight, bias, past, channels, inside, W: tl.constexpr):
+def _load_taps(weight, bias, past, inside, W: tl.constexpr):
     """Load what the convolution of some channels needs besides new tokens: past inputs, factors and bias."""
     window, factors, offset = (), (), 0.0
     for tap in tl.static_range(W):
-        factors += (_load(weight + channels * W + tap, inside),)
+        factors += (_load(weight + tap, inside),)
         if tap < W - 1:
-            window += (_load(past + channels * (W - 1) + tap, inside),)
+            window += (_load(past + tap, inside),)
     if bias is not None:
-        offset = _load(bias + channels, inside)
+        offset = _load(bias, inside)
     return window, factors, offset
 
 
@@ -114,9 +120,9 @@ def _convolve(window, factors, offset, W: tl.constexpr, ACTIVATION: tl.constexpr
 
 
 @triton.jit
-def _store_window(past, channels, window, inside, W: tl.constexpr):
+def _store_window(past, window, inside, W: tl.constexpr):
     for slot in tl.static_range(W - 1):
-        tl.store(past + channels * (W - 1) + slot, window[slot].to(past.dtype.element_ty), mask=inside)
+        tl.store(past + slot, window[slot].to(past.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -126,8 +132,10 @@ def _add_three(a0, a1, a2, b0, b1, b2):
 
 @triton.jit
 def decode_kernel(
-    qkv, decay, beta, state, out, A_log, dt_bias, weight, bias, history, norm_weight, gate,
-    qkv_row, qkv_token, decay_row, decay_token, beta_row, beta_token, gate_row, gate_token,
+    q_in, k_in, v_in, decay, beta, state, out, A_log, dt_bias,
+    weight_q, weight_k, weight_v, bias_q, bias_k, bias_v, history, norm_weight, gate,
+    q_row, q_token, k_row, k_token, v_row, v_token,
+    decay_row, decay_token, beta_row, beta_token, gate_row, gate_token,
     scale, lower_bound, eps,
     T: tl.constexpr, H: tl.constexpr, HQ: tl.constexpr, HK: tl.constexpr, HV: tl.constexpr, K: tl.constexpr,
     V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, W: tl.constexpr, GROUPS: tl.constexpr,
@@ -157,7 +165,8 @@ def decode_kernel(
     for member in range(GROUP):
         head = group * GROUP + member
         head_q, head_k, head_v = head // (H // HQ), head // (H // HK), head // (H // HV)
-        qk_channels = tl.where(part == 0, head_q, HQ + head_k) * K + row
+        in_q, in_k = head_q * K + row, head_k * K + row
+        is_q = part == 0
         rate = 0.0
         shift = 0.0
         if GATE != "none":
@@ -166,9 +175,18 @@ def decode_kernel(
         for block in range(BLOCKS):
             is_v = (half == 0) & (block * BV + column < V)
             is_end = (half == 1) & (block * BV + column < V)
-            v_channels = (HQ + HK) * K + head_v * V + block * BV + column
-            window_qk, factors_qk, offset_qk = _load_taps(weight, bias, past, qk_channels, is_qk, W)
-            window_v, factors_v, offset_v = _load_taps(weight, bias, past, v_channels, is_v, W)
+            in_v = head_v * V + block * BV + column
+            at_qk, at_v, scale_qk, scale_v, shift_qk, shift_v = 0, 0, 0, 0, None, None
+            if W > 0:
+                scale_qk = tl.where(is_q, weight_q + in_q * W, weight_k + in_k * W)
+                scale_v = weight_v + in_v * W
+            if W > 1:
+                at_qk = past + tl.where(is_q, in_q, HQ * K + in_k) * (W - 1)
+                at_v = past + ((HQ + HK) * K + in_v) * (W - 1)
+            if bias_q is not None:
+                shift_qk, shift_v = tl.where(is_q, bias_q + in_q, bias_k + in_k), bias_v + in_v
+            window_qk, factors_qk, offset_qk = _load_taps(scale_qk, shift_qk, at_qk, is_qk, W)
+            window_v, factors_v, offset_v = _load_taps(scale_v, shift_v, at_v, is_v, W)
             gain = 1.0
             if norm_weight is not None:
                 gain = _load(norm_weight + block * BV + column, is_end)
@@ -180,9 +198,10 @@ def decode_kernel(
             # the state behind the arithmetic of the vectors.
             tl.debug_barrier()
             for token in range(T):
-                here = sequence * qkv_row + token * qkv_token
-                window_qk += (_load(qkv + here + qk_channels, is_qk),)
-                window_v += (_load(qkv + here + v_channels, is_v),)
+                new_q = q_in + sequence * q_row + token * q_token + in_q
+                new_k = k_in + sequence * k_row + token * k_token + in_k
+                window_qk += (_load(tl.where(is_q, new_q, new_k), is_qk),)
+                window_v += (_load(v_in + sequence * v_row + token * v_token + in_v, is_v),)
                 raw = _load(decay + sequence * decay_row + token * decay_token + head * K + row, is_decay)
                 strength = tl.load(beta + sequence * beta_row + token * beta_token + head).to(tl.float32)
                 end = gain
@@ -224,9 +243,9 @@ def decode_kernel(
             if W > 1:
                 # the last member that reads a channel moves its window on
                 ends_q, ends_k = (head + 1) % (H // HQ) == 0, (head + 1) % (H // HK) == 0
-                ends = tl.where(part == 0, ends_q, ends_k) & (block == BLOCKS - 1)
-                _store_window(past, qk_channels, window_qk, is_qk & ends, W)
-                _store_window(past, v_channels, window_v, is_v & ((head + 1) % (H // HV) == 0), W)
+                ends = tl.where(is_q, ends_q, ends_k) & (block == BLOCKS - 1)
+                _store_window(at_qk, window_qk, is_qk & ends, W)
+                _store_window(at_v, window_v, is_v & ((head + 1) % (H // HV) == 0), W)
             tl.store(state + cells, memory, mask=inside, eviction_policy=EVICTION)
         if LATE:
             tl.debug_barrier()
@@ -250,8 +269,13 @@ def _can_overlap(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
+def _parts(packed: Tensor | Sequence[Tensor], sizes: list[int], dim: int) -> Sequence[Tensor]:
+    """Return what belongs to q, k and v."""
+    return packed.split(sizes, dim) if isinstance(packed, Tensor) else packed
+
+
 def decode_step(
-    qkv: Tensor,
+    qkv: Tensor | Sequence[Tensor],
     decay: Tensor,
     beta: Tensor,
     state: Tensor,
@@ -267,55 +291,105 @@ def decode_step(
     """Take every sequence a few tokens further; heads and channels of the inputs are contiguous, tokens need not be.
 
     Args:
-        qkv: ``[N, T, C]`` projected q, k and v heads, before the convolution; ``C = (HQ + HK) * K + HV * V``. Head
-            ``h`` of the state reads q head ``h // (H / HQ)``, and so on.
+        qkv: ``[N, T, C]`` projected q, k and v heads, before the convolution, ``C = (HQ + HK) * K + HV * V``; or
+            ``[N, T, HQ * K]``, ``[N, T, HK * K]`` and ``[N, T, HV * V]``, of one dtype. Head ``h`` of the state reads
+            q head ``h // (H / HQ)``, and so on.
         decay: ``[N, T, H, K]``, as ``rule.gate`` says.
         beta: ``[N, T, H]``, as ``rule.sigmoid`` says.
         state: ``[N, H, K, V]`` float32, contiguous; updated in place.
         rule: What the inputs mean; here one strength both erases and writes.
-        heads: How many heads ``qkv`` packs.
+        heads: How many heads ``qkv`` has.
         A_log, dt_bias: ``[H]`` and ``[H * K]`` float32, of the gate; None without one.
         convolution: None has none.
         finish: Norm and gate of the output; None has neither.
-        out: ``[N, T, H, V]`` in ``qkv.dtype``, contiguous, to write to.
+        out: ``[N, T, H, V]`` in the dtype of ``qkv``, contiguous, to write to.
     Raises:
         ValueError: The rule is another one of the family.
     Returns:
-        ``[N, T, H, V]`` in ``qkv.dtype``.
+        ``[N, T, H, V]`` in the dtype of ``qkv``.
     """
     if decay.ndim != 4 or rule.erase != "scalar" or rule.write != "scalar":
         raise ValueError(
             "decode_step takes a decay per channel and one strength that erases and writes, got"
             f' {decay.ndim} axes of decay, erase "{rule.erase}" and write "{rule.write}"; use chunk_forward'
         )
-    N, T = qkv.shape[:2]
     H, K, V = state.shape[1:]
+    sizes = [heads.q * K, heads.k * K, heads.v * V]
+    q, k, v = _parts(qkv, sizes, 2)
+    N, T = q.shape[:2]
     if out is None:
-        out = torch.empty(N, T, H, V, dtype=qkv.dtype, device=qkv.device)
+        out = torch.empty(N, T, H, V, dtype=q.dtype, device=q.device)
     if not out.numel():
         return out
-    weight = None if convolution is None else convolution.weight
-    W = 0 if weight is None else weight.shape[1]
+    weights = biases = (None, None, None)
+    W = 0
+    if convolution is not None:
+        weights = _parts(convolution.weight, sizes, 0)
+        W = weights[0].shape[1]
+        if convolution.bias is not None:
+            biases = _parts(convolution.bias, sizes, 0)
     finish = finish or Finish()
+    past = None if convolution is None else convolution.state
+    tensors = (
+        q, k, v, decay, beta, state, out, A_log, dt_bias, *weights, *biases, past, finish.norm_weight, finish.gate
+    )  # fmt: skip
+    strides = (
+        *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *decay.stride()[:2], *beta.stride()[:2],
+        *((0, 0) if finish.gate is None else finish.gate.stride()[:2]),
+    )  # fmt: skip
+    fixed = _plan(
+        tuple([None if part is None else (part.dtype, part.get_device()) for part in tensors]),
+        (N, T, H, K, V, W),
+        strides,
+        heads,
+        rule,
+        q.device,
+        "identity" if convolution is None else convolution.activation,
+        finish.gate_activation,
+        finish.norm_eps,
+    )
+    _decode[fixed](
+        *tensors, *strides,
+        K**-0.5 if rule.scale is None else rule.scale, rule.lower_bound, finish.norm_eps,
+    )  # fmt: skip
+    return out
+
+
+@cached(256)
+def _plan(
+    kinds: tuple[tuple[torch.dtype, int] | None, ...],
+    sizes: tuple[int, int, int, int, int, int],
+    strides: tuple[int, ...],
+    heads: Heads,
+    rule: Rule,
+    device: torch.device,
+    activation: str,
+    gate_activation: str,
+    norm_eps: float,
+) -> Fixed:
+    """Plan steps of the same sizes; all that is given here is what they share.
+
+    Raises:
+        ValueError: Tensors are on several devices.
+    """
+    del strides, norm_eps
+    first = kinds[0]
+    for name, kind in zip(_TENSORS, kinds, strict=True):
+        if first is not None and kind is not None and kind[1] != first[1]:
+            raise ValueError(f"{name} is not on {device}, where q is; put all tensors on one device")
+    N, T, H, K, V, W = sizes
+    size = 2 if first is None else first[0].itemsize
     BK, wide = (max(16, triton.next_power_of_2(channels)) for channels in (K, V))
-    config = lookup(qkv.device, "decode", BK, wide, qkv.dtype.itemsize)
+    config = lookup(device, "decode", BK, wide, size)
     BV = min(wide, max(16, config.block // BK))
     groups = math.gcd(*heads) if W > 1 else H
     warps = min(config.warps, max(1, BK * BV // 1024))
-    overlap = _can_overlap(qkv.device)
-    _decode[(N * groups,)](
-        qkv, decay, beta, state, out, A_log, dt_bias,
-        weight, convolution and convolution.bias, convolution and convolution.state,
-        finish.norm_weight, finish.gate,
-        *qkv.stride()[:2], *decay.stride()[:2], *beta.stride()[:2],
-        *((0, 0) if finish.gate is None else finish.gate.stride()[:2]),
-        K**-0.5 if rule.scale is None else rule.scale, rule.lower_bound, finish.norm_eps,
+    overlap = _can_overlap(device)
+    return Fixed(
+        (N * groups,),
         T=T, H=H, HQ=heads.q, HK=heads.k, HV=heads.v, K=K, V=V, BK=BK, BV=BV, W=W, GROUPS=groups,
-        GATE=rule.gate, NORM=rule.norm, SIGMOID=rule.sigmoid,
-        ACTIVATION="identity" if convolution is None else convolution.activation,
-        OUT_GATE=finish.gate_activation,
-        EVICTION="evict_first" if state.numel() * 4 > _STREAM_FROM else "",
+        GATE=rule.gate, NORM=rule.norm, SIGMOID=rule.sigmoid, ACTIVATION=activation, OUT_GATE=gate_activation,
+        EVICTION="evict_first" if N * H * K * V * 4 > _STREAM_FROM else "",
         OVERLAP=overlap, launch_pdl=overlap,
         num_warps=warps, num_stages=config.stages, maxnreg=config.registers if warps == config.warps else None,
     )  # fmt: skip
-    return out

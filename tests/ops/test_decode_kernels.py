@@ -24,6 +24,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 from triton.runtime.interpreter import interpreter_builder
 
+from gendistill_kernels import decode
 from gendistill_kernels.decode import Convolution, Finish, Heads, decode_step
 from gendistill_kernels.delta_chunk import Rule
 
@@ -249,6 +250,33 @@ def test_inputs_may_be_views_of_one_projection():
     )
     for one, other in zip(found, expected, strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("taps", [0, 1, 4])
+def test_q_k_and_v_may_be_tensors_of_their_own(taps, bias):
+    x = make(H=4, heads=Heads(4, 2, 1), K=24, V=20, T=2, taps=taps, bias=bias)
+    expected = run(x)
+    sizes = [4 * 24, 2 * 24, 20]
+
+    def apart(packed, dim):
+        return [part.contiguous() for part in packed.split(sizes, dim)]
+
+    y = x._replace(qkv=apart(x.qkv, 2))
+    if x.convolution is not None:
+        offset = apart(x.convolution.bias, 0) if bias else None
+        y = y._replace(convolution=x.convolution._replace(weight=apart(x.convolution.weight, 0), bias=offset))
+    for one, other in zip(run(y), expected, strict=True):
+        assert one is other is None or torch.equal(one, other)
+
+
+def test_tensors_on_several_devices_are_refused():
+    kinds = [(torch.float32, 0)] * 18
+    kinds[15] = (torch.float32, 1)
+    sizes, strides = (1, 1, 2, 16, 16, 4), (1,) * 12
+    settings = (Heads(2, 2, 2), Rule("bounded"), torch.device("cuda:0"), "silu", "silu", 1e-6)
+    with pytest.raises(ValueError, match="the convolution's state is not on cuda:0, where q is"):
+        decode._plan(tuple(kinds), sizes, strides, *settings)
 
 
 def test_nothing_but_the_sequences_is_written():

@@ -413,7 +413,9 @@ class Decoding:
         torch.manual_seed(0)
         C = (H + 2 * kv) * K
         self.inputs = [cases.normal(N, 1, *sizes, dtype=BF16) for sizes in ((C,), (H, K), (H,), (H * K,))]
-        self.fixed = (cases.normal(H) * 0.3, cases.normal(H * K) - 2, cases.normal(C, 4), cases.normal(C))
+        self.sizes = [H * K, kv * K, kv * K]
+        taps = [[*cases.normal(C, *width).split(self.sizes)] for width in ((4,), ())]
+        self.fixed = (cases.normal(H) * 0.3, cases.normal(H * K) - 2, *taps)
         self.finish = (kv, "bounded", -5.0, "silu", "sigmoid", 1e-6)
         self.gain = cases.normal(K)
         self.states = [cases.normal(N, H, K, K), cases.normal(N, C, 3, dtype=BF16)]
@@ -421,8 +423,9 @@ class Decoding:
     def step(self, state, past):
         qkv, decay, beta, gate = self.inputs
         with torch.no_grad():
-            return triton_ops.kda_decode(
-                qkv, decay, beta, state, *self.fixed, past, self.gain, gate, *self.finish
+            return triton_ops.triton_kda_decode(
+                [*qkv.split(self.sizes, 2)],
+                *(decay, beta, state, *self.fixed, past, self.gain, gate, *self.finish),
             )
 
 

@@ -151,7 +151,7 @@ def test_a_register_that_nothing_wrote_is_seen(machine_code):
 
 def test_an_overlapping_step_waits_before_it_touches_memory(machine_code, monkeypatch):
     calls = []
-    monkeypatch.setattr(decode, "_decode", {(4,): lambda *given, **settings: calls.append((given, settings))})
+    monkeypatch.setattr(decode, "_decode", Recorder(decode.decode_kernel, calls))
     N, H, K = 1, 4, 64
     qkv, decay, beta = (
         torch.zeros(N, 1, *sizes, dtype=torch.bfloat16) for sizes in ((3 * H * K,), (H, K), (H,))
@@ -162,7 +162,7 @@ def test_an_overlapping_step_waits_before_it_touches_memory(machine_code, monkey
     decode.decode_step(
         qkv, decay, beta, state, rule=Rule("bounded"), heads=heads, convolution=history, **gates
     )
-    ((arguments, settings),) = calls
+    ((_, arguments, settings),) = calls
     assert not settings["OVERLAP"], "there is no GPU here"
     settings["OVERLAP"] = settings["launch_pdl"] = True
     options = {key: settings.pop(key) for key in machine_code.OPTIONS if settings.get(key) is not None}

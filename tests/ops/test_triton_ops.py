@@ -205,8 +205,8 @@ def test_a_state_that_decoding_changes_is_known_to_have_changed():
     )
     with torch.no_grad():
         triton_ops.triton_kda_decode(
-            *(torch.randn(N, 1, 3 * H * K), torch.randn(N, 1, H, K), torch.randn(N, 1, H), state),
-            *(torch.zeros(H), torch.zeros(H * K), torch.randn(3 * H * K, 4), None, window),
+            *([torch.randn(N, 1, H * K)] * 3, torch.randn(N, 1, H, K), torch.randn(N, 1, H), state),
+            *(torch.zeros(H), torch.zeros(H * K), [torch.randn(H * K, 4)] * 3, [], window),
             *(None, None, H, "bounded", -5.0, "silu", "none", 1e-6),
         )
     for part in saved:
