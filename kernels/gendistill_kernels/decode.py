@@ -350,7 +350,7 @@ def decode_step(
     )
     _decode[fixed](
         *tensors, *strides,
-        K**-0.5 if rule.scale is None else rule.scale, rule.lower_bound, finish.norm_eps,
+        float(K**-0.5 if rule.scale is None else rule.scale), float(rule.lower_bound), float(finish.norm_eps),
     )  # fmt: skip
     return out
 

@@ -240,7 +240,8 @@ def _kind(part: Tensor | None) -> Any:
 @functools.cache
 def _later(device: torch.device, dtype: torch.dtype) -> Blocks:
     """Make the 0/1 matrix that sums over a token and those after it."""
-    return _tiles(torch.ones(CHUNK, CHUNK, dtype=dtype, device=device).triu())
+    # on the host first: a graph that is being captured would record this, not do it; a copy from the host it refuses
+    return _tiles(torch.ones(CHUNK, CHUNK, dtype=dtype).triu().to(device))
 
 
 @functools.cache
@@ -339,14 +340,14 @@ def chunk_forward(
     _prepare[todo.prepare](
         x.q, x.k, x.decay, x.beta, x.A_log, x.dt_bias, sums,
         *(tiles if todo.width == n.BK else _five(tall, square, todo.width)), total, strength, norms, wild,
-        where.starts, where.lengths, n.T, at.scale, rule.lower_bound, x.erase,
+        where.starts, where.lengths, n.T, at.scale, at.lower_bound, x.erase,
     )  # fmt: skip
     if todo.prepare_wild is not None:
         end = tiles[2] if todo.width_wild == n.BK else _five(tall, square, todo.width_wild)[2]
         _prepare_wild[todo.prepare_wild](
             x.q, x.k, x.decay, x.beta, x.A_log, x.dt_bias, sums,
             end, square[0], square[1] if square.shape[0] == 2 else None, wild,
-            where.starts, where.lengths, n.T, at.scale, rule.lower_bound, x.erase,
+            where.starts, where.lengths, n.T, at.scale, at.lower_bound, x.erase,
         )  # fmt: skip
     final, ends, offsets = state_out, where.cu_seqlens, where.offsets
     if todo.summary is not None:
@@ -465,7 +466,7 @@ def chunk_backward_local(
     arguments = (
         x.q, x.k, x.decay, x.A_log, x.dt_bias, _tables(at.device), _later(at.device, at.wide_any), saved.total,
         saved.norms, rows, scores, lower, units, strength, errors, grad_out, saved.states, grads, saved.news, wild,
-        dq, dk, d_decay, d_bias, d_rate, where.starts, where.lengths, n.T, at.scale, rule.lower_bound,
+        dq, dk, d_decay, d_bias, d_rate, where.starts, where.lengths, n.T, at.scale, at.lower_bound,
         x.erase, d_erase,
     )  # fmt: skip
     _keys[todo.keys](*arguments)

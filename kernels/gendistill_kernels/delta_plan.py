@@ -131,9 +131,11 @@ def work_spaces(
     ]
 
 
-@functools.cache
-def _element(dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.empty(1, dtype=dtype, device=device)
+def _shape_only(shape: Shape, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Make a tensor without memory, to make others like it."""
+    like = torch.empty(1, dtype=dtype, device=device).expand(shape)
+    like.untyped_storage().resize_(0)
+    return like
 
 
 class Workspace:
@@ -146,9 +148,7 @@ class Workspace:
 
     def __init__(self, spaces: Sequence[Space], device: torch.device) -> None:
         # tensors like others take half as long to make as those of a given shape, dtype and device
-        self._like = [
-            None if space is None else _element(space[1], device).expand(space[0]) for space in spaces
-        ]
+        self._like = [None if space is None else _shape_only(*space, device) for space in spaces]
 
     def allocate(self) -> list[Any]:
         """Return new, contiguous tensors with nothing in particular in them, and None where there is none."""
@@ -229,6 +229,7 @@ class Plan:
         scalar: Whether there is one decay per head.
         segments: How many; zero if no sequence is cut.
         scale: Factor on q.
+        lower_bound: Of the bounded gate.
 
     Raises:
         ValueError: Tensors are on several devices, or do not fit the rule; the kernels would read what is not there.
@@ -246,12 +247,14 @@ class Plan:
         wide_any: torch.dtype,
         keep_float16: bool,
     ) -> None:
-        q, k, v, decay, beta, _, _, erase, write = shapes
+        q, k, v, decay, beta, rate, bias, erase, write = shapes
         assert q is not None
         assert k is not None
         assert v is not None
         assert decay is not None
         _check_rule(rule, decay, q[3], v[3], beta=beta, erase=erase, write=write)
+        if rule.gate != "none":
+            _check_gate(decay, rate, bias)
         self.n = n = Sizes.of(q, k, v, decay, packed and packed[:2])
         self.token_strides = [
             token_stride(shape, stride) for shape, stride in zip((q, k, v), strides, strict=True)
@@ -264,7 +267,9 @@ class Plan:
         self._check_place("cu_seqlens", packed and (torch.int32, packed[3]))
         self.scalar = len(decay) == 3
         self.segments = num_segments(n, segment, packed and packed[2])
-        self.scale = n.K**-0.5 if rule.scale is None else rule.scale
+        # always of one class: a launch is compiled for it
+        self.scale = float(n.K**-0.5 if rule.scale is None else rule.scale)
+        self.lower_bound = float(rule.lower_bound)
         self.dtype: torch.dtype = self.dtypes[0]  # pyright: ignore[reportAttributeAccessIssue]
         # what holds factors as far out as the limit of a chunk's decay
         self.wide_any = wide_any
@@ -491,17 +496,29 @@ class Plan:
 # columns that a program of the sum over chunks takes: 128 bytes
 SUMMED_COLUMNS = 32
 
-plan = cached(256)(Plan)
+plan = cached(512)(Plan)
 
 
 def token_stride(shape: Shape, stride: Shape) -> int | None:
     """Return how many elements lie between tokens, if tokens of all rows do so and heads are next to each other."""
     B, T, heads, channels = shape
+    if 0 in shape:
+        return heads * channels
     by_row, by_token, by_head, by_channel = stride
     found = by_token if T > 1 else by_row if B > 1 else heads * channels
     even = B == 1 or T == 1 or by_row == T * by_token
     dense = (channels == 1 or by_channel == 1) and (heads == 1 or by_head == channels)
     return found if even and dense and found >= heads * channels else None
+
+
+def _check_gate(decay: Shape, rate: Shape | None, bias: Shape | None) -> None:
+    for name, shape, number, per in (
+        ("A_log", rate, decay[2], "head"),
+        ("dt_bias", bias, math.prod(decay[2:]), "head" if len(decay) == 3 else "head and key channel"),
+    ):
+        if shape is None or math.prod(shape) != number:
+            got = "None" if shape is None else f"shape {list(shape)}"
+            raise ValueError(f"{name} must have {number} elements, one for each {per}, got {got}")
 
 
 def _check_rule(

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import types
 import warnings
 from collections.abc import Callable, Sequence
@@ -41,7 +42,7 @@ _HEADS: dict[str, Callable[[Any, Any], tuple[Any, ...]]] = {
     ),
 }  # fmt: skip
 # places of which a kernel keeps the encoded descriptor; workspaces of a step come back to the same places in the next
-_PLACES = 512
+_PLACES = 4096
 
 
 class Blocks(TensorDescriptor):
@@ -157,12 +158,40 @@ def _reader(classes: tuple[type, ...]) -> Callable[..., tuple[tuple[Any, ...], l
             keys.append(key.format(name))
         values.append(value.format(name))
     body = f"    return ({''.join(key + ', ' for key in keys)}), [{', '.join(values)}]\n"
-    return _function(f"def read({', '.join(names)}):\n{''.join(pointers)}{body}", {})["read"]
+    return _function(f"def read({', '.join(names)}):\n{''.join(pointers)}{body}", "read")
 
 
-def _function(source: str, scope: dict[str, Any]) -> dict[str, Any]:
+@functools.cache
+def _repeater(classes: tuple[type, ...], version: str) -> Callable[..., Callable[..., bool]]:
+    """Make a function that makes launches of arguments of these classes, as ``_Compiled.repeat`` returns them."""
+    names = [f"x{index}" for index in range(len(classes))]
+    pointers = [name for name, kind in zip(names, classes, strict=True) if _RULES[kind] is _POINTER]
+    blocks = [name for name, kind in zip(names, classes, strict=True) if kind is Blocks]
+    lines = [f"{name} = {name}.data_ptr()" for name in pointers]
+    if pointers:
+        lines.append(f"if ({' | '.join(pointers)}) & 15: return False")
+    for name in blocks:
+        lines += [
+            f"key = {name}.place, shape_{name}",
+            f"{name} = places_{name}.get(key) or encode(places_{name}, key, {name}, meta_{name})",
+        ]
+    values = ", ".join([*(f"*{name}" if name in blocks else name for name in names), "*tail"])
+    values = values if version == "3.6" else f"[{values}]"
+    lines += [f"start(*grid, stream, *head, {values})", "return True"]
+    known = "".join(f", places_{name}, shape_{name}, meta_{name}" for name in blocks)
+    body = "".join(f"        {line}\n" for line in lines)
+    return _function(
+        f"def make(start, grid, head, tail, encode{known}):\n"
+        f"    def repeat(stream, {', '.join(names)}):\n{body}"
+        "    return repeat\n",
+        "make",
+    )
+
+
+def _function(source: str, name: str) -> Callable[..., Any]:
+    scope: dict[str, Any] = {}
     exec(source, scope)
-    return scope
+    return scope[name]
 
 
 class Launcher:
@@ -194,16 +223,18 @@ class Launcher:
     def _repeat(self, fixed: Fixed, /, *arguments: Any) -> None:
         active: Any = driver.active
         device = active.get_current_device()
+        # read once: another thread may be on another device
+        ready = fixed.ready
         if (
-            fixed.ready is not None
-            and fixed.ready[0] == device
+            ready is not None
+            and ready[0] == device
             and not _is_watched(self.function)
-            and fixed.ready[1](active.get_current_stream(device), *arguments)
+            and ready[1](active.get_current_stream(device), *arguments)
         ):
             return
         compiled = self._launch(fixed.grid, *arguments, **fixed.constants)
         if compiled is not None and all(_is_aligned(part) for part in arguments):
-            fixed.ready = device, compiled.repeat(fixed.grid, tuple(map(type, arguments)))
+            fixed.ready = device, compiled.repeat(fixed.grid, arguments)
 
     def _launch(self, grid: Any, /, *arguments: Any, **constants: Any) -> _Compiled | None:
         """Launch; returns what to launch such again with, if there is anything."""
@@ -253,38 +284,21 @@ class _Compiled:
         # from the last to the first, since each becomes several values
         self.blocks = [(index, meta, {}) for index, meta in reversed(blocks)]
 
-    def repeat(self, grid: tuple[int, ...], classes: tuple[type, ...]) -> Callable[..., bool]:
-        """Make what launches this on a stream, with arguments that differ in nothing but places.
+    def repeat(self, grid: tuple[int, ...], arguments: tuple[Any, ...]) -> Callable[..., bool]:
+        """Make what launches this on a stream, with arguments that differ from these in nothing but places.
 
         It launches nothing and returns False if a tensor does not start at a multiple of 16 bytes.
         """
-        names = [f"x{index}" for index in range(len(classes))]
-        pointers = [name for name, kind in zip(names, classes, strict=True) if _RULES[kind] is _POINTER]
-        lines = [f"{name} = {name}.data_ptr()" for name in pointers]
-        if pointers:
-            lines.append(f"if ({' | '.join(pointers)}) & 15: return False")
-        scope: dict[str, Any] = {"start": self.start, "head": self.head, "tail": self.tail, "encode": _encode}
-        given = [*names]
-        for index, meta, _ in self.blocks:
-            name = names[index]
-            scope |= {f"places{index}": {}, f"meta{index}": meta}
-            lines.append(
-                f"{name} = places{index}.get({name}.place) or "
-                f"encode(places{index}, {name}.place, {name}, meta{index})"
-            )
-            given[index] = f"*{name}"
-        values = ", ".join([*given, "*tail"])
-        values = values if _VERSION == "3.6" else f"[{values}]"
-        x, y, z = (*grid, 1, 1)[:3]
-        lines += [f"start({x}, {y}, {z}, stream, *head, {values})", "return True"]
-        body = "".join(f"    {line}\n" for line in lines)
-        return _function(f"def repeat(stream, {', '.join(names)}):\n{body}", scope)["repeat"]
+        blocks = sorted((index, places, meta) for index, meta, places in self.blocks)
+        make = _repeater(tuple(map(type, arguments)), _VERSION)
+        about = [(places, tuple(arguments[index].shape), meta) for index, places, meta in blocks]
+        return make(self.start, (*grid, 1, 1)[:3], self.head, self.tail, _encode, *itertools.chain(*about))
 
     def launch(self, grid: tuple[int, ...], stream: int, values: list[Any]) -> None:
         """Launch; ``values`` are as a reader returns them."""
         for index, meta, places in self.blocks:
             block = values[index]
-            key = block.place, *block.shape
+            key = block.place, tuple(block.shape)
             values[index : index + 1] = places.get(key) or _encode(places, key, block, meta)
         values += self.tail
         x, y, z = (*grid, 1, 1)[:3]

@@ -15,7 +15,7 @@ F32, BF16 = torch.float32, torch.bfloat16
 BOUNDED = Rule("bounded")
 
 
-def make(*, B=8, T=4096, H=16, K=128, V=128, rule=BOUNDED, packed=None, segment=128, **kinds):
+def make(*, B=8, T=4096, H=16, K=128, V=128, rule=BOUNDED, packed=None, segment=128, changes=None, **kinds):
     shapes = {
         "q": (B, T, H, K),
         "k": (B, T, H, K),
@@ -23,7 +23,7 @@ def make(*, B=8, T=4096, H=16, K=128, V=128, rule=BOUNDED, packed=None, segment=
         "decay": (B, T, H, K),
         "beta": (B, T, H),
     }
-    shapes |= {"A_log": (H,), "dt_bias": (H * K,), "erase": None, "write": None}
+    shapes |= {"A_log": (H,), "dt_bias": (H * K,), "erase": None, "write": None} | (changes or {})
     usual = {name: None if shape is None else (BF16, 0) for name, shape in shapes.items()}
     strides = tuple(
         (T * shape[2] * shape[3], shape[2] * shape[3], shape[3], 1)
@@ -59,6 +59,31 @@ def test_tensors_on_several_devices_are_refused():
         make().reverse_scan((BF16, 0), (F32, -1), want_state=False)
     with pytest.raises(ValueError, match="grad_out is on cuda:1"):
         make().local((BF16, 1))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"dt_bias": (16,)},
+            r"dt_bias must have 2048 elements, one for each head and key channel, got shape \[16\]",
+        ),
+        ({"A_log": (1,)}, r"A_log must have 16 elements, one for each head, got shape \[1\]"),
+        ({"A_log": None}, "A_log must have 16 elements, one for each head, got None"),
+    ],
+)
+def test_parameters_of_another_shape_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        make(changes=changes)
+    assert make(changes={"A_log": (1, 1, 16, 1), "dt_bias": (16, 128)})
+    assert make(rule=Rule("none"), changes={"A_log": None, "dt_bias": None})
+
+
+def test_numbers_are_of_one_class():
+    """A launch that was compiled for an integer takes no other."""
+    for number in (-5, -5.0):
+        found = make(rule=Rule("bounded", number, scale=1))
+        assert (type(found.lower_bound), type(found.scale)) == (float, float)
 
 
 def test_packed_sequences_are_walked_by_more_programs():
@@ -112,6 +137,8 @@ def test_workspaces_are_new_and_contiguous():
         ((2, 5, 3, 4), (0, 0, 4, 1), None),
         ((2, 1, 3, 4), (36, 12, 4, 1), 36),
         ((1, 1, 3, 4), (1, 1, 4, 1), 12),
+        # a tensor without elements stays as it is when it is made contiguous
+        ((2, 5, 3, 0), (60, 12, 4, 1), 0),
     ],
 )
 def test_strides_that_kernels_can_step_through(shape, stride, expected):
