@@ -2,7 +2,8 @@
 
 ``python -m gendistill.report.results_table README.md docs/*.md`` fills every block between
 ``<!-- results:NAME -->`` and ``<!-- /results -->`` from ``docs/results/NAME.json``; ``--check`` only says which
-documents are out of date.
+documents are out of date. ``<!-- results:NAME rows=REGEX -->`` takes the rows in whose names the regular expression is
+found, without their notes.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ from gendistill.paths import write_json, write_text
 from gendistill.provenance import installed_versions, source_commit, today
 
 DEFAULT_FOLDER = Path("docs/results")
-_BLOCK = re.compile(r"(<!-- results:(?P<name>[\w.-]+) -->\n).*?(<!-- /results -->)", re.DOTALL)
+_BLOCK = re.compile(
+    r"(<!-- results:(?P<name>[\w.-]+)(?: rows=(?P<rows>[^\n]+?))? -->\n).*?(<!-- /results -->)", re.DOTALL
+)
 _MARKER = re.compile(r"<!-- /?results\b")
 
 Number = Annotated[float, Field(allow_inf_nan=False, strict=True)]
@@ -190,9 +193,25 @@ def fill_document(text: str, *, folder: Path, where: str = "document") -> str:
         )
 
     def table(match: re.Match[str]) -> str:
-        return match[1] + render_results(load_results(folder / f"{match['name']}.json")) + match[3]
+        found = load_results(folder / f"{match['name']}.json")
+        if match["rows"]:
+            found = _selected(found, match["rows"], where)
+        return match[1] + render_results(found) + match[4]
 
     return _BLOCK.sub(table, text)
+
+
+def _selected(results: Results, pattern: str, where: str) -> Results:
+    """Take the rows in whose names a regular expression is found, without their notes."""
+    try:
+        rows = [row for row in results.rows if re.search(pattern, row.name)]
+    except re.error as error:
+        raise ReportError(f"rows={pattern} is no regular expression: {error}", where=where) from error
+    if not rows:
+        raise ReportError(
+            f"rows={pattern} is found in the name of no row", where=where, hint="correct the marker"
+        )
+    return results.model_copy(update={"rows": tuple(row.model_copy(update={"note": None}) for row in rows)})
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -76,6 +76,22 @@ def test_check_fails_exactly_while_a_document_is_stale(folder, capsys):
     assert main([*arguments, "--check"]) == 1
 
 
+def test_a_block_may_choose_its_rows(folder, capsys):
+    path = document(folder)
+    chosen = path.read_text().replace("results:demo", "results:demo rows=^held-out|^no such")
+    path.write_text(chosen)
+    arguments = [str(path), "--folder", str(folder)]
+    assert main(arguments) == 0
+    filled = path.read_text()
+    assert "15.2 %" in filled
+    assert "decode" not in filled
+    assert main([*arguments, "--check"]) == 0
+    for rows, problem in (("nothing", "found in the name of no row"), ("(", "no regular expression")):
+        path.write_text(chosen.replace("^held-out|^no such", rows))
+        assert main(arguments) == 1
+        assert problem in capsys.readouterr().err
+
+
 def test_a_marker_without_partner_is_refused(folder, capsys):
     path = document(folder)
     path.write_text(path.read_text().replace("<!-- /results -->", ""))
