@@ -17,7 +17,7 @@ from rich.markup import escape
 
 from gendistill.bench import cases as sizes
 from gendistill.bench import measure
-from gendistill.bench.cases import BARS, GATES, Case, DecodeCase
+from gendistill.bench.cases import BARS, GATES, SPEED_BARS, Case, DecodeCase
 from gendistill.bench.cold import Who, cold_and_warm
 from gendistill.bench.inputs import draw_decode, draw_sequence
 from gendistill.bench.measure import Expected, Step, Timing, attempt
@@ -127,7 +127,7 @@ class Bench:
             steps = {name: make(one, x) for name, one in who.items()}
             about = {"case": case.name, "gate": gate, "notes": notes}
             eager = measure.time_rounds(steps)
-            found.append(self._times(eager, quantity, "ms", **about))
+            found += self._times(eager, quantity, "ms", **about)
             if quantity == sizes.TRAIN:
                 peaks = {name: measure.peak_extra_mib(step) for name, step in steps.items()}
                 found.append(self._values(peaks, f"{quantity}, {sizes.MEMORY}", "MiB", **about))
@@ -139,8 +139,8 @@ class Bench:
                     found.append(self._values({"ours": time_ms}, where, "ms", **{**about, "notes": []}))
             graphs, failures = self._graphs(steps)
             replayed = measure.time_rounds(graphs)
-            found.append(
-                self._times(replayed, f"{quantity}, CUDA graph", "ms", **{**about, "notes": notes + failures})
+            found += self._times(
+                replayed, f"{quantity}, CUDA graph", "ms", **{**about, "notes": notes + failures}
             )
             least = case.least_bytes(backward=quantity == sizes.TRAIN, item_size=self.dtype.itemsize)
             rates = {name: least / time.median / 1e6 for name, time in {**eager, **replayed}.items()}
@@ -168,7 +168,7 @@ class Bench:
         }
         notes = [*notes, *failures, f"CUDA graph of {number} steps on states of their own"]
         about = {"case": case.name, "gate": None, "notes": notes}
-        found.append(self._times(times, sizes.STEP, "us", **about))
+        found += self._times(times, sizes.STEP, "us", **about)
         rates = {name: 2 * case.state_bytes / time.median / 1e3 for name, time in times.items()}
         found.append(
             self._values(rates, f"{sizes.STEP}, bandwidth of the state", "GB/s", better="higher", **about)
@@ -233,13 +233,21 @@ class Bench:
                 self._say(failures[-1])
         return graphs, failures
 
-    def _times(self, times: Mapping[str, Timing], quantity: str, unit: str, *, notes, **about) -> Measurement:
+    def _times(
+        self, times: Mapping[str, Timing], quantity: str, unit: str, *, notes, **about
+    ) -> list[Measurement]:
         spreads = [
             f"{self._name(name)}: rounds {time.low:.4g} to {time.high:.4g}, 20-80% {time.early:.4g} to {time.late:.4g}"
             for name, time in times.items()
         ]
         medians = {name: time.median for name, time in times.items()}
-        return self._values(medians, quantity, unit, notes=[*spreads, *notes], **about)
+        found = [self._values(medians, quantity, unit, notes=[*spreads, *notes], **about)]
+        bar = SPEED_BARS.get((about["case"], quantity))
+        if bar is not None and len(medians) == 2:
+            speed = {"ours": medians["peer"] / medians["ours"]}
+            faster = self._values(speed, f"{quantity}, {sizes.SPEED}", "", notes=[], better="higher", **about)
+            found.append(replace(faster, bar=bar))
+        return found
 
     def _values(
         self,

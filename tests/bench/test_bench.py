@@ -11,7 +11,15 @@ import torch
 from rich.console import Console
 
 from gendistill.bench import measure, ops
-from gendistill.bench.cases import BARS, CASES, DECODE_CASES, SMOKE_CASES, SMOKE_DECODE, Case
+from gendistill.bench.cases import (
+    BARS,
+    CASES,
+    DECODE_CASES,
+    SMOKE_CASES,
+    SMOKE_DECODE,
+    SPEED_BARS,
+    Case,
+)
 from gendistill.bench.inputs import exact_decode
 from gendistill.bench.measure import Timing, summarise
 from gendistill.bench.rows import Check, Measurement, check_table, plot_measurements
@@ -114,6 +122,22 @@ def test_a_breakdown_lists_our_kernels(fake_clock, monkeypatch):
     assert [(each.ours, each.unit) for each in listed] == [(0.3, "ms"), (0.3, "ms")]
 
 
+def test_a_bar_may_be_how_many_times_as_fast_as_the_peer_ours_is(fake_clock, monkeypatch):
+    case = SMOKE_CASES[0]
+    monkeypatch.setattr(ops, "SPEED_BARS", {(case.name, "forward"): 1.4, (SMOKE_DECODE.name, "step"): 1.6})
+    found = {}
+    for peer in (Reference(), None):
+        bench = ops.Bench(**settings(cases=[case], gates=("bounded",), peer=peer))
+        assert bench.run() == 0
+        rows = [each.row("peer") for each in bench.found if each.quantity.endswith("as fast as the peer")]
+        found[peer is None] = {row.name: (row.value, row.bar, row.met) for row in rows}
+    assert found[True] == {}
+    assert found[False] == {
+        f"{case.name} bounded: forward, times as fast as the peer": (1.5, 1.4, True),
+        f"{SMOKE_DECODE.name}: step, times as fast as the peer": (1.5, 1.6, False),
+    }
+
+
 def test_least_bytes_are_those_of_the_notes():
     one = Case("one", 1, 1, 1, 128, kv_heads=1)
     assert one.least_bytes(backward=False, item_size=2) == 1282
@@ -122,7 +146,7 @@ def test_least_bytes_are_those_of_the_notes():
 
 def test_every_bar_belongs_to_something_that_is_measured():
     names = {case.name for case in (*CASES, *DECODE_CASES)} | {"cold start"}
-    assert {name for name, _ in BARS} <= names
+    assert {name for name, _ in (*BARS, *SPEED_BARS)} <= names
 
 
 @pytest.mark.parametrize("error", [math.nan, math.inf, 0.03])
