@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     ops.add_argument("--plot", metavar="PATH", type=Path, help="draw the times, a PNG")
     train = actions.add_parser("train", help="a small hybrid on our kernels and on the reference ops")
     train.add_argument("--steps", metavar="N", type=int, help="of every run (2000)")
-    train.add_argument("--seeds", metavar="N", type=int, help="runs of each implementation, at least 2 (3)")
+    train.add_argument("--seeds", metavar="N", type=int, help="runs of each implementation, 2 to 10 (10)")
     train.add_argument(
         "--output",
         metavar="FOLDER",

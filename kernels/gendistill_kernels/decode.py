@@ -142,11 +142,6 @@ def decode_kernel(
     GATE: tl.constexpr, NORM: tl.constexpr, SIGMOID: tl.constexpr, ACTIVATION: tl.constexpr,
     OUT_GATE: tl.constexpr, EVICTION: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    if OVERLAP:
-        # Programs are placed while the kernel before still runs, and wait here for all that it writes; so may those of
-        # the kernel after. What waits is the same as without.
-        gdc_wait()
-        gdc_launch_dependents()
     GROUP: tl.constexpr = H // GROUPS
     BLOCKS: tl.constexpr = (V + BV - 1) // BV
     # the norm of an output that is computed in blocks waits for the last one
@@ -162,6 +157,11 @@ def decode_kernel(
     part, row = tl.arange(0, 4 * BK) % 4, tl.arange(0, 4 * BK) // 4
     is_qk, is_decay = (part < 2) & (row < K), (part == 2) & (row < K)
     half, column = tl.arange(0, 2 * BV) % 2, tl.arange(0, 2 * BV) // 2
+    if OVERLAP:
+        # Programs are placed while the kernel before still runs, and wait here for all that it writes; so may those of
+        # the kernel after. Nothing above touches memory.
+        gdc_wait()
+        gdc_launch_dependents()
     for member in range(GROUP):
         head = group * GROUP + member
         head_q, head_k, head_v = head // (H // HQ), head // (H // HK), head // (H // HV)
