@@ -244,6 +244,34 @@ def test_ops_keep_torch_s_contracts(packed):
     )
 
 
+@pytest.mark.parametrize("taps", [0, 4])
+def test_decoding_keeps_torch_s_contracts_and_compiles_whole(taps):
+    N, H, K = 2, 2, 16
+    qkv = [torch.randn(N, 1, H * K) for _ in range(3)]
+    weights, biases = ([torch.randn(H * K, *width) for _ in range(3 if taps else 0)] for width in ((4,), ()))
+    states = torch.randn(N, H, K, K), torch.randn(N, 3 * H * K, 3) if taps else None
+    decay, beta, gate = torch.randn(N, 1, H, K), torch.randn(N, 1, H), torch.randn(N, 1, H * K)
+    settings = (torch.rand(K), gate, H, "bounded", -5.0, "silu", "silu", 1e-6)
+
+    def arguments():
+        memory, past = (None if part is None else part.clone() for part in states)
+        return qkv, decay, beta, memory, torch.zeros(H), torch.zeros(H * K), weights, biases, past, *settings
+
+    torch.library.opcheck(triton_ops.kda_decode, arguments(), test_utils=CHECKS)
+    results = []
+    for step in (triton_ops.triton_kda_decode, triton_ops.kda_decode):
+        given = arguments()
+        if step is triton_ops.kda_decode:
+            step = torch.compile(
+                lambda *parts: triton_ops.kda_decode(*parts), fullgraph=True, backend="aot_eager"
+            )
+        with torch.no_grad():
+            out = step(*given)
+        results.append([out, given[3], *([] if given[8] is None else [given[8]])])
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+    assert not torch.equal(results[0][1], states[0])
+
+
 def test_no_token_leaves_the_state_alone():
     q, k, v, decay, beta, a_log, dt_bias = inputs(T=0)
     state = torch.randn(1, 2, 16, 16)
