@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
@@ -11,8 +13,9 @@ from gendistill.ops.types import Impl
 if not torch.cuda.is_available():
     pytest.skip("torch sees no CUDA device", allow_module_level=True)
 
-from gendistill_kernels import launch
-from gendistill_kernels.launch import Launcher
+from triton.runtime.jit import JITFunction
+
+from gendistill_kernels.launch import Fixed, Launcher
 
 pytestmark = pytest.mark.gpu
 
@@ -44,52 +47,58 @@ def run(parts):
 
 
 @pytest.fixture
-def paths(monkeypatch):
-    """Count launches that reach the C launcher directly; return that and a switch to plain ones."""
-    counted = []
-    start = launch._Compiled.launch
+def plain(monkeypatch):
+    """Collect launches that go through Triton's plain path."""
+    found, run = [], JITFunction.run
 
-    def counting(self, *arguments):
-        counted.append(self)
-        start(self, *arguments)
+    def counted(self, *arguments, **settings):
+        found.append(self)
+        return run(self, *arguments, **settings)
 
-    monkeypatch.setattr(launch._Compiled, "launch", counting)
-    return counted, lambda: monkeypatch.setattr(
-        Launcher, "__getitem__", lambda self, grid: self.function[grid]
-    )
+    monkeypatch.setattr(JITFunction, "run", counted)
+    return found
+
+
+def go_plain(monkeypatch):
+    """Let every launch take Triton's plain path."""
+
+    def launch(self, grid):
+        if isinstance(grid, Fixed):
+            return functools.partial(self.function[grid.grid], **grid.constants)
+        return self.function[grid]
+
+    monkeypatch.setattr(Launcher, "__getitem__", launch)
 
 
 @pytest.mark.parametrize("offset", [0, 1])
 @pytest.mark.parametrize("shape", [(2, 200, 3, 128), (1, 63, 2, 64)])
-def test_launches_write_the_bits_of_plain_ones(shape, offset, paths):
-    counted, go_plain = paths
-    # the first call compiles, the second must not need Triton's plain path
+def test_launches_write_the_bits_of_plain_ones(shape, offset, plain, monkeypatch):
+    # the first call compiles, later ones must not need Triton's plain path
     parts = draw(*shape, offset=offset)
     run(parts)
-    counted.clear()
-    found = run(parts)
-    num_launches = len(counted)
-    go_plain()
+    plain.clear()
+    rounds = [run(parts) for _ in range(2)]
+    assert not plain
+    go_plain(monkeypatch)
     expected = run(parts)
-    assert num_launches >= 7
-    assert len(counted) == num_launches
-    for one, other in zip(found, expected, strict=True):
-        assert torch.equal(one, other)
+    assert len(plain) >= 7
+    for found in rounds:
+        for one, other in zip(found, expected, strict=True):
+            assert torch.equal(one, other)
 
 
-def test_a_launch_goes_to_the_current_stream(paths):
-    counted, _ = paths
+def test_a_launch_goes_to_the_current_stream(plain):
     parts = draw(1, 64, 1, 64, offset=0)
     expected = run(parts)
-    counted.clear()
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
     with torch.no_grad():
         settings = {"gate": "softplus", "a_log": parts[5], "dt_bias": parts[6], "impl": Impl.TRITON}
         gated_kda(*parts[:5], **settings)
+        plain.clear()
         stream.wait_stream(torch.cuda.current_stream())
         # a launch to any other stream would not be captured
         with torch.cuda.graph(graph, stream=stream):
             out, _ = gated_kda(*parts[:5], **settings)
         graph.replay()
-    assert counted
+    assert not plain
     assert torch.equal(out, expected[0])
