@@ -16,13 +16,16 @@ _PLAIN = {Tensor, Parameter, type(None), list, str, float, int, bool}
 
 def _is_eager(arguments: tuple[Any, ...]) -> bool:
     """Say whether nobody but autograd has to see an op: no compiler, tracer, transform, mode or tensor subclass."""
-    return not (
+    if (
         torch.compiler.is_compiling()
         or is_in_torch_dispatch_mode()
         or torch._C._are_functorch_transforms_active()
         or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
         or not _PLAIN.issuperset(map(type, arguments))
-    )
+    ):
+        return False
+    lists = [part for part in arguments if type(part) is list]
+    return all(_PLAIN.issuperset(map(type, part)) for part in lists)
 
 
 def _needs_grad(arguments: tuple[Any, ...]) -> bool:

@@ -20,6 +20,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("the interpreter is off: make interpret", allow_module_level=True)
 
 from gendistill.ops import triton_ops
+from gendistill.ops.eager import _is_eager
 
 pytestmark = pytest.mark.interpret
 # the products of a chunk run in float16
@@ -155,7 +156,18 @@ def test_a_dispatch_mode_sees_the_ops_and_gets_the_same_result():
 def test_a_fake_tensor_never_reaches_a_kernel():
     with FakeTensorMode() as mode:
         parts = [mode.from_tensor(part) for part in inputs()]
+        heads = [mode.from_tensor(torch.randn(1, 1, 32)) for _ in range(3)]
+        decay, beta, state = (
+            mode.from_tensor(torch.randn(1, *sizes)) for sizes in ((1, 2, 16), (1, 2), (2, 16, 16))
+        )
     assert isinstance(call_kda(parts).out, FakeTensor)
+    settings = (parts[5], parts[6], [], [], None, None, None, 2, "bounded", -5.0, "silu", "none", 1e-6)
+    with torch.no_grad():
+        out = triton_ops.triton_kda_decode(heads, decay, beta, state, *settings)
+    assert isinstance(out, FakeTensor)
+    real = torch.zeros(1)
+    assert _is_eager((real, [real], "a"))
+    assert not _is_eager((real, [real, heads[0]], "a"))
 
 
 @pytest.mark.parametrize("wanted", ["out", "state"])
