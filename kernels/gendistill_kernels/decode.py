@@ -29,7 +29,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from gendistill_kernels.configs import cached, lookup
 from gendistill_kernels.delta_chunk import Rule
 from gendistill_kernels.delta_chunk_forward import log2_decay
-from gendistill_kernels.launch import Fixed, Launcher
+from gendistill_kernels.launch import Fixed, Kind, Launcher, check_places, kinds_of
 
 _TENSORS = (
     "q", "k", "v", "decay", "beta", "state", "out", "A_log", "dt_bias",
@@ -338,7 +338,7 @@ def decode_step(
         *((0, 0) if finish.gate is None else finish.gate.stride()[:2]),
     )  # fmt: skip
     fixed = _plan(
-        tuple([None if part is None else (part.dtype, part.get_device()) for part in tensors]),
+        kinds_of(tensors),
         (N, T, H, K, V, W),
         strides,
         heads,
@@ -357,7 +357,7 @@ def decode_step(
 
 @cached(256)
 def _plan(
-    kinds: tuple[tuple[torch.dtype, int] | None, ...],
+    kinds: tuple[Kind | None, ...],
     sizes: tuple[int, int, int, int, int, int],
     strides: tuple[int, ...],
     heads: Heads,
@@ -374,9 +374,7 @@ def _plan(
     """
     del strides, norm_eps
     first = kinds[0]
-    for name, kind in zip(_TENSORS, kinds, strict=True):
-        if first is not None and kind is not None and kind[1] != first[1]:
-            raise ValueError(f"{name} is not on {device}, where q is; put all tensors on one device")
+    check_places(_TENSORS, kinds, first=first)
     N, T, H, K, V, W = sizes
     size = 2 if first is None else first[0].itemsize
     BK, wide = (max(16, triton.next_power_of_2(channels)) for channels in (K, V))

@@ -47,7 +47,7 @@ from gendistill_kernels.delta_plan import (
     plan,
     work_spaces,
 )
-from gendistill_kernels.launch import Blocks, Fixed, Launcher
+from gendistill_kernels.launch import Blocks, Fixed, Launcher, kinds_of
 
 _prepare = Launcher(prepare_kernel)
 _prepare_wild = Launcher(prepare_wild_kernel)
@@ -216,7 +216,7 @@ def _plan(x: Inputs, rule: Rule, chunks: Chunks | None) -> tuple[Inputs, Plan]:
     found = plan(
         tuple([None if part is None else part.shape for part in x]),
         (x.q.stride(), x.k.stride(), x.v.stride()),
-        tuple([None if part is None else (part.dtype, part.get_device()) for part in x]),
+        kinds_of(x),
         x.q.device,
         rule,
         packed,
@@ -231,10 +231,6 @@ def _plan(x: Inputs, rule: Rule, chunks: Chunks | None) -> tuple[Inputs, Plan]:
         for part, stride in zip((x.q, x.k, x.v), found.token_strides, strict=True)
     ]
     return _plan(x._replace(q=even[0], k=even[1], v=even[2]), rule, chunks)
-
-
-def _kind(part: Tensor | None) -> Any:
-    return None if part is None else (part.dtype, part.get_device())
 
 
 @functools.cache
@@ -330,7 +326,7 @@ def chunk_forward(
     n = at.n
     if not n.chunks:
         raise ValueError("chunk_forward needs at least one token")
-    todo, where = at.forward(save=save, state=_kind(state)), _layout(at, x, chunks)
+    todo, where = at.forward(save=save, state=kinds_of([state])[0]), _layout(at, x, chunks)
     out, state_out = _results(n, x)
     work = todo.work.allocate()
     tall, square, total, strength, norms, states, news, matrices, wild = work
@@ -414,7 +410,7 @@ def chunk_backward_scan(
     """
     x, at = _plan(x, rule, chunks)
     n, where = at.n, _layout(at, x, chunks)
-    todo = at.reverse_scan(_kind(grad_out), _kind(grad_state), want_state=want_state)
+    todo = at.reverse_scan(*kinds_of([grad_out, grad_state]), want_state=want_state)
     grads, errors = torch.empty_like(saved.states), torch.empty_like(saved.news)
     strength, tiles = _none_if_empty(saved.strength), _five(saved.tall, saved.square)
     new = functools.partial(saved.total.new_empty, at.segments or n.sequences, n.H, n.K, n.V)
@@ -454,7 +450,7 @@ def chunk_backward_local(
     ``saved.tall`` and ``saved.square`` are not read.
     """
     x, at = _plan(x, rule, chunks)
-    n, todo, where = at.n, at.local(_kind(grad_out)), chunks or _UNPACKED
+    n, todo, where = at.n, at.local(*kinds_of([grad_out])), chunks or _UNPACKED
     work = todo.work.allocate()
     dq, dk, dv, d_decay, d_write, d_beta, d_erase, d_bias, d_rate, d_scores, units, rows = work
     strength, wild = _none_if_empty(saved.strength), _none_if_empty(saved.wild)

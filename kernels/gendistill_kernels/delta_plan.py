@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gendistill_kernels.configs import Config, cached, is_many, lookup
-from gendistill_kernels.launch import Fixed
+from gendistill_kernels.launch import Fixed, Kind, check_places
 
 _TRITON = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 CHUNK = 64
@@ -27,12 +27,12 @@ LEVELS = 6
 # go level by level down to blocks of 2^WHOLE tokens, which then take one product if they are in range.
 _RANGE, _RANGE_FLOAT16 = -200.0, -12.0
 WHOLE = 4
+# columns that a program of the sum over chunks takes: 128 bytes
+_SUMMED_COLUMNS = 32
 _INPUTS = ("q", "k", "v", "decay", "beta", "A_log", "dt_bias", "erase", "write")
 _ERASE, _WRITE = ("none", "scalar", "channel"), ("scalar", "channel")
 
 Shape = tuple[int, ...]
-# dtype of a tensor, and number of its device
-Kind = tuple[torch.dtype, int]
 # shape and dtype of a tensor to allocate; None for no tensor
 Space = tuple[Shape, torch.dtype] | None
 
@@ -261,10 +261,9 @@ class Plan:
         ]
         self.rule, self.device, self.packed = rule, device, packed is not None
         self.shapes, self.dtypes = shapes, [kind and kind[0] for kind in kinds]
-        self._place = kinds[0] and kinds[0][1]
-        for name, kind in zip(_INPUTS, kinds, strict=True):
-            self._check_place(name, kind)
-        self._check_place("cu_seqlens", packed and (torch.int32, packed[3]))
+        self._first = kinds[0]
+        check_places(_INPUTS, kinds, first=self._first)
+        self._check_places(cu_seqlens=packed and (torch.int32, packed[3]))
         self.scalar = len(decay) == 3
         self.segments = num_segments(n, segment, packed and packed[2])
         # always of one class: a launch is compiled for it
@@ -283,34 +282,30 @@ class Plan:
         """Plan a forward pass, which may save for the backward pass, or start from a state."""
         key = ("forward", save, state)
         if key not in self._made:
-            self._check_place("state", state)
+            self._check_places(state=state)
             self._made[key] = self._forward(save, state is not None)
         return self._made[key]
 
-    def reverse_scan(self, grad_out: Kind, grad_state: Kind | None, *, want_state: bool) -> ReverseScan:
+    def reverse_scan(
+        self, grad_out: Kind | None, grad_state: Kind | None, *, want_state: bool
+    ) -> ReverseScan:
         """Plan the first half of a backward pass: from these gradients, and for the initial state's."""
         key = ("reverse", grad_out, grad_state, want_state)
         if key not in self._made:
-            self._check_place("grad_out", grad_out)
-            self._check_place("grad_state", grad_state)
+            self._check_places(grad_out=grad_out, grad_state=grad_state)
             self._made[key] = self._reverse_scan(grad_state is not None, want_state)
         return self._made[key]
 
-    def local(self, grad_out: Kind) -> Local:
+    def local(self, grad_out: Kind | None) -> Local:
         """Plan the second half of a backward pass."""
         key = ("local", grad_out)
         if key not in self._made:
-            self._check_place("grad_out", grad_out)
+            self._check_places(grad_out=grad_out)
             self._made[key] = self._local()
         return self._made[key]
 
-    def _check_place(self, name: str, kind: Kind | None) -> None:
-        if kind is not None and kind[1] != self._place:
-            found, expected = (
-                "the CPU" if number is None or number < 0 else f"cuda:{number}"
-                for number in (kind[1], self._place)
-            )
-            raise ValueError(f"{name} is on {found} and q on {expected}; put all tensors on one device")
+    def _check_places(self, **kinds: Kind | None) -> None:
+        check_places([*kinds], [*kinds.values()], first=self._first)
 
     def _config(self, kernel: str, *, save: bool = False) -> Config:
         n = self.n
@@ -444,10 +439,10 @@ class Plan:
         columns = n.H if self.scalar else n.H * n.K
         sums, config = None, self._config("sum_chunks")
         if has_gate:
-            blocks = -(-columns // SUMMED_COLUMNS) + -(-n.H // SUMMED_COLUMNS)
+            blocks = -(-columns // _SUMMED_COLUMNS) + -(-n.H // _SUMMED_COLUMNS)
             sums = Fixed(
                 (blocks,), BIASES=columns, BIAS_PARTS=parts if self.scalar else 1, RATES=n.H, RATE_PARTS=parts,
-                COLUMNS=SUMMED_COLUMNS, ROWS=config.block // SUMMED_COLUMNS,
+                COLUMNS=_SUMMED_COLUMNS, ROWS=config.block // _SUMMED_COLUMNS,
                 num_warps=config.warps, num_stages=config.stages,
             )  # fmt: skip
         settings = {
@@ -492,9 +487,6 @@ class Plan:
             sum_gate=sums,
         )  # fmt: skip
 
-
-# columns that a program of the sum over chunks takes: 128 bytes
-SUMMED_COLUMNS = 32
 
 plan = cached(512)(Plan)
 

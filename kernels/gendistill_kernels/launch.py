@@ -105,6 +105,32 @@ class Fixed:
         self.ready: tuple[int, Callable[..., bool]] | None = None
 
 
+# dtype of a tensor, and number of its device
+Kind = tuple[torch.dtype, int]
+
+
+def kinds_of(parts: Sequence[Tensor | None]) -> tuple[Kind | None, ...]:
+    """Return what launches of ``Fixed`` must share besides shapes."""
+    return tuple([None if part is None else (part.dtype, part.get_device()) for part in parts])
+
+
+def check_places(names: Sequence[str], kinds: Sequence[Kind | None], *, first: Kind | None) -> None:
+    """Refuse tensors that are not where q is; a repeated launch would take their addresses for the GPU's.
+
+    Args:
+        names, kinds: Of the tensors.
+        first: Of q.
+    Raises:
+        ValueError: Says which, where it is, and where q is.
+    """
+    for name, kind in zip(names, kinds, strict=True):
+        if kind is not None and first is not None and kind[1] != first[1]:
+            found, expected = (
+                "the CPU" if number < 0 else f"cuda:{number}" for number in (kind[1], first[1])
+            )
+            raise ValueError(f"{name} is on {found} and q on {expected}; put all tensors on one device")
+
+
 # for an argument of each type: what distinguishes compiled kernels, and what its C launcher gets
 _POINTER = ("{0}.dtype, {0}.get_device(), {0}_at & 15 == 0", "{0}_at")
 _RULES: dict[type, tuple[str, str]] = {

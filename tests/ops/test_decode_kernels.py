@@ -275,7 +275,7 @@ def test_tensors_on_several_devices_are_refused():
     kinds[15] = (torch.float32, 1)
     sizes, strides = (1, 1, 2, 16, 16, 4), (1,) * 12
     settings = (Heads(2, 2, 2), Rule("bounded"), torch.device("cuda:0"), "silu", "silu", 1e-6)
-    with pytest.raises(ValueError, match="the convolution's state is not on cuda:0, where q is"):
+    with pytest.raises(ValueError, match="the convolution's state is on cuda:1 and q on cuda:0"):
         decode._plan(tuple(kinds), sizes, strides, *settings)
 
 
