@@ -17,7 +17,7 @@ from rich.markup import escape
 
 from gendistill.bench import cases as sizes
 from gendistill.bench import measure
-from gendistill.bench.cases import BARS, GATES, SPEED_BARS, Case, DecodeCase
+from gendistill.bench.cases import BARS, GATES, Case, DecodeCase
 from gendistill.bench.cold import Who, cold_and_warm
 from gendistill.bench.inputs import draw_decode, draw_sequence
 from gendistill.bench.measure import Expected, Step, Timing, attempt
@@ -242,11 +242,10 @@ class Bench:
         ]
         medians = {name: time.median for name, time in times.items()}
         found = [self._values(medians, quantity, unit, notes=[*spreads, *notes], **about)]
-        bar = SPEED_BARS.get((about["case"], quantity))
-        if bar is not None and len(medians) == 2:
+        faster = f"{quantity}, {sizes.SPEED}"
+        if (about["case"], faster) in BARS and len(medians) == 2:
             speed = {"ours": medians["peer"] / medians["ours"]}
-            faster = self._values(speed, f"{quantity}, {sizes.SPEED}", "", notes=[], better="higher", **about)
-            found.append(replace(faster, bar=bar))
+            found.append(self._values(speed, faster, "", notes=[], better="higher", **about))
         return found
 
     def _values(
