@@ -62,7 +62,7 @@ def triton_kda(
             state = q.new_zeros(number, decay.shape[2], k.shape[3], v.shape[3], dtype=torch.float32)
         return OpOutput(v.new_empty(*decay.shape[:3], v.shape[3]), state)
     chunks = None if segments is None else segments.table(_delta.Chunks.of)
-    tables = [None] * 8 if chunks is None else list(chunks)
+    tables = [None] * 5 if chunks is None else list(chunks)
     # q, k and v may be parts of one tensor, which the kernels step through
     decay, state = decay.contiguous(), _contiguous(state)
     beta, erase, write, a_log, dt_bias = map(_contiguous, (beta, erase, write, a_log, dt_bias))
@@ -96,14 +96,11 @@ def _launch_kda_forward(
     erase: Tensor | None,
     write: Tensor | None,
     state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    offsets: Tensor | None,
+    sequences: Tensor | None,
     starts: Tensor | None,
     lengths: Tensor | None,
-    segment_ends: Tensor | None,
-    segment_offsets: Tensor | None,
+    segments: Tensor | None,
     first_segments: Tensor | None,
-    kinds: Tensor | None,
     gate: str,
     lower_bound: float,
     raw: bool,
@@ -116,9 +113,7 @@ def _launch_kda_forward(
         x,
         _rule(x, gate, lower_bound, raw, erases),
         state=state,
-        chunks=_chunks(
-            cu_seqlens, offsets, starts, lengths, segment_ends, segment_offsets, first_segments, kinds
-        ),
+        chunks=_chunks(sequences, starts, lengths, segments, first_segments),
         save=save,
     )
     return out, last, [] if saved is None else list(saved)
@@ -168,7 +163,7 @@ def _(grad_out, grad_state, inputs, tables, saved, erases, want_state):
     found = [torch.empty_like(kept.states), torch.empty_like(kept.news)]
     if want_state:
         x = _delta.Inputs(*inputs)
-        number = x.q.shape[0] if not tables else tables[1].shape[0]
+        number = x.q.shape[0] if not tables else tables[0].shape[0]
         shape = (number, x.decay.shape[2], x.k.shape[3], x.v.shape[3])
         found.append(x.q.new_empty(shape, dtype=torch.float32))
     return found
@@ -255,7 +250,7 @@ def _differentiate(ctx: Any, grad_out: Tensor, grad_state: Tensor | None, _: Any
     found = iter(_backward_local(grad_out, inputs, tables, out, *kept, scanned[0], scanned[1], *settings))
     grads = [None if part is None else next(found) for part in inputs]
     # nothing for the tables and the settings
-    return (*grads, scanned[2] if want_state else None, *[None] * 13)
+    return (*grads, scanned[2] if want_state else None, *[None] * 10)
 
 
 _kda = differentiable(kda_forward, _launch_kda_forward, _keep, _differentiate, keep_registered=_keep_detached)

@@ -389,5 +389,5 @@ def _plan(
         GATE=rule.gate, NORM=rule.norm, SIGMOID=rule.sigmoid, ACTIVATION=activation, OUT_GATE=gate_activation,
         EVICTION="evict_first" if N * H * K * V * 4 > _STREAM_FROM else "",
         OVERLAP=overlap, launch_pdl=overlap,
-        num_warps=warps, num_stages=config.stages, maxnreg=config.registers if warps == config.warps else None,
+        num_warps=warps, num_stages=config.stages, maxnreg=config.registers,
     )  # fmt: skip

@@ -70,36 +70,33 @@ class Chunks(NamedTuple):
     """Say where the chunks of packed sequences are; all int32 on the device.
 
     Attributes:
-        cu_seqlens: ``[N + 1]`` ends of the sequences.
-        offsets: ``[N]`` first chunk of every sequence.
+        sequences: ``[N, 5]``, the longest first, so that no program starts late on much work: number of the sequence,
+            its first token, tokens, first chunk, and one.
         starts: ``[chunks]`` first token of every chunk.
         lengths: ``[chunks]`` tokens of every chunk.
-        segment_ends: ``[segments + 1]`` ends of the segments. This and what follows is None if no sequence is long.
-        segment_offsets: ``[segments]`` first chunk of every segment.
+        segments: ``[segments, 5]``, likewise; the last is one where a sequence is a single segment, two for the last of
+            several, else zero. This and what follows is None if no sequence is long.
         first_segments: ``[N + 1]`` first segment of every sequence, and their number.
-        kinds: ``[segments]`` one where a sequence is a single segment, two for the last of several, else zero.
     """
 
-    cu_seqlens: Tensor | None
-    offsets: Tensor | None
+    sequences: Tensor | None
     starts: Tensor | None
     lengths: Tensor | None
-    segment_ends: Tensor | None = None
-    segment_offsets: Tensor | None = None
+    segments: Tensor | None = None
     first_segments: Tensor | None = None
-    kinds: Tensor | None = None
 
     @classmethod
     def of(cls, lengths: Sequence[int], device: torch.device | str) -> Chunks:
         """Cut sequences of these lengths, laid end to end; zero is allowed."""
-        ends, offsets, starts, sizes = [0], [], [], []
-        for length in lengths:
-            offsets.append(len(starts))
+        sequences, starts, sizes = [], [], []
+        end = 0
+        for number, length in enumerate(lengths):
+            sequences.append((number, end, length, len(starts), 1))
             for first in range(0, length, CHUNK):
-                starts.append(ends[-1] + first)
+                starts.append(end + first)
                 sizes.append(min(CHUNK, length - first))
-            ends.append(ends[-1] + length)
-        parts = (ends, offsets, starts, sizes, *_segments(lengths))
+            end += length
+        parts = (_longest_first(sequences), starts, sizes, *_segments(lengths))
         return cls(*(torch.tensor(part, dtype=torch.int32, device=device) for part in parts))
 
     @classmethod
@@ -107,26 +104,30 @@ class Chunks(NamedTuple):
         """Say only what the segments of equally long, unpacked rows are."""
         parts = _segments([tokens] * rows)
         return cls(
-            None, None, None, None, *(torch.tensor(part, dtype=torch.int32, device=device) for part in parts)
+            None, None, None, *(torch.tensor(part, dtype=torch.int32, device=device) for part in parts)
         )
 
 
-def _segments(lengths: Sequence[int]) -> tuple[list[int], ...]:
+def _longest_first(walks: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    return sorted(walks, key=lambda walk: -walk[2])
+
+
+def _segments(lengths: Sequence[int]) -> tuple[list[Any], ...]:
     size = SEGMENT * CHUNK
     if all(length <= size for length in lengths):
         return ()
-    ends, offsets, firsts, kinds = [0], [], [0], []
-    chunks = 0
+    segments, firsts = [], [0]
+    end = chunks = 0
     for length in lengths:
         parts = range(0, max(length, 1), size)
         for first in parts:
             tokens = min(size, length - first)
-            offsets.append(chunks)
+            kind = 1 if len(parts) == 1 else 2 if first == parts[-1] else 0
+            segments.append((len(segments), end, tokens, chunks, kind))
             chunks += math.ceil(tokens / CHUNK)
-            ends.append(ends[-1] + tokens)
-            kinds.append(1 if len(parts) == 1 else 2 if first == parts[-1] else 0)
-        firsts.append(len(ends) - 1)
-    return ends, offsets, firsts, kinds
+            end += tokens
+        firsts.append(len(segments))
+    return _longest_first(segments), firsts
 
 
 @functools.lru_cache(64)
@@ -134,7 +135,7 @@ def _rows(rows: int, tokens: int, segment: int, device: torch.device) -> Chunks:
     return Chunks.of_rows(rows, tokens, device)
 
 
-_UNPACKED = Chunks(None, None, None, None)
+_UNPACKED = Chunks(None, None, None)
 
 
 class Inputs(NamedTuple):
@@ -210,9 +211,9 @@ def _plan(x: Inputs, rule: Rule, chunks: Chunks | None) -> tuple[Inputs, Plan]:
     packed = None
     if chunks is not None:
         assert chunks.starts is not None
-        assert chunks.offsets is not None
-        kinds = 0 if chunks.kinds is None else chunks.kinds.shape[0]
-        packed = chunks.starts.shape[0], chunks.offsets.shape[0], kinds, chunks.starts.get_device()
+        assert chunks.sequences is not None
+        segments = 0 if chunks.segments is None else chunks.segments.shape[0]
+        packed = chunks.starts.shape[0], chunks.sequences.shape[0], segments, chunks.starts.get_device()
     found = plan(
         tuple([None if part is None else part.shape for part in x]),
         (x.q.stride(), x.k.stride(), x.v.stride()),
@@ -264,7 +265,7 @@ def _tiles(whole: Tensor, columns: int | None = None, part: int | None = None) -
 def _layout(at: Plan, x: Inputs, chunks: Chunks | None) -> Chunks:
     """Say where chunks and segments are."""
     if chunks is not None:
-        return chunks if at.segments else Chunks(*chunks[:4])
+        return chunks if at.segments else Chunks(*chunks[:3])
     return _rows(at.n.B, at.n.T, SEGMENT, x.q.device) if at.segments else _UNPACKED
 
 
@@ -284,18 +285,18 @@ def empty_outputs(
     x: Inputs, chunks: Chunks | None, *, save: bool, rule: Rule = _KDA
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Allocate what ``chunk_forward`` returns: output, final state, and the tensors of ``Saved`` if asked for."""
-    packed = None if chunks is None else (len(chunks.starts), len(chunks.offsets))  # pyright: ignore
+    packed = None if chunks is None else (len(chunks.starts), len(chunks.sequences))  # pyright: ignore
     n = Sizes.of(x.q.shape, x.k.shape, x.v.shape, x.decay.shape, packed)
     saved = []
     if save:
-        kinds = None if chunks is None else 0 if chunks.kinds is None else chunks.kinds.shape[0]
+        cut = None if chunks is None else 0 if chunks.segments is None else chunks.segments.shape[0]
         spaces = work_spaces(
             n,
             rule,
             x.q.dtype,
             beta=x.beta is not None,
             scalar=x.decay.ndim == 3,
-            segments=num_segments(n, SEGMENT, kinds),
+            segments=num_segments(n, SEGMENT, cut),
             save=True,
         )
         saved = [x.q.new_empty(space[0], dtype=space[1]) for space in spaces if space is not None]
@@ -345,19 +346,19 @@ def chunk_forward(
             end, square[0], square[1] if square.shape[0] == 2 else None, wild,
             where.starts, where.lengths, n.T, at.scale, at.lower_bound, x.erase,
         )  # fmt: skip
-    final, ends, offsets = state_out, where.cu_seqlens, where.offsets
+    final, walks = state_out, where.sequences
     if todo.summary is not None:
         final, starts = (state_out.new_empty(at.segments, n.H, n.K, n.V) for _ in range(2))
-        ends, offsets = where.segment_ends, where.segment_offsets
+        walks = where.segments
         _scan[todo.summary](
             *tiles, total, strength, x.v, None,
-            out, final, None, None, matrices, ends, offsets, where.kinds, n.T, x.write,
+            out, final, None, None, matrices, walks, n.T, x.write,
         )  # fmt: skip
         _carry[todo.carry](matrices, final, state, starts, where.first_segments)
         state = starts
     _scan[todo.scan](
         *tiles, total, strength, x.v, state,
-        out, final, states, news, None, ends, offsets, None, n.T, x.write,
+        out, final, states, news, None, walks, n.T, x.write,
     )  # fmt: skip
     if where.first_segments is not None:
         torch.index_select(final, 0, where.first_segments[1:] - 1, out=state_out)
@@ -414,20 +415,20 @@ def chunk_backward_scan(
     grads, errors = torch.empty_like(saved.states), torch.empty_like(saved.news)
     strength, tiles = _none_if_empty(saved.strength), _five(saved.tall, saved.square)
     new = functools.partial(saved.total.new_empty, at.segments or n.sequences, n.H, n.K, n.V)
-    ends, offsets = where.cu_seqlens, where.offsets
+    walks = where.sequences
     if todo.summary is not None:
-        ends, offsets = where.segment_ends, where.segment_offsets
+        walks = where.segments
         heads, tails = new(), new()
         _reverse_scan[todo.summary](
             *tiles, saved.total, strength, grad_out, None,
-            None, None, heads, ends, offsets, where.kinds, n.T,
+            None, None, heads, walks, n.T,
         )  # fmt: skip
         _carry[todo.carry](saved.matrices, heads, grad_state, tails, where.first_segments)
         grad_state = tails
     grad_in = new() if want_state else None
     _reverse_scan[todo.scan](
         *tiles, saved.total, strength, grad_out, grad_state,
-        grads, errors, grad_in, ends, offsets, None, n.T,
+        grads, errors, grad_in, walks, n.T,
     )  # fmt: skip
     if grad_in is not None and where.first_segments is not None:
         grad_in = grad_in.index_select(0, where.first_segments[:-1])

@@ -39,7 +39,15 @@ Source: derived in the project's notes and checked against float64 autograd of t
 import triton
 import triton.language as tl
 
-from gendistill_kernels.delta_chunk_forward import decay_of_tokens, exp2, log2_decay, narrow, place, sigmoid
+from gendistill_kernels.delta_chunk_forward import (
+    decay_of_tokens,
+    exp2,
+    log2_decay,
+    narrow,
+    place,
+    sigmoid,
+    walk_of,
+)
 
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
@@ -48,21 +56,15 @@ LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 def reverse_scan_kernel(
     qd, kd, kt, p, tb, gc, strength, grad_out, grad_state_out,
     grads, errors, grad_state_in,
-    cu_seqlens, chunk_offsets, kinds, tokens,
+    walks, tokens,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     C: tl.constexpr, PACKED: tl.constexpr, HAS_GRAD: tl.constexpr, WANT_GRAD: tl.constexpr, STAGES: tl.constexpr,
     SUMMARY: tl.constexpr, ERASE: tl.constexpr,
 ):  # fmt: skip
     """Walk one sequence backwards; as ``SUMMARY``, only to find the gradient at its start."""
     block, chain = tl.program_id(0), tl.program_id(1)
-    sequence, head = (chain // H).to(tl.int64), chain % H
-    if PACKED:
-        start = tl.load(cu_seqlens + sequence).to(tl.int64)
-        length = (tl.load(cu_seqlens + sequence + 1) - start).to(tl.int32)
-        first = tl.load(chunk_offsets + sequence).to(tl.int64)
-    else:
-        start, length = sequence * tokens, tokens
-        first = sequence * tl.cdiv(tokens, C)
+    head = chain % H
+    sequence, start, length, first = walk_of(walks, chain // H, tokens, C, PACKED)
     channels = tl.arange(0, BK)
     columns = block * BV + tl.arange(0, BV)
     rows = tl.arange(0, C)
@@ -75,7 +77,7 @@ def reverse_scan_kernel(
         state = tl.load(grad_state_out + cells, mask=inside, other=0.0).to(tl.float32)
     places = grad_out + (start + rows)[:, None] * (H * V) + head * V + columns[None, :]
     if SUMMARY:
-        length = tl.where(tl.load(kinds + sequence) == 1, 0, length)
+        length = tl.where(tl.load(walks + chain // H * 5 + 4) == 1, 0, length)
     steps = tl.cdiv(length, C)
     for back in tl.range(0, steps, num_stages=STAGES):
         step = steps - 1 - back

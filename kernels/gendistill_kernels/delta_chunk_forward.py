@@ -117,6 +117,17 @@ def place(chunk, tokens, chunk_starts, chunk_lengths, C: tl.constexpr, PACKED: t
 
 
 @triton.jit
+def walk_of(walks, number, tokens, C: tl.constexpr, PACKED: tl.constexpr):
+    """Return a sequence, its first token, how many it has, and its first chunk."""
+    if PACKED:
+        row = walks + number * 5
+        sequence, start, first = tl.load(row), tl.load(row + 1), tl.load(row + 3)
+        return sequence.to(tl.int64), start.to(tl.int64), tl.load(row + 2), first.to(tl.int64)
+    sequence = number.to(tl.int64)
+    return sequence, sequence * tokens, tokens, sequence * tl.cdiv(tokens, C)
+
+
+@triton.jit
 def meet(rows, level):
     """Say which columns meet row i of a right half at a level: those of the left half of its block."""
     half = 1 << level
@@ -147,20 +158,22 @@ def _norms(at_q, at_k, live, scale, K: tl.constexpr, BK: tl.constexpr, C: tl.con
 
 
 @triton.jit
-def _decay_tile(
-    decay, inside, A_log, dt_bias, channels, K: tl.constexpr, head, lower_bound, GATE: tl.constexpr
-):
-    bias = 0.0
-    rate = 0.0
+def _load_decay(at, inside, GATE: tl.constexpr):
     # nothing decays where there is no token or no channel
     if GATE != "none":
-        raw = tl.load(decay, mask=inside, other=float("-inf")).to(tl.float32)
+        return tl.load(at, mask=inside, other=float("-inf"))
+    return tl.load(at, mask=inside, other=0.0)
+
+
+@triton.jit
+def _decay_tile(raw, A_log, dt_bias, channels, K: tl.constexpr, head, lower_bound, GATE: tl.constexpr):
+    bias = 0.0
+    rate = 0.0
+    if GATE != "none":
         bias = tl.load(dt_bias + head * K + channels, mask=channels < K, other=0.0).to(tl.float32)[None, :]
         rate = tl.load(A_log + head).to(tl.float32)
-    else:
-        raw = tl.load(decay, mask=inside, other=0.0).to(tl.float32)
     # beyond this the decay is zero in float32, and sums of it stay finite in float16 products
-    return tl.maximum(log2_decay(raw, rate, bias, lower_bound, GATE), -30000.0)
+    return tl.maximum(log2_decay(raw.to(tl.float32), rate, bias, lower_bound, GATE), -30000.0)
 
 
 @triton.jit
@@ -178,11 +191,19 @@ def decay_of_tokens(raw, live, A_log, dt_bias, head, lower_bound, GATE: tl.const
 
 
 @triton.jit
-def _normalised(at_q, at_k, norm_q, norm_k, inside, channels, DOT: tl.constexpr):
-    """Return some channels of a chunk's q and k."""
-    xq = tl.load(at_q + channels[None, :], mask=inside, other=0.0).to(tl.float32)
-    xk = tl.load(at_k + channels[None, :], mask=inside, other=0.0).to(tl.float32)
-    return (xq * norm_q[:, None]).to(DOT), (xk * norm_k[:, None]).to(DOT)
+def _load_pair(at_q, at_k, inside, channels):
+    xq = tl.load(at_q + channels[None, :], mask=inside, other=0.0)
+    return xq, tl.load(at_k + channels[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def _normalised(xq, xk, norm_q, norm_k, DOT: tl.constexpr, OWN: tl.constexpr):
+    """Return some channels of a chunk's q and k, and their factors; with ``OWN``, all channels, which tell these."""
+    xq, xk = xq.to(tl.float32), xk.to(tl.float32)
+    if OWN:
+        norm_q *= tl.rsqrt(tl.sum(xq * xq, 1) + 1e-6)
+        norm_k *= tl.rsqrt(tl.sum(xk * xk, 1) + 1e-6)
+    return (xq * norm_q[:, None]).to(DOT), (xk * norm_k[:, None]).to(DOT), norm_q, norm_k
 
 
 @triton.jit
@@ -204,10 +225,10 @@ def _operands(
 ):  # fmt: skip
     """Return q and k, normalised, and the log-decay of some channels of a chunk."""
     inside = live[:, None] & (channels < K)[None, :]
-    log_decay = _decay_tile(
-        at_g + channels[None, :], inside, A_log, dt_bias, channels, K, head, lower_bound, GATE
-    )
-    xq, xk = _normalised(at_q, at_k, norm_q, norm_k, inside, channels, DOT)
+    raw = _load_decay(at_g + channels[None, :], inside, GATE)
+    log_decay = _decay_tile(raw, A_log, dt_bias, channels, K, head, lower_bound, GATE)
+    xq, xk = _load_pair(at_q, at_k, inside, channels)
+    xq, xk, _, _ = _normalised(xq, xk, norm_q, norm_k, DOT, False)
     return xq, xk, log_decay.to(DOT)
 
 
@@ -256,12 +277,11 @@ def prepare_kernel(
     at_g = decay + (token * H + head)[:, None] * K
     if beta is not None:
         strength = _strength(beta, token * H + head, live, SIGMOID, SAVE and ERASE == "tied")
-    norm_q, norm_k = _norms(at_q, at_k, live, scale, K, BK, C, NORM)
+    # loaded once if one turn of the loop takes all channels
+    OWN: tl.constexpr = NORM and W == BK
+    norm_q, norm_k = _norms(at_q, at_k, live, scale, K, BK, C, NORM and not OWN)
     if beta is not None:
         tl.store(strengths + tile * C + rows, strength)
-    if SAVE:
-        tl.store(norms + tile * 2 * C + rows, norm_q)
-        tl.store(norms + tile * 2 * C + C + rows, norm_k)
 
     row = (tile * C).to(tl.int32)
     attention = tl.zeros([C, C], tl.float32)
@@ -277,9 +297,10 @@ def prepare_kernel(
     # a loop that is not unrolled: its code stays in the instruction cache
     for first in tl.range(0, BK, W):
         channels = first + part
+        inside = live[:, None] & (channels < K)[None, :]
         if SCALAR:
-            inside = live[:, None] & (channels < K)[None, :]
-            xq, xk = _normalised(at_q, at_k, norm_q, norm_k, inside, channels, DOT)
+            xq, xk = _load_pair(at_q, at_k, inside, channels)
+            xq, xk, factor_q, factor_k = _normalised(xq, xk, norm_q, norm_k, DOT, OWN)
             xa = _eraser(xk, erase, token * H + head, live, channels, K, SIGMOID, ERASE)
             tl.store(gc + tile * BK + channels, total + tl.zeros([W], tl.float32))
             since = exp2(upto)
@@ -294,9 +315,13 @@ def prepare_kernel(
             if ERASE != "none":
                 lower = tl.dot(xa, other, lower, input_precision=PRECISION)
         else:
-            xq, xk, log_decay = _operands(
-                at_q, at_k, at_g, norm_q, norm_k, live, A_log, dt_bias, channels, head, lower_bound, K, GATE, DOT,
-            )  # fmt: skip
+            xq, xk = _load_pair(at_q, at_k, inside, channels)
+            raw = _load_decay(at_g + channels[None, :], inside, GATE)
+            if OWN:
+                # without this line ptxas moves loads behind the arithmetic of others
+                tl.debug_barrier()
+            xq, xk, factor_q, factor_k = _normalised(xq, xk, norm_q, norm_k, DOT, OWN)
+            log_decay = _decay_tile(raw, A_log, dt_bias, channels, K, head, lower_bound, GATE).to(DOT)
             xa = _eraser(xk, erase, token * H + head, live, channels, K, SIGMOID, ERASE)
             total = tl.sum(log_decay.to(tl.float32), 0)
             tl.store(gc + tile * BK + channels, total)
@@ -318,6 +343,9 @@ def prepare_kernel(
             if ERASE != "none":
                 lower = tl.dot(read_k, other, lower, input_precision=PRECISION)
             kt.store([row, first], (write * exp2(total + SHIFT)[None, :]).to(qd.dtype))
+        if SAVE and first == 0:
+            tl.store(norms + tile * 2 * C + rows, factor_q)
+            tl.store(norms + tile * 2 * C + C + rows, factor_k)
 
     if not SCALAR:
         # rows that are out of range come again; until then they must not spoil the inverse's other rows
@@ -479,7 +507,7 @@ def prepare_wild_kernel(
 def scan_kernel(
     qd, kd, kt, p, inverse, gc, strengths, v, state_in,
     out, state_out, states, news, matrices,
-    cu_seqlens, chunk_offsets, kinds, tokens, write,
+    walks, tokens, write,
     H: tl.constexpr, HV: tl.constexpr, SV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
     BV: tl.constexpr,
     C: tl.constexpr, PACKED: tl.constexpr, HAS_STATE: tl.constexpr, SAVE: tl.constexpr,
@@ -492,14 +520,8 @@ def scan_kernel(
     its ends when it starts from those of the identity and writes no values. No output is made.
     """
     block, chain = tl.program_id(0), tl.program_id(1)
-    sequence, head = (chain // H).to(tl.int64), chain % H
-    if PACKED:
-        start = tl.load(cu_seqlens + sequence).to(tl.int64)
-        length = (tl.load(cu_seqlens + sequence + 1) - start).to(tl.int32)
-        first = tl.load(chunk_offsets + sequence).to(tl.int64)
-    else:
-        start, length = sequence * tokens, tokens
-        first = sequence * tl.cdiv(tokens, C)
+    head = chain % H
+    sequence, start, length, first = walk_of(walks, chain // H, tokens, C, PACKED)
     channels = tl.arange(0, BK)
     columns = block * BV + tl.arange(0, BV)
     rows = tl.arange(0, C)
@@ -510,7 +532,7 @@ def scan_kernel(
         columns = tl.where(writes, columns, columns - VALUES * BV)
         wide = columns < tl.where(writes, V, K)
         # a sequence in one segment needs no summary; the last segment's only serves to carry a gradient back
-        kind = tl.load(kinds + sequence)
+        kind = tl.load(walks + chain // H * 5 + 4)
         length = tl.where((kind == 1) | ((kind == 2) & (not SAVE)), 0, length)
     dtype = kt.dtype
     # the state is kept transposed, [V, K]: it is then the left operand of every product, straight from registers
@@ -611,4 +633,4 @@ def carry_kernel(
                 turn = i[:, None] * K + j[None, :]
             matrix = tl.load(matrices + tile * K * K + turn, mask=square, other=0.0)
             end = tl.load(ends + tile * K * V + cells, mask=inside, other=0.0)
-            state = tl.dot(matrix, state, end, input_precision="ieee")
+            state = tl.dot(matrix, state, end, input_precision="tf32x3")

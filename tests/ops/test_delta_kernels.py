@@ -193,6 +193,27 @@ def test_chunks_partly_out_of_range_match_the_reference(which):
         assert distance(getattr(found, field), gradient) < TOLERANCE, field
 
 
+def test_the_longest_sequences_and_segments_are_walked_first(monkeypatch):
+    monkeypatch.setattr(delta_chunk, "SEGMENT", 1)
+    chunks = Chunks.of([3, 0, 130, 64], "cpu")
+    # number, first token, tokens, first chunk, kind
+    assert chunks.sequences.tolist() == [
+        [2, 3, 130, 1, 1],
+        [3, 133, 64, 4, 1],
+        [0, 0, 3, 0, 1],
+        [1, 3, 0, 1, 1],
+    ]
+    assert chunks.segments.tolist() == [
+        [2, 3, 64, 1, 0],
+        [3, 67, 64, 2, 0],
+        [5, 133, 64, 4, 1],
+        [0, 0, 3, 0, 1],
+        [4, 131, 2, 3, 2],
+        [1, 3, 0, 1, 1],
+    ]
+    assert chunks.first_segments.tolist() == [0, 1, 2, 5, 6]
+
+
 @pytest.mark.parametrize("packed", [False, True])
 def test_long_sequences_in_segments_match_the_reference(monkeypatch, packed):
     monkeypatch.setattr(delta_chunk, "SEGMENT", 1)

@@ -232,7 +232,7 @@ CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor")
 @pytest.mark.parametrize("packed", [False, True])
 def test_ops_keep_torch_s_contracts(packed):
     lengths = [4, 0, 5]
-    tables = [None] * 8
+    tables = [None] * 5
     tiles = [None] * 3
     number = 1
     if packed:
