@@ -41,6 +41,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     ops.add_argument(
         "--no-peer", action="store_true", help="leave out fla-core, which tunes itself for minutes"
     )
+    ops.add_argument(
+        "--peer-tuning",
+        metavar="FILE",
+        type=Path,
+        help="start from what fla-core's kernels chose before, and keep what they choose now",
+    )
     ops.add_argument("--cold", action="store_true", help="also time a first call, in processes of its own")
     ops.add_argument("--cold-peer", action="store_true", help="as --cold, the peer's as well")
     ops.add_argument("--breakdown", action="store_true", help="also the time of each of our kernels")
@@ -99,6 +105,8 @@ def _run_ops(arguments: argparse.Namespace) -> int:
     _check_budget(arguments)
     if arguments.no_peer and arguments.cold_peer:
         raise RecipeError("--cold-peer measures the peer that --no-peer leaves out", where="--cold-peer")
+    if arguments.no_peer and arguments.peer_tuning:
+        raise RecipeError("--peer-tuning is for the peer that --no-peer leaves out", where="--peer-tuning")
     commit = _commit(arguments)
     _check_plot(arguments)
     _check_device("ops", smoke=arguments.interpret_smoke)
@@ -126,6 +134,10 @@ def _run_ops(arguments: argparse.Namespace) -> int:
     if reason is not None:
         console.print(f"fla-core is not measured: {reason}", markup=False)
     names = arguments.cases or NAMES
+    device = torch.cuda.get_device_name()
+    save = _saver(arguments.json, peer, device, commit)
+    if peer is not None and arguments.peer_tuning:
+        save = _keep_tuning(save, arguments.peer_tuning, peer, device, console)
     bench = Bench(
         cases=[case for case in CASES if case.name in names],
         decode_cases=DECODE_CASES if "decode" in names else (),
@@ -136,7 +148,7 @@ def _run_ops(arguments: argparse.Namespace) -> int:
         cold=_cold(arguments, has_peer=peer is not None),
         breakdown=arguments.breakdown,
         console=console,
-        save=_saver(arguments.json, peer, torch.cuda.get_device_name(), commit),
+        save=save,
     )
     try:
         return bench.run()
@@ -272,6 +284,27 @@ def _check_device(action: str, *, smoke: bool = False) -> None:
         resolve_impl("triton", op="kda", device=torch.device("cpu" if smoke else "cuda"))
     except ValueError as error:
         raise GendistillError(str(error)) from error
+
+
+def _keep_tuning(
+    save: Callable[[Sequence[Measurement]], None], path: Path, peer: FlaCore, device: str, console: Console
+) -> Callable[[Sequence[Measurement]], None]:
+    """Hand what the peer chose before to Triton; return what saves results, and what the peer has chosen so far."""
+    from triton import knobs  # pyright: ignore[reportMissingImports]
+
+    from gendistill.bench import peer_tuning
+
+    cache = Path(knobs.cache.dir)
+    about = {"peer": peer.label, "device": device}
+    console.print(
+        f"{peer.label}: {peer_tuning.restore(path, cache, **about)} choices from {path}", markup=False
+    )
+
+    def both(found: Sequence[Measurement]) -> None:
+        save(found)
+        peer_tuning.save(path, cache, **about)
+
+    return both
 
 
 def _saver(
