@@ -297,6 +297,7 @@ def save_plot(path: Path, folder: Path, impls: Sequence[str] = ("triton", "refer
     """Draw the losses of all runs in a folder, a PNG; only ``metrics.jsonl`` of every run is read."""
     import matplotlib
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     from gendistill.report.plots import COLOURS, INK, MUTED, RULE
 
@@ -323,6 +324,9 @@ def save_plot(path: Path, folder: Path, impls: Sequence[str] = ("triton", "refer
             panel.set_title(f"{title}, {_UNIT}", loc="left", fontsize=10.5)
             panel.set_xlabel("step")
             panel.set_yscale("log")
+            panel.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 7)))
+            panel.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+            panel.yaxis.set_minor_formatter(NullFormatter())
             panel.grid(color=RULE, linewidth=0.6)
             panel.tick_params(colors=MUTED, which="both")
         axes[0].legend(frameon=False)
