@@ -13,64 +13,56 @@ from pathlib import Path
 from typing import Any
 
 from gendistill.errors import GendistillError
-from gendistill.paths import write_json, write_text
+from gendistill.paths import read_json, write_json, write_text
 
 _SCHEMA = 1
 # a folder of Triton's cache, named by a hash, and a file of it
 _PLACE = re.compile(r"[A-Z0-9]{52}/\w+\.autotune\.json")
 
 
-def _choice(tuned: Mapping[str, Any]) -> dict[str, Any]:
+class PeerTuning:
+    """Hold a file of choices, and put them where Triton looks for them, but for those that are there.
+
+    Args:
+        path: The file; one that does not exist has none.
+        cache: Triton's folder. What it has besides the file's choices may be anybody's, and is never saved.
+        peer, device: What tunes itself, and where.
+    Raises:
+        GendistillError: It is not such a file, or one of another peer or device.
+    """
+
+    def __init__(self, path: Path, cache: Path, *, peer: str, device: str) -> None:
+        self.path, self.cache = path, cache
+        self.about = {"peer": peer, "device": device}
+        self.choices = _load(path, self.about) if path.exists() else {}
+        self._others = self._places() - self.choices.keys()
+        missing = [place for place in self.choices if not (cache / place).exists()]
+        for place in missing:
+            write_text(cache / place, json.dumps(self.choices[place]))
+        # how many were put there
+        self.restored = len(missing)
+
+    def save(self) -> None:
+        """Write the file again, with what was chosen since."""
+        for place in self._places() - self._others - self.choices.keys():
+            self.choices[place] = _fastest(read_json(self.cache / place))
+        write_json(
+            self.path, {"schema": _SCHEMA, **self.about, "choices": dict(sorted(self.choices.items()))}
+        )
+
+    def _places(self) -> set[str]:
+        found = (f"{path.parent.name}/{path.name}" for path in self.cache.glob("*/*.autotune.json"))
+        return {place for place in found if _PLACE.fullmatch(place)}
+
+
+def _fastest(tuned: Mapping[str, Any]) -> dict[str, Any]:
     """Keep the fastest configuration only, which is all that Triton takes from such a file."""
     return {**tuned, "configs_timings": [min(tuned["configs_timings"], key=lambda each: each[1])]}
 
 
-def save(path: Path, cache: Path, *, peer: str, device: str) -> int:
-    """Write the choices in Triton's cache, and those that the file had, to a file; returns how many there are.
-
-    Args:
-        path: The file.
-        cache: Triton's folder.
-        peer, device: What tuned itself, and where.
-    """
-    choices = _load(path)["choices"] if path.exists() else {}
-    for found in cache.glob("*/*.autotune.json"):
-        place = f"{found.parent.name}/{found.name}"
-        if _PLACE.fullmatch(place):
-            choices[place] = _choice(json.loads(found.read_text()))
-    document = {"schema": _SCHEMA, "peer": peer, "device": device, "choices": dict(sorted(choices.items()))}
-    write_json(path, document)
-    return len(choices)
-
-
-def restore(path: Path, cache: Path, *, peer: str, device: str) -> int:
-    """Put a file's choices where Triton looks for them, but for those that are there; returns how many.
-
-    A file that does not exist has none.
-
-    Raises:
-        GendistillError: It is not such a file, or one of another peer or device.
-    """
-    if not path.exists():
-        return 0
-    document = _load(path)
-    for name, mine in (("peer", peer), ("device", device)):
-        if document.get(name) != mine:
-            raise GendistillError(
-                f'{path} holds choices for the {name} "{document.get(name)}", here it is "{mine}"',
-                hint="leave --peer-tuning out, or name a new file",
-            )
-    number = 0
-    for place, choice in document["choices"].items():
-        if not (cache / place).exists():
-            write_text(cache / place, json.dumps(choice))
-            number += 1
-    return number
-
-
-def _load(path: Path) -> dict[str, Any]:
+def _load(path: Path, about: Mapping[str, str]) -> dict[str, Any]:
     try:
-        document = json.loads(path.read_text())
+        document = read_json(path)
     except (OSError, ValueError) as error:
         raise GendistillError(f"{path} cannot be read: {error}") from error
     choices = document.get("choices") if isinstance(document, dict) else None
@@ -78,4 +70,10 @@ def _load(path: Path) -> dict[str, Any]:
         raise GendistillError(f'{path} is no file of choices: it needs "schema": {_SCHEMA} and "choices"')
     if bad := [place for place in choices if not _PLACE.fullmatch(place)]:
         raise GendistillError(f"{path} names a file outside of Triton's cache: {bad[0]}")
-    return document
+    for name, mine in about.items():
+        if document.get(name) != mine:
+            raise GendistillError(
+                f'{path} holds choices for the {name} "{document.get(name)}", here it is "{mine}"',
+                hint="leave --peer-tuning out, or name a new file",
+            )
+    return choices

@@ -292,17 +292,14 @@ def _keep_tuning(
     """Hand what the peer chose before to Triton; return what saves results, and what the peer has chosen so far."""
     from triton import knobs  # pyright: ignore[reportMissingImports]
 
-    from gendistill.bench import peer_tuning
+    from gendistill.bench.peer_tuning import PeerTuning
 
-    cache = Path(knobs.cache.dir)
-    about = {"peer": peer.label, "device": device}
-    console.print(
-        f"{peer.label}: {peer_tuning.restore(path, cache, **about)} choices from {path}", markup=False
-    )
+    tuning = PeerTuning(path, Path(knobs.cache.dir), peer=peer.label, device=device)
+    console.print(f"{peer.label}: {tuning.restored} choices from {path}", markup=False)
 
     def both(found: Sequence[Measurement]) -> None:
         save(found)
-        peer_tuning.save(path, cache, **about)
+        tuning.save()
 
     return both
 

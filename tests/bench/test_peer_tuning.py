@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from gendistill.bench import peer_tuning
+from gendistill.bench.peer_tuning import PeerTuning
 from gendistill.cli.main import main
 from gendistill.errors import GendistillError
 
@@ -24,27 +24,31 @@ def put(cache, name, *times):
 
 def test_the_fastest_choices_come_back(tmp_path):
     first, second, file = tmp_path / "first", tmp_path / "second", tmp_path / "choices.json"
+    tuning = PeerTuning(file, first, **ABOUT)
     put(first, NAMES[0], 3.0, 1.0, float("inf"))
     (first / ("C" * 52)).mkdir()
     (first / ("C" * 52) / "ours.json").write_text("{}")
-    assert peer_tuning.restore(file, first, **ABOUT) == 0
-    assert peer_tuning.save(file, first, **ABOUT) == 1
-    assert peer_tuning.restore(file, second, **ABOUT) == 1
+    tuning.save()
+    assert PeerTuning(file, second, **ABOUT).restored == 1
     ((config, times),) = json.loads((second / NAMES[0]).read_text())["configs_timings"]
     assert (config["kwargs"], times) == ({"BT": 16}, [1.0] * 3)
     assert [path.name for path in second.iterdir()] == ["A" * 52]
 
 
-def test_what_a_cache_has_is_left_and_a_file_grows(tmp_path):
-    first, second, file = tmp_path / "first", tmp_path / "second", tmp_path / "choices.json"
-    put(first, NAMES[0], 1.0)
-    put(second, NAMES[0], 2.0)
-    put(second, NAMES[1], 2.0)
-    peer_tuning.save(file, first, **ABOUT)
-    assert peer_tuning.restore(file, second, **ABOUT) == 0
-    assert "2.0" in (second / NAMES[0]).read_text()
-    assert peer_tuning.save(file, second, **ABOUT) == 2
-    assert peer_tuning.save(file, tmp_path / "empty", **ABOUT) == 2
+def test_a_file_grows_by_what_is_chosen_since_and_nothing_else(tmp_path):
+    cache, file = tmp_path / "cache", tmp_path / "choices.json"
+    put(cache, NAMES[0], 1.0)
+    tuning = PeerTuning(file, cache, **ABOUT)
+    put(cache, NAMES[1], 2.0)
+    tuning.save()
+    assert [*json.loads(file.read_text())["choices"]] == [NAMES[1]]
+    # what is there is left as it is, and what the file had stays in it
+    (cache / NAMES[1]).write_text("mine")
+    again = PeerTuning(file, cache, **ABOUT)
+    again.save()
+    assert again.restored == 0
+    assert (cache / NAMES[1]).read_text() == "mine"
+    assert [*json.loads(file.read_text())["choices"]] == [NAMES[1]]
 
 
 @pytest.mark.parametrize(
@@ -60,7 +64,7 @@ def test_other_files_are_refused(tmp_path, change, message):
     file = tmp_path / "choices.json"
     file.write_text(json.dumps({"schema": 1, **ABOUT, "choices": {}} | change))
     with pytest.raises(GendistillError, match=r"choices\.json") as caught:
-        peer_tuning.restore(file, tmp_path / "cache", **ABOUT)
+        PeerTuning(file, tmp_path / "cache", **ABOUT)
     assert message in str(caught.value)
     assert not (tmp_path / "cache").exists()
 
