@@ -33,6 +33,8 @@ def _needs_grad(arguments: tuple[Any, ...]) -> bool:
         for part in arguments:
             if isinstance(part, Tensor) and part.requires_grad:
                 return True
+            if type(part) is list and _needs_grad(tuple(part)):
+                return True
     return False
 
 

@@ -57,12 +57,12 @@ def reverse_scan_kernel(
     qd, kd, kt, p, tb, gc, strength, grad_out, grad_state_out,
     grads, errors, grad_state_in,
     walks, tokens,
-    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BLOCKS: tl.constexpr,
     C: tl.constexpr, PACKED: tl.constexpr, HAS_GRAD: tl.constexpr, WANT_GRAD: tl.constexpr, STAGES: tl.constexpr,
     SUMMARY: tl.constexpr, ERASE: tl.constexpr,
 ):  # fmt: skip
     """Walk one sequence backwards; as ``SUMMARY``, only to find the gradient at its start."""
-    block, chain = tl.program_id(0), tl.program_id(1)
+    block, chain = tl.program_id(0) % BLOCKS, tl.program_id(0) // BLOCKS
     head = chain % H
     sequence, start, length, first = walk_of(walks, chain // H, tokens, C, PACKED)
     channels = tl.arange(0, BK)

@@ -509,7 +509,7 @@ def scan_kernel(
     out, state_out, states, news, matrices,
     walks, tokens, write,
     H: tl.constexpr, HV: tl.constexpr, SV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
-    BV: tl.constexpr,
+    BV: tl.constexpr, BLOCKS: tl.constexpr,
     C: tl.constexpr, PACKED: tl.constexpr, HAS_STATE: tl.constexpr, SAVE: tl.constexpr,
     STAGES: tl.constexpr, SUMMARY: tl.constexpr, PRECISION: tl.constexpr, ERASE: tl.constexpr,
     SIGMOID: tl.constexpr,
@@ -519,7 +519,7 @@ def scan_kernel(
     A state S before the sequence becomes ``M S + c``: c is its end when it starts from zero, and the columns of M are
     its ends when it starts from those of the identity and writes no values. No output is made.
     """
-    block, chain = tl.program_id(0), tl.program_id(1)
+    block, chain = tl.program_id(0) % BLOCKS, tl.program_id(0) // BLOCKS
     head = chain % H
     sequence, start, length, first = walk_of(walks, chain // H, tokens, C, PACKED)
     channels = tl.arange(0, BK)
@@ -606,11 +606,11 @@ def scan_kernel(
 @triton.jit
 def carry_kernel(
     matrices, ends, state_in, starts, first_segments,
-    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BLOCKS: tl.constexpr,
     HAS_STATE: tl.constexpr, BACK: tl.constexpr,
 ):  # fmt: skip
     """Carry a state, or with ``BACK`` its gradient, over the segments of a sequence: ``S <- M S + c``."""
-    block, chain = tl.program_id(0), tl.program_id(1)
+    block, chain = tl.program_id(0) % BLOCKS, tl.program_id(0) // BLOCKS
     sequence, head = (chain // H).to(tl.int64), chain % H
     first = tl.load(first_segments + sequence).to(tl.int64)
     count = tl.load(first_segments + sequence + 1) - first
@@ -621,7 +621,9 @@ def carry_kernel(
     cells = i[:, None] * V + columns[None, :]
     state = tl.zeros([BK, BV], tl.float32)
     if HAS_STATE:
-        state = tl.load(state_in + (sequence * H + head) * K * V + cells, mask=inside, other=0.0)
+        state = tl.load(state_in + (sequence * H + head) * K * V + cells, mask=inside, other=0.0).to(
+            tl.float32
+        )
     for step in range(0, count):
         segment = first + (count - 1 - step if BACK else step)
         tile = segment * H + head

@@ -321,23 +321,26 @@ class Plan:
         )
 
     def _of_scan(self, config: Config, columns: int, **constants: Any) -> Fixed:
-        """Plan a scan, forward or backward, over this many columns of every state, in blocks."""
+        """Plan a scan, forward or backward, over the values of every state and this many columns more, in blocks."""
         n, BV = self.n, min(self.n.wide, config.block)
         chains = (self.segments or n.sequences) * n.H
-        programs = -(-n.V // BV) + (-(-columns // BV) if columns else 0)
+        blocks = -(-n.V // BV) + -(-columns // BV)
+        # on one axis: the others hold no more than 65,535
         return Fixed(
-            (programs, chains),
+            (blocks * chains,),
             **{"H": n.H, "K": n.K, "V": n.V, "BK": n.BK, "BV": BV, "C": CHUNK},
-            PACKED=self.packed or self.segments > 0, STAGES=config.stages, ERASE=self.erase, **constants,
+            BLOCKS=blocks, PACKED=self.packed or self.segments > 0, STAGES=config.stages, ERASE=self.erase,
+            **constants,
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
 
     def _carry(self, has_state: bool, *, back: bool) -> Fixed:
         n, config = self.n, self._config("carry")
         BV = min(n.wide, config.block)
+        blocks = -(-n.V // BV)
         return Fixed(
-            (-(-n.V // BV), n.sequences * n.H),
-            H=n.H, K=n.K, V=n.V, BK=n.BK, BV=BV, HAS_STATE=has_state, BACK=back,
+            (blocks * n.sequences * n.H,),
+            H=n.H, K=n.K, V=n.V, BK=n.BK, BV=BV, BLOCKS=blocks, HAS_STATE=has_state, BACK=back,
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
 

@@ -9,6 +9,7 @@ pytest.importorskip("triton", reason="the Triton kernels need triton")
 
 from gendistill_kernels.configs import Config, forced
 from gendistill_kernels.delta_plan import Rule, Workspace, plan, token_stride
+from gendistill_kernels.launch import Fixed
 
 F32, BF16 = torch.float32, torch.bfloat16
 BOUNDED = Rule("bounded")
@@ -90,15 +91,29 @@ def test_packed_sequences_are_walked_by_more_programs():
         make(**sizes).forward(save=False, state=None).scan
         for sizes in ({}, {"B": 1, "T": 8 * 4096, "packed": (512, 8, 0, 0), "segment": 1000})
     )
-    assert (whole.grid, whole.constants["BV"]) == ((1, 128), 128)
-    assert (packed.grid, packed.constants["BV"]) == ((2, 128), 64)
+    assert (whole.grid, whole.constants["BV"]) == ((1 * 128,), 128)
+    assert (packed.grid, packed.constants["BV"]) == ((2 * 128,), 64)
+
+
+def test_any_number_of_rows_fits_on_a_grid():
+    """The second and the third axis of a grid hold no more than 65,535 programs."""
+    plan = make(B=4096, T=1, segment=1)
+    back = plan.reverse_scan(None, None, want_state=True)
+    long = make(B=4096, T=65, segment=1)
+    launches = [
+        *plan.forward(save=True, state=None), *plan.local(None), *back,
+        *long.forward(save=True, state=None), *long.reverse_scan(None, None, want_state=True),
+    ]  # fmt: skip
+    launches = [launch for launch in launches if isinstance(launch, Fixed)]
+    assert len(launches) >= 12
+    assert all(number <= 65535 for launch in launches for number in launch.grid[1:])
 
 
 def test_long_sequences_are_cut():
     todo = make(B=1, T=32768).forward(save=True, state=None)
     assert todo.summary is not None
-    assert todo.summary.grid == (4, 64)
-    assert todo.scan.grid == (2, 64)
+    assert todo.summary.grid == (4 * 64,)
+    assert todo.scan.grid == (2 * 64,)
     assert todo.scan.constants["HAS_STATE"]
     assert todo.work.allocate()[7].shape == (4, 16, 128, 128)
     assert make(B=1, T=8192).forward(save=True, state=None).summary is None

@@ -170,6 +170,22 @@ def test_a_fake_tensor_never_reaches_a_kernel():
     assert not _is_eager((real, [real, heads[0]], "a"))
 
 
+def test_decoding_with_gradients_is_refused_whichever_argument_has_one():
+    heads = [torch.randn(1, 1, 32) for _ in range(3)]
+    settings = ([], [], None, None, None, 2, "bounded", -5.0, "silu", "none", 1e-6)
+
+    def call(qkv):
+        state = torch.zeros(1, 2, 16, 16)
+        given = torch.randn(1, 1, 2, 16), torch.randn(1, 1, 2), state, torch.zeros(2), torch.zeros(32)
+        return triton_ops.triton_kda_decode(qkv, *given, *settings)
+
+    assert not call(heads).requires_grad
+    heads[2].requires_grad_()
+    # what torch says of a registered op that has no derivative
+    with pytest.raises(RuntimeError, match="autograd"):
+        call(heads).sum().backward()
+
+
 @pytest.mark.parametrize("wanted", ["out", "state"])
 def test_an_output_without_a_gradient_counts_as_one_of_zeros(wanted):
     parts = inputs()
