@@ -252,7 +252,9 @@ class KDA(nn.Module):
         """Take a few more tokens in one launch between the projections."""
         conv, recurrent = state.conv, state.recurrent
         if not state.owned:
-            conv, recurrent = None if conv is None else conv.clone(), recurrent.clone()
+            # the kernel steps through contiguous states; these may lie otherwise in memory
+            recurrent = recurrent.clone(memory_format=torch.contiguous_format)
+            conv = None if conv is None else conv.clone(memory_format=torch.contiguous_format)
         norm_weight, output_gate = self._output_gate(x)
         out = triton_ops().triton_kda_decode(
             self._project(x),

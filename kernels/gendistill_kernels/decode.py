@@ -16,6 +16,7 @@ Legend: N sequences, T new tokens, K key channels, V value channels, H heads of 
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
@@ -29,6 +30,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from gendistill_kernels.configs import cached, lookup
 from gendistill_kernels.delta_chunk import Rule
 from gendistill_kernels.delta_chunk_forward import log2_decay
+from gendistill_kernels.delta_plan import check_gate
 from gendistill_kernels.launch import Fixed, Kind, Launcher, check_places, kinds_of
 
 _TENSORS = (
@@ -36,6 +38,8 @@ _TENSORS = (
     *(f"the convolution's {kind} of {part}" for kind in ("weight", "bias") for part in "qkv"),
     "the convolution's state", "norm_weight", "gate",
 )  # fmt: skip
+_VIEWS = {"q", "k", "v", "decay", "beta", "gate"}
+_STATES = {"state", "the convolution's state"}
 # bytes of state above which caching it would only push out what other kernels read
 _STREAM_FROM = 1 << 24
 
@@ -269,9 +273,14 @@ def _can_overlap(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-def _parts(packed: Tensor | Sequence[Tensor], sizes: list[int], dim: int) -> Sequence[Tensor]:
+def _parts(name: str, packed: Tensor | Sequence[Tensor], sizes: list[int], dim: int) -> Sequence[Tensor]:
     """Return what belongs to q, k and v."""
-    return packed.split(sizes, dim) if isinstance(packed, Tensor) else packed
+    if not isinstance(packed, Tensor):
+        return packed
+    shape = list(packed.shape)
+    if shape[dim] != sum(sizes):
+        raise ValueError(f"{name} must be {[*shape[:dim], sum(sizes), *shape[dim + 1 :]]}, got {shape}")
+    return packed.split(sizes, dim)
 
 
 def decode_step(
@@ -304,7 +313,7 @@ def decode_step(
         finish: Norm and gate of the output; None has neither.
         out: ``[N, T, H, V]`` in the dtype of ``qkv``, contiguous, to write to.
     Raises:
-        ValueError: The rule is another one of the family.
+        ValueError: The rule is another one of the family, or tensors do not fit it or each other.
     Returns:
         ``[N, T, H, V]`` in the dtype of ``qkv``.
     """
@@ -313,34 +322,29 @@ def decode_step(
             "decode_step takes a decay per channel and one strength that erases and writes, got"
             f' {decay.ndim} axes of decay, erase "{rule.erase}" and write "{rule.write}"; use chunk_forward'
         )
+    if state.ndim != 4:
+        raise ValueError(f"state must be [N, H, K, V], got {list(state.shape)}")
     H, K, V = state.shape[1:]
     sizes = [heads.q * K, heads.k * K, heads.v * V]
-    q, k, v = _parts(qkv, sizes, 2)
+    q, k, v = _parts("qkv", qkv, sizes, 2)
     N, T = q.shape[:2]
     if out is None:
         out = torch.empty(N, T, H, V, dtype=q.dtype, device=q.device)
     if not out.numel():
         return out
     weights = biases = (None, None, None)
-    W = 0
     if convolution is not None:
-        weights = _parts(convolution.weight, sizes, 0)
-        W = weights[0].shape[1]
+        weights = _parts("the convolution's weight", convolution.weight, sizes, 0)
         if convolution.bias is not None:
-            biases = _parts(convolution.bias, sizes, 0)
+            biases = _parts("the convolution's bias", convolution.bias, sizes, 0)
     finish = finish or Finish()
     past = None if convolution is None else convolution.state
     tensors = (
         q, k, v, decay, beta, state, out, A_log, dt_bias, *weights, *biases, past, finish.norm_weight, finish.gate
     )  # fmt: skip
-    strides = (
-        *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *decay.stride()[:2], *beta.stride()[:2],
-        *((0, 0) if finish.gate is None else finish.gate.stride()[:2]),
-    )  # fmt: skip
-    fixed = _plan(
+    launch, numbers = _plan(
         kinds_of(tensors),
-        (N, T, H, K, V, W),
-        strides,
+        tuple([None if part is None else (part.shape, part.stride()) for part in tensors]),
         heads,
         rule,
         q.device,
@@ -348,34 +352,35 @@ def decode_step(
         finish.gate_activation,
         finish.norm_eps,
     )
-    _decode[fixed](
-        *tensors, *strides,
-        float(K**-0.5 if rule.scale is None else rule.scale), float(rule.lower_bound), float(finish.norm_eps),
-    )  # fmt: skip
+    _decode[launch](*tensors, *numbers)
     return out
+
+
+# shape, and how far it is from one element to the next, along every axis
+Layout = tuple[Sequence[int], tuple[int, ...]]
 
 
 @cached(256)
 def _plan(
     kinds: tuple[Kind | None, ...],
-    sizes: tuple[int, int, int, int, int, int],
-    strides: tuple[int, ...],
+    layouts: tuple[Layout | None, ...],
     heads: Heads,
     rule: Rule,
     device: torch.device,
     activation: str,
     gate_activation: str,
     norm_eps: float,
-) -> Fixed:
+) -> tuple[Fixed, tuple[float, ...]]:
     """Plan steps of the same sizes; all that is given here is what they share.
 
     Raises:
-        ValueError: Tensors are on several devices.
+        ValueError: Tensors are on several devices, do not fit together, or are not laid out as the kernel reads them.
+    Returns: The launch, and the numbers that it takes after the tensors.
     """
-    del strides, norm_eps
     first = kinds[0]
     check_places(_TENSORS, kinds, first=first)
-    N, T, H, K, V, W = sizes
+    W = 0 if layouts[9] is None else layouts[9][0][1]
+    N, T, H, K, V = _check(kinds, layouts, heads, rule, W)
     size = 2 if first is None else first[0].itemsize
     BK, wide = (max(16, triton.next_power_of_2(channels)) for channels in (K, V))
     config = lookup(device, "decode", BK, wide, size)
@@ -383,7 +388,7 @@ def _plan(
     groups = math.gcd(*heads) if W > 1 else H
     warps = min(config.warps, max(1, BK * BV // 1024))
     overlap = _can_overlap(device)
-    return Fixed(
+    launch = Fixed(
         (N * groups,),
         T=T, H=H, HQ=heads.q, HK=heads.k, HV=heads.v, K=K, V=V, BK=BK, BV=BV, W=W, GROUPS=groups,
         GATE=rule.gate, NORM=rule.norm, SIGMOID=rule.sigmoid, ACTIVATION=activation, OUT_GATE=gate_activation,
@@ -391,3 +396,56 @@ def _plan(
         OVERLAP=overlap, launch_pdl=overlap,
         num_warps=warps, num_stages=config.stages, maxnreg=config.registers,
     )  # fmt: skip
+    steps = [(0, 0) if layout is None else layout[1][:2] for layout in (*layouts[:5], layouts[-1])]
+    scale = float(K**-0.5 if rule.scale is None else rule.scale)
+    return launch, (*itertools.chain(*steps), scale, float(rule.lower_bound), float(norm_eps))
+
+
+def _check(
+    kinds: Sequence[Kind | None], layouts: Sequence[Layout | None], heads: Heads, rule: Rule, W: int
+) -> tuple[int, int, int, int, int]:
+    """Refuse what the kernel would read wrongly, or past its end; returns N, T, H, K and V."""
+    q, state = layouts[0], layouts[5]
+    assert q is not None
+    assert state is not None
+    (N, T), (H, K, V) = q[0][:2], state[0][1:]
+    sizes = heads.q * K, heads.k * K, heads.v * V
+    for name, number in heads._asdict().items():
+        if number < 1 or H % number:
+            raise ValueError(f"{number} heads of {name} do not divide the state's {H}")
+    if W > 1 and layouts[15] is None:
+        raise ValueError(f"the convolution's state must be given, [N, C, W - 1], for {W} taps")
+    if rule.gate != "none":
+        check_gate((N, T, H, K), *(None if part is None else (*part[0],) for part in layouts[7:9]))
+    if kinds[5] is not None and kinds[5][0] != torch.float32:
+        raise ValueError(f"state must be float32, got {str(kinds[5][0]).removeprefix('torch.')}")
+    parts = [(W,) if W else None] * 3
+    shapes: list[tuple[int, ...] | None] = [
+        *((N, T, size) for size in sizes), (N, T, H, K), (N, T, H), (N, H, K, V), (N, T, H, V), None, None,
+        *((size, *(part or ())) for size, part in zip(sizes, parts, strict=True)), *((size,) for size in sizes),
+        (N, sum(sizes), W - 1), (V,), (N, T, H * V),
+    ]  # fmt: skip
+    for name, layout, shape in zip(_TENSORS, layouts, shapes, strict=True):
+        if layout is None:
+            continue
+        found, strides = layout
+        if shape is not None and tuple(found) != shape:
+            raise ValueError(f"{name} must be {list(shape)}, got {list(found)}")
+        # of these, tokens may be apart
+        views = name in _VIEWS
+        if not _is_dense(found[2:] if views else found, strides[2:] if views else strides):
+            rule_of = (
+                f"channels of {name} must be next to each other" if views else f"{name} must be contiguous"
+            )
+            why = ", it changes in place" if name in _STATES else ""
+            raise ValueError(f"{rule_of}{why}, got {list(found)} with strides {list(strides)}")
+    return N, T, H, K, V
+
+
+def _is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    step = 1
+    for size, stride in zip(reversed(shape), reversed(strides), strict=True):
+        if size > 1 and stride != step:
+            return False
+        step *= size
+    return True

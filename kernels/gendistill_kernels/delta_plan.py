@@ -254,7 +254,7 @@ class Plan:
         assert decay is not None
         _check_rule(rule, decay, q[3], v[3], beta=beta, erase=erase, write=write)
         if rule.gate != "none":
-            _check_gate(decay, rate, bias)
+            check_gate(decay, rate, bias)
         self.n = n = Sizes.of(q, k, v, decay, packed and packed[:2])
         self.token_strides = [
             token_stride(shape, stride) for shape, stride in zip((q, k, v), strides, strict=True)
@@ -506,7 +506,8 @@ def token_stride(shape: Shape, stride: Shape) -> int | None:
     return found if even and dense and found >= heads * channels else None
 
 
-def _check_gate(decay: Shape, rate: Shape | None, bias: Shape | None) -> None:
+def check_gate(decay: Shape, rate: Shape | None, bias: Shape | None) -> None:
+    """Refuse parameters of a gate, of these shapes, that do not fit the decay's."""
     for name, shape, number, per in (
         ("A_log", rate, decay[2], "head"),
         ("dt_bias", bias, math.prod(decay[2:]), "head" if len(decay) == 3 else "head and key channel"),

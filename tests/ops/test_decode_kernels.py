@@ -273,10 +273,94 @@ def test_q_k_and_v_may_be_tensors_of_their_own(taps, bias):
 def test_tensors_on_several_devices_are_refused():
     kinds = [(torch.float32, 0)] * 18
     kinds[15] = (torch.float32, 1)
-    sizes, strides = (1, 1, 2, 16, 16, 4), (1,) * 12
     settings = (Heads(2, 2, 2), Rule("bounded"), torch.device("cuda:0"), "silu", "silu", 1e-6)
     with pytest.raises(ValueError, match="the convolution's state is on cuda:1 and q on cuda:0"):
-        decode._plan(tuple(kinds), sizes, strides, *settings)
+        decode._plan(tuple(kinds), (None,) * 18, *settings)
+
+
+SHAPES = {
+    "qkv": ({"qkv": (2, 1, 98)}, r"qkv must be \[2, 1, 96\], got \[2, 1, 98\]"),
+    "decay": ({"decay": (2, 1, 2, 8)}, r"decay must be \[2, 1, 2, 16\], got \[2, 1, 2, 8\]"),
+    "beta": ({"beta": (1, 1, 2)}, r"beta must be \[2, 1, 2\], got \[1, 1, 2\]"),
+    "state": ({"state": (1, 2, 16, 16)}, r"state must be \[2, 2, 16, 16\], got \[1, 2, 16, 16\]"),
+    "A_log": ({"A_log": (1,)}, r"A_log must have 2 elements, one for each head, got shape \[1\]"),
+    "dt_bias": (
+        {"dt_bias": (16,)},
+        r"dt_bias must have 32 elements, one for .* channel, got shape \[16\]",
+    ),
+    "weight": ({"convolution.weight": (64, 4)}, r"convolution's weight must be \[96, 4\], got \[64, 4\]"),
+    "bias": ({"convolution.bias": (64,)}, r"convolution's bias must be \[96\], got \[64\]"),
+    "history": (
+        {"convolution.state": (1, 96, 3)},
+        r"convolution's state must be \[2, 96, 3\], got \[1, 96, 3\]",
+    ),
+    "taps": (
+        {"convolution.state": (2, 96, 4)},
+        r"convolution's state must be \[2, 96, 3\], got \[2, 96, 4\]",
+    ),
+    "norm": ({"finish.norm_weight": (8,)}, r"norm_weight must be \[16\], got \[8\]"),
+    "gate": ({"finish.gate": (2, 1, 16)}, r"gate must be \[2, 1, 32\], got \[2, 1, 16\]"),
+    "out": ({"out": (2, 1, 2, 8)}, r"out must be \[2, 1, 2, 16\], got \[2, 1, 2, 8\]"),
+}
+
+
+def put(x, **changes):
+    """Replace arguments, also parts of ``convolution`` and ``finish``, by name."""
+    arguments = x._asdict()
+    for name, value in changes.items():
+        owner, _, part = name.rpartition(".")
+        if owner:
+            arguments[owner] = arguments[owner]._replace(**{part: value})
+        else:
+            arguments[name] = value
+    return arguments
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_what_the_kernel_would_read_past_is_refused(name):
+    changes, message = SHAPES[name]
+    changes = {key: torch.zeros(shape) for key, shape in changes.items()}
+    with pytest.raises(ValueError, match=message):
+        decode_step(**put(make(), **changes))
+
+
+def test_parts_of_their_own_are_checked_one_by_one():
+    x = make()
+    parts = [torch.zeros(2, 1, 32), torch.zeros(2, 1, 16), torch.zeros(2, 1, 32)]
+    with pytest.raises(ValueError, match=r"k must be \[2, 1, 32\], got \[2, 1, 16\]"):
+        decode_step(**put(x, qkv=parts))
+    weights = [torch.zeros(32, taps) for taps in (4, 4, 3)]
+    with pytest.raises(ValueError, match=r"convolution's weight of v must be \[32, 4\], got \[32, 3\]"):
+        decode_step(**put(x, **{"convolution.weight": weights}))
+
+
+def test_states_that_cannot_change_in_place_are_refused():
+    x = make()
+    turned = x.state.transpose(2, 3)
+    with pytest.raises(ValueError, match="state must be contiguous, it changes in place"):
+        decode_step(**put(x, state=turned))
+    past = x.convolution.state.transpose(1, 2).contiguous().transpose(1, 2)
+    with pytest.raises(ValueError, match="convolution's state must be contiguous"):
+        decode_step(**put(x, **{"convolution.state": past}))
+    with pytest.raises(ValueError, match="state must be float32, got bfloat16"):
+        decode_step(**put(x, state=x.state.bfloat16()))
+    with pytest.raises(ValueError, match="convolution's state must be given"):
+        decode_step(**put(x, **{"convolution.state": None}))
+
+
+def test_channels_that_are_not_next_to_each_other_are_refused():
+    x = make()
+    for name, message in {"qkv": "channels of q", "decay": "channels of decay"}.items():
+        part = getattr(x, name)
+        apart = torch.stack([part, part], -1)[..., 0]
+        with pytest.raises(ValueError, match=f"{message} must be next to each other"):
+            decode_step(**put(x, **{name: apart}))
+
+
+def test_heads_that_do_not_divide_those_of_the_state_are_refused():
+    x = make(H=4, heads=Heads(4, 3, 2))
+    with pytest.raises(ValueError, match="3 heads of k do not divide the state's 4"):
+        decode_step(**x._asdict())
 
 
 def test_nothing_but_the_sequences_is_written():

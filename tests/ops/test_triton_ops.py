@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gendistill.mixers import KDA
-from gendistill.mixers.base import SequenceInfo
+from gendistill.mixers.base import MixerState, SequenceInfo
 from gendistill.ops.types import Segments
 
 pytest.importorskip("triton", reason="the Triton kernels need triton")
@@ -168,6 +168,22 @@ def test_a_fake_tensor_never_reaches_a_kernel():
     real = torch.zeros(1)
     assert _is_eager((real, [real], "a"))
     assert not _is_eager((real, [real, heads[0]], "a"))
+
+
+def test_a_layer_decodes_from_states_however_they_lie_in_memory():
+    layer = KDA(hidden_size=32, num_heads=4, num_kv_heads=2, head_dim=16, impl="triton")
+    layer.reset_parameters(torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    x, state = torch.randn(2, 1, 32), MixerState(torch.randn(2, 128, 3), torch.randn(2, 4, 16, 16))
+    turned = MixerState(*(part.mT.contiguous().mT for part in state[:2]))
+    with torch.no_grad():
+        (expected, after), (found, other) = (layer(x, state=each) for each in (state, turned))
+        one = MixerState(state.conv[:1], state.recurrent[:1])
+        with pytest.raises(ValueError, match=r"state must be \[2, 4, 16, 16\], got \[1, 4, 16, 16\]"):
+            layer(x, state=one)
+    assert torch.equal(found, expected)
+    assert torch.equal(other.recurrent, after.recurrent)
+    assert torch.equal(other.conv, after.conv)
 
 
 def test_decoding_with_gradients_is_refused_whichever_argument_has_one():
