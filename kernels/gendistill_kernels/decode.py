@@ -31,7 +31,7 @@ from gendistill_kernels.configs import cached, lookup
 from gendistill_kernels.delta_chunk import Rule
 from gendistill_kernels.delta_chunk_forward import log2_decay
 from gendistill_kernels.delta_plan import check_gate
-from gendistill_kernels.launch import Fixed, Kind, Launcher, check_places, kinds_of
+from gendistill_kernels.launch import Fixed, Kind, Launcher, check_places, kinds_of, on_its_device
 
 _TENSORS = (
     "q", "k", "v", "decay", "beta", "state", "out", "A_log", "dt_bias",
@@ -283,6 +283,7 @@ def _parts(name: str, packed: Tensor | Sequence[Tensor], sizes: list[int], dim: 
     return packed.split(sizes, dim)
 
 
+@on_its_device
 def decode_step(
     qkv: Tensor | Sequence[Tensor],
     decay: Tensor,

@@ -47,7 +47,7 @@ from gendistill_kernels.delta_plan import (
     plan,
     work_spaces,
 )
-from gendistill_kernels.launch import Blocks, Fixed, Launcher, kinds_of
+from gendistill_kernels.launch import Blocks, Fixed, Launcher, kinds_of, on_its_device
 
 _prepare = Launcher(prepare_kernel)
 _prepare_wild = Launcher(prepare_wild_kernel)
@@ -307,6 +307,7 @@ def _results(n: Sizes, x: Inputs) -> tuple[Tensor, Tensor]:
     return x.v.new_empty(n.B, n.T, n.H, n.V), x.v.new_empty(n.sequences, n.H, n.K, n.V, dtype=torch.float32)
 
 
+@on_its_device
 def chunk_forward(
     x: Inputs, rule: Rule, *, state: Tensor | None = None, chunks: Chunks | None = None, save: bool = False
 ) -> tuple[Tensor, Tensor, Saved | None]:
@@ -393,6 +394,7 @@ def chunk_backward(
     )
 
 
+@on_its_device
 def chunk_backward_scan(
     grad_out: Tensor,
     grad_state: Tensor | None,
@@ -435,6 +437,7 @@ def chunk_backward_scan(
     return grads, errors, grad_in
 
 
+@on_its_device
 def chunk_backward_local(
     grad_out: Tensor,
     x: Inputs,

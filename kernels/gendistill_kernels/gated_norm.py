@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gendistill_kernels.configs import Config, lookup
-from gendistill_kernels.launch import Launcher
+from gendistill_kernels.launch import Launcher, on_its_device
 
 
 class Gradients(NamedTuple):
@@ -119,6 +119,7 @@ def _contiguous(part: Tensor | None) -> Tensor | None:
     return None if part is None else part.contiguous()
 
 
+@on_its_device
 def gated_norm_forward(
     o: Tensor,
     weight: Tensor | None,
@@ -157,6 +158,7 @@ def gated_norm_forward(
     return out
 
 
+@on_its_device
 def gated_norm_backward(
     grad_out: Tensor,
     o: Tensor,

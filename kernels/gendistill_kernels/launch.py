@@ -17,7 +17,7 @@ import itertools
 import types
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import triton
@@ -29,6 +29,8 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 _VERSION = ".".join(triton.__version__.split(".")[:2])
 # what the C launcher gets between the stream and the arguments: no scratch memory, no hooks
 _HEADS: dict[str, Callable[[Any, Any], tuple[Any, ...]]] = {
@@ -103,6 +105,24 @@ class Fixed:
         self.constants = constants
         # on which device it was launched, and what launches it there again
         self.ready: tuple[int, Callable[..., bool]] | None = None
+
+
+def on_its_device(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Run a function on the GPU of its first argument, a tensor or several; kernels start on the current one."""
+    name = next(iter(inspect.signature(function).parameters))
+
+    @functools.wraps(function)
+    def call(*arguments: _P.args, **settings: _P.kwargs) -> _R:
+        first: Any = arguments[0] if arguments else settings[name]
+        while not isinstance(first, Tensor):
+            first = first[0]
+        number = first.get_device()
+        if number < 0 or number == torch.cuda.current_device():
+            return function(*arguments, **settings)
+        with torch.cuda.device(number):
+            return function(*arguments, **settings)
+
+    return call
 
 
 # dtype of a tensor, and number of its device

@@ -27,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gendistill_kernels.configs import Config, lookup
-from gendistill_kernels.launch import Launcher
+from gendistill_kernels.launch import Launcher, on_its_device
 
 TILE = 64
 
@@ -287,6 +287,7 @@ def _check_rows(name: str, part: Tensor) -> None:
         raise ValueError(f"the channels of {name} must lie side by side, got stride {part.stride(2)}")
 
 
+@on_its_device
 def conv_forward(
     x: Tensor,
     weight: Tensor,
@@ -326,6 +327,7 @@ def conv_forward(
     return out, state_out
 
 
+@on_its_device
 def conv_backward(
     grad_out: Tensor,
     grad_state: Tensor | None,

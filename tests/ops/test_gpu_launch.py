@@ -38,7 +38,7 @@ def run(parts):
     out, state = gated_kda(q, k, v, decay, beta, **settings)
     mixed = causal_conv(
         q.flatten(2),
-        torch.ones(q.shape[2] * q.shape[3], 4, device="cuda"),
+        torch.ones(q.shape[2] * q.shape[3], 4, device=q.device),
         activation="silu",
         impl=Impl.TRITON,
     )
@@ -85,6 +85,16 @@ def test_launches_write_the_bits_of_plain_ones(shape, offset, plain, monkeypatch
     for found in rounds:
         for one, other in zip(found, expected, strict=True):
             assert torch.equal(one, other)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_work_is_done_on_the_gpu_of_its_inputs():
+    first = draw(2, 150, 2, 64, offset=0)
+    second = [part.detach().to("cuda:1").requires_grad_() for part in first]
+    assert torch.cuda.current_device() == 0
+    for one, other in zip(run(first), run(second), strict=True):
+        assert other.device == torch.device("cuda:1")
+        assert torch.equal(one, other.to("cuda:0"))
 
 
 def test_a_launch_goes_to_the_current_stream(plain):

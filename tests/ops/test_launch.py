@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 from types import SimpleNamespace
@@ -24,7 +25,7 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from gendistill_kernels import launch
+from gendistill_kernels import decode, delta_chunk, gated_norm, launch, short_conv
 from gendistill_kernels.launch import Blocks, Fixed, Launcher
 
 if launch._VERSION not in launch._HEADS:
@@ -39,6 +40,62 @@ def kernel(x, y, rows, columns, scale, N: tl.constexpr, KIND: tl.constexpr):
 @triton.jit
 def block_kernel(x, y, rows, N: tl.constexpr):
     pass
+
+
+class Elsewhere(torch.Tensor):
+    """Say that it is on the second GPU."""
+
+    def get_device(self):
+        return 1
+
+
+def test_work_starts_on_the_gpu_where_its_first_argument_is(monkeypatch):
+    entered = []
+
+    @contextlib.contextmanager
+    def device(number):
+        entered.append(number)
+        yield
+
+    @launch.on_its_device
+    def work(x, y=0):
+        return y
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    here, there = torch.zeros(1), torch.zeros(1).as_subclass(Elsewhere)
+    # a CPU build of torch has no current device to ask for
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: pytest.fail("asked"))
+    assert work(here, 5) == 5
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert work(there, y=6) == 6
+    assert entered == []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    # a tensor, the first of several, by position or by name
+    assert [work(there, 1), work([there, here], 2), work((there,), y=3), work(y=4, x=there)] == [1, 2, 3, 4]
+    assert entered == [1, 1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        delta_chunk.chunk_forward,
+        delta_chunk.chunk_backward_scan,
+        delta_chunk.chunk_backward_local,
+        decode.decode_step,
+        short_conv.conv_forward,
+        short_conv.conv_backward,
+        gated_norm.gated_norm_forward,
+        gated_norm.gated_norm_backward,
+    ],
+)
+def test_all_that_launches_starts_there(monkeypatch, function):
+    def device(number):
+        raise InterruptedError(number)
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    with pytest.raises(InterruptedError):
+        function(torch.zeros(1).as_subclass(Elsewhere))
 
 
 class Driver:
