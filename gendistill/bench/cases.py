@@ -79,6 +79,11 @@ class DecodeCase:
     taps: int = 4
 
     @property
+    def geometry(self) -> tuple[str, int, int, int]:
+        """What decides which code runs; cases that share it share one check."""
+        return "decode", self.heads, self.channels, self.kv_heads
+
+    @property
     def state_bytes(self) -> int:
         """Size of the recurrent states, which a step reads and writes."""
         return 4 * self.batch * self.heads * self.channels**2
@@ -117,7 +122,15 @@ CASES = (
     Case("8x4096x14x64", 8, 4096, 14, 64, kv_heads=2),
     Case("packed", 1, 16384, 16, 128, kv_heads=16, lengths=_DOCUMENTS),
 )
-DECODE_CASES = (DecodeCase("decode-1", 1), DecodeCase("decode-64", 64), DecodeCase("decode-256", 256))
+DECODE_CASES = (
+    DecodeCase("decode-1", 1),
+    DecodeCase("decode-64", 64),
+    DecodeCase("decode-256", 256),
+    # what students of real teachers have
+    DecodeCase("decode-1x9x64", 1, heads=9, channels=64, kv_heads=3),
+    DecodeCase("decode-1x14x64", 1, heads=14, channels=64, kv_heads=2),
+    DecodeCase("decode-1x16x128", 1, heads=16, channels=128, kv_heads=8),
+)
 COLD_CASE = Case("1x2048x16x128", 1, 2048, 16, 128, kv_heads=16)
 NAMES = (*(case.name for case in CASES), "decode")
 # between them few and many chains, heads of 64 and 128 channels, and a sequence that is cut into segments

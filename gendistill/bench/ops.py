@@ -74,10 +74,10 @@ class Bench:
                         case.small(), gate, device=self.device, dtype=self.dtype, with_state=True
                     )
                     self._check(key, case.name, gate, measure.expect_sequence(small))
-        if self.decode_cases:
-            first = self.decode_cases[0]
-            x = draw_decode(replace(first, batch=2), device=self.device, dtype=self.dtype)
-            self._check(("decode",), "decode", "bounded", measure.expect_decode(x))
+        for case in self.decode_cases:
+            if case.geometry not in self._checks:
+                x = draw_decode(replace(case, batch=2), device=self.device, dtype=self.dtype)
+                self._check(case.geometry, case.name, "bounded", measure.expect_decode(x))
         checks = list(self._checks.values())
         self.console.print(check_table(checks, self.peer_label))
         return all(check.passed for check in checks)
@@ -155,7 +155,7 @@ class Bench:
         x = draw_decode(case, device=self.device, dtype=self.dtype)
         number = measure.rotations(case.state_bytes)
         who, notes = self._ready(lambda one: measure.rotating_steps(one, x, 2)())
-        found = self._compare(("decode",), peer="peer" in who)
+        found = self._compare(case.geometry, peer="peer" in who)
         steps = {name: measure.rotating_steps(one, x, number) for name, one in who.items()}
         launches = {
             name: measure.count_launches(measure.rotating_steps(one, x, 1)) for name, one in who.items()

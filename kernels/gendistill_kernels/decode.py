@@ -5,8 +5,8 @@ tokens per sequence. Both states are updated in place and nothing but the output
 hold the step.
 
 A program owns one sequence and a group of state heads that shares no q, k or v head with another group. It alone
-touches the convolution state of the group's channels, hence no program waits for another. Without a convolution
-every state head is a group of its own.
+touches the convolution state of the group's channels, hence no program waits for another. It takes as many heads of the
+group at once as its registers hold, and then the next. Without a convolution every state head is a group of its own.
 
 Legend: N sequences, T new tokens, K key channels, V value channels, H heads of the state, C packed channels, W taps.
 """
@@ -129,6 +129,25 @@ def _store_window(past, window, inside, W: tl.constexpr):
         tl.store(past + slot, window[slot].to(past.dtype.element_ty), mask=inside)
 
 
+# Of one head tiles are [K, V] and vectors [K] or [V]; of ``M`` heads at once they have another axis before these. The
+# next three give vectors the axes of such a tile: a number for every row, for every column, and one for each head.
+
+
+@triton.jit
+def _down(x, M: tl.constexpr):
+    return x[:, None] if M == 1 else x[:, :, None]
+
+
+@triton.jit
+def _across(x, M: tl.constexpr):
+    return x[None, :] if M == 1 else x[:, None, :]
+
+
+@triton.jit
+def _each(x, M: tl.constexpr):
+    return x if M == 1 else x[:, None]
+
+
 @triton.jit
 def _add_three(a0, a1, a2, b0, b1, b2):
     return a0 + b0, a1 + b1, a2 + b2
@@ -142,7 +161,7 @@ def decode_kernel(
     decay_row, decay_token, beta_row, beta_token, gate_row, gate_token,
     scale, lower_bound, eps,
     T: tl.constexpr, H: tl.constexpr, HQ: tl.constexpr, HK: tl.constexpr, HV: tl.constexpr, K: tl.constexpr,
-    V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, W: tl.constexpr, GROUPS: tl.constexpr,
+    V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, M: tl.constexpr, W: tl.constexpr, GROUPS: tl.constexpr,
     GATE: tl.constexpr, NORM: tl.constexpr, SIGMOID: tl.constexpr, ACTIVATION: tl.constexpr,
     OUT_GATE: tl.constexpr, EVICTION: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
@@ -154,32 +173,50 @@ def decode_kernel(
     past = history
     if W > 1:
         past += sequence * (((HQ + HK) * K + HV * V) * (W - 1))
+    # the axis of a tile's rows
+    ROWS: tl.constexpr = 0 if M == 1 else 1  # pyright: ignore[reportAssignmentType]
     rows = tl.arange(0, BK)
     # Vectors are computed in tiles of their own, with no fewer elements than threads, and then handed to the layout
     # of the state: query, key, decay and an empty place for every row, value and gate for every column. In smaller
     # tiles every thread would load and compute all rows that its part of the state has.
-    part, row = tl.arange(0, 4 * BK) % 4, tl.arange(0, 4 * BK) // 4
-    is_qk, is_decay = (part < 2) & (row < K), (part == 2) & (row < K)
-    half, column = tl.arange(0, 2 * BV) % 2, tl.arange(0, 2 * BV) // 2
+    at_row, at_column = tl.arange(0, M * 4 * BK), tl.arange(0, M * 2 * BV)
+    part, row, half, column = at_row % 4, at_row // 4 % BK, at_column % 2, at_column // 2 % BV
+    # heads from the first that is taken at once: of a tile, of elements for rows, and of those for columns
+    member, member_row, member_column = 0, 0, 0
+    if M > 1:
+        member, member_row, member_column = tl.arange(0, M), at_row // (4 * BK), at_column // (2 * BV)
+    is_q = part == 0
     if OVERLAP:
         # Programs are placed while the kernel before still runs, and wait here for all that it writes; so may those of
         # the kernel after. Nothing above touches memory.
         gdc_wait()
         gdc_launch_dependents()
-    for member in range(GROUP):
-        head = group * GROUP + member
-        head_q, head_k, head_v = head // (H // HQ), head // (H // HK), head // (H // HV)
-        in_q, in_k = head_q * K + row, head_k * K + row
-        is_q = part == 0
+    for first in range(0, GROUP, M):
+        start = group * GROUP + first
+        head, head_row, head_column = start + member, start + member_row, start + member_column
+        is_row, is_column = row < K, column < V
+        exists = True
+        if GROUP % M != 0:
+            # the last are fewer
+            exists = first + member < GROUP
+            is_row, is_column = (
+                is_row & (first + member_row < GROUP),
+                is_column & (first + member_column < GROUP),
+            )
+        is_qk, is_decay = (part < 2) & is_row, (part == 2) & is_row
+        in_q, in_k = head_row // (H // HQ) * K + row, head_row // (H // HK) * K + row
         rate = 0.0
         shift = 0.0
         if GATE != "none":
-            rate = tl.load(A_log + head).to(tl.float32)
-            shift = _load(dt_bias + head * K + row, is_decay)
+            if M == 1:
+                rate = tl.load(A_log + head).to(tl.float32)
+            else:
+                rate = _load(A_log + head_row, is_decay)
+            shift = _load(dt_bias + head_row * K + row, is_decay)
         for block in range(BLOCKS):
-            is_v = (half == 0) & (block * BV + column < V)
-            is_end = (half == 1) & (block * BV + column < V)
-            in_v = head_v * V + block * BV + column
+            is_v = (half == 0) & is_column & (block * BV + column < V)
+            is_end = (half == 1) & is_column & (block * BV + column < V)
+            in_v = head_column // (H // HV) * V + block * BV + column
             at_qk, at_v, scale_qk, scale_v, shift_qk, shift_v = 0, 0, 0, 0, None, None
             if W > 0:
                 scale_qk = tl.where(is_q, weight_q + in_q * W, weight_k + in_k * W)
@@ -195,8 +232,15 @@ def decode_kernel(
             if norm_weight is not None:
                 gain = _load(norm_weight + block * BV + column, is_end)
             columns = block * BV + tl.arange(0, BV)
-            cells = (sequence * H + head) * (K * V) + rows[:, None] * V + columns[None, :]
-            inside = (rows < K)[:, None] & (columns < V)[None, :]
+            cells, inside = rows[:, None] * V + columns[None, :], (rows < K)[:, None] & (columns < V)[None, :]
+            if M == 1:
+                cells, places, live = head * (K * V) + cells, head * V + columns, columns < V
+            else:
+                cells, inside = head[:, None, None] * (K * V) + cells[None, :, :], inside[None, :, :]
+                places, live = head[:, None] * V + columns[None, :], (columns < V)[None, :]
+            if GROUP % M != 0:
+                inside, live = inside & exists[:, None, None], live & exists[:, None]
+            cells += sequence * (H * K * V)
             memory = tl.load(state + cells, mask=inside, other=0.0, eviction_policy=EVICTION)
             # What any thread has read may be overwritten from here on. Without this line ptxas also moves the loads of
             # the state behind the arithmetic of the vectors.
@@ -206,11 +250,22 @@ def decode_kernel(
                 new_k = k_in + sequence * k_row + token * k_token + in_k
                 window_qk += (_load(tl.where(is_q, new_q, new_k), is_qk),)
                 window_v += (_load(v_in + sequence * v_row + token * v_token + in_v, is_v),)
-                raw = _load(decay + sequence * decay_row + token * decay_token + head * K + row, is_decay)
-                strength = tl.load(beta + sequence * beta_row + token * beta_token + head).to(tl.float32)
+                raw = _load(decay + sequence * decay_row + token * decay_token + head_row * K + row, is_decay)
+                at_beta = beta + sequence * beta_row + token * beta_token + head
+                if GROUP % M == 0:
+                    strength = tl.load(at_beta).to(tl.float32)
+                else:
+                    strength = _load(at_beta, exists)
                 end = gain
                 if gate is not None and not LATE:
-                    at_gate = gate + sequence * gate_row + token * gate_token + head * V + block * BV + column
+                    at_gate = (
+                        gate
+                        + sequence * gate_row
+                        + token * gate_token
+                        + head_column * V
+                        + block * BV
+                        + column
+                    )
                     end *= _activate(_load(at_gate, is_end), OUT_GATE)
                 if SIGMOID:
                     strength = tl.sigmoid(strength)
@@ -219,37 +274,42 @@ def decode_kernel(
                 v = _convolve(window_v, factors_v, offset_v, W, ACTIVATION)
                 window_qk, window_v = window_qk[1:], window_v[1:]
 
-                even, odd = tl.split(tl.reshape(tl.where(part == 2, forget, qk), [BK, 2, 2]))
+                vectors, ends = tl.where(part == 2, forget, qk), tl.where(half == 0, v, end)
+                if M == 1:
+                    vectors, ends = tl.reshape(vectors, [BK, 2, 2]), tl.reshape(ends, [BV, 2])
+                else:
+                    vectors, ends = tl.reshape(vectors, [M, BK, 2, 2]), tl.reshape(ends, [M, BV, 2])
+                even, odd = tl.split(vectors)
                 q, forget = tl.split(even)
                 k, _ = tl.split(odd)
-                v, end = tl.split(tl.reshape(tl.where(half == 0, v, end), [BV, 2]))
+                v, end = tl.split(ends)
                 # lengths and angle in one sum; q and k meet the state as they are, and what they make is scaled
                 scale_q, scale_k = scale, 1.0
-                square_q, square_k, cross = tl.reduce((q * q, k * k, q * k), 0, _add_three)
+                square_q, square_k, cross = tl.reduce((q * q, k * k, q * k), ROWS, _add_three)
                 if NORM:
-                    scale_q = scale * tl.rsqrt(square_q + 1e-6)
-                    scale_k = tl.rsqrt(square_k + 1e-6)
+                    scale_q = _each(scale * tl.rsqrt(square_q + 1e-6), M)
+                    scale_k = _each(tl.rsqrt(square_k + 1e-6), M)
 
-                memory *= forget[:, None]
+                memory *= _down(forget, M)
                 # q meets the state before the update, which adds <q, k> times the new value: one sum over rows, not two
-                both = tl.join(memory * k[:, None], memory * q[:, None])
-                recalled, y = tl.split(tl.sum(both, 0))
-                new = strength * (v - recalled * scale_k)
-                y = (y + cross * scale_k * new) * scale_q
-                memory += k[:, None] * (new * scale_k)[None, :]
+                both = tl.join(memory * _down(k, M), memory * _down(q, M))
+                recalled, y = tl.split(tl.sum(both, ROWS))
+                new = _each(strength, M) * (v - recalled * scale_k)
+                y = (y + _each(cross, M) * scale_k * new) * scale_q
+                memory += _down(k, M) * _across(new * scale_k, M)
                 if not LATE:
                     if norm_weight is not None:
-                        y *= tl.rsqrt(tl.sum(y * y, 0) / V + eps)
+                        y *= _each(tl.rsqrt(tl.sum(y * y, ROWS) / V + eps), M)
                     if norm_weight is not None or gate is not None:
                         y *= end
-                place = ((sequence * T + token) * H + head) * V
-                tl.store(out + place + columns, y.to(out.dtype.element_ty), mask=columns < V)
+                place = (sequence * T + token) * (H * V) + places
+                tl.store(out + place, y.to(out.dtype.element_ty), mask=live)
             if W > 1:
-                # the last member that reads a channel moves its window on
-                ends_q, ends_k = (head + 1) % (H // HQ) == 0, (head + 1) % (H // HK) == 0
-                ends = tl.where(is_q, ends_q, ends_k) & (block == BLOCKS - 1)
-                _store_window(at_qk, window_qk, is_qk & ends, W)
-                _store_window(at_v, window_v, is_v & ((head + 1) % (H // HV) == 0), W)
+                # the last head that reads a channel moves its window on
+                ends_q, ends_k = (head_row + 1) % (H // HQ) == 0, (head_row + 1) % (H // HK) == 0
+                moves = tl.where(is_q, ends_q, ends_k) & (block == BLOCKS - 1)
+                _store_window(at_qk, window_qk, is_qk & moves, W)
+                _store_window(at_v, window_v, is_v & ((head_column + 1) % (H // HV) == 0), W)
             tl.store(state + cells, memory, mask=inside, eviction_policy=EVICTION)
         if LATE:
             tl.debug_barrier()
@@ -387,11 +447,13 @@ def _plan(
     config = lookup(device, "decode", BK, wide, size)
     BV = min(wide, max(16, config.block // BK))
     groups = math.gcd(*heads) if W > 1 else H
-    warps = min(config.warps, max(1, BK * BV // 1024))
+    # heads of a group that a program takes at once
+    members = 1 if wide > BV else min(triton.next_power_of_2(H // groups), max(1, config.block // (BK * BV)))
+    warps = min(config.warps, max(1, members * BK * BV // 1024))
     overlap = _can_overlap(device)
     launch = Fixed(
         (N * groups,),
-        T=T, H=H, HQ=heads.q, HK=heads.k, HV=heads.v, K=K, V=V, BK=BK, BV=BV, W=W, GROUPS=groups,
+        T=T, H=H, HQ=heads.q, HK=heads.k, HV=heads.v, K=K, V=V, BK=BK, BV=BV, M=members, W=W, GROUPS=groups,
         GATE=rule.gate, NORM=rule.norm, SIGMOID=rule.sigmoid, ACTIVATION=activation, OUT_GATE=gate_activation,
         EVICTION="evict_first" if N * H * K * V * 4 > _STREAM_FROM else "",
         OVERLAP=overlap, launch_pdl=overlap,
