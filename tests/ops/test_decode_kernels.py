@@ -158,6 +158,7 @@ CASES = {
     "more tokens than taps": {"T": 8, "activation": "identity", "bias": False},
     "fewer key and value heads": {"H": 4, "heads": Heads(4, 2, 1), "T": 3, "N": 1},
     "groups of unlike sizes": {"H": 6, "heads": Heads(6, 2, 3), "N": 1},
+    "a group in two turns": {"K": 64, "V": 64, "H": 7, "heads": Heads(7, 1, 1), "T": 2, "N": 1},
     "two groups": {"H": 4, "heads": Heads(4, 2, 2), "T": 2},
     "fewer query heads": {"H": 4, "heads": Heads(2, 2, 4), "rule": Rule("softplus"), "T": 3, "N": 1},
     "channels that fill no tile": {"K": 24, "V": 20, "T": 3},
