@@ -482,10 +482,9 @@ def _check(
         check_gate((N, T, H, K), *(None if part is None else (*part[0],) for part in layouts[7:9]))
     if kinds[5] is not None and kinds[5][0] != torch.float32:
         raise ValueError(f"state must be float32, got {str(kinds[5][0]).removeprefix('torch.')}")
-    parts = [(W,) if W else None] * 3
     shapes: list[tuple[int, ...] | None] = [
         *((N, T, size) for size in sizes), (N, T, H, K), (N, T, H), (N, H, K, V), (N, T, H, V), None, None,
-        *((size, *(part or ())) for size, part in zip(sizes, parts, strict=True)), *((size,) for size in sizes),
+        *((size, W) for size in sizes), *((size,) for size in sizes),
         (N, sum(sizes), W - 1), (V,), (N, T, H * V),
     ]  # fmt: skip
     for name, layout, shape in zip(_TENSORS, layouts, shapes, strict=True):

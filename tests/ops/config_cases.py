@@ -13,7 +13,7 @@ from gendistill.bench.launches import PLACES
 from gendistill.ops import causal_conv, gated_rms_norm
 from gendistill_kernels import delta_chunk
 from gendistill_kernels.configs import Entry
-from gendistill_kernels.decode import Heads, decode_step
+from gendistill_kernels.decode import Convolution, Heads, decode_step
 from gendistill_kernels.delta_chunk import Rule, chunk_forward
 from gendistill_kernels.gated_norm import gated_norm_backward, gated_norm_forward
 from gendistill_kernels.short_conv import conv_backward, conv_forward
@@ -53,7 +53,9 @@ def make(cases: Any, entry: Entry, *, save: bool) -> tuple[Call, Call]:
             cut=entry.kernel in ("summary", "carry", "reverse_summary"),
             heads=(2, 1, 1) if entry.kernel == "sum_heads" else None,
         )
-    return {"conv": _convolution, "norm": _norm, "decode": _decode}[entry.kernel.split("_")[0]](cases, dtype)
+    if entry.kernel == "decode":
+        return _decode(cases, dtype, min(entry.keys, 128))
+    return {"conv": _convolution, "norm": _norm}[entry.kernel.split("_")[0]](cases, dtype)
 
 
 def _chunks(
@@ -125,15 +127,21 @@ def _norm(cases: Any, dtype: torch.dtype) -> tuple[Call, Call]:
     return call, lambda: _named(_differentiated(gated_rms_norm, [out, weight, gate], [grad]))
 
 
-def _decode(cases: Any, dtype: torch.dtype) -> tuple[Call, Call]:
-    x = cases.draw(RULE, B=3, T=2, H=4, K=128, dtype=dtype)
-    state = cases.normal(3, 4, 128, 128)
+def _decode(cases: Any, dtype: torch.dtype, K: int) -> tuple[Call, Call]:
+    x = cases.draw(RULE, B=3, T=2, H=4, K=K, dtype=dtype, heads=(4, 1, 1))
+    state, channels = cases.normal(3, 4, K, K), 6 * K
+    # it changes nothing, but makes the heads that share a key and a value a group
+    weight = torch.tensor([0.0, 1.0], dtype=dtype, device=cases.DEVICE).expand(channels, 2).contiguous()
 
     def call() -> dict[str, Tensor]:
         memory = state.clone()
         packed = torch.cat([part.flatten(2) for part in x[:3]], 2)
         gates = {"A_log": x.A_log, "dt_bias": x.dt_bias}
-        out = decode_step(packed, x.decay, x.beta, memory, rule=RULE, heads=Heads(4, 4, 4), **gates)
+        past = torch.zeros(3, channels, 1, dtype=dtype, device=cases.DEVICE)
+        out = decode_step(
+            packed, x.decay, x.beta, memory, rule=RULE, heads=Heads(4, 1, 1),
+            convolution=Convolution(weight, past), **gates,
+        )  # fmt: skip
         return {"out": out, "last": memory}
 
     def answer() -> dict[str, Tensor]:

@@ -149,6 +149,22 @@ def test_a_register_that_nothing_wrote_is_seen(machine_code):
     assert [product[1:] for product in machine_code.products(sass)] == [(0x400, 0x800), (0x400, None)]
 
 
+def test_a_state_of_16_bits_is_carried(machine_code, monkeypatch):
+    """Over the segments of a long sequence; the interpreter does not mind what the compiler refuses."""
+    calls, K = [], 64
+    monkeypatch.setattr(delta_chunk, "SEGMENT", 1)
+    for name in ("_prepare", "_prepare_wild", "_scan"):
+        monkeypatch.setattr(delta_chunk, name, Recorder(None, []))
+    monkeypatch.setattr(delta_chunk, "_carry", Recorder(delta_chunk._carry.function, calls))
+    tall = torch.zeros(1, 128, 1, K, dtype=torch.bfloat16)
+    x = Inputs(tall, tall, tall, tall, tall[..., 0])
+    state = torch.zeros(1, 1, K, K, dtype=torch.bfloat16)
+    delta_chunk.chunk_forward(x, Rule("none"), state=state)
+    ((function, arguments, settings),) = calls
+    options = {key: settings.pop(key) for key in machine_code.OPTIONS if key in settings}
+    machine_code.build(function, arguments, settings, options)
+
+
 def test_an_overlapping_step_waits_before_it_touches_memory(machine_code, monkeypatch):
     calls = []
     monkeypatch.setattr(decode, "_decode", Recorder(decode.decode_kernel, calls))
