@@ -41,6 +41,7 @@ PLACES = {
     "norm_forward": Place(gated_norm, "_forward"),
     "norm_backward": Place(gated_norm, "_backward"),
     "decode": Place(decode, "_decode"),
+    "decode_group": Place(decode, "_decode"),
 }
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from gendistill.bench import measure
 from gendistill.bench.cases import GATES, LOWER_BOUND, Case, DecodeCase
-from gendistill.bench.inputs import SequenceInputs, draw_decode, draw_sequence
+from gendistill.bench.inputs import DecodeInputs, SequenceInputs, draw_decode, draw_sequence
 from gendistill.bench.launches import Launch, watch
 from gendistill.bench.measure import attempt, relative_error
 from gendistill.report.results_table import ResultRow
@@ -77,6 +77,9 @@ CANDIDATES: dict[str, tuple[Config, ...]] = {
         for block in (8192, 16384)
         for warps in (8, 16)
         for limit in (None, 64, 128)
+    ),
+    "decode_group": tuple(
+        Config(block, warps, registers=255) for block in (8192, 16384, 32768) for warps in (4, 8)
     ),
 }
 # kernels of the chunked rule, and whether states are kept; only the scan is launched both ways
@@ -422,9 +425,14 @@ def _norm(case: Case, dtype: torch.dtype, device: str) -> Iterator[Job]:
 
 def _decoding(case: Case, dtype: torch.dtype, device: str) -> Iterator[Job]:
     wide = power_of_2(case.channels)
-    sizes = DecodeCase("step", 64, case.heads, case.channels, case.kv_heads)
-    x = draw_decode(sizes, device=device, dtype=dtype)
+    for kernel, kv_heads in (("decode", case.heads), ("decode_group", case.kv_heads)):
+        if kernel == "decode" or kv_heads != case.heads:
+            sizes = DecodeCase("step", 64, case.heads, case.channels, kv_heads)
+            step = _decode_step(draw_decode(sizes, device=device, dtype=dtype))
+            yield Job(kernel, case.name, wide, wide, dtype.itemsize, many=False, save=False, step=step)
 
+
+def _decode_step(x: DecodeInputs) -> Callable[[], dict[str, Tensor]]:
     def step() -> dict[str, Tensor]:
         state, history = x.state.clone(), x.conv_state.clone()
         out = decode_step(
@@ -441,4 +449,4 @@ def _decoding(case: Case, dtype: torch.dtype, device: str) -> Iterator[Job]:
         )
         return {"out": out, "state": state}
 
-    yield Job("decode", case.name, wide, wide, dtype.itemsize, many=False, save=False, step=step)
+    return step

@@ -32,7 +32,8 @@ KERNELS = {
     "conv_backward": "channels of a program",
     "norm_forward": "elements of a program's tile",
     "norm_backward": "elements of a program's tile",
-    "decode": "elements of the state that a program holds at once, of several heads of a group if they are small",
+    "decode": "elements of the state that a program holds at once, of one head",
+    "decode_group": "as decode, of as many heads as fit, if heads share what a convolution moves on",
 }
 # Bytes of shared memory that a program may have. ``any`` is for 8.6, 8.9 and 12.x, which have the least of what runs
 # bfloat16 products, and for whatever is not known.
@@ -96,19 +97,19 @@ _EVERYWHERE = (
     Entry("conv_forward", ANY, ANY, 2, None, None, Config(256, 8, registers=128)),
     Entry("conv_forward", ANY, ANY, 4, None, None, Config(128, 8, registers=128)),
     Entry("norm_forward", ANY, ANY, 4, None, None, Config(4096, 4)),
-    # Several heads of a group at once, not yet timed: no spills with 8 warps, dozens with 4. One at a time, one H100,
-    # batch 1: 7.8 us with 9 heads, 3 of keys and values; 17 with 14 and 2.
-    Entry("decode", 64, 64, 4, None, None, Config(4 * 64 * 64, 8, registers=255)),
     # 128 registers of state in each of 128 threads: one H100, batch 1, 5.6 us; 8 warps 6.6, 16 warps 9.5
     Entry("decode", ANY, ANY, 4, None, None, Config(128 * 128, 4, registers=255)),
+    # As many for each thread. One H100, batch 1, heads of 64 channels, 14 with 2 of keys and values: 10.1 us, half as many
+    # at once 12.9, one at a time 17; 16 heads of 128 with 8: 8.7 us, one at a time 11.9 (docs/kernels-log.md, 32)
+    Entry("decode_group", ANY, ANY, 4, None, None, Config(2 * 128 * 128, 8, registers=255)),
 )
 
 # The first row that covers a call is taken.
 TABLE: dict[Architecture, tuple[Entry, ...]] = {
     # Timed beside others at K = V = 128 in bfloat16: scan, reverse_scan and keys on one H200, prepare on one H100
     # (docs/kernels-log.md); of the rest only the chosen one's time is on record. Nothing was timed with 256 channels or
-    # 4 bytes, which is for comparisons and need not be fast. Every row's results but those of decode's first have been
-    # compared with float64 on an H100, at the largest sizes that it covers (tests/ops/test_gpu_configs.py).
+    # 4 bytes, which is for comparisons and need not be fast. Every row's results have been compared with float64 on an
+    # H100, at the largest sizes that it covers (tests/ops/test_gpu_configs.py).
     "sm_90": (
         # 128 channels a turn 0.50 ms at B, 64: 0.56, 32: 0.57
         Entry("prepare", 256, ANY, 4, None, None, Config(128, 4)),

@@ -444,9 +444,9 @@ def _plan(
     N, T, H, K, V = _check(kinds, layouts, heads, rule, W)
     size = 2 if first is None else first[0].itemsize
     BK, wide = (max(16, triton.next_power_of_2(channels)) for channels in (K, V))
-    config = lookup(device, "decode", BK, wide, size)
-    BV = min(wide, max(16, config.block // BK))
     groups = math.gcd(*heads) if W > 1 else H
+    config = lookup(device, "decode" if groups == H else "decode_group", BK, wide, size)
+    BV = min(wide, max(16, config.block // BK))
     # heads of a group that a program takes at once
     members = 1 if wide > BV else min(triton.next_power_of_2(H // groups), max(1, config.block // (BK * BV)))
     warps = min(config.warps, max(1, members * BK * BV // 1024))

@@ -455,8 +455,6 @@ def _keys(
         new = tl.load(news + flat, mask=full, other=0.0)
         state = tl.load(states + cells, mask=high, other=0.0)
         grad = tl.load(grads + cells, mask=high, other=0.0)
-        # without this line the compiler waits for the scores, to multiply with, before it asks for the rest
-        tl.debug_barrier()
 
     if SCALAR:
         g = decay_of_tokens(raw, live, A_log, dt_bias, head, lower_bound, GATE)

@@ -187,7 +187,7 @@ def test_every_job_launches_its_kernel_with_what_is_forced(monkeypatch):
         with configs.forced(one.kernel, now._replace(warps=2)), watch(one.kernel, run=False) as launches:
             one.step()
         assert launches, one.kernel
-        if one.kernel != "decode":
+        if not one.kernel.startswith("decode"):
             assert launches[-1].settings["num_warps"] == 2
     assert set(names) == set(KERNELS)
 

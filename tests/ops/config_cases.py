@@ -53,8 +53,8 @@ def make(cases: Any, entry: Entry, *, save: bool) -> tuple[Call, Call]:
             cut=entry.kernel in ("summary", "carry", "reverse_summary"),
             heads=(2, 1, 1) if entry.kernel == "sum_heads" else None,
         )
-    if entry.kernel == "decode":
-        return _decode(cases, dtype, min(entry.keys, 128))
+    if entry.kernel in ("decode", "decode_group"):
+        return _decode(cases, dtype, min(entry.keys, 128), shared=4 if entry.kernel == "decode_group" else 1)
     return {"conv": _convolution, "norm": _norm}[entry.kernel.split("_")[0]](cases, dtype)
 
 
@@ -127,9 +127,10 @@ def _norm(cases: Any, dtype: torch.dtype) -> tuple[Call, Call]:
     return call, lambda: _named(_differentiated(gated_rms_norm, [out, weight, gate], [grad]))
 
 
-def _decode(cases: Any, dtype: torch.dtype, K: int) -> tuple[Call, Call]:
-    x = cases.draw(RULE, B=3, T=2, H=4, K=K, dtype=dtype, heads=(4, 1, 1))
-    state, channels = cases.normal(3, 4, K, K), 6 * K
+def _decode(cases: Any, dtype: torch.dtype, K: int, *, shared: int) -> tuple[Call, Call]:
+    heads = Heads(4, 4 // shared, 4 // shared)
+    x = cases.draw(RULE, B=3, T=2, H=4, K=K, dtype=dtype, heads=heads)
+    state, channels = cases.normal(3, 4, K, K), sum(heads) * K
     # it changes nothing, but makes the heads that share a key and a value a group
     weight = torch.tensor([0.0, 1.0], dtype=dtype, device=cases.DEVICE).expand(channels, 2).contiguous()
 
@@ -139,7 +140,7 @@ def _decode(cases: Any, dtype: torch.dtype, K: int) -> tuple[Call, Call]:
         gates = {"A_log": x.A_log, "dt_bias": x.dt_bias}
         past = torch.zeros(3, channels, 1, dtype=dtype, device=cases.DEVICE)
         out = decode_step(
-            packed, x.decay, x.beta, memory, rule=RULE, heads=Heads(4, 1, 1),
+            packed, x.decay, x.beta, memory, rule=RULE, heads=heads,
             convolution=Convolution(weight, past), **gates,
         )  # fmt: skip
         return {"out": out, "last": memory}

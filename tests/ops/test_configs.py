@@ -27,10 +27,12 @@ ENTRIES = [
 # test_machine_code.py, those of other architectures by the slow test; all that the running architecture has are
 # launched by test_gpu_configs.py.
 QUICK = {
-    "sm_90": ("scan", "summary", "carry", "reverse_scan", "reverse_summary", "norm_forward", "decode"),
+    "sm_90": (
+        "scan", "summary", "carry", "reverse_scan", "reverse_summary", "norm_forward", "decode", "decode_group",
+    ),
     "sm_80": ("reverse_scan",),
     "any": ("reverse_scan",),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("where", "row"), ENTRIES)
