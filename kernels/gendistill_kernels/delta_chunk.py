@@ -70,12 +70,13 @@ class Chunks(NamedTuple):
     """Say where the chunks of packed sequences are; all int32 on the device.
 
     Attributes:
-        sequences: ``[N, 5]``, the longest first, so that no program starts late on much work: number of the sequence,
-            its first token, tokens, first chunk, and one.
+        sequences: ``[N, 6]``, the longest first, so that no program starts late on much work: number of the sequence,
+            its first token, tokens, first chunk, one, and the number again.
         starts: ``[chunks]`` first token of every chunk.
         lengths: ``[chunks]`` tokens of every chunk.
-        segments: ``[segments, 5]``, likewise; the last is one where a sequence is a single segment, two for the last of
-            several, else zero. This and what follows is None if no sequence is long.
+        segments: ``[segments, 6]``, likewise: number of the segment, its first token, tokens, first chunk, one where a
+            sequence is a single segment, three for the first of several, two for the last, else zero, and the number of
+            the sequence. This and what follows is None if no sequence is long.
         first_segments: ``[N + 1]`` first segment of every sequence, and their number.
     """
 
@@ -91,7 +92,7 @@ class Chunks(NamedTuple):
         sequences, starts, sizes = [], [], []
         end = 0
         for number, length in enumerate(lengths):
-            sequences.append((number, end, length, len(starts), 1))
+            sequences.append((number, end, length, len(starts), 1, number))
             for first in range(0, length, CHUNK):
                 starts.append(end + first)
                 sizes.append(min(CHUNK, length - first))
@@ -118,12 +119,12 @@ def _segments(lengths: Sequence[int]) -> tuple[list[Any], ...]:
         return ()
     segments, firsts = [], [0]
     end = chunks = 0
-    for length in lengths:
+    for sequence, length in enumerate(lengths):
         parts = range(0, max(length, 1), size)
         for first in parts:
             tokens = min(size, length - first)
-            kind = 1 if len(parts) == 1 else 2 if first == parts[-1] else 0
-            segments.append((len(segments), end, tokens, chunks, kind))
+            kind = 1 if len(parts) == 1 else 3 if first == 0 else 2 if first == parts[-1] else 0
+            segments.append((len(segments), end, tokens, chunks, kind, sequence))
             chunks += math.ceil(tokens / CHUNK)
             end += tokens
         firsts.append(len(segments))
@@ -347,22 +348,20 @@ def chunk_forward(
             end, square[0], square[1] if square.shape[0] == 2 else None, wild,
             where.starts, where.lengths, n.T, at.scale, at.lower_bound, x.erase,
         )  # fmt: skip
-    final, walks = state_out, where.sequences
+    walks = where.sequences
     if todo.summary is not None:
-        final, starts = (state_out.new_empty(at.segments, n.H, n.K, n.V) for _ in range(2))
+        ends, starts = (state_out.new_empty(at.segments, n.H, n.K, n.V) for _ in range(2))
         walks = where.segments
         _scan[todo.summary](
             *tiles, total, strength, x.v, None,
-            out, final, None, None, matrices, walks, n.T, x.write,
+            out, ends, None, None, matrices, walks, n.T, x.write,
         )  # fmt: skip
-        _carry[todo.carry](matrices, final, state, starts, where.first_segments)
+        _carry[todo.carry](matrices, ends, state, starts, where.first_segments)
         state = starts
     _scan[todo.scan](
         *tiles, total, strength, x.v, state,
-        out, final, states, news, None, walks, n.T, x.write,
+        out, state_out, states, news, None, walks, n.T, x.write,
     )  # fmt: skip
-    if where.first_segments is not None:
-        torch.index_select(final, 0, where.first_segments[1:] - 1, out=state_out)
     return out, state_out, Saved(*work) if save else None
 
 
@@ -416,24 +415,21 @@ def chunk_backward_scan(
     todo = at.reverse_scan(*kinds_of([grad_out, grad_state]), want_state=want_state)
     grads, errors = torch.empty_like(saved.states), torch.empty_like(saved.news)
     strength, tiles = _none_if_empty(saved.strength), _five(saved.tall, saved.square)
-    new = functools.partial(saved.total.new_empty, at.segments or n.sequences, n.H, n.K, n.V)
     walks = where.sequences
     if todo.summary is not None:
         walks = where.segments
-        heads, tails = new(), new()
+        heads, tails = (saved.total.new_empty(at.segments, n.H, n.K, n.V) for _ in range(2))
         _reverse_scan[todo.summary](
             *tiles, saved.total, strength, grad_out, None,
             None, None, heads, walks, n.T,
         )  # fmt: skip
         _carry[todo.carry](saved.matrices, heads, grad_state, tails, where.first_segments)
         grad_state = tails
-    grad_in = new() if want_state else None
+    grad_in = saved.total.new_empty(n.sequences, n.H, n.K, n.V) if want_state else None
     _reverse_scan[todo.scan](
         *tiles, saved.total, strength, grad_out, grad_state,
         grads, errors, grad_in, walks, n.T,
     )  # fmt: skip
-    if grad_in is not None and where.first_segments is not None:
-        grad_in = grad_in.index_select(0, where.first_segments[:-1])
     return grads, errors, grad_in
 
 

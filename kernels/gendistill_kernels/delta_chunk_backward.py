@@ -59,9 +59,9 @@ def reverse_scan_kernel(
     walks, tokens,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BLOCKS: tl.constexpr,
     C: tl.constexpr, PACKED: tl.constexpr, HAS_GRAD: tl.constexpr, WANT_GRAD: tl.constexpr, STAGES: tl.constexpr,
-    SUMMARY: tl.constexpr, ERASE: tl.constexpr,
+    SUMMARY: tl.constexpr, CUT: tl.constexpr, ERASE: tl.constexpr,
 ):  # fmt: skip
-    """Walk one sequence backwards; as ``SUMMARY``, only to find the gradient at its start."""
+    """Walk one sequence backwards, or if ``CUT`` a segment; as ``SUMMARY`` only to find the gradient at its start."""
     block, chain = tl.program_id(0) % BLOCKS, tl.program_id(0) // BLOCKS
     head = chain % H
     sequence, start, length, first = walk_of(walks, chain // H, tokens, C, PACKED)
@@ -77,7 +77,9 @@ def reverse_scan_kernel(
         state = tl.load(grad_state_out + cells, mask=inside, other=0.0).to(tl.float32)
     places = grad_out + (start + rows)[:, None] * (H * V) + head * V + columns[None, :]
     if SUMMARY:
-        length = tl.where(tl.load(walks + chain // H * 5 + 4) == 1, 0, length)
+        # no gradient is carried past the first segment
+        kind = tl.load(walks + chain // H * 6 + 4)
+        length = tl.where((kind == 1) | (kind == 3), 0, length)
     steps = tl.cdiv(length, C)
     for back in tl.range(0, steps, num_stages=STAGES):
         step = steps - 1 - back
@@ -114,6 +116,11 @@ def reverse_scan_kernel(
         elif ERASE != "none":
             state -= tl.dot(error.to(dtype), keys)
     if WANT_GRAD:
+        if CUT and not SUMMARY:
+            row = walks + chain // H * 6
+            kind = tl.load(row + 4)
+            cells += (tl.load(row + 5) - sequence) * H * K * V
+            inside = inside & ((kind == 1) | (kind == 3))
         tl.store(grad_state_in + cells, state, mask=inside)
 
 

@@ -120,7 +120,7 @@ def place(chunk, tokens, chunk_starts, chunk_lengths, C: tl.constexpr, PACKED: t
 def walk_of(walks, number, tokens, C: tl.constexpr, PACKED: tl.constexpr):
     """Return a sequence, its first token, how many it has, and its first chunk."""
     if PACKED:
-        row = walks + number * 5
+        row = walks + number * 6
         sequence, start, first = tl.load(row), tl.load(row + 1), tl.load(row + 3)
         return sequence.to(tl.int64), start.to(tl.int64), tl.load(row + 2), first.to(tl.int64)
     sequence = number.to(tl.int64)
@@ -511,12 +511,12 @@ def scan_kernel(
     H: tl.constexpr, HV: tl.constexpr, SV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
     BV: tl.constexpr, BLOCKS: tl.constexpr,
     C: tl.constexpr, PACKED: tl.constexpr, HAS_STATE: tl.constexpr, SAVE: tl.constexpr,
-    STAGES: tl.constexpr, SUMMARY: tl.constexpr, PRECISION: tl.constexpr, ERASE: tl.constexpr,
+    STAGES: tl.constexpr, SUMMARY: tl.constexpr, CUT: tl.constexpr, PRECISION: tl.constexpr, ERASE: tl.constexpr,
     SIGMOID: tl.constexpr,
 ):  # fmt: skip
-    """Walk one sequence; or, as ``SUMMARY``, find what it does to any state it may start from.
+    """Walk one sequence, or if ``CUT`` a segment; as ``SUMMARY`` find what it does to any state it may start from.
 
-    A state S before the sequence becomes ``M S + c``: c is its end when it starts from zero, and the columns of M are
+    A state S before the segment becomes ``M S + c``: c is its end when it starts from zero, and the columns of M are
     its ends when it starts from those of the identity and writes no values. No output is made.
     """
     block, chain = tl.program_id(0) % BLOCKS, tl.program_id(0) // BLOCKS
@@ -531,15 +531,21 @@ def scan_kernel(
         writes = block < VALUES
         columns = tl.where(writes, columns, columns - VALUES * BV)
         wide = columns < tl.where(writes, V, K)
-        # a sequence in one segment needs no summary; the last segment's only serves to carry a gradient back
-        kind = tl.load(walks + chain // H * 5 + 4)
-        length = tl.where((kind == 1) | ((kind == 2) & (not SAVE)), 0, length)
+        # No state is carried past the last segment, nor a gradient past the first, which has no state to turn unless
+        # the sequence starts from one.
+        kind = tl.load(walks + chain // H * 6 + 4)
+        idle = (
+            (kind == 1)
+            | ((kind == 2) & (writes | (not SAVE)))
+            | ((kind == 3) & (not writes) & (not HAS_STATE))
+        )
+        length = tl.where(idle, 0, length)
     dtype = kt.dtype
     # the state is kept transposed, [V, K]: it is then the left operand of every product, straight from registers
     cells = (sequence * H + head) * K * V + channels[None, :] * V + columns[:, None]
     inside = (channels < K)[None, :] & wide[:, None]
     state = tl.zeros([BV, BK], tl.float32)
-    if HAS_STATE:
+    if HAS_STATE and not SUMMARY:
         state = tl.load(state_in + cells, mask=inside, other=0.0).to(tl.float32)
     if SUMMARY:
         state = tl.where((channels[None, :] == columns[:, None]) & (block >= VALUES), 1.0, 0.0)
@@ -548,14 +554,21 @@ def scan_kernel(
     places = out + (start + rows)[:, None] * (H * V) + head * V + columns[None, :]
     if write is not None:
         gates = write + (start + rows)[:, None] * (H * V) + head * V + columns[None, :]
+    # channels with values: what finds M has none
+    full = wide
+    if SUMMARY:
+        full = wide & writes
+    # Values are loaded a step ahead by hand: the compiler does so in registers, too, but asks for them last and turns
+    # them at once, with nothing to do while they come.
+    coming = tl.load(values, mask=(rows < length)[:, None] & full[None, :], other=0.0)
     for step in tl.range(0, tl.cdiv(length, C), num_stages=STAGES):
         tile = (first + step) * H + head
         row = (tile * C).to(tl.int32)
-        live = (step * C + rows < length)[:, None] & wide[None, :]
-        if SUMMARY:
-            live = live & writes
+        live = (step * C + rows < length)[:, None] & full[None, :]
         offset = (step + zero) * C
-        value = tl.load(values + offset * SV, mask=live, other=0.0)
+        value = coming
+        later = ((step + 1) * C + rows < length)[:, None] & full[None, :]
+        coming = tl.load(values + (offset + C) * SV, mask=later, other=0.0)
         if ERASE != "none":
             keys = kd.load([row, 0])
             solve = inverse.load([row, 0])
@@ -600,6 +613,11 @@ def scan_kernel(
             cells = (sequence * H + head) * K * K + channels[None, :] * K + columns[:, None]
             tl.store(matrices + cells, state, mask=inside)
     else:
+        if CUT:
+            row = walks + chain // H * 6
+            kind = tl.load(row + 4)
+            cells += (tl.load(row + 5) - sequence) * H * K * V
+            inside = inside & ((kind == 1) | (kind == 2))
         tl.store(state_out + cells, state, mask=inside)
 
 

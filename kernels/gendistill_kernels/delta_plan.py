@@ -329,7 +329,8 @@ class Plan:
         return Fixed(
             (blocks * chains,),
             **{"H": n.H, "K": n.K, "V": n.V, "BK": n.BK, "BV": BV, "C": CHUNK},
-            BLOCKS=blocks, PACKED=self.packed or self.segments > 0, STAGES=config.stages, ERASE=self.erase,
+            BLOCKS=blocks, PACKED=self.packed or self.segments > 0, CUT=self.segments > 0, STAGES=config.stages,
+            ERASE=self.erase,
             **constants,
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
@@ -375,7 +376,7 @@ class Plan:
         summary = carry = None
         if self.segments:
             config = self._config("summary", save=save)
-            summary = self._of_scan(config, n.K, **walk, HAS_STATE=False, SUMMARY=True)
+            summary = self._of_scan(config, n.K, **walk, HAS_STATE=has_state, SUMMARY=True)
             carry = self._carry(has_state, back=False)
         beta = self.dtypes[4] is not None
         spaces = work_spaces(

@@ -196,41 +196,45 @@ def test_chunks_partly_out_of_range_match_the_reference(which):
 def test_the_longest_sequences_and_segments_are_walked_first(monkeypatch):
     monkeypatch.setattr(delta_chunk, "SEGMENT", 1)
     chunks = Chunks.of([3, 0, 130, 64], "cpu")
-    # number, first token, tokens, first chunk, kind
+    # number, first token, tokens, first chunk, kind, sequence
     assert chunks.sequences.tolist() == [
-        [2, 3, 130, 1, 1],
-        [3, 133, 64, 4, 1],
-        [0, 0, 3, 0, 1],
-        [1, 3, 0, 1, 1],
+        [2, 3, 130, 1, 1, 2],
+        [3, 133, 64, 4, 1, 3],
+        [0, 0, 3, 0, 1, 0],
+        [1, 3, 0, 1, 1, 1],
     ]
     assert chunks.segments.tolist() == [
-        [2, 3, 64, 1, 0],
-        [3, 67, 64, 2, 0],
-        [5, 133, 64, 4, 1],
-        [0, 0, 3, 0, 1],
-        [4, 131, 2, 3, 2],
-        [1, 3, 0, 1, 1],
+        [2, 3, 64, 1, 3, 2],
+        [3, 67, 64, 2, 0, 2],
+        [5, 133, 64, 4, 1, 3],
+        [0, 0, 3, 0, 1, 0],
+        [4, 131, 2, 3, 2, 2],
+        [1, 3, 0, 1, 1, 1],
     ]
     assert chunks.first_segments.tolist() == [0, 1, 2, 5, 6]
 
 
+@pytest.mark.parametrize("has_state", [True, False])
 @pytest.mark.parametrize("packed", [False, True])
-def test_long_sequences_in_segments_match_the_reference(monkeypatch, packed):
+def test_long_sequences_in_segments_are_as_in_one(monkeypatch, packed, has_state):
     monkeypatch.setattr(delta_chunk, "SEGMENT", 1)
     rule, lengths = Rule("bounded"), [70, 0, 150, 30] if packed else [140, 140]
     x = make(B=1 if packed else 2, T=sum(lengths) if packed else 140, rule=rule)
-    state = torch.randn(len(lengths), 2, 16, 16)
+    state = torch.randn(len(lengths), 2, 16, 16) if has_state else None
     chunks = Chunks.of(lengths, "cpu") if packed else None
     out, last, saved = chunk_forward(x, rule, state=state, chunks=chunks, save=True)
+    unsaved = chunk_forward(x, rule, state=state, chunks=chunks)
     d_out, d_last = torch.randn_like(out), torch.randn_like(last)
-    found = chunk_backward(d_out, d_last, x, rule, out, saved, chunks=chunks, want_state=True)
+    found = chunk_backward(d_out, d_last, x, rule, out, saved, chunks=chunks, want_state=has_state)
     assert saved.matrices.shape[0] == (7 if packed else 6)
     monkeypatch.setattr(delta_chunk, "SEGMENT", 100)
     chunks = Chunks.of(lengths, "cpu") if packed else None
     whole, end, kept = chunk_forward(x, rule, state=state, chunks=chunks, save=True)
-    expected = chunk_backward(d_out, d_last, x, rule, whole, kept, chunks=chunks, want_state=True)
+    expected = chunk_backward(d_out, d_last, x, rule, whole, kept, chunks=chunks, want_state=has_state)
     assert kept.matrices.shape[0] == 0
-    pairs = [(out, whole), (last, end), *zip(found, expected, strict=True)]
+    assert (found.state is not None) == has_state
+    pairs = [(out, whole), (last, end), (unsaved[0], whole), (unsaved[1], end)]
+    pairs += zip(found, expected, strict=True)
     assert all(distance(one, other.double()) < 1e-5 for one, other in pairs if one is not None)
 
 

@@ -263,11 +263,12 @@ def test_a_sequence_may_be_cut_where_chunks_end():
     assert distance(final, last.double()) < TOLERANCE[torch.bfloat16]
 
 
+@pytest.mark.parametrize("has_state", [True, False])
 @pytest.mark.parametrize("packed", [False, True])
-def test_a_long_sequence_in_segments_is_as_in_one(monkeypatch, packed):
+def test_a_long_sequence_in_segments_is_as_in_one(monkeypatch, packed, has_state):
     rule, lengths = Rule("softplus"), [500, 0, 40, 200] if packed else [370, 370]
     x = make(B=1 if packed else 2, T=sum(lengths) if packed else 370, rule=rule)
-    state = torch.randn(len(lengths), 3, 128, 128, device="cuda")
+    state = torch.randn(len(lengths), 3, 128, 128, device="cuda") if has_state else None
     results = []
     for chunks_of_a_segment in (2, 128):
         monkeypatch.setattr(delta_chunk, "SEGMENT", chunks_of_a_segment)
@@ -275,10 +276,11 @@ def test_a_long_sequence_in_segments_is_as_in_one(monkeypatch, packed):
         out, last, saved = chunk_forward(x, rule, state=state, chunks=chunks, save=True)
         torch.manual_seed(1)
         d_out, d_last = torch.randn_like(out), torch.randn_like(last)
-        found = chunk_backward(d_out, d_last, x, rule, out, saved, chunks=chunks, want_state=True)
-        results.append((out, last, *found))
+        found = chunk_backward(d_out, d_last, x, rule, out, saved, chunks=chunks, want_state=has_state)
+        results.append((out, last, *chunk_forward(x, rule, state=state, chunks=chunks)[:2], *found))
         assert (saved.matrices.shape[0] > 0) == (chunks_of_a_segment == 2)
-    for name, one, other in zip(("out", "last", *TENSORS, "state"), *results, strict=True):
+    names = ("out", "last", "out unsaved", "last unsaved", *TENSORS, "state")
+    for name, one, other in zip(names, *results, strict=True):
         assert one is None or distance(one, other.double()) < 2e-3 * (5 if name == "A_log" else 1), name
 
 
