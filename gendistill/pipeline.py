@@ -29,6 +29,7 @@ from gendistill.conversion.checkpoint import (
     resolve_checkpoint,
 )
 from gendistill.conversion.execute import apply_plan
+from gendistill.conversion.impl import choose_impl
 from gendistill.conversion.plan import plan_conversion
 from gendistill.conversion.probe import check_probe, probe_student, render_probe
 from gendistill.data.stream import build_stream, heldout_batches
@@ -183,8 +184,18 @@ class _Context:
                 device=_device_name(accelerator.device),
                 dtype=str(context.teacher_dtype).removeprefix("torch."),
             )
-        context.say("device", manifest.content["device"])
+        device_name = _device_name(accelerator.device)
+        impl = choose_impl(
+            recipe.student.impl, context.placement, device=accelerator.device, device_name=device_name
+        )
+        context.say("device", device_name)
+        context.say("impl", str(impl))
         return context
+
+    @property
+    def placement(self) -> Placement:
+        num_layers = self.source.config["num_hidden_layers"]
+        return Placement.parse(self.recipe.student.placement, num_layers=num_layers)
 
     @property
     def device(self) -> torch.device:
@@ -250,8 +261,7 @@ def _convert(context: _Context) -> None:
         context.accelerator.wait_for_everyone()
         return
     manifest.begin("convert")
-    num_layers = context.source.config["num_hidden_layers"]
-    placement = Placement.parse(recipe.student.placement, num_layers=num_layers)
+    placement = context.placement
     context.say("teacher", f"{recipe.teacher.model}   {context.teacher.folder}")
     context.say("student", str(placement))
     tensors = read_tensor_index(context.source.folder)
@@ -272,13 +282,12 @@ def _convert(context: _Context) -> None:
     if warning := check_probe(probe):
         context.say("warning", warning)
     student_config = student.config.to_dict()
-    mixers = [student.model.layers[layer].self_attn for layer in student.config.linear_layers]
     manifest.update(
-        impl=", ".join(sorted({f"{mixer.kind}={mixer.impl}" for mixer in mixers})) or "no linear layers",
+        impl=probe["impl"],
         teacher={
             "spec": recipe.teacher.model,
             "fingerprint": context.teacher.fingerprint,
-            "num_layers": num_layers,
+            "num_layers": context.source.config["num_hidden_layers"],
             "num_tensors": len(tensors),
             "num_parameters": teacher.num_parameters(),
         },

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
@@ -26,6 +26,9 @@ from gendistill.conversion.tensors import TensorInfo, read_tensor_index
 from gendistill.errors import CheckpointError, RecipeError
 from gendistill.memory import Device, MemoryEstimate, find_device, predict_memory
 from gendistill.types import ParamGroup, Placement
+
+if TYPE_CHECKING:
+    from gendistill.conversion.impl import ImplChoice
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(\w+)\.")
 _DTYPE_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -109,6 +112,7 @@ class RunPlan:
     teacher_dtype: str
     source: Source
     conversion: ConversionPlan
+    impl: ImplChoice
     stages: tuple[StagePlan, ...]
     device: Device
 
@@ -131,6 +135,7 @@ class RunPlan:
         lines.append(
             f"student   {placement}   keys and values in {cached} layers, {share:.0%} of the teacher's"
         )
+        lines.append(f"impl      {self.impl}")
         tree = Console(file=StringIO(), width=120, highlight=False, color_system=None)
         with tree.capture() as captured:
             tree.print(render_plan(self.conversion))
@@ -191,6 +196,7 @@ class RunPlan:
                 "placement": [kind.value for kind in self.conversion.placement.kinds],
                 "parameters": self.conversion.num_parameters,
             },
+            "impl": self.impl.to_json(),
             "stages": [{**asdict(stage), "memory": stage.memory.to_json()} for stage in self.stages],
             "device": asdict(self.device),
         }
@@ -208,7 +214,7 @@ def plan_run(recipe: Recipe, *, num_processes: int = 1, device: Device | None = 
         device: Where it would run; found if None.
     Raises:
         CheckpointError: A model that cannot be found, read or converted.
-        RecipeError: A placement, batch or vocabulary that does not fit.
+        RecipeError: A placement, batch, vocabulary or ``student.impl`` that does not fit.
     """
     device = device or find_device()
     teacher = read_source(recipe.teacher.model, revision=recipe.teacher.revision, where="teacher.model")
@@ -219,6 +225,7 @@ def plan_run(recipe: Recipe, *, num_processes: int = 1, device: Device | None = 
     geometry = read_geometry(source.config)
     placement = Placement.parse(recipe.student.placement, num_layers=geometry.num_layers)
     conversion = plan_conversion(source.config, source.tensors, placement, recipe.student.mixers)
+    impl = _choose_impl(recipe, placement, device)
     dtype = recipe.teacher.dtype
     if dtype == "auto":
         dtype = "bfloat16" if device.kind == "cuda" else "float32"
@@ -226,7 +233,19 @@ def plan_run(recipe: Recipe, *, num_processes: int = 1, device: Device | None = 
         _plan_stage(name, stage, conversion, geometry, teacher, dtype, num_processes, device)
         for name, stage in recipe.stages.items()
     )
-    return RunPlan(recipe, teacher, dtype, source, conversion, stages, device)
+    return RunPlan(recipe, teacher, dtype, source, conversion, impl, stages, device)
+
+
+def _choose_impl(recipe: Recipe, placement: Placement, device: Device) -> ImplChoice:
+    import torch
+
+    from gendistill.conversion.impl import choose_impl
+
+    # a driver may name a GPU that torch cannot use
+    kind = device.kind if torch.cuda.is_available() else "cpu"
+    return choose_impl(
+        recipe.student.impl, placement, device=torch.device(kind), device_name=device.name
+    )
 
 
 def read_source(spec: str, *, revision: str, where: str) -> Source:

@@ -130,6 +130,8 @@ DECODE_CASES = (
     DecodeCase("decode-1x9x64", 1, heads=9, channels=64, kv_heads=3),
     DecodeCase("decode-1x14x64", 1, heads=14, channels=64, kv_heads=2),
     DecodeCase("decode-1x16x128", 1, heads=16, channels=128, kv_heads=8),
+    DecodeCase("decode-64x9x64", 64, heads=9, channels=64, kv_heads=3),
+    DecodeCase("decode-64x16x128", 64, heads=16, channels=128, kv_heads=8),
 )
 COLD_CASE = Case("1x2048x16x128", 1, 2048, 16, 128, kv_heads=16)
 NAMES = (*(case.name for case in CASES), "decode")

@@ -83,8 +83,8 @@ class Check:
 
     @property
     def passed(self) -> bool:
-        """Whether every error of ours is under its bar; NaN never is."""
-        return all(error < ERROR_BARS.get(name, ERROR_BAR) for name, error in self.ours.items())
+        """Whether every error of ours is under its bar, NaN never is, and repeated runs agree."""
+        return self.same and all(error < ERROR_BARS.get(name, ERROR_BAR) for name, error in self.ours.items())
 
     @property
     def ratios(self) -> dict[str, float]:
@@ -158,7 +158,7 @@ def _ratio(ratio: float | None) -> str:
 
 
 def _agree(same: bool | None) -> str:
-    return {True: "same bits", False: "differ", None: ""}[same]
+    return {True: "same bits", False: "[bold red]differ[/]", None: ""}[same]
 
 
 def measurement_table(found: Sequence[Measurement], peer: str | None) -> Table:

@@ -425,11 +425,12 @@ def _norm(case: Case, dtype: torch.dtype, device: str) -> Iterator[Job]:
 
 def _decoding(case: Case, dtype: torch.dtype, device: str) -> Iterator[Job]:
     wide = power_of_2(case.channels)
-    for kernel, kv_heads in (("decode", case.heads), ("decode_group", case.kv_heads)):
-        if kernel == "decode" or kv_heads != case.heads:
-            sizes = DecodeCase("step", 64, case.heads, case.channels, kv_heads)
-            step = _decode_step(draw_decode(sizes, device=device, dtype=dtype))
-            yield Job(kernel, case.name, wide, wide, dtype.itemsize, many=False, save=False, step=step)
+    # a group is taken by one program, which is slow for few sequences
+    shared = case.kv_heads if case.kv_heads != case.heads else max(1, case.heads // 2)
+    for kernel, batch, kv_heads in (("decode", 64, case.heads), ("decode_group", 1, shared)):
+        sizes = DecodeCase("step", batch, case.heads, case.channels, kv_heads)
+        step = _decode_step(draw_decode(sizes, device=device, dtype=dtype))
+        yield Job(kernel, case.name, wide, wide, dtype.itemsize, many=False, save=False, step=step)
 
 
 def _decode_step(x: DecodeInputs) -> Callable[[], dict[str, Tensor]]:

@@ -53,8 +53,8 @@ def probe_student(
         batches: Held-out text; positions with a label count.
     Returns:
         What ``score_heldout`` returns, with ``layers`` (cosine and relative error of each linear mixer's output, on
-        the teacher's own inputs, against the attention output it replaces, over the first 2,048 positions or so) and
-        ``half_life`` (quantiles in tokens, at zero input and on the text).
+        the teacher's own inputs, against the attention output it replaces, over the first 2,048 positions or so),
+        ``half_life`` (quantiles in tokens, at zero input and on the text) and ``impl`` (what the mixers ran on).
     """
     result: dict[str, Any] = dict(score_heldout(student, teacher, batches))
     was_training = student.training, teacher.training
@@ -80,7 +80,13 @@ def probe_student(
     ]
     real = [values for total in sums.values() for values in total.half_lives]
     result["half_life"] = {"quantiles": _quantiles(at_zero), "on_text": _quantiles(real)}
+    result["impl"] = _describe_impl(student)
     return result
+
+
+def _describe_impl(student: PreTrainedModel) -> str:
+    mixers = [student.model.layers[layer].self_attn for layer in student.config.linear_layers]
+    return ", ".join(sorted({f"{mixer.kind}={mixer.impl}" for mixer in mixers})) or "no linear layers"
 
 
 def _compare_layers(
@@ -179,7 +185,7 @@ def _badness(error: float) -> float:
 
 
 def render_probe(result: dict[str, Any]) -> Group:
-    """Lay out a probe for the terminal: scores, a table of layers, half-lives."""
+    """Lay out a probe for the terminal: scores, implementation, a table of layers, half-lives."""
     scores = (
         f"untrained student: CE {result['student_ce']:.3f} (teacher {result['teacher_ce']:.3f}, "
         f"guessing {result['ln_vocab']:.2f}), KL {result['kl']:.3f}, top-1 agreement {result['top1_agreement']:.1%}"
@@ -188,7 +194,8 @@ def render_probe(result: dict[str, Any]) -> Group:
     for layer in result["layers"]:
         cells = str(layer["layer"]), layer["kind"], f"{layer['cosine']:.3f}", f"{layer['relative_error']:.3f}"
         table.add_row(*cells)
-    return Group(scores, *([table] if result["layers"] else []), *_half_life_lines(result["half_life"]))
+    impl = f"impl: {result['impl']}"
+    return Group(scores, impl, *([table] if result["layers"] else []), *_half_life_lines(result["half_life"]))
 
 
 def _half_life_lines(half_life: dict[str, dict[str, float]]) -> list[str]:

@@ -58,9 +58,10 @@ def kda(
     """Apply Kimi Delta Attention.
 
     Args:
-        q: ``[B, T, H, K]``, L2-normalised over K; scaled by ``K ** -0.5`` here.
-        k: ``[B, T, Hkv, K]``, L2-normalised over K.
-        v: ``[B, T, Hkv, V]``; query head ``h`` reads key/value head ``h // (H / Hkv)``.
+        q: ``[B, T, Hq, K]``, L2-normalised over K; scaled by ``K ** -0.5`` here.
+        k: ``[B, T, Hk, K]``, L2-normalised over K.
+        v: ``[B, T, Hv, V]``; head ``h`` of the output reads head ``h // (H / Hq)`` of q, and so on;
+            each count divides H.
         log_decay: ``[B, T, H, K]`` natural-log decay per key channel, <= 0.
         beta: ``[B, T, H]`` write strength in [0, 1]. A step with ``log_decay = 0`` and ``beta = 0`` changes nothing.
         state: ``[N, H, K, V]`` float32, or None for zeros; ``N`` is B, or the number of segments.
@@ -100,9 +101,9 @@ def gated_kda(
     """Normalise q and k, apply the gates, and run :func:`kda`: one op, so that the kernels fuse it.
 
     Args:
-        q: ``[B, T, H, K]``.
-        k: ``[B, T, Hkv, K]``.
-        v: ``[B, T, Hkv, V]``.
+        q: ``[B, T, Hq, K]``.
+        k: ``[B, T, Hk, K]``.
+        v: ``[B, T, Hv, V]``; heads as in :func:`kda`.
         raw_decay: ``[B, T, H, K]`` projected gate, before bias and nonlinearity.
         raw_beta: ``[B, T, H]`` logits of the write strength.
         gate: ``bounded``: ``lower_bound * sigmoid(exp(a_log) * (raw + dt_bias))``; ``softplus``:

@@ -109,7 +109,7 @@ TABLE: dict[Architecture, tuple[Entry, ...]] = {
     # Timed beside others at K = V = 128 in bfloat16: scan, reverse_scan and keys on one H200, prepare on one H100
     # (docs/kernels-log.md); of the rest only the chosen one's time is on record. Nothing was timed with 256 channels or
     # 4 bytes, which is for comparisons and need not be fast. Every row's results have been compared with float64 on an
-    # H100, at the largest sizes that it covers (tests/ops/test_gpu_configs.py).
+    # H100, at the largest sizes that it covers, decode's at 128 channels (tests/ops/test_gpu_configs.py).
     "sm_90": (
         # 128 channels a turn 0.50 ms at B, 64: 0.56, 32: 0.57
         Entry("prepare", 256, ANY, 4, None, None, Config(128, 4)),

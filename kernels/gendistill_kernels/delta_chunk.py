@@ -176,7 +176,8 @@ class Saved(NamedTuple):
         norms: ``[chunks, H, 2, 64]`` float32 factors of q (with the scale) and k.
         states: ``[chunks, H, V, BK]`` state before every chunk, transposed.
         news: ``[chunks, H, 64, V]`` values that the keys write.
-        matrices: ``[segments, H, K, K]`` float32, what every segment does to a state; empty if no sequence is long.
+        matrices: ``[segments, H, K, K]`` float32, what every segment does to a state; the identity where nothing is
+            carried past it; empty if no sequence is long.
         wild: ``[chunks, H]`` int32, one where the decay of a chunk is out of range, two where that of a block of 16
             of its tokens is; empty with one decay per head.
     """

@@ -155,6 +155,7 @@ def test_nan_and_large_errors_are_red(error):
     check = Check("a", "bounded", {"out": error}, True, peer={"out": math.nan})
     assert not check.passed
     assert Check("a", "bounded", {"d A_log": 0.025}, True, peer={}).passed
+    assert not Check("a", "bounded", {"d A_log": 0.025}, False, peer={}).passed
     check_table([check], "peer")
 
 

@@ -185,7 +185,7 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_float32_text_is_the_reference_s_token_by_token(exact, prompt, tokenizer, name):
+def test_float32_text_is_the_reference_s_token_by_token(exact, prompt, tokenizer, name, record_property):
     reference, student = exact
     expected = generate(reference, prompt, **SETTINGS[name])
     found = generate(student, prompt, **SETTINGS[name])
@@ -196,6 +196,8 @@ def test_float32_text_is_the_reference_s_token_by_token(exact, prompt, tokenizer
         f"{distinct} distinct; equal {torch.equal(found, expected)}"
     )
     print(repr(tokenizer.decode(expected[0, :40])))
+    record_property("new tokens", expected.numel())
+    record_property("tokens that are the reference's", int((found == expected).sum()))
     assert torch.equal(found, expected), describe(reference, prompt, found, expected, tokenizer)
 
 
@@ -205,13 +207,14 @@ def test_static_and_dynamic_caches_give_the_same_text(exact, prompt, tokenizer):
     assert torch.equal(found, expected), describe(student, prompt, found, expected, tokenizer)
 
 
-def test_float32_logits_of_a_whole_text_are_close(exact, prompt):
+def test_float32_logits_of_a_whole_text_are_close(exact, prompt, record_property):
     reference, student = exact
     text = extend(prompt, generate(reference, prompt, max_new_tokens=min(64, NEW_TOKENS)))
     expected, found = (predict(model, text)[text.mask.bool()] for model in (reference, student))
     error = ((found - expected).norm() / expected.norm()).item()
     largest = (found - expected).abs().max().item()
     print(f"\nfloat32 logits: relative difference {error:.2e}, largest {largest:.2e}")
+    record_property("relative difference of float32 logits", error)
     assert error < 3e-3
 
 
@@ -236,7 +239,9 @@ def spread(logits, truth):
     return (shift - shift.mean(-1, keepdim=True)).square().mean(-1).sqrt()
 
 
-def test_bfloat16_differences_are_what_bfloat16_costs_the_reference(folder, prompt, tokenizer):
+def test_bfloat16_differences_are_what_bfloat16_costs_the_reference(
+    folder, prompt, tokenizer, record_property
+):
     """Against float32 with the same, rounded weights, on the text that both write until they part."""
     reference = load(folder, torch.bfloat16, "reference")
     student, exact = with_impl(reference, "triton"), copy.deepcopy(reference).float()
@@ -260,6 +265,9 @@ def test_bfloat16_differences_are_what_bfloat16_costs_the_reference(folder, prom
         f"below): reference {quantiles[0]}, kernels {quantiles[1]}; the best token is float32's for {agree[0]:.1%} and "
         f"{agree[1]:.1%}"
     )
+    for who, part in zip(("reference", "kernels"), quantiles, strict=True):
+        record_property(f"bfloat16 logits' median rms difference from float32, {who}", part[0])
+    record_property("tokens until rows part", [place for _, place in places])
     unexplained = []
     for row, place in places:
         here = row, place

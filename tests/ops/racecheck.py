@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gendistill_kernels import delta_chunk
+from gendistill_kernels import configs, delta_chunk
 from gendistill_kernels.decode import Convolution, Finish, Heads, decode_step
 from gendistill_kernels.delta_chunk import Chunks, Rule
 from gendistill_kernels.gated_norm import gated_norm_backward, gated_norm_forward
@@ -40,28 +40,35 @@ cases = _load_cases()
 
 
 def chunks(
-    rule: Rule, dtype: torch.dtype, *, packed: bool = False, wild: bool = False, **sizes: Any
+    rule: Rule,
+    dtype: torch.dtype,
+    *,
+    lengths: list[int] | None = None,
+    wild: bool = False,
+    has_state: bool = True,
+    **sizes: Any,
 ) -> list[Tensor]:
     """Run the chunked kernels forwards and backwards, and forwards without saving.
 
     ``wild``: one chunk's decay is out of range, that of a block of 16 of the other's tokens, too.
     """
-    number = len(LENGTHS) if packed else 1
-    x = cases.draw(rule, B=1, T=80, dtype=dtype, **{"H": 1, **sizes})
+    number, tokens = (1, 80) if lengths is None else (len(lengths), sum(lengths))
+    x = cases.draw(rule, B=1, T=tokens, dtype=dtype, **{"H": 1, **sizes})
     if wild:
         x.decay[:, :64, :, 3] = -4.0
         x.decay[:, 64:, :, 5] = -20.0
-    state = cases.normal(number, x.decay.shape[2], x.k.shape[3], x.v.shape[3])
-    table = Chunks.of(LENGTHS, cases.DEVICE) if packed else None
+    state = cases.normal(number, x.decay.shape[2], x.k.shape[3], x.v.shape[3]) if has_state else None
+    table = None if lengths is None else Chunks.of(lengths, cases.DEVICE)
     out, last, _ = delta_chunk.chunk_forward(x, rule, state=state, chunks=table)
     return [out, last, *cases.run(x, rule, state, cases.upstream(x, number), table).values()]
 
 
 def segments(rule: Rule, dtype: torch.dtype, **sizes: int) -> list[Tensor]:
-    """Cut the sequence into segments of one chunk."""
+    """Cut sequences into segments of one chunk: one of two, and one of three between others of one or none."""
     before, delta_chunk.SEGMENT = delta_chunk.SEGMENT, 1
     try:
-        return chunks(rule, dtype, **sizes)
+        cut = [3, 0, 130, 64]
+        return [*chunks(rule, dtype, **sizes), *chunks(rule, dtype, lengths=cut, has_state=False, **sizes)]
     finally:
         delta_chunk.SEGMENT = before
 
@@ -89,10 +96,10 @@ def norm(dtype: torch.dtype, channels: int) -> list[Tensor]:
     return [gated_norm_forward(out, weight, gate), *gated_norm_backward(grad, out, weight, gate)]
 
 
-def decode(dtype: torch.dtype, channels: int, tokens: int) -> list[Tensor]:
-    """Take a decode step with everything in it; two query heads share the others."""
+def decode(dtype: torch.dtype, channels: int, tokens: int, heads: Heads) -> list[Tensor]:
+    """Take a decode step with everything in it."""
     torch.manual_seed(0)
-    N, H, K, C = 2, 2, channels, 4 * channels
+    N, H, K, C = 2, heads.q, channels, sum(heads) * channels
     state, past = cases.normal(N, H, K, K), cases.normal(N, C, 3, dtype=dtype)
     out = decode_step(
         cases.normal(N, tokens, C, dtype=dtype),
@@ -100,7 +107,7 @@ def decode(dtype: torch.dtype, channels: int, tokens: int) -> list[Tensor]:
         cases.normal(N, tokens, H, dtype=dtype),
         state,
         rule=Rule("bounded"),
-        heads=Heads(2, 1, 1),
+        heads=heads,
         A_log=cases.normal(H),
         dt_bias=cases.normal(H * K),
         convolution=Convolution(cases.normal(C, 4, dtype=dtype), past, cases.normal(C, dtype=dtype), "silu"),
@@ -122,14 +129,15 @@ def make_cases() -> dict[str, Callable[[], Sequence[Tensor]]]:
                 )
             found[f"segments-{K}-{word}"] = lambda K=K, dtype=dtype: segments(Rule("bounded"), dtype, K=K)
             found[f"packed-{K}-{word}"] = lambda K=K, dtype=dtype: chunks(
-                Rule("none", sigmoid=False), dtype, packed=True, K=K
+                Rule("none", sigmoid=False), dtype, lengths=LENGTHS, K=K
             )
             found[f"out-of-range-{K}-{word}"] = lambda K=K, dtype=dtype: chunks(
                 Rule("none", sigmoid=False), dtype, wild=True, K=K
             )
+            # heads that share nothing, and a group that fills a turn and half of another
             found[f"decode-{K}-{word}"] = lambda K=K, dtype=dtype: [
-                *decode(dtype, K, tokens=1),
-                *decode(dtype, K, tokens=3),
+                *decode(dtype, K, tokens=1, heads=Heads(2, 2, 2)),
+                *decode(dtype, K, tokens=3, heads=Heads(12, 1, 1) if K == 64 else Heads(3, 1, 1)),
             ]
             found[f"norm-{K}-{word}"] = lambda K=K, dtype=dtype: norm(dtype, K)
         found[f"convolution-{word}"] = lambda dtype=dtype: [
@@ -145,6 +153,11 @@ def make_cases() -> dict[str, Callable[[], Sequence[Tensor]]]:
             Rule("softplus", erase=erase, write=write), torch.bfloat16, K=64, decay_per=decay_per
         )
     found["chunks-256-bounded-bf16"] = lambda: chunks(Rule("bounded"), torch.bfloat16, K=256, V=64)
+    found["shared-heads-64-bf16"] = lambda: chunks(
+        Rule("softplus"), torch.bfloat16, H=4, K=64, heads=(4, 2, 1)
+    )
+    # as many chains as have the scans take other rows of the table
+    found["many-heads-128-bf16"] = lambda: chunks(Rule("bounded"), torch.bfloat16, H=configs.MANY, K=128)
     return found
 
 

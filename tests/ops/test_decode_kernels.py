@@ -158,7 +158,7 @@ CASES = {
     "more tokens than taps": {"T": 8, "activation": "identity", "bias": False},
     "fewer key and value heads": {"H": 4, "heads": Heads(4, 2, 1), "T": 3, "N": 1},
     "groups of unlike sizes": {"H": 6, "heads": Heads(6, 2, 3), "N": 1},
-    "a group in two turns": {"K": 64, "V": 64, "H": 7, "heads": Heads(7, 1, 1), "T": 2, "N": 1},
+    "a group in two turns": {"K": 64, "V": 64, "H": 9, "heads": Heads(9, 1, 1), "T": 2, "N": 1},
     "two groups": {"H": 4, "heads": Heads(4, 2, 2), "T": 2},
     "fewer query heads": {"H": 4, "heads": Heads(2, 2, 4), "rule": Rule("softplus"), "T": 3, "N": 1},
     "channels that fill no tile": {"K": 24, "V": 20, "T": 3},
@@ -170,7 +170,8 @@ CASES = {
     "two taps": {"taps": 2, "T": 2, "norm": False},
     "no norm": {"norm": False, "T": 2, "gate": "none"},
     "no gate": {"gate": None, "T": 2},
-    "values in blocks": {"K": 256, "V": 72, "heads": Heads(2, 1, 1), "T": 2, "N": 1},
+    "values in blocks": {"K": 256, "V": 72, "H": 1, "heads": Heads(1, 1, 1), "T": 2, "N": 1},
+    "values of a group in blocks": {"K": 256, "V": 130, "heads": Heads(2, 1, 1), "T": 2, "N": 1},
     "values in blocks without a norm": {"K": 130, "V": 130, "H": 1, "T": 2, "N": 1, "norm": False},
     "half": {"dtype": torch.float16, "T": 3, "H": 4, "heads": Heads(4, 2, 2), "N": 1},
     "half with a float32 window": {

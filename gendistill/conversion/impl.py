@@ -1,0 +1,69 @@
+"""Say which implementation a student's linear layers will use on a device, and why."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from gendistill.errors import RecipeError
+from gendistill.ops import types as op_types
+from gendistill.types import Placement
+
+
+@dataclass(frozen=True, slots=True)
+class ImplChoice:
+    """Say what a recipe's ``student.impl`` means on one machine.
+
+    Attributes:
+        requested: ``auto``, ``reference`` or ``triton``.
+        impl: ``reference`` or ``triton``; None if the student has no linear layers.
+        reason: What decided.
+    """
+
+    requested: str
+    impl: str | None
+    reason: str
+
+    def __str__(self) -> str:
+        if self.impl is None:
+            return f"not used ({self.reason})"
+        return f"{self.impl} ({self.reason})"
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields as plain data."""
+        return asdict(self)
+
+
+def choose_impl(
+    requested: str, placement: Placement, *, device: torch.device, device_name: str
+) -> ImplChoice:
+    """Resolve a recipe's ``student.impl`` as the mixers will.
+
+    Args:
+        requested: ``auto``, ``reference`` or ``triton``.
+        placement: Mixer of each layer.
+        device: Where the student will run.
+        device_name: Its name for people.
+    Raises:
+        RecipeError: The requested implementation cannot run there.
+    """
+    kinds = [placement.kinds[layer] for layer in placement.linear_layers]
+    if not kinds:
+        return ImplChoice(requested, None, "no linear layers")
+    try:
+        impl = op_types.resolve_impl(requested, op=kinds[0].value, device=device)
+    except ValueError as error:
+        raise RecipeError(
+            str(error),
+            where="student.impl",
+            hint="student.impl=auto; gendistill doctor says what this machine has",
+        ) from error
+    if requested != "auto":
+        return ImplChoice(requested, impl.value, "set by student.impl")
+    if impl is op_types.Impl.TRITON:
+        return ImplChoice(requested, impl.value, f"auto; {device_name}")
+    if device.type != "cuda":
+        return ImplChoice(requested, impl.value, f"auto; no CUDA device, torch runs on {device.type}")
+    return ImplChoice(requested, impl.value, f"auto; {device_name}: {op_types._triton_obstacle(device)}")
