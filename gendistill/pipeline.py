@@ -173,6 +173,10 @@ class _Context:
                 source = resolve_checkpoint(recipe.student.source, where="student.from")
         manifest = Manifest(run.manifest)
         context = cls(recipe, run, manifest, accelerator, teacher, source, console)
+        device_name = _device_name(accelerator.device)
+        impl = choose_impl(
+            recipe.student.impl, context.placement, device=accelerator.device, device_name=device_name
+        )
         if accelerator.is_main_process:
             write_text(run.recipe, dump_recipe(recipe))
             manifest.update(
@@ -181,13 +185,9 @@ class _Context:
                 command=command,
                 commit=source_commit(),
                 versions=installed_versions(),
-                device=_device_name(accelerator.device),
+                device=device_name,
                 dtype=str(context.teacher_dtype).removeprefix("torch."),
             )
-        device_name = _device_name(accelerator.device)
-        impl = choose_impl(
-            recipe.student.impl, context.placement, device=accelerator.device, device_name=device_name
-        )
         context.say("device", device_name)
         context.say("impl", str(impl))
         return context

@@ -243,9 +243,7 @@ def _choose_impl(recipe: Recipe, placement: Placement, device: Device) -> ImplCh
 
     # a driver may name a GPU that torch cannot use
     kind = device.kind if torch.cuda.is_available() else "cpu"
-    return choose_impl(
-        recipe.student.impl, placement, device=torch.device(kind), device_name=device.name
-    )
+    return choose_impl(recipe.student.impl, placement, device=torch.device(kind), device_name=device.name)
 
 
 def read_source(spec: str, *, revision: str, where: str) -> Source:

@@ -58,7 +58,7 @@ def choose_impl(
         raise RecipeError(
             str(error),
             where="student.impl",
-            hint="student.impl=auto; gendistill doctor says what this machine has",
+            hint="student.impl=auto; or gendistill doctor, which says what torch finds here",
         ) from error
     if requested != "auto":
         return ImplChoice(requested, impl.value, "set by student.impl")

@@ -18,11 +18,12 @@ from gendistill.testing import FAMILIES, tiny_teacher
 from gendistill.training.freeze import apply_freeze
 
 CPU = Device("cpu", "CPU", 16 * 10**9)
+GPU = Device("cuda", "NVIDIA H100", 80 * 10**9)
 
 
-def plan(folder, *overrides, **settings):
+def plan(folder, *overrides, device=CPU, **settings):
     recipe = load_recipe("tiny", [f"teacher.model={folder}", *overrides])
-    return plan_run(recipe, device=CPU, **settings)
+    return plan_run(recipe, device=device, **settings)
 
 
 def student_of(run_plan) -> HybridForCausalLM:
@@ -134,3 +135,53 @@ def test_stage_that_cannot_fit_is_warned_about(teacher_folder):
     small = plan_run(recipe, device=Device("cuda", "small GPU", 10**5))
     assert "this will not fit" in small.render()
     assert "this will not fit" not in plan(teacher_folder).render()
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """Return a function that says whether torch sees a CUDA device, and what keeps our kernels from running."""
+
+    def pretend(*, cuda, obstacle=None):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+        monkeypatch.setattr("gendistill.ops.types._triton_obstacle", lambda device: obstacle)
+        monkeypatch.setattr("gendistill.ops.types.triton_ops", lambda: None)
+
+    return pretend
+
+
+@pytest.mark.parametrize(
+    ("impl", "device", "cuda", "obstacle", "resolved", "reason"),
+    [
+        ("auto", GPU, True, None, "triton", "auto; NVIDIA H100"),
+        ("auto", GPU, True, "this GPU is old", "reference", "auto; NVIDIA H100: this GPU is old"),
+        ("auto", GPU, False, None, "reference", "auto; no CUDA device, torch runs on cpu"),
+        ("auto", CPU, False, None, "reference", "auto; no CUDA device, torch runs on cpu"),
+        ("reference", GPU, True, None, "reference", "set by student.impl"),
+        ("triton", GPU, True, None, "triton", "set by student.impl"),
+    ],
+)
+def test_plan_says_what_the_linear_layers_run_on_and_why(
+    teacher_folder, machine, impl, device, cuda, obstacle, resolved, reason
+):
+    machine(cuda=cuda, obstacle=obstacle)
+    run_plan = plan(teacher_folder, f"student.impl={impl}", device=device)
+    for stages in (True, False):
+        assert f"impl      {resolved} ({reason})" in run_plan.render(stages=stages).splitlines()
+    assert run_plan.to_json()["impl"] == {"requested": impl, "impl": resolved, "reason": reason}
+
+
+def test_kernels_that_cannot_run_are_refused(teacher_folder, machine):
+    machine(cuda=False, obstacle="our Triton kernels run on NVIDIA GPUs")
+    with pytest.raises(
+        RecipeError, match="not available for kda on cpu: our Triton kernels run on"
+    ) as caught:
+        plan(teacher_folder, "student.impl=triton")
+    assert caught.value.where == "student.impl"
+    assert "student.impl=auto" in (caught.value.hint or "")
+
+
+def test_plan_without_linear_layers_needs_no_kernels(teacher_folder, machine):
+    machine(cuda=False, obstacle="our Triton kernels run on NVIDIA GPUs")
+    run_plan = plan(teacher_folder, "student.impl=triton", "student.placement=full", "stages.block=null")
+    assert "impl      not used (no linear layers)" in run_plan.render()
+    assert run_plan.to_json()["impl"]["impl"] is None

@@ -59,6 +59,7 @@ def test_layer_errors_match_running_each_document_alone(pair):
     assert result["layers"][1]["cosine"] == pytest.approx(float(torch.cat(dots).mean()), rel=1e-4)
     assert result["layers"][1]["relative_error"] == pytest.approx(math.sqrt(errors / norms), rel=1e-4)
     assert result["layers"][1]["kind"] == "kda"
+    assert result["impl"] == f"kda={student.model.layers[0].self_attn.impl}"
 
 
 def test_half_lives_at_zero_input_are_those_asked_for(pair):
@@ -77,6 +78,7 @@ def test_teacher_against_itself_is_perfect(save_teacher, convert):
     assert result["top1_agreement"] == 1.0
     assert result["layers"] == []
     assert result["half_life"] == {"quantiles": {}, "on_text": {}}
+    assert result["impl"] == "no linear layers"
 
 
 def test_probe_changes_nothing(pair):
@@ -124,6 +126,7 @@ def healthy(**changes):
         },
         "layers": layers,
         "half_life": {"quantiles": {"5": 4.0, "50": 30.0, "95": 500.0}, "on_text": {"50": 20.0}},
+        "impl": "kda=reference",
         **changes,
     }
 
@@ -158,11 +161,12 @@ def test_student_of_an_untrained_teacher_may_guess():
         check_probe(healthy(student_ce=math.nan, teacher_ce=4.55))
 
 
-def test_probe_table_shows_layers_and_half_lives():
+def test_probe_table_shows_impl_layers_and_half_lives():
     console = Console(width=120)
     with console.capture() as captured:
         console.print(render_probe(healthy()))
     text = captured.get()
     assert "CE 3.000 (teacher 2.000, guessing 4.50), KL 1.000" in text
     assert "half-lives at zero input: 4.0 / 30.0 / 500.0" in text
-    assert text.count("kda") == 5
+    assert "impl: kda=reference" in text
+    assert text.count("kda") == 6

@@ -405,7 +405,7 @@ def test_gated_norm_matches_float64(activation, normed):
         assert distance(one, other) < 4e-3
 
 
-@pytest.mark.parametrize(("H", "kv", "K"), [(16, 16, 128), (9, 3, 64), (14, 2, 64), (2, 1, 256)])
+@pytest.mark.parametrize(("H", "kv", "K"), [(16, 16, 128), (9, 3, 64), (14, 2, 64), (9, 3, 128), (2, 1, 256)])
 @pytest.mark.parametrize("T", [1, 4])
 def test_decoding_matches_float64(H, kv, K, T):
     torch.manual_seed(0)

@@ -139,7 +139,7 @@ def test_the_norm_leaves_the_memory_around_its_tensors_alone(cases, guards, H, V
     assert all(torch.equal(one, other) for one, other in zip(kept, inputs, strict=True))
 
 
-@pytest.mark.parametrize(("H", "kv", "K"), [(4, 4, 64), (9, 3, 64), (2, 1, 128), (2, 2, 100), (2, 1, 256)])
+@pytest.mark.parametrize(("H", "kv", "K"), [(4, 4, 64), (9, 3, 64), (3, 1, 128), (2, 2, 100), (2, 1, 256)])
 @pytest.mark.parametrize("T", [1, 3])
 def test_decoding_leaves_the_memory_around_its_tensors_alone(cases, guards, H, kv, K, T):
     torch.manual_seed(0)
