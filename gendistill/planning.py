@@ -1,4 +1,7 @@
-"""Plan a run without running it: teacher, student, stages, memory. What ``--dry-run`` prints. Imports no torch."""
+"""Plan a run without running it: teacher, student, stages, memory. What ``--dry-run`` prints.
+
+Imports torch only when a plan is made, to ask what the linear layers can run on.
+"""
 
 from __future__ import annotations
 

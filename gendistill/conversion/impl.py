@@ -66,4 +66,4 @@ def choose_impl(
         return ImplChoice(requested, impl.value, f"auto; {device_name}")
     if device.type != "cuda":
         return ImplChoice(requested, impl.value, f"auto; no CUDA device, torch runs on {device.type}")
-    return ImplChoice(requested, impl.value, f"auto; {device_name}: {op_types._triton_obstacle(device)}")
+    return ImplChoice(requested, impl.value, f"auto; {device_name}: {op_types.triton_obstacle(device)}")

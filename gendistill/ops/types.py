@@ -52,7 +52,7 @@ def resolve_impl(requested: str, *, op: str, device: torch.device) -> Impl:
     """
     if requested == "reference" or (requested == "auto" and device.type != "cuda"):
         return Impl.REFERENCE
-    obstacle = _triton_obstacle(device)
+    obstacle = triton_obstacle(device)
     if obstacle is None:
         # a compiler that traces the op must find it imported
         triton_ops()
@@ -65,7 +65,7 @@ def resolve_impl(requested: str, *, op: str, device: torch.device) -> Impl:
 
 
 @functools.cache
-def _triton_obstacle(device: torch.device) -> str | None:
+def triton_obstacle(device: torch.device) -> str | None:
     """Say what keeps our Triton kernels from running there; None if nothing does."""
     for package in ("triton", "gendistill_kernels"):
         if importlib.util.find_spec(package) is None:

@@ -143,7 +143,7 @@ def machine(monkeypatch):
 
     def pretend(*, cuda, obstacle=None):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
-        monkeypatch.setattr("gendistill.ops.types._triton_obstacle", lambda device: obstacle)
+        monkeypatch.setattr("gendistill.ops.types.triton_obstacle", lambda device: obstacle)
         monkeypatch.setattr("gendistill.ops.types.triton_ops", lambda: None)
 
     return pretend
