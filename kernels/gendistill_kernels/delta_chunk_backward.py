@@ -468,6 +468,9 @@ def _keys(
     else:
         g = tl.maximum(tl.where(inside, log2_decay(raw, rate, bias, lower_bound, GATE), 0.0), -30000.0)
         log_decay = narrow(g, DOT)
+        if q.dtype.element_ty == tl.float32:
+            # only then is the saved total not that of rounded log-decays, which have to cancel against it
+            gain = tl.sum(log_decay.to(tl.float32), 0)
     x_q = narrow(x_q.to(tl.float32) * norm_q[:, None], DOT)
     x_k = narrow(x_k.to(tl.float32) * norm_k[:, None], DOT)
     x_a = x_k

@@ -1,9 +1,9 @@
-"""Inputs of the kernels, their float64 answers and guarded memory, for the GPU tests and for ``racecheck.py``."""
+"""Inputs of the kernels, their float64 answers, and poisoned and guarded memory, for the tests and ``racecheck.py``."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 from unittest import mock
 
@@ -83,6 +83,29 @@ def exact(x: Inputs, rule: Rule, state: Tensor | None = None) -> tuple[Tensor, T
     return recurrent_delta_rule(q, k, x.v, **settings, state=state, scale=rule.scale)
 
 
+def exact_packed(x: Inputs, rule: Rule, state: Tensor | None, lengths: list[int]) -> tuple[Tensor, Tensor]:
+    """Apply the definition to packed sequences, one by one; those of no token keep their state."""
+    outs, lasts, first = [], [], 0
+    for number, length in enumerate(lengths):
+        own = None if state is None else state[number : number + 1]
+        # the gate's parameters have no tokens
+        here = {
+            name: part[:, first : first + length] for name, part in x._asdict().items() if _has_tokens(part)
+        }
+        first += length
+        if length:
+            out, own = exact(x._replace(**here), rule, own)
+            outs.append(out)
+        elif own is None:
+            own = x.v.new_zeros(1, x.decay.shape[2], x.k.shape[3], x.v.shape[3])
+        lasts.append(own)
+    return torch.cat(outs, 1), torch.cat(lasts)
+
+
+def _has_tokens(part: Tensor | None) -> bool:
+    return part is not None and part.ndim > 2
+
+
 def run(
     x: Inputs,
     rule: Rule,
@@ -99,9 +122,13 @@ def run(
 
 
 def differentiate(
-    x: Inputs, rule: Rule, state: Tensor | None, grads: tuple[Tensor, Tensor]
+    x: Inputs,
+    rule: Rule,
+    state: Tensor | None,
+    grads: tuple[Tensor, Tensor],
+    lengths: list[int] | None = None,
 ) -> dict[str, Tensor]:
-    """Compute in float64 what :func:`run` returns."""
+    """Compute in float64 what :func:`run` returns; ``lengths`` are those of packed sequences."""
     leaves = {**x._asdict(), "state": state}
     wide = {
         name: part.double().requires_grad_(part.is_floating_point())
@@ -110,7 +137,10 @@ def differentiate(
     }
     start = wide.get("state")
     inputs = Inputs(**{name: wide.get(name) for name in TENSORS})
-    out, last = exact(inputs, rule, start)
+    if lengths is None:
+        out, last = exact(inputs, rule, start)
+    else:
+        out, last = exact_packed(inputs, rule, start, lengths)
     found = torch.autograd.grad((out, last), list(wide.values()), [part.double() for part in grads])
     named = {f"d {name}": part for name, part in zip(wide, found, strict=True)}
     return {"out": out.detach(), "last": last.detach(), **named}
@@ -132,6 +162,26 @@ def rms(part: Tensor) -> float:
 def error(found: Tensor, expected: Tensor, floor: float = 1e-12) -> float:
     """Divide the rms of the difference by the rms of the right answer, or by ``floor`` if that is larger."""
     return rms(found.double() - expected) / max(rms(expected), floor)
+
+
+@contextmanager
+def every_new_tensor(change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Pass whatever is allocated uninitialised through ``change``."""
+
+    def through(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda *arguments, **keywords: change(make(*arguments, **keywords))
+
+    with (
+        mock.patch.object(torch, "empty", through(torch.empty)),
+        mock.patch.object(torch, "empty_like", through(torch.empty_like)),
+        mock.patch.object(Tensor, "new_empty", through(Tensor.new_empty)),
+    ):
+        yield
+
+
+def poison(made: Tensor) -> Tensor:
+    """Fill a new tensor with NaN, so that a cell that no program writes is seen."""
+    return made.fill_(float("nan")) if made.is_floating_point() else made
 
 
 class Guards:
@@ -167,22 +217,12 @@ class Guards:
                 bad.append(f"{what} tensor of {size} bytes")
         return bad
 
-    @contextmanager
-    def everywhere(self) -> Iterator[None]:
+    def everywhere(self) -> AbstractContextManager[None]:
         """Guard whatever is allocated, too."""
 
-        def like(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
-            def new(*arguments: Any, **keywords: Any) -> Tensor:
-                made = make(*arguments, **keywords)
-                if made.device.type != torch.device(DEVICE).type or not made.is_contiguous():
-                    return made
-                return self.room(tuple(made.shape), made.dtype, made.device)
+        def guard(made: Tensor) -> Tensor:
+            if made.device.type != torch.device(DEVICE).type or not made.is_contiguous():
+                return made
+            return self.room(tuple(made.shape), made.dtype, made.device)
 
-            return new
-
-        with (
-            mock.patch.object(torch, "empty", like(torch.empty)),
-            mock.patch.object(torch, "empty_like", like(torch.empty_like)),
-            mock.patch.object(Tensor, "new_empty", like(Tensor.new_empty)),
-        ):
-            yield
+        return every_new_tensor(guard)

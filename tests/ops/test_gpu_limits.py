@@ -62,20 +62,25 @@ SIZES = {
     "grouped": {"H": 6, "heads": (6, 2, 2), "T": 70},
     "float16": {"K": 128, "T": 66, "dtype": FP16},
     "float32": {"T": 66, "dtype": torch.float32},
+    "GDN": {"T": 70, "decay_per": "head"},
+    "GDN-2": {"T": 70, "erase": "channel", "write": "channel"},
+    "GDN-2, 96 and 128 channels": {"K": 96, "V": 128, "T": 65, "erase": "channel", "write": "channel"},
+    "linear attention": {"T": 70, "erase": "none"},
 }
 
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("name", SIZES)
 def test_chunks_leave_the_memory_around_their_tensors_alone(cases, guards, name, packed):
-    rule, sizes = Rule("bounded"), dict(SIZES[name])
+    sizes = dict(SIZES[name])
+    rule = Rule("bounded", **{word: sizes.pop(word) for word in ("erase", "write") if word in sizes})
     chunks, number = None, sizes.get("B", 2)
     if packed:
         sizes |= {"B": 1, "T": sum(LENGTHS)}
         chunks, number = Chunks.of(LENGTHS, DEVICE), len(LENGTHS)
     plain = cases.draw(rule, **sizes)
     grads = cases.upstream(plain, number)
-    state = cases.normal(number, plain.beta.shape[2], plain.k.shape[3], plain.v.shape[3])
+    state = cases.normal(number, plain.decay.shape[2], plain.k.shape[3], plain.v.shape[3])
     expected = cases.run(plain, rule, state, grads, chunks)
     x, begin = guard_inputs(guards, plain), guards.copy(state, "state")
     ends = tuple(guards.copy(part, "gradient") for part in grads)
@@ -409,10 +414,10 @@ def test_convolution_and_norm_replay_in_a_cuda_graph(cases):
 class Decoding:
     """Hold the inputs and states of a layer's steps."""
 
-    def __init__(self, cases, N=3, H=4, kv=2, K=64):
+    def __init__(self, cases, N=3, H=4, kv=2, K=64, T=1):
         torch.manual_seed(0)
         C = (H + 2 * kv) * K
-        self.inputs = [cases.normal(N, 1, *sizes, dtype=BF16) for sizes in ((C,), (H, K), (H,), (H * K,))]
+        self.inputs = [cases.normal(N, T, *sizes, dtype=BF16) for sizes in ((C,), (H, K), (H,), (H * K,))]
         self.sizes = [H * K, kv * K, kv * K]
         taps = [[*cases.normal(C, *width).split(self.sizes)] for width in ((4,), ())]
         self.fixed = (cases.normal(H) * 0.3, cases.normal(H * K) - 2, *taps)
@@ -429,8 +434,9 @@ class Decoding:
             )
 
 
-def test_decoding_replays_in_a_cuda_graph_and_walks_on(cases):
-    layer = Decoding(cases)
+@pytest.mark.parametrize("T", [1, 4])
+def test_decoding_replays_in_a_cuda_graph_and_walks_on(cases, T):
+    layer = Decoding(cases, T=T)
     graph, out = capture(lambda: layer.step(*layer.states))
     eager = [part.clone() for part in layer.states]
     for seed in range(8):

@@ -341,3 +341,26 @@ def test_a_layer_compiles_whole(name):
     for eager, compiled in zip(*results, strict=True):
         # matrix products round differently there, and the kernels' float16 products enlarge that
         assert distance(compiled, eager) < 3e-3
+
+
+def test_a_layer_compiles_whole_with_packed_documents():
+    """Where they end is read on the host, before the step that is compiled."""
+    layer = pair("grouped")[1]
+    x = torch.randn(1, 20, 32, requires_grad=True)
+    sequences = SequenceInfo.from_cu_seqlens(torch.tensor([0, 3, 3, 20]))
+
+    def step(given):
+        out, state = layer(given, sequences=sequences)
+        return out, state.recurrent, state.conv
+
+    results = []
+    for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        parts = function(x)
+        loss = sum(part.square().sum() for part in parts)
+        results.append(
+            [*(part.detach() for part in parts), *torch.autograd.grad(loss, [x, *layer.parameters()])]
+        )
+    for eager, compiled in zip(*results, strict=True):
+        assert distance(compiled, eager) < 3e-3
+    apart = layer(x[:, 3:])[0]
+    assert distance(results[1][0][:, 3:], apart.detach()) < 3e-3
