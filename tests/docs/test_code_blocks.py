@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from gendistill import ops
+from gendistill.mixers import KDA
 
 ROOT = Path(__file__).parents[2]
 PAGES = ("kernels.md",)
@@ -34,12 +35,25 @@ def test_python_blocks_run_in_order(page):
     assert run(page)
 
 
+SHOWN = {
+    "gated_kda": ops.gated_kda,
+    "kda": ops.kda,
+    "causal_conv": ops.causal_conv,
+    "gated_rms_norm": ops.gated_rms_norm,
+    "gated_delta_rule": ops.gated_delta_rule,
+    "__init__": KDA.__init__,
+    "forward": KDA.forward,
+}
+
+
 def test_signatures_are_those_of_the_source():
-    text = next(code for _, code in blocks("kernels.md", "text") if "def kda(" in code)
-    shown = [node for node in ast.parse(text).body if isinstance(node, ast.FunctionDef)]
-    assert {node.name for node in shown} == {"gated_kda", "kda", "causal_conv", "gated_rms_norm"}
+    texts = [code for _, code in blocks("kernels.md", "text") if re.search(r"^ *def ", code, re.MULTILINE)]
+    shown = [
+        node for text in texts for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef)
+    ]
+    assert sorted(node.name for node in shown) == sorted(SHOWN)
     for node in shown:
-        source = ast.parse(inspect.getsource(getattr(ops, node.name))).body[0]
+        source = ast.parse(inspect.cleandoc("\n" + inspect.getsource(SHOWN[node.name]))).body[0]
         assert isinstance(source, ast.FunctionDef)
         assert ast.unparse(node.args) == ast.unparse(source.args)
         assert node.returns is not None
