@@ -277,6 +277,15 @@ def test_ops_keep_torch_s_contracts(packed):
     for save in (False, True):
         if save or not packed:
             torch.library.opcheck(triton_ops.kda_forward, (*arguments, save), test_utils=CHECKS)
+    with torch.no_grad():
+        out, last, saved = triton_ops.kda_forward(*arguments, True)
+    given, where = [*arguments[:9]], [part for part in tables if part is not None]
+    scan = (torch.randn_like(out), torch.randn_like(last), given, where, saved, True, True)
+    torch.library.opcheck(triton_ops.kda_backward_scan, scan, test_utils=CHECKS)
+    with torch.no_grad():
+        grads, errors, _ = triton_ops.kda_backward_scan(*scan)
+    local = (scan[0], given, where, out, *saved[2:], grads, errors, "bounded", -5.0, True, True)
+    torch.library.opcheck(triton_ops.kda_backward_local, local, test_utils=CHECKS)
     x, weight, bias = torch.randn(1, 9, 24), torch.randn(24, 4), torch.randn(24)
     past = torch.randn(number, 24, 3)
     torch.library.opcheck(triton_ops.conv_forward, (x, weight, bias, past, *tiles, "silu"), test_utils=CHECKS)
