@@ -184,6 +184,14 @@ def poison(made: Tensor) -> Tensor:
     return made.fill_(float("nan")) if made.is_floating_point() else made
 
 
+def check_repeats(step: Callable[[], Any]) -> None:
+    """Take a step ten times more; every result is bitwise that of the first."""
+    first = [part.clone() for part in step()]
+    assert all(torch.isfinite(part).all() for part in first)
+    for _ in range(10):
+        assert all(torch.equal(one, other) for one, other in zip(step(), first, strict=True))
+
+
 class Guards:
     """Hand out tensors that lie inside larger buffers, filled so that reading or writing around them is seen.
 

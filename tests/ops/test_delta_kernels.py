@@ -17,17 +17,11 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 from gendistill_kernels import delta_chunk
 from gendistill_kernels.delta_chunk import Chunks, Inputs, Rule, chunk_backward, chunk_forward
 
-pytestmark = pytest.mark.interpret
+pytestmark = [pytest.mark.interpret, pytest.mark.usefixtures("poisoned")]
 # the products of a chunk run in float16: ten bits of mantissa
 TOLERANCE = 6e-3
 # sums over all tokens, in which most of the gradient cancels
 SUMMED = {"A_log": 2e-2, "dt_bias": 2e-2}
-
-
-@pytest.fixture(autouse=True)
-def poisoned(cases):
-    with cases.every_new_tensor(cases.poison):
-        yield
 
 
 def make(
