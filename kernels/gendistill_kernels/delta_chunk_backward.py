@@ -42,6 +42,7 @@ import triton.language as tl
 from gendistill_kernels.delta_chunk_forward import (
     decay_of_tokens,
     exp2,
+    kind_of,
     log2_decay,
     narrow,
     place,
@@ -78,7 +79,7 @@ def reverse_scan_kernel(
     places = grad_out + (start + rows)[:, None] * (H * V) + head * V + columns[None, :]
     if SUMMARY:
         # no gradient is carried past the first segment
-        kind = tl.load(walks + chain // H * 6 + 4)
+        kind, _ = kind_of(walks, chain // H)
         length = tl.where((kind == 1) | (kind == 3), 0, length)
     steps = tl.cdiv(length, C)
     for back in tl.range(0, steps, num_stages=STAGES):
@@ -117,9 +118,8 @@ def reverse_scan_kernel(
             state -= tl.dot(error.to(dtype), keys)
     if WANT_GRAD:
         if CUT and not SUMMARY:
-            row = walks + chain // H * 6
-            kind = tl.load(row + 4)
-            cells += (tl.load(row + 5) - sequence) * H * K * V
+            kind, whole = kind_of(walks, chain // H)
+            cells += (whole - sequence) * H * K * V
             inside = inside & ((kind == 1) | (kind == 3))
         tl.store(grad_state_in + cells, state, mask=inside)
 

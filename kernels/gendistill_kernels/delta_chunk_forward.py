@@ -128,6 +128,13 @@ def walk_of(walks, number, tokens, C: tl.constexpr, PACKED: tl.constexpr):
 
 
 @triton.jit
+def kind_of(walks, number):
+    """Return which part of a sequence a walk is, as ``Chunks.segments`` says, and the number of the sequence."""
+    row = walks + number * 6
+    return tl.load(row + 4), tl.load(row + 5)
+
+
+@triton.jit
 def meet(rows, level):
     """Say which columns meet row i of a right half at a level: those of the left half of its block."""
     half = 1 << level
@@ -533,7 +540,7 @@ def scan_kernel(
         wide = columns < tl.where(writes, V, K)
         # No state is carried past the last segment, nor a gradient past the first, which has no state to turn unless
         # the sequence starts from one.
-        kind = tl.load(walks + chain // H * 6 + 4)
+        kind, _ = kind_of(walks, chain // H)
         idle = (
             (kind == 1)
             | ((kind == 2) & (writes | (not SAVE)))
@@ -614,9 +621,8 @@ def scan_kernel(
             tl.store(matrices + cells, state, mask=inside)
     else:
         if CUT:
-            row = walks + chain // H * 6
-            kind = tl.load(row + 4)
-            cells += (tl.load(row + 5) - sequence) * H * K * V
+            kind, whole = kind_of(walks, chain // H)
+            cells += (whole - sequence) * H * K * V
             inside = inside & ((kind == 1) | (kind == 2))
         tl.store(state_out + cells, state, mask=inside)
 
