@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 _PLAIN = {Tensor, Parameter, type(None), list, str, float, int, bool}
 
 
-def _is_eager(arguments: tuple[Any, ...]) -> bool:
+def is_eager(arguments: tuple[Any, ...]) -> bool:
     """Say whether nobody but autograd has to see an op: no compiler, tracer, transform, mode or tensor subclass."""
     if (
         torch.compiler.is_compiling()
@@ -42,7 +42,7 @@ def quick(op: Any, launch: Any) -> Any:
     """Return what calls an op without derivative; eagerly, what it does itself, since its dispatch takes long."""
 
     def call(*arguments: Any) -> Any:
-        if _is_eager(arguments) and not _needs_grad(arguments):
+        if is_eager(arguments) and not _needs_grad(arguments):
             return launch(*arguments)
         return op(*arguments)
 
@@ -66,7 +66,7 @@ def differentiable(
     function = type(op._name, (torch.autograd.Function,), {k: staticmethod(v) for k, v in methods.items()})
 
     def call(*arguments: Any) -> Any:
-        if not _is_eager(arguments):
+        if not is_eager(arguments):
             return op(*arguments)
         return function.apply(*arguments) if _needs_grad(arguments) else launch(*arguments)
 

@@ -28,7 +28,7 @@ def check_shapes(
     for name, part, channels in (("q", q, keys), ("k", k, keys), ("v", v, values), ("decay", decay, keys)):
         # its shape is read once: a short call on a GPU waits for all that happens here
         shape = part.shape
-        if len(shape) != 4 or shape[:2] != (batch, length) or shape[3] != channels:
+        if len(shape) != 4 or shape[0] != batch or shape[1] != length or shape[3] != channels:
             raise ValueError(
                 f"{name} must have shape {[batch, length, 'heads', channels]}, got {list(shape)}"
             )

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from gendistill.ops.eager import differentiable, quick
+from gendistill.ops.eager import differentiable, is_eager, quick
 from gendistill.ops.types import OpOutput, Segments
 
 _delta: Any = importlib.import_module("gendistill_kernels.delta_chunk")
@@ -139,9 +139,9 @@ def _launch_kda_backward_scan(
     erases: bool,
     want_state: bool,
 ) -> list[Tensor]:
-    """Return gradients of states and of written values, and of the initial state if wanted."""
+    """Return gradients of states and of written values, as bytes, and that of the initial state if wanted."""
     x = _delta.Inputs(*inputs)
-    grads, errors, first = _delta.chunk_backward_scan(
+    scanned, first = _delta.chunk_backward_scan(
         grad_out,
         grad_state,
         x,
@@ -151,7 +151,7 @@ def _launch_kda_backward_scan(
         chunks=_delta.Chunks(*tables) if tables else None,
         want_state=want_state,
     )
-    return [grads, errors] if first is None else [grads, errors, first]
+    return [scanned] if first is None else [scanned, first]
 
 
 kda_backward_scan = custom_op("gendistill::kda_backward_scan", _launch_kda_backward_scan, mutates_args=())
@@ -159,10 +159,9 @@ kda_backward_scan = custom_op("gendistill::kda_backward_scan", _launch_kda_backw
 
 @kda_backward_scan.register_fake
 def _(grad_out, grad_state, inputs, tables, saved, erases, want_state):
-    kept = _delta.Saved(*saved)
-    found = [torch.empty_like(kept.states), torch.empty_like(kept.news)]
+    x = _delta.Inputs(*inputs)
+    found = [_delta.empty_gradients(x, _delta.Chunks(*tables) if tables else None)]
     if want_state:
-        x = _delta.Inputs(*inputs)
         number = x.q.shape[0] if not tables else tables[0].shape[0]
         shape = (number, x.decay.shape[2], x.k.shape[3], x.v.shape[3])
         found.append(x.q.new_empty(shape, dtype=torch.float32))
@@ -174,15 +173,8 @@ def _launch_kda_backward_local(
     inputs: list[Tensor | None],
     tables: list[Tensor],
     out: Tensor,
-    total: Tensor,
-    strength: Tensor,
-    norms: Tensor,
-    states: Tensor,
-    news: Tensor,
-    matrices: Tensor,
-    wild: Tensor,
-    grads: Tensor,
-    errors: Tensor,
+    late: Tensor,
+    scanned: Tensor,
     gate: str,
     lower_bound: float,
     raw: bool,
@@ -195,9 +187,8 @@ def _launch_kda_backward_local(
         x,
         _rule(x, gate, lower_bound, raw, erases),
         out,
-        _delta.Saved(None, None, total, strength, norms, states, news, matrices, wild),
-        grads,
-        errors,
+        late,
+        scanned,
         chunks=_delta.Chunks(*tables) if tables else None,
     )
     return [part for part in found if part is not None]
@@ -214,8 +205,6 @@ def _(grad_out, inputs, *_):
 
 
 _forward = quick(kda_forward, _launch_kda_forward)
-_backward_scan = quick(kda_backward_scan, _launch_kda_backward_scan)
-_backward_local = quick(kda_backward_local, _launch_kda_backward_local)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, list[Tensor]]) -> None:
@@ -244,13 +233,24 @@ def _differentiate(ctx: Any, grad_out: Tensor, grad_state: Tensor | None, _: Any
     if grad_state is not None:
         grad_state = grad_state.contiguous()
     want_state = state is not None and ctx.needs_input_grad[number]
-    scanned = _backward_scan(grad_out, grad_state, inputs, tables, saved, ctx.erases, want_state)
-    kept = saved[2:]
-    del saved
-    found = iter(_backward_local(grad_out, inputs, tables, out, *kept, scanned[0], scanned[1], *settings))
-    grads = [None if part is None else next(found) for part in inputs]
+    if is_eager((grad_out, grad_state, inputs, saved)):
+        x, chunks = _delta.Inputs(*inputs), _delta.Chunks(*tables) if tables else None
+        rule = _rule(x, *settings)
+        # this takes the last reference to what its first half is the last to read
+        *grads, first = _delta.chunk_backward(
+            grad_out, grad_state, x, rule, out, saved, chunks=chunks, want_state=want_state
+        )
+    else:
+        scanned, *first = kda_backward_scan(
+            grad_out, grad_state, inputs, tables, saved, ctx.erases, want_state
+        )
+        late = saved[1]
+        del saved
+        found = iter(kda_backward_local(grad_out, inputs, tables, out, late, scanned, *settings))
+        grads = [None if part is None else next(found) for part in inputs]
+        first = first[0] if first else None
     # nothing for the tables and the settings
-    return (*grads, scanned[2] if want_state else None, *[None] * 10)
+    return (*grads, first, *[None] * 10)
 
 
 _kda = differentiable(kda_forward, _launch_kda_forward, _keep, _differentiate, keep_registered=_keep_detached)

@@ -43,11 +43,13 @@ from gendistill_kernels.delta_plan import (
     Plan,
     Rule,
     Sizes,
+    gradient_spaces,
     num_segments,
+    places,
     plan,
     work_spaces,
 )
-from gendistill_kernels.launch import Blocks, Fixed, Launcher, kinds_of, on_its_device
+from gendistill_kernels.launch import Blocks, Fixed, Launcher, Part, kinds_of, on_its_device
 
 _prepare = Launcher(prepare_kernel)
 _prepare_wild = Launcher(prepare_wild_kernel)
@@ -164,33 +166,15 @@ class Inputs(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """Hold what the backward pass needs besides inputs and output.
+    """Hold what the backward pass needs besides inputs and output, as bytes; see ``delta_plan.work_spaces``.
 
     Attributes:
-        tall: ``[3, chunks, H, 64, BK]``: decayed q, decayed k, and k decayed to the chunk's end.
-            Without erase ``[2, ...]``, no decayed k.
-        square: ``[2, chunks, H, 64, 64]``: scores, and the inverse of the chunk's triangular system. Without erase only
-            the scores.
-        total: ``[chunks, H, BK]`` float32, base-2 log-decay of whole chunks.
-        strength: ``[chunks, H, 64]`` float32 beta; empty if there is none.
-        norms: ``[chunks, H, 2, 64]`` float32 factors of q (with the scale) and k.
-        states: ``[chunks, H, V, BK]`` state before every chunk, transposed.
-        news: ``[chunks, H, 64, V]`` values that the keys write.
-        matrices: ``[segments, H, K, K]`` float32, what every segment does to a state; the identity where nothing is
-            carried past it; empty if no sequence is long.
-        wild: ``[chunks, H]`` int32, one where the decay of a chunk is out of range, two where that of a block of 16
-            of its tokens is; empty with one decay per head.
+        early: What the first half of the backward pass is the last to read.
+        late: The rest.
     """
 
-    tall: Tensor
-    square: Tensor
-    total: Tensor
-    strength: Tensor
-    norms: Tensor
-    states: Tensor
-    news: Tensor
-    matrices: Tensor
-    wild: Tensor
+    early: Tensor
+    late: Tensor
 
 
 class Gradients(NamedTuple):
@@ -260,8 +244,8 @@ def _tables(device: torch.device, dtype: torch.dtype = torch.float16) -> Blocks:
     return _tiles(torch.cat(sums).to(device=device, dtype=dtype))
 
 
-def _tiles(whole: Tensor, columns: int | None = None, part: int | None = None) -> Blocks:
-    return Blocks(whole, (CHUNK, columns or whole.shape[-1]), part)
+def _tiles(whole: Tensor | Part, columns: int | None = None) -> Blocks:
+    return Blocks(whole, (CHUNK, columns or whole.shape[-1]))
 
 
 def _layout(at: Plan, x: Inputs, chunks: Chunks | None) -> Chunks:
@@ -271,16 +255,8 @@ def _layout(at: Plan, x: Inputs, chunks: Chunks | None) -> Chunks:
     return _rows(at.n.B, at.n.T, SEGMENT, x.q.device) if at.segments else _UNPACKED
 
 
-def _none_if_empty(part: Tensor) -> Tensor | None:
-    return part if part.numel() else None
-
-
-def _five(tall: Tensor, square: Tensor, columns: int | None = None) -> list[Any]:
-    """Name decayed q, decayed k, k decayed to the end, scores and inverse; None for what nothing that erases needs."""
-    first, last = _tiles(tall, columns, 0), _tiles(square, None, 0)
-    if tall.shape[0] == 2:
-        return [first, None, _tiles(tall, columns, 1), last, None]
-    return [first, _tiles(tall, columns, 1), _tiles(tall, columns, 2), last, _tiles(square, None, 1)]
+def _blocks(parts: Sequence[Part | None], columns: int | None = None) -> list[Blocks | None]:
+    return [None if part is None else _tiles(part, columns) for part in parts]
 
 
 def empty_outputs(
@@ -292,7 +268,7 @@ def empty_outputs(
     saved = []
     if save:
         cut = None if chunks is None else 0 if chunks.segments is None else chunks.segments.shape[0]
-        spaces = work_spaces(
+        works = work_spaces(
             n,
             rule,
             x.q.dtype,
@@ -301,12 +277,16 @@ def empty_outputs(
             segments=num_segments(n, SEGMENT, cut),
             save=True,
         )
-        saved = [x.q.new_empty(space[0], dtype=space[1]) for space in spaces if space is not None]
-    return *_results(n, x), saved
+        saved = [x.q.new_empty(places(spaces.values())[1], dtype=torch.uint8) for spaces in works]
+    out = x.v.new_empty(n.B, n.T, n.H, n.V)
+    return out, x.v.new_empty(n.sequences, n.H, n.K, n.V, dtype=torch.float32), saved
 
 
-def _results(n: Sizes, x: Inputs) -> tuple[Tensor, Tensor]:
-    return x.v.new_empty(n.B, n.T, n.H, n.V), x.v.new_empty(n.sequences, n.H, n.K, n.V, dtype=torch.float32)
+def empty_gradients(x: Inputs, chunks: Chunks | None) -> Tensor:
+    """Allocate the first that ``chunk_backward_scan`` returns."""
+    packed = None if chunks is None else (len(chunks.starts), len(chunks.sequences))  # pyright: ignore
+    n = Sizes.of(x.q.shape, x.k.shape, x.v.shape, x.decay.shape, packed)
+    return x.q.new_empty(places(gradient_spaces(n, x.q.dtype).values())[1], dtype=torch.uint8)
 
 
 @on_its_device
@@ -331,27 +311,27 @@ def chunk_forward(
     if not n.chunks:
         raise ValueError("chunk_forward needs at least one token")
     todo, where = at.forward(save=save, state=kinds_of([state])[0]), _layout(at, x, chunks)
-    out, state_out = _results(n, x)
-    work = todo.work.allocate()
-    tall, square, total, strength, norms, states, news, matrices, wild = work
-    strength, wild = _none_if_empty(strength), _none_if_empty(wild)
-    tiles = _five(tall, square)
+    out, state_out = todo.results.allocate()
+    saved = Saved(todo.early.allocate(), todo.late.allocate())
+    early = todo.early.parts(saved.early)
+    total, strength, norms, states, news, matrices, wild = todo.late.parts(saved.late)
+    *_, kt, scores, inverse = early
+    tiles = _blocks(early)
     sums = _tables(at.device, todo.operands)
+    wide = tiles if todo.width == n.BK else [*_blocks(early[:3], todo.width), *tiles[3:]]
     _prepare[todo.prepare](
-        x.q, x.k, x.decay, x.beta, x.A_log, x.dt_bias, sums,
-        *(tiles if todo.width == n.BK else _five(tall, square, todo.width)), total, strength, norms, wild,
+        x.q, x.k, x.decay, x.beta, x.A_log, x.dt_bias, sums, *wide, total, strength, norms, wild,
         where.starts, where.lengths, n.T, at.scale, at.lower_bound, x.erase,
     )  # fmt: skip
     if todo.prepare_wild is not None:
-        end = tiles[2] if todo.width_wild == n.BK else _five(tall, square, todo.width_wild)[2]
         _prepare_wild[todo.prepare_wild](
             x.q, x.k, x.decay, x.beta, x.A_log, x.dt_bias, sums,
-            end, square[0], square[1] if square.shape[0] == 2 else None, wild,
+            tiles[2] if todo.width_wild == n.BK else _tiles(kt, todo.width_wild), scores, inverse, wild,
             where.starts, where.lengths, n.T, at.scale, at.lower_bound, x.erase,
         )  # fmt: skip
     walks = where.sequences
-    if todo.summary is not None:
-        ends, starts = (state_out.new_empty(at.segments, n.H, n.K, n.V) for _ in range(2))
+    if todo.between is not None:
+        ends, starts = todo.between.parts(todo.between.allocate())
         walks = where.segments
         _scan[todo.summary](
             *tiles, total, strength, x.v, None,
@@ -363,16 +343,17 @@ def chunk_forward(
         *tiles, total, strength, x.v, state,
         out, state_out, states, news, None, walks, n.T, x.write,
     )  # fmt: skip
-    return out, state_out, Saved(*work) if save else None
+    return out, state_out, saved if save else None
 
 
+@on_its_device
 def chunk_backward(
     grad_out: Tensor,
     grad_state: Tensor | None,
     x: Inputs,
     rule: Rule,
     out: Tensor,
-    saved: Saved,
+    saved: Saved | list[Tensor],
     *,
     chunks: Chunks | None = None,
     want_state: bool = False,
@@ -383,15 +364,16 @@ def chunk_backward(
         grad_out: ``[B, T, H, V]``, contiguous.
         grad_state: ``[N, H, K, V]`` float32 gradient of the final state, or None.
         x, rule, chunks: As in the forward pass.
-        out, saved: What it returned.
+        out, saved: What it returned. A list of the latter's two is emptied, and so memory freed on the way.
         want_state: Whether the initial state needs a gradient.
     """
-    grads, errors, grad_in = chunk_backward_scan(
-        grad_out, grad_state, x, rule, saved, chunks=chunks, want_state=want_state
-    )
-    return chunk_backward_local(grad_out, x, rule, out, saved, grads, errors, chunks=chunks)._replace(
-        state=grad_in
-    )
+    x, at = _plan(x, rule, chunks)
+    early, late = saved
+    scanned, grad_in = _backward_scan(grad_out, grad_state, x, at, early, late, chunks, want_state=want_state)
+    del early
+    if isinstance(saved, list):
+        saved.clear()
+    return _backward_local(grad_out, x, at, out, late, scanned, chunks)._replace(state=grad_in)
 
 
 @on_its_device
@@ -404,34 +386,49 @@ def chunk_backward_scan(
     *,
     chunks: Chunks | None = None,
     want_state: bool = False,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Run the first half of the backward pass, the last to need ``saved.tall`` and ``saved.square``.
+) -> tuple[Tensor, Tensor | None]:
+    """Run the first half of the backward pass, the last to need ``saved.early``.
 
     Returns:
-        Gradients of the states after every chunk, as ``Saved.states``; of what the keys write, as ``Saved.news``; and
-        of the initial state, if wanted.
+        As bytes, gradients of the states after every chunk and of what the keys write, as
+        ``delta_plan.gradient_spaces`` lists them; and the gradient of the initial state, if wanted.
     """
     x, at = _plan(x, rule, chunks)
+    return _backward_scan(grad_out, grad_state, x, at, *saved, chunks, want_state=want_state)
+
+
+def _backward_scan(
+    grad_out: Tensor,
+    grad_state: Tensor | None,
+    x: Inputs,
+    at: Plan,
+    early: Tensor,
+    late: Tensor,
+    chunks: Chunks | None,
+    *,
+    want_state: bool,
+) -> tuple[Tensor, Tensor | None]:
     n, where = at.n, _layout(at, x, chunks)
     todo = at.reverse_scan(*kinds_of([grad_out, grad_state]), want_state=want_state)
-    grads, errors = torch.empty_like(saved.states), torch.empty_like(saved.news)
-    strength, tiles = _none_if_empty(saved.strength), _five(saved.tall, saved.square)
+    (grad_in,), scanned = todo.results.allocate(), at.gradients.allocate()
+    grads, errors = at.gradients.parts(scanned)
+    tiles = _blocks(at.saved[0].parts(early))
+    total, strength, *_, matrices, _ = at.saved[1].parts(late)
     walks = where.sequences
-    if todo.summary is not None:
+    if todo.between is not None:
+        heads, tails = todo.between.parts(todo.between.allocate())
         walks = where.segments
-        heads, tails = (saved.total.new_empty(at.segments, n.H, n.K, n.V) for _ in range(2))
         _reverse_scan[todo.summary](
-            *tiles, saved.total, strength, grad_out, None,
+            *tiles, total, strength, grad_out, None,
             None, None, heads, walks, n.T,
         )  # fmt: skip
-        _carry[todo.carry](saved.matrices, heads, grad_state, tails, where.first_segments)
+        _carry[todo.carry](matrices, heads, grad_state, tails, where.first_segments)
         grad_state = tails
-    grad_in = saved.total.new_empty(n.sequences, n.H, n.K, n.V) if want_state else None
     _reverse_scan[todo.scan](
-        *tiles, saved.total, strength, grad_out, grad_state,
+        *tiles, total, strength, grad_out, grad_state,
         grads, errors, grad_in, walks, n.T,
     )  # fmt: skip
-    return grads, errors, grad_in
+    return scanned, grad_in
 
 
 @on_its_device
@@ -440,29 +437,40 @@ def chunk_backward_local(
     x: Inputs,
     rule: Rule,
     out: Tensor,
-    saved: Saved,
-    grads: Tensor,
-    errors: Tensor,
+    late: Tensor,
+    scanned: Tensor,
     *,
     chunks: Chunks | None = None,
 ) -> Gradients:
     """Run the second half of the backward pass, every chunk by itself; the initial state's gradient stays None.
 
-    ``saved.tall`` and ``saved.square`` are not read.
+    ``late`` is ``Saved.late``, and ``scanned`` what the first half returned.
     """
     x, at = _plan(x, rule, chunks)
+    return _backward_local(grad_out, x, at, out, late, scanned, chunks)
+
+
+def _backward_local(
+    grad_out: Tensor,
+    x: Inputs,
+    at: Plan,
+    out: Tensor,
+    late: Tensor,
+    scanned: Tensor,
+    chunks: Chunks | None,
+) -> Gradients:
     n, todo, where = at.n, at.local(*kinds_of([grad_out])), chunks or _UNPACKED
-    work = todo.work.allocate()
-    dq, dk, dv, d_decay, d_write, d_beta, d_erase, d_bias, d_rate, d_scores, units, rows = work
-    strength, wild = _none_if_empty(saved.strength), _none_if_empty(saved.wild)
-    scores, lower = d_scores.unbind()
+    total, strength, norms, states, news, _, wild = at.saved[1].parts(late)
+    grads, errors = at.gradients.parts(scanned)
+    dq, dk, dv, d_decay, d_write, d_beta, d_erase = todo.results.allocate()
+    d_bias, d_rate, scores, lower, units, rows = todo.work.parts(todo.work.allocate())
     _values[todo.values](
-        x.v, strength, out, grad_out, saved.news, errors, dv, d_beta, scores, lower, units, rows,
+        x.v, strength, out, grad_out, news, errors, dv, d_beta, scores, lower, units, rows,
         where.starts, where.lengths, n.T, x.write, d_write,
     )  # fmt: skip
     arguments = (
-        x.q, x.k, x.decay, x.A_log, x.dt_bias, _tables(at.device), _later(at.device, at.wide_any), saved.total,
-        saved.norms, rows, scores, lower, units, strength, errors, grad_out, saved.states, grads, saved.news, wild,
+        x.q, x.k, x.decay, x.A_log, x.dt_bias, _tables(at.device), _later(at.device, at.wide_any), total,
+        norms, rows, scores, lower, units, strength, errors, grad_out, states, grads, news, wild,
         dq, dk, d_decay, d_bias, d_rate, where.starts, where.lengths, n.T, at.scale, at.lower_bound,
         x.erase, d_erase,
     )  # fmt: skip

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gendistill_kernels.configs import Config, cached, is_many, lookup
-from gendistill_kernels.launch import Fixed, Kind, check_places
+from gendistill_kernels.launch import Fixed, Kind, Part, check_places
 
 _TRITON = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 CHUNK = 64
@@ -29,6 +29,8 @@ _RANGE, _RANGE_FLOAT16 = -200.0, -12.0
 WHOLE = 4
 # columns that a program of the sum over chunks takes: 128 bytes
 _SUMMED_COLUMNS = 32
+# bytes: what torch aligns memory to, and what lies around a tensor in a piece of it, which tests fill and look at
+_ALIGNMENT, _GAP = 512, 0
 _INPUTS = ("q", "k", "v", "decay", "beta", "A_log", "dt_bias", "erase", "write")
 _ERASE, _WRITE = ("none", "scalar", "channel"), ("scalar", "channel")
 
@@ -114,31 +116,74 @@ def num_segments(n: Sizes, segment: int, packed: int | None) -> int:
 
 def work_spaces(
     n: Sizes, rule: Rule, dtype: torch.dtype, *, beta: bool, scalar: bool, segments: int, save: bool
-) -> list[Space]:
-    """List what the forward pass allocates besides its results: ``Saved``, or as much of it as there must be."""
-    less = rule.erase == "none"
-    float32 = torch.float32
-    return [
-        ((3 - less, n.chunks, n.H, CHUNK, n.BK), dtype),
-        ((2 - less, n.chunks, n.H, CHUNK, CHUNK), dtype),
-        ((n.chunks, n.H, n.BK), float32),
-        ((n.chunks, n.H, CHUNK) if beta else (0,), float32),
-        ((n.chunks, n.H, 2, CHUNK), float32) if save else None,
-        ((n.chunks, n.H, n.V, n.BK), dtype) if save else None,
-        ((n.chunks, n.H, CHUNK, n.V), dtype) if save else None,
-        ((segments, n.H, n.K, n.K), float32) if save or segments else None,
-        ((0,) if scalar else (n.chunks, n.H), torch.int32),
-    ]
+) -> tuple[dict[str, Space], dict[str, Space]]:
+    """List what the forward pass allocates besides its results, with ``save`` for the backward pass.
+
+    The last to read the first piece of memory is the first half of the backward pass:
+
+    - ``qd``, ``kd``, ``kt``: ``[chunks, H, 64, BK]`` decayed q, decayed k, and k decayed to the chunk's end.
+    - ``scores``, ``inverse``: ``[chunks, H, 64, 64]``, the latter of the chunk's triangular system.
+
+    The second one, whose ``total``, ``strength``, ``matrices`` and ``wild`` the forward pass needs in any case:
+
+    - ``total``: ``[chunks, H, BK]`` float32, base-2 log-decay of whole chunks.
+    - ``strength``: ``[chunks, H, 64]`` float32 beta.
+    - ``norms``: ``[chunks, H, 2, 64]`` float32 factors of q (with the scale) and k.
+    - ``states``: ``[chunks, H, V, BK]`` state before every chunk, transposed.
+    - ``news``: ``[chunks, H, 64, V]`` values that the keys write.
+    - ``matrices``: ``[segments, H, K, K]`` float32, what every segment does to a state; the identity where nothing is
+      carried past it.
+    - ``wild``: ``[chunks, H]`` int32, one where the decay of a chunk is out of range, two where that of a block of 16
+      of its tokens is.
+
+    None is what there is not: without erase ``kd`` and ``inverse``, without beta ``strength``, if no sequence is long
+    ``matrices``, and with one decay per head ``wild``.
+    """
+    erases = rule.erase != "none"
+    tall, square, float32 = (n.chunks, n.H, CHUNK, n.BK), (n.chunks, n.H, CHUNK, CHUNK), torch.float32
+    early: dict[str, Space] = {
+        "qd": (tall, dtype),
+        "kd": (tall, dtype) if erases else None,
+        "kt": (tall, dtype),
+        "scores": (square, dtype),
+        "inverse": (square, dtype) if erases else None,
+    }
+    late: dict[str, Space] = {
+        "total": ((n.chunks, n.H, n.BK), float32),
+        "strength": ((n.chunks, n.H, CHUNK), float32) if beta else None,
+        "norms": ((n.chunks, n.H, 2, CHUNK), float32) if save else None,
+        "states": ((n.chunks, n.H, n.V, n.BK), dtype) if save else None,
+        "news": ((n.chunks, n.H, CHUNK, n.V), dtype) if save else None,
+        "matrices": ((segments, n.H, n.K, n.K), float32) if segments else None,
+        "wild": None if scalar else ((n.chunks, n.H), torch.int32),
+    }
+    return early, late
+
+
+def gradient_spaces(n: Sizes, dtype: torch.dtype) -> dict[str, Space]:
+    """List what the first half of the backward pass hands to the second: gradients of ``states`` and of ``news``."""
+    return {"states": ((n.chunks, n.H, n.V, n.BK), dtype), "news": ((n.chunks, n.H, CHUNK, n.V), dtype)}
+
+
+def places(spaces: Iterable[Space]) -> tuple[list[int], int]:
+    """Lay out tensors in one piece of memory; returns where each starts, and the size of all, in bytes."""
+    starts, end = [], _GAP
+    for space in spaces:
+        starts.append(end)
+        if space is not None:
+            shape, dtype = space
+            end += -(-math.prod(shape) * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT + _GAP
+    return starts, end
 
 
 def _shape_only(shape: Shape, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Make a tensor without memory, to make others like it."""
+    """Make a tensor without memory, to make others like it: half as long as from shape, dtype and device."""
     like = torch.empty(1, dtype=dtype, device=device).expand(shape)
     like.untyped_storage().resize_(0)
     return like
 
 
-class Workspace:
+class Results:
     """Allocate the same tensors for every call.
 
     Args:
@@ -147,7 +192,6 @@ class Workspace:
     """
 
     def __init__(self, spaces: Sequence[Space], device: torch.device) -> None:
-        # tensors like others take half as long to make as those of a given shape, dtype and device
         self._like = [None if space is None else _shape_only(*space, device) for space in spaces]
 
     def allocate(self) -> list[Any]:
@@ -155,17 +199,52 @@ class Workspace:
         return [None if like is None else torch.empty_like(like) for like in self._like]
 
 
+class Workspace:
+    """Allocate one piece of memory for the same tensors in every call; a piece for each would take the host longer.
+
+    Args:
+        spaces: Of tensors, by name; None for none.
+        device: Where.
+
+    Attributes:
+        names: Of the tensors.
+    """
+
+    def __init__(self, spaces: Mapping[str, Space], device: torch.device) -> None:
+        self.names = [*spaces]
+        starts, size = places(spaces.values())
+        self._spaces = [
+            None if space is None else (start, *space)
+            for start, space in zip(starts, spaces.values(), strict=True)
+        ]
+        self._like = _shape_only((size,), torch.uint8, device)
+
+    def allocate(self) -> Tensor:
+        """Return new memory, of bytes, with nothing in particular in it."""
+        return torch.empty_like(self._like)
+
+    def parts(self, memory: Tensor) -> list[Any]:
+        """Return the tensors in it, as a ``Part`` each, and None where there is none."""
+        start = memory.data_ptr()
+        return [None if space is None else Part(memory, start, *space) for space in self._spaces]
+
+
 class Forward(NamedTuple):
     """Hold the launches of a forward pass, in their order.
 
     Attributes:
-        work: Of ``work_spaces``.
+        results: Output, and final state.
+        early, late: Of ``work_spaces``.
+        between: States after and before segments; None if no sequence is cut.
         operands: Dtype of the 0/1 matrices.
         prepare, prepare_wild, summary, carry, scan: Launches; None where there is none.
         width, width_wild: Channels of the blocks that the first two store.
     """
 
-    work: Workspace
+    results: Results
+    early: Workspace
+    late: Workspace
+    between: Workspace | None
     operands: torch.dtype
     prepare: Fixed
     width: int
@@ -180,9 +259,13 @@ class ReverseScan(NamedTuple):
     """Hold the launches of the first half of a backward pass.
 
     Attributes:
+        between: As of ``Forward``, of gradients.
+        results: The gradient of the initial state, or None.
         summary, carry, scan: Launches, in their order; None where there is none.
     """
 
+    between: Workspace | None
+    results: Results
     summary: Fixed | None
     carry: Fixed | None
     scan: Fixed
@@ -192,14 +275,16 @@ class Local(NamedTuple):
     """Hold the launches of the second half of a backward pass.
 
     Attributes:
-        work: Gradients of q, k and v per head of the state; of decay, write, beta and erase, or what they are summed
-            from; of the gate's bias and rate in every chunk; and what the first kernel hands to the second: gradients
-            of scores, their units, rows.
+        results: Gradients of q, k and v per head of the state; of decay, write, beta and erase, or what they are summed
+            from.
+        work: Gradients of the gate's bias and rate in every chunk, and what the first kernel hands to the second:
+            gradients of scores and of what erases, their units, rows.
         values, keys, keys_wild: Launches; None where there is none.
         sum_q, sum_k, sum_v: Launches that add up heads; None where no heads share.
         sum_gate: The launch that adds up the gradients of the gate's parameters; None without a gate.
     """
 
+    results: Results
     work: Workspace
     values: Fixed
     keys: Fixed
@@ -320,6 +405,28 @@ class Plan:
             rule.gate == "bounded" and CHUNK * rule.lower_bound * math.log2(math.e) > self.range
         )
 
+    @functools.cached_property
+    def saved(self) -> tuple[Workspace, Workspace]:
+        """What the forward pass saves: ``work_spaces``."""
+        return self._work(True)
+
+    @functools.cached_property
+    def gradients(self) -> Workspace:
+        """What the first half of the backward pass hands to the second: ``gradient_spaces``."""
+        return Workspace(gradient_spaces(self.n, self.dtype), self.device)
+
+    def _work(self, save: bool) -> tuple[Workspace, Workspace]:
+        early, late = work_spaces(
+            self.n, self.rule, self.dtype, beta=self.dtypes[4] is not None, scalar=self.scalar,
+            segments=self.segments, save=save,
+        )  # fmt: skip
+        return Workspace(early, self.device), Workspace(late, self.device)
+
+    def _between(self) -> Workspace | None:
+        n = self.n
+        states = (self.segments, n.H, n.K, n.V), torch.float32
+        return Workspace({"given": states, "carried": states}, self.device) if self.segments else None
+
     def _of_scan(self, config: Config, columns: int, **constants: Any) -> Fixed:
         """Plan a scan, forward or backward, over the values of every state and this many columns more, in blocks."""
         n, BV = self.n, min(self.n.wide, config.block)
@@ -378,12 +485,18 @@ class Plan:
             config = self._config("summary", save=save)
             summary = self._of_scan(config, n.K, **walk, HAS_STATE=has_state, SUMMARY=True)
             carry = self._carry(has_state, back=False)
-        beta = self.dtypes[4] is not None
-        spaces = work_spaces(
-            n, rule, self.dtype, beta=beta, scalar=self.scalar, segments=self.segments, save=save
-        )
+        early, late = self.saved if save else self._work(False)
         return Forward(
-            work=Workspace(spaces, self.device),
+            results=Results(
+                [
+                    ((n.B, n.T, n.H, n.V), self.dtypes[2] or self.dtype),
+                    ((n.sequences, n.H, n.K, n.V), torch.float32),
+                ],
+                self.device,
+            ),
+            early=early,
+            late=late,
+            between=self._between(),
             operands=torch.float32 if exact else torch.float16,
             prepare=Fixed(
                 (n.chunks, n.H), **settings, W=width, SCALAR=self.scalar,
@@ -404,9 +517,15 @@ class Plan:
             summary = self._of_scan(config, 0, HAS_GRAD=False, WANT_GRAD=True, SUMMARY=True)
             carry = self._carry(has_grad, back=True)
         has_grad = has_grad or self.segments > 0
-        scan = self._config("reverse_scan", save=True)
+        n, scan = self.n, self._config("reverse_scan", save=True)
         return ReverseScan(
-            summary, carry, self._of_scan(scan, 0, HAS_GRAD=has_grad, WANT_GRAD=want_state, SUMMARY=False)
+            between=self._between(),
+            results=Results(
+                [((n.sequences, n.H, n.K, n.V), torch.float32) if want_state else None], self.device
+            ),
+            summary=summary,
+            carry=carry,
+            scan=self._of_scan(scan, 0, HAS_GRAD=has_grad, WANT_GRAD=want_state, SUMMARY=False),
         )
 
     def _local(self) -> Local:
@@ -461,7 +580,7 @@ class Plan:
         if not self._never_wild:
             config = self._config("keys_wild")
             again = Fixed(grid, **settings | {"BV": n.wide}, num_warps=config.warps, num_stages=config.stages)
-        spaces = [
+        results = [
             per_head(n.HQ, n.K, self.dtypes[0]),
             per_head(n.HK, n.K, self.dtypes[1]),
             per_head(n.HV, n.V, self.dtypes[2]),
@@ -469,13 +588,18 @@ class Plan:
             write,
             beta,
             erase,
-            ((n.chunks, n.H, parts if self.scalar else n.K), float32) if has_gate else None,
-            ((n.chunks, n.H, parts), float32) if has_gate else None,
-            ((2, n.chunks, n.H, CHUNK, CHUNK), self.wide),
-            ((n.chunks, n.H), float32),
-            ((n.chunks, n.H, 3, CHUNK), float32),
         ]
+        square = (n.chunks, n.H, CHUNK, CHUNK)
+        spaces: dict[str, Space] = {
+            "d_bias": ((n.chunks, n.H, parts if self.scalar else n.K), float32) if has_gate else None,
+            "d_rate": ((n.chunks, n.H, parts), float32) if has_gate else None,
+            "d_scores": (square, self.wide),
+            "d_lower": (square, self.wide),
+            "units": ((n.chunks, n.H), float32),
+            "rows": ((n.chunks, n.H, 3, CHUNK), float32),
+        }
         return Local(
+            results=Results(results, self.device),
             work=Workspace(spaces, self.device),
             values=Fixed(
                 (n.chunks, n.H),

@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
+import math
 import types
 import warnings
 from collections.abc import Callable, Sequence
@@ -47,8 +48,43 @@ _HEADS: dict[str, Callable[[Any, Any], tuple[Any, ...]]] = {
 _PLACES = 4096
 
 
+class Part:
+    """Stand for a contiguous tensor in a larger piece of memory, made where somebody looks at it.
+
+    Launches read its address, and do not pay for a tensor of its own.
+
+    Args:
+        whole: The piece of memory.
+        start: Its address.
+        offset: Of the tensor in it, in bytes; a multiple of 16.
+        shape, dtype: Of the tensor.
+    """
+
+    __slots__ = ("_place", "dtype", "offset", "shape", "whole")
+
+    def __init__(
+        self, whole: Tensor, start: int, offset: int, shape: tuple[int, ...], dtype: torch.dtype
+    ) -> None:
+        self.whole, self.offset, self.shape, self.dtype = whole, offset, shape, dtype
+        self._place = start + offset
+
+    def data_ptr(self) -> int:
+        """Return the tensor's address."""
+        return self._place
+
+    def get_device(self) -> int:
+        """Return the number of its device, -1 for the CPU."""
+        return self.whole.get_device()
+
+    @property
+    def tensor(self) -> Tensor:
+        """The tensor."""
+        size = math.prod(self.shape) * self.dtype.itemsize
+        return self.whole[self.offset : self.offset + size].view(self.dtype).view(self.shape)
+
+
 class Blocks(TensorDescriptor):
-    """Describe a contiguous tensor, or one of the equal parts that its first axis has, as a matrix read in blocks.
+    """Describe a contiguous tensor as a matrix read in blocks.
 
     All axes but the last are the matrix's rows. Made without the checks of a ``TensorDescriptor``, which every launch
     would pay for; what only a first launch asks for is computed then.
@@ -56,27 +92,24 @@ class Blocks(TensorDescriptor):
     Args:
         whole: Starts at a multiple of 16 bytes, and so does every row.
         block_shape: Rows and columns; powers of two, no fewer than 16 bytes of columns.
-        part: Index into the first axis of ``whole``; None for all of it.
     """
 
-    def __init__(self, whole: Tensor, block_shape: tuple[int, int], part: int | None = None) -> None:
+    def __init__(self, whole: Tensor | Part, block_shape: tuple[int, int]) -> None:
         self.whole = whole
         self.block_shape = [*block_shape]
-        self.part = part
         # where the matrix is
-        self.place = whole.data_ptr() + (part * whole.nbytes // whole.shape[0] if part else 0)
+        self.place = whole.data_ptr()
 
     @property
     def base(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
         """The tensor described."""
-        return self.whole if self.part is None else self.whole[self.part]
+        return self.whole.tensor if isinstance(self.whole, Part) else self.whole
 
     @property
     def shape(self) -> list[int]:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Rows and columns of the matrix."""
-        width = self.whole.shape[-1]
-        rows = self.whole.numel() // width
-        return [rows if self.part is None else rows // self.whole.shape[0], width]
+        *rows, width = self.whole.shape
+        return [math.prod(rows), width]
 
     @property
     def strides(self) -> list[int]:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -103,6 +136,8 @@ class Fixed:
     def __init__(self, grid: tuple[int, ...], **constants: Any) -> None:
         self.grid = grid
         self.constants = constants
+        # what its launcher gave for it
+        self.call: Callable[..., Any] | None = None
         # on which device it was launched, and what launches it there again
         self.ready: tuple[int, Callable[..., bool]] | None = None
 
@@ -156,6 +191,7 @@ _POINTER = ("{0}.dtype, {0}.get_device(), {0}_at & 15 == 0", "{0}_at")
 _RULES: dict[type, tuple[str, str]] = {
     Tensor: _POINTER,
     torch.nn.Parameter: _POINTER,
+    Part: _POINTER,
     bool: ("", "{0}"),
     int: ("{0} == 1, {0} & 15 == 0, -0x80000000 <= {0} < 0x80000000, {0} < 0x8000000000000000", "{0}"),
     float: ("", "{0}"),
@@ -258,13 +294,23 @@ class Launcher:
 
     def __getitem__(self, grid: Any) -> Callable[..., Any]:
         is_fixed = type(grid) is Fixed
+        if is_fixed and grid.call is not None:
+            return grid.call
         if type(self.function) is JITFunction and _VERSION in _HEADS:
-            return functools.partial(self._repeat if is_fixed else self._launch, grid)
+            call = functools.partial(self._repeat if is_fixed else self._launch, grid)
+            if is_fixed:
+                grid.call = call
+            return call
         if type(self.function) is JITFunction:
             _warn(f"triton {triton.__version__} is not one of {', '.join(_HEADS)}")
         if is_fixed:
-            return functools.partial(self.function[grid.grid], **grid.constants)
-        return self.function[grid]
+            return functools.partial(self._plainly, grid.grid, **grid.constants)
+        return functools.partial(self._plainly, grid)
+
+    def _plainly(self, grid: Any, /, *arguments: Any, **constants: Any) -> Any:
+        """Launch as anybody does."""
+        plain = [part.tensor if type(part) is Part else part for part in arguments]
+        return self.function[grid](*plain, **constants)
 
     def _repeat(self, fixed: Fixed, /, *arguments: Any) -> None:
         active: Any = driver.active
@@ -290,7 +336,7 @@ class Launcher:
             found = self._known[classes] = _reader(classes), {}
         read, known = found
         if read is None or type(grid) is not tuple or _is_watched(self.function):
-            self.function[grid](*arguments, **constants)
+            self._plainly(grid, *arguments, **constants)
             return None
         active: Any = driver.active
         device = active.get_current_device()
@@ -301,7 +347,7 @@ class Launcher:
         if compiled is not None:
             compiled.launch(grid, active.get_current_stream(device), values)
             return compiled
-        kernel = self.function[grid](*arguments, **constants)
+        kernel = self._plainly(grid, *arguments, **constants)
         if key not in known and isinstance(kernel, CompiledKernel):
             known[key] = _compiled(kernel, self.function, arguments)
         return known.get(key)
@@ -363,7 +409,7 @@ def _encode(places: dict[Any, Any], key: Any, block: Blocks, meta: Any) -> Seque
 
 
 def _is_aligned(part: Any) -> bool:
-    return not isinstance(part, Tensor) or part.data_ptr() & 15 == 0
+    return not isinstance(part, Tensor | Part) or part.data_ptr() & 15 == 0
 
 
 def _compiled(kernel: CompiledKernel, function: JITFunction, arguments: Sequence[Any]) -> _Compiled | None:
@@ -376,7 +422,7 @@ def _compiled(kernel: CompiledKernel, function: JITFunction, arguments: Sequence
     at_run_time = [parameter.name for parameter in function.params if not parameter.is_constexpr]
     in_order = [parameter.name for parameter in function.params[:count]] == at_run_time
     # plain launches refuse a pointer to the host's memory; those that follow get bare addresses
-    on_gpu = all(_is_on_gpu(part) for part in arguments if isinstance(part, Tensor | Blocks))
+    on_gpu = all(_is_on_gpu(part) for part in arguments if isinstance(part, Tensor | Part | Blocks))
     needs_scratch = run.global_scratch_size > 0 or run.profile_scratch_size > 0
     if not in_order or not on_gpu or needs_scratch:
         return None
@@ -401,5 +447,6 @@ def _c_launcher(run: Any) -> Callable[..., None] | None:
     return start if isinstance(start, types.BuiltinFunctionType) else None
 
 
-def _is_on_gpu(part: Tensor | Blocks) -> bool:
-    return (part.base if isinstance(part, Blocks) else part).is_cuda
+def _is_on_gpu(part: Tensor | Part | Blocks) -> bool:
+    part = part.whole if isinstance(part, Blocks) else part
+    return (part.whole if isinstance(part, Part) else part).is_cuda

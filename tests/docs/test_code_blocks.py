@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import math
 import re
 from pathlib import Path
 
@@ -63,17 +64,26 @@ def test_signatures_are_those_of_the_source():
 
 def test_saved_bytes_are_those_of_the_kernels():
     pytest.importorskip("triton", reason="triton is not installed")
-    from gendistill_kernels.delta_chunk import Inputs, Saved, empty_outputs
+    from gendistill_kernels.delta_plan import Rule, Sizes, work_spaces
 
     code = next(code for _, code in blocks("kernels.md", "python") if "saved = {" in code)
     page: dict = {}
     exec(code, page)
     tokens, heads, channels = 128, 2, 128
-    wide = torch.empty(1, tokens, heads, channels, dtype=torch.bfloat16)
-    _, _, tensors = empty_outputs(Inputs(wide, wide, wide, wide, wide[..., 0]), None, save=True)
+    wide = (1, tokens, heads, channels)
+    works = work_spaces(
+        Sizes.of(wide, wide, wide, wide, None),
+        Rule(),
+        torch.bfloat16,
+        beta=True,
+        scalar=False,
+        segments=0,
+        save=True,
+    )
     sizes = {
-        name: tensor.nbytes / (tokens * heads)
-        for name, tensor in zip(Saved._fields, tensors, strict=True)
-        if tensor.numel()
+        name: math.prod(space[0]) * space[1].itemsize / (tokens * heads)
+        for spaces in works
+        for name, space in spaces.items()
+        if space is not None
     }
     assert sizes == page["saved"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from gendistill.ops import bounded_log_decay, l2norm, recurrent_delta_rule, softplus_log_decay
-from gendistill_kernels.delta_chunk import Chunks, Inputs, Rule, chunk_backward, chunk_forward
+from gendistill_kernels import delta_chunk, delta_plan
+from gendistill_kernels.delta_chunk import Chunks, Inputs, Rule, Saved, chunk_backward, chunk_forward
 
 DEVICE = "cuda"
 BF16, FP16 = torch.bfloat16, torch.float16
@@ -121,6 +122,16 @@ def run(
     return {name: part for name, part in named.items() if part is not None}
 
 
+def saved_tensors(x: Inputs, rule: Rule, saved: Saved, chunks: Chunks | None = None) -> dict[str, Tensor]:
+    """Name what a forward pass saved; only what there is."""
+    at = delta_chunk._plan(x, rule, chunks)[1]
+    found = {}
+    for work, memory in zip(at.saved, saved, strict=True):
+        parts = zip(work.names, work.parts(memory), strict=True)
+        found |= {name: part.tensor for name, part in parts if part is not None}
+    return found
+
+
 def differentiate(
     x: Inputs,
     rule: Rule,
@@ -181,6 +192,9 @@ def every_new_tensor(change: Callable[[Tensor], Tensor]) -> Iterator[None]:
 
 def poison(made: Tensor) -> Tensor:
     """Fill a new tensor with NaN, so that a cell that no program writes is seen."""
+    if made.dtype == torch.uint8:
+        # memory for tensors of any dtype: all ones is NaN in every floating one
+        return made.fill_(255)
     return made.fill_(float("nan")) if made.is_floating_point() else made
 
 
@@ -225,12 +239,32 @@ class Guards:
                 bad.append(f"{what} tensor of {size} bytes")
         return bad
 
-    def everywhere(self) -> AbstractContextManager[None]:
-        """Guard whatever is allocated, too."""
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """Leave as much between tensors that share a piece of memory, in what is planned within."""
+        with mock.patch.object(delta_plan, "_GAP", GUARD):
+            delta_plan.plan.cache_clear()
+            yield
+        delta_plan.plan.cache_clear()
+
+    @contextmanager
+    def everywhere(self) -> Iterator[None]:
+        """Guard whatever is allocated, too; what shares a piece of memory must have been planned ``apart``."""
+        allocate = delta_plan.Workspace.allocate
 
         def guard(made: Tensor) -> Tensor:
             if made.device.type != torch.device(DEVICE).type or not made.is_contiguous():
                 return made
             return self.room(tuple(made.shape), made.dtype, made.device)
 
-        return every_new_tensor(guard)
+        def guard_parts(work: delta_plan.Workspace) -> Tensor:
+            memory = allocate(work)
+            for part in work.parts(memory):
+                if part is not None:
+                    size = part.tensor.nbytes
+                    whole = memory[part.offset - GUARD : part.offset + -(-size // 512) * 512 + GUARD]
+                    self.buffers.append((whole, size, f"{part.dtype} {part.shape}"))
+            return memory
+
+        with every_new_tensor(guard), mock.patch.object(delta_plan.Workspace, "allocate", guard_parts):
+            yield

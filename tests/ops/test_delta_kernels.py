@@ -148,7 +148,7 @@ def test_a_sequence_may_be_cut_where_chunks_end():
 
 
 @pytest.mark.parametrize(("decay", "mark"), [(-1.0, 0), (-4.0, 1), (-1e3, 2)])
-def test_the_past_does_not_depend_on_the_future(decay, mark):
+def test_the_past_does_not_depend_on_the_future(cases, decay, mark):
     """Nor on how far the later tokens' decay takes the chunk out of range."""
     rule = Rule("none", sigmoid=False)
     x = make(T=70, rule=rule)
@@ -158,12 +158,12 @@ def test_the_past_does_not_depend_on_the_future(decay, mark):
         later[name][:, 21:] = value
     again, _, kept = chunk_forward(x._replace(**later), rule, save=True)
     assert torch.equal(again[:, :21], out[:, :21])
-    assert (saved.wild == 0).all()
-    assert (kept.wild[0] == mark).all()
+    assert (cases.saved_tensors(x, rule, saved)["wild"] == 0).all()
+    assert (cases.saved_tensors(x, rule, kept)["wild"][0] == mark).all()
 
 
 @pytest.mark.parametrize("which", ["one channel", "some tokens", "every other head"])
-def test_chunks_partly_out_of_range_match_the_reference(which):
+def test_chunks_partly_out_of_range_match_the_reference(cases, which):
     """Rows in range, rows in range of their block of 16 tokens, and rows of which a single token is out of it."""
     rule = Rule("none", sigmoid=False)
     x = make(T=200, H=4, rule=rule, seed=3)
@@ -182,7 +182,7 @@ def test_chunks_partly_out_of_range_match_the_reference(which):
     out, last, saved = chunk_forward(x, rule, save=True)
     d_out, d_last = torch.randn_like(out), torch.randn_like(last)
     found = chunk_backward(d_out, d_last, x, rule, out, saved)
-    assert saved.wild.unique().tolist() == [0, 1, 2]
+    assert cases.saved_tensors(x, rule, saved)["wild"].unique().tolist() == [0, 1, 2]
     exact = Inputs(*(None if part is None else part.double().requires_grad_() for part in x))
     expected, final = reference(exact, rule)
     loss = (expected * d_out.double()).sum() + (final * d_last.double()).sum()
@@ -216,7 +216,7 @@ def test_the_longest_sequences_and_segments_are_walked_first(monkeypatch):
 
 @pytest.mark.parametrize("has_state", [True, False])
 @pytest.mark.parametrize("packed", [False, True])
-def test_long_sequences_in_segments_are_as_in_one(monkeypatch, packed, has_state):
+def test_long_sequences_in_segments_are_as_in_one(cases, monkeypatch, packed, has_state):
     monkeypatch.setattr(delta_chunk, "SEGMENT", 1)
     rule, lengths = Rule("bounded"), [70, 0, 150, 30] if packed else [140, 140]
     x = make(B=1 if packed else 2, T=sum(lengths) if packed else 140, rule=rule)
@@ -226,12 +226,13 @@ def test_long_sequences_in_segments_are_as_in_one(monkeypatch, packed, has_state
     unsaved = chunk_forward(x, rule, state=state, chunks=chunks)
     d_out, d_last = torch.randn_like(out), torch.randn_like(last)
     found = chunk_backward(d_out, d_last, x, rule, out, saved, chunks=chunks, want_state=has_state)
-    assert saved.matrices.shape[0] == (7 if packed else 6)
+    matrices = cases.saved_tensors(x, rule, saved, chunks)["matrices"]
+    assert matrices.shape[0] == (7 if packed else 6)
     monkeypatch.setattr(delta_chunk, "SEGMENT", 100)
     chunks = Chunks.of(lengths, "cpu") if packed else None
     whole, end, kept = chunk_forward(x, rule, state=state, chunks=chunks, save=True)
     expected = chunk_backward(d_out, d_last, x, rule, whole, kept, chunks=chunks, want_state=has_state)
-    assert kept.matrices.shape[0] == 0
+    assert "matrices" not in cases.saved_tensors(x, rule, kept, chunks)
     assert (found.state is not None) == has_state
     pairs = [(out, whole), (last, end), (unsaved[0], whole), (unsaved[1], end)]
     pairs += zip(found, expected, strict=True)
@@ -300,7 +301,7 @@ def test_gradients_of_states_may_be_much_larger_than_those_of_pairs(name):
 
 
 @pytest.mark.parametrize("gate", ["bounded", "none"])
-def test_float16_inputs_are_differentiated_in_float16(monkeypatch, gate):
+def test_float16_inputs_are_differentiated_in_float16(cases, monkeypatch, gate):
     """As on a GPU; interpreted, other tests take float32, which the range of 2^-12 does not need."""
     monkeypatch.setattr(delta_chunk, "_INTERPRETED", False)
     rule = Rule(gate, sigmoid=gate != "none")
@@ -311,7 +312,7 @@ def test_float16_inputs_are_differentiated_in_float16(monkeypatch, gate):
     out, last, saved = chunk_forward(x, rule, save=True)
     d_out, d_last = torch.randn_like(out), torch.randn_like(last)
     found = chunk_backward(d_out, d_last, x, rule, out, saved)
-    assert (saved.wild == 0).any() == (gate == "none")
+    assert (cases.saved_tensors(x, rule, saved)["wild"] == 0).any() == (gate == "none")
     exact = Inputs(*(None if part is None else part.double().requires_grad_() for part in x))
     expected, final = reference(exact, rule)
     loss = (expected * d_out.double()).sum() + (final * d_last.double()).sum()
@@ -356,7 +357,7 @@ def test_every_result_is_right_with_extreme_gates(cases, name, keys):
 
 @pytest.mark.parametrize("size", [1e-24, 1e-14, 1e20])
 @pytest.mark.parametrize("decay", [-97, -197, -201, -790, -810])
-def test_gradients_of_any_size_come_through_chunks_at_the_edge_of_their_range(decay, size):
+def test_gradients_of_any_size_come_through_chunks_at_the_edge_of_their_range(cases, decay, size):
     """Of a chunk that decays by ``2**decay``, with gradients of this size."""
     rule = Rule("none", sigmoid=False)
     x = make(T=128, H=1, rule=rule)
@@ -368,6 +369,7 @@ def test_gradients_of_any_size_come_through_chunks_at_the_edge_of_their_range(de
     expected, final = reference(exact, rule)
     loss = (expected * d_out.double()).sum() + (final * d_last.double()).sum()
     gradients = torch.autograd.grad(loss, exact[:5])
-    assert (saved.wild == (decay < -200) + (decay < 4 * -200)).all()
+    wild = cases.saved_tensors(x, rule, saved)["wild"]
+    assert (wild == (decay < -200) + (decay < 4 * -200)).all()
     for field, gradient in zip(Inputs._fields, gradients, strict=False):
         assert distance(getattr(found, field).double() / size, gradient) < TOLERANCE, field

@@ -7,8 +7,9 @@ import torch
 
 pytest.importorskip("triton", reason="the Triton kernels need triton")
 
+from gendistill_kernels import delta_plan
 from gendistill_kernels.configs import Config, forced
-from gendistill_kernels.delta_plan import Rule, Workspace, plan, token_stride
+from gendistill_kernels.delta_plan import Results, Rule, Workspace, plan, token_stride
 from gendistill_kernels.launch import Fixed
 
 F32, BF16 = torch.float32, torch.bfloat16
@@ -116,7 +117,8 @@ def test_long_sequences_are_cut():
     assert todo.summary.grid == (2 * 64,)
     assert todo.scan.grid == (2 * 64,)
     assert todo.scan.constants["HAS_STATE"]
-    assert todo.work.allocate()[7].shape == (4, 16, 128, 128)
+    assert todo.late.parts(todo.late.allocate())[5].shape == (4, 16, 128, 128)
+    assert [part.shape for part in todo.between.parts(todo.between.allocate())] == [(4, 16, 128, 128)] * 2
     assert make(B=1, T=8192).forward(save=True, state=None).summary is None
 
 
@@ -128,16 +130,50 @@ def test_a_forced_configuration_makes_new_plans():
     assert make().forward(save=False, state=None).scan.constants == usual.constants
 
 
-def test_workspaces_are_new_and_contiguous():
-    shapes = [(3, 2, 5), (2, 1, 5), (0, 4), (1,), (7, 1, 1)]
-    work = Workspace([None, *((shape, BF16) for shape in shapes)], torch.device("cpu"))
+SPACES = [(3, 2, 5), (2, 1, 5), (0, 4), (1,), (7, 1, 1)]
+
+
+def test_results_are_new_and_contiguous():
+    work = Results([None, *((shape, BF16) for shape in SPACES)], torch.device("cpu"))
     (nothing, *first), (_, *second) = work.allocate(), work.allocate()
     assert nothing is None
-    for shape, one, other in zip(shapes, first, second, strict=True):
+    for shape, one, other in zip(SPACES, first, second, strict=True):
         assert (one.shape, one.dtype) == (shape, BF16)
         assert one.is_contiguous()
         assert one.untyped_storage().nbytes() == 2 * one.numel()
         assert one.numel() == 0 or one.data_ptr() != other.data_ptr()
+
+
+@pytest.mark.parametrize("gap", [0, 4096])
+def test_parts_of_a_workspace_are_aligned_and_apart(monkeypatch, gap):
+    monkeypatch.setattr(delta_plan, "_GAP", gap)
+    kinds = [BF16, torch.float32, BF16, torch.int32, torch.float32]
+    spaces = {
+        "nothing": None,
+        **{str(shape): (shape, kind) for shape, kind in zip(SPACES, kinds, strict=True)},
+    }
+    work = Workspace(spaces, torch.device("cpu"))
+    memory = work.allocate().zero_()
+    assert memory.data_ptr() != work.allocate().data_ptr()
+    nothing, *parts = work.parts(memory)
+    assert nothing is None
+    # each is written whole, and only that changes
+    for number, (part, shape, kind) in enumerate(zip(parts, SPACES, kinds, strict=True), 1):
+        assert (part.shape, part.dtype, part.get_device()) == (shape, kind, -1)
+        assert (part.data_ptr() - memory.data_ptr()) % 512 == 0
+        tensor = part.tensor
+        assert (tensor.shape, tensor.dtype, tensor.is_contiguous()) == (shape, kind, True)
+        assert tensor.numel() == 0 or tensor.data_ptr() == part.data_ptr()
+        tensor.view(torch.uint8).fill_(number)
+    sizes = [tensor.numel() * kind.itemsize for tensor, kind in ((part.tensor, part.dtype) for part in parts)]
+    assert memory.bincount(minlength=6).tolist() == [memory.numel() - sum(sizes), *sizes]
+    places = sorted((part.data_ptr(), size) for part, size in zip(parts, sizes, strict=True))
+    edges = [
+        memory.data_ptr(),
+        *(edge for at, size in places for edge in (at, at + size)),
+        memory.data_ptr() + memory.numel(),
+    ]
+    assert all(after - before >= gap for before, after in zip(edges[::2], edges[1::2], strict=True))
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from gendistill_kernels import decode, delta_chunk, gated_norm, launch, short_conv
-from gendistill_kernels.launch import Blocks, Fixed, Launcher
+from gendistill_kernels.launch import Blocks, Fixed, Launcher, Part
 
 if launch._VERSION not in launch._HEADS:
     pytest.skip("the launcher leaves this version of Triton alone", allow_module_level=True)
@@ -278,29 +278,37 @@ def test_a_fixed_launch_goes_to_the_current_device_and_stream(recorder):
     assert recorder.plain == 2
 
 
-def test_fixed_blocks_may_be_parts_of_a_tensor(recorder):
+def test_blocks_and_pointers_may_be_parts_of_memory(recorder):
     launcher, fixed = Launcher(block_kernel), Fixed((1,), N=1)
-    whole, other = torch.zeros(3, 2, 64, 64, dtype=torch.float16), torch.zeros(64, 64, dtype=torch.float16)
+    plain_launcher, plain_fixed = Launcher(kernel), Fixed((3,), N=4, KIND="a", num_warps=4)
+    memory, other = torch.zeros(3 * 16384, dtype=torch.uint8), torch.zeros(64, 64, dtype=torch.float16)
+    parts = [
+        Part(memory, memory.data_ptr(), 16384 * number, (2, 64, 64), torch.float16) for number in range(3)
+    ]
 
     def launch_all(launch):
         start = len(recorder.launches)
-        for part in (0, 1, 2, 1):
-            launch(part)
+        for number in (0, 1, 2, 1):
+            launch(parts[number])
         return recorder.launches[start:]
 
-    expected = launch_all(
-        lambda part: block_kernel[(1,)](
-            _described(whole[part], (64, 64)), _described(other, (64, 64)), 3, N=1
-        )
-    )
+    def plain(part):
+        block_kernel[(1,)](_described(part.tensor, (64, 64)), _described(other, (64, 64)), 3, N=1)
+        kernel[(3,)](part.tensor, None, 5, 7, 0.5, N=4, KIND="a", num_warps=4)
 
-    def launch(part):
-        launcher[fixed](Blocks(whole, (64, 64), part), Blocks(other, (64, 64)), 3)
+    def repeated(part):
+        launcher[fixed](Blocks(part, (64, 64)), Blocks(other, (64, 64)), 3)
+        plain_launcher[plain_fixed](part, None, 5, 7, 0.5)
 
-    assert launch_all(launch) == launch_all(launch) == expected
-    encoded = driver.active.encoded
-    assert launch_all(launch) == expected
-    assert driver.active.encoded == encoded
+    def known(part):
+        launcher[(1,)](Blocks(part, (64, 64)), Blocks(other, (64, 64)), 3, N=1)
+        plain_launcher[(3,)](part, None, 5, 7, 0.5, N=4, KIND="a", num_warps=4)
+
+    expected = launch_all(plain)
+    assert launch_all(repeated) == launch_all(known) == launch_all(repeated) == expected
+    encoded, before = driver.active.encoded, recorder.plain
+    assert launch_all(repeated) == launch_all(known) == expected
+    assert (driver.active.encoded, recorder.plain) == (encoded, before)
 
 
 def test_devices_and_streams_are_told_apart(recorder):

@@ -20,7 +20,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("the interpreter is off: make interpret", allow_module_level=True)
 
 from gendistill.ops import triton_ops
-from gendistill.ops.eager import _is_eager
+from gendistill.ops.eager import is_eager
 
 pytestmark = pytest.mark.interpret
 # the products of a chunk run in float16
@@ -166,8 +166,8 @@ def test_a_fake_tensor_never_reaches_a_kernel():
         out = triton_ops.triton_kda_decode(heads, decay, beta, state, *settings)
     assert isinstance(out, FakeTensor)
     real = torch.zeros(1)
-    assert _is_eager((real, [real], "a"))
-    assert not _is_eager((real, [real, heads[0]], "a"))
+    assert is_eager((real, [real], "a"))
+    assert not is_eager((real, [real, heads[0]], "a"))
 
 
 def test_a_layer_decodes_from_states_however_they_lie_in_memory():
@@ -222,22 +222,24 @@ def test_a_derivative_of_the_gradient_is_refused():
         first.sum().backward()
 
 
-def test_half_of_what_was_saved_is_freed_on_the_way(monkeypatch):
+@pytest.mark.parametrize("eager", [True, False])
+def test_half_of_what_was_saved_is_freed_on_the_way(monkeypatch, eager):
     kept, alive = [], []
-    scan, local = triton_ops._delta.chunk_backward_scan, triton_ops._delta.chunk_backward_local
+    scan, local = triton_ops._delta._backward_scan, triton_ops._delta._backward_local
 
-    def watched_scan(grad_out, grad_state, x, rule, saved, **settings):
-        kept.extend(weakref.ref(part) for part in saved[:2])
-        return scan(grad_out, grad_state, x, rule, saved, **settings)
+    def watched_scan(grad_out, grad_state, x, at, early, late, chunks, **settings):
+        kept.append(weakref.ref(early))
+        return scan(grad_out, grad_state, x, at, early, late, chunks, **settings)
 
-    def watched_local(*arguments, **settings):
+    def watched_local(*arguments):
         alive.extend(part() is not None for part in kept)
-        return local(*arguments, **settings)
+        return local(*arguments)
 
-    monkeypatch.setattr(triton_ops._delta, "chunk_backward_scan", watched_scan)
-    monkeypatch.setattr(triton_ops._delta, "chunk_backward_local", watched_local)
+    monkeypatch.setattr(triton_ops._delta, "_backward_scan", watched_scan)
+    monkeypatch.setattr(triton_ops._delta, "_backward_local", watched_local)
+    monkeypatch.setattr(triton_ops, "is_eager", lambda arguments: eager)
     call_kda(inputs()).out.sum().backward()
-    assert alive == [False, False]
+    assert alive == [False]
 
 
 def test_a_state_that_decoding_changes_is_known_to_have_changed():
@@ -283,8 +285,8 @@ def test_ops_keep_torch_s_contracts(packed):
     scan = (torch.randn_like(out), torch.randn_like(last), given, where, saved, True, True)
     torch.library.opcheck(triton_ops.kda_backward_scan, scan, test_utils=CHECKS)
     with torch.no_grad():
-        grads, errors, _ = triton_ops.kda_backward_scan(*scan)
-    local = (scan[0], given, where, out, *saved[2:], grads, errors, "bounded", -5.0, True, True)
+        scanned, _ = triton_ops.kda_backward_scan(*scan)
+    local = (scan[0], given, where, out, saved[1], scanned, "bounded", -5.0, True, True)
     torch.library.opcheck(triton_ops.kda_backward_local, local, test_utils=CHECKS)
     x, weight, bias = torch.randn(1, 9, 24), torch.randn(24, 4), torch.randn(24)
     past = torch.randn(number, 24, 3)
