@@ -222,6 +222,22 @@ def test_a_derivative_of_the_gradient_is_refused():
         first.sum().backward()
 
 
+def test_compiled_ops_take_any_number_of_tokens():
+    """What the ops hand on is sized by the compiler's symbols, too."""
+
+    def run(*parts):
+        return call_kda(parts).out
+
+    compiled = torch.compile(run, dynamic=True, fullgraph=True, backend="aot_eager")
+    for tokens in (9, 70, 33):
+        parts = inputs(T=tokens)
+        results = []
+        for call in (run, compiled):
+            out = call(*parts)
+            results.append((out, *torch.autograd.grad(out.square().sum(), parts)))
+        assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
 @pytest.mark.parametrize("eager", [True, False])
 def test_half_of_what_was_saved_is_freed_on_the_way(monkeypatch, eager):
     kept, alive = [], []
