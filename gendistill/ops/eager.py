@@ -49,11 +49,9 @@ def quick(op: Any, launch: Any) -> Any:
     return call
 
 
-def differentiable(
-    op: Any, launch: Any, keep: Any, differentiate: Any, *, keep_registered: Any = None
-) -> Any:
+def differentiable(op: Any, launch: Any, keep: Any, differentiate: Any) -> Any:
     """Register an op's derivative, and return what calls the op; eagerly, what it does itself, as :func:`quick`."""
-    op.register_autograd(differentiate, setup_context=keep_registered or keep)
+    op.register_autograd(differentiate, setup_context=keep)
 
     def forward(ctx: Any, *arguments: Any) -> Any:
         # an output without a gradient says None, and costs no tensor of zeros

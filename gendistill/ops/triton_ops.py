@@ -210,13 +210,9 @@ _forward = quick(kda_forward, _launch_kda_forward)
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, list[Tensor]]) -> None:
     *tensors, ctx.gate, ctx.lower_bound, ctx.raw, ctx.erases, _ = inputs
     ctx.save_for_backward(*tensors, output[0])
-    # not through save_for_backward, so that the backward pass can free half of it on the way
+    # Not through save_for_backward, so that the backward pass can free half of it on the way. Bytes are no part of the
+    # graph, which must not hold itself.
     ctx.saved = output[2]
-
-
-def _keep_detached(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, list[Tensor]]) -> None:
-    # torch makes all that the registered op returns part of the graph, which must not hold itself
-    _keep(ctx, inputs, (*output[:2], [part.detach() for part in output[2]]))
 
 
 def _differentiate(ctx: Any, grad_out: Tensor, grad_state: Tensor | None, _: Any) -> tuple[Any, ...]:
@@ -233,7 +229,8 @@ def _differentiate(ctx: Any, grad_out: Tensor, grad_state: Tensor | None, _: Any
     if grad_state is not None:
         grad_state = grad_state.contiguous()
     want_state = state is not None and ctx.needs_input_grad[number]
-    if is_eager((grad_out, grad_state, inputs, saved)):
+    # with gradients of gradients asked for, the ops have to see it: they refuse it
+    if not torch.is_grad_enabled() and is_eager((grad_out, grad_state, inputs, saved)):
         x, chunks = _delta.Inputs(*inputs), _delta.Chunks(*tables) if tables else None
         rule = _rule(x, *settings)
         # this takes the last reference to what its first half is the last to read
@@ -253,7 +250,7 @@ def _differentiate(ctx: Any, grad_out: Tensor, grad_state: Tensor | None, _: Any
     return (*grads, first, *[None] * 10)
 
 
-_kda = differentiable(kda_forward, _launch_kda_forward, _keep, _differentiate, keep_registered=_keep_detached)
+_kda = differentiable(kda_forward, _launch_kda_forward, _keep, _differentiate)
 
 
 def triton_causal_conv(
