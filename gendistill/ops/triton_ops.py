@@ -232,10 +232,9 @@ def _differentiate(ctx: Any, grad_out: Tensor, grad_state: Tensor | None, _: Any
     # with gradients of gradients asked for, the ops have to see it: they refuse it
     if not torch.is_grad_enabled() and is_eager((grad_out, grad_state, inputs, saved)):
         x, chunks = _delta.Inputs(*inputs), _delta.Chunks(*tables) if tables else None
-        rule = _rule(x, *settings)
-        # this takes the last reference to what its first half is the last to read
+        # it empties ``saved``, and so frees half of it on the way
         *grads, first = _delta.chunk_backward(
-            grad_out, grad_state, x, rule, out, saved, chunks=chunks, want_state=want_state
+            grad_out, grad_state, x, _rule(x, *settings), out, saved, chunks=chunks, want_state=want_state
         )
     else:
         scanned, *first = kda_backward_scan(

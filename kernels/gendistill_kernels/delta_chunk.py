@@ -259,12 +259,16 @@ def _blocks(parts: Sequence[Part | None], columns: int | None = None) -> list[Bl
     return [None if part is None else _tiles(part, columns) for part in parts]
 
 
+def _sizes(x: Inputs, chunks: Chunks | None) -> Sizes:
+    packed = None if chunks is None else (len(chunks.starts), len(chunks.sequences))  # pyright: ignore
+    return Sizes.of(x.q.shape, x.k.shape, x.v.shape, x.decay.shape, packed)
+
+
 def empty_outputs(
     x: Inputs, chunks: Chunks | None, *, save: bool, rule: Rule = _KDA
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Allocate what ``chunk_forward`` returns: output, final state, and the tensors of ``Saved`` if asked for."""
-    packed = None if chunks is None else (len(chunks.starts), len(chunks.sequences))  # pyright: ignore
-    n = Sizes.of(x.q.shape, x.k.shape, x.v.shape, x.decay.shape, packed)
+    n = _sizes(x, chunks)
     saved = []
     if save:
         cut = None if chunks is None else 0 if chunks.segments is None else chunks.segments.shape[0]
@@ -284,9 +288,8 @@ def empty_outputs(
 
 def empty_gradients(x: Inputs, chunks: Chunks | None) -> Tensor:
     """Allocate the first that ``chunk_backward_scan`` returns."""
-    packed = None if chunks is None else (len(chunks.starts), len(chunks.sequences))  # pyright: ignore
-    n = Sizes.of(x.q.shape, x.k.shape, x.v.shape, x.decay.shape, packed)
-    return x.q.new_empty(places(gradient_spaces(n, x.q.dtype).values())[1], dtype=torch.uint8)
+    spaces = gradient_spaces(_sizes(x, chunks), x.q.dtype)
+    return x.q.new_empty(places(spaces.values())[1], dtype=torch.uint8)
 
 
 @on_its_device

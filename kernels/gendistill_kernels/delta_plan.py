@@ -152,8 +152,7 @@ def work_spaces(
         "total": ((n.chunks, n.H, n.BK), float32),
         "strength": ((n.chunks, n.H, CHUNK), float32) if beta else None,
         "norms": ((n.chunks, n.H, 2, CHUNK), float32) if save else None,
-        "states": ((n.chunks, n.H, n.V, n.BK), dtype) if save else None,
-        "news": ((n.chunks, n.H, CHUNK, n.V), dtype) if save else None,
+        **{name: space if save else None for name, space in gradient_spaces(n, dtype).items()},
         "matrices": ((segments, n.H, n.K, n.K), float32) if segments else None,
         "wild": None if scalar else ((n.chunks, n.H), torch.int32),
     }
@@ -161,7 +160,7 @@ def work_spaces(
 
 
 def gradient_spaces(n: Sizes, dtype: torch.dtype) -> dict[str, Space]:
-    """List what the first half of the backward pass hands to the second: gradients of ``states`` and of ``news``."""
+    """List what the backward pass hands from half to half: gradients of ``states`` and ``news``, as large as these."""
     return {"states": ((n.chunks, n.H, n.V, n.BK), dtype), "news": ((n.chunks, n.H, CHUNK, n.V), dtype)}
 
 

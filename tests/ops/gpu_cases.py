@@ -244,8 +244,10 @@ class Guards:
         """Leave as much between tensors that share a piece of memory, in what is planned within."""
         with mock.patch.object(delta_plan, "_GAP", GUARD):
             delta_plan.plan.cache_clear()
-            yield
-        delta_plan.plan.cache_clear()
+            try:
+                yield
+            finally:
+                delta_plan.plan.cache_clear()
 
     @contextmanager
     def everywhere(self) -> Iterator[None]:
@@ -262,7 +264,8 @@ class Guards:
             for part in work.parts(memory):
                 if part is not None:
                     size = part.tensor.nbytes
-                    whole = memory[part.offset - GUARD : part.offset + -(-size // 512) * 512 + GUARD]
+                    aligned = -(-size // delta_plan._ALIGNMENT) * delta_plan._ALIGNMENT
+                    whole = memory[part.offset - GUARD : part.offset + aligned + GUARD]
                     self.buffers.append((whole, size, f"{part.dtype} {part.shape}"))
             return memory
 
