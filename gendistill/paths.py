@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gendistill.errors import OutputError
+from gendistill.errors import GendistillError, OutputError
 
 
 def asset_dir(name: str) -> Path:
@@ -62,9 +63,75 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """Read a JSON file."""
-    return json.loads(path.read_text(encoding="utf-8"))
+def read_json(
+    path: Path,
+    *,
+    shape: Any = None,
+    error: type[GendistillError] = OutputError,
+    hint: str = "delete the file and repeat the step that writes it",
+) -> Any:
+    """Read a JSON file that a person or a crash may have broken.
+
+    Args:
+        path: The file.
+        shape: What it must hold, as a type that pydantic knows: ``dict[str, Any]``, ``list[int]``, a ``TypedDict``;
+            None for anything.
+        error: What to raise.
+        hint: What to do about a broken file.
+    Raises:
+        error: It cannot be read, is no JSON, holds a number that is not finite, or is of another shape.
+    """
+    try:
+        text = path.read_bytes()
+    except OSError as problem:
+        raise error(f"cannot read the file: {problem.strerror}", where=str(path), hint=hint) from problem
+    return parse_json(text, shape=shape, error=error, where=str(path), hint=hint)
+
+
+def parse_json(
+    text: str | bytes,
+    *,
+    where: str,
+    hint: str,
+    shape: Any = None,
+    error: type[GendistillError] = OutputError,
+) -> Any:
+    """Parse JSON; arguments and errors as for ``read_json``, ``where`` names its place."""
+    try:
+        decoded = text.decode("utf-8") if isinstance(text, bytes) else text
+        content = json.loads(decoded, parse_constant=_finite, parse_float=_finite)
+    except (ValueError, RecursionError) as problem:
+        raise error(f"this is no JSON: {problem}", where=where, hint=hint) from problem
+    return content if shape is None else check_shape(content, shape, error=error, where=where, hint=hint)
+
+
+def check_shape(content: Any, shape: Any, *, error: type[GendistillError], where: str, hint: str) -> Any:
+    """Return JSON content that has a shape, as for ``read_json``; nothing is converted.
+
+    Raises:
+        error: It has another one; names the first place.
+    """
+    # pydantic takes a tenth of a second to import
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        TypeAdapter(shape).validate_python(content, strict=True)
+    except ValidationError as problem:
+        first = problem.errors(include_url=False, include_context=False)[0]
+        place = ".".join(str(step) for step in first["loc"])
+        message = f"{place}: {first['msg']}" if place else first["msg"]
+        raise error(
+            f"the file holds something else than it should: {message}", where=where, hint=hint
+        ) from problem
+    return content
+
+
+def _finite(number: str) -> float:
+    """Read a number as ``json`` does, but refuse NaN and infinities, which are no JSON."""
+    value = float(number)
+    if not math.isfinite(value):
+        raise ValueError(f"{number} is no finite number")
+    return value
 
 
 @contextmanager

@@ -125,12 +125,7 @@ def _stages(run: RunDir, recipe_text: str) -> tuple[StageFiles, ...]:
 
 
 def _json(path: Path) -> Any:
-    if not path.is_file():
-        return None
-    try:
-        return read_json(path)
-    except ValueError as error:
-        raise _unreadable(path, str(error)) from error
+    return read_json(path, error=ReportError) if path.is_file() else None
 
 
 def _score_rows(folder: Path, name: str) -> tuple[dict[str, Any], ...]:

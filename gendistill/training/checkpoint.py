@@ -7,7 +7,6 @@ Random numbers need no state, because the loop seeds every step from its number.
 from __future__ import annotations
 
 import errno
-import json
 import os
 import re
 import shutil
@@ -149,13 +148,13 @@ def _fingerprint(path: Path) -> dict[str, int]:
 
 def _damage(path: Path) -> str | None:
     try:
-        state = read_json(path / _STATE)
+        state = read_json(path / _STATE, error=CheckpointError)
         for name, expected in state["files"].items():
             if not (path / name).is_file():
                 return f"{name} is missing"
             if _fingerprint(path / name) != expected:
                 return f"{name} is damaged"
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError) as error:
+    except (OSError, CheckpointError, KeyError) as error:
         return f"{_STATE} cannot be read ({type(error).__name__})"
     return None
 

@@ -85,8 +85,8 @@ def existing_plan(path: Path, locked: dict[str, Any], checkpoint: Path | None) -
         return None
     hint = f"restore the recipe to resume, or delete {path.parent} to start this stage again"
     try:
-        plan = StagePlan(**read_json(path))
-    except (OSError, ValueError, TypeError) as error:
+        plan = StagePlan(**read_json(path, error=CheckpointError))
+    except (CheckpointError, TypeError) as error:
         if checkpoint is None:
             return None
         raise CheckpointError(f"cannot read the stage's plan: {error}", where=str(path), hint=hint) from error

@@ -1,0 +1,51 @@
+"""JSON from disk is checked before it is believed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from gendistill.errors import CheckpointError, OutputError
+from gendistill.paths import parse_json, read_json
+
+HINT = "delete it"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        pytest.param(b"", id="empty"),
+        pytest.param(b"{", id="cut off"),
+        pytest.param(b"\xff\xfe", id="no utf-8"),
+        pytest.param(b"[NaN]", id="nan"),
+        pytest.param(b"[-Infinity]", id="infinity"),
+        pytest.param(b"[1e999]", id="beyond float"),
+        pytest.param(b"[" + b"9" * 5000 + b"]", id="beyond int"),
+        pytest.param(b"[" * 100_000 + b"]" * 100_000, id="nested deep"),
+    ],
+)
+def test_what_is_no_json_is_an_error_with_place_and_next_step(text, tmp_path):
+    path = tmp_path / "file.json"
+    path.write_bytes(text)
+    with pytest.raises(CheckpointError, match="this is no JSON") as caught:
+        read_json(path, error=CheckpointError, hint=HINT)
+    assert caught.value.where == str(path)
+    assert caught.value.hint == HINT
+
+
+@pytest.mark.parametrize("content", ["[]", "3", '"text"', "null", '{"step": "three"}', '{"step": true}'])
+def test_another_shape_is_an_error(content):
+    with pytest.raises(OutputError, match="something else"):
+        parse_json(content, shape=dict[str, int], where="here", hint=HINT)
+
+
+def test_a_missing_file_is_an_error(tmp_path):
+    with pytest.raises(OutputError, match="No such file"):
+        read_json(tmp_path / "none.json", hint=HINT)
+
+
+def test_good_content_is_returned_as_it_is():
+    assert parse_json('{"a": [1, 2.5, null, "x"]}', shape=dict[str, Any], where="here", hint=HINT) == {
+        "a": [1, 2.5, None, "x"]
+    }
