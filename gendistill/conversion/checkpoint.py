@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from gendistill.conversion.pypi import find_packaged_model
 from gendistill.conversion.tensors import TensorInfo, read_tensor_index
+from gendistill.digests import file_digest
 from gendistill.errors import CheckpointError
-from gendistill.paths import cache_dir, new_folder, write_text
+from gendistill.paths import cache_dir, new_folder
 
 if TYPE_CHECKING:
     import torch
@@ -177,7 +178,7 @@ def _dequantised(path: Path, where: str) -> tuple[Path, str]:
         raise CheckpointError(
             f'"{path}" is a file, but no .gguf; give {_ALLOWED}', where=where, hint="check the path"
         )
-    digest = _file_digest(path)
+    digest = file_digest(path)
     folder = cache_dir() / "gguf" / f"{path.stem}-{digest[:16]}-v{_GGUF_FORMAT}"
     if not folder.is_dir():
         from gendistill.conversion.gguf_import import convert_gguf
@@ -185,19 +186,6 @@ def _dequantised(path: Path, where: str) -> tuple[Path, str]:
         with new_folder(folder) as partial:
             convert_gguf(path, partial)
     return folder, f"gguf-{digest}-v{_GGUF_FORMAT}"
-
-
-def _file_digest(path: Path) -> str:
-    """Hash a file's content; remembered by path, size and time of change, because files can be large."""
-    stat = path.stat()
-    identity = f"{path.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}"
-    memo = cache_dir() / "digests" / hashlib.sha256(identity.encode()).hexdigest()
-    if memo.is_file():
-        return memo.read_text(encoding="utf-8")
-    with path.open("rb") as source:
-        digest = hashlib.file_digest(source, "sha256").hexdigest()
-    write_text(memo, digest)
-    return digest
 
 
 def _folder_fingerprint(folder: Path) -> str:

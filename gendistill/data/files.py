@@ -18,14 +18,11 @@ from typing import IO, Any
 import numpy as np
 from filelock import FileLock
 
+from gendistill.data.locate import JSON_SUFFIXES, TEXT_SUFFIXES, row_suffix
 from gendistill.errors import DataError
 from gendistill.paths import cache_dir, new_folder, read_json, write_json, writing
 
 Row = dict[str, Any]
-
-JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
-TEXT_SUFFIXES = (".txt", ".text")
-ROW_SUFFIXES = JSON_SUFFIXES + TEXT_SUFFIXES
 
 _CHUNK_BYTES = 1 << 20
 # the longest token that a cut can split without being a string: "-Infinity", or half an escape
@@ -38,14 +35,6 @@ _log = logging.getLogger(__name__)
 def warn_once(message: str) -> None:
     """Log a warning the first time this process sees it."""
     _log.warning(message)
-
-
-def row_suffix(path: Path) -> str:
-    """Name the kind of a file by its suffix, looking through ``.gz``."""
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    if suffixes and suffixes[-1] == ".gz":
-        suffixes.pop()
-    return suffixes[-1] if suffixes else ""
 
 
 @dataclass(frozen=True, slots=True)

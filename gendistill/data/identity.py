@@ -1,0 +1,46 @@
+"""Say what a source holds, so that a change of its rows can be told from a change of its name."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from gendistill.config.schema import SourceConfig
+from gendistill.data.locate import JSON_SUFFIXES, TEXT_SUFFIXES, locate, reading, row_suffix
+from gendistill.digests import file_digest
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+def source_identity(config: SourceConfig, *, where: str) -> dict[str, Any]:
+    """Say what a source holds, as plain JSON, without the network (but a package may be fetched).
+
+    Two local sources are alike if their files hold the same bytes in the same order and are read as the same kind;
+    how they are called and where they lie is left out. A hub dataset is alike if its name is, and its commit where
+    the recipe names one. A branch is not resolved through the hub's cache: that is empty before the first download,
+    so the same recipe would be another one afterwards.
+
+    Args:
+        config: The source.
+        where: Recipe path, for errors.
+    Returns:
+        ``{"files": [[kind, sha256], ...]}``, or ``{"hub": path}`` with ``"commit"`` if ``revision`` is one.
+    Raises:
+        DataError: The files are missing or cannot be read.
+    """
+    found = locate(config, where=where)
+    if found is None:
+        is_commit = config.revision is not None and _COMMIT.fullmatch(config.revision)
+        return {"hub": config.path, **({"commit": config.revision} if is_commit else {})}
+    files = []
+    for file in found.files:
+        with reading(file, where=where):
+            files.append([_kind(row_suffix(file)), file_digest(file)])
+    return {"files": files}
+
+
+def _kind(suffix: str) -> str:
+    """Name how a file is read: JSON by any of its suffixes is one kind."""
+    if suffix in JSON_SUFFIXES:
+        return "json"
+    return "text" if suffix in TEXT_SUFFIXES else suffix.removeprefix(".")
