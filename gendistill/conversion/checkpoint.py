@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gendistill.companions import companions_fingerprint
 from gendistill.conversion.pypi import find_packaged_model
 from gendistill.conversion.tensors import TensorInfo, read_tensor_index
 from gendistill.errors import CheckpointError
@@ -47,6 +48,11 @@ class Checkpoint:
     folder: Path
     fingerprint: str
     config: dict[str, Any]
+
+    @property
+    def companions_fingerprint(self) -> str:
+        """Changes when the tokenizer, a chat template, the generation settings or a licence changes."""
+        return companions_fingerprint(self.folder)
 
 
 def resolve_checkpoint(spec: str, *, revision: str = "main", where: str = "teacher.model") -> Checkpoint:
@@ -188,9 +194,11 @@ def _dequantised(path: Path, where: str) -> tuple[Path, str]:
 
 
 def _file_digest(path: Path) -> str:
-    """Hash a file's content; remembered by path, size and time of change, because files can be large."""
+    """Hash a file's content; remembered by what a change of the file changes, because files can be large."""
     stat = path.stat()
-    identity = f"{path.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}"
+    identity = "\0".join(
+        map(str, (path.resolve(), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino))
+    )
     memo = cache_dir() / "digests" / hashlib.sha256(identity.encode()).hexdigest()
     if memo.is_file():
         return memo.read_text(encoding="utf-8")
@@ -201,19 +209,11 @@ def _file_digest(path: Path) -> str:
 
 
 def _folder_fingerprint(folder: Path) -> str:
-    """Hash the config and, of every weight file, its size, header and samples of its values.
-
-    Reading all of a large checkpoint at every start would take minutes. Training changes every value, so 64
-    evenly spaced samples of 4 KiB tell checkpoints apart.
-    """
+    """Hash names and content of the config and of every weight file."""
     digest = hashlib.sha256()
-    for path in sorted((*folder.glob("*.safetensors"), *folder.glob("config.json"))):
-        size = path.stat().st_size
-        digest.update(f"{path.name}\0{size}\0".encode())
-        with path.open("rb") as source:
-            for sample in range(64):
-                source.seek(size * sample // 64)
-                digest.update(source.read(4096))
+    for path in sorted((*folder.glob("*.safetensors*"), *folder.glob("config.json"))):
+        if path.is_file():
+            digest.update(f"{path.name}\0{_file_digest(path)}\0".encode())
     return f"folder-{digest.hexdigest()}"
 
 
