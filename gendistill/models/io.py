@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 import gendistill
+from gendistill.companions import companion_files
 from gendistill.models.modeling import HybridForCausalLM
 from gendistill.paths import new_folder, write_text
 
@@ -21,21 +22,6 @@ _AUTO_MAP = {
     "AutoModel": "models_modeling.HybridModel",
     "AutoModelForCausalLM": "models_modeling.HybridForCausalLM",
 }
-# files beside weights and config that a student needs to read, write and stop like its teacher
-_COMPANIONS = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-    "LICENSE*",
-    "NOTICE*",
-)
 
 
 def export_code(folder: Path) -> list[Path]:
@@ -62,13 +48,9 @@ def export_code(folder: Path) -> list[Path]:
 
 def copy_companions(source: Path, folder: Path) -> None:
     """Copy tokenizer, chat template, generation settings and licences unchanged."""
-    for pattern in _COMPANIONS:
-        for path in source.glob(pattern):
-            shutil.copyfile(path, folder / path.name)
-    if (source / "additional_chat_templates").is_dir():
-        shutil.copytree(
-            source / "additional_chat_templates", folder / "additional_chat_templates", dirs_exist_ok=True
-        )
+    for name, path in companion_files(source).items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, folder / name)
 
 
 def save_student(

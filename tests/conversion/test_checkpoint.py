@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import os
 import subprocess
 import sys
 import zipfile
@@ -11,6 +12,7 @@ import torch
 
 from gendistill.conversion.checkpoint import load_causal_lm, load_tokenizer, resolve_checkpoint
 from gendistill.errors import CheckpointError
+from gendistill.models.io import copy_companions
 
 
 def test_planning_and_resolving_import_no_torch():
@@ -39,6 +41,47 @@ def test_fingerprint_follows_weights_and_config_not_the_path(save_teacher):
     config = json.loads((same / "config.json").read_text())
     (same / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.5}))
     assert resolve_checkpoint(str(same)).fingerprint != one
+
+
+def test_fingerprint_follows_single_bytes_of_the_weights_whatever_their_time(save_teacher):
+    _, folder = save_teacher()
+    before, path = resolve_checkpoint(str(folder)).fingerprint, folder / "model.safetensors"
+    stat, content = path.stat(), bytearray(path.read_bytes())
+    for place in (len(content) // 2 + 9_001, -1):
+        content[place] ^= 1
+        path.write_bytes(content)
+        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+        after = resolve_checkpoint(str(folder)).fingerprint
+        assert after != before
+        before = after
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+        *(
+            "chat_template.jinja",
+            "additional_chat_templates/tools.jinja",
+            "generation_config.json",
+            "LICENSE",
+        ),
+    ],
+)
+def test_companions_fingerprint_follows_what_a_student_inherits(save_teacher, tmp_path, name):
+    _, folder = save_teacher()
+    (folder / name).parent.mkdir(exist_ok=True)
+    seen = []
+    for text in ("a", "b"):
+        (folder / name).write_text(text)
+        checkpoint = resolve_checkpoint(str(folder))
+        seen.append((checkpoint.fingerprint, checkpoint.companions_fingerprint))
+        copy_companions(folder, tmp_path)
+        assert (tmp_path / name).read_text() == text
+    assert seen[0][0] == seen[1][0]
+    assert seen[0][1] != seen[1][1]
+    (folder / name).unlink()
+    assert resolve_checkpoint(str(folder)).companions_fingerprint not in {each[1] for each in seen}
 
 
 @pytest.mark.parametrize(
