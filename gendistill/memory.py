@@ -1,4 +1,4 @@
-"""Predict the peak memory of a training stage. Imports no torch.
+"""Predict the peak memory of a training stage, and the size of a cache. Imports no torch.
 
 Weights, gradients and moments are exact. Activations are an estimate from the shapes that each block keeps for its
 backward pass; what the allocator wastes is not counted. Measured once: SmolLM2-135M with 8 KDA layers, end to end,
@@ -10,15 +10,18 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from gendistill.config.objectives import BlockOutputConfig, MixerOutputConfig
 from gendistill.config.schema import StageConfig
-from gendistill.conversion.family import Geometry
+from gendistill.conversion.family import Geometry, read_geometry
 from gendistill.types import MixerKind, ParamGroup, Placement
 
+# lengths in tokens at which reports compare caches
+CACHE_LENGTHS = (512, 2048, 8192, 32768, 131072)
 # one chunk's float32 logits in the divergence, and how many buffers of that size live at once (both models'
 # logits, their log-probabilities, the gradient)
 _LOSS_CHUNK_BYTES = {"cpu": 24 * 2**20, "cuda": 256 * 2**20}
@@ -178,3 +181,31 @@ def _loss_bytes(stage: StageConfig, geometry: Geometry, tokens: int, device: Dev
         4 * geometry.vocab_size * geometry.hidden_size if head else 0
     )
     return _LOSS_BUFFERS * chunk + gradients
+
+
+def cache_bytes(config: Mapping[str, Any], *, tokens: int, bytes_per_value: int = 2) -> int:
+    """Compute the bytes that one sequence occupies in the cache.
+
+    Args:
+        config: A family's config, or a student's with ``mixers`` and ``mixer_configs``.
+        tokens: Length of the sequence.
+        bytes_per_value: Of keys, values and convolution states; recurrent states are float32.
+    Source: per attention layer ``2 * kv_heads * head_dim`` values a token (at most a window of them); per KDA layer
+        ``heads * head_dim ** 2`` float32 numbers and ``conv_size - 1`` inputs of q, k and v.
+    """
+    teacher = {**config, "model_type": config.get("base_model_type", config["model_type"])}
+    geometry = read_geometry({name: value for name, value in teacher.items() if name != "layer_types"})
+    mixers = config.get("mixers") or ["full"] * geometry.num_layers
+    layer_types = config.get("layer_types") or ["full_attention"] * geometry.num_layers
+    window = config.get("sliding_window")
+    taps = (config.get("mixer_configs") or {}).get("kda", {}).get("conv_size", 4)
+    total = 0
+    for mixer, layer_type in zip(mixers, layer_types, strict=True):
+        if mixer == "kda":
+            channels = (geometry.num_heads + 2 * geometry.num_kv_heads) * geometry.head_dim
+            total += 4 * geometry.num_heads * geometry.head_dim**2
+            total += bytes_per_value * channels * max(taps - 1, 0)
+        else:
+            kept = min(tokens, window - 1) if layer_type == "sliding_attention" and window else tokens
+            total += bytes_per_value * 2 * geometry.num_kv_heads * geometry.head_dim * kept
+    return total

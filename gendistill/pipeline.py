@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import os
 import resource
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +16,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from rich.console import Console
+from rich.text import Text
 
-from gendistill.config.load import dump_recipe
 from gendistill.config.schema import Recipe
 from gendistill.conversion.checkpoint import (
     Checkpoint,
@@ -35,13 +33,16 @@ from gendistill.conversion.probe import check_probe, probe_student, render_probe
 from gendistill.data.stream import build_stream, heldout_batches
 from gendistill.errors import RecipeError
 from gendistill.losses.base import check_vocabulary
-from gendistill.manifest import CACHE_LENGTHS, Manifest, cache_bytes, fingerprint
+from gendistill.memory import CACHE_LENGTHS, cache_bytes
 from gendistill.models.io import export_code, load_student, save_student
-from gendistill.paths import RunDir, new_folder, write_json, write_text
+from gendistill.paths import RunDir, write_json
 from gendistill.provenance import installed_versions, source_commit, today
 from gendistill.report import write_report
+from gendistill.runs.inputs import CONVERT, ROLES, eval_step, recipe_steps, stage_step
+from gendistill.runs.workspace import Workspace
 from gendistill.training.console import TrainingConsole
 from gendistill.training.loop import train_stage
+from gendistill.training.processes import on_main
 from gendistill.types import Placement
 
 if TYPE_CHECKING:
@@ -62,44 +63,55 @@ def run(recipe: Recipe, *, command: str) -> RunDir:
     Returns: The run folder.
     """
     started = time.monotonic()
-    context = _Context.open(recipe, command)
-    _convert(context)
-    _distill(context, tuple(recipe.stages))
-    if context.accelerator.is_main_process:
-        _evaluate(context)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        context.manifest.update(seconds=round(time.monotonic() - started, 1), peak_memory_bytes=peak)
-        write_report(context.run.root)
-    context.accelerator.wait_for_everyone()
-    return context.run
+    with _opened(recipe, command) as context:
+        _convert(context)
+        _distill(context, tuple(recipe.stages))
+        if context.is_main:
+            _evaluate(context)
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+                1 if sys.platform == "darwin" else 1024
+            )
+            context.workspace.entries.update(
+                seconds=round(time.monotonic() - started, 1), peak_memory_bytes=peak
+            )
+            context.workspace.complete()
+            write_report(context.workspace.run.root)
+        context.accelerator.wait_for_everyone()
+    return context.workspace.run
 
 
 def convert(recipe: Recipe, *, command: str) -> RunDir:
     """Build the untrained student and probe it."""
-    context = _Context.open(recipe, command)
-    _convert(context)
-    return context.run
+    with _opened(recipe, command) as context:
+        _convert(context)
+        context.complete()
+    return context.workspace.run
 
 
 def distill(recipe: Recipe, *, command: str, only: tuple[str, ...] = ()) -> RunDir:
     """Convert if needed, then train all stages, or ``only`` some whose predecessors are finished."""
-    context = _Context.open(recipe, command)
-    _convert(context)
-    _distill(context, only or tuple(recipe.stages))
-    return context.run
+    with _opened(recipe, command) as context:
+        _convert(context)
+        _distill(context, only or tuple(recipe.stages))
+        context.complete()
+    return context.workspace.run
 
 
 def evaluate(recipe: Recipe, *, command: str) -> RunDir:
     """Score the teacher and the run's student on the recipe's tasks and questions."""
-    context = _Context.open(recipe, command)
-    if not context.run.student.is_dir():
-        raise RecipeError(
-            f"{context.run.root} has no finished student to score",
-            where=str(context.run.student),
-            hint=f"gendistill distill {recipe.name}",
-        )
-    _evaluate(context)
-    return context.run
+    with _opened(recipe, command) as context:
+        workspace = context.workspace
+        made = [CONVERT, *map(stage_step, recipe.stages)]
+        missing = [name for name in made if not workspace.is_done(name)]
+        if missing:
+            raise RecipeError(
+                f"{workspace.run.root} has no finished student of this recipe to score: {missing[0]} is to be done",
+                where=str(workspace.run.student),
+                hint=f"gendistill distill {recipe.name}",
+            )
+        _evaluate(context)
+        context.complete()
+    return workspace.run
 
 
 def evaluate_model(
@@ -153,49 +165,16 @@ class _Context:
     """What every step of one run needs."""
 
     recipe: Recipe
-    run: RunDir
-    manifest: Manifest
+    workspace: Workspace
     accelerator: Accelerator
     teacher: Checkpoint
     source: Checkpoint
+    placement: Placement
     console: Console
 
-    @classmethod
-    def open(cls, recipe: Recipe, command: str) -> _Context:
-        accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)])
-        run = RunDir(Path(recipe.output) / recipe.name)
-        quiet = not accelerator.is_main_process
-        console = Console(quiet=quiet, highlight=False, soft_wrap=not sys.stdout.isatty())
-        with accelerator.main_process_first():  # one process downloads, the others find the cache
-            teacher = resolve_checkpoint(recipe.teacher.model, revision=recipe.teacher.revision)
-            source = teacher
-            if recipe.student.source is not None:
-                source = resolve_checkpoint(recipe.student.source, where="student.from")
-        manifest = Manifest(run.manifest)
-        context = cls(recipe, run, manifest, accelerator, teacher, source, console)
-        device_name = _device_name(accelerator.device)
-        impl = choose_impl(
-            recipe.student.impl, context.placement, device=accelerator.device, device_name=device_name
-        )
-        if accelerator.is_main_process:
-            write_text(run.recipe, dump_recipe(recipe))
-            manifest.update(
-                name=recipe.name,
-                date=today(),
-                command=command,
-                commit=source_commit(),
-                versions=installed_versions(),
-                device=device_name,
-                dtype=str(context.teacher_dtype).removeprefix("torch."),
-            )
-        context.say("device", device_name)
-        context.say("impl", str(impl))
-        return context
-
     @property
-    def placement(self) -> Placement:
-        num_layers = self.source.config["num_hidden_layers"]
-        return Placement.parse(self.recipe.student.placement, num_layers=num_layers)
+    def is_main(self) -> bool:
+        return self.accelerator.is_main_process
 
     @property
     def device(self) -> torch.device:
@@ -205,43 +184,16 @@ class _Context:
     def teacher_dtype(self) -> torch.dtype:
         return _dtype(self.recipe.teacher.dtype, self.device)
 
-    @property
-    def convert_fingerprint(self) -> str:
-        recipe = self.recipe
-        return fingerprint(
-            self.teacher.fingerprint,
-            self.source.fingerprint,
-            recipe.student.model_dump(mode="json"),
-            recipe.heldout.model_dump(mode="json"),
-            recipe.data[recipe.heldout.data].model_dump(mode="json"),
-            recipe.seed,
-        )
-
-    def stage_fingerprint(self, name: str) -> str:
-        """Depends on everything before the stage, too."""
-        parts: list[Any] = [self.convert_fingerprint]
-        for stage_name, stage in self.recipe.stages.items():
-            parts += [stage_name, stage.model_dump(mode="json"), self.data_of(stage.data)]
-            if stage_name == name:
-                break
-        return fingerprint(parts)
-
-    def data_of(self, name: str) -> dict[str, Any]:
-        """The named source or mixture, with the sources it draws from."""
-        entry = self.recipe.data[name].model_dump(mode="json")
-        return {
-            name: entry,
-            **{part: self.recipe.data[part].model_dump(mode="json") for part in entry.get("mix", {})},
-        }
-
-    @property
-    def last_fingerprint(self) -> str:
-        """Of the student after all stages."""
-        names = list(self.recipe.stages)
-        return self.stage_fingerprint(names[-1]) if names else self.convert_fingerprint
-
     def say(self, title: str, text: str) -> None:
-        self.console.print(f"[bold]{title:<9}[/bold] {text}", soft_wrap=True)
+        _say(self.console, title, text)
+
+    def complete(self) -> None:
+        """Show what this command has made, once it has made everything."""
+        on_main(self.accelerator, self.workspace.complete)
+
+    def is_done(self, name: str) -> bool:
+        """Whether a step has finished, alike on every process."""
+        return on_main(self.accelerator, lambda: self.workspace.is_done(name))
 
     def load_teacher(self) -> PreTrainedModel:
         return _load_teacher(self.teacher, self.recipe.teacher.dtype, self.device)
@@ -250,52 +202,114 @@ class _Context:
         return load_student(folder, dtype=dtype, device=self.device, impl=self.recipe.student.impl)
 
 
+def _say(console: Console, title: str, text: str) -> None:
+    # paths and names are text: brackets in them are not markup
+    console.print(Text.assemble((f"{title:<9}", "bold"), " ", text), soft_wrap=True)
+
+
+@contextlib.contextmanager
+def _opened(recipe: Recipe, command: str) -> Iterator[_Context]:
+    """Resolve what the recipe names, list its steps, and keep other processes out of its run folder."""
+    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)])
+    console = Console(
+        quiet=not accelerator.is_main_process, highlight=False, soft_wrap=not sys.stdout.isatty()
+    )
+    with accelerator.main_process_first():  # one process downloads, the others find the cache
+        teacher = resolve_checkpoint(recipe.teacher.model, revision=recipe.teacher.revision)
+        source = teacher
+        if recipe.student.source is not None:
+            source = resolve_checkpoint(recipe.student.source, where="student.from")
+    placement = Placement.parse(recipe.student.placement, num_layers=source.config["num_hidden_layers"])
+    device_name = _device_name(accelerator.device)
+    impl = choose_impl(recipe.student.impl, placement, device=accelerator.device, device_name=device_name)
+    workspace = Workspace(recipe, say=lambda title, text: _say(console, title, text))
+    with contextlib.ExitStack() as stack:
+        on_main(accelerator, lambda: stack.enter_context(workspace.locked()))
+        workspace.plan(
+            on_main(
+                accelerator,
+                lambda: recipe_steps(
+                    recipe,
+                    teacher=teacher,
+                    source=source,
+                    placement=placement,
+                    recorded=workspace.shown_inputs,
+                    say=workspace.warn,
+                ),
+            )
+        )
+        workspace.entries.update(
+            name=recipe.name,
+            date=today(),
+            command=command,
+            commit=source_commit(),
+            versions=installed_versions(),
+            device=device_name,
+            dtype=str(_dtype(recipe.teacher.dtype, accelerator.device)).removeprefix("torch."),
+        )
+        context = _Context(recipe, workspace, accelerator, teacher, source, placement, console)
+        context.say("device", device_name)
+        context.say("impl", str(impl))
+        on_main(accelerator, workspace.sync)
+        yield context
+
+
 def _convert(context: _Context) -> None:
-    run, recipe, manifest = context.run, context.recipe, context.manifest
-    mark = context.convert_fingerprint
-    if not context.accelerator.is_main_process or (
-        manifest.is_done("convert", mark) and run.student_init.is_dir() and run.probe.is_file()
-    ):
-        if context.accelerator.is_main_process:
-            context.say("convert", f"done before: {run.student_init}")
-        context.accelerator.wait_for_everyone()
+    """Make the untrained student and its probe, on the main process."""
+    on_main(context.accelerator, lambda: _convert_here(context))
+
+
+def _convert_here(context: _Context) -> None:
+    workspace = context.workspace
+    if workspace.is_done(CONVERT):
+        context.say("convert", f"done before: {workspace.run.student_init}")
         return
-    manifest.begin("convert")
-    placement = context.placement
+    with workspace.making(CONVERT) as folder:
+        # another process may have made it while this one waited
+        if workspace.is_done(CONVERT):
+            return
+        found = _make_student(context, folder)
+        workspace.finish(CONVERT, found)
+
+
+def _make_student(context: _Context, folder: Path) -> dict[str, Any]:
+    """Convert into ``folder`` and probe the result; return what the manifest says about it."""
+    recipe, placement, student_folder = context.recipe, context.placement, folder / "student"
     context.say("teacher", f"{recipe.teacher.model}   {context.teacher.folder}")
     context.say("student", str(placement))
     tensors = read_tensor_index(context.source.folder)
     plan = plan_conversion(context.source.config, tensors, placement, recipe.student.mixers)
-    write_json(run.plan, plan.to_json())
+    write_json(folder / "plan.json", plan.to_json())
     tokenizer = load_tokenizer(context.teacher.folder)
     _check_tokenizers(context, tokenizer)
-    apply_plan(plan, context.source, run.student_init, seed=recipe.seed)
-    export_code(run.student_init)
+    apply_plan(plan, context.source, student_folder, seed=recipe.seed)
+    export_code(student_folder)
 
-    teacher, student = context.load_teacher(), context.load_student(run.student_init)
+    teacher, student = context.load_teacher(), context.load_student(student_folder)
     check_vocabulary(teacher.config, student.config)
     batches = [batch.to(context.device) for batch in heldout_batches(recipe, tokenizer)]
     with context.console.status("probing the untrained student on held-out text"):
         probe = probe_student(student, teacher, batches)
-    write_json(run.probe, probe)
+    write_json(folder / "probe.json", probe)
     context.console.print(render_probe(probe))
     if warning := check_probe(probe):
-        context.say("warning", warning)
+        context.workspace.warn(warning)
+    context.say("converted", f"{student_folder}   held-out KL {probe['kl']:.3f} nats/token")
     student_config = student.config.to_dict()
-    manifest.update(
-        impl=probe["impl"],
-        teacher={
+    return {
+        "impl": probe["impl"],
+        "teacher": {
             "spec": recipe.teacher.model,
             "fingerprint": context.teacher.fingerprint,
             "num_layers": context.source.config["num_hidden_layers"],
             "num_tensors": len(tensors),
             "num_parameters": teacher.num_parameters(),
         },
-        student={
+        "student": {
             "placement": [kind.value for kind in placement.kinds],
             "num_parameters": student.num_parameters(),
         },
-        cache_bytes=[
+        "cache_bytes": [
             {
                 "tokens": tokens,
                 "teacher": cache_bytes(context.teacher.config, tokens=tokens),
@@ -303,10 +317,7 @@ def _convert(context: _Context) -> None:
             }
             for tokens in CACHE_LENGTHS
         ],
-    )
-    manifest.finish("convert", mark)
-    context.say("converted", f"{run.student_init}   held-out KL {probe['kl']:.3f} nats/token")
-    context.accelerator.wait_for_everyone()
+    }
 
 
 def _check_tokenizers(context: _Context, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -324,99 +335,84 @@ def _check_tokenizers(context: _Context, tokenizer: PreTrainedTokenizerBase) -> 
 
 
 def _distill(context: _Context, names: tuple[str, ...]) -> None:
-    run, recipe, manifest = context.run, context.recipe, context.manifest
-    previous = run.student_init
-    pending = [name for name in names if not _stage_is_done(context, name)]
-    console = TrainingConsole(main=context.accelerator.is_main_process, console=context.console)
-    teacher = context.load_teacher() if pending else None
-    tokenizer = load_tokenizer(context.teacher.folder)
-    for name, stage in recipe.stages.items():
-        output = run.stage(name) / "student"
-        if name in pending:
-            if not previous.is_dir():
+    """Train the named stages that have not finished, each from the student of the one before it."""
+    workspace, recipe = context.workspace, context.recipe
+    previous, teacher = CONVERT, None
+    for name in recipe.stages:
+        step = stage_step(name)
+        if name in names and context.is_done(step):
+            context.say(name, f"done before: {workspace.run.stage(name) / 'student'}")
+        elif name in names:
+            if not context.is_done(previous):
                 raise RecipeError(
-                    f'stage "{name}" starts from {previous}, which does not exist',
+                    f'stage "{name}" starts from the result of {previous}, which has not finished',
                     where=f"stages.{name}",
                     hint="run the stages before it first: leave out --only",
                 )
-            assert teacher is not None
-            accelerator = context.accelerator
-            stream = build_stream(
-                recipe, name, tokenizer, rank=accelerator.process_index, world=accelerator.num_processes
-            )
-            student = context.load_student(previous)
-            train_stage(
-                stage,
-                name=name,
-                student=student,
-                teacher=teacher,
-                stream=stream,
-                run=run,
-                accelerator=accelerator,
-                heldout=[batch.to(context.device) for batch in heldout_batches(recipe, tokenizer)],
-                seed=recipe.seed,
-                console=console,
-                heldout_every=recipe.heldout.every_steps,
-                lock={"data": context.data_of(stage.data), "teacher": context.teacher.fingerprint},
-            )
-            if accelerator.is_main_process:
-                save_student(student, output, companions=run.student_init)
-                manifest.finish(f"stage {name}", context.stage_fingerprint(name))
-                shutil.rmtree(run.stage(name) / "checkpoints", ignore_errors=True)
-            accelerator.wait_for_everyone()
-            del student
-        elif name in names and context.accelerator.is_main_process:
-            context.say(name, f"done before: {output}")
-        previous = output
-    finished = not recipe.stages or previous.is_dir()
-    if context.accelerator.is_main_process and finished and (pending or not run.student.is_dir()):
-        _link_folder(previous, run.student)
-    context.accelerator.wait_for_everyone()
+            teacher = teacher or context.load_teacher()
+            _train(context, name, teacher, workspace.folder(previous) / "student")
+        previous = step
 
 
-def _stage_is_done(context: _Context, name: str) -> bool:
-    mark = context.stage_fingerprint(name)
-    return context.manifest.is_done(f"stage {name}", mark) and (context.run.stage(name) / "student").is_dir()
+def _train(context: _Context, name: str, teacher: PreTrainedModel, start: Path) -> None:
+    """Train one stage in its folder of the store."""
+    recipe, workspace, accelerator = context.recipe, context.workspace, context.accelerator
+    step, folder = stage_step(name), workspace.folder(stage_step(name))
+    with contextlib.ExitStack() as stack:
+        on_main(accelerator, lambda: stack.enter_context(workspace.making(step)) and None)
+        # another process may have made it while this one waited
+        if context.is_done(step):
+            return
+        tokenizer = load_tokenizer(context.teacher.folder)
+        rank, world = accelerator.process_index, accelerator.num_processes
+        stream = build_stream(recipe, name, tokenizer, rank=rank, world=world)
+        student = context.load_student(start)
+        result = train_stage(
+            recipe.stages[name],
+            name=name,
+            student=student,
+            teacher=teacher,
+            stream=stream,
+            folder=folder,
+            accelerator=accelerator,
+            heldout=[batch.to(context.device) for batch in heldout_batches(recipe, tokenizer)],
+            seed=recipe.seed,
+            console=TrainingConsole(main=context.is_main, console=context.console),
+            heldout_every=recipe.heldout.every_steps,
+            lock=workspace.steps[step].inputs,
+        )
 
+        def keep() -> None:
+            save_student(student, folder / "student", companions=workspace.folder(CONVERT) / "student")
+            workspace.finish(step, {"result": asdict(result)})
 
-def _link_folder(source: Path, target: Path) -> None:
-    """Make ``target`` the same files as ``source``, sharing the disk space where the file system can."""
-    with new_folder(target) as partial:
-        shutil.copytree(source, partial, copy_function=_link_or_copy, dirs_exist_ok=True)
-
-
-def _link_or_copy(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
+        on_main(accelerator, keep)
 
 
 def _evaluate(context: _Context) -> None:
-    run, recipe, manifest = context.run, context.recipe, context.manifest
-    settings = recipe.eval.model_dump(mode="json", exclude={"bootstrap"})
-    if not settings["tasks"] and not settings["questions"]:
+    recipe, workspace = context.recipe, context.workspace
+    asked = [role for role in ROLES if eval_step(role) in workspace.steps]
+    if not asked:
         context.say("eval", "nothing to score: eval.tasks and eval.questions are empty")
         return
-    marks = {
-        "teacher": fingerprint(context.teacher.fingerprint, settings, recipe.teacher.dtype),
-        "student": fingerprint(context.last_fingerprint, context.teacher.fingerprint, settings),
-    }
-    pending = [role for role, mark in marks.items() if not manifest.is_done(f"eval {role}", mark)]
+    pending = [role for role in asked if not workspace.is_done(eval_step(role))]
     if not pending:
-        context.say("eval", f"done before: {run.eval('student').parent}")
+        context.say("eval", f"done before: {workspace.run.eval('student').parent}")
         return
     teacher, tokenizer = context.load_teacher(), load_tokenizer(context.teacher.folder)
+    settings = recipe.eval.model_dump(mode="json", exclude={"bootstrap"})
     for role in pending:
-        model = teacher
-        if role == "student":
-            model = context.load_student(run.student, context.teacher_dtype)
-        name = recipe.teacher.model if role == "teacher" else f"{recipe.name}@{marks[role]}"
-        _score(
-            model, tokenizer, name=name, role=role, out=run.eval(role), settings=settings, teacher=teacher,
-            console=context.console,
-        )  # fmt: skip
-        manifest.finish(f"eval {role}", marks[role])
+        step = eval_step(role)
+        with workspace.making(step) as folder:
+            model, name = teacher, recipe.teacher.model
+            if role == "student":
+                model = context.load_student(workspace.run.student, context.teacher_dtype)
+                name = f"{recipe.name}@{workspace.steps[step].inputs['after']}"
+            _score(
+                model, tokenizer, name=name, role=role, out=folder, parts=workspace.store.root / "scores",
+                settings=settings, teacher=teacher, console=context.console,
+            )  # fmt: skip
+            workspace.finish(step, {})
 
 
 def _score(
@@ -428,6 +424,7 @@ def _score(
     out: Path,
     settings: dict[str, Any],
     teacher: PreTrainedModel | None,
+    parts: Path | None = None,
     console: Console | None = None,
 ) -> dict[str, Any]:
     from gendistill_evals.evaluate import evaluate_model as evaluate_any
@@ -443,6 +440,7 @@ def _score(
             questions=settings["questions"],
             question_tokens=settings.get("question_tokens", 64),
             out_dir=out,
+            parts_dir=parts,
             model_name=name,
             role=role,
             progress=progress,

@@ -6,6 +6,7 @@ import signal
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from accelerate import Accelerator
 from gendistill.config.schema import StageConfig
 from gendistill.data.batch import Batch
 from gendistill.errors import TrainingError
-from gendistill.paths import RunDir, write_json
+from gendistill.paths import write_json
 from gendistill.training.checkpoint import checksums, find_checkpoint, save_checkpoint
 from gendistill.training.console import StageView, TrainingConsole
 from gendistill.training.diagnose import first_non_finite
@@ -59,7 +60,7 @@ def train_stage(
     student: Any,
     teacher: Any,
     stream: Stream,
-    run: RunDir,
+    folder: Path,
     accelerator: Accelerator,
     heldout: Sequence[Batch],
     seed: int,
@@ -70,7 +71,7 @@ def train_stage(
     """Train a student for one stage, from its newest checkpoint if there is one.
 
     The student becomes float32 and is trained in place; saving it is left to the caller. Writes ``plan.json``,
-    ``metrics.jsonl``, ``checkpoints/`` and ``result.json`` under ``run.stage(name)``.
+    ``metrics.jsonl``, ``checkpoints/`` and ``result.json`` in the stage's folder.
 
     Args:
         stage: Objective, groups, length, rates.
@@ -78,7 +79,7 @@ def train_stage(
         student: Hugging Face causal language model, as at the start of the stage, also when resuming.
         teacher: Likewise; run without gradients, in its own dtype.
         stream: This process's micro-batches, at their start: resuming sets its state.
-        run: The run folder.
+        folder: The stage's own folder; what an interrupted attempt left is in it.
         accelerator: Without mixed precision and without gradient accumulation.
         heldout: Batches to score at the end, on every process the same.
         seed: The recipe's. Every step is seeded from it and its number.
@@ -98,7 +99,7 @@ def train_stage(
             student=student,
             teacher=teacher,
             stream=stream,
-            folder=run.stage(name),
+            folder=folder,
             accelerator=accelerator,
             heldout=heldout,
             seed=seed,

@@ -13,20 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gendistill.config.base import identity
 from gendistill.config.schema import StageConfig
 from gendistill.data.batch import Batch
 from gendistill.errors import CheckpointError
 from gendistill.paths import read_json, write_json
 
-# these change neither the data nor the mathematics, so they may change between a stop and a resume
-_FREE = {
-    "log_every_steps",
-    "save_every_steps",
-    "save_every_minutes",
-    "keep_checkpoints",
-    "micro_batch_size",
-    "gradient_checkpointing",
-}
 _MOST_PROBES = 3
 _PROBE_SECONDS = 10.0
 
@@ -65,9 +57,13 @@ def locked_settings(
         checksums: Of the student's parameters before the stage.
         extra: More settings that the stage depends on (teacher, data), as JSON.
     """
-    settings = {key: value for key, value in stage.model_dump(mode="json").items() if key not in _FREE}
     digest = hashlib.sha256(repr(sorted(checksums.items())).encode()).hexdigest()[:16]
-    return {**_flat(f"stages.{name}", settings), "seed": seed, "initial student": digest, **_flat("", extra)}
+    return {
+        **_flat(f"stages.{name}", identity(stage)),
+        "seed": seed,
+        "initial student": digest,
+        **_flat("", extra),
+    }
 
 
 def existing_plan(path: Path, locked: dict[str, Any], checkpoint: Path | None) -> StagePlan | None:

@@ -41,6 +41,7 @@ LAYERS = {
     "losses": {"ops", "data", "config"},
     "training": {"losses", "data", "models", "ops", "config"},
     "report": {"config"},
+    "runs": {"conversion", "data", "config"},
     "bench": {"training", "models", "data", "ops", "report", "config"},
 }
 ABOVE_ALL = {
@@ -48,7 +49,6 @@ ABOVE_ALL = {
     "gendistill.planning",
     "gendistill.memory",
     "gendistill.testing",
-    "gendistill.manifest",
 }
 
 

@@ -15,7 +15,6 @@ from rich.console import Console
 from gendistill.config.schema import StageConfig
 from gendistill.data.batch import IGNORE, Batch
 from gendistill.errors import GendistillError
-from gendistill.paths import RunDir
 from gendistill.testing import tiny_student, tiny_teacher
 from gendistill.training.console import TrainingConsole
 from gendistill.training.loop import train_stage
@@ -109,7 +108,7 @@ def run_stage(folder, *, student=None, teacher=None, heldout_every=None, out=Non
         student=student,
         teacher=make_teacher() if teacher is None else teacher,
         stream=TinyStream(stage.micro_batch_size, accelerator.process_index, world),
-        run=RunDir(Path(folder)),
+        folder=Path(folder) / "stages" / "tiny",
         accelerator=accelerator,
         heldout=heldout(),
         seed=7,
@@ -123,7 +122,7 @@ def run_stage(folder, *, student=None, teacher=None, heldout_every=None, out=Non
 
 def rows(folder):
     """Read the metrics without what depends on the clock."""
-    path = RunDir(Path(folder)).stage("tiny") / "metrics.jsonl"
+    path = Path(folder) / "stages" / "tiny" / "metrics.jsonl"
     if not path.exists():
         return []
     lines = [json.loads(line) for line in path.read_text().split("\n")[:-1]]
