@@ -17,6 +17,8 @@ from gendistill_evals.task import (
     list_tasks,
     load_questions,
     load_task,
+    questions_identity,
+    task_identity,
 )
 
 if TYPE_CHECKING:
@@ -33,6 +35,8 @@ __all__ = [
     "list_tasks",
     "load_questions",
     "load_task",
+    "questions_identity",
+    "task_identity",
 ]
 
 

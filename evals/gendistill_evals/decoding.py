@@ -255,7 +255,8 @@ def _own_generation_config(model: PreTrainedModel) -> Iterator[None]:
 def _decode(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> str:
     text = tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
     assert isinstance(text, str)
-    return text
+    # A tokenizer may decode half of a character pair, which no file can hold.
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _as_ids(value: Any) -> list[int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,26 +16,24 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gendistill_evals.decoding import greedy_decoding
 from gendistill_evals.errors import EvalError
+from gendistill_evals.fingerprint import tokenizer_fingerprint, weights_fingerprint
+from gendistill_evals.parts import PartKey, PartStore
 from gendistill_evals.prompts import Prompter
 from gendistill_evals.protocol import PROTOCOLS, run_generation, run_likelihood
 from gendistill_evals.results import (
     SCHEMA,
-    read_json,
-    write_json,
     write_results,
     write_samples,
     write_transcripts,
 )
 from gendistill_evals.scoring import device_of
-from gendistill_evals.task import Questions, Task, load_questions, load_task, sha256_of
+from gendistill_evals.task import Questions, Task, load_questions, load_task
 from gendistill_evals.transcripts import write_answers
 
 OnProgress = Callable[[str, str, int, int], None]
 ROLES = ("teacher", "student", "model")
 
 _RUNNERS = {"likelihood": run_likelihood, "generation": run_generation}
-# Values per tensor that enter the fingerprint of a model's weights.
-_FINGERPRINT_VALUES = 1024
 
 
 def evaluate_model(
@@ -46,6 +43,7 @@ def evaluate_model(
     tasks: Sequence[str | Path | Task],
     out_dir: str | Path,
     model_name: str,
+    parts_dir: str | Path | None = None,
     protocols: Sequence[str] = PROTOCOLS,
     limit: int | None = None,
     batch_size: int = 8,
@@ -57,8 +55,8 @@ def evaluate_model(
 ) -> dict[str, Any]:
     """Score any Hugging Face causal language model and write its files.
 
-    Each task under each protocol is written to ``out_dir/parts/`` when it is done. Calling again with the same
-    model, items and settings runs only what is missing.
+    Each task under each protocol is kept in ``parts_dir`` when it is done, under a hash of everything that its
+    scores depend on. Calling again with the same model, tokenizer, items and settings runs only what is missing.
 
     Args:
         model: Causal language model, on the device and in the dtype to score it with.
@@ -66,6 +64,7 @@ def evaluate_model(
         tasks: Built-in names, paths of task files, or tasks.
         out_dir: Folder for ``results.json``, ``samples.jsonl`` and ``transcripts.jsonl``.
         model_name: Name of the model in the files.
+        parts_dir: Folder of finished parts, which several ``out_dir`` may share; None is ``out_dir/parts``.
         protocols: ``likelihood``, ``generation`` or both.
         limit: Items per task, from the first; None scores all.
         batch_size: Sequences per forward.
@@ -85,14 +84,27 @@ def evaluate_model(
     if questions is not None and not isinstance(questions, Questions):
         questions = load_questions(questions)
     folder = Path(out_dir)
-    settings = _settings(model, tokenizer, batch_size)
-    identity = {
-        "schema": SCHEMA,
-        "weights": weights_fingerprint(model),
-        "dtype": str(model.dtype),
-        "settings": settings,
+    prompter = Prompter(tokenizer)
+    decoding = greedy_decoding(model, prompter)
+    settings = {
+        **decoding.settings(),
+        **prompter.settings(),
+        "batch_size": batch_size,
+        "overrode": decoding.overrode,
     }
-    scorer = _Scorer(model, tokenizer, batch_size, progress, folder / "parts", identity)
+    scorer = _Scorer(
+        model,
+        tokenizer,
+        batch_size,
+        progress,
+        PartStore(Path(parts_dir) if parts_dir is not None else folder / "parts"),
+        identity={
+            **_identity_of(model),
+            "tokenizer": tokenizer_fingerprint(tokenizer),
+            "prompts": prompter.settings(),
+        },
+        decoding=decoding.settings(),
+    )
     done = {task.name: scorer.scores(task, protocols, limit) for task in loaded}
     rows = scorer.transcripts(questions, question_tokens, teacher) if questions else None
     results = {
@@ -119,38 +131,31 @@ def evaluate_model(
     return results
 
 
-def weights_fingerprint(model: PreTrainedModel) -> str:
-    """Hash a model's configuration and a regular sample of the values of each of its parameters.
-
-    Training changes nearly every value of a tensor it touches, so a sample tells checkpoints apart without
-    reading billions of values.
-    """
-    digest = hashlib.sha256(model.config.to_json_string(use_diff=False).encode())
-    for name, parameter in model.named_parameters():
-        stride = max(1, parameter.numel() // _FINGERPRINT_VALUES)
-        values = parameter.detach().reshape(-1)[::stride].to("cpu", torch.float32)
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        digest.update(values.numpy().tobytes())
-    return digest.hexdigest()
-
-
 @dataclass(frozen=True, slots=True)
 class _Scorer:
-    """Score one model part by part, and keep each finished part with a hash of all that it depends on."""
+    """What scores one model part by part; ``identity`` is what every score of it depends on."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     batch_size: int
     progress: OnProgress | None
-    folder: Path
+    store: PartStore
     identity: dict[str, Any]
+    decoding: dict[str, Any]
 
     def scores(self, task: Task, protocols: Sequence[str], limit: int | None) -> dict[str, Any]:
         """Score a task under each protocol that is asked for and fits: ``{protocol: {score, samples}}``."""
-        inputs = {"items": task.items_sha256, "prompt": task.prompt_sha256, "limit": limit}
         return {
             protocol: self._part(
-                f"{task.name}.{protocol}", inputs, lambda name=protocol: self._score(name, task, limit)
+                f"{task.name}.{protocol}",
+                {
+                    "items": task.items_sha256,
+                    "prompt": task.prompt_sha256,
+                    "limit": task.cut_at(limit),
+                    # Log-likelihood decodes nothing.
+                    "decoding": self.decoding if protocol == "generation" else None,
+                },
+                partial(self._score, protocol, task, limit),
             )
             for protocol in PROTOCOLS
             if protocol in protocols and not (protocol == "likelihood" and task.likelihood_reason)
@@ -160,20 +165,22 @@ class _Scorer:
         self, questions: Questions, max_new_tokens: int, teacher: PreTrainedModel | None
     ) -> list[dict[str, Any]]:
         """Answer open questions."""
-        judge = weights_fingerprint(teacher) if teacher is not None else None
-        inputs = {"questions": questions.sha256, "max_new_tokens": max_new_tokens, "teacher": judge}
-
-        def answer() -> list[dict[str, Any]]:
-            return write_answers(
-                self.model,
-                self.tokenizer,
-                questions,
-                max_new_tokens=max_new_tokens,
-                batch_size=self.batch_size,
-                teacher=teacher,
-                progress=self._on_progress(questions.name, "transcripts"),
-            )
-
+        inputs = {
+            "questions": questions.sha256,
+            "max_new_tokens": max_new_tokens,
+            "teacher": _identity_of(teacher) if teacher is not None else None,
+            "decoding": self.decoding,
+        }
+        answer = partial(
+            write_answers,
+            self.model,
+            self.tokenizer,
+            questions,
+            max_new_tokens=max_new_tokens,
+            batch_size=self.batch_size,
+            teacher=teacher,
+            progress=self._on_progress(questions.name, "transcripts"),
+        )
         return self._part("transcripts", inputs, answer)
 
     def _score(self, protocol: str, task: Task, limit: int | None) -> dict[str, Any]:
@@ -191,15 +198,16 @@ class _Scorer:
         return partial(self.progress, task, protocol) if self.progress else None
 
     def _part(self, name: str, inputs: dict[str, Any], compute: Callable[[], Any]) -> Any:
-        path = self.folder / f"{name}.json"
-        key = sha256_of({**self.identity, **inputs})
-        if path.is_file():
-            stored = read_json(path, hint="delete this file, then run the same command again")
-            if stored["key"] == key:
-                return stored["content"]
-        content = compute()
-        write_json(path, {"key": key, "content": content})
+        key = PartKey.of(name, [self.identity, inputs])
+        content = self.store.read(key)
+        if content is None:
+            content = compute()
+            self.store.write(key, content)
         return content
+
+
+def _identity_of(model: PreTrainedModel) -> dict[str, Any]:
+    return {"weights": weights_fingerprint(model), "dtype": str(model.dtype)}
 
 
 def _task_entry(
@@ -213,7 +221,7 @@ def _task_entry(
         "items_sha256": task.items_sha256,
         "prompt_sha256": task.prompt_sha256,
         "n": len(task.items[:limit]),
-        "limit": limit,
+        "limit": task.cut_at(limit),
         "likelihood": done["likelihood"]["score"] if "likelihood" in done else None,
         "likelihood_reason": reason,
         "generation": done["generation"]["score"] if "generation" in done else None,
@@ -233,17 +241,6 @@ def _task_samples(task: Task, done: dict[str, Any], limit: int | None) -> list[d
         }
         for place, item in enumerate(task.items[:limit])
     ]
-
-
-def _settings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> dict[str, Any]:
-    prompter = Prompter(tokenizer)
-    decoding = greedy_decoding(model, prompter)
-    return {
-        **decoding.settings(),
-        **prompter.settings(),
-        "batch_size": batch_size,
-        "overrode": decoding.overrode,
-    }
 
 
 def _check_settings(

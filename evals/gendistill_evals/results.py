@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gendistill_evals.errors import EvalError
+from gendistill_evals.reading import parse_json, read_text, shorten
 
 SCHEMA = 1
 
@@ -32,7 +33,7 @@ def read_results(folder: Path) -> dict[str, Any]:
     """Read ``results.json``.
 
     Raises:
-        EvalError: The file is missing, is no JSON, or has another schema version.
+        EvalError: The file is missing, is not JSON, or has another schema version.
     """
     path = folder / "results.json"
     content = read_json(path)
@@ -55,7 +56,7 @@ def read_samples(folder: Path) -> list[dict[str, Any]]:
     """Read ``samples.jsonl``.
 
     Raises:
-        EvalError: The file is missing, or a line is no JSON.
+        EvalError: The file is missing, or a line is not JSON.
     """
     return _read_lines(folder / "samples.jsonl")
 
@@ -69,7 +70,7 @@ def read_transcripts(folder: Path) -> list[dict[str, Any]]:
     """Read ``transcripts.jsonl``.
 
     Raises:
-        EvalError: The file is missing, or a line is no JSON.
+        EvalError: The file is missing, or a line is not JSON.
     """
     return _read_lines(folder / "transcripts.jsonl")
 
@@ -84,15 +85,12 @@ def read_json(path: Path, *, hint: str = "run the evaluation again") -> Any:
 
     Args:
         path: File to read.
-        hint: What to do if it is no JSON.
+        hint: What to do if it is not JSON.
 
     Raises:
-        EvalError: The file is missing, or is no JSON.
+        EvalError: The file is missing, is not JSON, or holds a number that is not finite.
     """
-    try:
-        return json.loads(_read(path))
-    except ValueError as error:
-        raise EvalError(f"the file is no JSON: {error}", where=str(path), hint=hint) from error
+    return parse_json(_read(path), where=str(path), hint=hint)
 
 
 def _write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
@@ -104,12 +102,14 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(_read(path).split("\n"), start=1):
         if not line:
             continue
-        try:
-            rows.append(json.loads(line))
-        except ValueError as error:
+        row = parse_json(line, where=f"{path}:{number}", hint="run the evaluation again")
+        if not isinstance(row, dict):
             raise EvalError(
-                f"the line is no JSON: {error}", where=f"{path}:{number}", hint="run the evaluation again"
-            ) from error
+                f"a line must hold one JSON object, got {shorten(row)}",
+                where=f"{path}:{number}",
+                hint="run the evaluation again",
+            )
+        rows.append(row)
     return rows
 
 
@@ -130,11 +130,4 @@ def _write(path: Path, text: str) -> Path:
 
 
 def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise EvalError(
-            "there is no such file", where=str(path), hint="run the evaluation that writes it"
-        ) from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise EvalError(f"cannot read the file: {error}", where=str(path)) from error
+    return read_text(path, what="the file", hint="run the evaluation that writes it")

@@ -79,6 +79,10 @@ class Task:
             return None
         return "the items have no distractors that the gold answer could be ranked against"
 
+    def cut_at(self, limit: int | None) -> int | None:
+        """Return a limit that leaves items out, or None: one of at least as many items as there are does not."""
+        return limit if limit is not None and limit < len(self.items) else None
+
 
 @dataclass(frozen=True, slots=True)
 class Question:
@@ -130,6 +134,30 @@ def load_task(name_or_path: str | Path) -> Task:
     if not isinstance(content, dict):
         raise EvalError("a task file maps keys to values", where=str(path))
     return _task(_Keys(content, str(path)), path)
+
+
+def task_identity(name_or_path: str | Path) -> dict[str, str]:
+    """Return what decides the questions of a task: its name and the hashes of its items and its prompt.
+
+    Args:
+        name_or_path: As for ``load_task``, whose errors it raises.
+    """
+    task = load_task(name_or_path)
+    return {
+        "name": task.name,
+        "items_sha256": task.items_sha256,
+        "prompt_sha256": task.prompt_sha256,
+    }
+
+
+def questions_identity(name_or_path: str | Path) -> dict[str, str]:
+    """Return what decides a set of open questions: the hash of its rows, and its name without a folder.
+
+    Args:
+        name_or_path: As for ``load_questions``, whose errors it raises.
+    """
+    questions = load_questions(name_or_path)
+    return {"name": Path(questions.name).stem, "items_sha256": questions.sha256}
 
 
 def load_questions(name_or_path: str | Path) -> Questions:
