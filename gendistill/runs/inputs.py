@@ -1,0 +1,127 @@
+"""List the steps of a recipe, each with everything that its output depends on. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from gendistill.config.base import identity
+from gendistill.config.schema import MixtureConfig, Recipe, SourceConfig
+from gendistill.conversion.checkpoint import Checkpoint
+from gendistill.data.identity import source_identity
+from gendistill.errors import DataError
+from gendistill.runs.steps import Step
+from gendistill.types import Placement
+from gendistill_evals import questions_identity, task_identity
+
+CONVERT = "convert"
+ROLES = ("teacher", "student")
+
+# given the name of a step, what the run folder's step of that name was made from
+Recorded = Callable[[str], Mapping[str, Any] | None]
+
+
+def stage_step(stage: str) -> str:
+    """Name the step of a stage."""
+    return f"stage {stage}"
+
+
+def eval_step(role: str) -> str:
+    """Name the step that scores ``teacher`` or ``student``."""
+    return f"eval {role}"
+
+
+def recipe_steps(
+    recipe: Recipe,
+    *,
+    teacher: Checkpoint,
+    source: Checkpoint,
+    placement: Placement,
+    recorded: Recorded = lambda step: None,
+    say: Callable[[str], None] = lambda line: None,
+) -> list[Step]:
+    """List conversion, stages and scores in order; every step depends on those before it.
+
+    Args:
+        recipe: The recipe.
+        teacher, source: What ``teacher`` and ``student.from`` name.
+        placement: What ``student.placement`` means for the source.
+        recorded: Inputs of the steps that the run folder shows. Where data has gone since, they say what it held.
+        say: Receives a line for each such case.
+    Raises:
+        DataError: Data that cannot be read, and that no step was made from before.
+        EvalError: A task or a set of questions that does not exist or cannot be read.
+    """
+
+    def data(name: str, step: str) -> dict[str, Any]:
+        return _data(recipe, name, before=recorded(step) or {}, say=say)
+
+    held = recipe.heldout.data
+    convert = Step(
+        CONVERT,
+        {
+            "seed": recipe.seed,
+            "teacher": {**_model(teacher), **identity(recipe.teacher)},
+            "student": {
+                "from": _model(source),
+                "placement": [kind.value for kind in placement.kinds],
+                **identity(recipe.student),
+            },
+            "heldout": identity(recipe.heldout),
+            "data": data(held, CONVERT),
+        },
+    )
+    steps = [convert]
+    for name, stage in recipe.stages.items():
+        step = stage_step(name)
+        inputs = {"after": steps[-1].key, "stages": {name: identity(stage)}, "data": data(stage.data, step)}
+        steps.append(Step(step, inputs))
+    trained = {"after": steps[-1].key}
+    if recipe.eval.tasks or recipe.eval.questions is not None:
+        asked = _asked(recipe)
+        steps.append(
+            Step(eval_step("teacher"), {"teacher": {**_model(teacher), **identity(recipe.teacher)}, "eval": asked})
+        )
+        steps.append(Step(eval_step("student"), {**trained, "eval": asked}))
+    return steps
+
+
+def _model(checkpoint: Checkpoint) -> dict[str, Any]:
+    return {"weights": checkpoint.fingerprint, "tokenizer and settings": checkpoint.companions_fingerprint}
+
+
+def _asked(recipe: Recipe) -> dict[str, Any]:
+    questions = recipe.eval.questions
+    return {
+        **identity(recipe.eval),
+        "tasks": [task_identity(task) for task in recipe.eval.tasks],
+        "questions": None if questions is None else questions_identity(questions),
+    }
+
+
+def _data(
+    recipe: Recipe, name: str, *, before: Mapping[str, Any], say: Callable[[str], None]
+) -> dict[str, Any]:
+    """Describe a source or mixture with the sources that it draws from, settings and content."""
+    entry = recipe.data[name]
+    parts = tuple(entry.mix) if isinstance(entry, MixtureConfig) else ()
+    described: dict[str, Any] = {}
+    for part in (name, *parts):
+        section = recipe.data[part]
+        described[part] = {"settings": identity(section)}
+        if isinstance(section, SourceConfig):
+            old = before.get("data", {}).get(part, {}).get("content")
+            described[part]["content"] = _content(section, where=f"data.{part}", before=old, say=say)
+    return described
+
+
+def _content(
+    source: SourceConfig, *, where: str, before: dict[str, Any] | None, say: Callable[[str], None]
+) -> dict[str, Any]:
+    try:
+        return source_identity(source, where=where)
+    except DataError as error:
+        if before is None:
+            raise
+        say(f"{where} cannot be read any more ({error.message}); what was made from it counts as finished")
+        return before
