@@ -38,7 +38,7 @@ from gendistill.models.io import export_code, load_student, save_student
 from gendistill.paths import RunDir, write_json
 from gendistill.provenance import installed_versions, source_commit, today
 from gendistill.report import write_report
-from gendistill.runs.inputs import CONVERT, ROLES, eval_step, recipe_steps, stage_step
+from gendistill.runs.inputs import BEFORE, CONVERT, ROLES, eval_step, recipe_steps, stage_step
 from gendistill.runs.workspace import Workspace
 from gendistill.training.console import TrainingConsole
 from gendistill.training.loop import train_stage
@@ -407,7 +407,7 @@ def _evaluate(context: _Context) -> None:
             model, name = teacher, recipe.teacher.model
             if role == "student":
                 model = context.load_student(workspace.run.student, context.teacher_dtype)
-                name = f"{recipe.name}@{workspace.steps[step].inputs['after']}"
+                name = f"{recipe.name}@{workspace.steps[step].inputs[BEFORE]}"
             _score(
                 model, tokenizer, name=name, role=role, out=folder, parts=workspace.store.root / "scores",
                 settings=settings, teacher=teacher, console=context.console,

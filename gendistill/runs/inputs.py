@@ -16,6 +16,8 @@ from gendistill_evals import questions_identity, task_identity
 
 CONVERT = "convert"
 ROLES = ("teacher", "student")
+# the input that says which step a student comes from
+BEFORE = "the student before it"
 
 # given the name of a step, what the run folder's step of that name was made from
 Recorded = Callable[[str], Mapping[str, Any] | None]
@@ -74,13 +76,16 @@ def recipe_steps(
     steps = [convert]
     for name, stage in recipe.stages.items():
         step = stage_step(name)
-        inputs = {"after": steps[-1].key, "stages": {name: identity(stage)}, "data": data(stage.data, step)}
+        inputs = {BEFORE: steps[-1].key, "stages": {name: identity(stage)}, "data": data(stage.data, step)}
         steps.append(Step(step, inputs))
-    trained = {"after": steps[-1].key}
+    trained = {BEFORE: steps[-1].key}
     if recipe.eval.tasks or recipe.eval.questions is not None:
         asked = _asked(recipe)
         steps.append(
-            Step(eval_step("teacher"), {"teacher": {**_model(teacher), **identity(recipe.teacher)}, "eval": asked})
+            Step(
+                eval_step("teacher"),
+                {"teacher": {**_model(teacher), **identity(recipe.teacher)}, "eval": asked},
+            )
         )
         steps.append(Step(eval_step("student"), {**trained, "eval": asked}))
     return steps

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
+
+_HASH = re.compile(r"\w*-?[0-9a-f]{16,}")
+_LONGEST = 80
 
 
 @dataclass(frozen=True)
@@ -43,13 +47,15 @@ def fingerprint(*inputs: Any) -> str:
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Say in which inputs two steps differ, for people: ``stages.distill.lr 0.001 -> 0.0005``."""
     before, after = dict(_leaves(old)), dict(_leaves(new))
-    return [
-        f"{path} {_shown(before.get(path))} -> {_shown(after.get(path))}"
-        if len(_shown(before.get(path)) + _shown(after.get(path))) < 80
-        else f"{path} has changed"
-        for path in dict.fromkeys([*before, *after])
-        if before.get(path) != after.get(path)
-    ]
+    changed = [path for path in dict.fromkeys([*before, *after]) if before.get(path) != after.get(path)]
+    return [_change(path, before.get(path), after.get(path)) for path in changed]
+
+
+def _change(path: str, old: Any, new: Any) -> str:
+    words = f"{json.dumps(old, ensure_ascii=False)} -> {json.dumps(new, ensure_ascii=False)}"
+    # nobody reads a hash
+    hashed = any(isinstance(value, str) and _HASH.fullmatch(value) for value in (old, new))
+    return f"{path} has changed" if hashed or len(words) > _LONGEST else f"{path} {words}"
 
 
 def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -58,7 +64,3 @@ def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         return
     for key, child in value.items():
         yield from _leaves(child, f"{path}.{key}" if path else str(key))
-
-
-def _shown(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)

@@ -29,9 +29,12 @@ class _File(TypedDict):
     crc32: int
 
 
-class _Record(TypedDict):
+class _Begun(TypedDict):
     step: str
     inputs: dict[str, Any]
+
+
+class _Record(_Begun):
     found: dict[str, Any]
     files: dict[str, _File]
 
@@ -121,7 +124,7 @@ class Store:
         """Return the inputs that a step's folder was made for, finished or not; None if it does not say."""
         for name in (RECORD, _BEGUN):
             with contextlib.suppress(OutputError):
-                return read_json(folder / name, shape=dict[str, dict[str, Any] | Any])["inputs"]
+                return read_json(folder / name, shape=_Begun)["inputs"]
         return None
 
     def _read(self, step: Step) -> _Record | None:

@@ -145,7 +145,7 @@ class Workspace:
         step = self.steps[name]
         old = self.shown_inputs(name)
         if old is not None and (changed := differences(old, step.inputs)):
-            self._say(name.split()[-1], f"to be made anew: {'; '.join(changed[:3])}")
+            self._say(name.split()[-1], f"made anew: {'; '.join(changed[:3])}")
         with self.store.working(step, say=lambda line: self._say("wait", line)) as folder:
             self.sync(current=name)
             self._said_before = len(self.warnings)

@@ -1,0 +1,222 @@
+"""What changes the identity of a recipe: every field of the schema, exactly as it is marked."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args, get_origin
+
+import pytest
+
+from gendistill.config.base import Affects, Section, affects, identity
+from gendistill.config.load import load_recipe
+from gendistill.config.mixers import KDAConfig, MixersConfig, SWAConfig
+from gendistill.config.objectives import (
+    BlockOutputConfig,
+    CEConfig,
+    JSDConfig,
+    KLConfig,
+    MixConfig,
+    MixerOutputConfig,
+)
+from gendistill.config.schema import (
+    EvalConfig,
+    HeldOutConfig,
+    MixtureConfig,
+    Recipe,
+    ScheduleConfig,
+    SourceConfig,
+    StageConfig,
+    StudentConfig,
+    TeacherConfig,
+)
+
+TEACHER = {"model": "a"}
+STUDENT = {"placement": "kda full"}
+SOURCE = {"path": "a.jsonl"}
+HELDOUT = {"data": "text"}
+STAGE = {"data": "text", "train": ["mixer"], "steps": 3, "lr": 1e-3}
+RECIPE = {
+    "schema": 1,
+    "name": "a",
+    "teacher": TEACHER,
+    "student": STUDENT,
+    "data": {"text": SOURCE, "other": {"path": "b.jsonl", "format": "messages"}},
+    "heldout": HELDOUT,
+    "stages": {"distill": STAGE},
+}
+
+# section: (a valid one, another value of every field)
+FLIPS: dict[type[Section], tuple[dict[str, Any], dict[str, Any]]] = {
+    TeacherConfig: (TEACHER, {"model": "b", "revision": "v2", "dtype": "float32"}),
+    KDAConfig: (
+        {"gate": "softplus"},
+        {
+            "conv_size": 3,
+            "conv_activation": "silu",
+            "conv_bias": False,
+            "gate": "bounded",
+            "gate_lower_bound": -4.0,
+            "gate_rank": 8,
+            "decay_init": "mamba",
+            "half_life": (2.0, 64.0),
+            "output_gate": "none",
+            "output_gate_rank": 8,
+            "output_norm": True,
+            "rope": True,
+            "qk_norm": "drop",
+            "init": "random",
+        },
+    ),
+    SWAConfig: ({}, {"window": 64}),
+    MixersConfig: ({}, {"kda": {"conv_size": 3}, "swa": {"window": 64}}),
+    StudentConfig: (
+        STUDENT,
+        {"from": "b", "placement": "kda", "mixers": {"swa": {"window": 64}}, "impl": "reference"},
+    ),
+    SourceConfig: (
+        SOURCE,
+        {
+            "path": "b.jsonl",
+            "subset": "small",
+            "split": "test",
+            "revision": "v2",
+            "format": "messages",
+            "column": "words",
+            "prompt": "question",
+            "completion": "answer",
+            "streaming": True,
+            "limit": 7,
+            "shuffle": False,
+        },
+    ),
+    MixtureConfig: ({"mix": {"text": 1.0}}, {"mix": {"text": 2.0}}),
+    HeldOutConfig: (HELDOUT, {"data": "other", "rows": 7, "seq_len": 64, "every_steps": 5}),
+    ScheduleConfig: ({}, {"kind": "cosine", "warmup": 0.2, "decay": 0.3, "min_ratio": 0.5}),
+    StageConfig: (
+        STAGE,
+        {
+            "objective": {"kind": "ce"},
+            "data": "other",
+            "mask": "completion",
+            "train": ["mixer", "mlp"],
+            "only": ["q_proj"],
+            "tokens": {"steps": None, "tokens": 500},
+            "steps": 4,
+            "minutes": {"steps": None, "minutes": 2.0},
+            "seq_len": 512,
+            "batch_size": 128,
+            "micro_batch_size": 2,
+            "compute_dtype": "float32",
+            "lr": 2e-3,
+            "betas": (0.8, 0.95),
+            "weight_decay": 0.0,
+            "grad_clip": 0.5,
+            "schedule": {"kind": "linear"},
+            "gradient_checkpointing": True,
+            "log_every_steps": 5,
+            "save_every_steps": 5,
+            "save_every_minutes": 1.0,
+            "keep_checkpoints": 2,
+        },
+    ),
+    EvalConfig: (
+        {},
+        {
+            "tasks": ["copy"],
+            "protocols": ["generation"],
+            "limit": 5,
+            "batch_size": 2,
+            "questions": "demo",
+            "question_tokens": 9,
+            "bootstrap": 500,
+        },
+    ),
+    KLConfig: ({}, {"direction": "reverse", "temperature": 2.0, "weight": 2.0}),
+    JSDConfig: ({}, {"beta": 0.3, "temperature": 2.0, "weight": 2.0}),
+    CEConfig: ({}, {"weight": 2.0}),
+    MixConfig: ({"terms": [{"kind": "ce"}]}, {"terms": [{"kind": "kl"}]}),
+    MixerOutputConfig: ({}, {"norm": "mse"}),
+    BlockOutputConfig: ({}, {"norm": "mse"}),
+    Recipe: (
+        RECIPE,
+        {
+            "name": "b",
+            "seed": 7,
+            "output": "elsewhere",
+            "teacher": {"model": "a", "dtype": "float32"},
+            "student": {"placement": "kda", "impl": "reference"},
+            "data": {"text": {"path": "a.jsonl", "limit": 3}, "other": {"path": "b.jsonl"}},
+            "heldout": {"data": "other"},
+            "stages": {},
+            "eval": {"limit": 3},
+        },
+    ),
+}
+# what holds sections is judged by their fields
+SECTIONS = {
+    (MixersConfig, "kda"),
+    (MixersConfig, "swa"),
+    (StudentConfig, "mixers"),
+    (StageConfig, "objective"),
+    (StageConfig, "schedule"),
+    (MixConfig, "terms"),
+    *((Recipe, name) for name in ("teacher", "student", "data", "heldout", "stages", "eval")),
+}
+
+
+def sections(section: type[Section] = Section) -> list[type[Section]]:
+    return [one for child in section.__subclasses__() for one in (child, *sections(child))]
+
+
+def names(section: type[Section]) -> dict[str, str]:
+    """Map fields as written to their names; those with a single value, such as ``kind``, cannot be flipped."""
+    return {
+        field.alias or name: name
+        for name, field in section.model_fields.items()
+        if not (get_origin(field.annotation) is Literal and len(get_args(field.annotation)) == 1)
+    }
+
+
+CASES = [
+    pytest.param(section, written, at_least, id=f"{section.__name__}.{written}, {at_least.name}")
+    for section in sections()
+    for written, name in names(section).items()
+    for at_least in (Affects.ARITHMETIC, Affects.RESULT)
+    if at_least is Affects.ARITHMETIC or (section, name) not in SECTIONS
+]
+
+
+@pytest.mark.parametrize(("section", "written", "at_least"), CASES)
+def test_flipping_a_field_changes_the_identity_exactly_if_it_is_marked_so(section, written, at_least):
+    valid, flips = FLIPS[section]
+    assert set(flips) == set(names(section)), "every field needs another value here"
+    other, name = flips[written], names(section)[written]
+    changes = other if isinstance(other, dict) and written in ("tokens", "minutes") else {written: other}
+    before = section.model_validate(valid)
+    after = section.model_validate({**valid, **changes})
+    assert before != after, "this is the same value"
+    marked = (section, name) in SECTIONS or affects(section, name) >= at_least
+    assert (identity(before, at_least=at_least) != identity(after, at_least=at_least)) == marked
+
+
+def test_what_only_logs_saves_or_splits_work_affects_nothing():
+    free = {
+        StageConfig: {
+            *("micro_batch_size", "gradient_checkpointing", "log_every_steps", "save_every_steps"),
+            *("save_every_minutes", "keep_checkpoints"),
+        },
+        HeldOutConfig: {"every_steps"},
+        EvalConfig: {"batch_size", "bootstrap"},
+        Recipe: {"version", "name", "output"},
+    }
+    found = {
+        section: {name for name in section.model_fields if affects(section, name) is Affects.NOTHING}
+        for section in sections()
+    }
+    assert {section: fields for section, fields in found.items() if fields} == free
+
+
+def test_a_setting_deep_inside_counts_and_its_neighbour_does_not():
+    recipe = ["stages.distill.schedule.warmup=0.5"], ["stages.distill.log_every_steps=7"]
+    base, result, nothing = (identity(load_recipe("tiny", change)) for change in ([], *recipe))
+    assert base != result
+    assert base == nothing
