@@ -163,7 +163,7 @@ class _Context:
     @classmethod
     def open(cls, recipe: Recipe, command: str) -> _Context:
         accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)])
-        run = RunDir(Path(recipe.output) / recipe.name)
+        run = RunDir(recipe.run_folder)
         quiet = not accelerator.is_main_process
         console = Console(quiet=quiet, highlight=False, soft_wrap=not sys.stdout.isatty())
         with accelerator.main_process_first():  # one process downloads, the others find the cache

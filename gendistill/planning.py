@@ -146,8 +146,7 @@ class RunPlan:
         if stages:
             lines += self._stage_lines() + self._memory_lines()
         lines.append(
-            "ok        nothing was run. Drop --dry-run to start; output goes to "
-            f"{Path(self.recipe.output) / self.recipe.name}"
+            f"ok        nothing was run. Drop --dry-run to start; output goes to {self.recipe.run_folder}"
         )
         return "\n".join(lines)
 
@@ -251,7 +250,7 @@ def _choose_impl(recipe: Recipe, placement: Placement, device: Device) -> ImplCh
 
 def read_source(spec: str, *, revision: str, where: str) -> Source:
     """Read a model's config and its tensors' shapes; of a hub model only config.json is fetched."""
-    is_local = Path(spec).expanduser().exists() or spec.startswith(("pypi:", ".", "/", "~"))
+    is_local = Path(spec).expanduser().exists() or spec.startswith(("pypi:", "builtin:", ".", "/", "~"))
     if is_local or spec.endswith(".gguf"):
         from gendistill.conversion.checkpoint import resolve_checkpoint
 

@@ -1,8 +1,29 @@
-"""The strict base of every recipe section."""
+"""The strict base of every recipe section, and what each of its settings affects."""
 
 from __future__ import annotations
 
+from enum import IntEnum
+from typing import Any
+
 from pydantic import BaseModel, ConfigDict
+
+
+class Affects(IntEnum):
+    """What changes with a setting. Unmarked settings affect the result.
+
+    A setting is marked in its annotation, as in ``batch_size: Annotated[int, Affects.NOTHING]``.
+
+    Attributes:
+        NOTHING: Logs, files, memory and speed; finished work stays valid.
+        CONTENT: It names something outside the recipe. What that holds affects the result, its name does not.
+        ARITHMETIC: Rounding alone.
+        RESULT: The data or the mathematics.
+    """
+
+    NOTHING = 0
+    CONTENT = 1
+    ARITHMETIC = 2
+    RESULT = 3
 
 
 class Section(BaseModel):
@@ -10,4 +31,47 @@ class Section(BaseModel):
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, populate_by_name=True, allow_inf_nan=False, defer_build=True
+    )
+
+
+def affects(section: type[Section], name: str) -> Affects:
+    """Say what a field of a section affects."""
+    marks = [mark for mark in section.model_fields[name].metadata if isinstance(mark, Affects)]
+    return marks[0] if marks else Affects.RESULT
+
+
+def identity(section: Section, *, at_least: Affects = Affects.ARITHMETIC) -> dict[str, Any]:
+    """Return the settings that decide what comes out, as plain data.
+
+    Two sections with equal identities give equal results, provided that what their ``CONTENT`` settings name holds
+    the same. Marks of finished steps, the lock of a stage and the comparison of recipes all use this.
+
+    Args:
+        section: A section of a recipe, with everything in it.
+        at_least: The weakest effect that counts; ``RESULT`` leaves out what only rounds differently.
+    """
+    kept: dict[str, Any] = {}
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        if _holds_sections(value):
+            kept[field.alias or name] = _identity_of(value, at_least)
+        elif affects(type(section), name) >= at_least:
+            kept[field.alias or name] = section.model_dump(mode="json", include={name})[name]
+    return kept
+
+
+def _identity_of(value: Any, at_least: Affects) -> Any:
+    if isinstance(value, Section):
+        return identity(value, at_least=at_least)
+    if isinstance(value, dict):
+        return {key: _identity_of(each, at_least) for key, each in value.items()}
+    return [_identity_of(each, at_least) for each in value]
+
+
+def _holds_sections(value: Any) -> bool:
+    """Whether a value is a section, or a mapping or list of sections."""
+    if isinstance(value, dict):
+        return any(isinstance(each, Section) for each in value.values())
+    return isinstance(value, Section) or (
+        isinstance(value, tuple) and any(isinstance(each, Section) for each in value)
     )
