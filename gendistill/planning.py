@@ -31,6 +31,8 @@ from gendistill.memory import Device, MemoryEstimate, find_device, predict_memor
 from gendistill.types import ParamGroup, Placement
 
 if TYPE_CHECKING:
+    import torch
+
     from gendistill.conversion.impl import ImplChoice
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(\w+)\.")
@@ -86,6 +88,7 @@ class StagePlan:
         minutes: Planned time, or None.
         seq_len: Tokens per row.
         batch: ``(rows per forward, forwards per step, ranks)``.
+        compute_dtype: Of matmuls and activations.
         memory: Predicted peak of one process.
     """
 
@@ -98,6 +101,7 @@ class StagePlan:
     minutes: float | None
     seq_len: int
     batch: tuple[int, int, int]
+    compute_dtype: str
     memory: MemoryEstimate
 
     @property
@@ -162,6 +166,7 @@ class RunPlan:
             "seq",
             "batch = micro x accum x ranks",
             "steps",
+            "dtype",
         )
         rows = [header, *(_stage_row(stage) for stage in self.stages)]
         widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
@@ -239,13 +244,9 @@ def plan_run(recipe: Recipe, *, num_processes: int = 1, device: Device | None = 
 
 
 def _choose_impl(recipe: Recipe, placement: Placement, device: Device) -> ImplChoice:
-    import torch
-
     from gendistill.conversion.impl import choose_impl
 
-    # a driver may name a GPU that torch cannot use
-    kind = device.kind if torch.cuda.is_available() else "cpu"
-    return choose_impl(recipe.student.impl, placement, device=torch.device(kind), device_name=device.name)
+    return choose_impl(recipe.student.impl, placement, device=_torch_device(device), device_name=device.name)
 
 
 def read_source(spec: str, *, revision: str, where: str) -> Source:
@@ -387,8 +388,28 @@ def _plan_stage(
         minutes=stage.minutes,
         seq_len=stage.seq_len,
         batch=(stage.micro_batch_size, stage.batch_size // rows, num_processes),
+        compute_dtype=_compute_dtype(stage, geometry.hidden_size, device),
         memory=memory,
     )
+
+
+def _compute_dtype(stage: StageConfig, hidden_size: int, device: Device) -> str:
+    import torch
+
+    from gendistill.training.optim import choose_compute_dtype, fixed_dtype
+
+    where = _torch_device(device)
+    chosen = fixed_dtype(stage)
+    if chosen is None and where.type == "cuda" and not torch.cuda.device_count():
+        chosen = torch.bfloat16  # a plan for another machine, whose GPU cannot be asked
+    return str(chosen or choose_compute_dtype(where, hidden_size)).removeprefix("torch.")
+
+
+def _torch_device(device: Device) -> torch.device:
+    """Return where torch would run; a driver may name a GPU that torch cannot use."""
+    import torch
+
+    return torch.device(device.kind if torch.cuda.is_available() else "cpu")
 
 
 def _describe_objective(stage: StageConfig) -> str:
@@ -415,6 +436,7 @@ def _stage_row(stage: StagePlan) -> tuple[str, ...]:
         f"{micro * accumulation * ranks} x {stage.seq_len:,} = {stage.tokens_per_step:,} = "
         f"{micro} x {accumulation} x {ranks}",
         "timed" if stage.steps is None else f"{stage.steps:,}",
+        stage.compute_dtype,
     )
 
 

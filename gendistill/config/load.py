@@ -181,7 +181,7 @@ def _read_file(file: FilePath, problems: list[Problem]) -> Node:
         ) from error
     if text is None:
         raise RecipeError(
-            f"the file is too large for a recipe: {file.stat().st_size:,} bytes; at most {MOST_CHARACTERS:,} characters",
+            f"{file.stat().st_size:,} bytes are too much for a recipe; at most {MOST_CHARACTERS:,} characters",
             where=place,
             hint="gendistill recipe ls",
         )

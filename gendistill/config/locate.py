@@ -64,7 +64,7 @@ def folders_of(node: Node, path: Path) -> tuple[FilePath, ...]:
     """List the folders that a relative path may start from, the first choice first."""
     if path == ("output",) or node.place in (COMMAND_LINE, DEFAULT):
         return (FilePath.cwd(),)
-    return FilePath(os.path.abspath(node.place)).parent, asset_dir("recipes")
+    return _absolute(FilePath(node.place)).parent, asset_dir("recipes")
 
 
 def resolve(text: str, path: Path, folders: Sequence[FilePath]) -> str:
@@ -88,8 +88,8 @@ def resolve(text: str, path: Path, folders: Sequence[FilePath]) -> str:
             raise ValueError(f'"{shortened(text)}" names the home folder of nobody here') from None
     for folder in folders:
         if _can_be_found(path) and exists(folder / text):
-            return os.path.abspath(folder / text)
-    return os.path.abspath(folders[0] / text) if _is_path(text, path) else text
+            return str(_absolute(folder / text))
+    return str(_absolute(folders[0] / text)) if _is_path(text, path) else text
 
 
 def _can_be_found(path: Path) -> bool:
@@ -109,6 +109,11 @@ def _is_path(text: str, path: Path) -> bool:
     if path[0] == "data":
         return has_magic(text) or text.count("/") > 1 or text.lower().endswith(_DATA_SUFFIXES)
     return text.lower().endswith(".gguf")
+
+
+def _absolute(path: FilePath) -> FilePath:
+    """Without following links, so that a link stays what the recipe names."""
+    return FilePath(os.path.abspath(path))  # noqa: PTH100
 
 
 def exists(path: FilePath) -> bool:

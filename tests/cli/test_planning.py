@@ -185,3 +185,11 @@ def test_plan_without_linear_layers_needs_no_kernels(teacher_folder, machine):
     run_plan = plan(teacher_folder, "student.impl=triton", "student.placement=full", "stages.block=null")
     assert "impl      not used (no linear layers)" in run_plan.render()
     assert run_plan.to_json()["impl"]["impl"] is None
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_plan_says_in_which_dtype_a_stage_computes(teacher_folder, dtype):
+    run_plan = plan(teacher_folder, f"stages.distill.compute_dtype={dtype}")
+    (line,) = [line for line in run_plan.render().splitlines() if line.startswith("distill ")]
+    assert line.split()[-1] == dtype
+    assert run_plan.to_json()["stages"][1]["compute_dtype"] == dtype
