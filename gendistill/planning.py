@@ -320,21 +320,31 @@ def parameter_group(name: str, *, placement: Placement, tied_head: bool) -> Para
 
 
 def count_trained(
-    stage: StageConfig, conversion: ConversionPlan, *, tied_head: bool
+    name: str, stage: StageConfig, conversion: ConversionPlan, *, tied_head: bool
 ) -> dict[ParamGroup, int]:
     """Count the parameters that a stage trains, per group: exact.
 
     Counted are tensors of the groups under ``train`` whose name matches a pattern under ``only`` (all, without
     patterns) and that the objective reaches: ``mixer_output`` the converted mixers, ``block_output`` the converted
     blocks, every other objective the whole student.
+
+    Raises:
+        RecipeError: A pattern matches nothing, or a named group cannot learn.
     """
+    from gendistill.training.freeze import choose_trained
+
     placement = conversion.placement
+    groups = {
+        step.name: parameter_group(step.name, placement=placement, tied_head=tied_head)
+        for step in conversion.steps
+    }
+    chosen, _ = choose_trained(
+        groups, stage, name=name, tied=tied_head, reaches=lambda one: _reaches(stage, one, placement)
+    )
     counts: dict[ParamGroup, int] = {}
     for step in conversion.steps:
-        group = parameter_group(step.name, placement=placement, tied_head=tied_head)
-        matches = not stage.only or any(re.search(pattern, step.name) for pattern in stage.only)
-        if group in stage.train and matches and _reaches(stage, step.name, placement):
-            counts[group] = counts.get(group, 0) + step.num_parameters
+        if step.name in chosen:
+            counts[groups[step.name]] = counts.get(groups[step.name], 0) + step.num_parameters
     return {group: counts[group] for group in ParamGroup if group in counts}
 
 
@@ -365,7 +375,7 @@ def _plan_stage(
             where=f"stages.{name}.batch_size",
             hint=f"stages.{name}.batch_size={math.ceil(stage.batch_size / rows) * rows}",
         )
-    trained = count_trained(stage, conversion, tied_head=geometry.tied_head)
+    trained = count_trained(name, stage, conversion, tied_head=geometry.tied_head)
     memory = predict_memory(
         stage,
         geometry=geometry,

@@ -193,3 +193,22 @@ def test_plan_says_in_which_dtype_a_stage_computes(teacher_folder, dtype):
     (line,) = [line for line in run_plan.render().splitlines() if line.startswith("distill ")]
     assert line.split()[-1] == dtype
     assert run_plan.to_json()["stages"][1]["compute_dtype"] == dtype
+
+
+@pytest.mark.parametrize(
+    ("overrides", "place", "message"),
+    [
+        (["stages.distill.only=['no_such_name']"], "stages.distill.only", "matches none"),
+        (["stages.distill.only=['proj', 'x_proj']"], "stages.distill.only", '"x_proj" matches none'),
+        (["stages.distill.train=[head]"], "stages.distill.train", "tied to its embedding"),
+        (["stages.block.train=[mixer, embed]"], "stages.block.train", "gives no gradient to embed"),
+        (["student.placement=full", "stages.block=null", "stages.distill.train=[mixer]"],
+         "stages.distill.train", "nothing would learn"),
+    ],
+)  # fmt: skip
+def test_groups_and_patterns_that_match_nothing_are_found_by_the_plan(
+    teacher_folder, overrides, place, message
+):
+    with pytest.raises(RecipeError, match=message) as caught:
+        plan(teacher_folder, *overrides)
+    assert caught.value.where == place
