@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from gendistill.advice import advise, check_batches, has_chat_template
 from gendistill.config.objectives import BlockOutputConfig, CEConfig, MixConfig, MixerOutputConfig
 from gendistill.config.schema import Recipe, StageConfig
 from gendistill.conversion.family import (
@@ -47,11 +48,13 @@ class Source:
         spec: As written in the recipe.
         config: With defaults filled in.
         tensors: Name to shape and dtype.
+        chat_template: Whether its tokenizer has one.
     """
 
     spec: str
     config: dict[str, Any]
     tensors: Mapping[str, TensorInfo]
+    chat_template: bool = False
 
     @property
     def num_parameters(self) -> int:
@@ -122,6 +125,7 @@ class RunPlan:
     impl: ImplChoice
     stages: tuple[StagePlan, ...]
     device: Device
+    warnings: tuple[str, ...] = ()
 
     def render(self, *, stages: bool = True) -> str:
         """Lay the plan out for people.
@@ -149,6 +153,7 @@ class RunPlan:
         lines.append(captured.get().rstrip("\n"))
         if stages:
             lines += self._stage_lines() + self._memory_lines()
+            lines += [f"warn      {warning}" for warning in self.warnings]
         lines.append(
             f"ok        nothing was run. Drop --dry-run to start; output goes to {self.recipe.run_folder}"
         )
@@ -206,6 +211,7 @@ class RunPlan:
             "impl": self.impl.to_json(),
             "stages": [{**asdict(stage), "memory": stage.memory.to_json()} for stage in self.stages],
             "device": asdict(self.device),
+            "warnings": list(self.warnings),
         }
 
 
@@ -228,6 +234,7 @@ def plan_run(recipe: Recipe, *, num_processes: int = 1, device: Device | None = 
     source = teacher
     if recipe.student.source is not None:
         source = read_source(recipe.student.source, revision="main", where="student.from")
+    check_batches(recipe, num_processes)
     _check_vocabulary(recipe, teacher, source)
     geometry = read_geometry(source.config)
     placement = Placement.parse(recipe.student.placement, num_layers=geometry.num_layers)
@@ -240,7 +247,8 @@ def plan_run(recipe: Recipe, *, num_processes: int = 1, device: Device | None = 
         _plan_stage(name, stage, conversion, geometry, teacher, dtype, num_processes, device)
         for name, stage in recipe.stages.items()
     )
-    return RunPlan(recipe, teacher, dtype, source, conversion, impl, stages, device)
+    warnings = advise(recipe, teacher.config, chat_template=teacher.chat_template)
+    return RunPlan(recipe, teacher, dtype, source, conversion, impl, stages, device, tuple(warnings))
 
 
 def _choose_impl(recipe: Recipe, placement: Placement, device: Device) -> ImplChoice:
@@ -256,22 +264,45 @@ def read_source(spec: str, *, revision: str, where: str) -> Source:
         from gendistill.conversion.checkpoint import resolve_checkpoint
 
         checkpoint = resolve_checkpoint(spec, revision=revision, where=where)
-        return Source(spec, checkpoint.config, read_tensor_index(checkpoint.folder, where=where))
+        return Source(
+            spec,
+            checkpoint.config,
+            read_tensor_index(checkpoint.folder, where=where),
+            has_chat_template(checkpoint.folder),
+        )
     config = _hub_config(spec, revision, where)
-    return Source(spec, config, expected_tensors(config, where=where))
+    return Source(spec, config, expected_tensors(config, where=where), _hub_chat_template(spec, revision))
 
 
 def _hub_config(spec: str, revision: str, where: str) -> dict[str, Any]:
+    import httpx
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(spec, revision=revision).to_dict()
-    except (OSError, ValueError, KeyError) as error:
+        # asked without an answer, transformers would wait for one on the terminal
+        return AutoConfig.from_pretrained(spec, revision=revision, trust_remote_code=False).to_dict()
+    except (OSError, ValueError, KeyError, TypeError, httpx.HTTPError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise CheckpointError(
-            f'"{spec}" is no local folder, and the hub gives no config.json: {str(error).splitlines()[0]}',
+            f'"{spec}" is no local folder, and the hub gives no config.json: {reason}',
             where=where,
-            hint="check the spelling and the network; for a private model run: hf auth login",
+            hint="check the spelling and the network, or name a local folder; for a private model run: hf auth login",
         ) from error
+
+
+def _hub_chat_template(spec: str, revision: str) -> bool:
+    """Whether a hub model has a chat template; one that cannot be asked has none."""
+    import httpx
+    from huggingface_hub import hf_hub_download
+
+    for name in ("chat_template.jinja", "tokenizer_config.json"):
+        try:
+            path = hf_hub_download(spec, name, revision=revision)
+        except (OSError, ValueError, httpx.HTTPError):
+            continue
+        if has_chat_template(Path(path).parent):
+            return True
+    return False
 
 
 def expected_tensors(config: dict[str, Any], *, where: str) -> dict[str, TensorInfo]:
@@ -368,13 +399,6 @@ def _plan_stage(
     device: Device,
 ) -> StagePlan:
     rows = stage.micro_batch_size * num_processes
-    if stage.batch_size % rows:
-        raise RecipeError(
-            f"batch_size {stage.batch_size} is no multiple of micro_batch_size {stage.micro_batch_size} x "
-            f"{num_processes} processes",
-            where=f"stages.{name}.batch_size",
-            hint=f"stages.{name}.batch_size={math.ceil(stage.batch_size / rows) * rows}",
-        )
     trained = count_trained(name, stage, conversion, tied_head=geometry.tied_head)
     memory = predict_memory(
         stage,
