@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from gendistill.advice import advise, check_batches, has_chat_template
 from gendistill.config.objectives import BlockOutputConfig, CEConfig, MixConfig, MixerOutputConfig
 from gendistill.config.schema import Recipe, StageConfig
 from gendistill.conversion.family import (
@@ -31,6 +32,8 @@ from gendistill.memory import Device, MemoryEstimate, find_device, predict_memor
 from gendistill.types import ParamGroup, Placement
 
 if TYPE_CHECKING:
+    import torch
+
     from gendistill.conversion.impl import ImplChoice
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(\w+)\.")
@@ -45,11 +48,13 @@ class Source:
         spec: As written in the recipe.
         config: With defaults filled in.
         tensors: Name to shape and dtype.
+        chat_template: Whether its tokenizer has one.
     """
 
     spec: str
     config: dict[str, Any]
     tensors: Mapping[str, TensorInfo]
+    chat_template: bool = False
 
     @property
     def num_parameters(self) -> int:
@@ -86,6 +91,7 @@ class StagePlan:
         minutes: Planned time, or None.
         seq_len: Tokens per row.
         batch: ``(rows per forward, forwards per step, ranks)``.
+        compute_dtype: Of matmuls and activations.
         memory: Predicted peak of one process.
     """
 
@@ -98,6 +104,7 @@ class StagePlan:
     minutes: float | None
     seq_len: int
     batch: tuple[int, int, int]
+    compute_dtype: str
     memory: MemoryEstimate
 
     @property
@@ -118,6 +125,7 @@ class RunPlan:
     impl: ImplChoice
     stages: tuple[StagePlan, ...]
     device: Device
+    warnings: tuple[str, ...] = ()
 
     def render(self, *, stages: bool = True) -> str:
         """Lay the plan out for people.
@@ -145,9 +153,9 @@ class RunPlan:
         lines.append(captured.get().rstrip("\n"))
         if stages:
             lines += self._stage_lines() + self._memory_lines()
+            lines += [f"warn      {warning}" for warning in self.warnings]
         lines.append(
-            "ok        nothing was run. Drop --dry-run to start; output goes to "
-            f"{Path(self.recipe.output) / self.recipe.name}"
+            f"ok        nothing was run. Drop --dry-run to start; output goes to {self.recipe.run_folder}"
         )
         return "\n".join(lines)
 
@@ -163,6 +171,7 @@ class RunPlan:
             "seq",
             "batch = micro x accum x ranks",
             "steps",
+            "dtype",
         )
         rows = [header, *(_stage_row(stage) for stage in self.stages)]
         widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
@@ -202,6 +211,7 @@ class RunPlan:
             "impl": self.impl.to_json(),
             "stages": [{**asdict(stage), "memory": stage.memory.to_json()} for stage in self.stages],
             "device": asdict(self.device),
+            "warnings": list(self.warnings),
         }
 
 
@@ -224,6 +234,7 @@ def plan_run(recipe: Recipe, *, num_processes: int = 1, device: Device | None = 
     source = teacher
     if recipe.student.source is not None:
         source = read_source(recipe.student.source, revision="main", where="student.from")
+    check_batches(recipe, num_processes)
     _check_vocabulary(recipe, teacher, source)
     geometry = read_geometry(source.config)
     placement = Placement.parse(recipe.student.placement, num_layers=geometry.num_layers)
@@ -236,42 +247,62 @@ def plan_run(recipe: Recipe, *, num_processes: int = 1, device: Device | None = 
         _plan_stage(name, stage, conversion, geometry, teacher, dtype, num_processes, device)
         for name, stage in recipe.stages.items()
     )
-    return RunPlan(recipe, teacher, dtype, source, conversion, impl, stages, device)
+    warnings = advise(recipe, teacher.config, chat_template=teacher.chat_template)
+    return RunPlan(recipe, teacher, dtype, source, conversion, impl, stages, device, tuple(warnings))
 
 
 def _choose_impl(recipe: Recipe, placement: Placement, device: Device) -> ImplChoice:
-    import torch
-
     from gendistill.conversion.impl import choose_impl
 
-    # a driver may name a GPU that torch cannot use
-    kind = device.kind if torch.cuda.is_available() else "cpu"
-    return choose_impl(recipe.student.impl, placement, device=torch.device(kind), device_name=device.name)
+    return choose_impl(recipe.student.impl, placement, device=_torch_device(device), device_name=device.name)
 
 
 def read_source(spec: str, *, revision: str, where: str) -> Source:
     """Read a model's config and its tensors' shapes; of a hub model only config.json is fetched."""
-    is_local = Path(spec).expanduser().exists() or spec.startswith(("pypi:", ".", "/", "~"))
+    is_local = Path(spec).expanduser().exists() or spec.startswith(("pypi:", "builtin:", ".", "/", "~"))
     if is_local or spec.endswith(".gguf"):
         from gendistill.conversion.checkpoint import resolve_checkpoint
 
         checkpoint = resolve_checkpoint(spec, revision=revision, where=where)
-        return Source(spec, checkpoint.config, read_tensor_index(checkpoint.folder, where=where))
+        return Source(
+            spec,
+            checkpoint.config,
+            read_tensor_index(checkpoint.folder, where=where),
+            has_chat_template(checkpoint.folder),
+        )
     config = _hub_config(spec, revision, where)
-    return Source(spec, config, expected_tensors(config, where=where))
+    return Source(spec, config, expected_tensors(config, where=where), _hub_chat_template(spec, revision))
 
 
 def _hub_config(spec: str, revision: str, where: str) -> dict[str, Any]:
+    import httpx
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(spec, revision=revision).to_dict()
-    except (OSError, ValueError, KeyError) as error:
+        # asked without an answer, transformers would wait for one on the terminal
+        return AutoConfig.from_pretrained(spec, revision=revision, trust_remote_code=False).to_dict()
+    except (OSError, ValueError, KeyError, TypeError, httpx.HTTPError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise CheckpointError(
-            f'"{spec}" is no local folder, and the hub gives no config.json: {str(error).splitlines()[0]}',
+            f'"{spec}" is no local folder, and the hub gives no config.json: {reason}',
             where=where,
-            hint="check the spelling and the network; for a private model run: hf auth login",
+            hint="check the spelling and the network, or name a local folder; for a private model run: hf auth login",
         ) from error
+
+
+def _hub_chat_template(spec: str, revision: str) -> bool:
+    """Whether a hub model has a chat template; one that cannot be asked has none."""
+    import httpx
+    from huggingface_hub import hf_hub_download
+
+    for name in ("chat_template.jinja", "tokenizer_config.json"):
+        try:
+            path = hf_hub_download(spec, name, revision=revision)
+        except (OSError, ValueError, httpx.HTTPError):
+            continue
+        if has_chat_template(Path(path).parent):
+            return True
+    return False
 
 
 def expected_tensors(config: dict[str, Any], *, where: str) -> dict[str, TensorInfo]:
@@ -320,21 +351,31 @@ def parameter_group(name: str, *, placement: Placement, tied_head: bool) -> Para
 
 
 def count_trained(
-    stage: StageConfig, conversion: ConversionPlan, *, tied_head: bool
+    name: str, stage: StageConfig, conversion: ConversionPlan, *, tied_head: bool
 ) -> dict[ParamGroup, int]:
     """Count the parameters that a stage trains, per group: exact.
 
     Counted are tensors of the groups under ``train`` whose name matches a pattern under ``only`` (all, without
     patterns) and that the objective reaches: ``mixer_output`` the converted mixers, ``block_output`` the converted
     blocks, every other objective the whole student.
+
+    Raises:
+        RecipeError: A pattern matches nothing, or a named group cannot learn.
     """
+    from gendistill.training.freeze import choose_trained
+
     placement = conversion.placement
+    groups = {
+        step.name: parameter_group(step.name, placement=placement, tied_head=tied_head)
+        for step in conversion.steps
+    }
+    chosen, _ = choose_trained(
+        groups, stage, name=name, tied=tied_head, reaches=lambda one: _reaches(stage, one, placement)
+    )
     counts: dict[ParamGroup, int] = {}
     for step in conversion.steps:
-        group = parameter_group(step.name, placement=placement, tied_head=tied_head)
-        matches = not stage.only or any(re.search(pattern, step.name) for pattern in stage.only)
-        if group in stage.train and matches and _reaches(stage, step.name, placement):
-            counts[group] = counts.get(group, 0) + step.num_parameters
+        if step.name in chosen:
+            counts[groups[step.name]] = counts.get(groups[step.name], 0) + step.num_parameters
     return {group: counts[group] for group in ParamGroup if group in counts}
 
 
@@ -358,14 +399,7 @@ def _plan_stage(
     device: Device,
 ) -> StagePlan:
     rows = stage.micro_batch_size * num_processes
-    if stage.batch_size % rows:
-        raise RecipeError(
-            f"batch_size {stage.batch_size} is no multiple of micro_batch_size {stage.micro_batch_size} x "
-            f"{num_processes} processes",
-            where=f"stages.{name}.batch_size",
-            hint=f"stages.{name}.batch_size={math.ceil(stage.batch_size / rows) * rows}",
-        )
-    trained = count_trained(stage, conversion, tied_head=geometry.tied_head)
+    trained = count_trained(name, stage, conversion, tied_head=geometry.tied_head)
     memory = predict_memory(
         stage,
         geometry=geometry,
@@ -388,8 +422,28 @@ def _plan_stage(
         minutes=stage.minutes,
         seq_len=stage.seq_len,
         batch=(stage.micro_batch_size, stage.batch_size // rows, num_processes),
+        compute_dtype=_compute_dtype(stage, geometry.hidden_size, device),
         memory=memory,
     )
+
+
+def _compute_dtype(stage: StageConfig, hidden_size: int, device: Device) -> str:
+    import torch
+
+    from gendistill.training.optim import choose_compute_dtype, fixed_dtype
+
+    where = _torch_device(device)
+    chosen = fixed_dtype(stage)
+    if chosen is None and where.type == "cuda" and not torch.cuda.device_count():
+        chosen = torch.bfloat16  # a plan for another machine, whose GPU cannot be asked
+    return str(chosen or choose_compute_dtype(where, hidden_size)).removeprefix("torch.")
+
+
+def _torch_device(device: Device) -> torch.device:
+    """Return where torch would run; a driver may name a GPU that torch cannot use."""
+    import torch
+
+    return torch.device(device.kind if torch.cuda.is_available() else "cpu")
 
 
 def _describe_objective(stage: StageConfig) -> str:
@@ -416,6 +470,7 @@ def _stage_row(stage: StagePlan) -> tuple[str, ...]:
         f"{micro * accumulation * ranks} x {stage.seq_len:,} = {stage.tokens_per_step:,} = "
         f"{micro} x {accumulation} x {ranks}",
         "timed" if stage.steps is None else f"{stage.steps:,}",
+        stage.compute_dtype,
     )
 
 

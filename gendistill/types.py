@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-import json
+import math
+import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from decimal import Decimal
 from enum import StrEnum
 from pathlib import Path
+from typing import Any
 
 from gendistill.errors import RecipeError
+from gendistill.paths import check_shape, read_json
 
 
 class MixerKind(StrEnum):
@@ -94,16 +98,13 @@ class Placement:
 
     @classmethod
     def _from_json(cls, path: Path, *, num_layers: int, where: str) -> Placement:
-        try:
-            content = json.loads(path.read_text())
-            kinds = content["kinds"] if isinstance(content, dict) else content
-        except (OSError, ValueError, KeyError) as error:
-            raise RecipeError(
-                f"cannot read a placement from {path}: {error}", where=where, hint=f"write {_GRAMMAR}"
-            ) from error
-        if not isinstance(kinds, list):
-            raise RecipeError(f"{path} must hold a list of kinds, got {type(kinds).__name__}", where=where)
-        return cls._explicit([str(kind) for kind in kinds], num_layers=num_layers, where=where)
+        hint = f"write {_GRAMMAR}"
+        if path.exists() and not path.is_file():
+            raise RecipeError(f"{path} is not a file", where=where, hint=hint)
+        content = read_json(path, shape=list[str] | dict[str, Any], error=RecipeError, hint=hint)
+        kinds = content.get("kinds") if isinstance(content, dict) else content
+        check_shape(kinds, list[str], error=RecipeError, where=f"{path}: kinds", hint=hint)
+        return cls._explicit(kinds, num_layers=num_layers, where=where)
 
     @classmethod
     def _keep_list(cls, text: str, *, num_layers: int, where: str) -> Placement:
@@ -118,7 +119,7 @@ class Placement:
                 default = kind
                 continue
             for item in layers.split(","):
-                if not item.isdigit() or int(item) >= num_layers:
+                if not re.fullmatch("[0-9]{1,9}", item) or int(item) >= num_layers:
                     raise RecipeError(
                         f'"{word}" names layer "{item}"; layers are 0 to {num_layers - 1}', where=where
                     )
@@ -169,15 +170,25 @@ def _kind(word: str, where: str) -> MixerKind:
         ) from None
 
 
+_TOKENS = re.compile(r"([0-9]+(?:_[0-9]+)*(?:\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]{1,4})?([kKmMbB]?)")
+_SCALES = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
+
+
 def parse_token_count(value: str | int | float) -> int:
-    """Read ``500``, ``"20k"``, ``"30M"`` or ``"1.5B"`` as a whole number of tokens."""
+    """Read ``500``, ``"20k"``, ``"30M"`` or ``"1.5B"`` as a whole number of tokens.
+
+    Raises:
+        ValueError: It is none of these.
+    """
     if isinstance(value, bool):
         raise ValueError("a token count is a number or a text such as 30M")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{value} is not a token count; write 500, 20k, 30M or 1.5B")
     if isinstance(value, (int, float)):
         return int(value)
-    scale = {"k": 10**3, "m": 10**6, "b": 10**9}.get(value[-1:].lower(), 1)
-    digits = value[:-1] if scale > 1 else value
-    try:
-        return int(float(digits.replace("_", "")) * scale)
-    except ValueError:
-        raise ValueError(f'"{value}" is no token count; write 500, 20k, 30M or 1.5B') from None
+    match = _TOKENS.fullmatch(value) if len(value) <= 40 else None
+    if match is None:
+        shown = value if len(value) <= 40 else f"{value[:40]}..."
+        raise ValueError(f'"{shown}" is not a token count; write 500, 20k, 30M or 1.5B')
+    number, power, letter = match.groups()
+    return int(Decimal(number.replace("_", "") + (power or "")) * _SCALES[letter.lower()])

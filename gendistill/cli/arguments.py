@@ -75,11 +75,24 @@ def load(arguments: argparse.Namespace) -> Recipe:
 
 
 def find_tasks(recipe: Recipe) -> None:
-    """Read what the evaluation asks, so that a misspelt task fails now and not after hours of training."""
+    """Read what the evaluation asks, so that a misspelt task fails now and not after hours of training.
+
+    Raises:
+        RecipeError: Two tasks of one name.
+        EvalError: A task or a set of questions that does not exist or cannot be read.
+    """
     from gendistill_evals import load_questions, load_task
 
+    names: dict[str, str] = {}
     for task in recipe.eval.tasks:
-        load_task(task)
+        name = load_task(task).name
+        if name in names:
+            raise RecipeError(
+                f'"{task}" and "{names[name]}" are both the task {name}; their scores would share one place',
+                where="eval.tasks",
+                hint="name each task once, or give one of the files another name:",
+            )
+        names[name] = task
     if recipe.eval.questions is not None:
         load_questions(recipe.eval.questions)
 

@@ -137,14 +137,19 @@ def _copy(arguments: argparse.Namespace) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> int:
+    from gendistill.advice import advise, known_teacher
     from gendistill.config.load import read_recipe
 
     loaded = read_recipe(arguments.recipe, arguments.overrides)
-    find_tasks(loaded.recipe)
-    if arguments.json:
-        print_json({"ok": True, "name": loaded.recipe.name, "file": str(loaded.file)})
-        return 0
     recipe = loaded.recipe
+    find_tasks(recipe)
+    config, chat_template = known_teacher(recipe)
+    warnings = advise(recipe, config, chat_template=chat_template)
+    if arguments.json:
+        print_json({"ok": True, "name": recipe.name, "file": str(loaded.file), "warnings": warnings})
+        return 0
+    for warning in warnings:
+        print(f"warn      {warning}")
     print(f"ok        {recipe.name}   {_summary(recipe)}")
     return 0
 

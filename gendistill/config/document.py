@@ -20,6 +20,10 @@ Path = tuple[str | int, ...]
 Scalar = str | int | float | bool | None
 
 COMMAND_LINE = "command line"
+# far above any recipe, far below what slows the reader down or exhausts its stack
+MOST_CHARACTERS = 1_000_000
+MOST_VALUES = 100_000
+MOST_LEVELS = 50
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +84,11 @@ def dotted(path: Path) -> str:
     return ".".join(str(step) for step in path)
 
 
+def shortened(text: str) -> str:
+    """Cut a text that would fill the screen."""
+    return text if len(text) <= 80 else f"{text[:60]}... ({len(text):,} characters)"
+
+
 _TAG = "tag:yaml.org,2002:"
 _DIGITS = r"[0-9][0-9_]*"
 _POWER = r"[eE][-+]?[0-9]+"
@@ -99,7 +108,25 @@ def _resolver_table() -> dict[str | None, list[tuple[str, re.Pattern[str]]]]:
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's parser with the resolvers above."""
+    """PyYAML's parser with the resolvers above, bounded in depth and number of nodes."""
+
+    level = 0
+    num_nodes = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        """Stop at what no recipe has, before the stack ends or minutes pass."""
+        if self.level >= MOST_LEVELS:
+            raise self._stop(f"sections and lists are nested more than {MOST_LEVELS} deep")
+        if self.num_nodes >= 2 * MOST_VALUES:  # each value may have a key
+            raise self._stop(f"more than {MOST_VALUES:,} values are too much for a recipe")
+        self.level += 1
+        self.num_nodes += 1
+        node = super().compose_node(parent, index)
+        self.level -= 1
+        return node
+
+    def _stop(self, reason: str) -> yaml.MarkedYAMLError:
+        return yaml.MarkedYAMLError(problem=reason, problem_mark=self.peek_event().start_mark)
 
 
 class RecipeDumper(yaml.SafeDumper):
@@ -114,7 +141,9 @@ _Loader.yaml_implicit_resolvers = _resolver_table()  # pyright: ignore[reportAtt
 RecipeDumper.yaml_implicit_resolvers = _resolver_table()  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def parse_yaml(text: str, *, place: str, problems: list[Problem], numbered: bool = True) -> Node:
+def parse_yaml(
+    text: str, *, place: str, problems: list[Problem], numbered: bool = True, at: Path = ()
+) -> Node:
     """Read one YAML document.
 
     Args:
@@ -122,21 +151,41 @@ def parse_yaml(text: str, *, place: str, problems: list[Problem], numbered: bool
         place: Name of its origin, for errors.
         problems: Receives what is wrong but does not stop the reading, such as duplicate keys.
         numbered: Whether lines mean anything; they do not on a command line.
+        at: Path of the document within the recipe, for problems.
     Raises:
-        RecipeProblems: The text is no YAML.
+        RecipeProblems: The text is no YAML, or larger than any recipe.
     """
+    if len(text) > MOST_CHARACTERS:
+        raise RecipeProblems([_too_large(f"{len(text):,} characters", place)])
     try:
         root = yaml.compose(text, Loader=_Loader)
     except yaml.YAMLError as error:
-        raise RecipeProblems([_syntax_problem(error, place, numbered)]) from error
+        raise RecipeProblems([_syntax_problem(error, text, place, numbered)]) from error
+    except (ValueError, OverflowError) as error:
+        message = "this is no YAML: the number in an escape or directive is out of range"
+        problem = Problem(place, "", message, 'look for "\\U" and "%"')
+        raise RecipeProblems([problem]) from error
     if root is None:
         return Node(None, place, 1 if numbered else None)
-    return _Builder(place, numbered, problems).build(root, ())
+    return _Builder(place, numbered, problems).build(root, at)
 
 
-def _syntax_problem(error: yaml.YAMLError, place: str, numbered: bool) -> Problem:
+def _too_large(size: str, place: str) -> Problem:
+    return Problem(
+        place,
+        "",
+        f"{size} are too much for a recipe; at most {MOST_CHARACTERS:,} characters and {MOST_VALUES:,} values",
+        "name data files in the recipe instead of writing them into it",
+    )
+
+
+def _syntax_problem(error: yaml.YAMLError, text: str, place: str, numbered: bool) -> Problem:
     mark = getattr(error, "problem_mark", None)
-    reason = getattr(error, "problem", None) or getattr(error, "reason", None) or str(error)
+    if isinstance(error, yaml.reader.ReaderError):
+        line = text.count("\n", 0, error.position) + 1
+        message = f"this is no YAML: the character U+{error.character:04X} is not allowed in it"
+        return Problem(f"{place}:{line}" if numbered else place, "", message, "delete or replace it")
+    reason = getattr(error, "problem", None) or str(error)
     context = getattr(error, "context", None)
     message = f"this is no YAML: {reason}" + (f" ({context})" if context else "")
     hint = (
@@ -152,11 +201,16 @@ class _Builder:
     place: str
     numbered: bool
     problems: list[Problem]
+    num_values: int = 0
 
     def build(
         self, node: yaml.Node, path: Path, at: int | None = None, parents: tuple[int, ...] = ()
     ) -> Node:
         line = at or node.start_mark.line + 1
+        self.num_values += 1
+        if self.num_values > MOST_VALUES:
+            # aliases that repeat each other can stand for more values than memory holds
+            raise RecipeProblems([_too_large(f"more than {MOST_VALUES:,} values", self._at(line))])
         if id(node) in parents:
             self._report(path, line, "an anchor contains itself", "write the value out")
             return self._node(None, line)
@@ -216,8 +270,13 @@ class _Builder:
             )
         except ValueError:
             number = math.nan
-        if not math.isfinite(number):
-            self._report(path, line, f"{text} is no finite number", f'if it is text, quote it: "{text}"')
+        if isinstance(number, float) and not math.isfinite(number):
+            self._report(
+                path,
+                line,
+                f"{shortened(text)} is no finite number",
+                f'if it is text, quote it: "{shortened(text)}"',
+            )
             return None
         return number
 
@@ -225,5 +284,7 @@ class _Builder:
         return Node(content, self.place, line if self.numbered else None, written)
 
     def _report(self, path: Path, line: int, message: str, hint: str) -> None:
-        place = f"{self.place}:{line}" if self.numbered else self.place
-        self.problems.append(Problem(place, dotted(path), message, hint))
+        self.problems.append(Problem(self._at(line), dotted(path), message, hint))
+
+    def _at(self, line: int) -> str:
+        return f"{self.place}:{line}" if self.numbered else self.place

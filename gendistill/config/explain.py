@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import types
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from enum import Enum
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -13,10 +14,12 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from gendistill.config.base import Section
-from gendistill.config.document import Node, Path, dotted
+from gendistill.config.document import Node, Path, dotted, shortened
 from gendistill.config.problems import Problem
 from gendistill.config.schema import MixtureConfig, Recipe
 
+_BOUNDS = ("greater_than", "greater_than_equal", "less_than", "less_than_equal", "finite_number")
+_NAMES = ("string_pattern_mismatch", "string_too_long")
 _WANTED = {
     "string_type": "text",
     "int_type": "a whole number",
@@ -42,7 +45,7 @@ def closest(word: str, allowed: Iterable[str]) -> str:
 
 
 def _near(word: str, allowed: Iterable[str]) -> list[str]:
-    return difflib.get_close_matches(word.replace("-", "_"), list(allowed), n=1, cutoff=0.6)
+    return difflib.get_close_matches(word[:100].replace("-", "_"), list(allowed), n=1, cutoff=0.6)
 
 
 def _keys_at(path: Path, root: Node) -> list[str]:
@@ -142,7 +145,10 @@ def explain(error: ValidationError, root: Node, *, known: Sequence[Problem] = ()
         if dotted(path) in seen:
             continue
         here = [item for other, item in located if other == path]
-        deeper = any(other != path and other[: len(path)] == path for other, _ in located)
+        inside = f"{dotted(path)}." if path else ""
+        deeper = any(other != path and other[: len(path)] == path for other, _ in located) or any(
+            other.startswith(inside) for other in seen if other
+        )
         kept = [item for item in here if not (deeper and _is_consequence(item))]
         if kept and not (path in misspelt and all(item["type"] == "missing" for item in kept)):
             problems += _problems_at(path, kept, root)
@@ -203,13 +209,14 @@ def _place(path: Path, root: Node) -> str:
 def _unknown_key(path: Path, root: Node) -> Problem:
     parent, name = path[:-1], str(path[-1])
     sections = [one for one in annotations_at(parent, root) if is_section(one)]
+    shown = shortened(name)
     lines = []
     for section in sections:
         allowed = settings(section)
-        lines.append(f'unknown field "{name}"{closest(name, allowed)}') if not lines else None
+        lines.append(f'unknown field "{shown}"{closest(name, allowed)}') if not lines else None
         lines.append(f"{section.__name__} accepts: {', '.join(sorted(allowed))}")
     if not lines:
-        lines = [f'unknown field "{name}"']
+        lines = [f'unknown field "{shown}"']
     return Problem(_place(path, root), dotted(path), "\n".join(lines), _schema_command(parent))
 
 
@@ -226,7 +233,7 @@ def _rule(path: Path, message: str, root: Node) -> Problem:
     first = tuple(message.split(maxsplit=1)[0].split(".")) if message else ()
     if first and first != ("",) and root.at((*path, *first)) is not None and len(first) > len(path):
         path = (*path, *first)
-    return Problem(_place(path, root), dotted(path), message, None)
+    return Problem(_place(path, root), dotted(path), message, _schema_command(path))
 
 
 def _wrong_value(path: Path, items: list[ErrorDetails], root: Node) -> Problem:
@@ -237,10 +244,15 @@ def _wrong_value(path: Path, items: list[ErrorDetails], root: Node) -> Problem:
     if any(item["type"].startswith("union_tag") for item in items):
         return _wrong_kind(path, node, root)
     text = node.content if node is not None else None
+    for item in items:
+        if item["type"] in _NAMES:
+            return Problem(place, name, _not_a_name(path), "rename it")
+        if item["type"] in _BOUNDS:
+            message = f"{_lower(item['msg'])}, got {given}\nallowed: {bounds_at(path, root)}"
+            return Problem(place, name, message, _schema_command(path))
     if words and isinstance(text, str):
-        return Problem(
-            place, name, f"{given} is not allowed{closest(text, words)}\nallowed: {', '.join(words)}"
-        )
+        message = f"{given} is not allowed{closest(text, words)}\nallowed: {', '.join(words)}"
+        return Problem(place, name, message, _schema_command(path))
     if any(item["type"] == "enum" for item in items):
         return _wrong_word(path, root)
     wanted = list(dict.fromkeys(_WANTED[item["type"]] for item in items if item["type"] in _WANTED))
@@ -255,13 +267,52 @@ def _wrong_value(path: Path, items: list[ErrorDetails], root: Node) -> Problem:
     if wants_text and node is not None and node.written is not None and not isinstance(node.content, str):
         if node.content is None:
             return Problem(place, name, message, hint)
-        message += f"; YAML reads {node.written} as {_kind_of(node.content)}"
-        hint = f'quote it: "{node.written}"'
+        message += f"; YAML reads {shortened(node.written)} as {_kind_of(node.content)}"
+        hint = f'quote it: "{shortened(node.written)}"'
     elif wanted == ["a list"] and isinstance(text, str):
-        hint = f"write [{text}]"
+        hint = f"write [{shortened(text)}]"
     elif isinstance(text, str) and _looks_numeric(text) and any("number" in want for want in wanted):
-        hint = f"remove the quotes: {text}"
+        hint = f"remove the quotes: {shortened(text)}"
     return Problem(place, name, message, hint)
+
+
+def _not_a_name(path: Path) -> str:
+    what = "the name of this recipe" if path == ("name",) else f'the name "{shortened(str(path[-1]))}"'
+    return (
+        f"{what} cannot name a folder: it needs letters, digits, dots, dashes and underscores, a letter or digit "
+        "first, and at most 100 of them"
+    )
+
+
+def bounds_at(path: Path, root: Node | None = None) -> str:
+    """Describe the numbers that a setting allows, as in ``1 to 1,000``; nothing if it has no bounds."""
+    found: dict[str, float] = {}
+    for section in annotations_at(path[:-1], root):
+        if is_section(section):
+            field = settings(section).get(str(path[-1]))
+            _collect_bounds([*field.metadata, field.annotation] if field else [], found)
+        else:
+            _collect_bounds(get_args(section)[1:], found)
+    low, high = found.get("ge", found.get("gt")), found.get("le", found.get("lt"))
+    if low is None or high is None:
+        return ""
+    above, below = "above " if "gt" in found else "", "below " if "lt" in found else ""
+    return f"{above}{_number(low)} to {below}{_number(high)}"
+
+
+def _collect_bounds(parts: Iterable[Any], found: dict[str, float]) -> None:
+    for part in parts:
+        for name in ("ge", "gt", "le", "lt"):
+            value = getattr(part, name, None)
+            if isinstance(value, (int, float)):
+                found.setdefault(name, value)
+        _collect_bounds(getattr(part, "metadata", ()), found)
+        if get_origin(part) in (Annotated, Union, types.UnionType, dict):
+            _collect_bounds(get_args(part), found)
+
+
+def _number(value: float) -> str:
+    return f"{int(value):,}" if value == int(value) and abs(value) < 1e20 else f"{value:g}"
 
 
 def _wrong_word(path: Path, root: Node) -> Problem:
@@ -272,7 +323,7 @@ def _wrong_word(path: Path, root: Node) -> Problem:
         for argument in get_args(annotation)[:1]:
             if isinstance(argument, type) and issubclass(argument, Enum):
                 words += [str(member.value) for member in argument]
-    message = f'"{name}" is not allowed{closest(name, words)}\nallowed: {", ".join(words)}'
+    message = f'"{shortened(name)}" is not allowed{closest(name, words)}\nallowed: {", ".join(words)}'
     return Problem(_place(path, root), dotted(path), message, _schema_command(parent[:-1]))
 
 
@@ -288,7 +339,9 @@ def _wrong_kind(path: Path, node: Node | None, root: Node) -> Problem:
         message = f'"kind" is required; allowed: {", ".join(kinds)}'
         return Problem(_place(path, root), dotted(path), message, f"add kind: {kinds[0]}")
     written = str(kind.content)
-    message = f'kind "{written}" is not allowed{closest(written, kinds)}\nallowed: {", ".join(kinds)}'
+    message = (
+        f'kind "{shortened(written)}" is not allowed{closest(written, kinds)}\nallowed: {", ".join(kinds)}'
+    )
     return Problem(kind.origin, dotted((*path, "kind")), message, _schema_command(path))
 
 
@@ -304,7 +357,7 @@ def _show(node: Node | None) -> str:
         return "null"
     if isinstance(content, bool):
         return node.written or str(content).lower()
-    return f'"{content}"' if isinstance(content, str) else str(node.written or content)
+    return f'"{shortened(content)}"' if isinstance(content, str) else shortened(str(node.written or content))
 
 
 def _kind_of(content: Any) -> str:
@@ -333,3 +386,25 @@ def none_words(root: Node) -> list[Problem]:
         message = f'"{node.content}" is the text, not the value'
         found.append(Problem(node.origin, dotted(path), message, "write null"))
     return found
+
+
+def unprintable(root: Node, path: Path = ()) -> list[Problem]:
+    """Find texts and keys that no terminal, file name or UTF-8 file can hold: control characters, half surrogates."""
+    if isinstance(root.content, str):
+        return _unprintable_text(root.content, path, root)
+    items = root.content.items() if isinstance(root.content, dict) else []
+    if isinstance(root.content, list):
+        items = enumerate(root.content)
+    problems = []
+    for key, node in items:
+        problems += _unprintable_text(key, path, node) if isinstance(key, str) else []
+        problems += unprintable(node, (*path, key))
+    return problems
+
+
+def _unprintable_text(text: str, path: Path, node: Node) -> list[Problem]:
+    bad = next((letter for letter in text if unicodedata.category(letter) in ("Cc", "Cs", "Zl", "Zp")), None)
+    if bad is None:
+        return []
+    message = f"{shortened(repr(text))} holds the character U+{ord(bad):04X}, which cannot be printed"
+    return [Problem(node.origin, dotted(path), message, "delete it")]

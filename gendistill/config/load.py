@@ -2,23 +2,43 @@
 
 Precedence: defaults < ``extends`` < file < ``key=value``. Sections merge key by key. Three rules keep merging
 unsurprising: another ``kind`` replaces the whole section, a stage length replaces the length it inherits
-(``steps`` over ``tokens``), and ``null`` removes an inherited stage or source.
+(``steps`` over ``tokens``), and ``null`` removes an inherited stage or source. Paths become absolute.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path as FilePath
 from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from gendistill.config.document import COMMAND_LINE, Node, Path, RecipeDumper, dotted, parse_yaml
-from gendistill.config.explain import annotations_at, closest, explain, is_section, none_words
+from gendistill.config.document import (
+    COMMAND_LINE,
+    MOST_CHARACTERS,
+    MOST_LEVELS,
+    Node,
+    Path,
+    RecipeDumper,
+    dotted,
+    parse_yaml,
+    shortened,
+)
+from gendistill.config.explain import (
+    annotations_at,
+    bounds_at,
+    closest,
+    explain,
+    is_section,
+    none_words,
+    unprintable,
+)
+from gendistill.config.locate import exists, folders_of, resolve, with_absolute_paths
 from gendistill.config.problems import Problem, RecipeProblems
 from gendistill.config.schema import Recipe
 from gendistill.errors import RecipeError
@@ -59,22 +79,29 @@ def recipe_file(path_or_name: str | FilePath) -> FilePath:
     Raises:
         RecipeError: There is no such recipe.
     """
-    text = str(path_or_name)
-    if text in recipe_names():
+    text, names = str(path_or_name), recipe_names()
+    if text in names:
         return asset_dir("recipes") / f"{text}.yaml"
-    path = FilePath(text).expanduser()
-    if (path / "recipe.yaml").is_file():
-        return path / "recipe.yaml"
-    if path.is_file():
-        return path
-    names = recipe_names()
+    where = shortened(text)
+    try:
+        path = FilePath(text).expanduser()
+    except RuntimeError as error:
+        raise RecipeError(f"{error}", where=where, hint="write the whole path") from error
+    if path.name and exists(path / "recipe.yaml"):
+        path = path / "recipe.yaml"
+    if not exists(path):
+        raise RecipeError(
+            f'there is no recipe "{where}"{closest(path.stem, names)}\n  built in: {", ".join(names)}',
+            where=where,
+            hint="gendistill recipe ls",
+        )
     if path.is_dir():
-        raise RecipeError(f"{text} is a folder without recipe.yaml", where=text, hint="name a .yaml file")
-    raise RecipeError(
-        f'there is no recipe "{text}"{closest(path.stem, names)}\n  built in: {", ".join(names)}',
-        where=text,
-        hint="gendistill recipe ls",
-    )
+        raise RecipeError(f"{path} is a folder without recipe.yaml", where=where, hint="name a .yaml file")
+    if not path.is_file():
+        raise RecipeError(
+            f"{path} is not a regular file", where=where, hint="write the recipe to a .yaml file"
+        )
+    return path
 
 
 def load_recipe(path_or_name: str | FilePath, overrides: Sequence[str] = ()) -> Recipe:
@@ -106,6 +133,10 @@ def read_recipe(path_or_name: str | FilePath, overrides: Sequence[str] = ()) -> 
         root = _apply_override(root, override, problems)
     root = _without_nulls(root)
     problems += none_words(root)
+    if bad := unprintable(root):
+        raise RecipeProblems([*problems, *bad])
+    root = with_absolute_paths(root, problems)
+    problems = [_with_bounds(problem, root) for problem in problems]
     try:
         # strict JSON: no quoted numbers, no true for 1, yet lists for tuples and words for enums
         recipe = Recipe.model_validate_json(json.dumps(root.plain()), strict=True)
@@ -117,6 +148,14 @@ def read_recipe(path_or_name: str | FilePath, overrides: Sequence[str] = ()) -> 
     return LoadedRecipe(recipe=recipe, file=file, written=root)
 
 
+def _with_bounds(problem: Problem, root: Node) -> Problem:
+    """Say which numbers are allowed where the one written is not finite."""
+    path = tuple(problem.path.split("."))
+    if not problem.message.endswith("is no finite number") or not (bounds := bounds_at(path, root)):
+        return problem
+    return replace(problem, message=f"{problem.message}\nallowed: {bounds}")
+
+
 def _shown(file: FilePath) -> str:
     """Name a file the short way when it lies under the current folder."""
     relative = os.path.relpath(file)
@@ -126,11 +165,26 @@ def _shown(file: FilePath) -> str:
 def _read_file(file: FilePath, problems: list[Problem]) -> Node:
     place = _shown(file)
     try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        with file.open("rb") as source:
+            content = source.read(4 * MOST_CHARACTERS + 1)  # UTF-8 has at most four bytes a character
+        text = content.decode("utf-8-sig") if len(content) <= 4 * MOST_CHARACTERS else None
+    except OSError as error:
         raise RecipeError(
-            f"cannot read the recipe: {error}", where=place, hint="gendistill recipe ls"
+            f"cannot read the recipe: {error.strerror}", where=place, hint="gendistill recipe ls"
         ) from error
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise RecipeError(
+            f"cannot read the recipe: it is not UTF-8 text, see byte 0x{content[error.start]:02x}",
+            where=f"{place}:{line}",
+            hint="save it as UTF-8, or name another file",
+        ) from error
+    if text is None:
+        raise RecipeError(
+            f"{file.stat().st_size:,} bytes are too much for a recipe; at most {MOST_CHARACTERS:,} characters",
+            where=place,
+            hint="gendistill recipe ls",
+        )
     root = parse_yaml(text, place=place, problems=problems)
     if not isinstance(root.content, dict):
         problem = Problem(
@@ -151,13 +205,17 @@ def _apply_extends(root: Node, file: FilePath, problems: list[Problem]) -> Node:
             Problem(extends.origin, "extends", "needs the name of one file", "write base/qwen3.yaml")
         )
         return rest
-    found = [folder / name for folder in (file.parent, asset_dir("recipes")) if (folder / name).is_file()]
-    if not found:
-        bases = sorted(f"base/{path.name}" for path in (asset_dir("recipes") / "base").glob("*.yaml"))
-        message = f'there is no file "{name}"{closest(name, bases)}\nbuilt in: {", ".join(bases)}'
-        problems.append(Problem(extends.origin, "extends", message))
+    try:
+        found = FilePath(resolve(name, ("extends",), folders_of(extends, ("extends",))))
+    except ValueError as error:
+        problems.append(Problem(extends.origin, "extends", str(error), "write base/qwen3.yaml"))
         return rest
-    base = _read_file(found[0], problems)
+    if not (exists(found) and found.is_file()):
+        bases = sorted(f"base/{path.name}" for path in (asset_dir("recipes") / "base").glob("*.yaml"))
+        message = f'there is no file "{shortened(name)}"{closest(name, bases)}\nbuilt in: {", ".join(bases)}'
+        problems.append(Problem(extends.origin, "extends", message, "correct the path, or delete the line"))
+        return rest
+    base = _read_file(found, problems)
     if "extends" in base.content:
         problem = base.content["extends"]
         problems.append(
@@ -197,11 +255,17 @@ def _apply_override(root: Node, override: str, problems: list[Problem]) -> Node:
     name, equals, value = override.partition("=")
     steps = name.strip().split(".")
     if not equals or not all(steps):
-        message = f'"{override}" is no override; write dotted.path=value, as in stages.distill.lr=5e-5'
-        problems.append(Problem(COMMAND_LINE, "", message))
+        message = (
+            f'"{shortened(override)}" is no override; write dotted.path=value, as in stages.distill.lr=5e-5'
+        )
+        problems.append(Problem(COMMAND_LINE, "", message, "gendistill recipe schema"))
+        return root
+    if len(steps) > MOST_LEVELS:
+        message = f'"{shortened(name)}" has {len(steps):,} steps; no setting lies so deep'
+        problems.append(Problem(COMMAND_LINE, "", message, "gendistill recipe schema"))
         return root
     try:
-        node = parse_yaml(value, place=COMMAND_LINE, problems=problems, numbered=False)
+        node = parse_yaml(value, place=COMMAND_LINE, problems=problems, numbered=False, at=tuple(steps))
     except RecipeProblems as error:
         problem = error.problems[0]
         problems.append(
@@ -239,9 +303,11 @@ def _set(root: Node, steps: list[str], value: Node, path: Path, problems: list[P
 def _set_item(root: Node, steps: list[str], value: Node, path: Path, problems: list[Problem]) -> Node:
     step, rest = steps[0], steps[1:]
     size = len(root.content)
-    if not step.isdigit() or int(step) >= size:
-        message = f'"{step}" is no item of this list; items are 0 to {size - 1}'
-        problems.append(Problem(COMMAND_LINE, dotted((*path, step)), message))
+    if not re.fullmatch("[0-9]{1,9}", step) or int(step) >= size:
+        message = f'"{shortened(step)}" is no item of this list; ' + (
+            f"items are 0 to {size - 1}" if size else "it is empty"
+        )
+        problems.append(Problem(COMMAND_LINE, dotted((*path, step)), message, "name one of its items"))
         return root
     items = list(root.content)
     index = int(step)

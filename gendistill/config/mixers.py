@@ -27,7 +27,7 @@ class KDAConfig(Section):
         default=-5.0, ge=-20.0, lt=0.0, description="most negative log-decay per token (bounded)"
     )
     gate_rank: int | None = Field(
-        default=None, ge=1, description="rank of the decay projection; null: head_dim"
+        default=None, ge=1, le=2**20, description="rank of the decay projection; null: head_dim"
     )
     decay_init: Literal["log_uniform", "mamba", "slow", "g6"] = "log_uniform"
     half_life: tuple[float, float] = Field(
@@ -35,7 +35,7 @@ class KDAConfig(Section):
     )
     output_gate: Literal["silu", "sigmoid", "none"] = "silu"
     output_gate_rank: int | None = Field(
-        default=None, ge=1, description="rank of the output gate; null: head_dim"
+        default=None, ge=1, le=2**20, description="rank of the output gate; null: head_dim"
     )
     output_norm: bool = Field(default=False, description="RMSNorm over each head's output, before the gate")
     rope: bool = Field(
@@ -51,8 +51,10 @@ class KDAConfig(Section):
     @model_validator(mode="after")
     def _half_life_is_a_range(self) -> Self:
         low, high = self.half_life
-        if not 0 < low <= high:
-            raise ValueError(f"half_life must be [low, high] with 0 < low <= high, got [{low}, {high}]")
+        if not 1e-3 <= low <= high <= 1e9:
+            raise ValueError(
+                f"half_life must be [low, high] with 0.001 <= low <= high <= 1e9, got [{low:g}, {high:g}]"
+            )
         return self
 
     @model_validator(mode="after")
@@ -67,7 +69,7 @@ class KDAConfig(Section):
 class SWAConfig(Section):
     """Shape sliding-window attention; its weights are the teacher's."""
 
-    window: int = Field(default=512, ge=1, description="tokens a query sees, itself included")
+    window: int = Field(default=512, ge=1, le=2**30, description="tokens a query sees, itself included")
 
 
 class MixersConfig(Section):

@@ -16,8 +16,8 @@ class KLConfig(Section):
     direction: Literal["forward", "reverse"] = Field(
         default="forward", description="forward: KL(teacher || student)"
     )
-    temperature: float = Field(default=1.0, gt=0)
-    weight: float = Field(default=1.0, gt=0)
+    temperature: float = Field(default=1.0, ge=1e-3, le=1e3)
+    weight: float = Field(default=1.0, ge=1e-9, le=1e9)
 
 
 class JSDConfig(Section):
@@ -25,15 +25,15 @@ class JSDConfig(Section):
 
     kind: Literal["jsd"] = "jsd"
     beta: float = Field(default=0.5, gt=0, lt=1)
-    temperature: float = Field(default=1.0, gt=0)
-    weight: float = Field(default=1.0, gt=0)
+    temperature: float = Field(default=1.0, ge=1e-3, le=1e3)
+    weight: float = Field(default=1.0, ge=1e-9, le=1e9)
 
 
 class CEConfig(Section):
     """Cross-entropy on the next token of the data; needs no teacher."""
 
     kind: Literal["ce"] = "ce"
-    weight: float = Field(default=1.0, gt=0)
+    weight: float = Field(default=1.0, ge=1e-9, le=1e9)
 
 
 LogitTerm = Annotated[KLConfig | JSDConfig | CEConfig, Field(discriminator="kind")]

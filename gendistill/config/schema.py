@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
-import re
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
 from gendistill.config.base import Affects, Section
 from gendistill.config.mixers import MixersConfig
 from gendistill.config.objectives import KLConfig, ObjectiveConfig
+from gendistill.config.patterns import check_pattern
 from gendistill.errors import RecipeError
 from gendistill.types import ParamGroup, Placement, parse_token_count
 
 _MANY_LAYERS = 1000
 
-TokenCount = Annotated[int, BeforeValidator(parse_token_count), Field(ge=1)]
+_MANY_STEPS = 10**9
+_MANY_ROWS = 2**20
+
+# names of folders and files on every system
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
+TokenCount = Annotated[int, BeforeValidator(parse_token_count), Field(ge=1, le=10**15)]
+Rate = Annotated[float, Field(gt=0, le=1e30)]
+Pattern = Annotated[str, AfterValidator(check_pattern)]
 
 
 class TeacherConfig(Section):
     """Name the pretrained model that the student imitates."""
 
     model: Annotated[str, Affects.CONTENT] = Field(
-        description="hub id, local folder, file.gguf, or pypi:<package>"
+        description="hub id, local folder, file.gguf, pypi:<package>, or builtin:tiny"
     )
     revision: Annotated[str, Affects.CONTENT] = Field(
         default="main", description="hub revision, or the version of a pypi: package"
@@ -74,14 +83,16 @@ class SourceConfig(Section):
     prompt: str = Field(default="prompt", description="column of prompt_completion rows")
     completion: str = Field(default="completion", description="column of prompt_completion rows")
     streaming: bool = Field(default=False, description="read the hub dataset without downloading it whole")
-    limit: int | None = Field(default=None, ge=1, description="use at most this many rows")
+    limit: int | None = Field(default=None, ge=1, le=10**12, description="use at most this many rows")
     shuffle: bool = True
 
 
 class MixtureConfig(Section):
     """Draw from several named sources by weight."""
 
-    mix: dict[str, Annotated[float, Field(gt=0)]] = Field(min_length=1, description="source name: weight > 0")
+    mix: dict[str, Annotated[float, Field(ge=1e-9, le=1e9)]] = Field(
+        min_length=1, description="source name: weight > 0"
+    )
 
 
 DataConfig = MixtureConfig | SourceConfig
@@ -91,10 +102,10 @@ class HeldOutConfig(Section):
     """Reserve the first rows of a source; training never sees them, the probe and the report score them."""
 
     data: str
-    rows: int = Field(default=64, ge=1, description="samples reserved")
-    seq_len: int = Field(default=512, ge=8)
+    rows: int = Field(default=64, ge=1, le=_MANY_ROWS, description="samples reserved")
+    seq_len: int = Field(default=512, ge=8, le=_MANY_ROWS)
     every_steps: Annotated[int | None, Affects.NOTHING] = Field(
-        default=None, ge=1, description="also score during training; null: only at stage ends"
+        default=None, ge=1, le=_MANY_STEPS, description="also score during training; null: only at stage ends"
     )
 
 
@@ -124,35 +135,41 @@ class StageConfig(Section):
     train: tuple[ParamGroup, ...] = Field(
         min_length=1, description="groups that learn; all others are frozen"
     )
-    only: tuple[str, ...] = Field(
+    only: tuple[Pattern, ...] = Field(
         default=(), description="regexes that narrow the trained parameters by name"
     )
     tokens: TokenCount | None = Field(
         default=None, description="length of the stage in tokens; or steps, or minutes"
     )
-    steps: int | None = Field(default=None, ge=1)
+    steps: int | None = Field(default=None, ge=1, le=_MANY_STEPS)
     minutes: float | None = Field(
-        default=None, gt=0, description="turned into steps by timing the first ones; then fixed"
+        default=None, gt=0, le=10**6, description="turned into steps by timing the first ones; then fixed"
     )
-    seq_len: int = Field(default=1024, ge=8)
+    seq_len: int = Field(default=1024, ge=8, le=_MANY_ROWS)
     batch_size: int = Field(
-        default=64, ge=1, description="rows of seq_len per optimizer step, over all ranks"
+        default=64, ge=1, le=_MANY_ROWS, description="rows of seq_len per optimizer step, over all ranks"
     )
     micro_batch_size: Annotated[int, Affects.NOTHING] = Field(
-        default=4, ge=1, description="rows per forward on one rank"
+        default=4, ge=1, le=_MANY_ROWS, description="rows per forward on one rank"
     )
-    lr: float | dict[ParamGroup, float] = Field(description="one rate, or one per trained group")
+    lr: Rate | dict[ParamGroup, Rate] = Field(description="one rate, or one per trained group")
     betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: float = Field(default=0.1, ge=0, description="never on norms, gates, biases and embeddings")
-    grad_clip: float = Field(default=1.0, gt=0)
-    schedule: ScheduleConfig = ScheduleConfig()
-    gradient_checkpointing: Annotated[bool, Affects.NOTHING] = False
-    log_every_steps: Annotated[int, Affects.NOTHING] = Field(default=1, ge=1)
-    save_every_steps: Annotated[int | None, Affects.NOTHING] = Field(
-        default=None, ge=1, description="null: by time only"
+    weight_decay: float = Field(
+        default=0.1, ge=0, le=1000, description="never on norms, gates, biases and embeddings"
     )
-    save_every_minutes: Annotated[float, Affects.NOTHING] = Field(default=10.0, gt=0)
-    keep_checkpoints: Annotated[int, Affects.NOTHING] = Field(default=1, ge=1)
+    grad_clip: Rate = 1.0
+    schedule: ScheduleConfig = ScheduleConfig()
+    compute_dtype: Annotated[Literal["auto", "float32", "bfloat16"], Affects.ARITHMETIC] = Field(
+        default="auto",
+        description="of matmuls and activations; auto: bfloat16 where the device has units for it",
+    )
+    gradient_checkpointing: Annotated[bool, Affects.NOTHING] = False
+    log_every_steps: Annotated[int, Affects.NOTHING] = Field(default=1, ge=1, le=_MANY_STEPS)
+    save_every_steps: Annotated[int | None, Affects.NOTHING] = Field(
+        default=None, ge=1, le=_MANY_STEPS, description="null: by time only"
+    )
+    save_every_minutes: Annotated[float, Affects.NOTHING] = Field(default=10.0, gt=0, le=10**6)
+    keep_checkpoints: Annotated[int, Affects.NOTHING] = Field(default=1, ge=1, le=10**6)
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -163,14 +180,6 @@ class StageConfig(Section):
             )
         if isinstance(self.lr, dict) and set(self.lr) != set(self.train):
             raise ValueError(f"lr names {sorted(self.lr)}, train names {sorted(self.train)}: they must agree")
-        rates = self.lr.values() if isinstance(self.lr, dict) else [self.lr]
-        if any(rate <= 0 for rate in rates):
-            raise ValueError("every learning rate must be above 0")
-        for pattern in self.only:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(f'only: "{pattern}" is no regular expression: {error}') from error
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas must be at least 0 and below 1, got {list(self.betas)}")
         if self.batch_size % self.micro_batch_size:
@@ -187,14 +196,16 @@ class EvalConfig(Section):
         default=(), description="built-in task names or task.yaml paths; see gendistill eval --list"
     )
     protocols: tuple[Literal["likelihood", "generation"], ...] = ("likelihood", "generation")
-    limit: int | None = Field(default=None, ge=1, description="items per task; tables carry the word LIMIT")
-    batch_size: Annotated[int, Affects.NOTHING] = Field(default=8, ge=1)
+    limit: int | None = Field(
+        default=None, ge=1, le=10**9, description="items per task; tables carry the word LIMIT"
+    )
+    batch_size: Annotated[int, Affects.NOTHING] = Field(default=8, ge=1, le=_MANY_ROWS)
     questions: Annotated[str | None, Affects.CONTENT] = Field(
         default=None, description="built-in name or .jsonl of open questions for transcripts"
     )
-    question_tokens: int = Field(default=64, ge=1, description="new tokens per open answer")
+    question_tokens: int = Field(default=64, ge=1, le=_MANY_ROWS, description="new tokens per open answer")
     bootstrap: Annotated[int, Affects.NOTHING] = Field(
-        default=2000, ge=100, description="resamples for the 95% intervals"
+        default=2000, ge=100, le=10**6, description="resamples for the 95% intervals"
     )
 
 
@@ -204,21 +215,28 @@ class Recipe(Section):
     version: Annotated[Literal[1], Affects.NOTHING] = Field(
         alias="schema", description="version of the recipe format"
     )
-    name: Annotated[str, Affects.NOTHING] = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    seed: int = 42
+    name: Annotated[Name, Affects.NOTHING]
+    seed: int = Field(default=42, ge=0, lt=2**63)
     output: Annotated[str, Affects.NOTHING] = Field(
         default="runs", description="folder that holds the run folder"
     )
     teacher: TeacherConfig
     student: StudentConfig
-    data: dict[str, DataConfig]
+    data: dict[Name, DataConfig]
     heldout: HeldOutConfig
-    stages: dict[str, StageConfig]
+    stages: dict[Name, StageConfig]
     eval: EvalConfig = EvalConfig()
+
+    @property
+    def run_folder(self) -> Path:
+        """Folder of the run, the short way when it lies under the current folder."""
+        folder = Path(self.output) / self.name
+        here = Path.cwd()
+        return folder.relative_to(here) if folder.is_relative_to(here) else folder
 
     @model_validator(mode="after")
     def _names_exist(self) -> Self:
-        problems = []
+        problems = [*_differ_only_in_case("stages", self.stages), *_differ_only_in_case("data", self.data)]
         known = f"(data has: {', '.join(sorted(self.data))})"
         for name, source in self.data.items():
             for part in source.mix if isinstance(source, MixtureConfig) else ():
@@ -247,3 +265,16 @@ class Recipe(Section):
             if isinstance(source, SourceConfig) and source.format == "text":
                 return part
         return None
+
+
+def _differ_only_in_case(section: str, names: Iterable[str]) -> list[str]:
+    """Some file systems would put both into one folder."""
+    seen: dict[str, str] = {}
+    problems = []
+    for name in names:
+        other = seen.setdefault(name.lower(), name)
+        if other != name:
+            problems.append(
+                f'{section}.{name} differs from "{other}" only in upper and lower case; rename one'
+            )
+    return problems

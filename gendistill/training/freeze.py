@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,11 +92,40 @@ def apply_freeze(
     Raises:
         RecipeError: A pattern under ``only`` matches nothing, or a named group cannot learn.
     """
-    where = f"stages.{name}"
     parameters = dict(student.named_parameters())
     groups = {parameter: param_group_of(parameter, student.config) for parameter in parameters}
+    tied = student.config.tie_word_embeddings
+    chosen, notes = choose_trained(groups, stage, name=name, tied=tied, reaches=reaches)
+    trained, frozen = Counter[ParamGroup](), Counter[ParamGroup]()
+    for parameter, tensor in parameters.items():
+        tensor.requires_grad_(parameter in chosen)
+        (trained if parameter in chosen else frozen)[groups[parameter]] += tensor.numel()
+    names = tuple(parameter for parameter in parameters if parameter in chosen)
+    return FreezeReport(names, dict(trained), dict(frozen), tuple(notes))
+
+
+def choose_trained(
+    groups: Mapping[str, ParamGroup],
+    stage: StageConfig,
+    *,
+    name: str,
+    tied: bool,
+    reaches: Callable[[str], bool],
+) -> tuple[set[str], list[str]]:
+    """Say which parameters learn in a stage, and what the reader of the recipe would not expect.
+
+    Args:
+        groups: Group of every parameter of the student, by its name.
+        stage: Its ``train`` and ``only`` decide.
+        name: Name of the stage, for errors.
+        tied: Whether the head is the embedding.
+        reaches: Whether the objective can train a parameter.
+    Raises:
+        RecipeError: As for ``apply_freeze``.
+    """
+    where = f"stages.{name}"
     asked = [parameter for parameter, group in groups.items() if group in stage.train]
-    notes = _check_groups(stage, set(groups.values()), student.config, where)
+    notes = _check_groups(stage, set(groups.values()), tied, where)
     if stage.only:
         asked = _narrow(asked, stage.only, f"{where}.only")
     chosen = {parameter for parameter in asked if reaches(parameter)}
@@ -112,17 +141,12 @@ def apply_freeze(
             f"{len(asked) - len(chosen)} tensors outside the converted layers stay frozen: "
             f"{stage.objective.kind} does not reach them"
         )
-    trained, frozen = Counter[ParamGroup](), Counter[ParamGroup]()
-    for parameter, tensor in parameters.items():
-        tensor.requires_grad_(parameter in chosen)
-        (trained if parameter in chosen else frozen)[groups[parameter]] += tensor.numel()
-    names = tuple(parameter for parameter in parameters if parameter in chosen)
-    return FreezeReport(names, dict(trained), dict(frozen), tuple(notes))
+    return chosen, notes
 
 
-def _check_groups(stage: StageConfig, present: set[ParamGroup], config: Any, where: str) -> list[str]:
+def _check_groups(stage: StageConfig, present: set[ParamGroup], is_tied: bool, where: str) -> list[str]:
     absent = [group for group in stage.train if group not in present]
-    tied = ParamGroup.HEAD in absent and config.tie_word_embeddings
+    tied = ParamGroup.HEAD in absent and is_tied
     if tied and ParamGroup.EMBED not in stage.train:
         raise RecipeError(
             "this model's head is tied to its embedding and belongs to the group embed",

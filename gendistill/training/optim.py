@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from typing import Any
 
 import torch
@@ -13,7 +12,8 @@ from gendistill.config.schema import ScheduleConfig, StageConfig
 from gendistill.training.freeze import param_group_of
 from gendistill.types import ParamGroup
 
-_PROBE_ROUNDS = 10
+# narrower layers spend longer casting their weights than multiplying
+_MIN_WIDTH = 256
 _NEVER_DECAYED = ("A_log", "dt_bias", "conv")
 
 
@@ -80,30 +80,31 @@ def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> dict[
     return rates
 
 
-def choose_compute_dtype(device: torch.device, hidden_size: int, *, seconds: float = 2.0) -> torch.dtype:
+def choose_compute_dtype(device: torch.device, hidden_size: int, *, seconds: float = 0.0) -> torch.dtype:
     """Choose the dtype of matmuls and activations; weights and moments stay float32.
 
-    A CUDA device with bfloat16 units gets bfloat16. On CPU both dtypes are timed on a layer of the model's width,
-    casts of the weights included, and bfloat16 must win by a fifth to be worth its rounding. Others get float32.
+    The choice depends on the machine and the model alone, so that a repeated run is the same run. A CUDA device or a
+    CPU with bfloat16 units gets bfloat16, a CPU only for models wide enough for the units to make up for the casts
+    of the weights. Everything else gets float32.
 
     Args:
         hidden_size: Width of the model.
-        seconds: Most time to spend.
+        seconds: Ignored; nothing is timed.
     """
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    if device.type != "cpu":
-        return torch.float32
-    layer = nn.Linear(hidden_size, 4 * hidden_size, device=device)
-    inputs = torch.randn(512, hidden_size, device=device)
-    best = {torch.float32: math.inf, torch.bfloat16: math.inf}
-    deadline = time.perf_counter() + seconds
-    for _ in range(_PROBE_ROUNDS):
-        for dtype in best:
-            start = time.perf_counter()
-            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype is torch.bfloat16):
-                layer(inputs).float().sum().backward()
-            best[dtype] = min(best[dtype], time.perf_counter() - start)
-        if time.perf_counter() > deadline:
-            break
-    return torch.bfloat16 if best[torch.bfloat16] < best[torch.float32] / 1.2 else torch.float32
+    if device.type == "cpu" and hidden_size >= _MIN_WIDTH and cpu_has_bfloat16_units():
+        return torch.bfloat16
+    return torch.float32
+
+
+def cpu_has_bfloat16_units() -> bool:
+    """Whether this CPU multiplies bfloat16 matrices itself (AMX or AVX512-BF16), and torch lets it."""
+    return torch.backends.mkldnn.is_available() and (
+        torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    )
+
+
+def fixed_dtype(stage: StageConfig) -> torch.dtype | None:
+    """Return the dtype that the recipe asks for; None leaves it to ``choose_compute_dtype``."""
+    return {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}[stage.compute_dtype]

@@ -22,7 +22,7 @@ from gendistill.training.checkpoint import checksums, find_checkpoint, load_chec
 from gendistill.training.console import TrainingConsole
 from gendistill.training.freeze import apply_freeze
 from gendistill.training.meter import Meter
-from gendistill.training.optim import build_optimizer, choose_compute_dtype
+from gendistill.training.optim import build_optimizer, choose_compute_dtype, fixed_dtype
 from gendistill.training.plan import (
     StagePlan,
     existing_plan,
@@ -151,7 +151,9 @@ def open_session(
         runner.compute_dtype = plan.dtype
     else:
         hidden_size = student.config.hidden_size
-        runner.compute_dtype = on_main(accelerator, lambda: choose_compute_dtype(device, hidden_size))
+        runner.compute_dtype = fixed_dtype(stage) or on_main(
+            accelerator, lambda: choose_compute_dtype(device, hidden_size)
+        )
         # timed first and trained on afterwards, as the first step
         fetched = next(stream) if stage.minutes is not None else None
         plan = _decide(stage, fetched, runner, optimizer, seed=seed, locked=locked)

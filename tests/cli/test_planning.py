@@ -185,3 +185,30 @@ def test_plan_without_linear_layers_needs_no_kernels(teacher_folder, machine):
     run_plan = plan(teacher_folder, "student.impl=triton", "student.placement=full", "stages.block=null")
     assert "impl      not used (no linear layers)" in run_plan.render()
     assert run_plan.to_json()["impl"]["impl"] is None
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_plan_says_in_which_dtype_a_stage_computes(teacher_folder, dtype):
+    run_plan = plan(teacher_folder, f"stages.distill.compute_dtype={dtype}")
+    (line,) = [line for line in run_plan.render().splitlines() if line.startswith("distill ")]
+    assert line.split()[-1] == dtype
+    assert run_plan.to_json()["stages"][1]["compute_dtype"] == dtype
+
+
+@pytest.mark.parametrize(
+    ("overrides", "place", "message"),
+    [
+        (["stages.distill.only=['no_such_name']"], "stages.distill.only", "matches none"),
+        (["stages.distill.only=['proj', 'x_proj']"], "stages.distill.only", '"x_proj" matches none'),
+        (["stages.distill.train=[head]"], "stages.distill.train", "tied to its embedding"),
+        (["stages.block.train=[mixer, embed]"], "stages.block.train", "gives no gradient to embed"),
+        (["student.placement=full", "stages.block=null", "stages.distill.train=[mixer]"],
+         "stages.distill.train", "nothing would learn"),
+    ],
+)  # fmt: skip
+def test_groups_and_patterns_that_match_nothing_are_found_by_the_plan(
+    teacher_folder, overrides, place, message
+):
+    with pytest.raises(RecipeError, match=message) as caught:
+        plan(teacher_folder, *overrides)
+    assert caught.value.where == place

@@ -87,7 +87,7 @@ def test_unknown_key_names_line_path_guess_allowed_keys_and_command(edited):
         ("format: messages", "format: message", "data.chat.format", 8, ['did you mean "messages"?']),
         ("heldout: {data: web}", "heldout: {data: wbe}", "heldout.data", 9, ['"wbe"', "chat, web"]),
         ("steps: 10", "steps: 10\n    mask: completion", "stages.distill.mask", 22, ['format "text"']),
-        ("steps: 10", "steps: 10\n    only: ['(']", "stages.distill", 17, ["no regular expression"]),
+        ("steps: 10", "steps: 10\n    only: ['(']", "stages.distill.only.0", 22, ["no regular expression"]),
         ('placement: "kda full"', "placement: kda ful", "student.placement", 5, ['"ful"', "full, swa, kda"]),
         ('placement: "kda full"', "placement: full@x kda", "student.placement", 5, ['layer "x"']),
         ('placement: "kda full"', "placement: [kda, 3]", "student.placement.1", 5, ["text", 'quote it: "3"']),
@@ -154,7 +154,7 @@ def test_override_wins_and_reaches_lists_and_new_sections(recipe):
     assert loaded.stages["distill"].lr == 5e-5
     assert loaded.stages["distill"].schedule.kind == "cosine"
     assert loaded.stages["distill"].schedule.warmup == 0.1
-    assert loaded.data["extra"].path == "more.jsonl"
+    assert loaded.data["extra"].path == str(recipe.parent / "more.jsonl")
     assert loaded.seed == 7
 
 

@@ -20,6 +20,7 @@ TORCH_FREE = (
     *("gendistill", "gendistill.config", "gendistill.cli", "gendistill.report", "gendistill.errors"),
     *(
         "gendistill.types",
+        "gendistill.advice",
         "gendistill.paths",
         "gendistill.packages",
         "gendistill.provenance",

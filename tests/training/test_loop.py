@@ -248,8 +248,8 @@ def test_ineffective_training_is_reported(tiny, tmp_path):
 
 def test_bfloat16_compute_keeps_float32_weights(tiny, tmp_path, monkeypatch):
     exact, _ = tiny.run_stage(tmp_path / "float32", steps=2)
-    monkeypatch.setattr(session, "choose_compute_dtype", lambda device, hidden_size: torch.bfloat16)
-    result, student = tiny.run_stage(tmp_path / "bfloat16", steps=2)
+    monkeypatch.setattr(session, "choose_compute_dtype", None)
+    result, student = tiny.run_stage(tmp_path / "bfloat16", steps=2, compute_dtype="bfloat16")
     assert {parameter.dtype for parameter in student.parameters()} == {torch.float32}
     assert result.loss_last != exact.loss_last
     assert result.loss_last == pytest.approx(exact.loss_last, rel=0.05)

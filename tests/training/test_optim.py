@@ -72,5 +72,22 @@ def test_short_stages_have_a_positive_rate_at_every_step(kind, num_steps):
         assert all(0 < factor <= 1 for factor in factors)
 
 
-def test_compute_dtype_is_one_of_two():
-    assert choose_compute_dtype(torch.device("cpu"), 16) in (torch.float32, torch.bfloat16)
+@pytest.mark.parametrize(
+    ("amx", "avx512", "mkldnn", "width", "expected"),
+    [
+        (True, False, True, 576, torch.bfloat16),
+        (False, True, True, 576, torch.bfloat16),
+        (False, False, True, 576, torch.float32),
+        (True, True, False, 576, torch.float32),
+        (True, True, True, 64, torch.float32),
+    ],
+)
+def test_the_dtype_on_a_cpu_depends_on_its_units_and_the_width_alone(
+    monkeypatch, amx, avx512, mkldnn, width, expected
+):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: mkldnn)
+    monkeypatch.setattr("time.perf_counter", None)
+    device = torch.device("cpu")
+    assert choose_compute_dtype(device, width, seconds=1.0) == expected
