@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from gendistill.companions import companions_fingerprint
 from gendistill.conversion.pypi import find_packaged_model
-from gendistill.conversion.tensors import TensorInfo, read_tensor_index
+from gendistill.conversion.tensors import TensorInfo, have_same_values, read_tensor_index
 from gendistill.errors import CheckpointError
 from gendistill.paths import cache_dir, new_folder, write_text
 
@@ -30,7 +30,8 @@ __all__ = [
 
 _ALLOWED = "a hub id (owner/name), a local folder, a .gguf file, or pypi:<package>"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?")
-_GGUF_FORMAT = 1  # raise it when the conversion of GGUF files changes, so that cached folders are made anew
+_GGUF_FORMAT = 2  # raise it when the conversion of GGUF files changes, so that cached folders are made anew
+_REMEMBERED_BYTES = 1 << 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +42,7 @@ class Checkpoint:
         spec: As written in the recipe.
         folder: Config, safetensors and tokenizer.
         fingerprint: Changes when the weights or the config change.
-        config: The transformers config with all defaults filled in.
+        config: The transformers config with all defaults filled in; the head is tied only if no other one is stored.
     """
 
     spec: str
@@ -83,7 +84,11 @@ def resolve_checkpoint(spec: str, *, revision: str = "main", where: str = "teach
 
 def _open(spec: str, folder: Path, fingerprint: str, where: str) -> Checkpoint:
     config = _read_config(folder, where)
-    read_tensor_index(folder, where=where)
+    tensors = read_tensor_index(folder, where=where)
+    head, embeddings = tensors.get("lm_head.weight"), tensors.get("model.embed_tokens.weight")
+    if config.get("tie_word_embeddings") and head and embeddings and not have_same_values(head, embeddings):
+        # as transformers does: both are kept, whatever the config says
+        config["tie_word_embeddings"] = False
     return Checkpoint(spec, folder, fingerprint, config)
 
 
@@ -194,7 +199,7 @@ def _dequantised(path: Path, where: str) -> tuple[Path, str]:
 
 
 def _file_digest(path: Path) -> str:
-    """Hash a file's content; remembered by what a change of the file changes, because files can be large."""
+    """Hash a file's content; that of a large one is remembered by everything that a change of the file changes."""
     stat = path.stat()
     identity = "\0".join(
         map(str, (path.resolve(), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino))
@@ -204,7 +209,8 @@ def _file_digest(path: Path) -> str:
         return memo.read_text(encoding="utf-8")
     with path.open("rb") as source:
         digest = hashlib.file_digest(source, "sha256").hexdigest()
-    write_text(memo, digest)
+    if stat.st_size >= _REMEMBERED_BYTES:
+        write_text(memo, digest)
     return digest
 
 
