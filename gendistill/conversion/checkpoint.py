@@ -12,16 +12,18 @@ from typing import TYPE_CHECKING, Any
 from gendistill.companions import companions_fingerprint
 from gendistill.conversion.pypi import find_packaged_model
 from gendistill.conversion.tensors import TensorInfo, have_same_values, read_tensor_index
+from gendistill.conversion.tokenizer import check_tokenizer, load_tokenizer
 from gendistill.errors import CheckpointError
 from gendistill.paths import cache_dir, new_folder, write_text
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 __all__ = [
     "Checkpoint",
     "TensorInfo",
+    "check_tokenizer",
     "load_causal_lm",
     "load_tokenizer",
     "read_tensor_index",
@@ -221,24 +223,6 @@ def _folder_fingerprint(folder: Path) -> str:
         if path.is_file():
             digest.update(f"{path.name}\0{_file_digest(path)}\0".encode())
     return f"folder-{digest.hexdigest()}"
-
-
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a checkpoint folder.
-
-    Raises:
-        CheckpointError: The folder has none that can be read.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(str(folder))
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(
-            f"no tokenizer can be loaded from {folder}: {error}",
-            where=str(folder),
-            hint="copy tokenizer.json and tokenizer_config.json of the model into the folder",
-        ) from error
 
 
 def load_causal_lm(
