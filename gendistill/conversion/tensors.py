@@ -24,6 +24,7 @@ DTYPE_BYTES = {
     **{"F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "U32": 4, "U64": 8},
 }
 _COPY_BYTES = 1 << 24
+_COMPARED_ELEMENTS = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,17 +50,39 @@ class TensorInfo:
         """How many numbers it holds."""
         return math.prod(self.shape)
 
-    def chunks(self) -> Iterator[bytes]:
-        """Read the values piece by piece."""
+    def chunks(self, max_bytes: int = _COPY_BYTES) -> Iterator[bytes]:
+        """Read the values piece by piece; all pieces but the last have ``max_bytes``."""
         remaining = self.num_bytes
         with self.file.open("rb") as source:
             source.seek(self.start)
             while remaining:
-                chunk = source.read(min(remaining, _COPY_BYTES))
+                chunk = source.read(min(remaining, max_bytes))
                 if not chunk:
                     raise _corrupt(self.file, "it ends inside a tensor")
                 remaining -= len(chunk)
                 yield chunk
+
+
+def have_same_values(first: TensorInfo, second: TensorInfo) -> bool:
+    """Compare the values of two float tensors of a checkpoint, piece by piece; their dtypes may differ.
+
+    Returns: False too where the shapes differ, or a dtype holds no plain floats.
+    """
+    if first.shape != second.shape:
+        return False
+    if first.dtype == second.dtype:
+        return all(one == other for one, other in zip(first.chunks(), second.chunks(), strict=True))
+    import torch
+
+    dtypes = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    if not {first.dtype, second.dtype} <= set(dtypes):
+        return False
+
+    def pieces(info: TensorInfo) -> Iterator[torch.Tensor]:
+        for chunk in info.chunks(_COMPARED_ELEMENTS * DTYPE_BYTES[info.dtype]):
+            yield torch.frombuffer(bytearray(chunk), dtype=dtypes[info.dtype]).double()
+
+    return all(torch.equal(one, other) for one, other in zip(pieces(first), pieces(second), strict=True))
 
 
 def read_tensor_index(folder: Path, *, where: str | None = None) -> dict[str, TensorInfo]:

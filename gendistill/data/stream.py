@@ -312,10 +312,12 @@ def heldout_batches(
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Choose what fills the ends of rows: the pad token, else the end-of-sequence token. Masks never depend on it."""
-    chosen = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    assert isinstance(chosen, int)
-    return chosen
+    """Choose what fills the ends of rows: the pad token, else the end-of-sequence token, else any.
+
+    Masks never depend on it.
+    """
+    ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return next(index for index in ids if isinstance(index, int))
 
 
 def source_config(recipe: Recipe, name: str) -> SourceConfig:

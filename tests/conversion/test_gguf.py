@@ -11,7 +11,12 @@ from tokenizers.models import BPE
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from gendistill.conversion.checkpoint import load_causal_lm, load_tokenizer, resolve_checkpoint
+from gendistill.conversion.checkpoint import (
+    load_causal_lm,
+    load_tokenizer,
+    read_tensor_index,
+    resolve_checkpoint,
+)
 from gendistill.conversion.gguf_file import read_gguf_header
 from gendistill.errors import CheckpointError
 
@@ -24,7 +29,15 @@ TOKENS = SPECIAL + ALPHABET + [merge.replace(" ", "") for merge in MERGES]
 
 
 def write_gguf(
-    path, architecture="llama", *, pre="smollm", untied=False, extra=None, tensors=None, quant="Q8_0"
+    path,
+    architecture="llama",
+    *,
+    pre="smollm",
+    untied=False,
+    extra=None,
+    tensors=None,
+    quant="Q8_0",
+    values=None,
 ):
     """Write a tiny quantised model, with the names and the layout that llama.cpp writes."""
     writer = gguf.GGUFWriter(path, architecture)
@@ -50,13 +63,15 @@ def write_gguf(
     for key, value in (extra or {}).items():
         getattr(writer, key)(value)
     generator = np.random.default_rng(5)
-    for name, shape in {**tensor_shapes(architecture, untied), **(tensors or {})}.items():
-        values = generator.standard_normal(shape).astype(np.float32)
+    given = values or {}
+    shapes = {name: value.shape for name, value in given.items()}
+    for name, shape in {**tensor_shapes(architecture, untied), **(tensors or {}), **shapes}.items():
+        value = given.get(name, generator.standard_normal(shape).astype(np.float32))
         if len(shape) == 1:
-            writer.add_tensor(name, values)
+            writer.add_tensor(name, value)
         else:
             kind = gguf.GGMLQuantizationType[quant]
-            writer.add_tensor(name, gguf.quants.quantize(values, kind), raw_dtype=kind)
+            writer.add_tensor(name, gguf.quants.quantize(value, kind), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -159,6 +174,23 @@ def test_special_tokens_and_chat_template_survive(tmp_path):
         "<|im_start|>user\nhe<|im_end|>"
     )
     assert tokenizer.decode([1, TOKENS.index("he"), 2], skip_special_tokens=True) == "he"
+
+
+@pytest.mark.parametrize(
+    ("architecture", "pre"), [("llama", "smollm"), ("qwen2", "qwen2"), ("qwen3", "qwen2")]
+)
+def test_gguf_output_that_repeats_the_embeddings_is_tied(tmp_path, architecture, pre):
+    path = write_gguf(tmp_path / "m.gguf", architecture, pre=pre, untied=True)
+    folder = resolve_checkpoint(str(path)).folder
+    assert "lm_head.weight" in read_tensor_index(folder)
+    embeddings = np.random.default_rng(1).standard_normal((len(TOKENS), HIDDEN)).astype(np.float32)
+    same = {"token_embd.weight": embeddings, "output.weight": embeddings}
+    path = write_gguf(tmp_path / "n.gguf", architecture, pre=pre, values=same)
+    checkpoint = resolve_checkpoint(str(path))
+    assert "lm_head.weight" not in read_tensor_index(checkpoint.folder)
+    assert checkpoint.config["tie_word_embeddings"] is True
+    model = load_causal_lm(checkpoint.folder)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
 @pytest.mark.parametrize("add", [True, False])
