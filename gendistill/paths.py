@@ -23,9 +23,26 @@ def asset_dir(name: str) -> Path:
 
 
 def cache_dir() -> Path:
-    """Folder of converted teachers and downloaded packages: ``$GENDISTILL_CACHE`` or ``~/.cache/gendistill``."""
+    """Folder of converted teachers and downloaded packages: ``$GENDISTILL_CACHE`` or ``~/.cache/gendistill``.
+
+    Raises:
+        OutputError: The home folder in it is nobody's.
+    """
     chosen = os.environ.get("GENDISTILL_CACHE")
-    return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "gendistill"
+    try:
+        return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "gendistill"
+    except RuntimeError as error:
+        raise OutputError(
+            f"there is no cache folder: {error}",
+            where=f"GENDISTILL_CACHE={chosen}" if chosen else "HOME",
+            hint="export GENDISTILL_CACHE=FOLDER",
+        ) from error
+
+
+_UNWRITABLE = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST),
+    *(errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP),
+)
 
 
 @contextmanager
@@ -40,7 +57,7 @@ def writing(path: Path) -> Iterator[None]:
                 where=str(path),
                 hint="free space or choose another folder with output=..., then run the same command: it resumes",
             ) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+        if error.errno in _UNWRITABLE:
             raise OutputError(
                 f"cannot write {path}: {error.strerror}",
                 where=str(path),

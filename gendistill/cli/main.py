@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from gendistill import __version__
 from gendistill.cli.arguments import Parser, command_line, with_dashes
 from gendistill.cli.launch import is_launched
 from gendistill.errors import GendistillError
+from gendistill.text import printable
 
 # name: (module, summary); the module is imported only for its own command
 COMMANDS = {
@@ -55,6 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
     _quiet_libraries()
+    _show_every_letter()
     try:
         return _flushed(words)
     except BrokenPipeError:
@@ -130,6 +133,13 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
 
 
+def _show_every_letter() -> None:
+    """Print escapes for letters that the terminal's encoding lacks, rather than fail."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def _interrupted(words: Sequence[str]) -> int:
     lines = ["interrupted"]
     if any(word in _RESUMES for word in words[:1]):
@@ -141,7 +151,7 @@ def _interrupted(words: Sequence[str]) -> int:
 def _failed(error: Exception) -> int:
     evals = sys.modules.get("gendistill_evals.errors")
     if isinstance(error, GendistillError) or (evals is not None and isinstance(error, evals.EvalError)):
-        print(error, file=sys.stderr)
+        _print_error(str(error))
         return error.exit_code  # pyright: ignore[reportAttributeAccessIssue]
     name = type(error).__name__
     if name in _OUT_OF_MEMORY:
@@ -157,5 +167,10 @@ def _failed(error: Exception) -> int:
     else:
         text = f"internal error  {name}\n  {error}\n  this is a bug in gendistill, not in what you gave it"
         text += f"\n  next: {command_line()} --debug, and report the traceback"
-    print(text, file=sys.stderr)
+    _print_error(text)
     return 1
+
+
+def _print_error(text: str) -> None:
+    """Print a message to standard error; nothing that it quotes can steer the terminal."""
+    print("\n".join(printable(line, longest=10_000) for line in text.split("\n")), file=sys.stderr)

@@ -18,6 +18,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Print the gap table and write the page."""
     from gendistill.paths import read_json
     from gendistill.report import compare_reports, render_terminal, write_report
+    from gendistill.report.run_files import read_run
+    from gendistill.text import printable
 
     folders = [Path(folder) for folder in arguments.runs]
     if arguments.json:
@@ -27,7 +29,10 @@ def run(arguments: argparse.Namespace) -> int:
     for folder in folders:
         if len(folders) == 1:
             render_terminal(folder)
-        print(f"wrote    {write_report(folder).page}")
+        print(f"wrote    {printable(str(write_report(folder).page), longest=4096)}")
     if len(folders) > 1:
         print(compare_reports(folders).to_markdown(), end="")
+        for run in map(read_run, folders):
+            for warning in run.warnings:
+                print(f"warn     {printable(run.name)}: {printable(warning, longest=2000)}")
     return 0

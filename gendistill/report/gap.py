@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from gendistill.errors import ReportError
 from gendistill.report.run_files import PROTOCOLS, ROLES
+from gendistill.text import printable
 from gendistill_evals import stats
 
 SCHEMA = 1
@@ -95,16 +99,25 @@ class GapReport:
         Raises:
             ReportError: Another schema version, or fields that do not belong to it.
         """
-        if content.get("schema") != SCHEMA:
+        place, hint = "gap.json", "write it again with gendistill report <run>"
+        found = content.get("schema") if isinstance(content, Mapping) else None
+        if found != SCHEMA:
             raise ReportError(
-                f"gap.json has schema {content.get('schema')!r}, this version reads {SCHEMA}",
-                hint="write it again with gendistill report <run>",
+                f"gap.json has schema {found!r:.80}, this version reads {SCHEMA}", where=place, hint=hint
             )
+        fields = {key: value for key, value in content.items() if key != "schema"}
         try:
-            fields = {key: value for key, value in content.items() if key != "schema"}
-            return cls(**{**fields, "tasks": tuple(_task_from_json(task) for task in content["tasks"])})
-        except (KeyError, TypeError) as error:
-            raise ReportError(f"gap.json does not fit schema {SCHEMA}: {error}") from error
+            report = TypeAdapter(cls).validate_json(json.dumps(fields), strict=True)
+            same = json.loads(json.dumps(report.to_json())) == content
+        except (ValidationError, RecursionError, TypeError, ValueError) as error:
+            raise ReportError(
+                f"gap.json does not fit schema {SCHEMA}: {error}", where=place, hint=hint
+            ) from error
+        if not same:
+            raise ReportError(
+                f"gap.json holds fields that do not belong to schema {SCHEMA}", where=place, hint=hint
+            )
+        return report
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +164,10 @@ def compute_gap(
                 where="eval/teacher/results.json, eval/student/results.json",
                 hint=_SCORE_AGAIN,
             )
-    tasks = {role: {task["task"]: task for task in content["tasks"]} for role, content in results.items()}
+    tasks = {
+        role: {task["task"]: {**task, "limit": _limit(task)} for task in content["tasks"]}
+        for role, content in results.items()
+    }
     names = list(dict.fromkeys(task for found in tasks.values() for task in found))
     return GapReport(
         name=name,
@@ -202,7 +218,9 @@ def rank_inversions(reports: Sequence[GapReport]) -> list[Inversion]:
 
 def _differences(left: Mapping[str, Any], right: Mapping[str, Any], keys: Iterable[str]) -> str:
     return ", ".join(
-        f"{key} {left.get(key)!r} / {right.get(key)!r}" for key in keys if left.get(key) != right.get(key)
+        f"{printable(key)} {left.get(key)!r:.80} / {right.get(key)!r:.80}"
+        for key in keys
+        if left.get(key) != right.get(key)
     )
 
 
@@ -213,24 +231,31 @@ def _setting_differences(left: Mapping[str, Any], right: Mapping[str, Any]) -> s
 def _check_rankable(left: GapReport, right: GapReport) -> None:
     theirs = {task.task: asdict(task) for task in right.tasks}
     different = [
-        f"task {task.task}: {found}"
+        f"task {printable(task.task)}: {found}"
         for task in left.tasks
         if task.task in theirs and (found := _differences(asdict(task), theirs[task.task], _TASK_FIELDS))
     ]
-    if settings := _setting_differences(left.settings, right.settings):
+    both_scored = left.tasks and right.tasks
+    if both_scored and (settings := _setting_differences(left.settings, right.settings)):
         different.append(f"settings: {settings}")
     if different:
         raise ReportError(
-            f"{left.name} and {right.name} were not scored alike: {'; '.join(different)}",
+            f"{printable(left.name)} and {printable(right.name)} were not scored alike: {'; '.join(different)}",
             hint="score both runs on the same items, prompts and settings",
         )
+
+
+def _limit(task: Mapping[str, Any]) -> int | None:
+    """Return the limit of a task's items if it left any out: with fewer items than that, it did not."""
+    limit = task.get("limit")
+    return limit if limit is not None and task["n"] >= limit else None
 
 
 def _task_gap(task: str, found: Mapping[str, Any], samples: Mapping[str, Rows], resamples: int) -> TaskGap:
     if len(found) == 2 and (different := _differences(found["teacher"], found["student"], _TASK_FIELDS)):
         raise ReportError(
             f"teacher and student were not scored on the same items: {different} (teacher / student)",
-            where=f"task {task}",
+            where=f"task {printable(task)}",
             hint=_SCORE_AGAIN,
         )
     correct = {
@@ -275,16 +300,16 @@ def _correct(task: str, role: str, protocol: str, score: Mapping[str, Any], rows
     """Map item id to whether it was answered correctly, checked against the score in results.json."""
     scored = [row for row in rows if row["task"] == task and row.get(protocol)]
     correct = {str(row["id"]): float(row[protocol]["correct"]) for row in scored}
-    mean = math.fsum(correct.values()) / len(correct) if correct else math.nan
+    mean = math.fsum(correct.values()) / max(len(correct), 1)
     if (
         len(correct) != score["n"]
         or len(scored) != len(correct)
         or not math.isclose(mean, score["value"], abs_tol=1e-6)
     ):
+        given = f"{mean:.4f} over {len(correct)} items ({len(scored)} rows)" if scored else "no such score"
         raise ReportError(
-            f"{protocol}: results.json says {score['value']:.4f} over {score['n']} items, samples.jsonl gives "
-            f"{mean:.4f} over {len(correct)} items ({len(scored)} rows)",
-            where=f"eval/{role}, task {task}",
+            f"{protocol}: results.json says {score['value']:.4f} over {score['n']} items, samples.jsonl gives {given}",
+            where=f"eval/{role}, task {printable(task)}",
             hint="score this model again: the two files are from different evaluations",
         )
     return correct
@@ -301,7 +326,7 @@ def _align(
         if by_item.keys() != set(ids):
             raise ReportError(
                 f"{' '.join(key)} covers other items than the rest of the scores",
-                where=f"task {task}",
+                where=f"task {printable(task)}",
                 hint=_SCORE_AGAIN,
             )
     return {key: [by_item[item] for item in ids] for key, by_item in correct.items()}
@@ -320,14 +345,3 @@ def _mean(estimates: Sequence[Estimate | None]) -> Estimate | None:
     below = math.hypot(*(each.value - each.low for each in found)) / len(found)
     above = math.hypot(*(each.high - each.value for each in found)) / len(found)
     return Estimate(value, value - below, value + above, sum(each.n for each in found))
-
-
-def _task_from_json(content: Mapping[str, Any]) -> TaskGap:
-    def estimate(value: Mapping[str, Any] | None) -> Estimate | None:
-        return Estimate(**value) if value else None
-
-    pairs = {
-        name: ByProtocol(estimate(content[name]["likelihood"]), estimate(content[name]["generation"]))
-        for name in ("teacher", "student", "gap")
-    }
-    return TaskGap(**{**content, **pairs, "hidden": estimate(content["hidden"])})

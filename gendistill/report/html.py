@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import math
 import re
 from collections.abc import Mapping
@@ -28,18 +29,8 @@ def render_page(run: RunFiles, report: GapReport, figures: Mapping[str, bytes]) 
         figures: PNG bytes by name: ``gap``, ``heldout``, ``cache`` and ``loss-<stage>``.
     Returns: HTML. Every text that a model or a dataset produced is escaped.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("gendistill.report", "."),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["png"] = lambda png: "data:image/png;base64," + base64.b64encode(png).decode()
-    environment.filters["minus"] = lambda text: re.sub(r"-(?=\d)", "\N{MINUS SIGN}", text)
-    environment.filters["bytes"] = format_bytes
     samples, num_lost = worst_samples(run)
-    return environment.get_template("page.html.j2").render(
+    return _template().render(
         run=run,
         report=report,
         figures=figures,
@@ -58,6 +49,21 @@ def render_page(run: RunFiles, report: GapReport, figures: Mapping[str, bytes]) 
         num_lost=num_lost,
         counts=generation_counts(run),
     )
+
+
+@functools.cache
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("gendistill.report", "."),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["png"] = lambda png: "data:image/png;base64," + base64.b64encode(png).decode()
+    environment.filters["minus"] = lambda text: re.sub(r"-(?=\d)", "\N{MINUS SIGN}", text)
+    environment.filters["bytes"] = format_bytes
+    return environment.get_template("page.html.j2")
 
 
 def summary_cards(run: RunFiles, report: GapReport) -> list[tuple[str, str, str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from gendistill.report.gap import GapReport
 from gendistill.report.run_files import PROTOCOLS, ROLES, RunFiles, StageFiles
 from gendistill.report.tables import signed
+from gendistill.text import printable
 from gendistill.types import Placement
 
 if TYPE_CHECKING:
@@ -20,6 +22,8 @@ INK, MUTED, RULE = "#1b2430", "#5f6b7a", "#d9dee5"
 COLOURS = {"teacher": "#6b7685", "student": "#0072b2", "accent": "#d55e00"}
 # Fill and text: every pair has a contrast of at least 4.5.
 MIXER_COLOURS = {"full": ("#e69f00", INK), "swa": ("#007d5a", "white"), "kda": ("#0072b2", "white")}
+# about 40 tasks; a figure has at most 65,536 rows of pixels
+_MOST_BARS = 80
 _STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 10,
@@ -51,7 +55,9 @@ def _figure(width: float, height: float) -> Iterator[tuple[Figure, list[bytes]]]
     from matplotlib.figure import Figure
 
     png: list[bytes] = []
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
+        # the font has no letters for some languages, and draws a box for each of theirs
+        warnings.filterwarnings("ignore", message="Glyph")
         figure = Figure(figsize=(width, height), layout="constrained")
         yield figure, png
         out = io.BytesIO()
@@ -71,16 +77,25 @@ def plot_run(run: RunFiles, report: GapReport) -> dict[str, bytes]:
     return {name: png for name, png in figures.items() if png}
 
 
+def _label(text: str) -> str:
+    """Write a name of the run so that matplotlib takes no part of it for a formula."""
+    return printable(text, longest=40).replace("$", r"\$")
+
+
 def plot_gap(report: GapReport) -> bytes | None:
-    """Draw the scores of both models under both protocols, with intervals and the gap beside them."""
-    groups = [
+    """Draw the scores of both models under both protocols, with intervals and the gap beside them.
+
+    Of very many tasks the first are drawn, and the axis says so.
+    """
+    found = [
         (task.task, protocol, scores, getattr(task.gap, protocol))
         for task in report.tasks
         for protocol in PROTOCOLS
         if any((scores := {role: getattr(getattr(task, role), protocol) for role in ROLES}).values())
     ]
-    if not groups:
+    if not found:
         return None
+    groups = found[:_MOST_BARS]
     with _figure(6.0, 1.1 + 0.72 * len(groups)) as (figure, png):
         axes = figure.subplots()
         for row, (_, _, scores, gap) in enumerate(groups):
@@ -102,14 +117,17 @@ def plot_gap(report: GapReport) -> bytes | None:
                     fontweight="bold",
                     fontsize=9.5,
                 )
-        axes.set_yticks(range(len(groups)), [f"{task}\n{protocol}" for task, protocol, _, _ in groups])
+        axes.set_yticks(
+            range(len(groups)), [f"{_label(task)}\n{protocol}" for task, protocol, _, _ in groups]
+        )
         axes.tick_params(axis="y", length=0, labelcolor=INK)
         axes.invert_yaxis()
         axes.grid(visible=False, axis="y")
         highest = max(score.high for _, _, scores, _ in groups for score in scores.values() if score)
         axes.set_xlim(0, min(highest + 16, 118))
         axes.set_xticks([tick for tick in range(0, 101, 10) if tick <= highest + 10])
-        axes.set_xlabel("% of items right, with 95% intervals")
+        some = f"; the first {len(groups)} of {len(found)} scores" if len(groups) < len(found) else ""
+        axes.set_xlabel(f"% of items right, with 95% intervals{some}")
         _legend(figure, [("teacher", COLOURS["teacher"]), ("student", COLOURS["student"])])
     return png[0]
 
@@ -146,8 +164,8 @@ def plot_stage(stage: StageFiles) -> bytes | None:
             color=COLOURS["student"],
             linewidth=1.4,
         )
-        objective = f": {stage.result['objective']}" if stage.result else ", unfinished"
-        axes.set_title(f"{stage.name}{objective}")
+        objective = f": {_label(stage.result['objective'])}" if stage.result else ", unfinished"
+        axes.set_title(f"{_label(stage.name)}{objective}")
         axes.set_xlabel("step")
         axes.set_ylabel("training loss")
         _log_if_wide(axes, [row["loss"] for row in rows])
@@ -177,7 +195,8 @@ def plot_heldout(probe: Mapping[str, Any] | None, stages: Sequence[StageFiles]) 
         axes.set_title("held-out KL to the teacher")
         axes.set_ylabel("nats per token")
         axes.set_xticks(
-            [0, *range(1, len(stages) + 1)], ["converted", *(f"after\n{stage.name}" for stage in stages)]
+            [0, *range(1, len(stages) + 1)],
+            ["converted", *(f"after\n{_label(stage.name)}" for stage in stages)],
         )
         axes.margins(x=0.06, y=0.18)
         _log_if_wide(axes, kl)

@@ -21,6 +21,7 @@ from gendistill.config.base import Section
 from gendistill.errors import GendistillError, ReportError
 from gendistill.paths import write_json, write_text
 from gendistill.provenance import installed_versions, source_commit, today
+from gendistill.report.tables import markdown_cell
 
 DEFAULT_FOLDER = Path("docs/results")
 _BLOCK = re.compile(
@@ -81,8 +82,8 @@ def load_results(path: Path) -> Results:
     """
     try:
         return Results.model_validate_json(path.read_text(encoding="utf-8"), by_name=False, by_alias=True)
-    except OSError as error:
-        raise ReportError(f"cannot read the results: {error.strerror}", where=str(path)) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ReportError(f"cannot read the results: {error}", where=str(path)) from error
     except ValidationError as error:
         raise _invalid(path, error) from error
 
@@ -145,9 +146,7 @@ def render_results(results: Results) -> str:
         "| " + " | ".join(used) + " |",
         "|" + "|".join("---" if h in _TEXT else "---:" for h in used) + "|",
     ]
-    lines += [
-        "| " + " | ".join(cells[header].replace("|", "\\|") for header in used) + " |" for cells in table
-    ]
+    lines += ["| " + " | ".join(markdown_cell(cells[header]) for header in used) + " |" for cells in table]
     versions = ", ".join(f"{package} {version}" for package, version in results.versions.items())
     origin = f"Measured {results.date} on {results.device} with {versions}, commit {results.commit[:10]}"
     return "\n".join(lines) + f"\n\n{origin}:\n`{results.command}`\n"

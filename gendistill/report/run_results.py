@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from gendistill.errors import GendistillError, ReportError
 from gendistill.report.gap import TaskGap
 from gendistill.report.html import paired_transcripts
-from gendistill.report.results_table import ResultRow, write_results_json
+from gendistill.report.results_table import ResultRow, Results, write_results_json
 from gendistill.report.run_files import RunFiles, read_run
 from gendistill.report.write import gap_report
 
@@ -49,7 +51,7 @@ def _conversion_rows(run: RunFiles) -> list[ResultRow]:
     if run.placement is not None:
         share = len(run.placement.linear_layers) / len(run.placement.kinds)
         rows.append(_row("layers converted", share, "share", "higher", note=run.placement.counts))
-    if run.plan is not None and "num_tensors" in run.manifest.get("teacher", {}):
+    if run.plan is not None and "num_tensors" in (run.manifest.get("teacher") or {}):
         origins = Counter(tensor["origin"] for tensor in run.plan["tensors"])
         used = {name for tensor in run.plan["tensors"] for name in tensor.get("sources", ())}
         dropped = {tensor["name"] for tensor in run.plan["dropped"]}
@@ -76,8 +78,9 @@ def _conversion_rows(run: RunFiles) -> list[ResultRow]:
         rows += [
             _row("held-out KL after conversion", first["kl"], "nats/token", "lower", n=tokens),
             _row("held-out KL at the end", last["kl"], "nats/token", "lower", n=tokens),
-            _row("share of the KL left", last["kl"] / first["kl"], "share", "lower", n=tokens),
         ]
+        if first["kl"] > 0:
+            rows.append(_row("share of the KL left", last["kl"] / first["kl"], "share", "lower", n=tokens))
     return rows
 
 
@@ -148,6 +151,26 @@ def _row(name: str, value: float, unit: str, better: Any, **more: Any) -> Result
     return ResultRow(name=name, value=float(value), unit=unit, better=better, **more)
 
 
+def _write(run_dir: Path, out: Path, *, commit: str | None) -> Results:
+    run = read_run(run_dir)
+    manifest = run.manifest
+    if missing := [key for key in ("command", "device", "date", "versions") if not manifest.get(key)]:
+        raise ReportError(
+            f"the manifest does not say {', '.join(missing)}, which a results file must",
+            where=str(run_dir / "manifest.json"),
+            hint="name a run that gendistill run has finished",
+        )
+    return write_results_json(
+        out,
+        command=manifest["command"],
+        commit=commit or manifest.get("commit"),
+        device=manifest["device"],
+        date=manifest["date"],
+        versions=manifest["versions"],
+        rows=run_rows(run),
+    )
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write one results file from one run folder."""
     parser = argparse.ArgumentParser(prog="python -m gendistill.report.run_results", allow_abbrev=False)
@@ -155,17 +178,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("out", type=Path, help="docs/results/<name>.json")
     parser.add_argument("--commit", help="the code that the run used; by default as the run noted it")
     given = parser.parse_args(arguments)
-    run = read_run(given.run)
-    manifest = run.manifest
-    results = write_results_json(
-        given.out,
-        command=manifest["command"],
-        commit=given.commit or manifest.get("commit"),
-        device=manifest["device"],
-        date=manifest["date"],
-        versions=manifest["versions"],
-        rows=run_rows(run),
-    )
+    try:
+        results = _write(given.run, given.out, commit=given.commit)
+    except GendistillError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
     missed = [row.name for row in results.rows if row.met is False]
     print(f"wrote {given.out}; bars missed: {', '.join(missed) or 'none'}")
     return 0

@@ -7,11 +7,12 @@ import io
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from gendistill.report.gap import ByProtocol, Estimate, GapReport, Inversion
 from gendistill.report.run_files import ROLES
+from gendistill.text import printable
 
 NOT_MEASURED = "–"  # noqa: RUF001 an en dash is what tables use for an empty cell
 HEADERS = ("task", "teacher ll / gen", "student ll / gen", "gap ll", "gap gen", "hidden gap", "n")
@@ -46,7 +47,10 @@ def cell_rows(report: GapReport) -> list[list[Cell]]:
     """Lay out the table for people: one list of cells per task, in the order of ``HEADERS``."""
     return [
         [
-            Cell(task.task, ", ".join([task.metric, *([f"LIMIT {task.limit}"] if task.limit else [])])),
+            Cell(
+                printable(task.task),
+                ", ".join([printable(task.metric), *([f"LIMIT {task.limit}"] if task.limit else [])]),
+            ),
             _scores(task.teacher),
             _scores(task.student),
             _difference(task.gap.likelihood),
@@ -82,10 +86,10 @@ def render_rich(report: GapReport) -> Table:
     for index, header in enumerate(HEADERS):
         table.add_column(header, justify="right" if index else "left")
     for cells in cell_rows(report):
-        shown = [
-            escape(cell.main) + (f"\n[dim]{escape(cell.detail)}[/]" if cell.detail else "") for cell in cells
-        ]
-        table.add_row(*shown)
+        details = [("\n" + cell.detail, "dim") if cell.detail else "" for cell in cells]
+        table.add_row(
+            *(Text.assemble(cell.main, detail) for cell, detail in zip(cells, details, strict=True))
+        )
     return table
 
 
@@ -97,8 +101,14 @@ def render_markdown(reports: Sequence[GapReport]) -> str:
     for report in reports:
         for cells in cell_rows(report):
             texts = ([report.name] if several else []) + [" ".join(filter(None, cell)) for cell in cells]
-            lines.append("| " + " | ".join(text.replace("|", "\\|") for text in texts) + " |")
+            lines.append("| " + " | ".join(markdown_cell(text) for text in texts) + " |")
     return "\n".join(lines) + "\n"
+
+
+def markdown_cell(text: str) -> str:
+    """Write a text so that it stays inside its cell and is no HTML."""
+    shown = printable(text, longest=1000)
+    return shown.replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|")
 
 
 def render_csv(reports: Sequence[GapReport]) -> str:
@@ -107,7 +117,8 @@ def render_csv(reports: Sequence[GapReport]) -> str:
     if not rows:
         return ""
     out = io.StringIO()
-    writer = csv.DictWriter(out, fieldnames=list(rows[0]), lineterminator="\n")
+    # all text in quotes: a name may begin like a formula or hold a line end of any kind
+    writer = csv.DictWriter(out, fieldnames=list(rows[0]), lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
     writer.writeheader()
     writer.writerows(rows)
     return out.getvalue()
@@ -138,15 +149,16 @@ def warnings(report: GapReport) -> list[str]:
     for task in report.tasks:
         if task.hidden and task.hidden.high < 0:
             found.append(
-                f"{task.task}: likelihood hides {-task.hidden.value:.1f} pp of the generation gap; "
+                f"{printable(task.task)}: likelihood hides {-task.hidden.value:.1f} pp of the generation gap; "
                 'rank runs by "gap gen"'
             )
         elif task.hidden and task.hidden.low > 0:
             found.append(
-                f"{task.task}: likelihood overstates the generation gap by {task.hidden.value:.1f} pp"
+                f"{printable(task.task)}: likelihood overstates the generation gap by {task.hidden.value:.1f} pp"
             )
     found += [
-        f"{task.task}: the teacher writes no correct answer, so the generation gap says nothing about the student"
+        f"{printable(task.task)}: the teacher writes no correct answer, so the generation gap says nothing about "
+        "the student"
         for task in report.tasks
         if task.teacher.generation and not task.teacher.generation.value
     ]
@@ -155,7 +167,7 @@ def warnings(report: GapReport) -> list[str]:
         shown = ", ".join(str(limit) for limit in limits)
         found.append(f"LIMIT {shown}: scored on the first items only; not comparable with published numbers")
     found += [
-        f"{task.task}: no likelihood score ({task.likelihood_reason})"
+        f"{printable(task.task)}: no likelihood score ({printable(task.likelihood_reason)})"
         for task in report.tasks
         if task.likelihood_reason
     ]
@@ -167,7 +179,8 @@ def warnings(report: GapReport) -> list[str]:
 def inversion_lines(inversions: Sequence[Inversion]) -> list[str]:
     """Say every rank inversion in one line."""
     return [
-        f"{found.task}: likelihood prefers {found.best_by_likelihood} (by {found.likelihood_margin:.1f} pp), "
-        f"generation prefers {found.best_by_generation} (by {found.generation_margin:.1f} pp)"
+        f"{printable(found.task)}: likelihood prefers {printable(found.best_by_likelihood)} "
+        f"(by {found.likelihood_margin:.1f} pp), generation prefers {printable(found.best_by_generation)} "
+        f"(by {found.generation_margin:.1f} pp)"
         for found in inversions
     ]

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import os
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
+from rich.text import Text
 
 from gendistill.errors import ReportError
-from gendistill.paths import RunDir, write_json, write_text, writing
+from gendistill.paths import RunDir, writing
 from gendistill.report import tables
 from gendistill.report.gap import GapReport, Inversion, compute_gap, rank_inversions
 from gendistill.report.run_files import RunFiles, read_run
+from gendistill.text import printable
+
+# how the names of figures begin
+_FIGURES = ("gap.", "placement.", "heldout.", "cache.", "loss-")
 
 
 @dataclass(frozen=True, slots=True)
 class ReportPaths:
-    """Name the files of a written report."""
+    """The files of a written report."""
 
     page: Path
     gap: Path
@@ -30,7 +36,7 @@ class ReportPaths:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Hold several runs' reports and where the two protocols disagree on their order."""
+    """Several runs' reports, and where the two protocols disagree on their order."""
 
     reports: tuple[GapReport, ...]
     inversions: tuple[Inversion, ...]
@@ -80,21 +86,39 @@ def write_report(run_dir: Path) -> ReportPaths:
         csv=folder / "table.csv",
         figures=tuple(folder / f"{name}.png" for name in figures),
     )
-    page = render_page(run, report, figures)
-    write_json(paths.gap, report.to_json())
-    write_text(paths.markdown, tables.render_markdown([report]))
-    write_text(paths.csv, tables.render_csv([report]))
-    for path, png in zip(paths.figures, figures.values(), strict=True):
-        _write_bytes(path, png)
-    write_text(paths.page, page)
+    gap = json.dumps(report.to_json(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    texts = {
+        paths.gap: gap,
+        paths.markdown: tables.render_markdown([report]),
+        paths.csv: tables.render_csv([report]),
+        paths.page: render_page(run, report, figures),
+    }
+    # a model may emit half of a character pair; such text is kept, with "?" for it
+    contents = {path: text.encode("utf-8", errors="replace") for path, text in texts.items()}
+    _replace_files(folder, dict(zip(paths.figures, figures.values(), strict=True)) | contents)
     return paths
 
 
-def _write_bytes(path: Path, content: bytes) -> None:
-    with writing(path):
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        partial.write_bytes(content)
-        partial.replace(path)
+def _replace_files(folder: Path, contents: Mapping[Path, bytes]) -> None:
+    """Write all files beside the old ones before the first takes its place; figures of an older report go."""
+    partials = {path: path.with_name(f".{path.name}.{os.getpid()}.partial") for path in contents}
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            for path, partial in partials.items():
+                if path.is_dir():
+                    raise NotADirectoryError(
+                        errno.ENOTDIR, "a folder is in the place of this file", str(path)
+                    )
+                partial.write_bytes(contents[path])
+            for path, partial in partials.items():
+                partial.replace(path)
+        finally:
+            for partial in partials.values():
+                partial.unlink(missing_ok=True)
+        for figure in folder.glob("*.png"):
+            if figure not in contents and figure.name.startswith(_FIGURES):
+                figure.unlink()
 
 
 def render_terminal(run_dir: Path, *, console: Console | None = None) -> GapReport:
@@ -107,15 +131,16 @@ def render_terminal(run_dir: Path, *, console: Console | None = None) -> GapRepo
     Raises:
         ReportError: The files are missing or unreadable, or teacher and student are not comparable.
     """
-    report = gap_report(read_run(run_dir))
+    run = read_run(run_dir)
+    report = gap_report(run)
     console = console or Console(highlight=False)
     if not console.is_terminal:
         console.width = max(console.width, 100)
     if report.tasks:
         console.print(tables.render_rich(report))
-    console.print(tables.verdict(report), markup=False, soft_wrap=True)
-    for warning in tables.warnings(report):
-        console.print(f"warn     {warning}", markup=False, soft_wrap=True)
+    console.print(Text(tables.verdict(report)), soft_wrap=True)
+    for warning in [*tables.warnings(report), *(printable(each, longest=2000) for each in run.warnings)]:
+        console.print(Text(f"warn     {warning}"), soft_wrap=True)
     return report
 
 
@@ -123,18 +148,24 @@ def compare_reports(run_dirs: Sequence[Path]) -> Comparison:
     """Compare the students of several runs that were scored on the same items.
 
     Args:
-        run_dirs: At least two run folders; runs of the same name are told apart by their folder.
+        run_dirs: At least two run folders; if two runs have the same name, all go by their folders.
     Raises:
-        ReportError: Fewer than two runs, or runs that were scored on different items, prompts or settings.
+        ReportError: Fewer than two runs, one run twice, or runs that were scored on different items, prompts or
+            settings.
     """
     if len(run_dirs) < 2:
         raise ReportError(
             "a comparison needs at least two run folders", hint="gendistill report runs/a runs/b"
         )
+    folders = [os.path.realpath(run_dir) for run_dir in run_dirs]
+    if len(set(folders)) < len(folders):
+        raise ReportError(
+            f"the same run folder is given twice: {', '.join(printable(str(run_dir)) for run_dir in run_dirs)}",
+            hint="give different run folders: gendistill report runs/a runs/b",
+        )
     reports = [gap_report(read_run(run_dir)) for run_dir in run_dirs]
-    names = Counter(report.name for report in reports)
-    reports = [
-        replace(report, name=str(run_dir)) if names[report.name] > 1 else report
-        for run_dir, report in zip(run_dirs, reports, strict=True)
-    ]
+    if len({report.name for report in reports}) < len(reports):
+        reports = [
+            replace(report, name=str(run_dir)) for run_dir, report in zip(run_dirs, reports, strict=True)
+        ]
     return Comparison(tuple(reports), tuple(rank_inversions(reports)))

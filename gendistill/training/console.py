@@ -9,6 +9,9 @@ from typing import Any, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.text import Text
+
+from gendistill.text import printable
 
 
 class StageView(Protocol):
@@ -34,12 +37,12 @@ class TrainingConsole:
     def say(self, text: str) -> None:
         """Print one message."""
         if self.main:
-            self.console.print(text, markup=False)
+            self.console.print(_plain(text))
 
     def warn(self, text: str) -> None:
         """Print one message that must not be missed."""
         if self.main:
-            self.console.print(f"warning: {text}", style="yellow", markup=False)
+            self.console.print(_plain(f"warning: {text}"), style="yellow")
 
     @contextmanager
     def stage(self, name: str, *, num_steps: int, step: int) -> Iterator[StageView]:
@@ -56,13 +59,18 @@ class TrainingConsole:
             yield _Lines(self, name, num_steps, step)
         else:
             columns = (
-                TextColumn("[bold]{task.description}"),
+                TextColumn("{task.description}", style="bold", markup=False),
                 BarColumn(bar_width=24),
                 MofNCompleteColumn(),
-                TextColumn("{task.fields[numbers]}"),
+                TextColumn("{task.fields[numbers]}", markup=False),
             )
             with Progress(*columns, console=self.console) as progress:
                 yield _Bar(progress, name, num_steps, step)
+
+
+def _plain(text: str) -> Text:
+    """Take a message as it is: brackets and colons in names and paths are neither styles nor pictures."""
+    return Text("\n".join(printable(line, longest=10_000) for line in text.split("\n")))
 
 
 class _Silence:
@@ -86,7 +94,7 @@ class _Lines:
 class _Bar:
     def __init__(self, progress: Progress, name: str, num_steps: int, step: int) -> None:
         self.progress = progress
-        self.task = progress.add_task(name, total=num_steps, completed=step, numbers="")
+        self.task = progress.add_task(printable(name), total=num_steps, completed=step, numbers="")
         self.eta = _Eta(num_steps, step)
 
     def show(self, row: dict[str, Any]) -> None:

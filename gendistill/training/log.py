@@ -3,34 +3,66 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from gendistill.errors import OutputError, TrainingError
 from gendistill.paths import write_text, writing
+from gendistill.records import read_metrics_file
 
 
 class MetricLog:
     """Append rows to ``metrics.jsonl``, after dropping those past the step that training resumes from.
 
+    Lines that cannot be read are moved to ``metrics.jsonl.broken``.
+
     Args:
         path: The file; made when missing.
         up_to: Steps finished; later rows and a half-written last line are removed.
+        warn: Receives one line if lines cannot be read.
     """
 
-    def __init__(self, path: Path, *, up_to: int) -> None:
+    def __init__(self, path: Path, *, up_to: int, warn: Callable[[str], None] | None = None) -> None:
         self.path = path
-        kept = [row for row in read_metrics(path) if row["step"] <= up_to] if path.exists() else []
-        write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
-        self.rows = kept
+        self.rows: list[dict[str, Any]] = []
+        if path.exists():
+            metrics = read_metrics_file(path, error=OutputError)
+            self.rows = [row for row in metrics.rows if row["step"] <= up_to]
+            if metrics.broken:
+                self._set_aside(metrics.broken, warn)
+        write_text(path, "".join(json.dumps(row) + "\n" for row in self.rows))
+
+    def _set_aside(self, lines: list[bytes], warn: Callable[[str], None] | None) -> None:
+        kept = self.path.with_name(f"{self.path.name}.broken")
+        with writing(kept), kept.open("ab") as file:
+            file.writelines(line + b"\n" for line in lines)
+        if warn is not None:
+            count = "1 line" if len(lines) == 1 else f"{len(lines):,} lines"
+            warn(
+                f"{self.path}: {count} cannot be read, moved to {kept.name}; training does not depend on them"
+            )
 
     def write(self, row: dict[str, Any]) -> None:
-        """Append one row."""
+        """Append one row.
+
+        Raises:
+            TrainingError: A number in it is not finite.
+            OutputError: The file cannot be written.
+        """
+        try:
+            line = json.dumps(row, allow_nan=False)
+        except ValueError as error:
+            raise TrainingError(
+                f"a figure of step {row['step']} is not finite: {json.dumps(row)}",
+                where=str(self.path),
+                hint="lower the stage's lr or grad_clip; the checkpoints before this step are intact",
+            ) from error
         with writing(self.path), self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row, allow_nan=False) + "\n")
+            file.write(line + "\n")
         self.rows.append(row)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Read every whole row; a kill can leave a last line without its end."""
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1] if line]
+    """Read every row that can be read; a kill can leave a last line without its end."""
+    return read_metrics_file(path, error=OutputError).rows

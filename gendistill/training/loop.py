@@ -133,7 +133,11 @@ class _Loop:
         self.logged_tokens = session.progress.tokens
         main = session.accelerator.is_main_process
         self.metrics = (
-            MetricLog(session.folder / "metrics.jsonl", up_to=session.progress.step) if main else None
+            MetricLog(
+                session.folder / "metrics.jsonl", up_to=session.progress.step, warn=session.console.warn
+            )
+            if main
+            else None
         )
 
     def run(self) -> None:

@@ -65,7 +65,8 @@ def test_order_of_samples_is_irrelevant(make_run):
 def test_other_items_or_prompts_are_refused(make_run, edit_json, field):
     run_dir = make_run()
     edit_json(
-        run_dir / "eval/student/results.json", lambda content: content["tasks"][0].update({field: "other"})
+        run_dir / "eval/student/results.json",
+        lambda content: content["tasks"][0].update({field: 5 if field == "limit" else "other"}),
     )
     with pytest.raises(ReportError, match=field) as caught:
         gap_report(read_run(run_dir))
@@ -154,3 +155,55 @@ def test_runs_scored_on_other_items_are_not_ranked(make_run, edit_json):
         )
     with pytest.raises(ReportError, match=r"first and second were not scored alike.*items_sha256"):
         rank_inversions([gap_report(read_run(run_dir)) for run_dir in (first, second)])
+
+
+@pytest.mark.parametrize(("limit", "shown"), [(20, 20), (21, None), (10**9, None), (None, None), (5, 5)])
+def test_a_limit_that_left_nothing_out_is_none(make_run, edit_json, limit, shown):
+    """quiz has 20 scored items: only a limit of at most 20 can have left any out."""
+    run_dir = make_run()
+    for role in ("teacher", "student"):
+        edit_json(
+            run_dir / f"eval/{role}/results.json", lambda content: content["tasks"][0].update(limit=limit)
+        )
+    assert gap_report(read_run(run_dir)).tasks[0].limit == shown
+
+
+def test_a_limit_that_left_nothing_out_does_not_part_teacher_and_student(make_run, edit_json):
+    run_dir = make_run()
+    edit_json(
+        run_dir / "eval/student/results.json", lambda content: content["tasks"][0].update(limit=500, n=20)
+    )
+    assert gap_report(read_run(run_dir)).tasks[0].limit is None
+
+
+@pytest.mark.parametrize("correct", [0, 1])
+@pytest.mark.parametrize("count", [1, 2, 63])
+def test_scores_without_spread_have_intervals_without_width(make_run, count, correct):
+    vectors = {"quiz": ([correct] * count, [1] * count)}
+    (quiz,) = gap_report(read_run(make_run(teacher=vectors, student=vectors))).tasks
+    found = quiz.student.likelihood
+    assert (found.value, found.low, found.high, found.n) == (100 * correct,) * 3 + (count,)
+    assert (quiz.hidden.value, quiz.hidden.low, quiz.hidden.high) == (0, 0, 0)
+
+
+def test_scores_without_samples_are_refused(make_run):
+    run_dir = make_run()
+    for name, change in (
+        ("empty", lambda path: path.write_text("")),
+        ("missing", lambda path: path.unlink()),
+    ):
+        change(run_dir / "eval/student/samples.jsonl")
+        with pytest.raises(ReportError, match=r"samples\.jsonl gives no such score") as caught:
+            gap_report(read_run(run_dir))
+        assert caught.value.hint, name
+
+
+def test_a_task_without_scores_has_no_gap(make_run, edit_json):
+    run_dir = make_run()
+    edit_json(
+        run_dir / "eval/student/results.json",
+        lambda content: content["tasks"][0].update(likelihood=None, generation=None),
+    )
+    quiz = gap_report(read_run(run_dir)).tasks[0]
+    assert (quiz.student.likelihood, quiz.gap.generation, quiz.hidden) == (None, None, None)
+    assert quiz.teacher.likelihood.value == pytest.approx(60)

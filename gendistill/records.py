@@ -1,0 +1,298 @@
+"""What the files of a run hold, as far as it is read again: each file described once. Imports no torch.
+
+Keys that nobody reads may be there and may hold anything.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, NotRequired
+
+from pydantic import AfterValidator, Field, JsonValue, TypeAdapter, ValidationError
+from typing_extensions import TypedDict
+
+from gendistill.errors import GendistillError
+from gendistill.paths import check_shape, parse_json
+from gendistill.types import MixerKind
+
+# far above anything that a run counts or measures, and small enough to compute with
+Count = Annotated[int, Field(ge=0, le=10**15)]
+Positive = Annotated[int, Field(ge=1, le=10**15)]
+Number = Annotated[float, Field(ge=-1e30, le=1e30)]
+
+
+class LoggedScores(TypedDict):
+    """Held-out scores inside a row of metrics."""
+
+    kl: Number
+
+
+class HeldoutScores(LoggedScores):
+    """Student beside teacher on held-out text, in nats per token."""
+
+    student_ce: Number
+    teacher_ce: Number
+    top1_agreement: Number
+    ln_vocab: Number
+    num_tokens: Positive
+
+
+class MetricRow(TypedDict):
+    """A line of ``metrics.jsonl``."""
+
+    step: Count
+    loss: NotRequired[Number | None]
+    heldout: NotRequired[LoggedScores | None]
+
+
+class StageRecord(TypedDict):
+    """A stage's ``result.json``."""
+
+    objective: str
+    steps: Count
+    tokens: Count
+    seconds: Number
+    loss_first: Number
+    loss_last: Number
+    heldout: NotRequired[HeldoutScores | None]
+
+
+class ProbedLayer(TypedDict):
+    """A converted layer in ``probe.json``."""
+
+    layer: Count
+    cosine: NotRequired[Number | None]
+
+
+class ProbeRecord(HeldoutScores):
+    """The conversion's ``probe.json``."""
+
+    layers: NotRequired[list[ProbedLayer] | None]
+
+
+class PlannedTensor(TypedDict):
+    """A tensor of the student in ``convert/plan.json``."""
+
+    origin: str
+    sources: NotRequired[list[str]]
+
+
+class DroppedTensor(TypedDict):
+    """A tensor of the teacher that ``convert/plan.json`` leaves out."""
+
+    name: str
+
+
+class PlanRecord(TypedDict):
+    """The conversion's ``plan.json``."""
+
+    tensors: list[PlannedTensor]
+    dropped: list[DroppedTensor]
+
+
+class TeacherRecord(TypedDict):
+    """The teacher in the manifest."""
+
+    spec: str
+    num_layers: Count
+    num_parameters: Count
+    num_tensors: NotRequired[Positive]
+
+
+class StudentRecord(TypedDict):
+    """The student in the manifest."""
+
+    placement: NotRequired[
+        Annotated[list[Annotated[str, AfterValidator(MixerKind)]], Field(max_length=1024)] | None
+    ]
+    num_parameters: NotRequired[Count | None]
+
+
+class CacheRow(TypedDict):
+    """Bytes that one sequence keeps at one length, in the manifest."""
+
+    tokens: Positive
+    teacher: Positive
+    student: Positive
+
+
+class ManifestRecord(TypedDict, total=False):
+    """The run's ``manifest.json``."""
+
+    name: str | None
+    date: str | None
+    command: str | None
+    commit: str | None
+    device: str | None
+    dtype: str | None
+    impl: str | None
+    versions: dict[str, str] | None
+    teacher: TeacherRecord | None
+    student: StudentRecord | None
+    cache_bytes: Annotated[list[CacheRow], Field(max_length=100)] | None
+    warnings: list[str] | None
+    seconds: Number
+    peak_memory_bytes: Count
+
+
+class EvalSection(TypedDict, total=False):
+    """The section ``eval`` of a recipe."""
+
+    bootstrap: Annotated[int, Field(ge=1, le=10**7)]
+
+
+class RecipeRecord(TypedDict, total=False):
+    """The run's ``recipe.yaml``."""
+
+    stages: dict[str, Any] | None
+    eval: EvalSection | None
+
+
+class Score(TypedDict):
+    """A model's score on one task under one protocol."""
+
+    value: Number
+    n: Positive
+
+
+class GenerationScore(Score):
+    """A score by generation."""
+
+    extraction_failures: Count
+    truncated: Count
+    eos_rate: Number
+    mean_new_tokens: Number
+
+
+class TaskRecord(TypedDict):
+    """A task in ``results.json``."""
+
+    task: str
+    kind: str
+    metric: str
+    items_sha256: str
+    prompt_sha256: str
+    n: Positive
+    limit: NotRequired[Positive | None]
+    likelihood: NotRequired[Score | None]
+    likelihood_reason: NotRequired[str | None]
+    generation: NotRequired[GenerationScore | None]
+
+
+class ResultsRecord(TypedDict):
+    """A model's ``results.json``."""
+
+    model: str
+    settings: NotRequired[dict[str, JsonValue] | None]
+    tasks: list[TaskRecord]
+
+
+class Judged(TypedDict):
+    """Whether an item was answered correctly."""
+
+    correct: bool
+
+
+class JudgedAnswer(Judged):
+    """A generated answer, and what was found in it."""
+
+    text: str
+    extracted: str | None
+
+
+class SampleRow(TypedDict):
+    """A line of ``samples.jsonl``."""
+
+    task: str
+    id: str | int
+    prompt: str
+    gold: JsonValue
+    options: NotRequired[list[str] | None]
+    likelihood: NotRequired[Judged | None]
+    generation: NotRequired[JudgedAnswer | None]
+
+
+class TranscriptRow(TypedDict):
+    """A line of ``transcripts.jsonl``."""
+
+    id: str | int
+    question: str
+    answer: str
+    num_tokens: Count
+    truncated: bool
+    repeated_4gram_share: Number
+    teacher_nll: Number | None
+
+
+@dataclass(frozen=True, slots=True)
+class Metrics:
+    """A metrics file.
+
+    Attributes:
+        rows: The lines that hold a ``MetricRow``, in order.
+        broken: The others.
+    """
+
+    rows: list[dict[str, Any]]
+    broken: list[bytes]
+
+
+def read_bytes(path: Path, *, error: type[GendistillError], hint: str) -> bytes:
+    """Read a file.
+
+    Raises:
+        error: It cannot be read.
+    """
+    try:
+        return path.read_bytes()
+    except OSError as problem:
+        raise error(f"cannot read the file: {problem.strerror}", where=str(path), hint=hint) from problem
+
+
+def read_rows(path: Path, shape: Any, *, error: type[GendistillError], hint: str) -> list[dict[str, Any]]:
+    """Read a file of JSON lines, all of one shape.
+
+    Args:
+        path: The file.
+        shape: Of every line, as for ``read_json``.
+        error: What to raise.
+        hint: What to do about a broken file.
+    Raises:
+        error: It cannot be read, or a line is no JSON or of another shape.
+    """
+    lines = read_bytes(path, error=error, hint=hint).split(b"\n")
+    rows = {
+        f"line {number}": parse_json(line, where=f"{path}:{number}", hint=hint, error=error)
+        for number, line in enumerate(lines, start=1)
+        if line.strip()
+    }
+    check_shape(rows, dict[str, shape], where=str(path), hint=hint, error=error)
+    return list(rows.values())
+
+
+def read_metrics_file(path: Path, *, error: type[GendistillError]) -> Metrics:
+    """Read ``metrics.jsonl``; a last line without its end is still being written, or was when its writer was killed.
+
+    Raises:
+        error: The file cannot be read.
+    """
+    hint = "make the file readable, or delete it: it tells how training went, and nothing depends on it"
+    *lines, _ = read_bytes(path, error=error, hint=hint).split(b"\n")
+    rows: dict[int, Any] = {}
+    broken: set[int] = set()
+    for number, line in enumerate(lines):
+        try:
+            if line.strip():
+                rows[number] = parse_json(line, where=str(path), hint=hint, error=error)
+        except error:
+            broken.add(number)
+    try:
+        TypeAdapter(dict[int, MetricRow]).validate_python(rows, strict=True)
+    except ValidationError as problem:
+        wrong = problem.errors(include_url=False, include_context=False, include_input=False)
+        broken.update(int(each["loc"][0]) for each in wrong)
+    return Metrics(
+        rows=[row for number, row in rows.items() if number not in broken],
+        broken=[lines[number] for number in sorted(broken)],
+    )
