@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -170,6 +171,34 @@ def new_folder(path: Path) -> Iterator[Path]:
             shutil.rmtree(old, ignore_errors=True)
         else:
             os.replace(partial, path)
+
+
+_REMAINS = re.compile(r"\..+\.(\d+)\.(?:partial|old)")
+
+
+def clear_remains(folder: Path) -> None:
+    """Remove what processes that were killed left half-written in a folder.
+
+    Names end in the number of the process that wrote them; what belongs to a running process stays.
+    """
+    for path in folder.iterdir() if folder.is_dir() else ():
+        match = _REMAINS.fullmatch(path.name)
+        if match is None or _is_running(int(match[1])):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass  # somebody else's
+    return True
 
 
 @dataclass(frozen=True, slots=True)

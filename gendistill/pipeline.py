@@ -18,6 +18,7 @@ from accelerate.utils import InitProcessGroupKwargs
 from rich.console import Console
 from rich.text import Text
 
+from gendistill.advice import advise
 from gendistill.config.schema import Recipe
 from gendistill.conversion.checkpoint import (
     Checkpoint,
@@ -38,7 +39,8 @@ from gendistill.models.io import export_code, load_student, save_student
 from gendistill.paths import RunDir, write_json
 from gendistill.provenance import installed_versions, source_commit, today
 from gendistill.report import write_report
-from gendistill.runs.inputs import BEFORE, CONVERT, ROLES, eval_step, recipe_steps, stage_step
+from gendistill.runs.inputs import recipe_steps
+from gendistill.runs.steps import BEFORE, CONVERT, ROLES, eval_step, stage_step
 from gendistill.runs.workspace import Workspace
 from gendistill.training.console import TrainingConsole
 from gendistill.training.loop import train_stage
@@ -169,6 +171,7 @@ class _Context:
     accelerator: Accelerator
     teacher: Checkpoint
     source: Checkpoint
+    tokenizer: PreTrainedTokenizerBase
     placement: Placement
     console: Console
 
@@ -219,6 +222,7 @@ def _opened(recipe: Recipe, command: str) -> Iterator[_Context]:
         source = teacher
         if recipe.student.source is not None:
             source = resolve_checkpoint(recipe.student.source, where="student.from")
+    tokenizer = load_tokenizer(teacher.folder)
     placement = Placement.parse(recipe.student.placement, num_layers=source.config["num_hidden_layers"])
     device_name = _device_name(accelerator.device)
     impl = choose_impl(recipe.student.impl, placement, device=accelerator.device, device_name=device_name)
@@ -247,9 +251,11 @@ def _opened(recipe: Recipe, command: str) -> Iterator[_Context]:
             device=device_name,
             dtype=str(_dtype(recipe.teacher.dtype, accelerator.device)).removeprefix("torch."),
         )
-        context = _Context(recipe, workspace, accelerator, teacher, source, placement, console)
+        context = _Context(recipe, workspace, accelerator, teacher, source, tokenizer, placement, console)
         context.say("device", device_name)
         context.say("impl", str(impl))
+        for warning in advise(recipe, teacher.config, chat_template=bool(tokenizer.chat_template)):
+            workspace.warn(warning)
         on_main(accelerator, workspace.sync)
         yield context
 
@@ -280,14 +286,13 @@ def _make_student(context: _Context, folder: Path) -> dict[str, Any]:
     tensors = read_tensor_index(context.source.folder)
     plan = plan_conversion(context.source.config, tensors, placement, recipe.student.mixers)
     write_json(folder / "plan.json", plan.to_json())
-    tokenizer = load_tokenizer(context.teacher.folder)
-    _check_tokenizers(context, tokenizer)
+    _check_tokenizers(context)
     apply_plan(plan, context.source, student_folder, seed=recipe.seed)
     export_code(student_folder)
 
     teacher, student = context.load_teacher(), context.load_student(student_folder)
     check_vocabulary(teacher.config, student.config)
-    batches = [batch.to(context.device) for batch in heldout_batches(recipe, tokenizer)]
+    batches = [batch.to(context.device) for batch in heldout_batches(recipe, context.tokenizer)]
     with context.console.status("probing the untrained student on held-out text"):
         probe = probe_student(student, teacher, batches)
     write_json(folder / "probe.json", probe)
@@ -320,12 +325,12 @@ def _make_student(context: _Context, folder: Path) -> dict[str, Any]:
     }
 
 
-def _check_tokenizers(context: _Context, tokenizer: PreTrainedTokenizerBase) -> None:
+def _check_tokenizers(context: _Context) -> None:
     """Teacher and student must mean the same by every id."""
     if context.source is context.teacher:
         return
     other = load_tokenizer(context.source.folder)
-    if tokenizer.get_vocab() != other.get_vocab():
+    if context.tokenizer.get_vocab() != other.get_vocab():
         raise RecipeError(
             f"{context.recipe.teacher.model} and {context.recipe.student.source} have different tokenizers; "
             "KL compares their distributions id by id",
@@ -363,9 +368,8 @@ def _train(context: _Context, name: str, teacher: PreTrainedModel, start: Path) 
         # another process may have made it while this one waited
         if context.is_done(step):
             return
-        tokenizer = load_tokenizer(context.teacher.folder)
         rank, world = accelerator.process_index, accelerator.num_processes
-        stream = build_stream(recipe, name, tokenizer, rank=rank, world=world)
+        stream = build_stream(recipe, name, context.tokenizer, rank=rank, world=world)
         student = context.load_student(start)
         result = train_stage(
             recipe.stages[name],
@@ -375,7 +379,7 @@ def _train(context: _Context, name: str, teacher: PreTrainedModel, start: Path) 
             stream=stream,
             folder=folder,
             accelerator=accelerator,
-            heldout=[batch.to(context.device) for batch in heldout_batches(recipe, tokenizer)],
+            heldout=[batch.to(context.device) for batch in heldout_batches(recipe, context.tokenizer)],
             seed=recipe.seed,
             console=TrainingConsole(main=context.is_main, console=context.console),
             heldout_every=recipe.heldout.every_steps,
@@ -399,17 +403,17 @@ def _evaluate(context: _Context) -> None:
     if not pending:
         context.say("eval", f"done before: {workspace.run.eval('student').parent}")
         return
-    teacher, tokenizer = context.load_teacher(), load_tokenizer(context.teacher.folder)
+    teacher = context.load_teacher()
     settings = recipe.eval.model_dump(mode="json", exclude={"bootstrap"})
     for role in pending:
         step = eval_step(role)
         with workspace.making(step) as folder:
             model, name = teacher, recipe.teacher.model
             if role == "student":
-                model = context.load_student(workspace.run.student, context.teacher_dtype)
+                model = context.load_student(workspace.student, context.teacher_dtype)
                 name = f"{recipe.name}@{workspace.steps[step].inputs[BEFORE]}"
             _score(
-                model, tokenizer, name=name, role=role, out=folder, parts=workspace.store.root / "scores",
+                model, context.tokenizer, name=name, role=role, out=folder, parts=workspace.store.root / "scores",
                 settings=settings, teacher=teacher, console=context.console,
             )  # fmt: skip
             workspace.finish(step, {})

@@ -10,27 +10,12 @@ from gendistill.config.schema import MixtureConfig, Recipe, SourceConfig
 from gendistill.conversion.checkpoint import Checkpoint
 from gendistill.data.identity import source_identity
 from gendistill.errors import DataError
-from gendistill.runs.steps import Step
+from gendistill.runs.steps import BEFORE, CONVERT, Step, eval_step, stage_step
 from gendistill.types import Placement
 from gendistill_evals import questions_identity, task_identity
 
-CONVERT = "convert"
-ROLES = ("teacher", "student")
-# the input that says which step a student comes from
-BEFORE = "the student before it"
-
 # given the name of a step, what the run folder's step of that name was made from
 Recorded = Callable[[str], Mapping[str, Any] | None]
-
-
-def stage_step(stage: str) -> str:
-    """Name the step of a stage."""
-    return f"stage {stage}"
-
-
-def eval_step(role: str) -> str:
-    """Name the step that scores ``teacher`` or ``student``."""
-    return f"eval {role}"
 
 
 def recipe_steps(

@@ -10,8 +10,23 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+CONVERT = "convert"
+ROLES = ("teacher", "student")
+# the input that says which step a student comes from
+BEFORE = "the student before it"
+
 _HASH = re.compile(r"\w*-?[0-9a-f]{16,}")
 _LONGEST = 80
+
+
+def stage_step(stage: str) -> str:
+    """Name the step of a stage."""
+    return f"stage {stage}"
+
+
+def eval_step(role: str) -> str:
+    """Name the step that scores ``teacher`` or ``student``."""
+    return f"eval {role}"
 
 
 @dataclass(frozen=True)
@@ -31,6 +46,11 @@ class Step:
     def key(self) -> str:
         """Hash of name and inputs, 16 hexadecimal digits."""
         return fingerprint(self.name, self.inputs)
+
+    @property
+    def kind(self) -> str:
+        """First word of the name: ``convert``, ``stage`` or ``eval``."""
+        return self.name.split()[0]
 
     @property
     def slug(self) -> str:

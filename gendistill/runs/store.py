@@ -56,6 +56,10 @@ class Store:
         """Folder of a step, finished or not."""
         return self.root / step.slug
 
+    def folders(self) -> list[Path]:
+        """Folders of all steps, of whatever recipe."""
+        return [path for path in self.root.glob("[!.]*") if path.is_dir()]
+
     def record(self, step: Step) -> dict[str, Any] | None:
         """Return what a finished step recorded under ``found``, or None if it has not finished."""
         content = self._read(step)

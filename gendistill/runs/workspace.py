@@ -19,8 +19,8 @@ from typing_extensions import TypedDict
 from gendistill.config.load import dump_recipe
 from gendistill.config.schema import Recipe
 from gendistill.errors import OutputError
-from gendistill.paths import RunDir, new_folder, read_json, write_json, write_text, writing
-from gendistill.runs.steps import Step, differences
+from gendistill.paths import RunDir, clear_remains, new_folder, read_json, write_json, write_text, writing
+from gendistill.runs.steps import CONVERT, Step, differences
 from gendistill.runs.store import Store
 
 
@@ -89,6 +89,8 @@ class Workspace:
                     hint="wait for it, or give this run a folder of its own with name=...",
                 ) from error
         try:
+            for folder in (root, root / "stages", root / "eval", self.store.root, *self.store.folders()):
+                clear_remains(folder)
             write_json(owner, {"pid": os.getpid(), "host": socket.gethostname()})
             yield
         finally:
@@ -116,6 +118,16 @@ class Workspace:
         """Folder of a step in the store."""
         return self.store.folder(self.steps[name])
 
+    @property
+    def student(self) -> Path:
+        """The student after the last stage, in the store: the run folder may still show an older one."""
+        return self.folder(self._training[-1]) / "student"
+
+    @property
+    def _training(self) -> list[str]:
+        """Names of the steps that make a student."""
+        return [name for name, step in self.steps.items() if step.kind in (CONVERT, "stage")]
+
     def is_done(self, name: str) -> bool:
         """Whether a step has finished with these inputs, and its output is as it was.
 
@@ -129,7 +141,7 @@ class Workspace:
             write_json(self.folder(name) / "result.json", found["result"])
         damage = self.store.damage(step)
         said = f"{name}: {', '.join(f'{file} {what}' for file, what in damage.items())} since it finished"
-        if not damage or (name.startswith("stage ") and damage.keys() <= _STORY):
+        if not damage or (step.kind == "stage" and damage.keys() <= _STORY):
             if damage:
                 self.warn(f"{said}; the report goes without, the student is intact")
             self.store.tidy(step)
@@ -207,7 +219,7 @@ class Workspace:
         write_text(self.run.recipe, self._recipe)
         said = [line for record in found.values() for line in record.get("warnings", [])]
         manifest = {
-            **found.get("convert", {}),
+            **found.get(CONVERT, {}),
             **self.entries,
             "steps": {name: self.steps[name].key for name in found},
             "warnings": list(dict.fromkeys([*said, *self.warnings])),
@@ -217,12 +229,10 @@ class Workspace:
 
     def _show_student(self, found: dict[str, Any]) -> None:
         """Copy the student of the last stage once all have finished; weights share their disk space."""
-        stages = [name for name in self.steps if name.startswith("stage ")]
-        last, target = (stages or ["convert"])[-1], self.run.student
-        if any(name not in found for name in ("convert", *stages)):
+        target, source = self.run.student, self.student
+        if any(name not in found for name in self._training):
             shutil.rmtree(target, ignore_errors=True)
             return
-        source = self.folder(last) / "student"
         if not target.is_dir() or not _same_files(source, target):
             with new_folder(target) as partial:
                 shutil.copytree(source, partial, copy_function=_link_or_copy, dirs_exist_ok=True)
@@ -245,7 +255,7 @@ class Workspace:
 def _links(name: str) -> list[tuple[str, str]]:
     """Say where a run folder shows a step: the link, and what it points to inside the step's folder."""
     kind, _, rest = name.partition(" ")
-    if kind == "convert":
+    if kind == CONVERT:
         return [("convert", "."), ("student-init", "student")]
     return [(f"{'stages' if kind == 'stage' else kind}/{rest}", ".")]
 

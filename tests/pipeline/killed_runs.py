@@ -36,10 +36,19 @@ RECIPES: dict[str, tuple[str, ...]] = {
     "a": (),
     "b": ("stages.distill.lr=9e-4",),
     "c": ("student.placement=full kda", "stages.block=null"),
-    "d": ("eval.limit=2", "stages.distill.log_every_steps=2"),
+    "d": ("eval.limit=2", "stages.distill.micro_batch_size=1"),
 }
 # what differs between two runs of the same recipe: clocks and speeds
-_CLOCKS = {"seconds", "tokens_per_second", "date", "peak_memory_bytes", "stat", "warnings", "crc32", "memory_gib"}
+_CLOCKS = {
+    "seconds",
+    "tokens_per_second",
+    "date",
+    "peak_memory_bytes",
+    "stat",
+    "warnings",
+    "crc32",
+    "memory_gib",
+}
 
 
 def main(folder: str, seed: str, trials: str) -> int:
@@ -68,16 +77,24 @@ def main(folder: str, seed: str, trials: str) -> int:
             by_event = chance.random() < 0.7
             at = chance.randrange(events[name]) if by_event else chance.uniform(0, seconds[name])
             code = child(lambda name=name: place.run(*RECIPES[name]), root / "events", at)
-            history.append(f"{name} {'ended' if code == 0 else 'killed'} at {at:.4g}{'' if by_event else ' s'}")
+            history.append(
+                f"{name} {'ended' if code == 0 else 'killed'} at {at:.4g}{'' if by_event else ' s'}"
+            )
         last = chance.choice(list(RECIPES))
         code = child(lambda last=last: place.run(*RECIPES[last]), root / "events")
         found = shown(runs) if code == 0 else {}
         different = sorted(name for name in wanted[last] | found if found.get(name) != wanted[last].get(name))
-        print(f"{trial}: {', '.join(history)}, then {last}: {'differs' if different or code else 'equal'}", flush=True)
+        print(
+            f"{trial}: {', '.join(history)}, then {last}: {'differs' if different or code else 'equal'}",
+            flush=True,
+        )
         if different or code:
             print(f"exit code {code}; {different}", flush=True)
             for name in different:
-                print(f"{name}: {found.get(name)!r:.300}\n  instead of {wanted[last].get(name)!r:.300}", flush=True)
+                print(
+                    f"{name}: {found.get(name)!r:.300}\n  instead of {wanted[last].get(name)!r:.300}",
+                    flush=True,
+                )
             return 1
     return 0
 
@@ -110,7 +127,9 @@ def watch(kill_at: int | None) -> list[int]:
     count = [0]
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
-        writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
+        writes = (
+            event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
+        )
         if writes or event in CHANGES:
             if kill_at is not None and count[0] == kill_at:
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -127,7 +146,9 @@ def shown(run: RunDir) -> dict[str, Any]:
         for name in names:
             path = Path(folder) / name
             found[path.relative_to(run.root).as_posix()] = content(path)
-    pages = {name for name in found if name.startswith("report/") and not name.endswith((".json", ".csv", ".md"))}
+    pages = {
+        name for name in found if name.startswith("report/") and not name.endswith((".json", ".csv", ".md"))
+    }
     remains = [path.name for path in run.root.parent.rglob(".*") if path.name.endswith((".partial", ".old"))]
     return {**{name: value for name, value in found.items() if name not in pages}, "remains": remains}
 
