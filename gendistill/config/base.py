@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import IntEnum
 from typing import Any
 
@@ -58,6 +59,22 @@ def identity(section: Section, *, at_least: Affects = Affects.ARITHMETIC) -> dic
         elif affects(type(section), name) >= at_least:
             kept[field.alias or name] = section.model_dump(mode="json", include={name})[name]
     return kept
+
+
+def affects_at(section: Section, path: Sequence[Any]) -> Affects:
+    """Say what the setting at a path of names, as written, affects; a path that leads nowhere affects the result."""
+    value: Any = section
+    mark = Affects.RESULT
+    for step in path:
+        if isinstance(value, Section):
+            names = {field.alias or name: name for name, field in type(value).model_fields.items()}
+            if step not in names:
+                return Affects.RESULT
+            mark = affects(type(value), names[step])
+            value = getattr(value, names[step])
+        elif isinstance(value, dict):
+            value = value.get(step)
+    return mark
 
 
 def _identity_of(value: Any, at_least: Affects) -> Any:

@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from gendistill.config.base import Affects, affects_at
 from gendistill.config.document import (
     COMMAND_LINE,
     MOST_CHARACTERS,
@@ -343,10 +344,26 @@ def flatten(value: Any, path: Path = ()) -> dict[Path, Any]:
     return {key: leaf for name, child in value.items() for key, leaf in flatten(child, (*path, name)).items()}
 
 
-def diff_recipes(first: Recipe, second: Recipe) -> list[tuple[str, Any, Any]]:
-    """List ``(dotted path, first value, second value)`` for every setting that differs; missing is None."""
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """One setting in which two recipes differ; a value that one of them lacks is None."""
+
+    setting: str
+    first: Any
+    second: Any
+    affects: Affects
+
+
+def diff_recipes(first: Recipe, second: Recipe) -> list[Difference]:
+    """List every setting that differs, with what it affects."""
     left, right = flatten(resolved(first)), flatten(resolved(second))
-    paths = list(dict.fromkeys([*left, *right]))
     return [
-        (dotted(path), left.get(path), right.get(path)) for path in paths if left.get(path) != right.get(path)
+        Difference(
+            dotted(path),
+            left.get(path),
+            right.get(path),
+            max(affects_at(recipe, path) for recipe, found in ((first, left), (second, right)) if path in found),
+        )
+        for path in dict.fromkeys([*left, *right])
+        if left.get(path) != right.get(path)
     ]
