@@ -15,7 +15,7 @@ from typing import NoReturn
 
 from gendistill import __version__
 from gendistill.cli.arguments import Parser, command_line, with_dashes
-from gendistill.cli.launch import is_launched
+from gendistill.cli.launch import is_launched, watch_launcher
 from gendistill.errors import GendistillError
 
 # name: (module, summary); the module is imported only for its own command
@@ -55,6 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
     _quiet_libraries()
+    if is_launched():
+        watch_launcher()
     try:
         return _flushed(words)
     except BrokenPipeError:
