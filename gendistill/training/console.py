@@ -59,7 +59,7 @@ class TrainingConsole:
                 TextColumn("[bold]{task.description}"),
                 BarColumn(bar_width=24),
                 MofNCompleteColumn(),
-                TextColumn("{task.fields[numbers]}"),
+                TextColumn("{task.fields[numbers]}", markup=False),
             )
             with Progress(*columns, console=self.console) as progress:
                 yield _Bar(progress, name, num_steps, step)
