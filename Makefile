@@ -76,20 +76,23 @@ interpret: $(VENV)/.stamp-dev  ## run the Triton kernels on the CPU, interpreted
 gpu: $(VENV)/.stamp-dev  ## run the tests that need a CUDA device
 	@if $(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then \
 		$(BIN)/python -m pytest -q -m gpu; code=$$?; \
-		if [ $$code -eq 5 ]; then echo "gpu: nothing was tested: no test is marked gpu in this version"; \
-		else exit $$code; fi; \
+		if [ $$code -eq 5 ]; then echo "gpu: skipped, nothing was tested: no test is marked gpu in this version"; fi; \
+		exit $$code; \
 	else \
-		echo "gpu: nothing was tested: torch sees no CUDA device here (gendistill doctor says why)"; \
+		echo "gpu: skipped, nothing was tested: torch sees no CUDA device here (gendistill doctor says why)"; \
+		exit 1; \
 	fi
 
 # once without the sanitizer, so that everything is compiled; without the allocator's cache, so that memcheck sees the
 # end of every tensor
 racecheck: $(VENV)/.stamp-dev  ## look for races and wrong accesses in the kernels, with NVIDIA's compute-sanitizer
 	@if ! command -v $(SANITIZER) >/dev/null; then \
-		echo "racecheck: nothing was tested: $(SANITIZER) is not installed; it comes with the CUDA toolkit," \
+		echo "racecheck: skipped, nothing was tested: $(SANITIZER) is not installed; it comes with the CUDA toolkit," \
 			"also as make SANITIZER=/usr/local/cuda/bin/compute-sanitizer racecheck"; \
+		exit 1; \
 	elif ! $(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then \
-		echo "racecheck: nothing was tested: torch sees no CUDA device here (gendistill doctor says why)"; \
+		echo "racecheck: skipped, nothing was tested: torch sees no CUDA device here (gendistill doctor says why)"; \
+		exit 1; \
 	else \
 		$(BIN)/python tests/ops/racecheck.py $(CASES) && for tool in racecheck memcheck initcheck; do \
 			PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) --tool $$tool --error-exitcode 9 \

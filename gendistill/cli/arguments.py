@@ -26,7 +26,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Report a usage error and leave with exit code 2."""
-        text = f"usage error  {self.prog}\n  {message}\n  next: {self.prog} --help\n"
+        text = f"usage error  {self.prog}\n  {printable(message)}\n  next: {self.prog} --help\n"
         self.exit(RecipeError.exit_code, text)
 
 
@@ -114,10 +114,21 @@ def pipeline_module() -> ModuleType:
 
 
 def command_line() -> str:
-    """Return the command as typed, for records and for printing."""
-    return shlex.join(["gendistill", *sys.argv[1:]])
+    """Return the command as typed, for records and for printing; bytes that are not text are escaped."""
+    return printable(shlex.join(["gendistill", *sys.argv[1:]]))
+
+
+def printable(text: str) -> str:
+    """Escape what steers a terminal or cannot be encoded: all but printable characters, tabs and line breaks."""
+    if text.isprintable():
+        return text
+    return "".join(
+        letter if letter.isprintable() or letter in "\n\t" else letter.encode("unicode_escape").decode()
+        for letter in text
+    )
 
 
 def print_json(content: Any) -> None:
-    """Print JSON to standard output."""
-    print(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False))
+    """Print JSON to standard output, in ASCII where nothing else can be written."""
+    ascii_only = "utf" not in (sys.stdout.encoding or "utf-8").lower()
+    print(json.dumps(content, indent=2, ensure_ascii=ascii_only, allow_nan=False))

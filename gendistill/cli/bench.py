@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import math
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -220,8 +221,12 @@ def _run_tune(arguments: argparse.Namespace) -> int:
 
 
 def _check_budget(arguments: argparse.Namespace) -> None:
-    if arguments.budget is not None and arguments.budget <= 0:
-        raise RecipeError(f"--budget must be positive, got {arguments.budget:g}", where="--budget")
+    if arguments.budget is not None and not 0 < arguments.budget < math.inf:
+        raise RecipeError(
+            f"--budget must be a positive number of seconds, got {arguments.budget:g}",
+            where="--budget",
+            hint="leave it out to measure everything",
+        )
 
 
 def _console() -> Console:

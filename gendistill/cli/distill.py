@@ -32,6 +32,9 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         return print_plan(recipe, arguments)
     if arguments.num_processes > 1 and not is_launched():
+        from gendistill.advice import check_batches
+
+        check_batches(recipe, arguments.num_processes)
         return launch(arguments.num_processes)
     run_dir = pipeline_module().distill(recipe, command=command_line(), only=only)
     say(f"ok        {run_dir.student}   next: gendistill eval {run_dir.root}")
@@ -42,11 +45,13 @@ def _stages(words: list[str], recipe: Recipe) -> tuple[str, ...]:
     names = tuple(name for word in words for name in word.split(",") if name)
     for name in names:
         if name not in recipe.stages:
+            from gendistill.config.document import shortened
             from gendistill.config.explain import closest
 
             raise RecipeError(
-                f'recipe {recipe.name} has no stage "{name}"{closest(name, recipe.stages)}; '
-                f"stages: {', '.join(recipe.stages)}",
+                f'recipe {recipe.name} has no stage "{shortened(name)}"{closest(name, recipe.stages)}; '
+                f"stages: {', '.join(recipe.stages) or 'none'}",
                 where="--only",
+                hint="name one of them, or leave --only out",
             )
     return names

@@ -6,6 +6,7 @@ Exit codes: 0 ok, 1 failed, 2 bad usage or recipe, 130 interrupted.
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import io
 import os
@@ -15,8 +16,8 @@ from types import ModuleType
 from typing import NoReturn
 
 from gendistill import __version__
-from gendistill.cli.arguments import Parser, command_line, with_dashes
-from gendistill.cli.launch import is_launched
+from gendistill.cli.arguments import Parser, command_line, printable, with_dashes
+from gendistill.cli.launch import is_launched, watch_launcher
 from gendistill.errors import GendistillError
 from gendistill.text import printable
 
@@ -35,6 +36,7 @@ COMMANDS = {
 _RESUMES = ("run", "convert", "distill", "eval")
 _LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "NCCL", "Broken pipe")
 _OUT_OF_MEMORY = ("OutOfMemoryError", "MemoryError")
+_NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 _EXAMPLES = """\
 examples:
@@ -57,7 +59,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
     _quiet_libraries()
+<<<<<<< HEAD
     _show_every_letter()
+=======
+    _never_fail_to_print()
+    if is_launched():
+        watch_launcher()
+>>>>>>> part-config
     try:
         return _flushed(words)
     except BrokenPipeError:
@@ -148,16 +156,35 @@ def _interrupted(words: Sequence[str]) -> int:
     return 130
 
 
+def _never_fail_to_print() -> None:
+    """Write what a stream cannot encode as escapes instead of failing: on ASCII terminals, of odd file names."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def _failed(error: Exception) -> int:
     evals = sys.modules.get("gendistill_evals.errors")
     if isinstance(error, GendistillError) or (evals is not None and isinstance(error, evals.EvalError)):
+<<<<<<< HEAD
         _print_error(str(error))
+=======
+        print(printable(str(error)), file=sys.stderr)
+>>>>>>> part-config
         return error.exit_code  # pyright: ignore[reportAttributeAccessIssue]
+    print(printable(_describe(error)), file=sys.stderr)
+    return 1
+
+
+def _describe(error: Exception) -> str:
+    """Put an error that nobody foresaw into words: what kind it is, and what to do."""
     name = type(error).__name__
-    if name in _OUT_OF_MEMORY:
+    first = next(iter(str(error).splitlines()), name)
+    if name in _OUT_OF_MEMORY or any(sign in str(error) for sign in _NO_MEMORY):
         hint = (
             "lower micro_batch_size or seq_len of the stage (or eval.batch_size), then run the same command"
         )
+<<<<<<< HEAD
         text = f"memory error\n  {str(error).splitlines()[0] if str(error) else name}\n  next: {hint}"
     elif is_launched() and any(sign in str(error) for sign in _LOST_PEER):
         text = f"rank {os.environ.get('RANK', '?')} stopped, because another process did"
@@ -174,3 +201,20 @@ def _failed(error: Exception) -> int:
 def _print_error(text: str) -> None:
     """Print a message to standard error; nothing that it quotes can steer the terminal."""
     print("\n".join(printable(line, longest=10_000) for line in text.split("\n")), file=sys.stderr)
+=======
+        return f"memory error\n  {first}\n  next: {hint}"
+    if is_launched() and any(sign in str(error) for sign in _LOST_PEER):
+        return f"rank {os.environ.get('RANK', '?')} stopped, because another process did"
+    if isinstance(error, OSError):
+        place = "" if error.filename is None else os.fsdecode(str(error.filename))
+        code = errno.errorcode.get(error.errno or 0)
+        reason = f"{error.strerror or first}" + (f" ({code})" if code else "")
+        return f"system error  {place}\n  {reason}\n  next: --debug shows where it happened"
+    if isinstance(error, RecursionError):
+        return (
+            "input error\n  something that was read is nested too deeply\n"
+            f"  next: {command_line()} --debug shows which file it was"
+        )
+    text = f"internal error  {name}\n  {error}\n  this is a bug in gendistill, not in what you gave it"
+    return text + f"\n  next: {command_line()} --debug, and report the traceback"
+>>>>>>> part-config

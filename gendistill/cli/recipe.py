@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gendistill.cli.arguments import Parser, add_json, add_recipe, find_tasks, print_json
+from gendistill.cli.arguments import Parser, add_json, add_recipe, find_tasks, print_json, printable
 from gendistill.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -118,22 +119,36 @@ def _one_line(value: Any) -> str:
 
 
 def _copy(arguments: argparse.Namespace) -> int:
-    from gendistill.config.load import load_recipe, recipe_file
+    from gendistill.config.copy import copied_text
+    from gendistill.config.load import read_recipe
     from gendistill.paths import write_text
 
-    source, target = recipe_file(arguments.recipe), Path(arguments.target)
+    source = read_recipe(arguments.recipe)
+    target = _target(arguments.target, source.file)
+    if os.path.lexists(target) and not arguments.force:
+        raise RecipeError(f"{target} exists", where=str(target), hint="choose another name, or add --force")
+    write_text(target, copied_text(source, target))
+    name = read_recipe(target).recipe.name
+    print(f"wrote     {target}   name: {name}   next: edit it, then gendistill recipe check {target}")
+    return 0
+
+
+def _target(text: str, source: Path) -> Path:
+    """Find the file to write; a folder gets one of the source's name."""
+    if not text.strip() or printable(text) != text:
+        raise RecipeError(
+            f"{text!r} is empty or holds characters that cannot be printed",
+            where="FILE",
+            hint="write my.yaml",
+        )
+    target = Path(text)
     if target.is_dir():
         target = target / source.name
-    if target.exists() and not arguments.force:
-        raise RecipeError(f"{target} exists", where=str(target), hint="choose another name, or add --force")
-    text = source.read_text(encoding="utf-8")
-    if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", target.stem):
-        # another name gives it a run folder of its own
-        text = re.sub(r"(?m)^name:.*$", f"name: {target.stem}", text, count=1)
-    write_text(target, text)
-    load_recipe(target)
-    print(f"wrote     {target}   next: edit it, then gendistill recipe check {target}")
-    return 0
+    if target.is_dir() or (target.exists() and not target.is_file()):
+        raise RecipeError(f"{target} is not a file", where=str(target), hint="choose another name")
+    if target.exists() and target.samefile(source):
+        raise RecipeError(f"{target} is the recipe itself", where=str(target), hint="choose another name")
+    return target
 
 
 def _check(arguments: argparse.Namespace) -> int:
@@ -162,6 +177,7 @@ def _summary(recipe: Recipe) -> str:
 
 
 def _schema(arguments: argparse.Namespace) -> int:
+    from gendistill.config.document import shortened
     from gendistill.config.explain import annotations_at, closest, is_section, settings, words_at
 
     path = tuple(step for step in arguments.at.split(".") if step)
@@ -171,7 +187,11 @@ def _schema(arguments: argparse.Namespace) -> int:
         names = [name for one in parent if is_section(one) for name in settings(one)]
         near = closest(path[-1], names)
         allowed = f"; settings there: {', '.join(sorted(names))}" if names else ""
-        raise RecipeError(f'there is no setting "{arguments.at}"{near}{allowed}', where="--at")
+        raise RecipeError(
+            f'there is no setting "{shortened(arguments.at)}"{near}{allowed}',
+            where="--at",
+            hint="gendistill recipe schema",
+        )
     sections = [one for one in found if is_section(one)]
     if arguments.json:
         from pydantic import TypeAdapter

@@ -163,6 +163,15 @@ def _shown(file: FilePath) -> str:
     return str(file) if relative.startswith("..") else relative
 
 
+def parse_file(file: FilePath) -> Node:
+    """Read one file of a recipe as it is written, without what it extends.
+
+    Raises:
+        RecipeError: It cannot be read.
+    """
+    return _read_file(file, [])
+
+
 def _read_file(file: FilePath, problems: list[Problem]) -> Node:
     place = _shown(file)
     try:

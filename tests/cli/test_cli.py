@@ -16,7 +16,8 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 
 import gendistill.pipeline as pipeline
 from gendistill.cli.arguments import with_dashes
-from gendistill.cli.launch import launcher_flags
+from gendistill.cli.launch import _exit_code as exit_code_of
+from gendistill.cli.launch import is_launched, launcher_flags
 from gendistill.cli.main import COMMANDS
 from gendistill.config.load import load_recipe, recipe_names
 from gendistill.errors import CheckpointError
@@ -224,11 +225,17 @@ def test_launcher_repeats_the_command_without_its_own_flag(given):
     [
         (None, 0),
         (ChildFailedError("gendistill", {1: ProcessFailure(1, 7, 2, "nowhere")}), 2),
-        (ChildFailedError("gendistill", {0: ProcessFailure(0, 7, -9, "nowhere")}), 1),
+        (
+            ChildFailedError(
+                "gendistill",
+                {0: ProcessFailure(0, 7, -15, "nowhere"), 1: ProcessFailure(1, 8, 2, "nowhere")},
+            ),
+            2,
+        ),
         (subprocess.CalledProcessError(3, "gendistill"), 3),
         (SignalException("stopped", signal.SIGTERM), 143),
     ],
-    ids=["success", "rank 1 fails with 2", "rank 0 is killed", "process fails with 3", "terminated"],
+    ids=["success", "rank 1 fails with 2", "and rank 0 is stopped", "process fails with 3", "terminated"],
 )
 def test_several_processes_end_with_the_exit_code_of_the_first_failure(
     cli, calls, monkeypatch, failure, expected
@@ -248,6 +255,78 @@ def test_several_processes_end_with_the_exit_code_of_the_first_failure(
     assert out.startswith("launch    ACCELERATE_USE_CPU=true")
     assert started == [["2", "gendistill", "distill", "tiny", "seed=3"]]
     assert calls == []
+
+
+@pytest.mark.parametrize(
+    "codes", [{0: -9}, {0: 1, 1: -9}, {0: -15, 1: -11}, {0: -15}], ids=["alone", "peer", "stopped", "all"]
+)
+def test_a_rank_that_a_signal_ended_is_named_with_the_signal(cli, calls, monkeypatch, codes):
+    def run(arguments):
+        raise ChildFailedError(
+            "gendistill",
+            {rank: ProcessFailure(rank, 70 + rank, code, "nowhere") for rank, code in codes.items()},
+        )
+
+    monkeypatch.setattr(torch.distributed.run, "run", run)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    code, _, err = cli("distill", "tiny", "--num-processes", "2")
+    assert code == 1
+    rank = max(codes)
+    assert f"rank {rank} (process {70 + rank}) was ended by {signal.Signals(-codes[rank]).name}" in err
+    assert "next:" in err
+
+
+def test_a_rank_that_the_launcher_had_to_kill_is_not_the_cause():
+    failures = {0: ProcessFailure(0, 7, -9, "nowhere"), 1: ProcessFailure(1, 8, 3, "nowhere")}
+    failures[0].timestamp += 30
+    assert exit_code_of(failures) == 3
+
+
+@pytest.mark.parametrize("number", ["0", "-1", "1.5", "1025", "9" * 5000, "²", "", "1e3", "0x2"])
+@pytest.mark.parametrize("command", ["run", "distill"])
+def test_a_number_of_processes_outside_the_range_is_refused(cli, calls, command, number):
+    for words in (["--num-processes", number], [f"--num_processes={number}"]):
+        code, _, err = cli(command, "tiny", *words)
+        assert code == 2
+        assert "allowed: 1 to 1024" in err or "expected one argument" in err
+        assert len(err) < 400
+    assert calls == []
+
+
+def test_processes_that_cannot_share_a_batch_start_nothing(cli, calls, monkeypatch):
+    monkeypatch.setattr(torch.distributed.run, "run", None)
+    for command in ("run", "distill"):
+        code, _, err = cli(command, "tiny", "--num-processes", "3")
+        assert code == 2
+        assert "no multiple of micro_batch_size 2 x 3 processes" in err
+
+
+@pytest.mark.parametrize(
+    ("launcher", "ignores", "expected"),
+    [("os.getppid()", False, 0), ("1", False, -signal.SIGTERM), ("1", True, 1)],
+    ids=["alive", "dead", "dead, and SIGTERM is not heard"],
+)
+def test_a_rank_ends_when_its_launcher_is_gone(launcher, ignores, expected):
+    code = f"""
+import os, signal, threading
+from gendistill.cli import launch
+
+launch._WATCH_S, launch._GRACE_S = 0.01, 0.1
+os.environ["GENDISTILL_LAUNCHER_PID"] = str({launcher})
+if {ignores}:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+launch.watch_launcher()
+threading.Event().wait({0.1 if expected == 0 else 60})
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == expected
+
+
+@pytest.mark.parametrize("size", ["", "0", "1"])
+def test_one_process_is_not_launched(monkeypatch, size):
+    monkeypatch.setenv("WORLD_SIZE", size)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert not is_launched()
 
 
 def test_more_processes_than_gpus_is_refused(cli, calls, monkeypatch):

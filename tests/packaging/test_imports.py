@@ -46,6 +46,7 @@ LAYERS = {
     "bench": {"training", "models", "data", "ops", "report", "config"},
 }
 ABOVE_ALL = {
+    "gendistill.advice",
     "gendistill.pipeline",
     "gendistill.planning",
     "gendistill.memory",
