@@ -136,6 +136,24 @@ def load_task(name_or_path: str | Path) -> Task:
     return _task(_Keys(content, str(path)), path)
 
 
+def load_tasks(tasks: Sequence[str | Path | Task]) -> list[Task]:
+    """Load several tasks, whose names must differ.
+
+    Args:
+        tasks: Names and paths as for ``load_task``, or tasks.
+    Raises:
+        EvalError: As for ``load_task``, or two tasks of one name.
+    """
+    loaded = [task if isinstance(task, Task) else load_task(task) for task in tasks]
+    names = [task.name for task in loaded]
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise EvalError(
+            f"two tasks have the name {', '.join(repeated)}",
+            hint="name each task once; give one of two different tasks another name: in its file",
+        )
+    return loaded
+
+
 def task_identity(name_or_path: str | Path) -> dict[str, str]:
     """Return what decides the questions of a task: its name and the hashes of its items and its prompt.
 

@@ -76,10 +76,9 @@ def load(arguments: argparse.Namespace) -> Recipe:
 
 def find_tasks(recipe: Recipe) -> None:
     """Read what the evaluation asks, so that a misspelt task fails now and not after hours of training."""
-    from gendistill_evals import load_questions, load_task
+    from gendistill_evals import load_questions, load_tasks
 
-    for task in recipe.eval.tasks:
-        load_task(task)
+    load_tasks(recipe.eval.tasks)
     if recipe.eval.questions is not None:
         load_questions(recipe.eval.questions)
 
