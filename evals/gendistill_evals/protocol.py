@@ -172,7 +172,7 @@ def judge(task: Task, item: Item, text: str) -> tuple[str | None, bool]:
         return (answer, answer == normalise(item.gold)) if answer else (None, False)
     assert item.options is not None
     assert item.texts is not None
-    if task.answer is AnswerForm.LETTER:
+    if task.answer is AnswerForm.LETTER or not item.texts:
         found = find_letter(text, item.options, item.texts)
     else:
         found = find_option(text, item.options)
