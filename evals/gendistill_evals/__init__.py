@@ -17,6 +17,7 @@ from gendistill_evals.task import (
     list_tasks,
     load_questions,
     load_task,
+    load_tasks,
     questions_identity,
     task_identity,
 )
@@ -35,6 +36,7 @@ __all__ = [
     "list_tasks",
     "load_questions",
     "load_task",
+    "load_tasks",
     "questions_identity",
     "task_identity",
 ]

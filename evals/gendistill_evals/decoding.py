@@ -11,14 +11,18 @@ import torch
 from torch import Tensor
 from transformers import (
     GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     StoppingCriteria,
     StoppingCriteriaList,
 )
 
+from gendistill_evals.errors import EvalError
 from gendistill_evals.prompts import Prompter
-from gendistill_evals.scoring import check_length, device_of, inference
+from gendistill_evals.reading import shorten
+from gendistill_evals.scoring import check_length, device_of, inference, num_embeddings
 
 # Tokens that end a turn in common chat templates. One ends an answer if the model's template writes it.
 _TURN_ENDS = (
@@ -68,7 +72,7 @@ class Decoding:
         fields: Every decoding field that decides a token.
         eos_token_ids: Tokens that end an answer: those of the checkpoint, the tokenizer's, and those that end a
             turn in the chat template.
-        pad_token_id: The tokenizer's pad token, else the first end token.
+        pad_token_id: The tokenizer's pad token, else the first end token, else 0.
         overrode: What the checkpoint's generation config asked for and did not get.
     """
 
@@ -121,7 +125,11 @@ def greedy_decoding(model: PreTrainedModel, prompter: Prompter) -> Decoding:
         vocabulary = tokenizer.get_vocab()
         ends += [vocabulary[text] for text in _TURN_ENDS if text in prompter.template and text in vocabulary]
     eos = tuple(dict.fromkeys(ends))
-    pads = [*_as_ids(tokenizer.pad_token_id), *eos, 0]
+    # A pad token is read but counts for nothing: any token that the model has an embedding for will do.
+    size = num_embeddings(model)
+    pads = [
+        token for token in (*_as_ids(tokenizer.pad_token_id), *eos, 0) if size is None or 0 <= token < size
+    ]
     return Decoding(
         fields=dict(_NEUTRAL),
         eos_token_ids=eos,
@@ -143,6 +151,7 @@ def generate_greedily(
     max_new_tokens: int,
     stop: Sequence[str] = (),
     batch_size: int = 8,
+    names: Sequence[str] = (),
     progress: Callable[[int], None] | None = None,
 ) -> list[Generated]:
     """Answer prompts greedily, in left-padded batches of similar length.
@@ -155,10 +164,11 @@ def generate_greedily(
         max_new_tokens: Longest answer, in tokens.
         stop: Texts that end an answer.
         batch_size: Prompts per batch.
+        names: What each prompt is called in errors; empty for their numbers.
         progress: Called with the number of prompts done.
     Returns: One answer per prompt, in the order of the prompts.
     Raises:
-        EvalError: A prompt longer than the model's positions allow.
+        EvalError: A prompt longer than the model's positions allow, or logits that are not numbers.
     """
     check_length(model, max(map(len, prompts), default=0) + max_new_tokens)
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]), reverse=True)
@@ -167,9 +177,9 @@ def generate_greedily(
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
             batch = [prompts[index] for index in chosen]
-            answers.update(
-                zip(chosen, _batch(model, tokenizer, batch, decoding, max_new_tokens, stop), strict=True)
-            )
+            called = [names[index] if names else f"prompt {index}" for index in chosen]
+            found = _batch(model, tokenizer, batch, decoding, max_new_tokens, stop, called)
+            answers.update(zip(chosen, found, strict=True))
             if progress:
                 progress(len(answers))
     return [answers[index] for index in range(len(prompts))]
@@ -182,6 +192,7 @@ def _batch(
     decoding: Decoding,
     max_new_tokens: int,
     stop: Sequence[str],
+    names: Sequence[str],
 ) -> list[Generated]:
     width = max(map(len, prompts))
     device = device_of(model)
@@ -198,6 +209,7 @@ def _batch(
             eos_token_id=list(decoding.eos_token_ids) or None,
             pad_token_id=pad,
         ),
+        logits_processor=LogitsProcessorList([_Finite(names)]),
         stopping_criteria=StoppingCriteriaList([stopper] if stop else []),
     )
     assert isinstance(output, Tensor)
@@ -241,6 +253,23 @@ class _StopText(StoppingCriteria):
         return torch.tensor([end is not None for end in self.ends], device=input_ids.device)
 
 
+class _Finite(LogitsProcessor):
+    """Refusal of logits that have no largest: NaN, infinity, or nothing but minus infinity."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = names
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        finite = torch.isfinite(scores.amax(-1))
+        if not finite.all():
+            raise EvalError(
+                "the model gives logits that are not finite",
+                where=self.names[int(finite.int().argmin())],
+                hint="check its weights, or load it in float32",
+            )
+        return scores
+
+
 @contextmanager
 def _own_generation_config(model: PreTrainedModel) -> Iterator[None]:
     """Hide the checkpoint's generation config: ``generate`` fills every field left at None from it."""
@@ -261,6 +290,11 @@ def _decode(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> str
 
 def _as_ids(value: Any) -> list[int]:
     """Read a token id, a list of them, or None."""
-    if value is None:
-        return []
-    return list(value) if isinstance(value, list) else [value]
+    ids = value if isinstance(value, (list, tuple)) else [] if value is None else [value]
+    if not all(isinstance(token, int) for token in ids):
+        raise EvalError(
+            f"an end or pad token must be a token id or a list of them, got {shorten(value)}",
+            where="generation_config.json or the tokenizer",
+            hint="write the ids as numbers",
+        )
+    return list(ids)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -19,7 +19,8 @@ from gendistill_evals.errors import EvalError
 from gendistill_evals.fingerprint import tokenizer_fingerprint, weights_fingerprint
 from gendistill_evals.parts import PartKey, PartStore
 from gendistill_evals.prompts import Prompter
-from gendistill_evals.protocol import PROTOCOLS, run_generation, run_likelihood
+from gendistill_evals.protocol import PROTOCOLS, check_items, run_generation, run_likelihood
+from gendistill_evals.reading import shorten
 from gendistill_evals.results import (
     SCHEMA,
     write_results,
@@ -27,10 +28,12 @@ from gendistill_evals.results import (
     write_transcripts,
 )
 from gendistill_evals.scoring import device_of
-from gendistill_evals.task import Questions, Task, load_questions, load_task
-from gendistill_evals.transcripts import write_answers
+from gendistill_evals.task import Questions, Task, load_questions, load_tasks
+from gendistill_evals.transcripts import check_questions, write_answers
 
 OnProgress = Callable[[str, str, int, int], None]
+# Task and protocol.
+Key = tuple[str, str]
 ROLES = ("teacher", "student", "model")
 
 _RUNNERS = {"likelihood": run_likelihood, "generation": run_generation}
@@ -79,8 +82,7 @@ def evaluate_model(
             be scored.
     """
     _check_settings(protocols, limit=limit, batch_size=batch_size, question_tokens=question_tokens, role=role)
-    loaded = [task if isinstance(task, Task) else load_task(task) for task in tasks]
-    _check_names(loaded)
+    loaded = load_tasks(tasks)
     if questions is not None and not isinstance(questions, Questions):
         questions = load_questions(questions)
     folder = Path(out_dir)
@@ -97,7 +99,6 @@ def evaluate_model(
         tokenizer,
         batch_size,
         progress,
-        PartStore(Path(parts_dir) if parts_dir is not None else folder / "parts"),
         identity={
             **_identity_of(model),
             "tokenizer": tokenizer_fingerprint(tokenizer),
@@ -105,8 +106,19 @@ def evaluate_model(
         },
         decoding=decoding.settings(),
     )
-    done = {task.name: scorer.scores(task, protocols, limit) for task in loaded}
-    rows = scorer.transcripts(questions, question_tokens, teacher) if questions else None
+    parts = {
+        (task.name, protocol): scorer.task_part(task, protocol, limit)
+        for task in loaded
+        for protocol in PROTOCOLS
+        if protocol in protocols and not (protocol == "likelihood" and task.likelihood_reason)
+    }
+    if questions:
+        parts["", "transcripts"] = scorer.transcripts_part(questions, question_tokens, teacher)
+    contents = _finish(parts, PartStore(Path(parts_dir) if parts_dir is not None else folder / "parts"))
+    rows = contents.pop(("", "transcripts"), None)
+    done: dict[str, dict[str, Any]] = {task.name: {} for task in loaded}
+    for (task, protocol), content in contents.items():
+        done[task][protocol] = content
     results = {
         "schema": SCHEMA,
         "model": model_name,
@@ -132,6 +144,15 @@ def evaluate_model(
 
 
 @dataclass(frozen=True, slots=True)
+class _Part:
+    """What can be scored alone: its key, a check of its inputs, and the computation."""
+
+    key: PartKey
+    check: Callable[[], None]
+    compute: Callable[[], Any]
+
+
+@dataclass(frozen=True, slots=True)
 class _Scorer:
     """What scores one model part by part; ``identity`` is what every score of it depends on."""
 
@@ -139,49 +160,47 @@ class _Scorer:
     tokenizer: PreTrainedTokenizerBase
     batch_size: int
     progress: OnProgress | None
-    store: PartStore
     identity: dict[str, Any]
     decoding: dict[str, Any]
 
-    def scores(self, task: Task, protocols: Sequence[str], limit: int | None) -> dict[str, Any]:
-        """Score a task under each protocol that is asked for and fits: ``{protocol: {score, samples}}``."""
-        return {
-            protocol: self._part(
-                f"{task.name}.{protocol}",
-                {
-                    "items": task.items_sha256,
-                    "prompt": task.prompt_sha256,
-                    "limit": task.cut_at(limit),
-                    # Log-likelihood decodes nothing.
-                    "decoding": self.decoding if protocol == "generation" else None,
-                },
-                partial(self._score, protocol, task, limit),
-            )
-            for protocol in PROTOCOLS
-            if protocol in protocols and not (protocol == "likelihood" and task.likelihood_reason)
+    def task_part(self, task: Task, protocol: str, limit: int | None) -> _Part:
+        """One task under one protocol: ``{score, samples}``."""
+        inputs = {
+            "items": task.items_sha256,
+            "prompt": task.prompt_sha256,
+            "limit": task.cut_at(limit),
+            # Log-likelihood decodes nothing.
+            "decoding": self.decoding if protocol == "generation" else None,
         }
+        return _Part(
+            PartKey.of(f"{task.name}.{protocol}", [self.identity, inputs]),
+            check=partial(check_items, self.model, self.tokenizer, task, protocol, limit=limit),
+            compute=partial(self._score, protocol, task, limit),
+        )
 
-    def transcripts(
+    def transcripts_part(
         self, questions: Questions, max_new_tokens: int, teacher: PreTrainedModel | None
-    ) -> list[dict[str, Any]]:
-        """Answer open questions."""
+    ) -> _Part:
+        """The answers to open questions: their rows."""
         inputs = {
             "questions": questions.sha256,
             "max_new_tokens": max_new_tokens,
             "teacher": _identity_of(teacher) if teacher is not None else None,
             "decoding": self.decoding,
         }
-        answer = partial(
-            write_answers,
-            self.model,
-            self.tokenizer,
-            questions,
-            max_new_tokens=max_new_tokens,
-            batch_size=self.batch_size,
-            teacher=teacher,
-            progress=self._on_progress(questions.name, "transcripts"),
+        given = (self.model, self.tokenizer, questions)
+        return _Part(
+            PartKey.of("transcripts", [self.identity, inputs]),
+            check=partial(check_questions, *given, max_new_tokens=max_new_tokens, teacher=teacher),
+            compute=partial(
+                write_answers,
+                *given,
+                max_new_tokens=max_new_tokens,
+                batch_size=self.batch_size,
+                teacher=teacher,
+                progress=self._on_progress(questions.name, "transcripts"),
+            ),
         )
-        return self._part("transcripts", inputs, answer)
 
     def _score(self, protocol: str, task: Task, limit: int | None) -> dict[str, Any]:
         run = _RUNNERS[protocol](
@@ -197,13 +216,17 @@ class _Scorer:
     def _on_progress(self, task: str, protocol: str) -> Callable[[int, int], None] | None:
         return partial(self.progress, task, protocol) if self.progress else None
 
-    def _part(self, name: str, inputs: dict[str, Any], compute: Callable[[], Any]) -> Any:
-        key = PartKey.of(name, [self.identity, inputs])
-        content = self.store.read(key)
-        if content is None:
-            content = compute()
-            self.store.write(key, content)
-        return content
+
+def _finish(parts: Mapping[Key, _Part], store: PartStore) -> dict[Key, Any]:
+    """Return the content of every part, computing what is missing once all of it is known to fit the model."""
+    done = {name: store.read(part.key) for name, part in parts.items()}
+    missing = [name for name, content in done.items() if content is None]
+    for name in missing:
+        parts[name].check()
+    for name in missing:
+        done[name] = parts[name].compute()
+        store.write(parts[name].key, done[name])
+    return done
 
 
 def _identity_of(model: PreTrainedModel) -> dict[str, Any]:
@@ -255,15 +278,10 @@ def _check_settings(
     if role not in ROLES:
         raise EvalError(f'role must be one of {", ".join(ROLES)}, got "{role}"', exit_code=2)
     for name, value in (("limit", limit), ("batch_size", batch_size), ("question_tokens", question_tokens)):
-        if value is not None and value < 1:
-            raise EvalError(f"{name} must be at least 1, got {value}", exit_code=2)
-
-
-def _check_names(tasks: Sequence[Task]) -> None:
-    names = [task.name for task in tasks]
-    repeated = sorted({name for name in names if names.count(name) > 1})
-    if repeated:
-        raise EvalError(f"two tasks have the name {', '.join(repeated)}", hint="rename one in its task file")
+        if value is None and name == "limit":
+            continue
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise EvalError(f"{name} must be at least 1, got {shorten(value)}", exit_code=2)
 
 
 def _device_name(model: PreTrainedModel) -> str:

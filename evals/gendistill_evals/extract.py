@@ -97,11 +97,14 @@ def find_letter(text: str, letters: Sequence[str], texts: Sequence[str]) -> str 
     Args:
         text: A generated answer.
         letters: The letters on offer.
-        texts: The options' texts, in the same order.
+        texts: The options' texts, in the same order; empty where they are not known.
     Returns: One of ``letters``, or None.
     """
     words = Words(plain_text(text))
-    own = {letter: Words(nfkc(option)).lower for letter, option in zip(letters, texts, strict=True)}
+    own = {
+        letter: Words(nfkc(option)).lower
+        for letter, option in zip(letters, texts or [""] * len(letters), strict=True)
+    }
     named = [name for name in _letter_names(words, own) if name.said is not Said.DENIED]
     stated = [name for name in named if name.said is Said.STATED]
     if stated:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 from gendistill_evals.errors import EvalError
 from gendistill_evals.extract import normalise, parse_number
+from gendistill_evals.reading import parse_json, read_text, shorten
 
 _LETTERS = string.ascii_uppercase
+_GOLD = "say what the gold column holds with gold: text | index | letter in the task file"
+_NAMED = "put the .jsonl file there; a task file names it relative to itself"
 
 
 class Kind(StrEnum):
@@ -48,7 +51,8 @@ class Item:
         prompt: The user's message, the same under both protocols.
         gold: The right answer; one of ``options`` where there are any.
         options: Answers that log-likelihood ranks, or None.
-        texts: What the options say: ``options`` itself unless those are letters.
+        texts: What the options say, where it is known: ``options`` itself, or the texts behind letters; empty
+            for letters that only the prompt explains.
     """
 
     id: str
@@ -69,6 +73,7 @@ class ItemFormat:
         gold_after: What stands before the answer in the gold column; empty if nothing does.
         template: The prompt with ``{name}`` for columns, and ``{options}`` for the options as a list.
         fields: Column of each name: dotted paths; ``options`` may be several columns.
+        options: Options of every item; empty where each row has its own.
     """
 
     kind: Kind
@@ -77,6 +82,7 @@ class ItemFormat:
     gold_after: str
     template: str
     fields: Mapping[str, str | list[str]]
+    options: tuple[str, ...] = ()
 
     def check(self, where: str) -> None:
         """Reject a template that is more than text with plain ``{name}``.
@@ -103,36 +109,32 @@ class ItemFormat:
                 )
 
 
-def read_rows(path: Path) -> list[tuple[int, dict[str, Any]]]:
+def read_rows(path: Path, *, what: str = "the file of items") -> list[tuple[int, dict[str, Any]]]:
     """Read the objects of a .jsonl file with their line numbers.
 
+    Args:
+        path: The file.
+        what: What it is, for errors.
     Raises:
-        EvalError: The file is missing or empty, or a line is no JSON object.
+        EvalError: The file is missing or empty, or a line is not a JSON object.
     """
-    if not path.is_file():
-        raise EvalError(
-            f"the items are missing: {path}",
-            where=str(path),
-            hint="put the .jsonl file there; a task file names it relative to itself",
-        )
-    try:
-        # Not splitlines(): JSON texts may hold the other line separators of Unicode unescaped.
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise EvalError(f"cannot read the items: {error}", where=str(path)) from error
+    # Not splitlines(): JSON texts may hold the other line separators of Unicode unescaped.
+    lines = read_text(path, what=what, hint=_NAMED).split("\n")
     rows = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise EvalError(f"the line is no JSON: {error}", where=f"{path}:{number}") from error
+        where = f"{path}:{number}"
+        row = parse_json(line, where=where, hint="correct the line, or leave it out")
         if not isinstance(row, dict):
-            raise EvalError("a line must hold one JSON object", where=f"{path}:{number}")
+            raise EvalError(
+                f"a line must hold one JSON object, got {shorten(row)}",
+                where=where,
+                hint='write {"question": ..., ...} on one line',
+            )
         rows.append((number, row))
     if not rows:
-        raise EvalError("there are no items", where=str(path))
+        raise EvalError("there are no items", where=str(path), hint="write one JSON object per line")
     return rows
 
 
@@ -163,7 +165,11 @@ def reject_repeated_ids(identities: Sequence[str], path: Path) -> None:
     seen: set[str] = set()
     for identity in identities:
         if identity in seen:
-            raise EvalError(f'the id "{identity}" stands twice', where=str(path))
+            raise EvalError(
+                f"the id {shorten(identity)} stands twice",
+                where=str(path),
+                hint="give every row an id of its own",
+            )
         seen.add(identity)
 
 
@@ -173,14 +179,14 @@ def _item(row: Mapping[str, Any], index: int, form: ItemFormat, where: str) -> I
         texts = _options(row, form, where)
         options = tuple(_LETTERS[: len(texts)]) if form.answer is AnswerForm.LETTER else texts
         answer = options[_gold_position(gold, texts, form.gold, where)]
+        texts = () if form.options and texts == tuple(_LETTERS[: len(texts)]) else texts
     else:
         answer = _gold_text(gold, form, where)
         texts = options = _with_distractors(row, answer, index, form, where)
     variables = {name: _column(row, source, where, required=False) for name, source in form.fields.items()}
-    shown = {**row, **variables, "options": _shown(texts, form.answer)}
-    identity = variables["id"]
+    shown = {**row, **variables, "options": _shown(texts or options, form.answer)}
     return Item(
-        id=str(index if identity is None else identity),
+        id=identity_of(variables["id"], index, where),
         prompt=_render(form.template, shown, where),
         gold=answer,
         options=options,
@@ -196,7 +202,7 @@ def _column(row: Mapping[str, Any], source: str | list[str], where: str, *, requ
         value = value.get(part) if isinstance(value, Mapping) else None
     if value is None and required:
         raise EvalError(
-            f'there is no column "{source}"; the row has {", ".join(row)}',
+            f'there is no column "{source}"; the row has {shorten(list(row))}',
             where=where,
             hint="say which column is what with fields: {gold: <column>} in the task file",
         )
@@ -204,13 +210,18 @@ def _column(row: Mapping[str, Any], source: str | list[str], where: str, *, requ
 
 
 def _options(row: Mapping[str, Any], form: ItemFormat, where: str) -> tuple[str, ...]:
-    texts = _texts(_column(row, form.fields["options"], where, required=True), where)
+    given = list(form.options) or _column(row, form.fields["options"], where, required=True)
+    texts = _texts(given, where)
     if not 2 <= len(texts) <= len(_LETTERS):
-        raise EvalError(f"a question needs 2 to {len(_LETTERS)} options, got {len(texts)}", where=where)
+        raise EvalError(
+            f"a question needs 2 to {len(_LETTERS)} options, got {len(texts)}",
+            where=where,
+            hint="correct the row, or name another column with fields: {options: <column>} in the task file",
+        )
     _reject_equal(texts, where)
     if form.answer is AnswerForm.TEXT and len({normalise(text) for text in texts} - {""}) < len(texts):
         raise EvalError(
-            f"options differ only in case or punctuation, or have no words: {', '.join(texts)}",
+            f"options differ only in case or punctuation, or have no words: {shorten(list(texts))}",
             where=where,
             hint="ask for letters with answer: letter",
         )
@@ -234,51 +245,88 @@ def _with_distractors(
 def _texts(values: Any, where: str) -> tuple[str, ...]:
     if not isinstance(values, list) or not values:
         raise EvalError(
-            f"options and distractors are lists with at least one entry, got {values!r}", where=where
+            f"options and distractors are lists with at least one entry, got {shorten(values)}",
+            where=where,
+            hint="reach inside a column with fields: {options: choices.text} in the task file",
         )
-    texts = tuple(str(value).strip() for value in values)
+    texts = tuple(_text(value, "an option", where).strip() for value in values)
     if not all(texts):
-        raise EvalError("an option is empty", where=where)
+        raise EvalError("an option is empty", where=where, hint="write it out, or leave it out of the list")
     return texts
+
+
+def _text(value: Any, what: str, where: str) -> str:
+    """Read a text, a number or a truth value as it is shown to a model."""
+    if isinstance(value, float):
+        # Plain digits: "1e+20" is no number that an answer is compared with.
+        return format(Decimal(repr(value)), "f")
+    if not isinstance(value, (str, int)):
+        raise EvalError(
+            f"{what} must be a text or a number, got {shorten(value)}",
+            where=where,
+            hint="reach inside a column with fields: {name: a.b} in the task file",
+        )
+    return str(value)
+
+
+def identity_of(value: Any, index: int, where: str) -> str:
+    """Read the id of a row; rows without one are called by their number.
+
+    Raises:
+        EvalError: An id that is neither a text nor a number.
+    """
+    return str(index) if value is None else _text(value, "an id", where)
 
 
 def _reject_equal(texts: Sequence[str], where: str) -> None:
     if len(set(texts)) < len(texts):
-        raise EvalError(f"two options are the same: {', '.join(texts)}", where=where)
+        raise EvalError(
+            f"two options are the same: {shorten(list(texts))}", where=where, hint="change or remove one"
+        )
 
 
 def _gold_position(gold: Any, texts: Sequence[str], form: GoldForm, where: str) -> int:
+    wanted = _text(gold, "gold", where).strip()
     if form is GoldForm.INDEX:
         if isinstance(gold, int) and not isinstance(gold, bool) and 0 <= gold < len(texts):
             return gold
-        raise EvalError(f"gold must be an index from 0 to {len(texts) - 1}, got {gold!r}", where=where)
+        raise EvalError(
+            f"gold must be an index from 0 to {len(texts) - 1}, got {shorten(gold)}", where=where, hint=_GOLD
+        )
     known = list(_LETTERS[: len(texts)]) if form is GoldForm.LETTER else list(texts)
-    wanted = str(gold).strip()
     if wanted in known:
         return known.index(wanted)
     raise EvalError(
-        f"gold {gold!r} is none of {', '.join(known)}",
+        f"gold {shorten(gold)} is none of {', '.join(map(_cut, known))}",
         where=where,
-        hint="say what the gold column holds with gold: text | index | letter in the task file",
+        hint=_GOLD,
     )
 
 
 def _gold_text(gold: Any, form: ItemFormat, where: str) -> str:
-    text = str(gold)
+    text = _text(gold, "the gold answer", where)
     if form.gold_after:
         _, found, text = text.rpartition(form.gold_after)
         if not found:
-            raise EvalError(f'the gold answer has no "{form.gold_after}"', where=where)
+            raise EvalError(
+                f'the gold answer has no "{form.gold_after}"',
+                where=where,
+                hint="correct the row or gold_after",
+            )
     text = text.strip()
     if form.kind is Kind.NUMERIC and parse_number(text) is None:
         raise EvalError(
-            f"the gold answer {text!r} is no number",
+            f"the gold answer {shorten(text)} is not a number",
             where=where,
             hint='if it ends a longer text, name what stands before it, as in gold_after: "####"',
         )
     if form.kind is Kind.EXACT_MATCH and not normalise(text):
-        raise EvalError(f"the gold answer {text!r} has no words", where=where)
+        raise EvalError(f"the gold answer {shorten(text)} has no words", where=where, hint="write it out")
     return text
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= 30 else f"{text[:30]}..."
 
 
 def _shown(texts: Sequence[str] | None, answer: AnswerForm) -> str | None:
@@ -297,7 +345,11 @@ def _render(template: str, variables: Mapping[str, Any], where: str) -> str:
             continue
         value = variables.get(name)
         if value is None:
-            known = ", ".join(sorted(key for key, found in variables.items() if found is not None))
-            raise EvalError(f'the prompt uses "{{{name}}}", which the row lacks; it has {known}', where=where)
-        parts.append(str(value))
+            known = shorten(sorted(key for key, found in variables.items() if found is not None))
+            raise EvalError(
+                f'the prompt uses "{{{name}}}", which the row lacks; it has {known}',
+                where=where,
+                hint="say which column is meant with fields: {name: <column>} in the task file",
+            )
+        parts.append(_text(value, f'"{{{name}}}" in the prompt', where))
     return "".join(parts)

@@ -6,15 +6,26 @@ import hashlib
 from collections.abc import Sequence
 from typing import Any
 
+import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from gendistill_evals.errors import EvalError
+from gendistill_evals.reading import shorten
 
 PLAIN_TEMPLATE = "Question: {message}\nAnswer:"
 # A model without a chat template goes on with a question of its own instead of ending its answer.
 PLAIN_STOP = "\nQuestion:"
 # Answers are short, so templates that can open a reasoning block are asked not to; others ignore it.
 TEMPLATE_SETTINGS: dict[str, Any] = {"enable_thinking": False}
+# What a template, which is a program of the checkpoint's, may raise.
+_TEMPLATE_ERRORS = (
+    jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError,
+)  # fmt: skip
+_OTHER_TEMPLATE = (
+    "correct chat_template.jinja, or chat_template in tokenizer_config.json, of a copy of the model; "
+    "delete it to ask in plain text"
+)
+_PROBE = "What is 4821?"
 
 
 class Prompter:
@@ -24,12 +35,20 @@ class Prompter:
         tokenizer: Tokenizer of the model. With a chat template, a message is one user turn and the answer is the
             start of the assistant's; the template alone places special tokens. Without one, both are plain text
             after the tokenizer's BOS, if it adds one.
+    Raises:
+        EvalError: The chat template cannot render a user's message, or leaves it out.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
-        self.template = tokenizer.get_chat_template() if tokenizer.chat_template else None
+        self.template = _chat_template(tokenizer)
         self._bos = [] if self.template else _added_bos(tokenizer)
+        if self.template and _PROBE not in (rendered := self._prompt(_PROBE)):
+            raise EvalError(
+                f"the tokenizer's chat template leaves the user's message out: it renders {shorten(rendered)}",
+                where=_template_of(tokenizer),
+                hint=_OTHER_TEMPLATE,
+            )
 
     @property
     def template_sha256(self) -> str | None:
@@ -50,8 +69,18 @@ class Prompter:
         }
 
     def prompt_ids(self, message: str) -> list[int]:
-        """Tokenize a message up to where the answer begins."""
-        return self._ids(self._prompt(message))
+        """Tokenize a message up to where the answer begins.
+
+        Raises:
+            EvalError: The tokenizer has no token for any of it.
+        """
+        ids = self._ids(self._prompt(message))
+        if not ids:
+            raise EvalError(
+                f"the tokenizer makes no token of the prompt {shorten(message)}",
+                hint="score the model with the tokenizer it was trained with",
+            )
+        return ids
 
     def split(self, message: str, options: Sequence[str]) -> tuple[list[int], list[list[int]]]:
         """Tokenize a message with each possible answer, and split them at one place.
@@ -83,14 +112,49 @@ class Prompter:
         if self.template is None:
             return PLAIN_TEMPLATE.format(message=message)
         turn = [{"role": "user", "content": message}]
-        text = self.tokenizer.apply_chat_template(
-            turn, tokenize=False, add_generation_prompt=True, **TEMPLATE_SETTINGS
-        )
+        try:
+            text = self.tokenizer.apply_chat_template(
+                turn, tokenize=False, add_generation_prompt=True, **TEMPLATE_SETTINGS
+            )
+        except _TEMPLATE_ERRORS as error:
+            raise EvalError(
+                f"the tokenizer's chat template cannot render a question without a system message: {error}",
+                where=_template_of(self.tokenizer),
+                hint=_OTHER_TEMPLATE,
+            ) from error
         assert isinstance(text, str)
         return text
 
     def _ids(self, text: str) -> list[int]:
         return self._bos + list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _chat_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Return the template for messages; None where the tokenizer has none."""
+    if not tokenizer.chat_template:
+        return None
+    if isinstance(tokenizer.chat_template, dict) and "default" not in tokenizer.chat_template:
+        names = ", ".join(map(str, tokenizer.chat_template))
+        raise EvalError(
+            f"the tokenizer has several chat templates, and none is the default: {names}",
+            where=_template_of(tokenizer),
+            hint='rename one of them to "default", or keep that one alone as the text of chat_template',
+        )
+    template = tokenizer.get_chat_template()
+    try:
+        template.encode()
+    except (AttributeError, UnicodeEncodeError) as error:
+        raise EvalError(
+            f"the tokenizer's chat template is not a text: {error}",
+            where=_template_of(tokenizer),
+            hint=_OTHER_TEMPLATE,
+        ) from error
+    return template
+
+
+def _template_of(tokenizer: PreTrainedTokenizerBase) -> str:
+    folder = tokenizer.name_or_path
+    return f"chat template of {folder}" if folder else "chat template"
 
 
 def _added_bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:

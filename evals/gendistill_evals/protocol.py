@@ -18,7 +18,7 @@ from gendistill_evals.errors import EvalError
 from gendistill_evals.extract import find_letter, find_option, last_number, normalise, parse_number
 from gendistill_evals.items import AnswerForm, Item, Kind
 from gendistill_evals.prompts import Prompter
-from gendistill_evals.scoring import Pair, continuation_log_probs
+from gendistill_evals.scoring import Pair, check_fits, continuation_log_probs
 from gendistill_evals.task import Metric, Task
 
 PROTOCOLS = ("likelihood", "generation")
@@ -64,18 +64,16 @@ def run_likelihood(
         raise EvalError(f"log-likelihood cannot score {task.name}: {task.likelihood_reason}", where=task.name)
     started = time.perf_counter()
     items = task.items[:limit]
-    prompter = Prompter(tokenizer)
-    pairs: list[Pair] = []
-    for item in items:
-        assert item.options is not None
-        context, endings = prompter.split(item.prompt, item.options)
-        pairs += [(context, ending) for ending in endings]
+    pairs = _pairs(Prompter(tokenizer), items)
+    names = [f"{task.name}, item {item.id}" for item in items for _ in item.options or ()]
 
     def on_pairs(done: int) -> None:
         if progress:
             progress(done * len(items) // len(pairs), len(items))
 
-    log_probs = iter(continuation_log_probs(model, pairs, batch_size=batch_size, progress=on_pairs))
+    log_probs = iter(
+        continuation_log_probs(model, pairs, batch_size=batch_size, names=names, progress=on_pairs)
+    )
     samples = tuple(
         _ranked(item, [next(log_probs) for _ in item.options or ()], task.metric) for item in items
     )
@@ -117,6 +115,7 @@ def run_generation(
         max_new_tokens=task.max_new_tokens,
         stop=(*task.stop, *prompter.stop),
         batch_size=batch_size,
+        names=[f"{task.name}, item {item.id}" for item in items],
         progress=(lambda done: progress(done, len(items))) if progress else None,
     )
     samples = tuple(_judged(item, answer, task) for item, answer in zip(items, answers, strict=True))
@@ -130,6 +129,30 @@ def run_generation(
         "seconds": time.perf_counter() - started,
     }
     return ProtocolRun(score, samples)
+
+
+def check_items(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    protocol: str,
+    *,
+    limit: int | None = None,
+) -> None:
+    """Check that a model can read every item of a task under a protocol; arguments as above.
+
+    Raises:
+        EvalError: Items that are too long for it, or have tokens that it does not know.
+    """
+    prompter, items, where = Prompter(tokenizer), task.items[:limit], f"{task.name}, {protocol}"
+    if protocol == "likelihood":
+        # The last token of a sequence is predicted and not read, but the model has to know it.
+        whole = [[*context, *ending] for context, ending in _pairs(prompter, items)]
+        check_fits(model, [ids[:-1] for ids in whole], where=where)
+        check_fits(model, [ids[-1:] for ids in whole], where=where)
+    else:
+        prompts = [prompter.prompt_ids(item.prompt) for item in items]
+        check_fits(model, prompts, where=where, num_new_tokens=task.max_new_tokens)
 
 
 def judge(task: Task, item: Item, text: str) -> tuple[str | None, bool]:
@@ -149,11 +172,21 @@ def judge(task: Task, item: Item, text: str) -> tuple[str | None, bool]:
         return (answer, answer == normalise(item.gold)) if answer else (None, False)
     assert item.options is not None
     assert item.texts is not None
-    if task.answer is AnswerForm.LETTER:
+    if task.answer is AnswerForm.LETTER or not item.texts:
         found = find_letter(text, item.options, item.texts)
     else:
         found = find_option(text, item.options)
     return found, found == item.gold
+
+
+def _pairs(prompter: Prompter, items: Sequence[Item]) -> list[Pair]:
+    """Tokenize each item with each of its options."""
+    pairs: list[Pair] = []
+    for item in items:
+        assert item.options is not None
+        context, endings = prompter.split(item.prompt, item.options)
+        pairs += [(context, ending) for ending in endings]
+    return pairs
 
 
 def _ranked(item: Item, log_probs: Sequence[Sequence[float]], metric: Metric) -> dict[str, Any]:

@@ -10,6 +10,8 @@ from typing import Any
 from gendistill_evals.errors import EvalError
 
 _SHOWN = 80
+_DEEPEST = 100
+_TYPES = {str: "a text", int: "a whole number", float: "a number", bool: "true or false", type(None): "null"}
 
 
 def read_text(path: Path, *, what: str, hint: str) -> str:
@@ -48,12 +50,33 @@ def parse_json(text: str, *, where: str, hint: str) -> Any:
         where: Its place, for errors.
         hint: What to do if it is broken.
     Raises:
-        EvalError: It is not JSON, is nested too deeply, or holds a number that is not finite.
+        EvalError: It is not JSON, is nested too deeply, or holds a number that is not finite or half of a
+            character pair, which no tokenizer and no file takes.
     """
     try:
-        return json.loads(text, parse_constant=_finite, parse_float=_finite)
+        content = json.loads(text, parse_constant=_finite, parse_float=_finite)
+        _check_nested(content)
     except (ValueError, RecursionError) as error:
         raise EvalError(f"this is not JSON: {error}", where=where, hint=hint) from error
+    return content
+
+
+def check_shape(content: Any, shape: Any, *, where: str, hint: str) -> Any:
+    """Return JSON content that has a shape.
+
+    Args:
+        content: Parsed JSON.
+        shape: A type or a tuple of types; a list of one shape, for a list; or a dict of shapes, for an object that
+            has at least these keys.
+        where: Its place, for errors.
+        hint: What to do if it has another shape.
+    Raises:
+        EvalError: It has another shape; names the first place.
+    """
+    place = _misfit(content, shape, "")
+    if place is not None:
+        raise EvalError(f"the file holds something else than it should: {place}", where=where, hint=hint)
+    return content
 
 
 def shorten(value: Any) -> str:
@@ -74,3 +97,59 @@ def _finite(number: str) -> float:
     if not math.isfinite(value):
         raise ValueError(f"{number[:20]} is not a finite number")
     return value
+
+
+def is_well_formed(text: str) -> bool:
+    """Whether a text holds whole characters only, not half of a character pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _check_nested(content: Any) -> None:
+    """Look through nested content without recursion, whose limit depends on the caller."""
+    level, depth = [content], 0
+    while level:
+        depth += 1
+        if depth > _DEEPEST:
+            raise ValueError(f"it is nested more than {_DEEPEST} deep")
+        below: list[Any] = []
+        for value in level:
+            if isinstance(value, str) and not is_well_formed(value):
+                raise ValueError(f"{shorten(value)} holds half of a character pair")
+            if isinstance(value, dict):
+                below += value.keys()
+                below += value.values()
+            elif isinstance(value, list):
+                below += value
+        level = below
+
+
+def _misfit(content: Any, shape: Any, place: str) -> str | None:
+    """Describe the first place where content has another shape; None if it fits."""
+    if isinstance(shape, dict):
+        if not isinstance(content, dict):
+            return f"{place or 'it'} must be an object, got {shorten(content)}"
+        lacking = next((key for key in shape if key not in content), None)
+        if lacking is not None:
+            return f"{place or 'it'} lacks {lacking}"
+        steps = ((key, content[key], inner) for key, inner in shape.items())
+    elif isinstance(shape, list):
+        if not isinstance(content, list):
+            return f"{place or 'it'} must be a list, got {shorten(content)}"
+        steps = ((index, value, shape[0]) for index, value in enumerate(content))
+    elif isinstance(shape, tuple):
+        # None or one shape of another kind.
+        return (
+            None
+            if any(_misfit(content, one, place) is None for one in shape)
+            else _misfit(content, shape[0], place)
+        )
+    elif isinstance(content, shape) and not (shape in (int, float) and isinstance(content, bool)):
+        return None
+    else:
+        return f"{place or 'it'} must be {_TYPES[shape]}, got {shorten(content)}"
+    found = (_misfit(value, inner, f"{place}.{step}" if place else str(step)) for step, value, inner in steps)
+    return next((each for each in found if each is not None), None)

@@ -12,9 +12,24 @@ from pathlib import Path
 from typing import Any
 
 from gendistill_evals.errors import EvalError
-from gendistill_evals.reading import parse_json, read_text, shorten
+from gendistill_evals.reading import check_shape, parse_json, read_text
 
 SCHEMA = 1
+_NUMBER = (float, int)
+_SCORE = ({"value": _NUMBER, "n": int}, type(None))
+# What readers rely on; files may hold more.
+_RESULTS = {"tasks": [{"task": str, "n": int, "likelihood": _SCORE, "generation": _SCORE}]}
+_CORRECT = ({"correct": (bool, *_NUMBER)}, type(None))
+_SAMPLE = {"task": str, "id": str, "likelihood": _CORRECT, "generation": _CORRECT}
+_TRANSCRIPT = {
+    "id": str,
+    "question": str,
+    "answer": str,
+    "truncated": bool,
+    "repeated_4gram_share": _NUMBER,
+    "teacher_nll": (*_NUMBER, type(None)),
+}
+_AGAIN = "run the evaluation again"
 
 
 def write_results(folder: Path, results: Mapping[str, Any]) -> Path:
@@ -33,7 +48,7 @@ def read_results(folder: Path) -> dict[str, Any]:
     """Read ``results.json``.
 
     Raises:
-        EvalError: The file is missing, is not JSON, or has another schema version.
+        EvalError: The file is missing, is not JSON, or has another schema version or shape.
     """
     path = folder / "results.json"
     content = read_json(path)
@@ -42,9 +57,9 @@ def read_results(folder: Path) -> dict[str, Any]:
         raise EvalError(
             f"the file has schema {found!r}, this version reads {SCHEMA}",
             where=str(path),
-            hint="run the evaluation again",
+            hint=_AGAIN,
         )
-    return content
+    return check_shape(content, _RESULTS, where=str(path), hint=_AGAIN)
 
 
 def write_samples(folder: Path, samples: Iterable[Mapping[str, Any]]) -> Path:
@@ -56,9 +71,9 @@ def read_samples(folder: Path) -> list[dict[str, Any]]:
     """Read ``samples.jsonl``.
 
     Raises:
-        EvalError: The file is missing, or a line is not JSON.
+        EvalError: The file is missing, or a line is not JSON of its shape.
     """
-    return _read_lines(folder / "samples.jsonl")
+    return _read_lines(folder / "samples.jsonl", _SAMPLE)
 
 
 def write_transcripts(folder: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
@@ -70,9 +85,9 @@ def read_transcripts(folder: Path) -> list[dict[str, Any]]:
     """Read ``transcripts.jsonl``.
 
     Raises:
-        EvalError: The file is missing, or a line is not JSON.
+        EvalError: The file is missing, or a line is not JSON of its shape.
     """
-    return _read_lines(folder / "transcripts.jsonl")
+    return _read_lines(folder / "transcripts.jsonl", _TRANSCRIPT)
 
 
 def write_json(path: Path, content: Any) -> Path:
@@ -80,7 +95,7 @@ def write_json(path: Path, content: Any) -> Path:
     return _write(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def read_json(path: Path, *, hint: str = "run the evaluation again") -> Any:
+def read_json(path: Path, *, hint: str = _AGAIN) -> Any:
     """Read JSON.
 
     Args:
@@ -97,19 +112,13 @@ def _write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
     return _write(path, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
 
 
-def _read_lines(path: Path) -> list[dict[str, Any]]:
+def _read_lines(path: Path, shape: Any) -> list[dict[str, Any]]:
     rows = []
     for number, line in enumerate(_read(path).split("\n"), start=1):
         if not line:
             continue
-        row = parse_json(line, where=f"{path}:{number}", hint="run the evaluation again")
-        if not isinstance(row, dict):
-            raise EvalError(
-                f"a line must hold one JSON object, got {shorten(row)}",
-                where=f"{path}:{number}",
-                hint="run the evaluation again",
-            )
-        rows.append(row)
+        where = f"{path}:{number}"
+        rows.append(check_shape(parse_json(line, where=where, hint=_AGAIN), shape, where=where, hint=_AGAIN))
     return rows
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
 
 from gendistill_evals.errors import EvalError
 
@@ -29,6 +30,7 @@ def continuation_log_probs(
     pairs: Sequence[Pair],
     *,
     batch_size: int = 8,
+    names: Sequence[str] = (),
     progress: Callable[[int], None] | None = None,
 ) -> list[list[float]]:
     """Compute the log-probability of every token of each continuation after its context.
@@ -40,6 +42,7 @@ def continuation_log_probs(
         model: Causal language model; runs without its cache.
         pairs: Token ids of context and continuation, both at least one token.
         batch_size: Rows per forward.
+        names: What each pair is called in errors; empty for their numbers.
         progress: Called with the number of pairs done.
     Returns: For each pair, natural-log probabilities of its continuation's tokens, in float32.
     Raises:
@@ -53,6 +56,12 @@ def continuation_log_probs(
         for start in range(0, len(rows), batch_size):
             batch = rows[start : start + batch_size]
             for index, values in _score_batch(model, batch, pairs):
+                if not all(map(math.isfinite, values)):
+                    raise EvalError(
+                        "the model gives log-probabilities that are not finite",
+                        where=names[index] if names else f"pair {index}",
+                        hint="check its weights, or load it in float32",
+                    )
                 results[index] = values
                 done += 1
             if progress:
@@ -60,15 +69,69 @@ def continuation_log_probs(
     return results
 
 
-def check_length(model: PreTrainedModel, num_tokens: int) -> None:
+def check_length(model: nn.Module, num_tokens: int) -> None:
     """Raise ``EvalError`` if a sequence is longer than the model has positions."""
-    # Models without learned or rotary positions declare no limit.
-    limit = getattr(model.config, "max_position_embeddings", None)
+    limit = num_positions(model)
     if limit is not None and num_tokens > limit:
         raise EvalError(
             f"a sequence of {num_tokens:,} tokens exceeds the model's {limit:,} positions",
             hint="use shorter items or fewer new tokens",
         )
+
+
+def check_fits(
+    model: nn.Module, sequences: Sequence[Sequence[int]], *, where: str, num_new_tokens: int = 0
+) -> None:
+    """Check that a model can read sequences, before any of them is run.
+
+    Args:
+        model: Causal language model.
+        sequences: Token ids of each item.
+        where: Task and protocol, for errors.
+        num_new_tokens: Tokens that are generated after each.
+    Raises:
+        EvalError: Sequences longer than the model's positions, or tokens that it has no embeddings for.
+    """
+    positions = num_positions(model)
+    lengths = [len(ids) + num_new_tokens for ids in sequences]
+    if positions is not None and (too_long := [length for length in lengths if length > positions]):
+        new = f", {num_new_tokens:,} new ones included," if num_new_tokens else ""
+        raise EvalError(
+            f"{len(too_long):,} of {len(lengths):,} items are too long for the model: they have up to "
+            f"{max(too_long):,} tokens{new} and it has {positions:,} positions",
+            where=where,
+            hint="use shorter items, a lower max_new_tokens, or a model with more positions",
+        )
+    known = num_embeddings(model)
+    largest = max((max(ids, default=0) for ids in sequences), default=0)
+    if known is not None and largest >= known:
+        raise EvalError(
+            f"the tokenizer makes token {largest:,} of an item, and the model has embeddings for {known:,} tokens",
+            where=where,
+            hint="score the model with its own tokenizer, or resize its embeddings",
+        )
+
+
+def num_positions(model: nn.Module) -> int | None:
+    """Return how many positions a model declares; None if it declares no limit, as one without positions."""
+    config = model.config
+    assert isinstance(config, PretrainedConfig)
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else None
+
+
+def num_embeddings(model: nn.Module) -> int | None:
+    """Return how many tokens a model can both read and predict; None if it does not say."""
+    sizes = []
+    for name in ("get_input_embeddings", "get_output_embeddings"):
+        try:
+            layer = getattr(model, name)()
+        except (AttributeError, NotImplementedError):
+            # Models of other makers need not name these layers.
+            continue
+        if isinstance(layer, (nn.Embedding, nn.Linear)):
+            sizes.append(layer.weight.shape[0])
+    return min(sizes, default=None)
 
 
 @contextmanager
@@ -120,13 +183,7 @@ def _score_batch(
             columns = [column[at] for at in _positions(pairs[index])]
             targets = torch.tensor(list(pairs[index][1]), device=device)
             log_probs = logits[place, columns].float().log_softmax(-1)
-            values = log_probs.gather(-1, targets[:, None])[:, 0]
-            if not torch.isfinite(values).all():
-                raise EvalError(
-                    "the model gives log-probabilities that are not finite",
-                    hint="check its weights, or load it in float32",
-                )
-            yield index, values.tolist()
+            yield index, log_probs.gather(-1, targets[:, None])[:, 0].tolist()
 
 
 def _positions(pair: Pair) -> range:

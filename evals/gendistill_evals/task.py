@@ -6,13 +6,11 @@ import difflib
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, TypeVar
-
-import yaml
+from typing import Any
 
 from gendistill_evals.errors import EvalError
 from gendistill_evals.items import (
@@ -22,19 +20,15 @@ from gendistill_evals.items import (
     ItemFormat,
     Kind,
     build_items,
+    identity_of,
     read_rows,
     reject_repeated_ids,
 )
+from gendistill_evals.reading import shorten
+from gendistill_evals.task_file import LONGEST_NAME, TaskKeys, read_task_yaml
 
 _TASKS = Path(__file__).parent / "tasks"
 _QUESTIONS = Path(__file__).parent / "questions"
-_KEYS = (
-    "name", "description", "kind", "items", "fields", "prompt", "answer", "gold", "gold_after", "metric",
-    "max_new_tokens", "stop",
-)  # fmt: skip
-_COLUMNS = {"id": "id", "gold": "gold", "options": "options", "distractors": "distractors"}
-
-Choice = TypeVar("Choice", bound=StrEnum)
 
 
 class Metric(StrEnum):
@@ -127,13 +121,26 @@ def load_task(name_or_path: str | Path) -> Task:
         EvalError: Unknown name (exit code 2), or a task file or items that do not fit the format.
     """
     path = _find(name_or_path, _TASKS, ".yaml", list_tasks(), what="task")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise EvalError(f"cannot read the task: {error}", where=str(path)) from error
-    if not isinstance(content, dict):
-        raise EvalError("a task file maps keys to values", where=str(path))
-    return _task(_Keys(content, str(path)), path)
+    content = read_task_yaml(path)
+    return _task(TaskKeys(content, str(path)), path)
+
+
+def load_tasks(tasks: Sequence[str | Path | Task]) -> list[Task]:
+    """Load several tasks, whose names must differ.
+
+    Args:
+        tasks: Names and paths as for ``load_task``, or tasks.
+    Raises:
+        EvalError: As for ``load_task``, or two tasks of one name.
+    """
+    loaded = [task if isinstance(task, Task) else load_task(task) for task in tasks]
+    names = [task.name for task in loaded]
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise EvalError(
+            f"two tasks have the name {', '.join(repeated)}",
+            hint="name each task once; give one of two different tasks another name: in its file",
+        )
+    return loaded
 
 
 def task_identity(name_or_path: str | Path) -> dict[str, str]:
@@ -169,13 +176,17 @@ def load_questions(name_or_path: str | Path) -> Questions:
         EvalError: Unknown name (exit code 2), or a row without a question.
     """
     path = _find(name_or_path, _QUESTIONS, ".jsonl", list_questions(), what="set of questions")
-    rows = read_rows(path)
+    rows = read_rows(path, what="the file of questions")
     questions = []
     for line, row in rows:
-        text = row.get("question")
+        text, where = row.get("question"), f"{path}:{line}"
         if not isinstance(text, str) or not text.strip():
-            raise EvalError('a row needs a text under "question"', where=f"{path}:{line}")
-        questions.append(Question(str(row.get("id", line)), text))
+            raise EvalError(
+                f'a row needs a text under "question", got {shorten(text)}',
+                where=where,
+                hint='write {"id": "...", "question": "..."} on one line',
+            )
+        questions.append(Question(identity_of(row.get("id"), line, where), text))
     reject_repeated_ids([question.id for question in questions], path)
     return Questions(str(name_or_path), tuple(questions), sha256_of([row for _, row in rows]))
 
@@ -189,19 +200,24 @@ def sha256_of(content: Any) -> str:
 def _find(name_or_path: str | Path, folder: Path, suffix: str, known: Sequence[str], *, what: str) -> Path:
     name = str(name_or_path)
     if isinstance(name_or_path, Path) or name.endswith(suffix) or "/" in name:
-        path = Path(name).expanduser()
-        if not path.is_file():
+        hint = f"give the path of a {suffix} file, or one of the built-in names: {', '.join(known)}"
+        try:
+            path = Path(name).expanduser()
+            found, other = path.is_file(), path.exists()
+        except (OSError, RuntimeError, ValueError) as error:
+            # A name that is too long, a home folder of nobody, or a NUL byte.
             raise EvalError(
-                f"there is no file {path}",
-                hint=f"give the path of a {suffix} file, or one of the built-in names: {', '.join(known)}",
-                exit_code=2,
-            )
+                f"{shorten(name)} is not the path of a file: {error}", hint=hint, exit_code=2
+            ) from error
+        if not found:
+            problem = f"{path} is not a regular file" if other else f"there is no file {path}"
+            raise EvalError(problem, hint=hint, exit_code=2)
         return path
     if name in known:
         return folder / f"{name}{suffix}"
-    close = difflib.get_close_matches(name, known, n=1)
+    close = difflib.get_close_matches(name[:LONGEST_NAME], known, n=1)
     raise EvalError(
-        f'there is no {what} "{name}"; built in: {", ".join(known)}',
+        f'there is no {what} "{name[:LONGEST_NAME]}"; built in: {", ".join(known)}',
         hint=f'did you mean "{close[0]}"?'
         if close
         else f"name one of these, or give the path of a {suffix} file",
@@ -209,7 +225,7 @@ def _find(name_or_path: str | Path, folder: Path, suffix: str, known: Sequence[s
     )
 
 
-def _task(keys: _Keys, path: Path) -> Task:
+def _task(keys: TaskKeys, path: Path) -> Task:
     form = ItemFormat(
         kind=keys.choice("kind", Kind),
         answer=keys.choice("answer", AnswerForm, default=AnswerForm.TEXT),
@@ -217,24 +233,36 @@ def _task(keys: _Keys, path: Path) -> Task:
         gold_after=keys.text("gold_after", default=""),
         template=keys.text("prompt"),
         fields=keys.fields(),
+        options=keys.options(),
     )
-    choice_only = {"answer", "gold"} & keys.content.keys()
+    choice_only = {"answer", "gold", "options"} & keys.content.keys()
     if form.kind is not Kind.MULTIPLE_CHOICE and choice_only:
         raise EvalError(
-            f"{' and '.join(sorted(choice_only))} only fit kind: multiple_choice", where=str(path)
+            f"{' and '.join(sorted(choice_only))} only fit kind: multiple_choice",
+            where=str(path),
+            hint="remove the key, or change kind",
         )
     if form.kind is Kind.MULTIPLE_CHOICE and form.gold_after:
-        raise EvalError("gold_after does not fit kind: multiple_choice", where=str(path))
+        raise EvalError(
+            "gold_after does not fit kind: multiple_choice",
+            where=str(path),
+            hint="remove the key, or change kind",
+        )
     form.check(str(path))
     metric = keys.choice("metric", Metric, default=Metric.ACCURACY)
     max_new_tokens = keys.positive("max_new_tokens")
     stop = keys.texts("stop")
     name = keys.text("name", default=path.stem)
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-        raise EvalError(f'the name "{name}" must be letters, digits, ".", "_" and "-"', where=str(path))
+    if not re.fullmatch(rf"[A-Za-z0-9][A-Za-z0-9._-]{{0,{LONGEST_NAME - 1}}}", name):
+        raise EvalError(
+            f'the name {shorten(name)} must be letters, digits, ".", "_" and "-", at most {LONGEST_NAME}',
+            where=str(path),
+            hint="write name: <name> in the task file",
+        )
     source = path.parent / keys.text("items")
     rows = read_rows(source)
     shape = [form.kind, form.answer, form.gold, form.gold_after, form.template, form.fields, metric]
+    shape += [form.options] if form.options else []
     return Task(
         name=name,
         description=keys.text("description", default=""),
@@ -247,57 +275,3 @@ def _task(keys: _Keys, path: Path) -> Task:
         items_sha256=sha256_of([row for _, row in rows]),
         prompt_sha256=sha256_of([*shape, max_new_tokens, stop]),
     )
-
-
-class _Keys:
-    """Read typed keys of a task file; every error names the file."""
-
-    def __init__(self, content: Mapping[str, Any], where: str) -> None:
-        self.content = content
-        self.where = where
-        for key in content:
-            if key not in _KEYS:
-                close = difflib.get_close_matches(str(key), _KEYS, n=1)
-                hint = f'did you mean "{close[0]}"?' if close else f"allowed: {', '.join(_KEYS)}"
-                raise EvalError(f'unknown key "{key}"', where=where, hint=hint)
-
-    def text(self, key: str, default: str | None = None) -> str:
-        value = self.content.get(key, default)
-        if not isinstance(value, str) or (default is None and not value):
-            raise EvalError(f'"{key}" must be a text, got {value!r}', where=self.where)
-        return value
-
-    def texts(self, key: str) -> tuple[str, ...]:
-        value = self.content.get(key, [])
-        if not isinstance(value, list) or not all(isinstance(text, str) and text for text in value):
-            raise EvalError(f'"{key}" must be a list of texts, got {value!r}', where=self.where)
-        return tuple(value)
-
-    def positive(self, key: str) -> int:
-        value = self.content.get(key)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise EvalError(f'"{key}" must be a whole number above 0, got {value!r}', where=self.where)
-        return value
-
-    def choice(self, key: str, kinds: type[Choice], default: Choice | None = None) -> Choice:
-        value = self.content.get(key, default)
-        if value not in list(kinds):
-            raise EvalError(f'"{key}" must be one of {", ".join(kinds)}, got {value!r}', where=self.where)
-        return kinds(value)
-
-    def fields(self) -> dict[str, str | list[str]]:
-        value = self.content.get("fields", {})
-        if not isinstance(value, dict) or not all(
-            isinstance(name, str) and (isinstance(source, str) or (name == "options" and _is_texts(source)))
-            for name, source in value.items()
-        ):
-            raise EvalError(
-                f'"fields" maps names to columns, got {value!r}',
-                where=self.where,
-                hint="a dotted path reaches inside a column; options may be a list of columns",
-            )
-        return {**_COLUMNS, **value}
-
-
-def _is_texts(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(text, str) for text in value)

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
-from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gendistill_evals.decoding import generate_greedily, greedy_decoding
 from gendistill_evals.errors import EvalError
 from gendistill_evals.prompts import Prompter
 from gendistill_evals.protocol import OnProgress
-from gendistill_evals.scoring import continuation_log_probs
+from gendistill_evals.scoring import check_fits, continuation_log_probs, num_embeddings
 from gendistill_evals.task import Questions
 
 
@@ -41,6 +40,7 @@ def write_answers(
     """
     prompter = Prompter(tokenizer)
     prompts = [prompter.prompt_ids(question.question) for question in questions.items]
+    names = [f"{questions.name}, question {question.id}" for question in questions.items]
     answers = generate_greedily(
         model,
         tokenizer,
@@ -49,6 +49,7 @@ def write_answers(
         max_new_tokens=max_new_tokens,
         stop=prompter.stop,
         batch_size=batch_size,
+        names=names,
         progress=(lambda done: progress(done, len(prompts))) if progress else None,
     )
     nlls: list[float | None] = [None] * len(prompts)
@@ -57,7 +58,12 @@ def write_answers(
     if teacher is not None and scored:
         pairs = [(prompts[place], answers[place].token_ids) for place in scored]
         _check_vocabulary(teacher, [ids for _, ids in pairs])
-        log_probs = continuation_log_probs(teacher, pairs, batch_size=batch_size)
+        log_probs = continuation_log_probs(
+            teacher,
+            pairs,
+            batch_size=batch_size,
+            names=[f"{names[place]}, scored by the teacher" for place in scored],
+        )
         for place, values in zip(scored, log_probs, strict=True):
             nlls[place] = -math.fsum(values) / len(values)
     return [
@@ -72,6 +78,26 @@ def write_answers(
         }
         for question, answer, nll in zip(questions.items, answers, nlls, strict=True)
     ]
+
+
+def check_questions(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Questions,
+    *,
+    max_new_tokens: int,
+    teacher: PreTrainedModel | None = None,
+) -> None:
+    """Check that a model can answer open questions and its teacher can score answers; arguments as above.
+
+    Raises:
+        EvalError: A question that is too long for one of them, or has tokens that it does not know.
+    """
+    prompter = Prompter(tokenizer)
+    prompts = [prompter.prompt_ids(question.question) for question in questions.items]
+    for reader, role in ((model, "transcripts"), (teacher, "transcripts, the teacher that scores answers")):
+        if reader is not None:
+            check_fits(reader, prompts, where=f"{questions.name}, {role}", num_new_tokens=max_new_tokens)
 
 
 def answer_nll(
@@ -108,9 +134,9 @@ def repeated_ngram_share(tokens: Sequence[int], n: int = 4) -> float:
 
 
 def _check_vocabulary(model: PreTrainedModel, answers: Sequence[Sequence[int]]) -> None:
-    size = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
+    size = num_embeddings(model)
     largest = max(max(ids) for ids in answers)
-    if largest >= size:
+    if size is not None and largest >= size:
         raise EvalError(
             f"the answer has token {largest}, the model that scores it knows {size:,} tokens",
             hint="score answers with a model of the same tokenizer",

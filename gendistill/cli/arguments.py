@@ -75,6 +75,7 @@ def load(arguments: argparse.Namespace) -> Recipe:
 
 
 def find_tasks(recipe: Recipe) -> None:
+<<<<<<< HEAD
     """Read what the evaluation asks, so that a misspelt task fails now and not after hours of training.
 
     Raises:
@@ -93,6 +94,12 @@ def find_tasks(recipe: Recipe) -> None:
                 hint="name each task once, or give one of the files another name:",
             )
         names[name] = task
+=======
+    """Read what the evaluation asks, so that a misspelt task fails now and not after hours of training."""
+    from gendistill_evals import load_questions, load_tasks
+
+    load_tasks(recipe.eval.tasks)
+>>>>>>> part-evals
     if recipe.eval.questions is not None:
         load_questions(recipe.eval.questions)
 

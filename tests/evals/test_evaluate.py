@@ -206,7 +206,9 @@ def test_files_that_are_broken_or_of_another_version_are_errors_with_a_next_step
     (tmp_path / "results.json").write_text("{")
     with pytest.raises(EvalError, match="not JSON"):
         read_results(tmp_path)
-    (tmp_path / "samples.jsonl").write_text(json.dumps({"task": "a"}) + "\n{\n")
+    (tmp_path / "samples.jsonl").write_text(
+        json.dumps({"task": "a", "id": "0", "likelihood": None, "generation": None}) + "\n{\n"
+    )
     with pytest.raises(EvalError, match="not JSON") as caught:
         read_samples(tmp_path)
     assert caught.value.where.endswith("samples.jsonl:2")

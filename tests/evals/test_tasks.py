@@ -140,7 +140,7 @@ ROW = {"question": "a?", "gold": "b", "options": ["b", "c"]}
         pytest.param([ROW], {"stop": "x"}, "list of texts", id="stop"),
         pytest.param([ROW], {"name": "../x"}, "must be letters", id="name"),
         pytest.param([ROW], {"fields": {"gold": 3}}, "maps names to columns", id="fields"),
-        pytest.param([ROW], {"items": "gone.jsonl"}, "items are missing", id="missing items"),
+        pytest.param([ROW], {"items": "gone.jsonl"}, "file of items is missing", id="missing items"),
         pytest.param([ROW], {"prompt": "{question.__class__}"}, "only plain names", id="attribute"),
         pytest.param([ROW], {"prompt": "{question!r}"}, "only plain names", id="conversion"),
         pytest.param([ROW], {"prompt": "{question"}, "no template", id="brace"),
@@ -156,7 +156,7 @@ ROW = {"question": "a?", "gold": "b", "options": ["b", "c"]}
         pytest.param([ROW | {"options": ["b", " "]}], {}, "is empty", id="empty option"),
         pytest.param([{"question": "a?"}], {}, 'no column "gold"', id="no gold"),
         pytest.param([ROW | {"id": 1}, ROW | {"id": 1}], {}, "stands twice", id="repeated id"),
-        pytest.param([ROW], {"kind": "numeric"}, "is no number", id="gold is no number"),
+        pytest.param([ROW], {"kind": "numeric"}, "is not a number", id="gold is no number"),
         pytest.param([ROW], {"kind": "exact_match", "gold_after": "#"}, 'no "#"', id="no marker"),
         pytest.param(
             [ROW | {"distractors": ["c"]}, ROW],
@@ -177,7 +177,7 @@ def test_a_broken_line_is_named_by_number(write_task):
     path = write_task([ROW], kind="multiple_choice")
     items = path.with_suffix(".jsonl")
     items.write_text(items.read_text() + "{broken\n")
-    with pytest.raises(EvalError, match="no JSON") as caught:
+    with pytest.raises(EvalError, match="not JSON") as caught:
         load_task(path)
     assert caught.value.where == f"{items}:2"
 
