@@ -48,7 +48,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     settings = _check_files(folder)
-    with _tokenizer_errors(folder, settings):
+    with tokenizer_errors(folder, brings_code=bool(settings.get("auto_map"))):
         tokenizer = AutoTokenizer.from_pretrained(
             str(folder), trust_remote_code=False, use_safetensors=True, local_files_only=True
         )
@@ -154,15 +154,25 @@ def _check_files(folder: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def _tokenizer_errors(folder: Path, settings: dict[str, Any]) -> Iterator[None]:
+def tokenizer_errors(place: Path, *, brings_code: bool = False) -> Iterator[None]:
+    """Turn what transformers and tokenizers raise for a tokenizer that they cannot use into one error.
+
+    Args:
+        place: The folder or file that it comes from.
+        brings_code: Whether it asks for code of its own.
+    Raises:
+        CheckpointError: In their place.
+    """
     try:
         yield
+    except CheckpointError:
+        raise
     except BaseException as error:
         # tokenizers raises Exception itself for a broken file, and a PanicException that cannot be imported
         anonymous = type(error) is Exception or type(error).__name__ == "PanicException"
         if not anonymous and not isinstance(error, library_errors()):
             raise
-        message = f"no tokenizer can be loaded from {folder}: {first_line(error)}"
-        if settings.get("auto_map"):
-            message = f"the tokenizer of {folder} brings its own code; code from a checkpoint is never run"
-        raise CheckpointError(message, where=str(folder), hint=_HINT) from error
+        message = f"no tokenizer can be loaded from {place}: {first_line(error)}"
+        if brings_code:
+            message = f"the tokenizer of {place} brings its own code; code from a checkpoint is never run"
+        raise CheckpointError(message, where=str(place), hint=_HINT) from error
