@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gendistill.companions import companions_fingerprint
+from gendistill.conversion.config_file import first_line, library_errors, read_config
 from gendistill.conversion.pypi import find_packaged_model
 from gendistill.conversion.tensors import TensorInfo, have_same_values, read_tensor_index
 from gendistill.conversion.tokenizer import check_tokenizer, load_tokenizer
@@ -34,6 +34,11 @@ __all__ = [
 _ALLOWED = "a hub id (owner/name), a local folder, a .gguf file, pypi:<package>, or builtin:tiny"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?")
 _GGUF_FORMAT = 2  # raise it when the conversion of GGUF files changes, so that cached folders are made anew
+<<<<<<< HEAD
+=======
+_REMEMBERED_BYTES = 1 << 24
+_CHECKED_ELEMENTS = 1 << 24
+>>>>>>> part-ckpt
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,60 +94,13 @@ def resolve_checkpoint(spec: str, *, revision: str = "main", where: str = "teach
 
 
 def _open(spec: str, folder: Path, fingerprint: str, where: str) -> Checkpoint:
-    config = _read_config(folder, where)
+    config = read_config(folder, where)
     tensors = read_tensor_index(folder, where=where)
     head, embeddings = tensors.get("lm_head.weight"), tensors.get("model.embed_tokens.weight")
     if config.get("tie_word_embeddings") and head and embeddings and not have_same_values(head, embeddings):
         # as transformers does: both are kept, whatever the config says
         config["tie_word_embeddings"] = False
     return Checkpoint(spec, folder, fingerprint, config)
-
-
-def _read_config(folder: Path, where: str) -> dict[str, Any]:
-    path = folder / "config.json"
-    if not path.is_file():
-        raise CheckpointError(
-            f"{folder} has no config.json, so it is no checkpoint folder; give {_ALLOWED}",
-            where=where,
-            hint="point to the folder that holds config.json and model.safetensors",
-        )
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        family = raw["model_type"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{path} is no model config: {error!r}", where=where, hint="download the checkpoint again"
-        ) from error
-    if "quantization_config" in raw:
-        raise CheckpointError(
-            f"{folder} is quantised ({raw['quantization_config'].get('quant_method', 'unknown method')})",
-            where=where,
-            hint="use the checkpoint it was made from; GGUF files are the one quantised format that is read",
-        )
-    return _with_defaults(folder, family, where)
-
-
-def _with_defaults(folder: Path, family: str, where: str) -> dict[str, Any]:
-    """Let transformers fill in what config.json leaves out and bring old spellings up to date."""
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import CONFIG_MAPPING, AutoConfig
-
-    if family == "gendistill":
-        import gendistill.models  # noqa: F401  registers the class
-    elif family not in CONFIG_MAPPING:
-        raise CheckpointError(
-            f'the model family "{family}" is unknown to transformers; code from a checkpoint is never run',
-            where=where,
-            hint="use a checkpoint of the families llama, mistral, qwen2 or qwen3",
-        )
-    try:
-        return AutoConfig.from_pretrained(folder).to_dict()
-    except (StrictDataclassError, ValueError, TypeError, KeyError, OSError) as error:
-        raise CheckpointError(
-            f"transformers cannot read {folder / 'config.json'}: {error}",
-            where=where,
-            hint="correct the file",
-        ) from error
 
 
 def _download_from_hub(spec: str, revision: str, where: str) -> Path:
@@ -223,18 +181,29 @@ def load_causal_lm(
         dtype: Of the weights; ``auto`` takes the checkpoint's. Parameters that must stay float32 do.
         device: Where it is put.
     Raises:
-        CheckpointError: The weights do not fit the config, or the family is unknown.
+        CheckpointError: The weights do not fit the config, hold NaN or infinities, or the family is unknown.
     """
+    import torch
     from transformers import AutoModelForCausalLM
 
     import gendistill.models  # noqa: F401  registers students with the Auto classes
 
+    read_config(folder, str(folder))
     read_tensor_index(folder)
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            str(folder),
+            dtype=dtype,
+            output_loading_info=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            local_files_only=True,
+        )
+    except torch.OutOfMemoryError:
+        raise
+    except library_errors() as error:
         raise CheckpointError(
-            f"{folder} cannot be loaded: {error}",
+            f"{folder} cannot be loaded: {first_line(error)}",
             where=str(folder),
             hint="check config.json against the weights",
         ) from error
@@ -246,4 +215,17 @@ def load_causal_lm(
             where=str(folder),
             hint="the weights belong to another config: download or convert the checkpoint again",
         )
-    return model.to(device).eval()
+    model = model.to(device).eval()
+    _check_finite(model, folder)
+    return model
+
+
+def _check_finite(model: PreTrainedModel, folder: Path) -> None:
+    for name, parameter in model.named_parameters():
+        for piece in parameter.detach().flatten().split(_CHECKED_ELEMENTS):
+            if not piece.isfinite().all():
+                raise CheckpointError(
+                    f"{name} holds values that are no finite {str(parameter.dtype).removeprefix('torch.')} numbers",
+                    where=str(folder),
+                    hint="use a checkpoint without NaN and infinities, or teacher.dtype: float32 if they are too large",
+                )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -14,7 +14,7 @@ from gendistill.conversion.checkpoint import Checkpoint
 from gendistill.conversion.plan import ConversionPlan, Origin, TensorStep
 from gendistill.conversion.progress import byte_progress
 from gendistill.conversion.tensors import NewTensor, TensorInfo, read_tensor_index, write_shards
-from gendistill.errors import OutputError
+from gendistill.errors import CheckpointError, OutputError
 from gendistill.mixers.init import initial_value
 from gendistill.models.io import copy_companions
 from gendistill.paths import new_folder, write_json
@@ -43,6 +43,7 @@ def apply_plan(
         seed: Seed of new tensors. Each has its own generator, so that its values depend on its name alone.
         max_shard_bytes: Upper size of one safetensors file.
     Raises:
+        CheckpointError: A tensor that is used holds NaN or infinities.
         OutputError: ``out`` overlaps the source, cannot be written, or does not fit on the disk.
     """
     _check_apart(source.folder, out)
@@ -83,9 +84,9 @@ def _check_space(out: Path, needed: int) -> None:
 
 def _values(step: TensorStep, tensors: dict[str, TensorInfo], seed: int) -> Iterable[bytes]:
     if step.origin is Origin.COPIED:
-        return tensors[step.sources[0]].chunks()
+        return _finite_chunks(step.sources[0], tensors[step.sources[0]])
     if step.origin is Origin.TRANSFORMED:
-        projection, scale = (_read(tensors[name]) for name in step.sources)
+        projection, scale = (_read(name, tensors[name]) for name in step.sources)
         return [_bytes_of(fold_head_scale(projection, scale), step.dtype)]
     assert step.init is not None
     value = initial_value(step.init, step.shape, generator=_generator(seed, step.name))
@@ -111,8 +112,19 @@ def _generator(seed: int, name: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
-def _read(info: TensorInfo) -> Tensor:
-    raw = bytearray(b"".join(info.chunks()))
+def _finite_chunks(name: str, info: TensorInfo) -> Iterator[bytes]:
+    for chunk in info.chunks():
+        if not torch.frombuffer(bytearray(chunk), dtype=_TORCH_DTYPES[info.dtype]).isfinite().all():
+            raise CheckpointError(
+                f"{name} holds values that are no finite numbers",
+                where=str(info.file),
+                hint="use a checkpoint without NaN and infinities",
+            )
+        yield chunk
+
+
+def _read(name: str, info: TensorInfo) -> Tensor:
+    raw = bytearray(b"".join(_finite_chunks(name, info)))
     return torch.frombuffer(raw, dtype=_TORCH_DTYPES[info.dtype]).reshape(info.shape)
 
 

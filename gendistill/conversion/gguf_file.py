@@ -5,6 +5,7 @@ Source: the GGUF specification, https://github.com/ggml-org/ggml/blob/master/doc
 
 from __future__ import annotations
 
+import math
 import mmap
 import struct
 from dataclasses import dataclass
@@ -28,6 +29,11 @@ _SCALARS = {
 }
 _STRING, _ARRAY = 8, 9
 _DEFAULT_ALIGNMENT = 32
+# far above any model's, and little enough to be read
+_MAX_DIMS = 8
+_MAX_ITEMS = 1 << 24
+_MAX_TEXT_BYTES = 1 << 26
+_MAX_ALIGNMENT = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +69,7 @@ def read_gguf_header(path: Path) -> GGUFHeader:
     try:
         with path.open("rb") as source, mmap.mmap(source.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return _Cursor(data, path).header()
-    except (struct.error, UnicodeDecodeError, KeyError, ValueError) as error:
+    except (struct.error, KeyError, ValueError, RecursionError) as error:
         raise _corrupt(path, f"it cannot be read ({error})") from error
 
 
@@ -89,21 +95,39 @@ class _Cursor:
         if version not in (2, 3):
             raise _corrupt(self.path, f"its version is {version}; 2 and 3 (little-endian) can be read")
         num_tensors, num_entries = self.scalar("<Q"), self.scalar("<Q")
-        metadata = {}
+        metadata: dict[str, Any] = {}
         for _ in range(num_entries):
             key = self.string()
+            self.is_new(key, metadata)
             metadata[key] = self.value(self.scalar("<I"))
         table = {}
         for _ in range(num_tensors):
             name = self.string()
-            dims = [self.scalar("<Q") for _ in range(self.scalar("<I"))]
-            table[name] = (tuple(reversed(dims)), self.scalar("<I"), self.scalar("<Q"))
+            self.is_new(name, table)
+            table[name] = (self.shape(name), self.scalar("<I"), self.scalar("<Q"))
         alignment = metadata.get("general.alignment", _DEFAULT_ALIGNMENT)
+        if type(alignment) is not int or not 0 < alignment <= _MAX_ALIGNMENT or alignment & (alignment - 1):
+            raise _corrupt(self.path, f"its alignment must be a power of two, got {alignment!r:.40}")
         start = -(-self.position // alignment) * alignment
         tensors = {
             name: GGUFTensor(shape, kind, start + offset) for name, (shape, kind, offset) in table.items()
         }
         return GGUFHeader(self.path, metadata, tensors)
+
+    def is_new(self, name: str, known: dict[str, Any]) -> None:
+        if name in known:
+            raise _corrupt(self.path, f"{name:.80} is given twice")
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        count = self.scalar("<I")
+        if not 0 < count <= _MAX_DIMS:
+            raise _corrupt(self.path, f"{name:.80} has {count} dimensions")
+        sizes = tuple(reversed([self.scalar("<Q") for _ in range(count)]))
+        if not 0 < math.prod(sizes) <= 8 * len(self.data):
+            raise _corrupt(
+                self.path, f"{name:.80} has the shape {list(sizes)}, which the file has no room for"
+            )
+        return sizes
 
     def scalar(self, layout: str) -> Any:
         (value,) = struct.unpack_from(layout, self.data, self.position)
@@ -115,6 +139,8 @@ class _Cursor:
         end = self.position + length
         if end > len(self.data):
             raise _corrupt(self.path, "it ends inside its header")
+        if length > _MAX_TEXT_BYTES:
+            raise _corrupt(self.path, f"its header holds a text of {length:,} bytes")
         text = self.data[self.position : end].decode("utf-8")
         self.position = end
         return text
@@ -124,5 +150,7 @@ class _Cursor:
             return self.string()
         if kind == _ARRAY:
             item_kind, count = self.scalar("<I"), self.scalar("<Q")
+            if count > min(_MAX_ITEMS, len(self.data)):
+                raise _corrupt(self.path, f"its header holds a list of {count:,} values")
             return [self.value(item_kind) for _ in range(count)]
         return self.scalar(_SCALARS[kind])

@@ -6,6 +6,7 @@ but disk space.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,10 +17,12 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 from transformers import CONFIG_MAPPING, GenerationConfig
 
+from gendistill.conversion.config_file import first_line, library_errors
 from gendistill.conversion.gguf_file import GGUFHeader, GGUFTensor, read_gguf_header
-from gendistill.conversion.gguf_tokenizer import build_tokenizer
+from gendistill.conversion.gguf_tokenizer import build_tokenizer, token_id
 from gendistill.conversion.progress import byte_progress
 from gendistill.conversion.tensors import NewTensor, write_shards
+from gendistill.conversion.tokenizer import tokenizer_errors
 from gendistill.errors import CheckpointError
 
 # architecture in the file: (transformers family, class). Mistral is written as "llama", which computes the same.
@@ -46,6 +49,9 @@ _LAYER_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+# as for config.json: what is larger is a broken file
+_MAX_SIZE = 1 << 28
+_LARGEST = {"block_count": 10_000, "context_length": 1 << 48}
 _BLOCK_ELEMENTS = 1 << 22  # dequantised at once: 16 MiB of float32
 _MAX_SHARD_BYTES = 4_000_000_000
 
@@ -63,22 +69,29 @@ def convert_gguf(path: Path, folder: Path) -> None:
     entries = [NewTensor(name, header.tensors[source].shape, "F32") for name, source in names.items()]
     _check_size(header)
     data = np.memmap(path, dtype=np.uint8, mode="r")
-    build_tokenizer(header).save_pretrained(folder)
+    with tokenizer_errors(path):
+        build_tokenizer(header).save_pretrained(folder)
     with byte_progress(f"dequantising {path.name}", sum(entry.num_bytes for entry in entries)) as advance:
         write_shards(
             folder,
             entries,
             lambda entry: _values(
                 data,
-                header.tensors[names[entry.name]],
+                names[entry.name],
+                header,
                 _row_order(entry.name, entry.shape[0], architecture, config),
             ),
             max_shard_bytes=_MAX_SHARD_BYTES,
             on_bytes=advance,
         )
     family, model_class = _FAMILIES[architecture]
-    CONFIG_MAPPING[family](**config, architectures=[model_class], dtype="float32").save_pretrained(folder)
-    _generation_config(header).save_pretrained(folder)
+    try:
+        CONFIG_MAPPING[family](**config, architectures=[model_class], dtype="float32").save_pretrained(folder)
+        _generation_config(header).save_pretrained(folder)
+    except library_errors() as error:
+        raise _unsupported(
+            header, f"describes no model that transformers knows: {first_line(error)}"
+        ) from error
 
 
 def _without_tied_head(header: GGUFHeader) -> GGUFHeader:
@@ -122,9 +135,9 @@ def _hf_name(name: str, header: GGUFHeader) -> str:
 def _config(header: GGUFHeader) -> dict[str, Any]:
     """Translate the metadata to the words of the transformers config."""
     architecture = header.metadata.get("general.architecture")
-    if architecture not in _FAMILIES:
+    if not isinstance(architecture, str) or architecture not in _FAMILIES:
         raise _unsupported(
-            header, f'has the architecture "{architecture}"; supported: {", ".join(_FAMILIES)}'
+            header, f'has the architecture "{architecture!s:.80}"; supported: {", ".join(_FAMILIES)}'
         )
     values = {
         key.removeprefix(f"{architecture}."): value
@@ -135,31 +148,41 @@ def _config(header: GGUFHeader) -> dict[str, Any]:
         raise _unsupported(header, "is a mixture of experts; dense models are supported")
     if values.get("rope.scaling.type", "none") != "none" or "rope_freqs.weight" in header.tensors:
         raise _unsupported(header, "scales its rotary positions, which the file does not describe completely")
-    try:
-        num_heads, hidden_size = values["attention.head_count"], values["embedding_length"]
-        head_dim = values.get("attention.key_length", hidden_size // num_heads)
-        config = {
-            "hidden_size": hidden_size,
-            "intermediate_size": values["feed_forward_length"],
-            "num_hidden_layers": values["block_count"],
-            "num_attention_heads": num_heads,
-            "num_key_value_heads": values.get("attention.head_count_kv", num_heads),
-            "head_dim": head_dim,
-            # seven digits give back the number that was rounded to float32
-            "rms_norm_eps": float(f"{values['attention.layer_norm_rms_epsilon']:.7g}"),
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": float(values.get("rope.freq_base", 10_000.0)),
-            },
-            "max_position_embeddings": values["context_length"],
-            "vocab_size": header.tensors["token_embd.weight"].shape[0],
-            "tie_word_embeddings": "output.weight" not in header.tensors,
-            "bos_token_id": header.metadata.get("tokenizer.ggml.bos_token_id"),
-            "eos_token_id": header.metadata.get("tokenizer.ggml.eos_token_id"),
-            "pad_token_id": header.metadata.get("tokenizer.ggml.padding_token_id"),
-        }
-    except KeyError as error:
-        raise _unsupported(header, f"lacks {error}") from error
+    embeddings = header.tensors.get("token_embd.weight")
+    if embeddings is None:
+        raise _unsupported(header, "lacks token_embd.weight")
+
+    def size(key: str, default: int | None = None) -> int:
+        value = values.get(key, default)
+        if value is None:
+            raise _unsupported(header, f"lacks {key}")
+        if type(value) is not int or not 1 <= value <= _LARGEST.get(key, _MAX_SIZE):
+            raise _unsupported(header, f"gives {value!r:.40} as {key}; a whole number from 1 is needed")
+        return value
+
+    num_heads, hidden_size = size("attention.head_count"), size("embedding_length")
+    head_dim = size("attention.key_length", max(1, hidden_size // num_heads))
+    epsilon = _positive(header, values, "attention.layer_norm_rms_epsilon", largest=1.0)
+    config = {
+        "hidden_size": hidden_size,
+        "intermediate_size": size("feed_forward_length"),
+        "num_hidden_layers": size("block_count"),
+        "num_attention_heads": num_heads,
+        "num_key_value_heads": size("attention.head_count_kv", num_heads),
+        "head_dim": head_dim,
+        # seven digits give back the number that was rounded to float32
+        "rms_norm_eps": float(f"{epsilon:.7g}"),
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": _positive(header, values, "rope.freq_base", 10_000.0, largest=1e15),
+        },
+        "max_position_embeddings": size("context_length"),
+        "vocab_size": embeddings.shape[0],
+        "tie_word_embeddings": "output.weight" not in header.tensors,
+        "bos_token_id": token_id(header, "bos"),
+        "eos_token_id": token_id(header, "eos"),
+        "pad_token_id": token_id(header, "padding"),
+    }
     if values.get("rope.dimension_count", head_dim) != head_dim:
         raise _unsupported(header, "rotates only a part of each head")
     if architecture != "qwen2":
@@ -167,13 +190,24 @@ def _config(header: GGUFHeader) -> dict[str, Any]:
     return config
 
 
+def _positive(
+    header: GGUFHeader, values: dict[str, Any], key: str, default: float | None = None, *, largest: float
+) -> float:
+    value = values.get(key, default)
+    if value is None:
+        raise _unsupported(header, f"lacks {key}")
+    if type(value) not in (int, float) or not 0 < value <= largest:
+        raise _unsupported(header, f"gives {value!r:.40} as {key}; a number from 0 to {largest:g} is needed")
+    return float(value)
+
+
 def _generation_config(header: GGUFHeader) -> GenerationConfig:
-    ids = [header.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot")]
+    ids = [token_id(header, name) for name in ("eos", "eot")]
     stops = list(dict.fromkeys(index for index in ids if index is not None))
     return GenerationConfig(
-        bos_token_id=header.metadata.get("tokenizer.ggml.bos_token_id"),
+        bos_token_id=token_id(header, "bos"),
         eos_token_id=stops[0] if len(stops) == 1 else stops or None,
-        pad_token_id=header.metadata.get("tokenizer.ggml.padding_token_id"),
+        pad_token_id=token_id(header, "padding"),
     )
 
 
@@ -181,9 +215,14 @@ def _check_size(header: GGUFHeader) -> None:
     size = header.path.stat().st_size
     for name, tensor in header.tensors.items():
         try:
-            num_bytes = tensor_bytes(tensor)
+            block, _ = GGML_QUANT_SIZES[GGMLQuantizationType(tensor.type_id)]
         except (ValueError, KeyError) as error:
             raise _unsupported(header, f"stores {name} in an unknown type ({tensor.type_id})") from error
+        if tensor.shape[-1] % block:
+            raise _unsupported(
+                header, f"stores {name} in blocks of {block}, but its rows have {tensor.shape[-1]} values"
+            )
+        num_bytes = tensor_bytes(tensor)
         if tensor.start + num_bytes > size:
             raise CheckpointError(
                 f"{header.path.name} is truncated: {name} ends after the {size:,} bytes of the file",
@@ -195,7 +234,7 @@ def _check_size(header: GGUFHeader) -> None:
 def tensor_bytes(tensor: GGUFTensor) -> int:
     """Length of a tensor's values in the file."""
     block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(tensor.type_id)]
-    return int(np.prod(tensor.shape, dtype=np.int64)) // block * block_bytes
+    return math.prod(tensor.shape) // block * block_bytes
 
 
 def _row_order(name: str, num_rows: int, architecture: str, config: dict[str, Any]) -> np.ndarray | None:
@@ -207,16 +246,28 @@ def _row_order(name: str, num_rows: int, architecture: str, config: dict[str, An
     module = name.split(".")[-2]
     if architecture != "llama" or module not in heads:
         return None
+    if num_rows % (2 * heads[module]):
+        raise CheckpointError(
+            f"{name} has {num_rows:,} rows, which {heads[module]:,} heads of pairs cannot share",
+            where=name,
+            hint="use the original safetensors checkpoint",
+        )
     return np.arange(num_rows).reshape(heads[module], -1, 2).swapaxes(1, 2).reshape(-1)
 
 
-def _values(data: np.ndarray, tensor: GGUFTensor, order: np.ndarray | None) -> Iterator[bytes]:
+def _values(data: np.ndarray, name: str, header: GGUFHeader, order: np.ndarray | None) -> Iterator[bytes]:
     """Dequantise block by block of rows. Rows are quantised one by one, so they can be reordered first."""
+    tensor = header.tensors[name]
     kind = GGMLQuantizationType(tensor.type_id)
     num_bytes = tensor_bytes(tensor)
     raw = data[tensor.start : tensor.start + num_bytes].reshape(tensor.shape[0], -1)
-    row_elements = int(np.prod(tensor.shape[1:], dtype=np.int64))
-    step = max(1, _BLOCK_ELEMENTS // row_elements)
+    step = max(1, _BLOCK_ELEMENTS // math.prod(tensor.shape[1:]))
     for start in range(0, tensor.shape[0], step):
         rows = raw[start : start + step] if order is None else raw[order[start : start + step]]
-        yield np.asarray(dequantize(rows, kind), dtype="<f4").tobytes()
+        try:
+            values = np.asarray(dequantize(rows, kind), dtype="<f4")
+        except NotImplementedError as error:
+            raise _unsupported(header, f"stores {name} as {kind.name}, which cannot be read") from error
+        if not np.isfinite(values).all():
+            raise _unsupported(header, f"holds values in {name} that are no finite numbers")
+        yield values.tobytes()

@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from gendistill.conversion.gguf_file import GGUFHeader
 from gendistill.errors import CheckpointError
+from gendistill.paths import check_shape
 
 _CONTROL, _USER_DEFINED = 3, 4  # token types in the file
 
@@ -59,21 +60,68 @@ def build_tokenizer(header: GGUFHeader) -> PreTrainedTokenizerBase:
     """
     kind = header.metadata.get("tokenizer.ggml.model")
     if kind == "llama":  # sentencepiece: transformers rebuilds it
-        return AutoTokenizer.from_pretrained(str(header.path.parent), gguf_file=header.path.name)
-    scheme = _SCHEMES.get(header.metadata.get("tokenizer.ggml.pre", ""))
+        _tokens(header)
+        return AutoTokenizer.from_pretrained(
+            str(header.path.parent),
+            gguf_file=header.path.name,
+            trust_remote_code=False,
+            local_files_only=True,
+        )
+    cut = header.metadata.get("tokenizer.ggml.pre", "")
+    scheme = _SCHEMES.get(cut) if isinstance(cut, str) else None
     if kind != "gpt2" or scheme is None:
-        named = f'{kind}, cut by "{header.metadata.get("tokenizer.ggml.pre")}"'
+        named = f'{kind!s:.40}, cut by "{cut!s:.40}"'
         raise CheckpointError(
             f"the tokenizer of {header.path.name} ({named}) cannot be rebuilt exactly; known: {', '.join(_SCHEMES)}",
             where=str(header.path),
             hint="use the original safetensors checkpoint, which carries its tokenizer.json",
         )
-    return _byte_level(header.metadata, scheme)
+    return _byte_level(header, scheme)
 
 
-def _byte_level(metadata: dict[str, Any], scheme: _Scheme) -> PreTrainedTokenizerBase:
-    tokens: list[str] = metadata["tokenizer.ggml.tokens"]
-    merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
+def _entry(header: GGUFHeader, key: str, shape: Any, default: Any = None) -> Any:
+    name = f"tokenizer.ggml.{key}"
+    value = header.metadata.get(name, default)
+    hint = "use the original safetensors checkpoint, which carries its tokenizer.json"
+    return check_shape(value, shape, error=CheckpointError, where=f"{header.path}: {name}", hint=hint)
+
+
+def _broken(header: GGUFHeader, reason: str) -> CheckpointError:
+    return CheckpointError(
+        f"the tokenizer of {header.path.name} cannot be rebuilt: {reason}",
+        where=str(header.path),
+        hint="use the original safetensors checkpoint, which carries its tokenizer.json",
+    )
+
+
+def _tokens(header: GGUFHeader) -> list[str]:
+    tokens = _entry(header, "tokens", list[str])
+    if len(set(tokens)) != len(tokens):
+        raise _broken(header, "a token is listed twice")
+    types = _entry(header, "token_type", list[int], [])
+    if types and len(types) != len(tokens):
+        raise _broken(header, f"it lists {len(tokens):,} tokens, but {len(types):,} types of tokens")
+    return tokens
+
+
+def token_id(header: GGUFHeader, name: str) -> int | None:
+    """Return the id that a file gives a special token: ``bos``, ``eos``, ``eot``, ``unknown`` or ``padding``.
+
+    Raises:
+        CheckpointError: It is no id of a token.
+    """
+    index = _entry(header, f"{name}_token_id", int | None)
+    count = len(_entry(header, "tokens", list[str]))
+    if index is not None and not 0 <= index < count:
+        raise _broken(header, f"{name}_token_id is {index:,}, the largest id is {count - 1:,}")
+    return index
+
+
+def _byte_level(header: GGUFHeader, scheme: _Scheme) -> PreTrainedTokenizerBase:
+    metadata, tokens = header.metadata, _tokens(header)
+    merges = [tuple(merge.split(" ")) for merge in _entry(header, "merges", list[str])]
+    if any(len(merge) != 2 for merge in merges):
+        raise _broken(header, "a merge must be two tokens with a blank between them")
     vocab = {token: index for index, token in enumerate(tokens)}
     tokenizer = Tokenizer(BPE(vocab=vocab, merges=merges, ignore_merges=scheme.ignore_merges))
     if scheme.nfc:
@@ -86,35 +134,37 @@ def _byte_level(metadata: dict[str, Any], scheme: _Scheme) -> PreTrainedTokenize
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=scheme.split is None)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*before, byte_level])
     tokenizer.decoder = decoders.ByteLevel()
-    types = metadata.get("tokenizer.ggml.token_type", [])
-    for token, token_type in zip(tokens, types, strict=False):
+    types = metadata.get("tokenizer.ggml.token_type") or [0] * len(tokens)
+    for token, token_type in zip(tokens, types, strict=True):
         if token_type in (_CONTROL, _USER_DEFINED):
             tokenizer.add_tokens([AddedToken(token, normalized=False, special=token_type == _CONTROL)])
-    named = _special_tokens(metadata, tokens)
-    tokenizer.post_processor = _post_processor(metadata, named, vocab)
+    named = _special_tokens(header, tokens)
+    tokenizer.post_processor = _post_processor(header, named, vocab)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        chat_template=metadata.get("tokenizer.chat_template"),
+        chat_template=_chat_template(header),
         clean_up_tokenization_spaces=False,
         **named,
     )
 
 
-def _special_tokens(metadata: dict[str, Any], tokens: list[str]) -> dict[str, str]:
-    keys = {
-        "bos_token": "bos_token_id",
-        "eos_token": "eos_token_id",
-        "unk_token": "unknown_token_id",
-        "pad_token": "padding_token_id",
-    }
-    found = {name: metadata.get(f"tokenizer.ggml.{key}") for name, key in keys.items()}
-    return {name: tokens[index] for name, index in found.items() if index is not None}
+def _chat_template(header: GGUFHeader) -> str | None:
+    template = header.metadata.get("tokenizer.chat_template")
+    if template is not None and not isinstance(template, str):
+        raise _broken(header, "tokenizer.chat_template must be a text")
+    return template
 
 
-def _post_processor(metadata: dict[str, Any], named: dict[str, str], vocab: dict[str, int]) -> Any:
+def _special_tokens(header: GGUFHeader, tokens: list[str]) -> dict[str, str]:
+    names = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+    found = {role: token_id(header, name) for role, name in names.items()}
+    return {role: tokens[index] for role, index in found.items() if index is not None}
+
+
+def _post_processor(header: GGUFHeader, named: dict[str, str], vocab: dict[str, int]) -> Any:
     """Put BOS in front where the file says so."""
     bos = named.get("bos_token")
-    if bos is None or not metadata.get("tokenizer.ggml.add_bos_token", False):
+    if bos is None or not _entry(header, "add_bos_token", bool, False):
         return processors.ByteLevel(trim_offsets=False)
     return processors.TemplateProcessing(
         single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, vocab[bos])]

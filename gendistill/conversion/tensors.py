@@ -15,14 +15,17 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from gendistill.errors import CheckpointError, OutputError
-from gendistill.paths import write_json
+from gendistill.paths import check_shape, read_json, write_json
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 DTYPE_BYTES = {
     **{"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1},
     **{"F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "U32": 4, "U64": 8},
+    **{"F8_E8M0": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1, "C64": 8},
 }
+_MAX_HEADER_BYTES = 100_000_000  # as in the safetensors library
+_MAX_INT = (1 << 63) - 1
 _COPY_BYTES = 1 << 24
 _COMPARED_ELEMENTS = 1 << 20
 
@@ -99,9 +102,9 @@ def read_tensor_index(folder: Path, *, where: str | None = None) -> dict[str, Te
     where = where or str(folder)
     if (folder / INDEX_NAME).is_file():
         return _read_sharded(folder, where)
-    files = (
-        [folder / SINGLE_NAME] if (folder / SINGLE_NAME).is_file() else sorted(folder.glob("*.safetensors"))
-    )
+    files = [path for path in sorted(folder.glob("*.safetensors")) if path.is_file()]
+    if folder / SINGLE_NAME in files:
+        files = [folder / SINGLE_NAME]
     if not files:
         raise _no_safetensors(folder, where)
     if len(files) > 1:
@@ -132,13 +135,26 @@ def _no_safetensors(folder: Path, where: str) -> CheckpointError:
 
 
 def _read_sharded(folder: Path, where: str) -> dict[str, TensorInfo]:
+    path = folder / INDEX_NAME
+    hint = "download the file again"
     try:
-        weight_map = json.loads((folder / INDEX_NAME).read_text(encoding="utf-8"))["weight_map"]
-        shards = sorted(set(weight_map.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        content = read_json(path, shape=dict[str, Any], error=CheckpointError, hint=hint)
+        weight_map = check_shape(
+            content.get("weight_map"), dict[str, str], error=CheckpointError, where="weight_map", hint=hint
+        )
+    except CheckpointError as error:
         raise CheckpointError(
-            f"{folder / INDEX_NAME} is no weight index: {error}", where=where, hint="download the file again"
+            f"{path} is no weight index: {error.message}", where=where, hint=hint
         ) from error
+    shards = sorted(set(weight_map.values()))
+    outside = [name for name in shards if not _is_plain(name)]
+    if outside or not shards:
+        reason = f"it names {outside[0]!r:.80}" if outside else "it names no file"
+        raise CheckpointError(
+            f"{path} is no weight index: {reason}; shards are .safetensors files in the same folder",
+            where=where,
+            hint=hint,
+        )
     missing = [name for name in shards if not (folder / name).is_file()]
     if missing:
         raise CheckpointError(
@@ -157,6 +173,23 @@ def _read_sharded(folder: Path, where: str) -> dict[str, TensorInfo]:
     return {name: headers[shard][name] for name, shard in weight_map.items()}
 
 
+def _is_plain(name: str) -> bool:
+    """Whether a name from an index is one of a file in the same folder."""
+    return name.isprintable() and name.endswith(".safetensors") and not {"/", "\\"} & set(name)
+
+
+def _check_place(path: Path) -> None:
+    """Follow links: weights lie in their folder, or in the blobs of the hub's cache that the folder belongs to."""
+    folder, target = path.parent.resolve(), path.resolve()
+    blobs = folder.parents[1] / "blobs" if folder.parent.name == "snapshots" else folder
+    if target.parent not in (folder, blobs):
+        raise CheckpointError(
+            f"{path.name} is a link to {target}, outside the checkpoint's folder",
+            where=str(path),
+            hint="put the file itself into the folder",
+        )
+
+
 def _corrupt(path: Path, reason: str) -> CheckpointError:
     return CheckpointError(
         f"{path.name} is corrupt: {reason}", where=str(path), hint="delete the file and download it again"
@@ -164,32 +197,54 @@ def _corrupt(path: Path, reason: str) -> CheckpointError:
 
 
 def _read_header(path: Path) -> dict[str, TensorInfo]:
+    _check_place(path)
     size = path.stat().st_size
-    with path.open("rb") as source:
-        head = source.read(8)
-        length = struct.unpack("<Q", head)[0] if len(head) == 8 else size
-        if length > size - 8:
-            raise _corrupt(path, f"its header would be longer than the file ({size:,} bytes)")
-        text = source.read(length)
     try:
-        header = json.loads(text)
-        tensors = {
-            name: _tensor_info(entry, path, 8 + length)
-            for name, entry in header.items()
-            if name != "__metadata__"
-        }
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        with path.open("rb") as source:
+            head = source.read(8)
+            length = struct.unpack("<Q", head)[0] if len(head) == 8 else size
+            if length > size - 8:
+                raise _corrupt(path, f"its header would be longer than the file ({size:,} bytes)")
+            if length > _MAX_HEADER_BYTES:
+                raise _corrupt(path, f"its header would have {length:,} bytes")
+            text = source.read(length)
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} cannot be read: {error.strerror}", where=str(path), hint="check the file's permissions"
+        ) from error
+    try:
+        header = json.loads(text, object_pairs_hook=_without_repetition)
+        check_shape(
+            header.pop("__metadata__", {}), dict[str, str], error=CheckpointError, where=str(path), hint=""
+        )
+        tensors = {name: _tensor_info(entry, path, 8 + length) for name, entry in header.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, CheckpointError) as error:
         raise _corrupt(path, f"its header cannot be read ({error})") from error
     expected = max((info.start + info.num_bytes for info in tensors.values()), default=8 + length)
     if expected != size:
         raise _corrupt(path, f"its header describes {expected:,} bytes, the file has {size:,}")
+    end = 8 + length
+    for name, info in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].num_bytes)):
+        if info.start != end:
+            raise _corrupt(path, f"the values of {name} do not begin where those before them end")
+        end += info.num_bytes
     return tensors
 
 
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) != len(pairs):
+        raise ValueError("a name is given twice")
+    return content
+
+
 def _tensor_info(entry: dict[str, Any], path: Path, data_start: int) -> TensorInfo:
-    begin, end = entry["data_offsets"]
-    shape, dtype = tuple(int(size) for size in entry["shape"]), str(entry["dtype"])
-    if dtype in DTYPE_BYTES and math.prod(shape) * DTYPE_BYTES[dtype] != end - begin:
+    (begin, end), shape, dtype = entry["data_offsets"], tuple(entry["shape"]), entry["dtype"]
+    if not all(type(number) is int and 0 <= number <= _MAX_INT for number in (begin, end, *shape)):
+        raise ValueError("sizes and offsets must be whole numbers from 0")
+    if dtype not in DTYPE_BYTES:
+        raise ValueError(f"unknown dtype {dtype!r:.40}")
+    if math.prod(shape) * DTYPE_BYTES[dtype] != end - begin:
         raise ValueError(f"a {dtype} tensor of shape {shape} cannot have {end - begin} bytes")
     return TensorInfo(shape, dtype, path, data_start + begin, end - begin)
 

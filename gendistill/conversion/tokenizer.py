@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gendistill.conversion.config_file import first_line, library_errors
 from gendistill.errors import CheckpointError
 from gendistill.paths import check_shape, read_json
 
@@ -47,7 +48,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     settings = _check_files(folder)
-    with _tokenizer_errors(folder, settings):
+    with tokenizer_errors(folder, brings_code=bool(settings.get("auto_map"))):
         tokenizer = AutoTokenizer.from_pretrained(
             str(folder), trust_remote_code=False, use_safetensors=True, local_files_only=True
         )
@@ -128,10 +129,10 @@ def _remove(tokenizer: Any, tokens: set[str], where: str) -> None:
 def _check_files(folder: Path) -> dict[str, Any]:
     """Return the content of tokenizer_config.json; every JSON file of the tokenizer holds an object."""
     for name in ("tokenizer.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"):
-        if (folder / name).exists():
+        if (folder / name).is_file():
             read_json(folder / name, shape=dict[str, Any], error=CheckpointError, hint=_HINT)
     path = folder / "tokenizer_config.json"
-    if not path.exists():
+    if not path.is_file():
         return {}
     settings = read_json(path, shape=dict[str, Any], error=CheckpointError, hint=_HINT)
     for name, shape in _SHAPES.items():
@@ -153,27 +154,25 @@ def _check_files(folder: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def _tokenizer_errors(folder: Path, settings: dict[str, Any]) -> Iterator[None]:
+def tokenizer_errors(place: Path, *, brings_code: bool = False) -> Iterator[None]:
+    """Turn what transformers and tokenizers raise for a tokenizer that they cannot use into one error.
+
+    Args:
+        place: The folder or file that it comes from.
+        brings_code: Whether it asks for code of its own.
+    Raises:
+        CheckpointError: In their place.
+    """
     try:
         yield
+    except CheckpointError:
+        raise
     except BaseException as error:
         # tokenizers raises Exception itself for a broken file, and a PanicException that cannot be imported
-        known = (
-            OSError | ValueError | TypeError | LookupError | AttributeError | RuntimeError | ArithmeticError
-        )
-        if not (
-            isinstance(error, known | AssertionError | ImportError)
-            or type(error) is Exception
-            or type(error).__name__ == "PanicException"
-        ):
+        anonymous = type(error) is Exception or type(error).__name__ == "PanicException"
+        if not anonymous and not isinstance(error, library_errors()):
             raise
-        message = f"no tokenizer can be loaded from {folder}: {_first_line(error)}"
-        if settings.get("auto_map"):
-            message = f"the tokenizer of {folder} brings its own code; code from a checkpoint is never run"
-        raise CheckpointError(message, where=str(folder), hint=_HINT) from error
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip() or type(error).__name__
-    first = text.splitlines()[0]
-    return f"{type(error).__name__} {first}" if isinstance(error, LookupError) else first
+        message = f"no tokenizer can be loaded from {place}: {first_line(error)}"
+        if brings_code:
+            message = f"the tokenizer of {place} brings its own code; code from a checkpoint is never run"
+        raise CheckpointError(message, where=str(place), hint=_HINT) from error

@@ -1,6 +1,9 @@
 """Reading and writing safetensors without torch agrees with the safetensors library."""
 
 import json
+import os
+import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -135,3 +138,185 @@ def test_pickle_only_checkpoints_are_refused(tmp_path):
 def test_folder_without_weights_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="holds no safetensors"):
         read_tensor_index(tmp_path)
+
+
+def header_of(data):
+    length = struct.unpack("<Q", data[:8])[0]
+    return json.loads(data[8 : 8 + length]), data[8 + length :]
+
+
+def with_header(header, values):
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + values
+
+
+def changed(**entry):
+    """Change entries of the tensor "wide", whose 60 values lie first."""
+
+    def change(header):
+        header["wide"].update(entry)
+        return header
+
+    return change
+
+
+HEADERS = {
+    "list": lambda header: [header],
+    "text": lambda header: "x",
+    "number": lambda header: 5,
+    "nested": lambda header: b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+    "entry is a list": lambda header: {**header, "wide": [1]},
+    "entry is null": lambda header: {**header, "wide": None},
+    "twice": lambda header: json.dumps(header).replace('"odd"', '"half"').encode(),
+    "metadata is a list": lambda header: {**header, "__metadata__": [1]},
+    "metadata holds numbers": lambda header: {**header, "__metadata__": {"a": 5}},
+    "negative length": changed(shape=[-3, -5]),
+    "float length": changed(shape=[3.0, 5]),
+    "huge length": changed(shape=[2**62, 2**62]),
+    "huge empty": changed(shape=[0, 2**70], data_offsets=[0, 0]),
+    "text length": changed(shape=["3", 5]),
+    "bool length": changed(shape=[True, 15]),
+    "shape is a number": changed(shape=15),
+    "shape is a text": changed(shape="35"),
+    "no shape": changed(shape=None),
+    "dtype unknown": changed(dtype="Q5"),
+    "dtype is a list": changed(dtype=["F32"]),
+    "dtype is missing": changed(dtype=None),
+    "one offset": changed(data_offsets=[0]),
+    "three offsets": changed(data_offsets=[0, 60, 60]),
+    "offsets reversed": changed(data_offsets=[60, 0]),
+    "offsets negative": changed(data_offsets=[-60, 0]),
+    "offsets float": changed(data_offsets=[0.0, 60.0]),
+    "offsets text": changed(data_offsets="ab"),
+    "offsets overlap": changed(data_offsets=[4, 64]),
+    "offsets beyond": changed(data_offsets=[10**9, 10**9 + 60]),
+    "offsets huge": changed(data_offsets=[2**63, 2**63 + 60]),
+}
+
+
+@pytest.mark.parametrize("change", HEADERS.values(), ids=HEADERS)
+def test_headers_that_lie_are_refused(tmp_path, arrays, change):
+    write(tmp_path, arrays)
+    path = tmp_path / "model.safetensors"
+    header, values = header_of(path.read_bytes())
+    assert header["wide"]["data_offsets"] == [0, 60]
+    path.write_bytes(with_header(change(header), values))
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is corrupt") as caught:
+        read_tensor_index(tmp_path)
+    assert str(path) == caught.value.where
+    assert "download it again" in str(caught.value)
+
+
+def test_gaps_between_values_are_refused(tmp_path):
+    header = {"a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}}
+    header["b"] = {"dtype": "U8", "shape": [1], "data_offsets": [2, 3]}
+    (tmp_path / "model.safetensors").write_bytes(with_header(header, b"123"))
+    with pytest.raises(CheckpointError, match="the values of b do not begin"):
+        read_tensor_index(tmp_path)
+
+
+@pytest.mark.parametrize("length", [100_000_001, 2**63, 2**64 - 1])
+def test_header_lengths_are_bounded(tmp_path, length):
+    path = tmp_path / "model.safetensors"
+    with path.open("wb") as sink:
+        sink.write(struct.pack("<Q", length))
+        sink.truncate(200_000_000)
+    with pytest.raises(CheckpointError, match="header would"):
+        read_tensor_index(tmp_path)
+
+
+NAMES = [
+    *("../other.safetensors", "/tmp/other.safetensors", "sub/other.safetensors", "./model.safetensors"),
+    *(
+        "",
+        ".",
+        "..",
+        "pytorch_model.bin",
+        "model.safetensors\0",
+        "a\nb.safetensors",
+        "..\\o.safetensors",
+        "\ud800",
+    ),
+]
+
+
+@pytest.mark.parametrize("name", NAMES, ids=ascii)
+def test_an_index_names_files_of_its_folder_only(tmp_path, arrays, name):
+    folder = tmp_path / "checkpoint"
+    write(folder, arrays)
+    for place in (
+        tmp_path / "other.safetensors",
+        folder / "sub/other.safetensors",
+        folder / "pytorch_model.bin",
+    ):
+        place.parent.mkdir(exist_ok=True)
+        place.write_bytes((folder / "model.safetensors").read_bytes())
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": {"odd": name}})
+    )
+    with pytest.raises(CheckpointError, match="no weight index: it names") as caught:
+        read_tensor_index(folder)
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("", "{", "[1]", "null", "{}", '{"weight_map": []}', '{"weight_map": {}}', '{"weight_map": "x"}'),
+        *('{"weight_map": {"odd": 5}}', '{"weight_map": {"odd": null}}', '{"weight_map": {"odd": ["a"]}}'),
+        *('{"weight_map": NaN}', '{"weight_map": ' + "[" * 100_000 + "]" * 100_000 + "}"),
+    ],
+    ids=range(13),
+)
+def test_files_that_are_no_index_are_refused(tmp_path, arrays, content):
+    write(tmp_path, arrays)
+    (tmp_path / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(CheckpointError, match="no weight index") as caught:
+        read_tensor_index(tmp_path)
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_links_lead_into_the_folder_or_to_the_blobs_of_the_hubs_cache(tmp_path, arrays, sharded):
+    write(tmp_path / "other", arrays, max_shard_bytes=1 if sharded else 1 << 30)
+    snapshot = tmp_path / "models--a--b" / "snapshots" / "0123"
+    blobs = tmp_path / "models--a--b" / "blobs"
+    plain = tmp_path / "plain"
+    for folder in (snapshot, blobs, plain):
+        folder.mkdir(parents=True)
+    for path in (tmp_path / "other").iterdir():
+        (blobs / path.name).write_bytes(path.read_bytes())
+        (snapshot / path.name).symlink_to(f"../../blobs/{path.name}")
+        (plain / path.name).symlink_to(path)
+    assert set(read_tensor_index(snapshot)) == set(arrays)
+    with pytest.raises(CheckpointError, match=r"is a link to .*, outside the checkpoint's folder") as caught:
+        read_tensor_index(plain)
+    assert caught.value.hint
+    weights = next(snapshot.glob("*.safetensors"))
+    weights.unlink()
+    weights.symlink_to(tmp_path / "other" / weights.name)
+    with pytest.raises(CheckpointError, match="is a link to"):
+        read_tensor_index(snapshot)
+
+
+def test_what_is_no_file_is_no_checkpoint(tmp_path, arrays, monkeypatch):
+    path = tmp_path / "model.safetensors"
+    path.mkdir()
+    with pytest.raises(CheckpointError):
+        read_tensor_index(tmp_path)
+    path.rmdir()
+    os.mkfifo(path)
+    with pytest.raises(CheckpointError):
+        read_tensor_index(tmp_path)
+    path.unlink()
+    path.symlink_to(path)
+    with pytest.raises(CheckpointError):
+        read_tensor_index(tmp_path)
+    path.unlink()
+    write(tmp_path, arrays)
+    monkeypatch.setattr(
+        Path, "open", lambda *_: (_ for _ in ()).throw(PermissionError(13, "Permission denied"))
+    )
+    with pytest.raises(CheckpointError, match="cannot be read: Permission denied") as caught:
+        read_tensor_index(tmp_path)
+    assert caught.value.hint
