@@ -16,10 +16,10 @@ from gendistill.errors import GendistillError
 from gendistill.paths import check_shape, parse_json
 from gendistill.types import MixerKind
 
-# far above anything that a run counts or measures, and small enough to compute with
+# counts far above those of any run, and all that float32 holds: small enough to compute with
 Count = Annotated[int, Field(ge=0, le=10**15)]
 Positive = Annotated[int, Field(ge=1, le=10**15)]
-Number = Annotated[float, Field(ge=-1e30, le=1e30)]
+Number = Annotated[float, Field(ge=-1e39, le=1e39)]
 
 
 class LoggedScores(TypedDict):

@@ -9,6 +9,7 @@ import platform
 import shutil
 import sys
 import tempfile
+import threading
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from enum import StrEnum
@@ -16,11 +17,20 @@ from importlib import metadata
 from pathlib import Path
 
 from gendistill.cli.arguments import add_json, print_json
+from gendistill.errors import GendistillError
 from gendistill.paths import cache_dir
+from gendistill.text import printable
 
 _MIN_FREE_GB, _WARN_FREE_GB = 2.0, 10.0
 _MIN_TORCH, _MIN_TRANSFORMERS = "2.11", "5.17"
 _TESTED_TRANSFORMERS = "5.23"
+# imports of torch and transformers from a slow disk included
+_PATIENCE_SECONDS = 120.0
+# what libraries raise on import or first use when installation or environment are broken
+_CANNOT_CHECK = (
+    *(GendistillError, ImportError, OSError, RuntimeError, ValueError, LookupError, TypeError),
+    *(AttributeError, ArithmeticError, AssertionError, MemoryError, SyntaxError),
+)
 
 
 class Status(StrEnum):
@@ -55,15 +65,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run every check; fail if one of them failed."""
-    checks = [check() for check in CHECKS]
+    checks = [_bounded(check) for check in CHECKS]
     if arguments.json:
         print_json([asdict(check) for check in checks])
     else:
         for check in checks:
-            print(f"{check.status:6}{check.name:16}{check.detail}")
+            print(f"{check.status:6}{check.name:16}{printable(check.detail, longest=1000)}")
             if check.fix:
                 print(f"{'':22}fix: {check.fix}")
     return 1 if any(check.status is Status.FAIL for check in checks) else 0
+
+
+def _bounded(check: Callable[[], Check]) -> Check:
+    """Run one check; one that cannot be done, or does not end, has failed."""
+    name = check.__name__.removeprefix("check_").replace("_", " ")
+    done: list[Check] = []
+
+    def work() -> None:
+        try:
+            done.append(check())
+        except _CANNOT_CHECK as error:
+            message = error.message if isinstance(error, GendistillError) else str(error)
+            hint = (
+                getattr(error, "hint", None) or "correct or unset the environment variable that this is about"
+            )
+            done.append(Check(name, Status.FAIL, f"{type(error).__name__}: {message}", hint))
+
+    # a thread, because drivers and network disks can hang where no signal reaches; it may be left behind at exit
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(_PATIENCE_SECONDS)
+    if not done:
+        detail = f"no answer within {_PATIENCE_SECONDS:.0f} s"
+        return Check(name, Status.FAIL, detail, "look at drivers, network disks and the load of this machine")
+    return done[0]
 
 
 def check_python() -> Check:
@@ -216,7 +251,7 @@ def check_disk() -> Check:
 
 
 def _existing(path: Path) -> Path:
-    return path if path.exists() else _existing(path.parent)
+    return path if os.path.exists(path) else _existing(path.parent)  # noqa: PTH110 - raises nothing
 
 
 def check_cache() -> Check:
@@ -232,9 +267,13 @@ def check_cache() -> Check:
 
 
 def check_hub() -> Check:
-    """Hub downloads are allowed."""
+    """Hub downloads are allowed and have a place."""
     from huggingface_hub import constants
 
+    place = _existing(Path(constants.HF_HUB_CACHE))
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        detail = f"the cache {constants.HF_HUB_CACHE} cannot be written: {place} is in the way"
+        return Check("hub", Status.FAIL, detail, "export HF_HOME=FOLDER")
     if constants.HF_HUB_OFFLINE:
         detail = f"offline: only what is in {constants.HF_HUB_CACHE} can be loaded by hub id"
         return Check("hub", Status.WARN, detail, "unset HF_HUB_OFFLINE, if downloads are wanted")

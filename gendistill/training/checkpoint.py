@@ -6,27 +6,59 @@ Random numbers need no state, because the loop seeds every step from its number.
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import json
 import os
 import re
 import shutil
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
 
 import torch
+from pydantic import ConfigDict, with_config
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from typing_extensions import TypedDict
 
 from gendistill.errors import CheckpointError
-from gendistill.paths import new_folder, read_json, write_json
+from gendistill.paths import new_folder, read_json, write_json, writing
+from gendistill.records import Count, Number
 
-_NAME = re.compile(r"step-(\d+)")
+_NAME = re.compile(r"step-([0-9]+)")
+_REMAINS = re.compile(r"\.step-[0-9]+\.(?P<pid>[0-9]+)\.(?:partial|old)")
 _WEIGHTS = "trained.safetensors"
 _MOMENTS = "optimizer.safetensors"
 _STATE = "state.json"
+_MOMENT_KEYS = ("step", "exp_avg", "exp_avg_sq")
+_HINT = "delete this checkpoint: the stage resumes from an older one, or begins again"
+
+
+class _File(TypedDict):
+    bytes: Count
+    crc32: Count
+
+
+@with_config(ConfigDict(extra="forbid"))
+class _Progress(TypedDict):
+    step: Count
+    tokens: Count
+    seconds: Number
+    loss_first: Number | None
+    loss_last: Number | None
+    window: list[Number]
+
+
+class _State(TypedDict):
+    step: Count
+    files: dict[str, _File]
+    # of everything else in the file
+    crc32: NotRequired[Count]
+    progress: NotRequired[_Progress]
+    stream: NotRequired[dict[str, Any]]
 
 
 def save_checkpoint(
@@ -46,7 +78,7 @@ def save_checkpoint(
         keep: Checkpoints to keep, this one included.
         student: Its parameters that require gradients are saved.
         optimizer: AdamW over those parameters.
-        state: JSON: everything else that a resumed stage needs.
+        state: JSON: everything else that a resumed stage needs, under ``progress`` and ``stream``.
     Raises:
         OutputError: The disk is full or the folder cannot be written.
     """
@@ -54,14 +86,19 @@ def save_checkpoint(
     moments = {
         f"{name}.{key}": value
         for name, parameter in trained.items()
-        for key, value in optimizer.state[parameter].items()
+        for key, value in _moments(optimizer, parameter).items()
     }
     path = folder / f"step-{step:06d}"
+    with writing(path):
+        if path.is_symlink():
+            path.unlink()
     with new_folder(path) as partial:
         _write_tensors(partial / _WEIGHTS, trained)
         _write_tensors(partial / _MOMENTS, moments)
         files = {name: _fingerprint(partial / name) for name in (_WEIGHTS, _MOMENTS)}
-        write_json(partial / _STATE, {"step": step, "files": files, **state})
+        # as it will be read: keys of dictionaries become text
+        content = json.loads(json.dumps({"step": step, "files": files, **state}))
+        write_json(partial / _STATE, {**content, "crc32": _checksum(content)})
     _rotate(folder, step, keep)
     return path
 
@@ -75,14 +112,14 @@ def find_checkpoint(folder: Path, say: Callable[[str], None]) -> Path | None:
     """
     if not folder.is_dir():
         return None
-    for remains in [*folder.glob(".step-*.partial"), *folder.glob(".step-*.old")]:
-        shutil.rmtree(remains, ignore_errors=True)
-    for step in sorted(_steps(folder), reverse=True):
-        path = folder / f"step-{step:06d}"
-        damage = _damage(path)
-        if damage is None:
+    _remove_remains(folder)
+    for step, path in sorted(_steps(folder), reverse=True):
+        try:
+            _verify(path, step)
+        except CheckpointError as error:
+            say(f"skipping checkpoint {path}: {error.message}")
+        else:
             return path
-        say(f"skipping checkpoint {path}: {damage}")
     return None
 
 
@@ -90,10 +127,10 @@ def load_checkpoint(path: Path, *, student: nn.Module, optimizer: torch.optim.Op
     """Restore parameters and moments in place and return the rest of the state.
 
     Raises:
-        CheckpointError: It was written for other trained parameters.
+        CheckpointError: It was written for other trained parameters, or is damaged.
     """
-    trained = _trained(student)
-    weights, moments = load_file(path / _WEIGHTS), load_file(path / _MOMENTS)
+    trained, state = _trained(student), _read_state(path)
+    weights, moments = _read_tensors(path)
     if {name: value.shape for name, value in weights.items()} != {
         name: value.shape for name, value in trained.items()
     }:
@@ -107,10 +144,9 @@ def load_checkpoint(path: Path, *, student: nn.Module, optimizer: torch.optim.Op
         for name, parameter in trained.items():
             parameter.copy_(weights[name])
             optimizer.state[parameter] = {
-                key: moments[f"{name}.{key}"].to(parameter.device)
-                for key in ("step", "exp_avg", "exp_avg_sq")
+                key: moments[f"{name}.{key}"].to(parameter.device) for key in _MOMENT_KEYS
             }
-    return read_json(path / _STATE)
+    return state
 
 
 def checksums(module: nn.Module) -> dict[str, int]:
@@ -146,26 +182,129 @@ def _fingerprint(path: Path) -> dict[str, int]:
     return {"bytes": path.stat().st_size, "crc32": checksum}
 
 
-def _damage(path: Path) -> str | None:
-    try:
-        state = read_json(path / _STATE, error=CheckpointError)
-        for name, expected in state["files"].items():
+def _moments(optimizer: torch.optim.Optimizer, parameter: Tensor) -> Mapping[str, Tensor]:
+    """Return a parameter's moments; one that no gradient has reached yet is about to get these."""
+    state = optimizer.state.get(parameter)
+    if state:
+        return {key: state[key] for key in _MOMENT_KEYS}
+    zeros = torch.zeros_like(parameter)
+    return {"step": torch.zeros(()), "exp_avg": zeros, "exp_avg_sq": zeros.clone()}
+
+
+def _damaged(path: Path, why: str) -> CheckpointError:
+    return CheckpointError(why, where=str(path), hint=_HINT)
+
+
+def _verify(path: Path, step: int) -> None:
+    """Check everything about a checkpoint that can be checked without its student.
+
+    Raises:
+        CheckpointError: It is damaged.
+    """
+    state = _read_state(path)
+    if not state["step"] == state.get("progress", {"step": step})["step"] == step:
+        raise _damaged(path, f"{_STATE} is of step {state['step']}, the folder of step {step}")
+    for name in (_WEIGHTS, _MOMENTS):
+        try:
             if not (path / name).is_file():
-                return f"{name} is missing"
-            if _fingerprint(path / name) != expected:
-                return f"{name} is damaged"
-    except (OSError, CheckpointError, KeyError) as error:
-        return f"{_STATE} cannot be read ({type(error).__name__})"
-    return None
+                raise _damaged(path, f"{name} is missing")
+            if _fingerprint(path / name) != state["files"].get(name):
+                raise _damaged(path, f"{name} is damaged")
+        except OSError as error:
+            raise _damaged(path, f"{name} cannot be read: {error.strerror}") from error
+    _read_tensors(path)
 
 
-def _steps(folder: Path) -> list[int]:
-    return [int(match[1]) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))]
+def _read_state(path: Path) -> dict[str, Any]:
+    try:
+        state = read_json(path / _STATE, shape=_State, error=CheckpointError, hint=_HINT)
+    except CheckpointError as error:
+        raise _damaged(path, f"{_STATE} cannot be read: {error.message}") from error
+    if "crc32" in state:
+        checksum = state.pop("crc32")
+        if checksum != _checksum(state):
+            raise _damaged(path, f"{_STATE} is damaged: it was changed after it had been written")
+    # without a checksum, it is of an older version
+    elif missing := [key for key in ("progress", "stream") if key not in state]:
+        raise _damaged(path, f"{_STATE} lacks {' and '.join(missing)}")
+    return state
+
+
+def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Read weights and moments, and check that they belong together and are finite float32 numbers.
+
+    Raises:
+        CheckpointError: They cannot be read, or are not what ``save_checkpoint`` writes.
+    """
+    try:
+        weights, moments = load_file(path / _WEIGHTS), load_file(path / _MOMENTS)
+    except (SafetensorError, OSError) as error:
+        raise _damaged(path, f"the tensors cannot be read: {error}") from error
+    expected = {f"{name}.{key}" for name in weights for key in _MOMENT_KEYS}
+    if unlike := sorted(expected ^ moments.keys()):
+        raise _damaged(
+            path,
+            f"{_MOMENTS} does not hold the moments of {_WEIGHTS}: {', '.join(unlike[:3])} without partner",
+        )
+    for file, tensors in ((_WEIGHTS, weights), (_MOMENTS, moments)):
+        for name, value in tensors.items():
+            owner, _, key = name.rpartition(".")
+            shape = value.shape if tensors is weights else () if key == "step" else weights[owner].shape
+            if value.dtype is not torch.float32 or value.shape != shape:
+                raise _damaged(path, f"{file}: {name} is {value.dtype} {list(value.shape)}")
+            if not value.isfinite().all():
+                raise _damaged(path, f"{file}: {name} holds numbers that are not finite")
+    return weights, moments
+
+
+def _checksum(content: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
+
+
+def _steps(folder: Path) -> list[tuple[int, Path]]:
+    try:
+        return [(int(match[1]), path) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))]
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot list the stage's checkpoints: {error.strerror}",
+            where=str(folder),
+            hint="make the folder readable, or delete it to start the stage again",
+        ) from error
 
 
 def _rotate(folder: Path, step: int, keep: int) -> None:
     # later ones were damaged, or this one would not have been written
-    steps = _steps(folder)
-    older = sorted(other for other in steps if other <= step)
-    for other in [*older[:-keep], *(other for other in steps if other > step)]:
-        shutil.rmtree(folder / f"step-{other:06d}", ignore_errors=True)
+    steps = sorted(_steps(folder))
+    older = [path for other, path in steps if other <= step]
+    for path in [*older[:-keep], *(path for other, path in steps if other > step)]:
+        _remove(path)
+
+
+def _remove_remains(folder: Path) -> None:
+    """Remove what killed processes left of their writes; another process may be writing right now."""
+    for path in [*folder.glob(".step-*.partial"), *folder.glob(".step-*.old")]:
+        match = _REMAINS.fullmatch(path.name)
+        if match is None or not _is_running(int(match["pid"])):
+            _remove(path)
+
+
+def _is_running(pid: int) -> bool:
+    """Whether another process with this number exists."""
+    if pid in (0, os.getpid()):
+        return False
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _remove(path: Path) -> None:
+    """Delete a folder, or the file or link in its place, as far as possible."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()

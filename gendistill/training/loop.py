@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import time
 from collections.abc import Mapping, Sequence
@@ -279,7 +280,14 @@ def _divides(every: int | None, step: int) -> bool:
 
 def _score(s: Session) -> dict[str, float]:
     dtype = s.runner.compute_dtype
-    return score_heldout(s.student, s.teacher, s.heldout, compute_dtype=dtype, accelerator=s.accelerator)
+    scores = score_heldout(s.student, s.teacher, s.heldout, compute_dtype=dtype, accelerator=s.accelerator)
+    if bad := [name for name, value in scores.items() if not math.isfinite(value)]:
+        raise TrainingError(
+            f"held-out {', '.join(bad)} is not finite at step {s.progress.step} of {s.plan.steps}",
+            where=f"stages.{s.name}",
+            hint=f"lower stages.{s.name}.lr or grad_clip, delete {s.folder} and run the same command again",
+        )
+    return scores
 
 
 def _finish(s: Session) -> StageResult:

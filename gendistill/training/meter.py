@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gendistill.errors import CheckpointError
+
 
 @dataclass(frozen=True, slots=True)
 class Reading:
@@ -36,11 +38,18 @@ class Meter:
         device: Where the sums live.
         tokens: Tokens before the first step.
         window: ``sums`` of an earlier meter, to continue in the middle of a log interval.
+    Raises:
+        CheckpointError: The window is of another number of losses.
     """
 
     def __init__(
         self, num_losses: int, device: torch.device, *, tokens: int = 0, window: Sequence[float] = ()
     ) -> None:
+        if window and len(window) != 1 + num_losses:
+            raise CheckpointError(
+                f"the checkpoint's window has {len(window)} sums, this stage's loss has {1 + num_losses}",
+                hint="delete the stage's checkpoints to start the stage again",
+            )
         # number of steps, then losses
         self._window = torch.tensor(list(window) or [0.0] * (1 + num_losses), device=device)
         self._tokens = torch.tensor(tokens, device=device)

@@ -8,19 +8,30 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from pydantic import ConfigDict, with_config
 from torch import Tensor, nn
+from typing_extensions import TypedDict
 
 from gendistill.config.base import identity
 from gendistill.config.schema import StageConfig
 from gendistill.data.batch import Batch
 from gendistill.errors import CheckpointError
 from gendistill.paths import read_json, write_json
+from gendistill.records import Number, Positive
 
 _MOST_PROBES = 3
 _PROBE_SECONDS = 10.0
+
+
+@with_config(ConfigDict(extra="forbid"))
+class _PlanFile(TypedDict):
+    steps: Positive
+    compute_dtype: Literal["float32", "bfloat16"]
+    seconds_per_step: Number | None
+    locked: dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,11 +92,12 @@ def existing_plan(path: Path, locked: dict[str, Any], checkpoint: Path | None) -
         return None
     hint = f"restore the recipe to resume, or delete {path.parent} to start this stage again"
     try:
-        plan = StagePlan(**read_json(path, error=CheckpointError))
-    except (CheckpointError, TypeError) as error:
+        plan = StagePlan(**read_json(path, shape=_PlanFile, error=CheckpointError))
+    except CheckpointError as error:
         if checkpoint is None:
             return None
-        raise CheckpointError(f"cannot read the stage's plan: {error}", where=str(path), hint=hint) from error
+        message = f"cannot read the stage's plan: {error.message}"
+        raise CheckpointError(message, where=str(path), hint=hint) from error
     if plan.locked == locked:
         return plan
     if checkpoint is None:

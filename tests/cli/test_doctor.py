@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -10,6 +12,7 @@ import pytest
 
 from gendistill.cli import doctor
 from gendistill.cli.doctor import Check, Status
+from gendistill.errors import OutputError
 
 
 def pretend(monkeypatch, versions):
@@ -109,3 +112,93 @@ def test_wrong_maths_fails(monkeypatch):
 
     monkeypatch.setattr(ops, "chunk_delta_rule", wrong)
     assert doctor.check_ops().status == "fail"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ImportError("no libtorch"),
+        OSError(5, "Input/output error"),
+        RuntimeError("CUDA driver"),
+        ValueError("invalid literal for int(): 'abc'"),
+        AttributeError("no attribute"),
+        KeyError("key"),
+        OutputError("no folder", hint="make one"),
+    ],
+)
+def test_a_check_that_breaks_has_failed_and_the_others_go_on(cli, monkeypatch, error):
+    def check_broken():
+        raise error
+
+    monkeypatch.setattr(doctor, "CHECKS", (check_broken, lambda: Check("y", Status.PASS, "fine")))
+    code, out, err = cli("doctor")
+    assert (code, err) == (1, "")
+    assert f"fail  broken          {type(error).__name__}: " in out
+    assert "fix: " in out
+    assert "pass  y" in out
+
+
+def test_a_check_that_does_not_end_has_failed(cli, monkeypatch):
+    import threading
+
+    released = threading.Event()
+
+    def check_hanging():
+        released.wait(60)
+        return Check("late", Status.PASS, "late")
+
+    monkeypatch.setattr(doctor, "_PATIENCE_SECONDS", 0.05)
+    monkeypatch.setattr(doctor, "CHECKS", (check_hanging,))
+    code, out, _ = cli("doctor")
+    released.set()
+    assert code == 1
+    assert "fail  hanging         no answer within 0 s" in out
+
+
+@pytest.mark.parametrize("value", ["~nobody-of-this-name/x", "{file}", "{file}/x", "x" * 300, "\x1b[31m"])
+def test_odd_cache_folders_are_named(monkeypatch, cli, tmp_path, value):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("GENDISTILL_CACHE", value.format(file=tmp_path / "file"))
+    monkeypatch.setattr(doctor, "CHECKS", (doctor.check_disk, doctor.check_cache))
+    code, out, err = cli("doctor")
+    assert err == ""
+    assert "\x1b" not in out
+    assert code == (value != "\x1b[31m")
+    assert ("fail  cache" in out) == (code == 1)
+
+
+def test_a_cache_of_the_hub_that_cannot_be_written_fails(monkeypatch, tmp_path):
+    from huggingface_hub import constants
+
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "file" / "hub"))
+    found = doctor.check_hub()
+    assert (found.status, found.fix) == ("fail", "export HF_HOME=FOLDER")
+
+
+def test_hostile_environments_are_reported_without_a_traceback(tmp_path):
+    """One process with all of them: libraries read these when they are imported."""
+    hostile = {
+        "GENDISTILL_CACHE": "~nobody-of-this-name/x",
+        "OMP_NUM_THREADS": "abc",
+        "HF_HOME": "~nobody-of-this-name/\x1b[31m",
+        "HF_HUB_ETAG_TIMEOUT": "abc",
+        "TRANSFORMERS_VERBOSITY": "abc",
+        "COLUMNS": "abc",
+        "PYTHONIOENCODING": "ascii",
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "gendistill", "doctor"],
+        env={**os.environ, **hostile},
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert "internal error" not in done.stderr
+    assert "ValueError: invalid literal for int() with base 10: 'abc'" in done.stdout
+    assert "kda op" in done.stdout
