@@ -9,6 +9,7 @@ _DIRECTIONS = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\
 # control characters, halves of character pairs, ends of lines and paragraphs
 _HIDDEN = frozenset({"Cc", "Cs", "Zl", "Zp"})
 _LONGEST = 200
+_LONGEST_LINE = 10_000
 
 
 def printable(text: str, *, longest: int = _LONGEST) -> str:
@@ -20,6 +21,11 @@ def printable(text: str, *, longest: int = _LONGEST) -> str:
     """
     shown = "".join(_visible(character) for character in text[:longest])
     return f"{shown}… ({len(text):,} characters)" if len(text) > longest else shown
+
+
+def printable_lines(text: str) -> str:
+    """Write each line of a message as ``printable`` does."""
+    return "\n".join(printable(line, longest=_LONGEST_LINE) for line in text.split("\n"))
 
 
 def _visible(character: str) -> str:

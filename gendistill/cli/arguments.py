@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from gendistill.errors import RecipeError
+from gendistill.text import printable_lines
 
 if TYPE_CHECKING:
     from gendistill.config.schema import Recipe
@@ -26,7 +27,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Report a usage error and leave with exit code 2."""
-        text = f"usage error  {self.prog}\n  {printable(message)}\n  next: {self.prog} --help\n"
+        text = f"usage error  {self.prog}\n  {printable_lines(message)}\n  next: {self.prog} --help\n"
         self.exit(RecipeError.exit_code, text)
 
 
@@ -75,31 +76,10 @@ def load(arguments: argparse.Namespace) -> Recipe:
 
 
 def find_tasks(recipe: Recipe) -> None:
-<<<<<<< HEAD
-    """Read what the evaluation asks, so that a misspelt task fails now and not after hours of training.
-
-    Raises:
-        RecipeError: Two tasks of one name.
-        EvalError: A task or a set of questions that does not exist or cannot be read.
-    """
-    from gendistill_evals import load_questions, load_task
-
-    names: dict[str, str] = {}
-    for task in recipe.eval.tasks:
-        name = load_task(task).name
-        if name in names:
-            raise RecipeError(
-                f'"{task}" and "{names[name]}" are both the task {name}; their scores would share one place',
-                where="eval.tasks",
-                hint="name each task once, or give one of the files another name:",
-            )
-        names[name] = task
-=======
     """Read what the evaluation asks, so that a misspelt task fails now and not after hours of training."""
     from gendistill_evals import load_questions, load_tasks
 
     load_tasks(recipe.eval.tasks)
->>>>>>> part-evals
     if recipe.eval.questions is not None:
         load_questions(recipe.eval.questions)
 
@@ -122,17 +102,7 @@ def pipeline_module() -> ModuleType:
 
 def command_line() -> str:
     """Return the command as typed, for records and for printing; bytes that are not text are escaped."""
-    return printable(shlex.join(["gendistill", *sys.argv[1:]]))
-
-
-def printable(text: str) -> str:
-    """Escape what steers a terminal or cannot be encoded: all but printable characters, tabs and line breaks."""
-    if text.isprintable():
-        return text
-    return "".join(
-        letter if letter.isprintable() or letter in "\n\t" else letter.encode("unicode_escape").decode()
-        for letter in text
-    )
+    return printable_lines(shlex.join(["gendistill", *sys.argv[1:]]))
 
 
 def print_json(content: Any) -> None:

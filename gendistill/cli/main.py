@@ -16,10 +16,10 @@ from types import ModuleType
 from typing import NoReturn
 
 from gendistill import __version__
-from gendistill.cli.arguments import Parser, command_line, printable, with_dashes
+from gendistill.cli.arguments import Parser, command_line, with_dashes
 from gendistill.cli.launch import is_launched, watch_launcher
 from gendistill.errors import GendistillError
-from gendistill.text import printable
+from gendistill.text import printable_lines
 
 # name: (module, summary); the module is imported only for its own command
 COMMANDS = {
@@ -59,13 +59,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
     _quiet_libraries()
-<<<<<<< HEAD
-    _show_every_letter()
-=======
     _never_fail_to_print()
     if is_launched():
         watch_launcher()
->>>>>>> part-config
     try:
         return _flushed(words)
     except BrokenPipeError:
@@ -166,13 +162,9 @@ def _never_fail_to_print() -> None:
 def _failed(error: Exception) -> int:
     evals = sys.modules.get("gendistill_evals.errors")
     if isinstance(error, GendistillError) or (evals is not None and isinstance(error, evals.EvalError)):
-<<<<<<< HEAD
-        _print_error(str(error))
-=======
-        print(printable(str(error)), file=sys.stderr)
->>>>>>> part-config
+        print(printable_lines(str(error)), file=sys.stderr)
         return error.exit_code  # pyright: ignore[reportAttributeAccessIssue]
-    print(printable(_describe(error)), file=sys.stderr)
+    print(printable_lines(_describe(error)), file=sys.stderr)
     return 1
 
 
@@ -184,24 +176,6 @@ def _describe(error: Exception) -> str:
         hint = (
             "lower micro_batch_size or seq_len of the stage (or eval.batch_size), then run the same command"
         )
-<<<<<<< HEAD
-        text = f"memory error\n  {str(error).splitlines()[0] if str(error) else name}\n  next: {hint}"
-    elif is_launched() and any(sign in str(error) for sign in _LOST_PEER):
-        text = f"rank {os.environ.get('RANK', '?')} stopped, because another process did"
-    elif isinstance(error, OSError):
-        text = f"system error  {error.filename or ''}\n  {error.strerror or error}"
-        text += "\n  next: --debug shows where it happened"
-    else:
-        text = f"internal error  {name}\n  {error}\n  this is a bug in gendistill, not in what you gave it"
-        text += f"\n  next: {command_line()} --debug, and report the traceback"
-    _print_error(text)
-    return 1
-
-
-def _print_error(text: str) -> None:
-    """Print a message to standard error; nothing that it quotes can steer the terminal."""
-    print("\n".join(printable(line, longest=10_000) for line in text.split("\n")), file=sys.stderr)
-=======
         return f"memory error\n  {first}\n  next: {hint}"
     if is_launched() and any(sign in str(error) for sign in _LOST_PEER):
         return f"rank {os.environ.get('RANK', '?')} stopped, because another process did"
@@ -217,4 +191,3 @@ def _print_error(text: str) -> None:
         )
     text = f"internal error  {name}\n  {error}\n  this is a bug in gendistill, not in what you gave it"
     return text + f"\n  next: {command_line()} --debug, and report the traceback"
->>>>>>> part-config

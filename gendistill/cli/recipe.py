@@ -6,15 +6,26 @@ import argparse
 import json
 import os
 import re
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gendistill.cli.arguments import Parser, add_json, add_recipe, find_tasks, print_json, printable
+from gendistill.cli.arguments import Parser, add_json, add_recipe, find_tasks, print_json
+from gendistill.config.base import Affects
 from gendistill.errors import RecipeError
+from gendistill.text import printable
 
 if TYPE_CHECKING:
     from gendistill.config.load import LoadedRecipe
     from gendistill.config.schema import Recipe
+
+
+_AFFECTS = {
+    Affects.RESULT: "the result",
+    Affects.ARITHMETIC: "rounding",
+    Affects.CONTENT: "the result, if it holds something else",
+    Affects.NOTHING: "nothing that is finished",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -253,10 +264,11 @@ def _diff(arguments: argparse.Namespace) -> int:
 
     rows = diff_recipes(load_recipe(arguments.recipe), load_recipe(arguments.other))
     if arguments.json:
-        print_json([{"setting": path, "first": first, "second": second} for path, first, second in rows])
+        print_json([{**asdict(row), "affects": row.affects.name.lower()} for row in rows])
         return 0
-    for path, first, second in rows:
-        print(f"{path:40} {_one_line(first)}  ->  {_one_line(second)}")
+    for row in rows:
+        change = f"{_one_line(row.first)}  ->  {_one_line(row.second)}"
+        print(f"{row.setting:40} {change:32} affects {_AFFECTS[row.affects]}")
     if not rows:
         print("the two recipes are equal")
     return 0

@@ -371,7 +371,11 @@ def diff_recipes(first: Recipe, second: Recipe) -> list[Difference]:
             dotted(path),
             left.get(path),
             right.get(path),
-            max(affects_at(recipe, path) for recipe, found in ((first, left), (second, right)) if path in found),
+            max(
+                affects_at(recipe, path)
+                for recipe, found in ((first, left), (second, right))
+                if path in found
+            ),
         )
         for path in dict.fromkeys([*left, *right])
         if left.get(path) != right.get(path)

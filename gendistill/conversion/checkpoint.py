@@ -34,11 +34,7 @@ __all__ = [
 _ALLOWED = "a hub id (owner/name), a local folder, a .gguf file, pypi:<package>, or builtin:tiny"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?")
 _GGUF_FORMAT = 2  # raise it when the conversion of GGUF files changes, so that cached folders are made anew
-<<<<<<< HEAD
-=======
-_REMEMBERED_BYTES = 1 << 24
 _CHECKED_ELEMENTS = 1 << 24
->>>>>>> part-ckpt
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 
-from gendistill.text import printable
+from gendistill.text import printable, printable_lines
 
 
 class StageView(Protocol):
@@ -70,7 +70,7 @@ class TrainingConsole:
 
 def _plain(text: str) -> Text:
     """Take a message as it is: brackets and colons in names and paths are neither styles nor pictures."""
-    return Text("\n".join(printable(line, longest=10_000) for line in text.split("\n")))
+    return Text(printable_lines(text))
 
 
 class _Silence:

@@ -11,8 +11,9 @@ import sys
 import pytest
 
 import gendistill.pipeline as pipeline
-from gendistill.cli.arguments import printable, with_dashes
+from gendistill.cli.arguments import with_dashes
 from gendistill.config.load import recipe_file
+from gendistill.text import printable_lines
 
 
 def said(code, out, err, *, codes=(1, 2)):
@@ -20,7 +21,7 @@ def said(code, out, err, *, codes=(1, 2)):
     assert "Traceback" not in err
     assert "internal error" not in err
     assert "next:" in err or "allowed" in err, err
-    assert printable(err) == err
+    assert printable_lines(err) == err
 
 
 ODD = [

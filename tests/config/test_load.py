@@ -6,7 +6,15 @@ import contextlib
 
 import pytest
 
-from gendistill.config.load import diff_recipes, dump_recipe, load_recipe, read_recipe, recipe_names
+from gendistill.config.base import Affects
+from gendistill.config.load import (
+    Difference,
+    diff_recipes,
+    dump_recipe,
+    load_recipe,
+    read_recipe,
+    recipe_names,
+)
 from gendistill.config.problems import RecipeProblems
 from gendistill.errors import RecipeError
 
@@ -230,8 +238,8 @@ def test_binary_file_is_a_recipe_error(tmp_path):
 def test_diff_lists_exactly_what_differs(recipe):
     first = load_recipe(recipe)
     second = load_recipe(recipe, ["seed=7", "stages.distill.lr=1e-5"])
-    assert ("seed", 42, 7) in diff_recipes(first, second)
-    assert {path for path, _, _ in diff_recipes(first, second)} == {
+    assert Difference("seed", 42, 7, Affects.RESULT) in diff_recipes(first, second)
+    assert {row.setting for row in diff_recipes(first, second)} == {
         "seed",
         "stages.distill.lr",
         "stages.distill.lr.mixer",

@@ -21,7 +21,6 @@ from typing import Any
 
 from transformers.utils import logging
 
-from gendistill import pipeline
 from gendistill.paths import RunDir
 
 _SPEC = importlib.util.spec_from_file_location("place", Path(__file__).with_name("conftest.py"))
@@ -105,7 +104,7 @@ def child(work: Callable[[], object], events: Path, kill_at: float | None = None
     if pid == 0:
         code = 1
         try:
-            with open(os.devnull, "w") as nowhere:
+            with Path(os.devnull).open("w") as nowhere:
                 os.dup2(nowhere.fileno(), 1)
                 os.dup2(nowhere.fileno(), 2) if kill_at is not None else None
             count = watch(kill_at if isinstance(kill_at, int) else None)
