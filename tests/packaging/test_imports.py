@@ -21,6 +21,8 @@ TORCH_FREE = (
     *(
         "gendistill.types",
         "gendistill.paths",
+        "gendistill.records",
+        "gendistill.text",
         "gendistill.packages",
         "gendistill.provenance",
         "gendistill.parameters",
