@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from gendistill.errors import ReportError
 from gendistill.report.gap import GapReport
 from gendistill.report.run_files import PROTOCOLS, ROLES, RunFiles, StageFiles
 from gendistill.report.tables import signed
@@ -51,8 +52,15 @@ _STYLE: dict[Any, Any] = {
 def _figure(width: float, height: float) -> Iterator[tuple[Figure, list[bytes]]]:
     """Yield a figure, and a list that holds its PNG once the block ends."""
     # Imported here: it costs half a second, and tables and gap.json need none of it.
-    import matplotlib
-    from matplotlib.figure import Figure
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ValueError as error:
+        raise ReportError(
+            f"matplotlib cannot start: {error}",
+            where="environment variables of matplotlib",
+            hint="unset MPLBACKEND: figures are drawn to files and need no backend",
+        ) from error
 
     png: list[bytes] = []
     with matplotlib.rc_context(_STYLE), warnings.catch_warnings():

@@ -22,6 +22,8 @@ TORCH_FREE = (
         "gendistill.types",
         "gendistill.advice",
         "gendistill.paths",
+        "gendistill.records",
+        "gendistill.text",
         "gendistill.packages",
         "gendistill.provenance",
         "gendistill.parameters",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import os
 import random
 import shutil
 from pathlib import Path
@@ -489,8 +490,6 @@ def test_links_are_followed_and_dangling_ones_are_named(run_dir, tmp_path, link)
 
 
 def test_a_pipe_in_a_files_place_is_not_waited_for(run_dir):
-    import os
-
     (run_dir / "manifest.json").unlink()
     os.mkfifo(run_dir / "manifest.json")
     assert "not a regular file" in refused(run_dir, "manifest.json").message

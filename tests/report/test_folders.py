@@ -6,6 +6,8 @@ import errno
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -186,9 +188,6 @@ def test_warnings_are_shown_without_scores_and_in_comparisons_too(make_run, edit
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
 def test_an_output_that_cannot_show_every_letter_is_no_failure(make_run, edit_json, encoding):
-    import subprocess
-    import sys
-
     run_dir = make_run()
     edit_json(run_dir / "manifest.json", lambda content: content.update(warnings=["日本語"]))
     done = subprocess.run(
@@ -199,6 +198,19 @@ def test_an_output_that_cannot_show_every_letter_is_no_failure(make_run, edit_js
     )
     assert done.returncode == 0, done.stderr
     assert b"\\u65e5" in done.stdout
+
+
+def test_a_backend_that_matplotlib_does_not_know_is_named(make_run):
+    done = subprocess.run(
+        [sys.executable, "-m", "gendistill", "report", str(make_run())],
+        env={**os.environ, "MPLBACKEND": "abc"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "next: unset MPLBACKEND" in done.stderr
+    assert "internal error" not in done.stderr
 
 
 def test_json_output_is_the_gap_of_every_run(make_run, capsys):
