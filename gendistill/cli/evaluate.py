@@ -22,6 +22,9 @@ _PROTOCOLS = {
     "likelihood": ("likelihood",),
     "generation": ("generation",),
 }
+_PATHS = ("model", "out", "teacher", "questions")
+# The longest name that every file system takes leaves room for what is written beside the folder.
+_LONGEST_NAME = 100
 _MODEL_FLAGS = ("tasks", "limit", "batch_size", "out", "teacher", "questions")
 
 
@@ -50,6 +53,8 @@ def run(arguments: argparse.Namespace) -> int:
         return _list(arguments)
     if arguments.model is None:
         raise RecipeError("no model was named", where="gendistill eval", hint="gendistill eval --help")
+    for flag in _PATHS:
+        _check_path(flag, getattr(arguments, flag))
     if _is_recipe(arguments.model):
         return _score_recipe(arguments)
     if arguments.overrides:
@@ -62,8 +67,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f'"{text}" is no number above 0')
+    # isdigit() takes superscripts and digits of other scripts too, and int() refuses thousands of digits.
+    if not (text.isascii() and text.isdigit()) or len(text) > 18 or int(text) < 1:
+        raise argparse.ArgumentTypeError(f'"{text[:_LONGEST_NAME]}" is no number above 0')
     return int(text)
 
 
@@ -94,18 +100,23 @@ def _score_recipe(arguments: argparse.Namespace) -> int:
 
 
 def _score_model(arguments: argparse.Namespace) -> int:
-    tasks = tuple(name for name in (arguments.tasks or "").split(",") if name)
+    from gendistill_evals import load_questions, load_tasks
+
+    tasks = tuple(name.strip() for name in (arguments.tasks or "").split(",") if name.strip())
     if not tasks and not arguments.questions:
         raise RecipeError(
             "nothing to score: no tasks and no questions",
             where="gendistill eval",
             hint="add --tasks NAME; gendistill eval --list shows what there is",
         )
-    out = (
-        Path(arguments.out)
-        if arguments.out
-        else Path("evals") / re.sub(r"[^\w.-]+", "-", arguments.model).strip("-")
-    )
+    # Before the model, which may be a download of hours.
+    for name in tasks:
+        _check_path("tasks", name)
+    load_tasks(tasks)
+    if arguments.questions is not None:
+        load_questions(arguments.questions)
+    out = Path(arguments.out) if arguments.out else Path("evals") / _folder_name(arguments.model)
+    _check_out(out)
     results = pipeline_module().evaluate_model(
         arguments.model,
         tasks=tasks,
@@ -122,6 +133,41 @@ def _score_model(arguments: argparse.Namespace) -> int:
     _print_scores(results)
     print(f"ok        {out}")
     return 0
+
+
+def _check_path(flag: str, text: str | None) -> None:
+    """Reject an argument that no file and no model can be called."""
+    if text is None:
+        return
+    try:
+        text.encode()
+        Path(text).expanduser().exists()
+        problem = "is empty" if not text.strip() else "holds a NUL byte" if "\0" in text else None
+    except UnicodeEncodeError:
+        problem = "is not UTF-8"
+    except RuntimeError as error:
+        problem = str(error)
+    except OSError as error:
+        problem = error.strerror or str(error)
+    if problem:
+        raise RecipeError(
+            f"{text[:_LONGEST_NAME]!a} is not a name or a path: {problem}",
+            where="gendistill eval MODEL" if flag == "model" else f"--{flag}",
+            hint="gendistill eval --help",
+        )
+
+
+def _folder_name(model: str) -> str:
+    """Name a folder after a model: letters, digits, dots and dashes, neither hidden nor a parent."""
+    name = re.sub(r"[^A-Za-z0-9.-]+", "-", model).strip("-.")
+    return name[-_LONGEST_NAME:].strip("-.") or "model"
+
+
+def _check_out(out: Path) -> None:
+    """Reject a folder for results that is, or lies in, a file."""
+    existing = next((folder for folder in (out, *out.parents) if folder.exists()), None)
+    if existing is not None and not existing.is_dir():
+        raise RecipeError(f"{existing} is not a folder", where="--out", hint="give another folder with --out")
 
 
 def _print_scores(results: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ from tokenizers import AddedToken
 
 from gendistill_evals import EvalError, evaluate_model, load_task, questions_identity, task_identity
 from gendistill_evals.fingerprint import tokenizer_fingerprint, weights_fingerprint
+from gendistill_evals.results import read_samples, read_transcripts
 
 ALL = {("colors", "likelihood"), ("colors", "generation")}
 
@@ -190,3 +191,18 @@ def test_identities_follow_the_content_and_not_the_place(write_task, tmp_path):
     assert identity == questions_identity(str(tmp_path / "moved" / "open.jsonl"))
     (tmp_path / "open.jsonl").write_text('{"question": "Who?"}\n')
     assert questions_identity(tmp_path / "open.jsonl") != identity
+
+
+@pytest.mark.parametrize("said", ["\ud83d", "a \udc80 b", "\x00\x1b", "\u2028"], ids=ascii)
+def test_answers_of_broken_characters_stay_readable(
+    evaluate, tiny_llama, chat_tokenizer, tmp_path, monkeypatch, said
+):
+    """Byte-wise tokenizers may decode half of a character pair."""
+    monkeypatch.setattr(type(chat_tokenizer), "decode", lambda self, *given, **settings: f"<{said}>")
+    (tmp_path / "open.jsonl").write_text('{"question": "Where?"}\n')
+    questions = {"questions": tmp_path / "open.jsonl", "question_tokens": 2}
+    evaluate(tiny_llama, **questions)
+    expected = f"<{said}>".encode("utf-8", "replace").decode()
+    assert {row["generation"]["text"] for row in read_samples(tmp_path / "out")} == {expected}
+    assert [row["answer"] for row in read_transcripts(tmp_path / "out")] == [expected]
+    assert evaluate(tiny_llama, **questions) == set()
