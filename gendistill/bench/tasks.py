@@ -112,6 +112,8 @@ class TaskStream:
     def __init__(self, rows: int, tokens: int, *, seed: int) -> None:
         self.rows, self.tokens, self.seed = rows, tokens, seed
         self.step = 0
+        self.dropped: dict[str, dict[str, int]] = {}
+        self.notes: list[str] = []
 
     def __next__(self) -> list[Batch]:
         self.step += 1

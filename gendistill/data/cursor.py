@@ -6,7 +6,7 @@ import copy
 import errno
 import itertools
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -19,12 +19,17 @@ from datasets.config import HF_DATASETS_CACHE
 from datasets.exceptions import DatasetsError
 
 from gendistill.config.schema import SourceConfig
-from gendistill.data.files import Row
+from gendistill.data.files import BadRow, Row, warn_once
+from gendistill.data.locate import TABLE_DELIMITERS, row_suffix
 from gendistill.errors import DataError
 from gendistill.paths import writing
 
 BLOCK_ROWS = 1000
 _DEFAULT_COLUMNS = {"text": ("text",), "messages": ("messages", "conversations")}
+_SHOWN_COLUMNS = 20
+_SHOWN_CHARS = 80
+_OTHER_DATA = "restore the dataset, or start a new run with another name="
+_RESUME = "check the network, then run the same command again: it resumes from its last checkpoint"
 T = TypeVar("T")
 
 
@@ -37,7 +42,7 @@ class Rows(Protocol):
 
 
 class Source(Protocol):
-    """An endless stream of rows with an exact cursor.
+    """An endless stream of rows with an exact cursor; a row that cannot be read comes as its error.
 
     Attributes:
         name: Name under ``data:`` in the recipe.
@@ -51,7 +56,9 @@ class Source(Protocol):
     num_rows: int | None
     epoch: int
 
-    def __next__(self) -> Row: ...
+    def __next__(self) -> Row | BadRow: ...
+
+    def first_rows(self, most: int) -> list[Row]: ...
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -79,8 +86,12 @@ def read_columns(config: SourceConfig, row: Row, *, where: str) -> tuple[str, ..
             continue
         close = get_close_matches(column, row, n=1)
         guess = f'did you mean "{close[0]}"? ' if close else ""
+        if row_suffix(Path(config.path)) in TABLE_DELIMITERS:
+            guess += "the first line of a table must name its columns; "
+        has = ", ".join(name[:_SHOWN_CHARS] for name in itertools.islice(row, _SHOWN_COLUMNS))
         raise DataError(
-            f'{config.path} has no column "{column}"; it has: {", ".join(row)}',
+            f'{config.path} has no column "{column}"; it has: {has or "none"}'
+            + (f" and {len(row) - _SHOWN_COLUMNS:,} more" if len(row) > _SHOWN_COLUMNS else ""),
             where=where,
             hint=f"{guess}set {where}.{key}, or {where}.format if the rows are of another kind",
         )
@@ -104,6 +115,8 @@ class MapSource:
         self.num_rows: int | None = left if config.limit is None else min(left, config.limit)
         self.epoch = 0
         self._rows = rows
+        self._where = where
+        self._said_bad = False
         self._skip = skip_rows
         self._seed = seed if config.shuffle else None
         self._position = 0
@@ -112,13 +125,28 @@ class MapSource:
     def __iter__(self) -> MapSource:
         return self
 
-    def __next__(self) -> Row:
+    def __next__(self) -> Row | BadRow:
         if self._position == self.num_rows:
             self.epoch, self._position = self.epoch + 1, 0
             self._order = self._permutation()
-        row = self._rows[self._skip + int(self._order[self._position])]
+        row = self._read(self._position)
         self._position += 1
         return row
+
+    def first_rows(self, most: int) -> list[Row]:
+        """Read the first rows of the current epoch that can be read, without moving on."""
+        assert self.num_rows is not None
+        rows = (self._read(position) for position in range(min(most, self.num_rows)))
+        return [row for row in rows if not isinstance(row, BadRow)]
+
+    def _read(self, position: int) -> Row | BadRow:
+        try:
+            return self._rows[self._skip + int(self._order[position])]
+        except BadRow as bad:
+            if not self._said_bad:
+                self._said_bad = True
+                warn_once(f"{self._where}: {bad.message}; such rows are left out and counted")
+            return bad
 
     def _permutation(self) -> np.ndarray | range:
         assert self.num_rows is not None
@@ -128,16 +156,28 @@ class MapSource:
 
     def state_dict(self) -> dict[str, Any]:
         """Say where the stream stands, as JSON."""
-        return {"epoch": self.epoch, "position": self._position, "rows": self.num_rows}
+        return {
+            "epoch": self.epoch,
+            "position": self._position,
+            "rows": self.num_rows,
+            "columns": list(self.columns),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue after the row that was last yielded when the state was taken."""
+        """Continue after the row that was last yielded when the state was taken.
+
+        Raises:
+            DataError: The state belongs to other data.
+        """
+        check_state(state, ("epoch", "position", "rows"), self.columns, where=self._where)
         if state["rows"] != self.num_rows:
             raise DataError(
                 f"the dataset had {state['rows']:,} rows when the run was saved and has {self.num_rows:,} now",
-                where=f"data.{self.name}",
-                hint="restore the dataset, or start a new run with another name=",
+                where=self._where,
+                hint=_OTHER_DATA,
             )
+        if state["position"] > state["rows"]:
+            raise _beyond(state["position"], state["rows"], where=self._where)
         self.epoch, self._position = state["epoch"], state["position"]
         self._order = self._permutation()
 
@@ -166,6 +206,7 @@ class StreamSource:
         self._dataset = dataset if config.limit is None else dataset.take(config.limit)
         self._seed = seed if config.shuffle else None
         self._block_rows = block_rows
+        self._iterator: Iterator[Row] = iter(())
         self._start(epoch=0, block=0, cursor=None)
         if not self._rows:
             if skip_rows:
@@ -178,7 +219,7 @@ class StreamSource:
 
     def __next__(self) -> Row:
         if self._position == len(self._rows):
-            self._cursor = self._open.state_dict()
+            self._cursor = self._dataset.state_dict()
             self._block += 1
             self._read_block()
             if not self._rows:
@@ -191,16 +232,17 @@ class StreamSource:
         self.epoch = epoch
         self._block = block
         self._cursor = cursor
-        # a fresh copy: a dataset that was resumed once would start every later epoch in its middle
-        self._open = copy.deepcopy(self._dataset)
-        if cursor is not None:
-            self._open.load_state_dict(copy.deepcopy(cursor))
-        self._iterator = iter(self._open)
+        # no state at all starts at the first row: a dataset that was resumed once would start every epoch in its middle
+        self._dataset.load_state_dict(copy.deepcopy(cursor) if cursor else {})
+        self._iterator = iter(self._dataset)
         self._read_block()
 
     def _read_block(self) -> None:
         rows = translated(
-            lambda: list(itertools.islice(self._iterator, self._block_rows)), self._config, where=self._where
+            lambda: list(itertools.islice(self._iterator, self._block_rows)),
+            self._config,
+            where=self._where,
+            hint=_RESUME,
         )
         if self._seed is not None:
             order = _generator(self._seed, self.name, self.epoch, self._block).permutation(len(rows))
@@ -215,12 +257,66 @@ class StreamSource:
             "block": self._block,
             "position": self._position,
             "cursor": copy.deepcopy(self._cursor),
+            "columns": list(self.columns),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue after the row that was last yielded when the state was taken."""
-        self._start(epoch=state["epoch"], block=state["block"], cursor=state["cursor"])
+        """Continue after the row that was last yielded when the state was taken.
+
+        Raises:
+            DataError: The state belongs to other data.
+        """
+        check_state(state, ("epoch", "block", "position"), self.columns, where=self._where)
+        cursor = state.get("cursor")
+        try:
+            self._start(epoch=state["epoch"], block=state["block"], cursor=cursor)
+        except (KeyError, IndexError, TypeError, AttributeError, AssertionError) as error:
+            # the datasets library takes its own states on trust
+            raise DataError(
+                f"the saved place in {self._config.path} does not fit the dataset as it is now",
+                where=self._where,
+                hint=_OTHER_DATA,
+            ) from error
+        if state["position"] > len(self._rows):
+            raise _beyond(state["position"], len(self._rows), where=self._where)
         self._position = state["position"]
+
+    def first_rows(self, most: int) -> list[Row]:
+        """Return the first rows of the block that is in memory."""
+        return self._rows[:most]
+
+
+def check_state(state: Any, counts: Sequence[str], columns: Sequence[str], *, where: str) -> None:
+    """Refuse a saved state that cannot be one of this source's.
+
+    Args:
+        state: As saved.
+        counts: Entries that must be whole numbers from 0 on.
+        columns: What the source reads now; a state from before columns were saved has none.
+        where: Recipe path, for errors.
+    """
+    fine = isinstance(state, dict) and all(
+        isinstance(state.get(name), int) and state[name] >= 0 for name in counts
+    )
+    if not fine:
+        raise DataError(
+            "the saved state of this source is damaged or belongs to another kind of source",
+            where=where,
+            hint=_OTHER_DATA,
+        )
+    saved = state.get("columns", list(columns))
+    if saved != list(columns):
+        raise DataError(
+            f"the run was saved with the columns {saved} and would go on with {list(columns)}",
+            where=where,
+            hint=_OTHER_DATA,
+        )
+
+
+def _beyond(position: int, rows: int, *, where: str) -> DataError:
+    return DataError(
+        f"the run was saved after row {position:,} and there are only {rows:,}", where=where, hint=_OTHER_DATA
+    )
 
 
 def _generator(seed: int, name: str, *more: int) -> np.random.Generator:
@@ -244,13 +340,28 @@ def all_held_out(rows: int, reserved: int, config: SourceConfig, *, where: str) 
     )
 
 
-def translated(read: Callable[[], T], config: SourceConfig, *, where: str) -> T:
-    """Run a read of the datasets library and turn what a user can cause into a data error."""
+def translated(read: Callable[[], T], config: SourceConfig, *, where: str, hint: str | None = None) -> T:
+    """Run a read of the datasets library and turn what a user can cause into a data error.
+
+    Args:
+        read: Reads something.
+        config: What is read, for errors.
+        where: Recipe path, for errors.
+        hint: What to do next; None: what helps when a dataset is opened.
+    Raises:
+        DataError: It cannot be read.
+    """
+    hint = hint or (
+        f"check {where}.path, subset, split and revision, and the network for a hub dataset; "
+        "then run the same command again"
+    )
     try:
         return read()
     except (
         OSError,
         ValueError,
+        EOFError,
+        zlib.error,
         httpx.HTTPError,
         DatasetsError,
         pa.ArrowException,
@@ -258,10 +369,14 @@ def translated(read: Callable[[], T], config: SourceConfig, *, where: str) -> T:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             with writing(Path(HF_DATASETS_CACHE)):
                 raise
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise DataError(
-            f"cannot read {config.path}: {lines[0]}",
-            where=where,
-            hint=f"check {where}.path, subset, split and revision, and the network for a hub dataset; "
-            "then run the same command again",
-        ) from error
+        raise _cannot_read(error, config, where=where, hint=hint) from error
+    except (RuntimeError, ImportError, AttributeError, KeyError, TypeError) as error:
+        # a dataset of code, one whose decoder is missing, or one that is of another shape than it says
+        if "scripts are no longer supported" in str(error):
+            hint = "code of a dataset is never run: use its parquet branch (revision: refs/convert/parquet), or files"
+        raise _cannot_read(error, config, where=where, hint=hint) from error
+
+
+def _cannot_read(error: Exception, config: SourceConfig, *, where: str, hint: str) -> DataError:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return DataError(f"cannot read {config.path}: {lines[0][:500]}", where=where, hint=hint)

@@ -1,34 +1,61 @@
-"""Local files of rows: JSON Lines, one big JSON array, plain text. Read by row number, never held in memory."""
+"""Local files of rows: JSON Lines, one big JSON array, CSV, plain text. Read by row number, never held in memory."""
 
 from __future__ import annotations
 
 import codecs
 import functools
-import gzip
 import hashlib
 import json
 import logging
 import os
+import re
 from array import array
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, Protocol
 
 import numpy as np
 from filelock import FileLock
 
-from gendistill.data.locate import JSON_SUFFIXES, TEXT_SUFFIXES, row_suffix
-from gendistill.errors import DataError
+from gendistill.data.lines import CHUNK_BYTES, MAX_ROW_BYTES, ByteFile, split_lines, too_long
+from gendistill.data.locate import JSON_SUFFIXES, TABLE_DELIMITERS, TEXT_SUFFIXES, reading, row_suffix
+from gendistill.data.tables import TableRecords
+from gendistill.digests import file_stamp
+from gendistill.errors import DataError, OutputError, printable
 from gendistill.paths import cache_dir, new_folder, read_json, write_json, writing
 
 Row = dict[str, Any]
 
-_CHUNK_BYTES = 1 << 20
+_CHUNK_BYTES = CHUNK_BYTES
 # the longest token that a cut can split without being a string: "-Infinity", or half an escape
 _CUT_MARGIN = 16
+_BLANKS = re.compile(r"[ \t\r\n]*")
+_INDEX_FORMAT = 2  # raise it when the index changes, so that files are indexed anew
+_UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 _log = logging.getLogger(__name__)
+
+
+class BadRow(DataError):
+    """A row that cannot be read, where the rows beside it can.
+
+    Args:
+        message: Names the file and the row.
+        reason: Why, in words that rows of one kind share: they are counted by it.
+    """
+
+    def __init__(
+        self, message: str, *, reason: str, where: str | None = None, hint: str | None = None
+    ) -> None:
+        super().__init__(message, where=where, hint=hint)
+        self.reason = reason
+
+
+class Readable(Protocol):
+    """Bytes that are read in order."""
+
+    def read(self, num_bytes: int, /) -> bytes: ...
 
 
 @functools.cache
@@ -39,46 +66,83 @@ def warn_once(message: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class LineFile:
-    """Rows of one file with a row per line, found by the byte offsets of the lines.
+    """Rows of one file with a row per line, found by the places of the lines.
 
     Attributes:
         path: Uncompressed file.
-        offsets: ``[rows + 1]`` int64, where each row starts, then the end of the file.
+        spans: ``[rows, 2]`` int64, the bytes where each row starts and ends.
         source: The file that the user named, for errors.
         where: Recipe path, for errors.
         is_text: Whether a line is ``{"text": line}`` rather than a JSON object.
+        state: Size in bytes and time of change of ``path`` when it was opened.
     """
 
     path: Path
-    offsets: np.ndarray
+    spans: np.ndarray
     source: Path
     where: str
     is_text: bool
+    state: tuple[int, int]
 
     def __len__(self) -> int:
-        return len(self.offsets) - 1
+        return len(self.spans)
 
     def __getitem__(self, index: int) -> Row:
-        with self.path.open("rb") as file:
-            file.seek(int(self.offsets[index]))
-            line = file.read(int(self.offsets[index + 1] - self.offsets[index]))
-        if self.is_text:
-            # blank lines that follow belong to no row
-            return {"text": line.split(b"\n", 1)[0].rstrip(b"\r").decode("utf-8", errors="replace")}
+        """Read one row.
+
+        Raises:
+            BadRow: It is not an object of columns, or not text.
+            DataError: The file cannot be read, or has changed since it was opened.
+        """
+        start, end = self.spans[index].tolist()
+        with reading(self.path, where=self.where), self.path.open("rb") as file:
+            if _state(os.fstat(file.fileno())) != self.state:
+                raise DataError(
+                    f"{self.path} has changed since it was opened",
+                    where=f"{self.where}.path",
+                    hint="restore the file and run the same command again, or start a new run with another name=",
+                )
+            file.seek(start)
+            line = file.read(end - start)
         try:
-            row = json.loads(line)
+            return _text_row(line) if self.is_text else _object_row(line)
         except ValueError as error:
-            raise DataError(
-                f"row {index + 1:,} of {self.source} is no JSON: {error}",
+            hint = "a .json file holds one array of objects, or one object per line"
+            raise BadRow(
+                f"row {index + 1:,} of {self.source} {error}",
+                reason=f"a row {error}".partition(":")[0],
                 where=self.where,
-                hint="a .json file holds one array of objects, or one object per line",
+                hint="a text file holds one text per line, in UTF-8" if self.is_text else hint,
             ) from error
-        if not isinstance(row, dict):
-            raise DataError(
-                f"row {index + 1:,} of {self.source} is a {type(row).__name__}, expected an object of columns",
-                where=self.where,
-            )
-        return row
+
+
+def _state(stat: os.stat_result) -> tuple[int, int]:
+    return stat.st_size, stat.st_mtime_ns
+
+
+def _text_row(line: bytes) -> Row:
+    if b"\0" in line:
+        raise ValueError("holds NUL characters, as files that are not text do")
+    try:
+        return {"text": line.rstrip(b"\r\n").decode("utf-8")}
+    except UnicodeDecodeError as error:
+        raise ValueError(f"is not UTF-8: {error.reason} at byte {error.start + 1:,}") from error
+
+
+def _object_row(line: bytes) -> Row:
+    try:
+        row = json.loads(line)
+    except RecursionError as error:
+        raise ValueError("is nested too deeply to be read") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"is not UTF-8: {error.reason} at byte {error.start + 1:,}") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"is no JSON: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"cannot be read: {error}") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"is a {type(row).__name__}, expected an object of columns")
+    return row
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,105 +165,190 @@ class JoinedRows:
         return self.parts[part][index - self.starts[part]]
 
 
-def open_line_file(path: Path, *, where: str) -> LineFile:
-    """Open a ``.json``, ``.jsonl`` or ``.txt`` file, plain or gzipped, for reading by row number.
+@dataclass(frozen=True, slots=True)
+class _Info:
+    """What is known of an indexed file; ``bytes`` is the size of the file that the places belong to."""
 
-    The first call writes an index of the rows to the cache; a JSON array or a gzipped file is also converted
+    source: str
+    rows: int
+    bytes: int
+    cut: bool
+    converted: bool
+
+
+def open_line_file(path: Path, *, where: str) -> LineFile:
+    """Open a file of JSON, of a table or of text, plain or gzipped, for reading by row number.
+
+    The first call writes an index of the rows to the cache; a JSON array, a table or a gzipped file is also converted
     to one row per line there. Later calls read the index alone.
 
     Args:
-        path: The file. A JSON array may be larger than memory, and may be cut off at its end.
+        path: The file. It may be larger than memory, and may be cut off at its end.
         where: Recipe path, for errors.
     Raises:
-        DataError: The file is broken before its end.
+        DataError: The file cannot be read, or is broken before its end.
     """
-    stat = path.stat()
-    key = hashlib.sha256(f"1 {path.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:16]
+    with reading(path, where=where):
+        before = file_stamp(path.stat())
+    key = hashlib.sha256(os.fsencode(f"{_INDEX_FORMAT} {path.resolve()}\0{before}")).hexdigest()[:16]
     folder = cache_dir() / "rows" / f"{path.stem[:40]}-{key}"
-    if not (folder / "info.json").is_file():
-        with writing(folder):
-            folder.parent.mkdir(parents=True, exist_ok=True)
-        # the ranks of one run open the same file at the same moment
-        with FileLock(folder.with_name(f".{folder.name}.lock")):
-            if not (folder / "info.json").is_file():
-                with new_folder(folder) as partial:
-                    _index(path, partial, where=where)
-    info = read_json(folder / "info.json")
-    if info["cut"]:
+    index = _stored_index(folder, path) or _new_index(folder, path, before, where=where)
+    info, spans = index
+    if info.cut:
         warn_once(
-            f"{where}: {path.name} is cut off at its end; its {info['rows']:,} whole records are used, "
+            f"{where}: {path.name} is cut off at its end; its {info.rows:,} whole records are used, "
             "the broken last one is left out"
         )
+    rows = folder / "rows.jsonl" if info.converted else path
+    with reading(rows, where=where):
+        state = _state(rows.stat())
     return LineFile(
-        path=folder / "rows.jsonl" if info["converted"] else path,
-        offsets=np.load(folder / "offsets.npy"),
+        path=rows,
+        spans=spans,
         source=path,
         where=where,
         is_text=row_suffix(path) in TEXT_SUFFIXES,
+        state=state,
     )
 
 
-def _index(path: Path, folder: Path, *, where: str) -> None:
-    """Write the row offsets of a file, and its rows one per line if they are not so yet."""
-    with _open_bytes(path) as file:
-        head = file.read(4096).lstrip(codecs.BOM_UTF8).lstrip()
-        file.seek(0)
-        is_array = row_suffix(path) in JSON_SUFFIXES and head.startswith(b"[")
-        converted = is_array or path.suffix.lower() == ".gz"
-        cut = False
-        if is_array:
-            with (folder / "rows.jsonl").open("wb") as out:
-                offsets, cut = _write_array(file, out, path=path, where=where)
-        elif converted:
-            with (folder / "rows.jsonl").open("wb") as out:
-                offsets = _line_offsets(file, out.write)
-        else:
-            offsets = _line_offsets(file)
-    np.save(folder / "offsets.npy", np.frombuffer(offsets, dtype=np.int64))
-    write_json(
-        folder / "info.json",
-        {"source": str(path.resolve()), "rows": len(offsets) - 1, "cut": cut, "converted": converted},
-    )
-
-
-def _open_bytes(path: Path) -> IO[bytes]:
-    if path.suffix.lower() == ".gz":
-        return gzip.open(path, "rb")  # type: ignore[return-value]
-    return path.open("rb")
-
-
-def _line_offsets(file: IO[bytes], copy: Callable[[bytes], object] | None = None) -> array:
-    """List where the rows of a line file start and end. Blank lines belong to the row before them."""
-    offsets, position = array("q"), 0
-    for line in file:
-        if copy:
-            copy(line)
-        if line.strip():
-            offsets.append(position)
-        position += len(line)
-    offsets.append(position)
-    return offsets
-
-
-def _write_array(file: IO[bytes], out: IO[bytes], *, path: Path, where: str) -> tuple[array, bool]:
-    """Write the records of a JSON array one per line; say whether the array was cut off."""
-    offsets = array("q", [0])
-    records = JsonArrayRecords(file)
+def _stored_index(folder: Path, path: Path) -> tuple[_Info, np.ndarray] | None:
+    """Read the index of a file, or None if there is none that is whole."""
     try:
-        for record in records:
-            # inside a JSON string a line break is escaped, so every raw one is white space between tokens
-            line = record.replace("\r", " ").replace("\n", " ").encode() + b"\n"
-            out.write(line)
-            offsets.append(offsets[-1] + len(line))
+        info = _Info(**read_json(folder / "info.json", shape=dict[str, int | str | bool]))
+        spans = np.load(folder / "spans.npy", allow_pickle=False)
+        size = (folder / "rows.jsonl" if info.converted else path).stat().st_size
+    except (OutputError, OSError, ValueError, EOFError, TypeError):
+        return None
+    if spans.dtype != np.int64 or spans.shape != (info.rows, 2) or size != info.bytes:
+        return None
+    ordered = bool((np.diff(spans.reshape(-1), prepend=0, append=size) >= 0).all())
+    return (info, spans) if ordered else None
+
+
+def _new_index(folder: Path, path: Path, stamp: str, *, where: str) -> tuple[_Info, np.ndarray]:
+    """Index a file, unless another process just has."""
+    # opened first: a file that may not be read is not the fault of the cache
+    with reading(path, where=where), ByteFile(path) as file, writing(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        # the ranks of one run open the same file at the same moment
+        with FileLock(folder.with_name(f".{folder.name}.lock")):
+            index = _stored_index(folder, path)
+            if index is None:
+                with new_folder(folder) as partial:
+                    _index(file, path, partial, where=where)
+                index = _stored_index(folder, path)
+        if index is None or file_stamp(path.stat()) != stamp:
+            raise DataError(
+                f"{path} changed while it was read",
+                where=f"{where}.path",
+                hint="wait until it is written, then run the same command again",
+            )
+    return index
+
+
+class _Records(Protocol):
+    """The rows of a file and the places of their first bytes; ``cut`` once it ended inside a row."""
+
+    cut: bool
+
+    def __iter__(self) -> Iterator[tuple[int, bytes]]: ...
+
+
+def _index(file: ByteFile, path: Path, folder: Path, *, where: str) -> None:
+    """Write the places of the rows of a file, and its rows one per line if they are not so yet."""
+    spans, number = array("q"), 0
+    try:
+        records, converted = _records(file, path)
+        with (folder / "rows.jsonl").open("wb") as out:
+            for start, line in records:
+                number += 1
+                if converted:
+                    start = out.tell()
+                    out.write(line + b"\n")
+                spans.extend((start, start + len(line)))
+            out.flush()
+            os.fsync(out.fileno())
+            size = out.tell() if converted else path.stat().st_size
     except ValueError as error:
         raise DataError(
-            f"record {len(offsets):,} of {path} is broken: {error}",
+            f"record {number + 1:,} of {path} is broken: {error}",
             where=where,
-            hint="repair the file, or cut it after the last good record",
+            hint="repair the file or get it again, or cut it after the last good record",
         ) from error
-    out.flush()
-    os.fsync(out.fileno())
-    return offsets, records.cut
+    if not converted:
+        (folder / "rows.jsonl").unlink()
+    np.save(folder / "spans.npy", np.frombuffer(spans, dtype=np.int64).reshape(-1, 2))
+    info = _Info(
+        source=printable(str(path.resolve())),
+        rows=len(spans) // 2,
+        bytes=size,
+        cut=records.cut,
+        converted=converted,
+    )
+    write_json(folder / "info.json", asdict(info))
+
+
+def _records(file: ByteFile, path: Path) -> tuple[_Records, bool]:
+    """Choose how a file is read, and whether its rows must be written anew."""
+    first = file.read(CHUNK_BYTES)
+    if first.startswith(_UTF16):
+        raise ValueError(
+            "the file is UTF-16, and rows must be UTF-8: convert it with iconv -f UTF-16 -t UTF-8"
+        )
+    first = first.removeprefix(codecs.BOM_UTF8)
+    while first.isspace():
+        first = file.read(CHUNK_BYTES)
+    file.rewind()
+    suffix, is_zipped = row_suffix(path), path.suffix.lower() == ".gz"
+    if suffix in TABLE_DELIMITERS:
+        return TableRecords(file, delimiter=TABLE_DELIMITERS[suffix]), True
+    if suffix in JSON_SUFFIXES and first.lstrip().startswith(b"["):
+        return _ArrayLines(file), True
+    return _RowLines(file, is_text=suffix in TEXT_SUFFIXES), is_zipped
+
+
+class _RowLines:
+    """Rows that are lines already."""
+
+    def __init__(self, file: ByteFile, *, is_text: bool) -> None:
+        self.cut = False
+        self._file = file
+        self._is_text = is_text
+
+    def __iter__(self) -> Iterator[tuple[int, bytes]]:
+        for start, line in split_lines(self._file, skip_indent=not self._is_text):
+            if start == 0 and line.startswith(codecs.BOM_UTF8):
+                start, line = len(codecs.BOM_UTF8), line.removeprefix(codecs.BOM_UTF8)
+            if line.endswith(b"\n"):
+                yield start, line[:-1]
+            elif not self._is_cut(line):
+                yield start, line
+        self.cut = self.cut or self._file.cut
+
+    def _is_cut(self, line: bytes) -> bool:
+        """Tell whether the last line, which nothing ends, is only a part of a row."""
+        try:
+            _text_row(line) if self._is_text else json.loads(line)
+        except (ValueError, RecursionError):
+            self.cut = True
+        # half a text looks like a whole one
+        return self.cut or (self._file.cut and self._is_text)
+
+
+class _ArrayLines:
+    """The records of a JSON array, one per line."""
+
+    def __init__(self, file: ByteFile) -> None:
+        self.cut = False
+        self._file = file
+
+    def __iter__(self) -> Iterator[tuple[int, bytes]]:
+        records = JsonArrayRecords(self._file)
+        for record in records:
+            # inside a JSON string a line break is escaped, so every raw one is white space between tokens
+            yield 0, record.replace("\r", " ").replace("\n", " ").encode()
+        self.cut = records.cut or self._file.cut
 
 
 class JsonArrayRecords:
@@ -209,11 +358,12 @@ class JsonArrayRecords:
     is no JSON raises ``ValueError``.
     """
 
-    def __init__(self, file: IO[bytes]) -> None:
+    def __init__(self, file: Readable) -> None:
         self.cut = False
         self._file = file
         self._decode_bytes = codecs.getincrementaldecoder("utf-8-sig")()
-        self._decode_json = json.JSONDecoder().raw_decode
+        # only the end of a record is looked for: a whole number of ten thousand digits need not fit
+        self._decode_json = json.JSONDecoder(parse_int=float).raw_decode
         self._buffer = ""
         self._at = 0
         self._ended = False
@@ -226,6 +376,9 @@ class JsonArrayRecords:
         while True:
             character = self._next_character()
             if character == "]":
+                self._at += 1
+                if self._next_character():
+                    raise ValueError('something follows the "]" that ends the array')
                 return
             if not first and character == ",":
                 self._at += 1
@@ -255,10 +408,10 @@ class JsonArrayRecords:
     def _next_character(self) -> str:
         """Skip white space; return the next character without using it, or "" at the end."""
         while True:
-            while self._at < len(self._buffer):
-                if not self._buffer[self._at].isspace():
-                    return self._buffer[self._at]
-                self._at += 1
+            blanks = _BLANKS.match(self._buffer, self._at)
+            self._at = blanks.end() if blanks else self._at
+            if self._at < len(self._buffer):
+                return self._buffer[self._at]
             if not self._more(_CHUNK_BYTES):
                 return ""
 
@@ -272,10 +425,14 @@ class JsonArrayRecords:
                 is_open = error.msg.startswith("Unterminated") or error.pos >= len(self._buffer) - _CUT_MARGIN
                 if not is_open:
                     raise
+                if len(self._buffer) - self._at > MAX_ROW_BYTES:
+                    raise too_long() from None
                 if not self._more(wanted):
                     return None
-                # doubling keeps the repeated parsing of one huge record linear
-                wanted *= 2
+                # doubling keeps the repeated parsing of one huge record nearly linear
+                wanted = min(2 * wanted, MAX_ROW_BYTES // 8)
                 continue
+            except RecursionError as error:
+                raise ValueError("it is nested too deeply to be read") from error
             record, self._at = self._buffer[self._at : end], end
             return record

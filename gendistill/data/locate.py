@@ -20,8 +20,8 @@ from gendistill.paths import read_json
 
 JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
 TEXT_SUFFIXES = (".txt", ".text")
-ROW_SUFFIXES = JSON_SUFFIXES + TEXT_SUFFIXES
-KNOWN_SUFFIXES = (*ROW_SUFFIXES, ".parquet")
+TABLE_DELIMITERS = {".csv": ",", ".tsv": "\t"}
+KNOWN_SUFFIXES = (*JSON_SUFFIXES, *TABLE_DELIMITERS, *TEXT_SUFFIXES, ".parquet")
 
 
 @dataclass(frozen=True, slots=True)

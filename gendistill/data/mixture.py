@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from gendistill.data.cursor import Source
-from gendistill.data.files import Row
+from gendistill.data.files import BadRow, Row
 from gendistill.errors import DataError
 
 
@@ -34,7 +34,7 @@ class Mixture:
     def __iter__(self) -> Mixture:
         return self
 
-    def __next__(self) -> tuple[str, Row]:
+    def __next__(self) -> tuple[str, Row | BadRow]:
         total = sum(self._drawn.values()) + 1
         name = max(self._shares, key=lambda each: self._shares[each] * total - self._drawn[each])
         self._drawn[name] += 1
@@ -48,7 +48,18 @@ class Mixture:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue after the row that was last drawn when the state was taken."""
-        self._drawn = dict(state["drawn"])
+        """Continue after the row that was last drawn when the state was taken.
+
+        Raises:
+            DataError: The state belongs to other data.
+        """
+        if set(state["drawn"]) != set(self.sources) or set(state["sources"]) != set(self.sources):
+            raise DataError(
+                f"the run was saved with the sources {', '.join(sorted(state['drawn']))} and would go on with "
+                f"{', '.join(sorted(self.sources))}",
+                where="data",
+                hint="restore the recipe, or start a new run with another name=",
+            )
+        self._drawn = {name: state["drawn"][name] for name in self.sources}
         for name, source in self.sources.items():
             source.load_state_dict(state["sources"][name])

@@ -125,6 +125,8 @@ def _statistics(stream: BatchStream, batches: list[Batch], seconds: float, *, ti
     for name, counts in stream.dropped.items():
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in counts.items() if reason != "rows")
         table.add_row(f"data.{name}", f"{counts['rows']:,} rows read; left out: {reasons or 'none'}")
+    for note in stream.notes:
+        table.add_row("note", Text(note))
     return table
 
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal
 
 import jinja2
@@ -15,24 +13,37 @@ from tokenizers import Encoding
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from gendistill.config.schema import SourceConfig
-from gendistill.data.chat import (
-    PROBE,
-    Message,
-    RowDropped,
+from gendistill.data.answers import (
     assistant_spans,
     find_end_of_turn,
-    read_conversation,
+    marked_spans,
+    marks_answers,
+    token_spans,
+    with_visible_marks,
 )
-from gendistill.data.files import Row
-from gendistill.errors import DataError
+from gendistill.data.chat import PROBE, Message, RowDropped, read_conversation
+from gendistill.data.files import BadRow, Row
+from gendistill.errors import DataError, printable
 
 Mask = Literal["all", "completion"]
 
-_GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _BARREN_ROWS = 10_000
 _SHOWN_CHARS = 1500
 # more than English has; where a text has still more, it is encoded whole
 _MANY_CHARS_PER_TOKEN = 6
+# reasons may quote a row; what is counted stays small
+_MOST_REASONS = 20
+_OTHER_REASON = "other reasons"
+# what a template can raise besides jinja2's own errors, when a conversation is not as it expects
+TEMPLATE_ERRORS = (
+    jinja2.TemplateError,
+    TypeError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,8 +108,9 @@ class Renderer:
         self._barren = 0
         self._barren_limit = min(2 * num_rows if num_rows else _BARREN_ROWS, _BARREN_ROWS)
         self._unmatched = ""
-        self._template_marks_answers = False
-        self._end_of_turn = ""
+        self._template = ""
+        self._marking_template: str | None = None
+        self._end_of_turn: str | None = None
         if not isinstance(tokenizer.eos_token_id, int):
             raise DataError(
                 "the tokenizer has no end-of-sequence token, so no document could end",
@@ -116,11 +128,11 @@ class Renderer:
         if config.format == "messages":
             self._check_template()
 
-    def render(self, rows: Sequence[Row]) -> list[list[TokenizedSample]]:
+    def render(self, rows: Sequence[Row | BadRow]) -> list[list[TokenizedSample]]:
         """Render rows, batched through the tokenizer.
 
         Args:
-            rows: Rows of the source.
+            rows: Rows of the source; one that could not be read is left out.
         Returns:
             The samples of each row in order: one, or several pieces, or none if the row is left out.
         Raises:
@@ -133,7 +145,7 @@ class Renderer:
                 inputs.append(self._read(row))
                 places.append(place)
             except RowDropped as reason:
-                self.dropped[str(reason)] += 1
+                self._leave_out(str(reason))
         batch: dict[str, Callable[[list[Any]], list[TokenizedSample | None]]] = {
             "text": self._texts,
             "messages": self._chats,
@@ -146,7 +158,13 @@ class Renderer:
         self._note_progress(rendered)
         return rendered
 
-    def _read(self, row: Row) -> Any:
+    def _leave_out(self, reason: str) -> None:
+        is_known = reason in self.dropped or len(self.dropped) < _MOST_REASONS
+        self.dropped[reason if is_known else _OTHER_REASON] += 1
+
+    def _read(self, row: Row | BadRow) -> Any:
+        if isinstance(row, BadRow):
+            raise RowDropped(row.reason)
         values = []
         for column in self._columns:
             if column not in row:
@@ -158,13 +176,17 @@ class Renderer:
             raise RowDropped("a column is no text")
         if not values[-1].strip():
             raise RowDropped("blank text")
+        _refuse_half_characters(values)
         return values[0] if len(values) == 1 else tuple(values)
 
     def _with_text(self, messages: list[Message]) -> tuple[list[Message], str]:
+        _refuse_half_characters([text for message in messages for text in message.values()])
         try:
-            return messages, self._render_chat(messages, False)
-        except jinja2.TemplateError as error:
-            raise RowDropped(f"the chat template refuses it: {error}"[:100]) from error
+            text = self._render_chat(messages, False)
+        except TEMPLATE_ERRORS as error:
+            raise RowDropped(printable(f"the chat template refuses it: {error}")[:100]) from error
+        _refuse_half_characters([text])
+        return messages, text
 
     def _fit(self, sample: TokenizedSample) -> list[TokenizedSample]:
         """Bring a sample to the sequence length; drop what has no label."""
@@ -179,7 +201,7 @@ class Renderer:
         ]
         kept = [piece for piece in pieces if piece.num_labels]
         if not kept:
-            self.dropped["no answer within seq_len" if self._mask == "completion" else "a single token"] += 1
+            self._leave_out("no answer within seq_len" if self._mask == "completion" else "a single token")
         return kept
 
     def _note_progress(self, rendered: list[list[TokenizedSample]]) -> None:
@@ -196,7 +218,8 @@ class Renderer:
         return DataError(
             f"none of {self._barren:,} rows of {self._config.path} can be used: {reasons}{shown}",
             where=self._where,
-            hint=f"compare {self._where}.format and column with the rows of the dataset",
+            hint=f"compare {self._where}.format and column with the rows of the dataset"
+            + (", and them with the tokenizer's chat template" if self._config.format == "messages" else ""),
         )
 
     # text
@@ -240,73 +263,121 @@ class Renderer:
 
     # messages
 
-    def _render_chat(self, messages: list[Message], with_prompt: bool) -> str:
+    def _render_chat(self, messages: list[Message], with_prompt: bool, *, marked: bool = False) -> str:
         text = self._tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=with_prompt
+            messages,
+            chat_template=self._marking_template if marked else self._template,
+            tokenize=False,
+            add_generation_prompt=with_prompt,
         )
-        assert isinstance(text, str)
+        if not isinstance(text, str):
+            raise TypeError("it renders no text")
         return text
+
+    def _template_error(self, message: str) -> DataError:
+        return DataError(
+            message,
+            where=self._where,
+            hint="set mask: all for this stage, or use a teacher whose template marks its answers"
+            if self._mask == "completion"
+            else "repair chat_template in the teacher's tokenizer_config.json or chat_template.jinja",
+        )
 
     def _check_template(self) -> None:
         """Refuse a template whose answers cannot be found, before any row is read."""
-        template = self._tokenizer.chat_template
-        fail = partial(
-            DataError,
-            where=self._where,
-            hint="set mask: all for this stage, or use a teacher whose template marks its answers",
-        )
+        self._template = self._choose_template()
+        if self._mask == "completion" and not self._tokenizer.is_fast:
+            raise self._template_error(
+                "completion masks need a fast tokenizer: this one does not tell where its tokens begin"
+            )
+        refusals: list[str] = []
+        # some templates want a system message first; rows may have one
+        for probe in (PROBE, [{"role": "system", "content": "Answer briefly."}, *PROBE]):
+            try:
+                text = self._render_chat(probe, False)
+            except jinja2.TemplateSyntaxError as error:
+                raise self._template_error(f"the tokenizer's chat template is broken: {error}") from error
+            except TEMPLATE_ERRORS as error:
+                refusals.append(str(error))
+                continue
+            if self._mask == "completion":
+                self._check_answers(probe, text)
+            return
+        if self._mask == "completion":
+            raise self._template_error(
+                f"the tokenizer's chat template refuses a plain conversation: {refusals[0]}"
+            )
+
+    def _choose_template(self) -> str:
+        """Choose the template of plain conversations where a tokenizer has several by name."""
+        template: Any = self._tokenizer.chat_template
+        if isinstance(template, list | tuple):
+            template = {each["name"]: each["template"] for each in template}
+        if isinstance(template, dict) and "default" not in template:
+            raise DataError(
+                f"the teacher's tokenizer has templates named {', '.join(map(str, template)) or '(none)'}, but none "
+                'named "default"',
+                where=self._where,
+                hint='name one of them "default" in chat_template of the teacher\'s tokenizer_config.json',
+            )
+        if isinstance(template, dict):
+            template = template["default"]
         if not template:
             raise DataError(
                 "the teacher's tokenizer has no chat template, so messages cannot be rendered",
                 where=self._where,
                 hint="use an instruction-tuned teacher, or format: text or prompt_completion",
             )
-        if self._mask == "all":
-            return
-        if not self._tokenizer.is_fast:
-            raise fail(
-                "completion masks need a fast tokenizer: this one does not tell where its tokens begin"
-            )
+        return template
+
+    def _check_answers(self, probe: list[Message], text: str) -> None:
+        """Refuse a template that does not tell, of a plain conversation, which part of it the assistant says."""
         try:
-            text = self._render_chat(PROBE, False)
-            specials = _special_tokens(self._tokenizer)
-            end_of_turn = find_end_of_turn(self._render_chat, specials)
-            self._template_marks_answers = isinstance(template, str) and bool(
-                _GENERATION_BLOCK.search(template)
-            )
-            if self._template_marks_answers:
+            self._end_of_turn = find_end_of_turn(self._render_chat, probe, _special_tokens(self._tokenizer))
+            if marks_answers(self._template):
+                self._marking_template = with_visible_marks(self._template)
+                spans = self._spans_of(probe, text)
+                if spans is None:
+                    raise self._template_error(
+                        "the generation blocks of the tokenizer's chat template mark no answer in what it renders:\n"
+                        + text
+                    )
                 return
-            spans = end_of_turn and assistant_spans(self._render_chat, PROBE, text, end_of_turn)
-        except jinja2.TemplateError as error:
-            raise fail(f"the chat template refuses a plain conversation: {error}") from error
-        if end_of_turn is None:
-            raise fail(
-                "the chat template ends no answer with a special token, so a student could not learn to stop; "
-                f"a conversation renders as\n{text}"
-            )
+            if self._end_of_turn is None:
+                raise self._template_error(
+                    "the chat template ends no answer with a special token, so a student could not learn to stop; "
+                    f"a conversation renders as\n{text}"
+                )
+            spans = self._spans_of(probe, text)
+        except TEMPLATE_ERRORS as error:
+            raise self._template_error(
+                f"the tokenizer's chat template refuses a plain conversation: {error}"
+            ) from error
         if not spans:
-            raise fail(f"the answers cannot be found in what the chat template renders:\n{text}")
-        self._end_of_turn = end_of_turn
+            raise self._template_error(
+                f"the answers cannot be found in what the chat template renders:\n{text}"
+            )
+
+    def _spans_of(
+        self, messages: list[Message], text: str, *, stop: int | None = None
+    ) -> list[tuple[int, int]] | None:
+        """Find the characters of the answers; None if they cannot be told for sure."""
+        if self._marking_template is not None:
+            return marked_spans(self._render_chat(messages, False, marked=True), text, self._end_of_turn)
+        assert self._end_of_turn is not None
+        return assistant_spans(self._render_chat, messages, text, self._end_of_turn, stop=stop)
 
     def _chats(self, chats: list[tuple[list[Message], str]]) -> list[TokenizedSample | None]:
-        if self._mask == "all" or self._template_marks_answers:
-            token_ids = self._encode([text for _, text in chats], special=False)["input_ids"]
         if self._mask == "all":
+            token_ids = self._encode([text for _, text in chats], special=False)["input_ids"]
             return [_sample(ids, spans=None) for ids in token_ids]
-        if self._template_marks_answers:
-            spans = [self._marked_spans(chat[0], ids) for chat, ids in zip(chats, token_ids, strict=True)]
-        else:
-            encodings = self._encode_heads([text for _, text in chats])
-            token_ids = [encoding.ids for encoding in encodings]
-            spans = [
-                self._found_spans(encoding, *chat) for chat, encoding in zip(chats, encodings, strict=True)
-            ]
         samples: list[TokenizedSample | None] = []
-        for (_, text), ids, found in zip(chats, token_ids, spans, strict=True):
+        for chat, encoding in zip(chats, self._encode_heads([text for _, text in chats]), strict=True):
+            found = self._found_spans(encoding, *chat)
             if found is None:
-                self.dropped["an answer cannot be found in the rendered conversation"] += 1
-                self._unmatched = text[:_SHOWN_CHARS]
-            samples.append(None if found is None else _sample(ids, spans=found))
+                self._leave_out("an answer cannot be found in the rendered conversation")
+                self._unmatched = chat[1][:_SHOWN_CHARS]
+            samples.append(None if found is None else _sample(encoding.ids, spans=found))
         return samples
 
     def _encode_heads(self, texts: list[str]) -> list[Encoding]:
@@ -316,8 +387,12 @@ class Renderer:
         """
         heads = []
         for text in texts:
-            cut = text.find(self._end_of_turn, self._seq_len * _MANY_CHARS_PER_TOKEN)
-            heads.append(text if cut < 0 else text[: cut + len(self._end_of_turn)])
+            cut = (
+                text.find(self._end_of_turn, self._seq_len * _MANY_CHARS_PER_TOKEN)
+                if self._end_of_turn
+                else -1
+            )
+            heads.append(text if cut < 0 else text[: cut + len(self._end_of_turn or "")])
         encodings = list(self._encode(heads, special=False).encodings or ())
         for index, (text, head) in enumerate(zip(texts, heads, strict=True)):
             if len(head) < len(text) and len(encodings[index].ids) <= self._seq_len:
@@ -327,31 +402,16 @@ class Renderer:
     def _found_spans(
         self, encoding: Encoding, messages: list[Message], text: str
     ) -> list[tuple[int, int]] | None:
-        """Find the answers in the text and map them to tokens; None if they cannot be told for sure."""
-        num_tokens = len(encoding.ids)
+        """Find the tokens of the answers; None if they cannot be told for sure."""
+        offsets = encoding.offsets
         # what is cut off anyway need not be rendered prompt by prompt
-        stop = _chars(encoding, self._seq_len)[0] if num_tokens > self._seq_len else None
-        spans = assistant_spans(self._render_chat, messages, text, self._end_of_turn, stop=stop)
-        if spans is None:
+        stop = offsets[self._seq_len][0] if len(offsets) > self._seq_len else None
+        try:
+            spans = self._spans_of(messages, text, stop=stop)
+        except TEMPLATE_ERRORS:
+            # the whole was rendered, but not each prompt in it
             return None
-        reach = _chars(encoding, num_tokens - 1)[1]
-        return [_token_span(encoding, start, min(end, reach)) for start, end in spans if start < reach]
-
-    def _marked_spans(self, messages: list[Message], ids: list[int]) -> list[tuple[int, int]] | None:
-        """Read the answers from the template's own {% generation %} blocks, with the end of turn that follows."""
-        marked = self._tokenizer.apply_chat_template(
-            messages, return_dict=True, return_assistant_tokens_mask=True
-        )
-        if marked["input_ids"] != ids:  # type: ignore[index]
-            return None
-        mask = np.asarray(marked["assistant_masks"], dtype=bool)  # type: ignore[index]
-        edges = np.flatnonzero(np.diff(np.concatenate([[False], mask, [False]])))
-        special = set(self._tokenizer.all_special_ids)
-        spans = []
-        for start, end in edges.reshape(-1, 2).tolist():
-            follows = end < len(ids) and ids[end - 1] not in special and ids[end] in special
-            spans.append((start, end + follows))
-        return spans or None
+        return None if spans is None else token_spans(offsets, text, spans)
 
 
 def _sample(ids: list[int], *, spans: list[tuple[int, int]] | None) -> TokenizedSample:
@@ -366,21 +426,10 @@ def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     return sorted({*tokenizer.all_special_tokens, *(token.content for token in added if token.special)})
 
 
-def _chars(encoding: Encoding, token: int) -> tuple[int, int]:
-    chars = encoding.token_to_chars(token)
-    assert chars is not None
-    return chars
-
-
-def _token_span(encoding: Encoding, start: int, end: int) -> tuple[int, int]:
-    """Map a character span to tokens; one that begins in the prompt is none that the model would generate."""
-    first = next(token for at in range(start, end) if (token := encoding.char_to_token(at)) is not None)
-    if _chars(encoding, first)[0] < start:
-        first += 1
-    # white space may be trimmed from offsets: such tokens lie in the span although no character maps to them
-    while first > 0 and _chars(encoding, first - 1)[0] >= start:
-        first -= 1
-    last = next(
-        token for at in range(end - 1, start - 1, -1) if (token := encoding.char_to_token(at)) is not None
-    )
-    return first, last + 1
+def _refuse_half_characters(texts: Sequence[str]) -> None:
+    """Leave a row out that holds half of a surrogate pair: it is not text, and no tokenizer takes it."""
+    for text in texts:
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise RowDropped("half of a surrogate pair or a broken byte in its text") from error

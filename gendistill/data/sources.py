@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import os
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import datasets
 
@@ -18,8 +22,11 @@ from gendistill.data.cursor import (
     read_columns,
     translated,
 )
-from gendistill.data.files import JoinedRows, Row, open_line_file
-from gendistill.data.locate import locate, row_suffix
+from gendistill.data.files import BadRow, JoinedRows, Row, open_line_file
+from gendistill.data.locate import locate, reading, row_suffix
+from gendistill.digests import file_stamp
+from gendistill.errors import DataError
+from gendistill.paths import cache_dir
 
 
 def open_source(config: SourceConfig, *, name: str, seed: int, skip_rows: int = 0) -> Source:
@@ -56,7 +63,7 @@ def open_list(
     return MapSource(rows, config, name=name, seed=seed, skip_rows=skip_rows)
 
 
-def heldout_rows(config: SourceConfig, *, name: str, rows: int) -> tuple[list[Row], tuple[str, ...]]:
+def heldout_rows(config: SourceConfig, *, name: str, rows: int) -> tuple[list[Row | BadRow], tuple[str, ...]]:
     """Read the first rows of a dataset in file order: those that ``skip_rows`` reserves.
 
     Args:
@@ -64,21 +71,59 @@ def heldout_rows(config: SourceConfig, *, name: str, rows: int) -> tuple[list[Ro
         name: Name under ``data:``, for errors.
         rows: How many.
     Returns:
-        The rows, and the columns that the format reads.
+        The rows, with its error for one that cannot be read, and the columns that the format reads.
     Raises:
         DataError: As ``open_source``; also when no row is left to train on.
     """
     where = f"data.{name}"
     found = _open_rows(config, where=where)
+    first: list[Row | BadRow]
     if isinstance(found, datasets.IterableDataset):
         first = translated(lambda: list(itertools.islice(iter(found), rows + 1)), config, where=where)
     else:
-        first = [found[index] for index in range(min(rows + 1, len(found)))]
+        first = [_row_or_error(found, index) for index in range(min(rows + 1, len(found)))]
     if not first:
         raise empty(config, where=where)
+    if isinstance(first[0], BadRow):
+        raise first[0]
     if len(first) <= rows:
         raise all_held_out(len(first), rows, config, where=where)
     return first[:rows], read_columns(config, first[0], where=where)
+
+
+def _row_or_error(rows: Rows, index: int) -> Row | BadRow:
+    try:
+        return rows[index]
+    except BadRow as bad:
+        return bad
+
+
+class _Table:
+    """Rows of an arrow table, as far as a format reads them."""
+
+    def __init__(self, table: datasets.Dataset, config: SourceConfig, *, where: str) -> None:
+        if not len(table):
+            raise empty(config, where=where)
+        columns = read_columns(config, dict.fromkeys(table.column_names), where=where)
+        # columns that nobody reads may hold what cannot be decoded here
+        self._table = table.with_format(None).select_columns(list(dict.fromkeys(columns)))
+        self._config = config
+        self._where = where
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def __getitem__(self, index: int, /) -> Row:
+        try:
+            return translated(lambda: self._table[index], self._config, where=self._where)
+        except DataError as error:
+            if isinstance(error.__cause__, UnicodeDecodeError):
+                raise BadRow(
+                    f"row {index + 1:,} of {self._config.path} is not UTF-8",
+                    reason="a row is not UTF-8",
+                    where=self._where,
+                ) from error
+            raise
 
 
 def _open_rows(config: SourceConfig, *, where: str) -> Rows | datasets.IterableDataset:
@@ -86,15 +131,31 @@ def _open_rows(config: SourceConfig, *, where: str) -> Rows | datasets.IterableD
     if found is None:
         return _open_hub(config, where=where)
     if found.saved:
-        return translated(lambda: datasets.load_from_disk(str(found.saved)), config, where=where)  # type: ignore[return-value]
-    if row_suffix(found.files[0]) != ".parquet":
+        table = translated(lambda: datasets.load_from_disk(str(found.saved)), config, where=where)
+    elif row_suffix(found.files[0]) == ".parquet":
+        table = _open_parquet(found.files, config, where=where)
+    else:
         return JoinedRows.of([open_line_file(file, where=where) for file in found.files])
-    names = [str(file) for file in found.files]
-    return translated(lambda: datasets.Dataset.from_parquet(names), config, where=where)  # type: ignore[return-value]
+    assert isinstance(table, datasets.Dataset)
+    return _Table(table, config, where=where)
+
+
+def _open_parquet(files: Sequence[Path], config: SourceConfig, *, where: str) -> Any:
+    """Open parquet files, prepared anew whenever one of them has changed: the library looks at their dates alone."""
+    stamps = []
+    for file in files:
+        with reading(file, where=where), file.open("rb") as content:
+            stamps.append(f"{file.resolve()}\0{file_stamp(os.fstat(content.fileno()))}")
+    key = hashlib.sha256(os.fsencode("\n".join(stamps))).hexdigest()[:16]
+    folder = cache_dir() / "rows" / f"parquet-{key}"
+    names: list[Any] = [str(file) for file in files]
+    return translated(
+        lambda: datasets.Dataset.from_parquet(names, cache_dir=str(folder)), config, where=where
+    )
 
 
 def _open_hub(config: SourceConfig, *, where: str) -> Rows | datasets.IterableDataset:
-    return translated(
+    found = translated(
         lambda: datasets.load_dataset(
             config.path,
             config.subset,
@@ -105,3 +166,7 @@ def _open_hub(config: SourceConfig, *, where: str) -> Rows | datasets.IterableDa
         config,
         where=where,
     )
+    if isinstance(found, datasets.IterableDataset):
+        return found
+    assert isinstance(found, datasets.Dataset)
+    return _Table(found, config, where=where)

@@ -6,7 +6,7 @@ import copy
 import json
 import zlib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain, zip_longest
@@ -16,7 +16,8 @@ from transformers import PreTrainedTokenizerBase
 
 from gendistill.config.schema import MixtureConfig, Recipe, SourceConfig
 from gendistill.data.batch import Batch
-from gendistill.data.files import Row
+from gendistill.data.files import BadRow, Row, warn_once
+from gendistill.data.first_token import note_first_tokens
 from gendistill.data.mixture import Mixture
 from gendistill.data.packing import WINDOW, build_batch, choose_row, pack
 from gendistill.data.render import Mask, Renderer, TokenizedSample
@@ -61,6 +62,7 @@ class BatchStream:
         rank: This process.
         world: Number of processes.
         prefetch: Whether to prepare one step ahead.
+        notes: What is odd about the rows, for people; the attribute of the same name.
     """
 
     def __init__(
@@ -75,8 +77,10 @@ class BatchStream:
         rank: int = 0,
         world: int = 1,
         prefetch: bool = True,
+        notes: Sequence[str] = (),
     ) -> None:
         assert batch_size % world == 0
+        self.notes = tuple(notes)
         self._mixture = mixture
         self._renderers = dict(renderers)
         self._seq_len = seq_len
@@ -128,13 +132,24 @@ class BatchStream:
             # its outcome is of no interest, but it must not run on beside the restored state
             self._next.exception()
             self._next = None
-        if state["shape"] != self._shape():
+        shape = state.get("shape") if isinstance(state, dict) else None
+        if shape != self._shape():
             raise DataError(
-                f"the data state was saved for {json.dumps(state['shape'])}, this stage has "
+                f"the data state was saved for {json.dumps(shape)}, this stage has "
                 f"{json.dumps(self._shape())}",
                 hint="restore these settings in the recipe, or start a new run with another name=",
             )
         state = copy.deepcopy(state)
+        try:
+            self._restore(state)
+        except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+            raise DataError(
+                "the saved state of the data is damaged, or the rows are others than when the run was saved",
+                where="data",
+                hint="restore the data, or start a new run with another name=",
+            ) from error
+
+    def _restore(self, state: dict[str, Any]) -> None:
         self._waiting, self._chunk_states = [], {}
         for chunk in state["chunks"]:
             # documents that were rendered but not packed are rendered again
@@ -178,7 +193,7 @@ class BatchStream:
 
     def _read_chunk(self) -> list[TokenizedSample]:
         """Draw and render the next rows. Pieces of long documents come in turns, so that one fills no batch alone."""
-        by_source: dict[str, list[Row]] = {}
+        by_source: dict[str, list[Row | BadRow]] = {}
         order: list[tuple[str, int]] = []
         for _ in range(CHUNK_ROWS):
             name, row = next(self._mixture)
@@ -261,6 +276,10 @@ def build_stream(
         )
         for name, source in sources.items()
     }
+    notes = [
+        note_first_tokens(source, tokenizer, source_config(recipe, name), mask=stage.mask, name=name)
+        for name, source in sources.items()
+    ]
     return BatchStream(
         Mixture(sources, weights, where=f"data.{stage.data}"),
         renderers,
@@ -270,6 +289,7 @@ def build_stream(
         pad_id=pad_id(tokenizer),
         rank=rank,
         world=world,
+        notes=[note for note in notes if note],
     )
 
 
@@ -306,6 +326,9 @@ def heldout_batches(
     samples = [pieces[0] for pieces in renderer.render(rows) if pieces]
     if not samples:
         raise renderer.unusable()
+    if renderer.dropped:
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in renderer.dropped.most_common())
+        warn_once(f"heldout: of the {len(rows):,} rows that are reserved some are left out: {reasons}")
     return list(
         pack(samples, seq_len=heldout.seq_len, rows_per_batch=rows_per_batch, pad_id=pad_id(tokenizer))
     )

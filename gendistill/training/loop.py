@@ -22,6 +22,7 @@ from gendistill.training.console import StageView, TrainingConsole
 from gendistill.training.diagnose import first_non_finite
 from gendistill.training.heldout import score_heldout
 from gendistill.training.interrupt import StageStopped, StopRequest, stop_on_signal
+from gendistill.training.left_out import data_record, heavy_losses, left_out_lines
 from gendistill.training.log import MetricLog
 from gendistill.training.meter import Stopwatch
 from gendistill.training.optim import learning_rate_factor, set_learning_rates
@@ -41,6 +42,7 @@ class StageResult:
         loss_first, loss_last: Of the first and last log interval.
         tensors_changed: Share of the trained tensors that differ from the start.
         heldout: What ``score_heldout`` returns.
+        data: Rows read and left out of each source, and what is odd about them, as ``data_record`` returns.
     """
 
     stage: str
@@ -52,6 +54,7 @@ class StageResult:
     loss_last: float
     tensors_changed: float
     heldout: dict[str, float]
+    data: dict[str, Any]
 
 
 def train_stage(
@@ -108,6 +111,8 @@ def train_stage(
             heldout_every=heldout_every,
             lock=lock or {},
         )
+        for note in stream.notes:
+            console.warn(f"{name}: {note}")
         with (
             stop_on_signal() as stop,
             console.stage(name, num_steps=session.plan.steps, step=session.progress.step) as view,
@@ -132,6 +137,7 @@ class _Loop:
         self.watch = Stopwatch()
         self.last_save = time.perf_counter()
         self.logged_tokens = session.progress.tokens
+        self.has_logged = False
         main = session.accelerator.is_main_process
         self.metrics = (
             MetricLog(
@@ -238,6 +244,10 @@ class _Loop:
         if self.metrics is not None:
             self.metrics.write(row)
         self.view.show(row)
+        if not self.has_logged:
+            self.has_logged = True
+            for line in heavy_losses(s.stream):
+                s.console.warn(f"{s.name}: {line}; gendistill data shows what is left")
 
     def _save(self) -> None:
         s = self.session
@@ -300,6 +310,8 @@ def _finish(s: Session) -> StageResult:
             f"{s.name}: {len(unchanged)} of {len(s.trained)} trained tensors did not change at all, such as "
             f"{', '.join(unchanged[:3])}: the rate may be too small, or the objective does not reach them"
         )
+    for line in left_out_lines(s.stream):
+        s.console.say(f"{s.name}: {line}")
     assert s.progress.loss_first is not None
     assert s.progress.loss_last is not None
     result = StageResult(
@@ -312,6 +324,7 @@ def _finish(s: Session) -> StageResult:
         loss_last=s.progress.loss_last,
         tensors_changed=changed,
         heldout=_score(s),
+        data=data_record(s.stream),
     )
     on_main(s.accelerator, lambda: write_json(s.folder / "result.json", asdict(result)))
     return result

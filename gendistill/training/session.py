@@ -21,6 +21,7 @@ from gendistill.losses.build import build_objective
 from gendistill.training.checkpoint import checksums, find_checkpoint, load_checkpoint
 from gendistill.training.console import TrainingConsole
 from gendistill.training.freeze import apply_freeze
+from gendistill.training.left_out import HasRows
 from gendistill.training.meter import Meter
 from gendistill.training.optim import build_optimizer, choose_compute_dtype, fixed_dtype
 from gendistill.training.plan import (
@@ -35,7 +36,7 @@ from gendistill.training.processes import check_accelerator, largest, on_main
 from gendistill.training.step import StepRunner
 
 
-class Stream(Protocol):
+class Stream(HasRows, Protocol):
     """Yield each global step's micro-batches of this process, without end, from any saved state.
 
     The state is JSON and the same on every process.

@@ -4,12 +4,15 @@ import gzip
 import io
 import json
 import logging
+import os
 import random
 
+import numpy as np
 import pytest
 
-from gendistill.data import files
-from gendistill.data.files import JoinedRows, JsonArrayRecords, open_line_file
+from gendistill.data import files, tables
+from gendistill.data import lines as lines_module
+from gendistill.data.files import BadRow, JoinedRows, JsonArrayRecords, open_line_file
 from gendistill.errors import DataError
 
 
@@ -142,3 +145,209 @@ def test_broken_line_names_file_and_row(tmp_path):
         rows[1]
     with pytest.raises(DataError, match=r"row 3 .* is a list, expected an object"):
         rows[2]
+
+
+RECORDS = [{"n": index, "text": "é😀 line\n" * index} for index in range(6)]
+LINES = b"".join(json.dumps(record, ensure_ascii=False).encode() + b"\n" for record in RECORDS)
+
+
+def _all(path) -> list[dict]:
+    rows = open_line_file(path, where="data.x")
+    return [rows[index] for index in range(len(rows))]
+
+
+def test_lines_cut_at_any_byte_yield_the_whole_rows(tmp_path, caplog):
+    ends = [index + 1 for index, byte in enumerate(LINES) if byte == ord("\n")]
+    path = tmp_path / "rows.jsonl"
+    for cut in range(1, len(LINES) + 1):
+        path.write_bytes(LINES[:cut])
+        caplog.clear()
+        files.warn_once.cache_clear()
+        # a row without the line break after it is whole
+        whole = [end for end in ends if end - 1 <= cut]
+        assert _all(path) == RECORDS[: len(whole)]
+        reached = whole[-1] if whole else 0
+        assert bool(caplog.records) == (cut > reached)
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl.gz", "rows.json.gz", "rows.txt.gz", "rows.csv.gz"])
+def test_a_zipped_file_that_ends_early_yields_the_whole_rows(tmp_path, caplog, name):
+    records = [{"text": f"{random.Random(index).random()}"} for index in range(3000)]
+    content = {
+        "rows.jsonl.gz": "".join(json.dumps(each) + "\n" for each in records),
+        "rows.json.gz": json.dumps(records),
+        "rows.txt.gz": "".join(each["text"] + "\n" for each in records),
+        "rows.csv.gz": "text\n" + "".join(each["text"] + "\n" for each in records),
+    }[name]
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(content.encode())[:-3000])
+    rows = _all(path)
+    assert 0 < len(rows) < 3000
+    assert rows == records[: len(rows)]
+    assert "is cut off at its end" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: data[:500] + b"\0\1\2\3" + data[504:],
+        lambda data: data[:-8] + b"zzzz" + data[-4:],
+        lambda data: LINES,
+        lambda data: data + b"more",
+    ],
+    ids=["stream", "checksum", "not zipped", "tail"],
+)
+def test_a_damaged_zipped_file_is_a_data_error(tmp_path, damage):
+    path = tmp_path / "rows.jsonl.gz"
+    path.write_bytes(damage(gzip.compress(LINES * 200 + os.urandom(3000).hex().encode())))
+    with pytest.raises(DataError, match="the gzip stream is damaged") as caught:
+        open_line_file(path, where="data.x")
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+@pytest.mark.parametrize("kind", ["jsonl", "json", "txt"])
+def test_blanks_cost_neither_memory_nor_rows(tmp_path, monkeypatch, kind, zipped):
+    for module, name in ((lines_module, "CHUNK_BYTES"), (files, "CHUNK_BYTES"), (files, "_CHUNK_BYTES")):
+        monkeypatch.setattr(module, name, 64)
+    for module in (lines_module, files):
+        monkeypatch.setattr(module, "MAX_ROW_BYTES", 512)
+    first, second = b'{"text": "a"}', b'{"text": "b"}'
+    for blank in (b"\n", b"\r\n", b" \n"):
+        data = {
+            "jsonl": blank * 3000 + first + blank * 3000 + second + blank * 3000,
+            "json": blank * 3000
+            + b"["
+            + blank * 3000
+            + first
+            + blank * 3000
+            + b","
+            + blank * 3000
+            + second
+            + b"]\n",
+            "txt": blank * 3000 + b"a" + blank * 3000 + b"b" + blank * 3000,
+        }[kind]
+        path = tmp_path / (f"rows{len(blank)}.{kind}" + (".gz" if zipped else ""))
+        path.write_bytes(gzip.compress(data) if zipped else data)
+        rows = open_line_file(path, where="data.x")
+        assert [rows[index]["text"].strip() for index in range(len(rows))] == ["a", "b"]
+        assert (rows.spans[:, 1] - rows.spans[:, 0]).max() < 20
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("rows.jsonl", b'{"text": "' + b"x" * 2000 + b'"}\n'),
+        ("rows.jsonl", b'{"text": "a"}' + b" " * 2000 + b"\n"),
+        ("rows.json", b'[{"text": "a"}, {"text": ' + b" " * 2000 + b'"b"}]'),
+        ("rows.json", b'[{"text": "' + b"x" * 2000 + b'"}]'),
+        ("rows.txt", b"x" * 2000),
+        ("rows.csv", b"text\n" + b"x" * 2000),
+        ("rows.csv", b'text\n"' + b"x\n" * 2000 + b'"\n'),
+        ("rows.json", b"[" * 100_000),
+    ],
+)
+@pytest.mark.parametrize("zipped", [False, True])
+def test_a_row_beyond_the_limit_is_refused(tmp_path, monkeypatch, name, content, zipped):
+    monkeypatch.setattr(lines_module, "CHUNK_BYTES", 64)
+    monkeypatch.setattr(files, "_CHUNK_BYTES", 64)
+    for module in (lines_module, files, tables):
+        monkeypatch.setattr(module, "MAX_ROW_BYTES", 512)
+    path = tmp_path / (name + ".gz" * zipped)
+    path.write_bytes(gzip.compress(content) if zipped else content)
+    with pytest.raises(DataError, match=r"longer than|larger than|nested too deeply") as caught:
+        open_line_file(path, where="data.x")
+    assert caught.value.hint
+
+
+def test_deep_rows_and_odd_numbers_spoil_no_other_row(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    deep = b'{"text": ' + b"[" * 100_000 + b"]" * 100_000 + b"}\n"
+    path.write_bytes(b'{"a": 1e999}\n' + deep + b'{"a": ' + b"1" * 5000 + b'}\n{"a": 1, "a": 2}\n')
+    rows = open_line_file(path, where="data.x")
+    assert rows[0] == {"a": float("inf")}
+    for index in (1, 2):
+        with pytest.raises(BadRow, match=f"row {index + 1} of"):
+            rows[index]
+    assert rows[3] == {"a": 2}
+
+
+def test_array_with_a_number_of_many_digits_keeps_its_other_rows(tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text('[{"a": 1}, {"a": ' + "1" * 5000 + '}, {"a": NaN, "b": 3}]')
+    rows = open_line_file(path, where="data.x")
+    assert (len(rows), rows[0], rows[2]["b"]) == (3, {"a": 1}, 3)
+    with pytest.raises(BadRow):
+        rows[1]
+
+
+@pytest.mark.parametrize("text", ['[{"a": 1}][{"a": 2}]', '[{"a": 1}] {"a": 2}', '[{"a": 1}]]'])
+def test_what_follows_an_array_is_not_left_out_silently(tmp_path, text):
+    path = tmp_path / "rows.json"
+    path.write_text(text)
+    with pytest.raises(DataError, match=r'something follows the "\]"'):
+        open_line_file(path, where="data.x")
+
+
+def test_text_that_is_not_utf8_is_a_bad_row_and_utf16_a_bad_file(tmp_path):
+    path = tmp_path / "book.txt"
+    path.write_bytes(b"\xef\xbb\xbffirst\n\0\0\0\n\xff\xfe\xfd\n  last\n")
+    rows = open_line_file(path, where="data.x")
+    assert (rows[0], rows[3]) == ({"text": "first"}, {"text": "  last"})
+    for index, message in ((1, "holds NUL characters"), (2, "is not UTF-8")):
+        with pytest.raises(BadRow, match=message):
+            rows[index]
+    for name in ("a.txt", "a.jsonl", "a.csv"):
+        (tmp_path / name).write_text('{"text": "a"}\n', encoding="utf-16")
+        with pytest.raises(DataError, match="UTF-16"):
+            open_line_file(tmp_path / name, where="data.x")
+
+
+@pytest.mark.parametrize("damage", ["info", "type", "cut", "kind", "places", "rows"])
+def test_a_damaged_index_is_made_anew(tmp_path, damage):
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(RECORDS))
+    assert _all(path) == RECORDS
+    (folder,) = (each.parent for each in (tmp_path / "cache").rglob("info.json"))
+    spans = np.load(folder / "spans.npy")
+    if damage == "info":
+        (folder / "info.json").write_text('{"rows": ')
+    elif damage == "type":
+        (folder / "info.json").write_text('["rows"]')
+    elif damage == "cut":
+        (folder / "spans.npy").write_bytes((folder / "spans.npy").read_bytes()[:-9])
+    elif damage == "kind":
+        np.save(folder / "spans.npy", spans.astype(float))
+    elif damage == "places":
+        np.save(folder / "spans.npy", spans + 1000)
+    else:
+        (folder / "rows.jsonl").write_bytes(b"{}\n")
+    assert _all(path) == RECORDS
+
+
+@pytest.mark.parametrize("how", ["rewritten", "renamed"])
+def test_a_file_of_equal_size_and_restored_time_is_indexed_anew(tmp_path, how):
+    path = tmp_path / "rows.json"
+    path.write_text('[{"a": 1}, {"a": 2}]')
+    assert _all(path) == [{"a": 1}, {"a": 2}]
+    before, other = path.stat(), tmp_path / "other"
+    other.write_text('[{"a": 3}, {"a": 4}]')
+    if how == "renamed":
+        other.rename(path)
+    else:
+        path.write_text(other.read_text())
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (path.stat().st_size, path.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+    assert _all(path) == [{"a": 3}, {"a": 4}]
+
+
+def test_a_file_that_changes_or_goes_while_it_is_read_is_a_data_error(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(LINES)
+    rows = open_line_file(path, where="data.x")
+    path.write_bytes(LINES[:-9])
+    with pytest.raises(DataError, match="has changed since it was opened"):
+        rows[0]
+    path.unlink()
+    with pytest.raises(DataError, match="it does not exist"):
+        rows[0]

@@ -217,12 +217,68 @@ def test_dataset_without_a_usable_row_is_an_error_not_an_endless_loop(chat_rows,
 
 
 def test_error_in_the_background_reaches_the_caller(text_rows, make_recipe, make_tokenizer):
-    with text_rows.open("a") as file:
-        file.write("broken\n")
     recipe = make_recipe({"text": {"path": str(text_rows), "shuffle": False}}, batch_size=2)
     stream = build_stream(recipe, "distill", make_tokenizer())
-    with pytest.raises(DataError, match=r"row 41 of .* is no JSON"):
+    next(stream)
+    with text_rows.open("a") as file:
+        file.write("more\n")
+    with pytest.raises(DataError, match=r"rows\.jsonl|text\.jsonl has changed since it was opened"):
         _steps(stream, 50)
+
+
+def test_rows_that_cannot_be_used_are_left_out_and_counted_also_after_a_resume(
+    text_rows, make_recipe, make_tokenizer
+):
+    odd = [
+        "broken",
+        '{"text": "cut \\ud83d here"}',
+        '{"te\\ud83dxt": 1}',
+        '{"text": ["a"]}',
+        "[1]",
+        '{"text": ' + "[" * 100_000 + "]" * 100_000 + "}",
+        '{"text": "a", "n": ' + "1" * 5000 + "}",
+        '{"text": "a", "n": 1e999}',
+    ]
+    lines = text_rows.read_text().splitlines()
+    text_rows.write_text("\n".join([*lines[:10], *odd, *lines[10:]]) + "\n")
+    recipe = make_recipe({"text": {"path": str(text_rows), "shuffle": False}}, batch_size=2)
+    stream = build_stream(recipe, "distill", make_tokenizer())
+    whole = _steps(stream, 30)
+    counts = stream.dropped["text"]
+    reasons = {reason: count for reason, count in counts.items() if reason != "rows"}
+    assert set(reasons) == {
+        "a row is no JSON",
+        "half of a surrogate pair or a broken byte in its text",
+        'no column "text"',
+        "a column is no text",
+        "a row is a list, expected an object of columns",
+        "a row is nested too deeply to be read",
+        "a row cannot be read",
+    }
+    assert sum(reasons.values()) * (len(lines) + 8) == pytest.approx(7 * counts["rows"], rel=0.5)
+    resumed = build_stream(recipe, "distill", make_tokenizer())
+    first = build_stream(recipe, "distill", make_tokenizer())
+    _steps(first, 7)
+    resumed.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    assert _steps(resumed, 23) == whole[7:]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"mixture": None},
+        {"chunks": [{"from": {}, "left": [0]}]},
+        {"chunks": 3},
+        {"rendered": {}},
+    ],
+)
+def test_state_that_is_damaged_is_a_data_error(text_rows, make_recipe, make_tokenizer, damage):
+    recipe = make_recipe({"text": {"path": str(text_rows)}}, batch_size=2)
+    stream = build_stream(recipe, "distill", make_tokenizer())
+    next(stream)
+    state = {**stream.state_dict(), **damage}
+    with pytest.raises(DataError, match="state"):
+        stream.load_state_dict(state)
 
 
 def test_batch_that_ranks_cannot_share_is_refused(mixed, make_tokenizer):

@@ -75,6 +75,8 @@ class TinyStream:
 
     def __init__(self, micro_batch_size=4, rank=0, world=1):
         self.step, self.micro, self.rank, self.world = 0, micro_batch_size, rank, world
+        self.dropped: dict[str, dict[str, int]] = {}
+        self.notes: list[str] = []
 
     def __next__(self):
         share = BATCH_SIZE // self.world
