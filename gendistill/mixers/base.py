@@ -54,13 +54,19 @@ class SequenceInfo:
     def from_position_ids(cls, position_ids: Tensor) -> SequenceInfo | None:
         """Separate documents wherever ``position_ids`` ``[B, T]`` do not count on; None when they always do."""
         length = position_ids.shape[1]
-        starts = torch.ones_like(position_ids, dtype=torch.bool)
-        starts[:, 1:] = position_ids[:, 1:] != position_ids[:, :-1] + 1
+        starts = cls.document_starts(position_ids)
         if int(starts.sum()) == position_ids.shape[0]:
             return None
         first = starts.flatten().nonzero(as_tuple=True)[0]
         end = first.new_tensor([position_ids.shape[0] * length])
         return cls.from_cu_seqlens(torch.cat([first, end]))
+
+    @staticmethod
+    def document_starts(position_ids: Tensor) -> Tensor:
+        """Mark, in ``[B, T]``, where ``position_ids`` do not count on from the cell before."""
+        starts = torch.ones_like(position_ids, dtype=torch.bool)
+        starts[:, 1:] = position_ids[:, 1:] != position_ids[:, :-1] + 1
+        return starts
 
     def gather(self, grid: Tensor) -> Tensor:
         """Take ``[B, T, ...]`` to ``[1, num_tokens, ...]``."""

@@ -8,7 +8,7 @@ import importlib.util
 import os
 from collections.abc import Callable
 from enum import StrEnum
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -36,7 +36,6 @@ class OpOutput(NamedTuple):
     state: Tensor
 
 
-@torch.compiler.assume_constant_result
 def resolve_impl(requested: str, *, op: str, device: torch.device) -> Impl:
     """Turn a recipe's ``impl`` into one implementation.
 
@@ -52,16 +51,25 @@ def resolve_impl(requested: str, *, op: str, device: torch.device) -> Impl:
     """
     if requested == "reference" or (requested == "auto" and device.type != "cuda"):
         return Impl.REFERENCE
-    obstacle = triton_obstacle(device)
+    obstacle = _load_triton(device)
     if obstacle is None:
-        # a compiler that traces the op must find it imported
-        triton_ops()
         return Impl.TRITON
     if requested == "auto":
         return Impl.REFERENCE
     raise ValueError(
         f'impl "{requested}" is not available for {op} on {device}: {obstacle}; use "auto" or "reference"'
     )
+
+
+# Of what happens here a compiler can trace nothing. It may keep the result, but only one that ends before its next
+# graph break: torch cannot hand such a constant on.
+@torch.compiler.assume_constant_result
+def _load_triton(device: torch.device) -> str | None:
+    """Import the Triton ops, which a compiler must find imported, or say what keeps them from running there."""
+    obstacle = triton_obstacle(device)
+    if obstacle is None:
+        triton_ops()
+    return obstacle
 
 
 @functools.cache
@@ -179,14 +187,21 @@ class ChunkLayout(NamedTuple):
 
     @classmethod
     def build(cls, lengths: list[int], size: int, device: torch.device) -> ChunkLayout:
-        """Compute the layout on the host."""
+        """Compute the layout on the host.
+
+        Numbers that steer Python are never read from a tensor: a compiler would have to break its graph there.
+        """
         count = torch.tensor(lengths, dtype=torch.int64)
         starts = count.cumsum(0) - count
         order = torch.argsort(count, descending=True, stable=True)
-        chunks = (count[order] + size - 1) // size
-        active = [int((chunks > step).sum()) for step in range(int(chunks.max()) if len(lengths) else 0)]
+        chunks = [(length + size - 1) // size for length in lengths]
+        last = [0] * max(chunks, default=0)
+        for number in chunks:
+            if number:
+                last[number - 1] += 1
+        active = list(accumulate(reversed(last)))[::-1]
         within = torch.arange(size)
-        total = int(count.sum())
+        total = sum(lengths)
         source = []
         for step, number in enumerate(active):
             position = step * size + within.expand(number, size)
