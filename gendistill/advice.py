@@ -94,7 +94,7 @@ def known_teacher(recipe: Recipe) -> tuple[dict[str, Any] | None, bool]:
     if not folder.is_absolute():
         if (
             spec.startswith(("pypi:", "builtin:"))
-            or (cached := _cached_folder(spec, recipe.teacher.revision)) is None
+            or (cached := cached_folder(spec, recipe.teacher.revision)) is None
         ):
             return None, False
         folder = cached
@@ -107,7 +107,7 @@ def known_teacher(recipe: Recipe) -> tuple[dict[str, Any] | None, bool]:
     return config, has_chat_template(folder)
 
 
-def _cached_folder(spec: str, revision: str) -> Path | None:
+def cached_folder(spec: str, revision: str) -> Path | None:
     """Find a hub model's folder among what was downloaded before; no network."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError

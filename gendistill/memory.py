@@ -30,6 +30,7 @@ _LOSS_BUFFERS = 5
 _RUNTIME_BYTES = 600_000_000
 # float32 numbers per token, head and channel that the eager chunked delta rule keeps for backward
 _DELTA_RULE_COPIES = 24
+_PATIENCE_S = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,13 +71,25 @@ class MemoryEstimate:
 
 def find_device() -> Device:
     """Find the first NVIDIA GPU, else the CPU, without importing torch."""
-    if shutil.which("nvidia-smi"):
-        query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
-        answer = subprocess.run(query, capture_output=True, text=True, check=False)
-        if answer.returncode == 0 and answer.stdout.strip():
-            name, _, mebibytes = answer.stdout.splitlines()[0].rpartition(",")
-            return Device("cuda", name.strip(), int(mebibytes) * 2**20)
+    if (line := _first_gpu()) is not None:
+        name, _, mebibytes = line.rpartition(",")
+        # a GPU that shares the host's memory says [N/A]
+        known = mebibytes.strip().isdecimal()
+        return Device("cuda", name.strip(), int(mebibytes) * 2**20 if known else _ram_bytes())
     return Device("cpu", f"CPU with {os.cpu_count()} cores", _ram_bytes())
+
+
+def _first_gpu() -> str | None:
+    """Return the driver's line on the first GPU; None where there is no driver or it does not answer."""
+    if not shutil.which("nvidia-smi"):
+        return None
+    query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, check=False, timeout=_PATIENCE_S)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    lines = answer.stdout.strip().splitlines()
+    return lines[0] if answer.returncode == 0 and lines else None
 
 
 def _ram_bytes() -> int:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from gendistill.advice import advise, check_batches, has_chat_template
+from gendistill.advice import advise, cached_folder, check_batches, has_chat_template
 from gendistill.config.objectives import BlockOutputConfig, CEConfig, MixConfig, MixerOutputConfig
 from gendistill.config.schema import Recipe, StageConfig
 from gendistill.conversion.family import (
@@ -235,8 +235,8 @@ def plan_run(recipe: Recipe, *, num_processes: int = 1, device: Device | None = 
     if recipe.student.source is not None:
         source = read_source(recipe.student.source, revision="main", where="student.from")
     check_batches(recipe, num_processes)
-    _check_vocabulary(recipe, teacher, source)
     geometry = read_geometry(source.config)
+    _check_vocabulary(recipe, teacher, source)
     placement = Placement.parse(recipe.student.placement, num_layers=geometry.num_layers)
     conversion = plan_conversion(source.config, source.tensors, placement, recipe.student.mixers)
     impl = _choose_impl(recipe, placement, device)
@@ -271,7 +271,10 @@ def read_source(spec: str, *, revision: str, where: str) -> Source:
             has_chat_template(checkpoint.folder),
         )
     config = _hub_config(spec, revision, where)
-    return Source(spec, config, expected_tensors(config, where=where), _hub_chat_template(spec, revision))
+    # of the tokenizer only what was downloaded before is known
+    folder = cached_folder(spec, revision)
+    has_template = folder is not None and has_chat_template(folder)
+    return Source(spec, config, expected_tensors(config, where=where), has_template)
 
 
 def _hub_config(spec: str, revision: str, where: str) -> dict[str, Any]:
@@ -290,21 +293,6 @@ def _hub_config(spec: str, revision: str, where: str) -> dict[str, Any]:
         ) from error
 
 
-def _hub_chat_template(spec: str, revision: str) -> bool:
-    """Whether a hub model has a chat template; one that cannot be asked has none."""
-    import httpx
-    from huggingface_hub import hf_hub_download
-
-    for name in ("chat_template.jinja", "tokenizer_config.json"):
-        try:
-            path = hf_hub_download(spec, name, revision=revision)
-        except (OSError, ValueError, httpx.HTTPError):
-            continue
-        if has_chat_template(Path(path).parent):
-            return True
-    return False
-
-
 def expected_tensors(config: dict[str, Any], *, where: str) -> dict[str, TensorInfo]:
     """List the tensors that a config promises."""
     geometry = read_geometry(config, where=where)
@@ -321,10 +309,11 @@ def expected_tensors(config: dict[str, Any], *, where: str) -> dict[str, TensorI
 
 def _check_vocabulary(recipe: Recipe, teacher: Source, source: Source) -> None:
     compares = any(_needs_teacher(stage) for stage in recipe.stages.values())
-    sizes = teacher.config["vocab_size"], source.config["vocab_size"]
+    sizes = teacher.config.get("vocab_size"), source.config["vocab_size"]
     if compares and sizes[0] != sizes[1]:
+        entries = f"{sizes[0]:,}" if isinstance(sizes[0], int) else "an unknown number of"
         raise RecipeError(
-            f"the teacher's vocabulary has {sizes[0]:,} entries, the student's {sizes[1]:,}; "
+            f"the teacher's vocabulary has {entries} entries, the student's {sizes[1]:,}; "
             "the divergence compares them one by one",
             where="teacher.model and student.from",
             hint="choose a teacher with the student's tokenizer, or drop student.from",

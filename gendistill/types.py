@@ -103,8 +103,8 @@ class Placement:
             raise RecipeError(f"{path} is not a file", where=where, hint=hint)
         content = read_json(path, shape=list[str] | dict[str, Any], error=RecipeError, hint=hint)
         kinds = content.get("kinds") if isinstance(content, dict) else content
-        check_shape(kinds, list[str], error=RecipeError, where=f"{path}: kinds", hint=hint)
-        return cls._explicit(kinds, num_layers=num_layers, where=where)
+        words = check_shape(kinds, list[str], error=RecipeError, where=f"{path}: kinds", hint=hint)
+        return cls._explicit(words, num_layers=num_layers, where=where)
 
     @classmethod
     def _keep_list(cls, text: str, *, num_layers: int, where: str) -> Placement:

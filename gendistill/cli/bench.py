@@ -223,7 +223,7 @@ def _run_tune(arguments: argparse.Namespace) -> int:
 def _check_budget(arguments: argparse.Namespace) -> None:
     if arguments.budget is not None and not 0 < arguments.budget < math.inf:
         raise RecipeError(
-            f"--budget must be a positive number of seconds, got {arguments.budget:g}",
+            f"--budget must be positive and finite, in seconds, got {arguments.budget:g}",
             where="--budget",
             hint="leave it out to measure everything",
         )

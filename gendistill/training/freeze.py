@@ -94,8 +94,8 @@ def apply_freeze(
     """
     parameters = dict(student.named_parameters())
     groups = {parameter: param_group_of(parameter, student.config) for parameter in parameters}
-    tied = student.config.tie_word_embeddings
-    chosen, notes = choose_trained(groups, stage, name=name, tied=tied, reaches=reaches)
+    config: Any = student.config
+    chosen, notes = choose_trained(groups, stage, name=name, tied=config.tie_word_embeddings, reaches=reaches)
     trained, frozen = Counter[ParamGroup](), Counter[ParamGroup]()
     for parameter, tensor in parameters.items():
         tensor.requires_grad_(parameter in chosen)

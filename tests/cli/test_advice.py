@@ -105,3 +105,15 @@ def test_a_task_named_twice_is_refused(cli, workspace):
         assert code == 2
         assert "both the task copy" in err
         assert "next:" in err
+
+
+def test_a_hub_model_that_was_downloaded_before_is_known(tmp_path, monkeypatch):
+    snapshot = tmp_path / "models--some--teacher" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("abc")
+    (snapshot / "config.json").write_text('{"max_position_embeddings": 16}')
+    (snapshot / "chat_template.jinja").write_text("{{ x }}")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    recipe = load_recipe("tiny", ["teacher.model=some/teacher"])
+    assert known_teacher(recipe) == ({"max_position_embeddings": 16}, True)

@@ -8,10 +8,11 @@ import pytest
 import torch
 from transformers import AutoConfig
 
+from gendistill import memory
 from gendistill.config.load import load_recipe
 from gendistill.conversion.tensors import read_tensor_index
 from gendistill.errors import RecipeError
-from gendistill.memory import Device
+from gendistill.memory import Device, find_device
 from gendistill.models import HybridConfig, HybridForCausalLM
 from gendistill.planning import expected_tensors, plan_run
 from gendistill.testing import FAMILIES, tiny_teacher
@@ -212,3 +213,26 @@ def test_groups_and_patterns_that_match_nothing_are_found_by_the_plan(
     with pytest.raises(RecipeError, match=message) as caught:
         plan(teacher_folder, *overrides)
     assert caught.value.where == place
+
+
+@pytest.mark.parametrize(
+    ("script", "kind", "known"),
+    [
+        ("echo 'NVIDIA H100, 81559'", "cuda", 81559 * 2**20),
+        ("echo 'NVIDIA GB10, [N/A]'", "cuda", None),
+        ("exit 9", "cpu", None),
+        ("echo", "cpu", None),
+        ("exec sleep 60", "cpu", None),
+        (None, "cpu", None),
+    ],
+    ids=["answers", "shares the host's memory", "fails", "says nothing", "hangs", "is not runnable"],
+)
+def test_a_driver_that_does_not_answer_leaves_the_cpu(tmp_path, monkeypatch, script, kind, known):
+    program = tmp_path / "nvidia-smi"
+    program.write_text("no program" if script is None else f"#!/bin/sh\n{script}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr("gendistill.memory._PATIENCE_S", 0.5)
+    device = find_device()
+    assert device.kind == kind
+    assert device.total_bytes == (known or memory._ram_bytes())
