@@ -29,7 +29,7 @@ _EDGE = _QUOTES + ".!?,;: \n\t"
 # "A" and "I" are words too, and so is any small letter; followed by one of these they are letters of options.
 _AFTER_LETTERS = frozenset({
     "is", "because", "since", "as", "and", "or", "but", "the", "this", "it", "which", "rather", "instead",
-    "not", "over", "seems", "looks",
+    "not", "over", "seems", "looks", "i", "probably", "definitely",
 })  # fmt: skip
 
 
@@ -109,7 +109,7 @@ def find_letter(text: str, letters: Sequence[str], texts: Sequence[str]) -> str 
     stated = [name for name in named if name.said is Said.STATED]
     if stated:
         return None if _is_joined(words, stated[-1], named) else stated[-1].answer
-    if named and _begins(words, named[0], own):
+    if named and _begins(words, named[0]):
         alone = not (_is_joined(words, named[0], named) or _is_listed(words, named, letters))
         return named[0].answer if alone else None
     mentioned = [name for name in named if name.said is Said.MENTIONED or _shape(words, name) == "brackets"]
@@ -162,15 +162,14 @@ def _letter_names(words: Words, own: Mapping[str, Sequence[str]]) -> list[_Name]
         letter = word.upper()
         if len(word) != 1 or letter not in own or _is_glued(words, place):
             continue
-        repeats_option = words.follows(place + 1, own[letter])
+        # The option's text belongs to its letter: "B) blue or C) green" joins two letters.
+        end = words.after(place + 1, own[letter])
         may_be_a_word = word in "AI" or word != letter
         goes_on = words.is_word(place + 1) and words.at(place + 1) not in _AFTER_LETTERS
-        if may_be_a_word and goes_on and not repeats_option:
+        if may_be_a_word and goes_on and end == place + 1:
             continue
         said = words.said(place, place + 1)
-        # A small letter needs a reason to be one.
-        if word == letter or said is not Said.NOTHING or _shape(words, _Name(letter, place, place + 1, said)):
-            names.append(_Name(letter, place, place + 1, said))
+        names.append(_Name(letter, place, end, words.said(place, end) if said is Said.NOTHING else said))
     return names
 
 
@@ -179,20 +178,20 @@ def _is_glued(words: Words, place: int) -> bool:
     text, start = words.text, words.starts[place]
     before, after = text[max(0, start - 2) : start], text[start + 1 : start + 4]
     if after[:1] in ("+", "#", "%") or re.match(
-        r"[-&@_'\u2019][A-Za-z0-9]|\.[A-Za-z0-9](?![A-Za-z0-9])", after
+        r"[-\u2013&@_'\u2019][A-Za-z0-9]|\.[A-Za-z0-9](?![A-Za-z0-9])", after
     ):
         return True
     if words.words[place].islower() and re.fullmatch(r"[A-Za-z0-9][(\[]", before):
         return True
-    return re.fullmatch(r"[A-Za-z0-9][-&@_.'\u2019]|.?\u00b0", before) is not None
+    return re.fullmatch(r"[A-Za-z0-9][-\u2013&@_.'\u2019]|.?\u00b0", before) is not None
 
 
 def _shape(words: Words, name: _Name) -> str:
     """Tell how a letter is set off: in "brackets", alone on its "line", by a delimiter, or not at all."""
-    before, after = words.at(name.start - 1), words.at(name.end)
+    before, after = words.at(name.start - 1), words.at(name.start + 1)
     if before in OPENERS and (after in CLOSERS or after in DELIMITERS):
         return "brackets"
-    alone, end = name.start, name.end
+    alone, end = name.start, name.start + 1
     while words.at(alone - 1) in QUOTES | OPENERS | BULLETS:
         alone -= 1
     while words.at(end) in QUOTES or words.at(end) in CLOSERS or words.at(end) in ".!?\u3002":
@@ -202,16 +201,17 @@ def _shape(words: Words, name: _Name) -> str:
     return after if after in DELIMITERS else ""
 
 
-def _begins(words: Words, name: _Name, own: Mapping[str, Sequence[str]]) -> bool:
+def _begins(words: Words, name: _Name) -> bool:
     """Whether a text begins with a letter that is meant as one."""
     if any(words.at(place) not in OPENERS | QUOTES | BULLETS | {"\n"} for place in range(name.start)):
         return False
-    if _shape(words, name) or words.follows(name.end, own[name.answer]):
+    after = words.at(name.start + 1)
+    if _shape(words, name) or name.end > name.start + 1:
         # "I, for one, ..." speaks of the speaker.
-        return not (words.words[name.start] in "Ii" and words.at(name.end) == ",")
-    if words.at(name.end) in QUOTES:
-        return words.ends_clause(name.end)
-    return words.words[name.start].isupper() and words.at(name.end) in _AFTER_LETTERS
+        return not (words.words[name.start] in "Ii" and after == ",")
+    if after in QUOTES:
+        return words.ends_clause(name.start + 1)
+    return words.words[name.start].isupper() and after in _AFTER_LETTERS
 
 
 def _is_joined(words: Words, name: _Name, named: Sequence[_Name]) -> bool:

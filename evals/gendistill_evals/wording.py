@@ -22,19 +22,19 @@ _MOST_MARKS = 30
 # Words looked at around a word, and further back in its sentence.
 _NEAR, _SENTENCE = 12, 30
 
-OPENERS = frozenset("([{<\u3010\u300c\u300e\u300a\u3008\u3014")
-CLOSERS = frozenset(")]}>\u3011\u300d\u300f\u300b\u3009\u3015")
+OPENERS = frozenset("([{<\u3010\u300c\u300e\u300a\u3008\u3014\u3016\u27e6\u27e8")
+CLOSERS = frozenset(")]}>\u3011\u300d\u300f\u300b\u3009\u3015\u3017\u27e7\u27e9")
 BULLETS = frozenset("->\u2022\u2013\u2014")
-QUOTES = frozenset("\"'`\u2018\u2019\u201c\u201d*#$|~")
+QUOTES = frozenset("\"'`\u2018\u2019\u201c\u201d\u201e\u00ab\u00bb\u2039\u203a*#$|~")
 DELIMITERS = frozenset(").:,;!?]}\u3011\u3002\u3001-\u2013\u2014")
 _ENDS = frozenset(".!?;\u3002\n")
 _CONNECTORS = frozenset(
-    {"and", "or", "nor", "versus", "vs", *",/&+\u3001", *"\u548c\u6216\u4e0e\u8207\u53ca\u8ddf\u8fd8\u662f"}
+    {"and", "or", "nor", "versus", "vs", *",;/&+\u3001", *"\u548c\u6216\u4e0e\u8207\u53ca\u8ddf\u8fd8\u662f"}
 )
-_BETWEEN = frozenset({"boxed", ":", "option", "choice", "letter"})
+_BETWEEN = frozenset({"boxed", ":", "option", "choice", "letter", "maybe", "perhaps", "possibly"})
 
 _ANSWERS = frozenset({
-    "answer", "answers", "ans", "solution", "response", "verdict", "selection", "pick", "correct",
+    "answer", "answers", "answer's", "ans", "solution", "response", "verdict", "selection", "pick", "correct",
     "boxed", "choose", "choosing", "select", "selecting", "go", "going", "guess", "think", "believe",
     "say", "opt", "vote", "antwort", "réponse", "respuesta", "risposta", "resposta",
 })  # fmt: skip
@@ -47,10 +47,11 @@ _POINTERS = frozenset({"it", "that", "this"})
 _POINTING = frozenset({"it's", "that's"})
 _TURNS = frozenset({
     "so", "therefore", "thus", "hence", "actually", "definitely", "probably", "certainly", "obviously",
-    "clearly", "finally", "but", "now", "rather", "instead", "no", "wait",
+    "clearly", "finally", "but", "now", "rather", "instead", "no", "wait", "likely", "surely", "sure",
+    "yes", "ok", "okay", "well", "hmm", "course",
 })  # fmt: skip
 _FILLERS = frozenset({
-    "the", "an", "would", "should", "must", "will", "might", "may", "could", "can", "most", "likely",
+    "the", "an", "would", "should", "must", "will", "might", "may", "could", "can", "most",
     "simply", "indeed", "then", "really", "final", "right", "best", "either", "both", "only", "one",
     "with", "for", "to",
 })  # fmt: skip
@@ -155,12 +156,15 @@ class Words:
             place -= 1
         return place == 0 or self.at(place - 1) in _ENDS
 
-    def follows(self, place: int, words: Sequence[str]) -> bool:
-        """Whether words stand at a place, brackets and delimiters aside."""
+    def after(self, place: int, words: Sequence[str]) -> int:
+        """Return where words end that stand at a place, brackets and delimiters aside; the place if they do not."""
+        start = place
         for _ in range(3):
-            if self.at(place) in DELIMITERS or self.at(place) in OPENERS or self.at(place) in QUOTES:
-                place += 1
-        return bool(words) and self.lower[place : place + min(len(words), _NEAR)] == list(words[:_NEAR])
+            if self.at(start) in DELIMITERS or self.at(start) in OPENERS or self.at(start) in QUOTES:
+                start += 1
+        num_words = min(len(words), _NEAR)
+        stands = bool(words) and self.lower[start : start + num_words] == list(words[:num_words])
+        return start + num_words if stands else place
 
     def joins(self, end: int, start: int) -> bool:
         """Whether nothing but "and", "or", commas, brackets and the word "option" stands between two words."""
@@ -222,6 +226,8 @@ class Words:
             return Said.DENIED
         if word not in _STATES:
             return Said.NOTHING
+        if word in ("is", "are") and self.at(place + 1) in _ENDS:
+            return Said.STATED
         for later in range(place + 1, place + 6):
             word = self.at(later)
             if word in _WRONG or word.endswith("n't"):
