@@ -45,7 +45,8 @@ class PeerTuning:
     def save(self) -> None:
         """Write the file again, with what was chosen since."""
         for place in self._places() - self._others - self.choices.keys():
-            self.choices[place] = _fastest(read_json(self.cache / place))
+            # plain json: Triton writes Infinity for a configuration that did not run
+            self.choices[place] = _fastest(json.loads((self.cache / place).read_text(encoding="utf-8")))
         write_json(
             self.path, {"schema": _SCHEMA, **self.about, "choices": dict(sorted(self.choices.items()))}
         )
@@ -61,10 +62,7 @@ def _fastest(tuned: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _load(path: Path, about: Mapping[str, str]) -> dict[str, Any]:
-    try:
-        document = read_json(path)
-    except (OSError, ValueError) as error:
-        raise GendistillError(f"{path} cannot be read: {error}") from error
+    document = read_json(path, error=GendistillError, hint="leave --peer-tuning out, or name a new file")
     choices = document.get("choices") if isinstance(document, dict) else None
     if not isinstance(choices, dict) or document.get("schema") != _SCHEMA:
         raise GendistillError(f'{path} is no file of choices: it needs "schema": {_SCHEMA} and "choices"')

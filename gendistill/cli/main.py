@@ -105,6 +105,8 @@ def _run(words: Sequence[str]) -> int:
             modules[name] = importlib.import_module(module_name)
             modules[name].add_arguments(subparser)
             subparser.epilog = "  --debug shows the traceback of an error"
+    if any("\0" in word for word in words):
+        parser.error("an argument holds a NUL character, which no name or path can")
     parsed, extra = parser.parse_known_args(words)
     if parsed.command is None:
         parser.print_help()

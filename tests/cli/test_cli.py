@@ -442,7 +442,7 @@ def test_recipe_schema_describes_a_section_and_validates_recipes(cli, cli_json):
 def test_recipe_diff_prints_what_differs(cli, cli_json, workspace):
     cli("recipe", "cp", "tiny", "mine.yaml")
     rows = cli_json("recipe", "diff", "tiny", "mine.yaml")
-    assert rows == [{"setting": "name", "first": "tiny", "second": "mine"}]
+    assert rows == [{"setting": "name", "first": "tiny", "second": "mine", "affects": "nothing"}]
     assert cli("recipe", "diff", "tiny", "tiny")[1] == "the two recipes are equal\n"
 
 
