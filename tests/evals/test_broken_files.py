@@ -157,7 +157,7 @@ def test_a_line_that_is_no_row_is_named(tmp_path, task_file, line):
 @pytest.mark.parametrize(
     "change",
     [
-        {"gold": []}, {"gold": ["b"]}, {"gold": {"a": "b"}}, {"gold": None}, {"gold": ""}, {"gold": "NaN"},
+        {"gold": []}, {"gold": ["b"]}, {"gold": {"a": "b"}}, {"gold": None}, {"gold": ""},
         {"options": {"a": "b"}, "distractors": {"a": "b"}}, {"options": 3, "distractors": 3},
         {"options": "bc", "distractors": "bc"}, {"options": [["b"], ["c"]], "distractors": [["b"]]},
         {"options": [None, "b"], "distractors": [None]}, {"options": [{}, "b"], "distractors": [{}]},
@@ -169,12 +169,18 @@ def test_a_line_that_is_no_row_is_named(tmp_path, task_file, line):
 )  # fmt: skip
 def test_values_of_another_type_are_named_by_line(tmp_path, task_file, kind, change):
     good = {**ROW, "gold": "2", "options": ["2", "3"], "distractors": ["3"], "id": "first"}
-    if kind == "exact_match" and change == {"gold": "NaN"}:
-        pytest.skip("NaN is a word like any other there")
     text = TASK.replace("exact_match", kind)
     assert len(load_task(task_file(text, [good])).items) == 1
     error = refused(load_task, task_file(text, [good, {**good, "id": "second", **change}]))
     assert error.where == f"{tmp_path / 'rows.jsonl'}:2"
+
+
+@pytest.mark.parametrize("gold", ["NaN", "Infinity", "-inf", "1e999999999", "two", "2 3"])
+def test_a_gold_number_that_is_none_is_named_by_line(tmp_path, task_file, gold):
+    text = TASK.replace("exact_match", "numeric")
+    error = refused(load_task, task_file(text, [{"question": "a?", "gold": gold}]))
+    assert error.where == f"{tmp_path / 'rows.jsonl'}:1"
+    assert "is not a number" in error.message
 
 
 def test_numbers_and_truth_values_are_read_as_texts(task_file):
