@@ -139,6 +139,7 @@ def load_tasks(tasks: Sequence[str | Path | Task]) -> list[Task]:
         raise EvalError(
             f"two tasks have the name {', '.join(repeated)}",
             hint="name each task once; give one of two different tasks another name: in its file",
+            exit_code=2,
         )
     return loaded
 

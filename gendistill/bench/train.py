@@ -278,7 +278,7 @@ class TrainBench:
             # cross-entropy asks it nothing; held-out scores put it beside the student
             teacher=setup.model(seed, ["full"]),
             stream=TaskStream(setup.rows, setup.tokens, seed=seed),
-            run=RunDir(self.folder / run_name(impl, seed)),
+            folder=RunDir(self.folder / run_name(impl, seed)).stage(_STAGE),
             accelerator=Accelerator(cpu=self.cpu),
             heldout=heldout,
             seed=seed,

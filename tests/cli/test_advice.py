@@ -103,7 +103,7 @@ def test_a_task_named_twice_is_refused(cli, workspace):
     for command in (("recipe", "check"), ("run",), ("eval",)):
         code, _, err = cli(*command, "tiny", "eval.tasks=[copy, everyday, copy]")
         assert code == 2
-        assert "both the task copy" in err
+        assert "two tasks have the name copy" in err
         assert "next:" in err
 
 

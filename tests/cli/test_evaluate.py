@@ -40,9 +40,9 @@ def task(workspace) -> Path:
 @pytest.mark.parametrize(
     ("words", "message", "code"),
     [
-        (["x", "--tasks", "copy,copy"], "two tasks have the name copy", 1),
-        (["x", "--tasks", "copy, copy"], "two tasks have the name copy", 1),
-        (["x", "--tasks", "mine.yaml,./mine.yaml"], "two tasks have the name mine", 1),
+        (["x", "--tasks", "copy,copy"], "two tasks have the name copy", 2),
+        (["x", "--tasks", "copy, copy"], "two tasks have the name copy", 2),
+        (["x", "--tasks", "mine.yaml,./mine.yaml"], "two tasks have the name mine", 2),
         (["x", "--tasks", "copi"], 'did you mean "copy"', 2),
         (["x", "--tasks", " , ,"], "nothing to score", 2),
         (["x", "--tasks", "gone.yaml"], "there is no file", 2),
@@ -64,13 +64,13 @@ def task(workspace) -> Path:
         (["x", "--tasks", "copy", "--out", ""], "--out", 2),
         (["x", "--tasks", "copy", "--out", "mine.yaml"], "is not a folder", 2),
         (["x", "--tasks", "copy", "--out", "mine.yaml/inner"], "is not a folder", 2),
-        (["x", "--tasks", "copy", "--out", "a\0b"], "--out", 2),
+        (["x", "--tasks", "copy", "--out", "a\0b"], "NUL", 2),
         (["x", "--tasks", "copy", "--limit", "\u00b2"], "no number above 0", 2),
         (["x", "--tasks", "copy", "--limit", "9" * 5_000], "no number above 0", 2),
         (["x", "--tasks", "copy", "--limit", "-1"], "no number above 0", 2),
         (["x", "--tasks", "copy", "--batch-size", "0"], "no number above 0", 2),
         (["x", "--tasks", "copy", "--batch-size", "1.5"], "no number above 0", 2),
-        (["tiny", "eval.tasks=[copy, copy]"], "two tasks have the name copy", 1),
+        (["tiny", "eval.tasks=[copy, copy]"], "two tasks have the name copy", 2),
     ],
     ids=lambda value: repr(value)[:60],
 )  # fmt: skip

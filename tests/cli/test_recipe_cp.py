@@ -57,7 +57,7 @@ def test_a_run_folder_can_be_copied(cli, workspace):
     ("target", "words"),
     [
         ("", "empty"),
-        ("a\0b.yaml", "empty"),
+        ("a\0b.yaml", "NUL"),
         ("\udcff.yaml", "empty"),
         (" ", "empty"),
         ("file/x.yaml", "cannot write"),

@@ -175,7 +175,7 @@ def test_answers_of_an_earlier_evaluation_do_not_stay(evaluate, tiny_llama, ques
         ({"role": "judge"}, "role must be", 2),
         ({"limit": 0}, "limit must be at least 1", 2),
         ({"tasks": ["everydy"]}, "there is no task", 2),
-        ({"tasks": ["everyday", "everyday"]}, "two tasks have the name", 1),
+        ({"tasks": ["everyday", "everyday"]}, "two tasks have the name", 2),
     ],
 )
 def test_settings_that_cannot_be_are_refused_before_anything_runs(
