@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import random
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -85,6 +87,17 @@ TEMPLATES = {
 }
 
 WORDS = "river stone Anna's blue 42 über naïve 日本 😀 <b> {x} tea; (maybe) light? if == 1: end. a I of system user"
+
+
+@pytest.fixture(scope="session")
+def hub_twin() -> ModuleType:
+    """The module ``hub_twin``."""
+    spec = importlib.util.spec_from_file_location("hub_twin", Path(__file__).with_name("hub_twin.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(autouse=True)

@@ -2,10 +2,13 @@
 
 import itertools
 import json
+import os
 import re
 from pathlib import Path
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from gendistill.config.schema import SourceConfig
@@ -230,3 +233,167 @@ def test_mixture_resumes_exactly_at_every_cut():
 def test_mixture_refuses_weights_that_are_no_shares(weight):
     with pytest.raises(DataError, match="weights must be positive numbers"):
         _mixture({"a": 1.0, "b": weight})
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "glob", "parquet"])
+def test_what_cannot_be_read_is_a_data_error(tmp_path, monkeypatch, kind):
+    data = tmp_path / "data"
+    data.mkdir()
+    name = "rows.parquet" if kind == "parquet" else "rows.jsonl"
+    (data / name).write_text("x")
+    real = Path.open
+
+    def refuse(path, *arguments, **settings):
+        if path.parent == data:
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path, *arguments, **settings)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    path = {"folder": data, "glob": data / "*.jsonl"}.get(kind, data / name)
+    with pytest.raises(DataError, match=r"cannot read .*Permission denied") as caught:
+        open_source(_config(path), name="a", seed=0)
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize("kind", ["stat", "walk"])
+def test_a_folder_that_cannot_be_entered_is_a_data_error(tmp_path, monkeypatch, kind):
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied", str(tmp_path))
+
+    if kind == "stat":
+        monkeypatch.setattr(Path, "is_dir", refuse)
+    else:
+        monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(DataError, match="Permission denied"):
+        open_source(_config(tmp_path), name="a", seed=0)
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "glob"])
+def test_a_pipe_is_refused_instead_of_waited_for(tmp_path, kind):
+    os.mkfifo(tmp_path / "rows.jsonl")
+    path = {"file": tmp_path / "rows.jsonl", "folder": tmp_path, "glob": tmp_path / "*.jsonl"}[kind]
+    with pytest.raises(DataError, match="is not a regular file") as caught:
+        open_source(_config(path), name="a", seed=0)
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("{tmp}/ro\0ws.jsonl", "NUL character"),
+        ("~nobody-of-this-name/rows.jsonl", "cannot tell the home folder"),
+        ("  ", "the path is empty"),
+        ("{tmp}/*.d", "matches folders only, such as .*parts.d"),
+        ("{tmp}/" + "x" * 300 + ".jsonl", "cannot read .*File name too long"),
+        ("{tmp}/parts.d/rows.jsonl/more.jsonl", "does not exist|Not a directory"),
+        ("{tmp}/rows.parquet.gz", "parquet file inside .gz"),
+        ("{tmp}/folder.jsonl", "holds no .json"),
+        ("{tmp}/broken_saved", "no split"),
+    ],
+)
+def test_odd_paths_are_data_errors_with_a_next_step(tmp_path, path, message):
+    (tmp_path / "parts.d").mkdir()
+    (tmp_path / "folder.jsonl").mkdir()
+    (tmp_path / "parts.d" / "rows.jsonl").write_text("{}")
+    (tmp_path / "rows.parquet.gz").write_bytes(b"")
+    (tmp_path / "broken_saved").mkdir()
+    (tmp_path / "broken_saved" / "dataset_dict.json").write_text('{"splits": "train"}')
+    with pytest.raises(DataError, match=message) as caught:
+        open_source(_config(path.format(tmp=tmp_path)), name="a", seed=0)
+    assert caught.value.hint
+    assert caught.value.where.startswith("data.a")
+
+
+@pytest.mark.parametrize("make", [_map_source, _stream_source])
+def test_limits_and_skips_at_their_edges(make):
+    assert _take(make(limit=1000, shuffle=False), 24) == [*range(23), 0]
+    assert _take(make(skip_rows=22, shuffle=False), 3) == [22, 22, 22]
+    assert _take(make(skip_rows=22, limit=5), 2) == [22, 22]
+
+
+def test_one_row_is_a_dataset_and_cannot_be_held_out(tmp_path):
+    path = tmp_path / "one.jsonl"
+    path.write_text('{"text": "row 0"}')
+    assert _take(open_source(_config(path), name="a", seed=0), 3) == [0, 0, 0]
+    with pytest.raises(DataError, match=r"has 1 rows and heldout\.rows reserves 1: none is left"):
+        heldout_rows(_config(path), name="a", rows=1)
+
+
+@pytest.mark.parametrize("first", ["[1]", '"text"', "3", "null", "{", "{}", '{"te\\ud83d": 1}'])
+def test_a_first_row_that_is_no_row_is_refused_by_name(tmp_path, first):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(first + '\n{"text": "row 1"}\n')
+    with pytest.raises(DataError, match=r"row 1 of|record 2 of|has no column") as caught:
+        open_source(_config(path), name="a", seed=0)
+    str(caught.value).encode()
+    with pytest.raises(DataError):
+        heldout_rows(_config(path), name="a", rows=1)
+
+
+@pytest.mark.parametrize("make", [_map_source, _stream_source])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"position": 100},
+        {"position": -1},
+        {"position": "3"},
+        {"columns": ["other"]},
+        {"epoch": None},
+        {"cursor": {"epoch": 0}},
+        {"cursor": 3},
+    ],
+)
+def test_state_of_other_data_is_a_data_error(make, change):
+    if "cursor" in change and make is _map_source:
+        pytest.skip("only streams have a cursor")
+    state = {**make().state_dict(), **change}
+    with pytest.raises(DataError) as caught:
+        make().load_state_dict(state)
+    assert caught.value.hint
+    with pytest.raises(DataError):
+        make().load_state_dict([])
+
+
+def test_state_from_before_columns_were_saved_still_resumes():
+    source = _map_source()
+    _take(source, 5)
+    state = {key: value for key, value in source.state_dict().items() if key != "columns"}
+    resumed = _map_source()
+    resumed.load_state_dict(state)
+    assert _take(resumed, 5) == _take(source, 5)
+
+
+def test_state_of_other_sources_is_a_data_error():
+    state = _mixture({"a": 1.0, "b": 1.0}).state_dict()
+    with pytest.raises(DataError, match="saved with the sources a, b and would go on with a, c"):
+        _mixture({"a": 1.0, "c": 1.0}).load_state_dict(state)
+
+
+def test_parquet_columns_that_are_no_text_leave_rows_out_not_the_run(tmp_path):
+    tables = {
+        "number": pa.table({"text": [1, 2]}),
+        "bytes": pa.table({"text": [b"\xff", b"a"]}),
+        "null": pa.table({"text": pa.array([None, None], pa.string())}),
+        "list": pa.table({"text": [["a"], ["b"]]}),
+    }
+    for name, table in tables.items():
+        pq.write_table(table, tmp_path / f"{name}.parquet")
+        source = open_source(_config(tmp_path / f"{name}.parquet"), name="a", seed=0)
+        assert not any(isinstance(next(source)["text"], str) for _ in range(2))
+    raw = pa.array([b"good", b"\xff\xfe"], pa.binary())
+    broken = pa.StringArray.from_buffers(2, raw.buffers()[1], raw.buffers()[2])
+    pq.write_table(pa.table({"text": broken, "n": [1, 2]}), tmp_path / "utf8.parquet")
+    source = open_source(_config(tmp_path / "utf8.parquet", shuffle=False), name="a", seed=0)
+    assert next(source) == {"text": "good"}
+    assert next(source).reason == "a row is not UTF-8"
+
+
+def test_a_parquet_file_of_equal_size_and_restored_time_is_read_anew(tmp_path):
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.table({"text": ["row 1"]}), path)
+    before = path.stat()
+    assert _take(open_source(_config(path), name="a", seed=0), 1) == [1]
+    pq.write_table(pa.table({"text": ["row 2"]}), path)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert path.stat().st_size == before.st_size
+    assert _take(open_source(_config(path), name="a", seed=0), 1) == [2]
