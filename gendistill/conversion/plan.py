@@ -337,7 +337,8 @@ def _student_config(
     student = {
         **kept,
         "model_type": "gendistill",
-        "architectures": ["HybridForCausalLM"],
+        "architectures": ["GendistillForCausalLM"],
+        "impl": "auto",
         "base_model_type": geometry.family,
         "head_dim": geometry.head_dim,
         "num_key_value_heads": geometry.num_kv_heads,

@@ -4,10 +4,10 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from gendistill.models.cache import HybridCache
 from gendistill.models.configuration import HybridConfig
-from gendistill.models.modeling import HybridForCausalLM, HybridModel
+from gendistill.models.modeling import GendistillForCausalLM, HybridForCausalLM, HybridModel
 
 AutoConfig.register(HybridConfig.model_type, HybridConfig)
 AutoModel.register(HybridConfig, HybridModel)
-AutoModelForCausalLM.register(HybridConfig, HybridForCausalLM)
+AutoModelForCausalLM.register(HybridConfig, GendistillForCausalLM)
 
-__all__ = ["HybridCache", "HybridConfig", "HybridForCausalLM", "HybridModel"]
+__all__ = ["GendistillForCausalLM", "HybridCache", "HybridConfig", "HybridForCausalLM", "HybridModel"]

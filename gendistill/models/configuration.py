@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+import copy
+import os
 from typing import Any
 
-from huggingface_hub.dataclasses import strict
-from transformers.configuration_utils import PreTrainedConfig
-from transformers.modeling_rope_utils import RopeParameters
+import transformers
+from packaging.version import Version
+
+LEAST_TRANSFORMERS = "5.17"
+# before the imports that an older one lacks: this module is the first that a saved student's code imports
+if Version(transformers.__version__) < Version(LEAST_TRANSFORMERS):
+    raise ImportError(
+        f"this model needs transformers {LEAST_TRANSFORMERS} or newer, {transformers.__version__} is installed; run: "
+        f'pip install "transformers>={LEAST_TRANSFORMERS}"'
+    )
+
+from huggingface_hub.dataclasses import strict  # noqa: E402
+from transformers.configuration_utils import PreTrainedConfig  # noqa: E402
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters  # noqa: E402
+
+from gendistill.models.config_checks import check_fields, check_rope  # noqa: E402
 
 # family -> whether (q, k, v) and the output projection carry biases; None: as config.attention_bias says
 FAMILIES: dict[str, tuple[bool | None, bool | None]] = {
@@ -67,6 +82,7 @@ class HybridConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
+        check_fields(self)
         if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.num_key_value_heads is None:
@@ -78,10 +94,26 @@ class HybridConfig(PreTrainedConfig):
         if self.layer_types is None:
             words = {"full": "full_attention", "swa": "sliding_attention"}
             self.layer_types = [words.get(mixer, "linear_attention") for mixer in self.mixers]
-        super().__post_init__(**kwargs)
+        self.validate_architecture()
+        try:
+            super().__post_init__(**kwargs)
+            check_rope(self.rope_parameters, ROPE_INIT_FUNCTIONS)
+            self.validate_rope()
+        except (TypeError, AttributeError, KeyError) as error:
+            raise ValueError(
+                f"rope_parameters must describe a rotary embedding that transformers knows, got "
+                f"{self.rope_parameters!r}: {error}"
+            ) from error
+
+    def to_json_file(self, json_file_path: str | os.PathLike, use_diff: bool = True) -> None:
+        """Write the configuration; whoever loads it chooses the implementation, which is not part of the student."""
+        stored = copy.deepcopy(self)
+        stored.impl = "auto"
+        super(HybridConfig, stored).to_json_file(json_file_path, use_diff)
 
     def validate_architecture(self) -> None:
-        """Refuse layer lists that disagree; called whenever a configuration is made."""
+        """Refuse layer lists that disagree; called whenever a configuration is made or saved."""
+        check_fields(self)
         if self.base_model_type not in FAMILIES:
             raise ValueError(
                 f'base_model_type "{self.base_model_type}" is not supported; allowed: {", ".join(FAMILIES)}'

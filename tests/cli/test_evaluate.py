@@ -85,12 +85,6 @@ def test_what_cannot_be_is_refused_before_a_model_is_loaded(cli, asked, task, wo
     assert asked == []
 
 
-def test_a_recipe_with_two_tasks_of_one_name_fails_its_check(cli, task):
-    code, _, err = cli("recipe", "check", "tiny", "eval.tasks=[copy, everyday, copy]")
-    assert code == 1
-    assert "two tasks have the name copy" in err
-
-
 @pytest.mark.parametrize(
     ("model", "name"),
     [

@@ -153,7 +153,8 @@ def test_config_keeps_the_teacher_and_nothing_of_its_file(save_teacher, plan_for
     _, folder = save_teacher("qwen3", head_dim=24, eos_token_id=[5, 6])
     config = plan_for(folder, MIXED).student_config
     assert config["model_type"] == "gendistill"
-    assert config["architectures"] == ["HybridForCausalLM"]
+    assert config["architectures"] == ["GendistillForCausalLM"]
+    assert config["impl"] == "auto"
     assert config["base_model_type"] == "qwen3"
     assert config["head_dim"] == 24
     assert config["eos_token_id"] == [5, 6]

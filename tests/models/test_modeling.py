@@ -220,3 +220,44 @@ def test_export_leaves_no_trace_of_the_package_path(tmp_path):
     for path in files:
         assert "from gendistill" not in path.read_text()
     assert json.loads((tmp_path / "config.json").read_text())["auto_map"]["AutoModelForCausalLM"]
+
+
+@pytest.mark.parametrize("way", ["argument", "config"])
+@torch.no_grad()
+def test_attentions_of_kept_layers_are_returned_in_their_places(student, tokens, way):
+    student.set_attn_implementation("eager")
+    if way == "config":
+        student.config.output_attentions = True
+    given = {"output_attentions": True} if way == "argument" else {}
+    output = student(tokens, output_hidden_states=True, **given)
+    assert [found is None for found in output.attentions] == [
+        word == "linear_attention" for word in student.config.layer_types
+    ]
+    for found in output.attentions:
+        if found is not None:
+            assert found.shape == (3, 4, 24, 24)
+            torch.testing.assert_close(found.sum(-1), torch.ones(3, 4, 24))
+    assert len(output.hidden_states) == 5
+    assert torch.equal(output.hidden_states[-1], student.model(tokens).last_hidden_state)
+    student.config.output_attentions = False
+    assert student(tokens).attentions is None
+    pair = student.model(tokens, use_cache=False, output_attentions=True, return_dict=False)
+    assert isinstance(pair, tuple)
+    assert torch.equal(pair[0], output.hidden_states[-1])
+
+
+@torch.no_grad()
+def test_generation_returns_attentions_or_says_why_not(tokens):
+    model = tiny_student(attn_implementation="eager")
+    settings = {"max_new_tokens": 3, "return_dict_in_generate": True, "do_sample": False}
+    model.generation_config.output_attentions = True
+    steps = model.generate(tokens, **settings).attentions
+    assert len(steps) == 3
+    for step in steps:
+        assert [found is None for found in step] == [True, False, True, False]
+    model.set_attn_implementation("sdpa")
+    for given in ({}, {"output_attentions": True}):
+        with pytest.raises(ValueError, match='attn_implementation="eager"'):
+            model.generate(tokens, **settings, **given)
+    with pytest.raises(ValueError, match='attn_implementation="eager"'):
+        model(tokens, output_attentions=True)

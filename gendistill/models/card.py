@@ -1,0 +1,162 @@
+"""The README.md of a saved student: what it is made of and how to load it. Scores are left to its evaluation."""
+
+from __future__ import annotations
+
+import re
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from gendistill.models.configuration import LEAST_TRANSFORMERS
+from gendistill.paths import read_json, write_text
+
+_NAME = "README.md"
+_LICENCE_KEYS = ("license", "license_name", "license_link")
+# a line near the start of a licence's text, and the hub's name for it
+_LICENCES = {
+    "apache license": "apache-2.0",
+    "mit license": "mit",
+    "bsd 3-clause": "bsd-3-clause",
+}
+_HUB_FOLDER = re.compile(r"models--([\w.-]+?)--([\w.-]+)")
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+
+
+def inherit_card(source: Path, folder: Path) -> None:
+    """Note in a student's folder what the card has to say of the checkpoint that it is made from.
+
+    Args:
+        source: The teacher's folder, or that of a student with a card of its own.
+        folder: The new student's.
+    """
+    front = front_matter(source / _NAME)
+    kept = {key: front[key] for key in _LICENCE_KEYS if isinstance(front.get(key), str)}
+    if "license" not in kept:
+        kept = {"license": _licence_of_text(source)}
+    config = _config(source)
+    base = front.get("base_model") if config.get("model_type") == "gendistill" else _hub_id(source)
+    if isinstance(base, str):
+        kept["base_model"] = base
+    write_text(folder / _NAME, _front(kept))
+
+
+def write_card(folder: Path, *, base_model: str | None = None) -> None:
+    """Write the model card of a saved student.
+
+    Args:
+        folder: Of the student. Its licence, and without ``base_model`` that too, stay what :func:`inherit_card` noted.
+        base_model: The teacher's name on the hub.
+    """
+    config = _config(folder)
+    noted = front_matter(folder / _NAME)
+    licence = {key: noted[key] for key in _LICENCE_KEYS if isinstance(noted.get(key), str)}
+    base = base_model or noted.get("base_model")
+    if "license" not in licence:
+        licence = {"license": _licence_of_text(folder)}
+    front: dict[str, Any] = dict(licence)
+    if base:
+        front["base_model"] = base
+    front["library_name"] = "transformers"
+    front["pipeline_tag"] = "text-generation"
+    front["tags"] = [
+        "gendistill",
+        "hybrid",
+        "linear-attention",
+        "distillation",
+        str(config["base_model_type"]),
+    ]
+    write_text(folder / _NAME, _front(front) + _body(config, base, licence["license"]))
+
+
+def front_matter(path: Path) -> dict[str, Any]:
+    """Read the YAML block at the start of a card; empty if there is none or it cannot be read."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return {}
+    match = re.match(r"---\r?\n(.*?)\r?\n---\s*(?:\n|$)", text, re.DOTALL)
+    if match is None:
+        return {}
+    try:
+        found = yaml.safe_load(match[1])
+    except (yaml.YAMLError, RecursionError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _front(content: dict[str, Any]) -> str:
+    return f"---\n{yaml.safe_dump(content, sort_keys=False, allow_unicode=True)}---\n"
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    return read_json(path, shape=dict[str, Any]) if path.is_file() else {}
+
+
+def _licence_of_text(folder: Path) -> str:
+    for path in sorted(folder.glob("LICENSE*")):
+        if not path.is_file():
+            continue
+        start = path.read_bytes()[:500].decode("utf-8", errors="replace").lower()
+        for line, name in _LICENCES.items():
+            if line in start:
+                return name
+    return "other"
+
+
+def _hub_id(folder: Path) -> str | None:
+    """The checkpoint's name on the hub, if its folder is one of the hub's cache."""
+    for part in folder.absolute().parts:
+        match = _HUB_FOLDER.fullmatch(part)
+        if match and _HUB_ID.fullmatch(f"{match[1]}/{match[2]}"):
+            return f"{match[1]}/{match[2]}"
+    return None
+
+
+def _placement(mixers: list[str]) -> str:
+    """Layers in groups: ``0-2 kda, 3 full``."""
+    groups, start = [], 0
+    for mixer, members in groupby(mixers):
+        end = start + len(list(members)) - 1
+        groups.append(f"{start} {mixer}" if start == end else f"{start}-{end} {mixer}")
+        start = end + 1
+    return ", ".join(groups)
+
+
+def _body(config: dict[str, Any], base: str | None, licence: str) -> str:
+    mixers = list(config.get("mixers") or [])
+    linear = sum(word == "linear_attention" for word in config.get("layer_types") or [])
+    origin = base or f"a checkpoint of the {config['base_model_type']} family"
+    name = base.rpartition("/")[2] if base else str(config["base_model_type"]).capitalize()
+    return f"""
+# {name}, hybrid student
+
+A hybrid language model made from {origin} with gendistill: {linear} of its {len(mixers)} layers mix tokens by linear
+attention with a state of fixed size, the others keep softmax attention.
+
+- Base model: {base or "not named"}
+- Placement: {_placement(mixers)}
+- Needs transformers {LEAST_TRANSFORMERS} or newer
+- Licence: {licence}; the base model's LICENSE and NOTICE files, where it has any, lie beside this file and apply
+
+## Load it
+
+With gendistill installed, which brings its kernels and runs no code of this folder:
+
+```python
+import gendistill.models
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "."  # this folder
+model = AutoModelForCausalLM.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder)
+```
+
+Without gendistill, with the code in this folder; read it first:
+
+```python
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+```
+"""
