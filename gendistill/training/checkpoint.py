@@ -6,7 +6,6 @@ Random numbers need no state, because the loop seeds every step from its number.
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 import shutil
@@ -16,12 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from gendistill.errors import CheckpointError
-from gendistill.paths import new_folder, read_json, write_json
+from gendistill.paths import library_writing, new_folder, read_json, write_json
 
 _NAME = re.compile(r"step-(\d+)")
 _WEIGHTS = "trained.safetensors"
@@ -128,12 +126,8 @@ def _trained(student: nn.Module) -> dict[str, Tensor]:
 
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    try:
+    with library_writing():
         save_file({name: value.detach().contiguous() for name, value in tensors.items()}, path)
-    except SafetensorError as error:
-        if "StorageFull" in str(error) or "code: 28" in str(error):
-            raise OSError(errno.ENOSPC, "no space left on device") from error
-        raise
     with path.open("rb+") as file:
         os.fsync(file.fileno())
 
