@@ -28,7 +28,7 @@ from gendistill.conversion.plan import ConversionPlan, plan_conversion
 from gendistill.conversion.tensors import TensorInfo, read_tensor_index
 from gendistill.errors import RecipeError
 from gendistill.memory import Device, MemoryEstimate, find_device, predict_memory
-from gendistill.types import ParamGroup, Placement
+from gendistill.types import ParamGroup, Placement, short_count
 
 if TYPE_CHECKING:
     from gendistill.conversion.impl import ImplChoice
@@ -68,7 +68,7 @@ class Source:
         head_dim = self.config.get("head_dim") or self.config["hidden_size"] // heads
         return (
             f"{self.spec}   {self.config['num_hidden_layers']} layers, {heads}/{kv_heads} heads x {head_dim}, "
-            f"vocab {self.config['vocab_size']:,}, {short(self.num_parameters)} parameters, {dtype}"
+            f"vocab {self.config['vocab_size']:,}, {short_count(self.num_parameters)} parameters, {dtype}"
         )
 
 
@@ -392,8 +392,10 @@ def _describe_objective(stage: StageConfig) -> str:
 
 def _stage_row(stage: StagePlan) -> tuple[str, ...]:
     micro, accumulation, ranks = stage.batch
-    trained = ", ".join(f"{group} {short(count)}" for group, count in stage.trained.items()) or "nothing"
-    length = f"{stage.minutes:g} min" if stage.tokens is None else f"{short(stage.tokens)} tokens"
+    trained = (
+        ", ".join(f"{group} {short_count(count)}" for group, count in stage.trained.items()) or "nothing"
+    )
+    length = f"{stage.minutes:g} min" if stage.tokens is None else f"{short_count(stage.tokens)} tokens"
     return (
         stage.name,
         stage.objective,
@@ -405,14 +407,6 @@ def _stage_row(stage: StagePlan) -> tuple[str, ...]:
         f"{micro} x {accumulation} x {ranks}",
         "timed" if stage.steps is None else f"{stage.steps:,}",
     )
-
-
-def short(count: int) -> str:
-    """Write a count with at most four digits: ``597M``, ``1.24B``."""
-    for scale, letter in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
-        if count >= scale:
-            return f"{count / scale:.3g}{letter}"
-    return str(count)
 
 
 def _gb(num_bytes: int) -> str:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import json
+import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+from typing import Any
 
 from gendistill.errors import RecipeError
+from gendistill.paths import check_shape, read_json
 
 
 class MixerKind(StrEnum):
@@ -94,16 +96,30 @@ class Placement:
 
     @classmethod
     def _from_json(cls, path: Path, *, num_layers: int, where: str) -> Placement:
+        hint = f"write {_GRAMMAR}"
         try:
-            content = json.loads(path.read_text())
-            kinds = content["kinds"] if isinstance(content, dict) else content
-        except (OSError, ValueError, KeyError) as error:
+            path = path.expanduser()
+            is_file = str(path).isprintable() and path.is_file()
+        except (OSError, RuntimeError) as error:  # a name that is too long, a user who does not exist
+            reason = getattr(error, "strerror", None) or error
             raise RecipeError(
-                f"cannot read a placement from {path}: {error}", where=where, hint=f"write {_GRAMMAR}"
+                f"cannot read a placement from {path}: {reason}", where=where, hint=hint
             ) from error
-        if not isinstance(kinds, list):
-            raise RecipeError(f"{path} must hold a list of kinds, got {type(kinds).__name__}", where=where)
-        return cls._explicit([str(kind) for kind in kinds], num_layers=num_layers, where=where)
+        if not is_file:
+            raise RecipeError(
+                f"cannot read a placement from {str(path)!a}: there is no such file", where=where, hint=hint
+            )
+        try:
+            shape = list[str] | dict[str, Any]
+            content = read_json(path, shape=shape, error=RecipeError, hint=hint)
+            if isinstance(content, dict):
+                kinds = content.get("kinds")
+                content = check_shape(kinds, list[str], error=RecipeError, where="kinds", hint=hint)
+        except RecipeError as error:
+            raise RecipeError(
+                f"cannot read a placement from {path}: {error.message}", where=where, hint=hint
+            ) from error
+        return cls._explicit(content, num_layers=num_layers, where=where)
 
     @classmethod
     def _keep_list(cls, text: str, *, num_layers: int, where: str) -> Placement:
@@ -118,7 +134,7 @@ class Placement:
                 default = kind
                 continue
             for item in layers.split(","):
-                if not item.isdigit() or int(item) >= num_layers:
+                if not re.fullmatch("[0-9]{1,9}", item) or int(item) >= num_layers:
                     raise RecipeError(
                         f'"{word}" names layer "{item}"; layers are 0 to {num_layers - 1}', where=where
                     )
@@ -167,6 +183,15 @@ def _kind(word: str, where: str) -> MixerKind:
         raise RecipeError(
             f'unknown mixer "{word}"; allowed: {allowed}', where=where, hint=f"write {_GRAMMAR}"
         ) from None
+
+
+def short_count(count: int) -> str:
+    """Write a count of parameters or tokens with at most three digits: ``999``, ``1.23k``, ``597M``, ``1.2B``."""
+    if count < 1000:
+        return str(count)
+    # what rounds to a thousand is one of the next unit
+    power = next((power for power in (1, 2, 3) if count < 999.5 * 1000**power), 4)
+    return f"{count / 1000**power:.3g}{'kMBT'[power - 1]}"
 
 
 def parse_token_count(value: str | int | float) -> int:
