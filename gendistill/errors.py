@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-
-def printable(text: str) -> str:
-    """Return a text that can be printed and written as UTF-8: half characters become escapes."""
-    return text.encode("utf-8", errors="backslashreplace").decode("utf-8")
+from gendistill.text import encodable
 
 
 class GendistillError(Exception):
@@ -23,9 +20,9 @@ class GendistillError(Exception):
     def __init__(self, message: str, *, where: str | None = None, hint: str | None = None) -> None:
         super().__init__(message)
         # paths and data may hold half characters, which no terminal and no file takes
-        self.message = printable(message)
-        self.where = where and printable(where)
-        self.hint = hint and printable(hint)
+        self.message = encodable(message)
+        self.where = where and encodable(where)
+        self.hint = hint and encodable(hint)
 
     def __str__(self) -> str:
         lines = [f"{self.kind}  {self.where}" if self.where else self.kind, f"  {self.message}"]

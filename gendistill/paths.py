@@ -67,6 +67,62 @@ def writing(path: Path) -> Iterator[None]:
         raise
 
 
+@contextmanager
+def library_writing() -> Iterator[None]:
+    """Turn what safetensors and tokenizers raise when a file cannot be written into the OSError that it stands for."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except Exception as error:
+        # tokenizers raises Exception itself
+        if not isinstance(error, SafetensorError) and type(error) is not Exception:
+            raise
+        number = re.search(r"(?:os error|code:) (\d+)", str(error))
+        full = any(words in str(error) for words in ("No space left", "StorageFull"))
+        code = errno.ENOSPC if full else int(number[1]) if number else None
+        if code is None:
+            raise
+        raise OSError(code, os.strerror(code)) from error
+
+
+_REMAINS = re.compile(r"\.(.+)\.([0-9]{1,19})\.(partial|old)", re.DOTALL)
+
+
+def clear_remains(folder: Path) -> None:
+    """Remove what killed processes left in a folder: temporary files and folders whose process is gone.
+
+    Only names that this module gives are touched. What was being replaced is put back where its successor is missing.
+    Processes of other machines are not known: call it where one machine writes.
+
+    Args:
+        folder: Need not exist.
+    """
+    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+        match = _REMAINS.fullmatch(path.name)
+        if match is None or _is_running(int(match[2])):
+            continue
+        target = path.with_name(match[1])
+        if match[3] == "old" and not target.exists():
+            os.replace(path, target)
+        elif path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _is_running(process: int) -> bool:
+    if process == 0:
+        return True  # not the number of a process
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file so that a crash leaves the old one or the new one, never half."""
     with writing(path):
@@ -171,34 +227,6 @@ def new_folder(path: Path) -> Iterator[Path]:
             shutil.rmtree(old, ignore_errors=True)
         else:
             os.replace(partial, path)
-
-
-_REMAINS = re.compile(r"\..+\.(\d+)\.(?:partial|old)")
-
-
-def clear_remains(folder: Path) -> None:
-    """Remove what processes that were killed left half-written in a folder.
-
-    Names end in the number of the process that wrote them; what belongs to a running process stays.
-    """
-    for path in folder.iterdir() if folder.is_dir() else ():
-        match = _REMAINS.fullmatch(path.name)
-        if match is None or _is_running(int(match[1])):
-            continue
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
-
-
-def _is_running(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        pass  # somebody else's
-    return True
 
 
 @dataclass(frozen=True, slots=True)

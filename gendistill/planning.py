@@ -27,9 +27,9 @@ from gendistill.conversion.family import (
 )
 from gendistill.conversion.plan import ConversionPlan, plan_conversion
 from gendistill.conversion.tensors import TensorInfo, read_tensor_index
-from gendistill.errors import CheckpointError, RecipeError
+from gendistill.errors import RecipeError
 from gendistill.memory import Device, MemoryEstimate, find_device, predict_memory
-from gendistill.types import ParamGroup, Placement
+from gendistill.types import ParamGroup, Placement, short_count
 
 if TYPE_CHECKING:
     import torch
@@ -73,7 +73,7 @@ class Source:
         head_dim = self.config.get("head_dim") or self.config["hidden_size"] // heads
         return (
             f"{self.spec}   {self.config['num_hidden_layers']} layers, {heads}/{kv_heads} heads x {head_dim}, "
-            f"vocab {self.config['vocab_size']:,}, {short(self.num_parameters)} parameters, {dtype}"
+            f"vocab {self.config['vocab_size']:,}, {short_count(self.num_parameters)} parameters, {dtype}"
         )
 
 
@@ -259,10 +259,15 @@ def _choose_impl(recipe: Recipe, placement: Placement, device: Device) -> ImplCh
 
 def read_source(spec: str, *, revision: str, where: str) -> Source:
     """Read a model's config and its tensors' shapes; of a hub model only config.json is fetched."""
-    is_local = Path(spec).expanduser().exists() or spec.startswith(("pypi:", "builtin:", ".", "/", "~"))
-    if is_local or spec.endswith(".gguf"):
-        from gendistill.conversion.checkpoint import resolve_checkpoint
+    from gendistill.conversion.checkpoint import is_hub_id, local_path, resolve_checkpoint
+    from gendistill.conversion.config_file import read_config
+    from gendistill.conversion.hub import download_config
 
+    if (
+        spec.startswith(("pypi:", "builtin:"))
+        or local_path(spec, where=where) is not None
+        or not is_hub_id(spec)
+    ):
         checkpoint = resolve_checkpoint(spec, revision=revision, where=where)
         return Source(
             spec,
@@ -270,27 +275,11 @@ def read_source(spec: str, *, revision: str, where: str) -> Source:
             read_tensor_index(checkpoint.folder, where=where),
             has_chat_template(checkpoint.folder),
         )
-    config = _hub_config(spec, revision, where)
+    config = read_config(download_config(spec, revision=revision, where=where), where)
     # of the tokenizer only what was downloaded before is known
     folder = cached_folder(spec, revision)
     has_template = folder is not None and has_chat_template(folder)
     return Source(spec, config, expected_tensors(config, where=where), has_template)
-
-
-def _hub_config(spec: str, revision: str, where: str) -> dict[str, Any]:
-    import httpx
-    from transformers import AutoConfig
-
-    try:
-        # asked without an answer, transformers would wait for one on the terminal
-        return AutoConfig.from_pretrained(spec, revision=revision, trust_remote_code=False).to_dict()
-    except (OSError, ValueError, KeyError, TypeError, httpx.HTTPError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise CheckpointError(
-            f'"{spec}" is no local folder, and the hub gives no config.json: {reason}',
-            where=where,
-            hint="check the spelling and the network, or name a local folder; for a private model run: hf auth login",
-        ) from error
 
 
 def expected_tensors(config: dict[str, Any], *, where: str) -> dict[str, TensorInfo]:
@@ -447,8 +436,10 @@ def _describe_objective(stage: StageConfig) -> str:
 
 def _stage_row(stage: StagePlan) -> tuple[str, ...]:
     micro, accumulation, ranks = stage.batch
-    trained = ", ".join(f"{group} {short(count)}" for group, count in stage.trained.items()) or "nothing"
-    length = f"{stage.minutes:g} min" if stage.tokens is None else f"{short(stage.tokens)} tokens"
+    trained = (
+        ", ".join(f"{group} {short_count(count)}" for group, count in stage.trained.items()) or "nothing"
+    )
+    length = f"{stage.minutes:g} min" if stage.tokens is None else f"{short_count(stage.tokens)} tokens"
     return (
         stage.name,
         stage.objective,
@@ -461,14 +452,6 @@ def _stage_row(stage: StagePlan) -> tuple[str, ...]:
         "timed" if stage.steps is None else f"{stage.steps:,}",
         stage.compute_dtype,
     )
-
-
-def short(count: int) -> str:
-    """Write a count with at most four digits: ``597M``, ``1.24B``."""
-    for scale, letter in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
-        if count >= scale:
-            return f"{count / scale:.3g}{letter}"
-    return str(count)
 
 
 def _gb(num_bytes: int) -> str:

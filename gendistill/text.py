@@ -12,6 +12,11 @@ _LONGEST = 200
 _LONGEST_LINE = 10_000
 
 
+def encodable(text: str) -> str:
+    """Return a text that can be written as UTF-8: halves of character pairs become escapes."""
+    return text.encode("utf-8", errors="backslashreplace").decode("utf-8")
+
+
 def printable(text: str, *, longest: int = _LONGEST) -> str:
     """Write a text on one line, with escapes for all that would steer a terminal, and cut if it is very long.
 

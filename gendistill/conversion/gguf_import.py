@@ -24,6 +24,7 @@ from gendistill.conversion.progress import byte_progress
 from gendistill.conversion.tensors import NewTensor, write_shards
 from gendistill.conversion.tokenizer import tokenizer_errors
 from gendistill.errors import CheckpointError
+from gendistill.paths import library_writing
 
 # architecture in the file: (transformers family, class). Mistral is written as "llama", which computes the same.
 _FAMILIES = {
@@ -70,7 +71,9 @@ def convert_gguf(path: Path, folder: Path) -> None:
     _check_size(header)
     data = np.memmap(path, dtype=np.uint8, mode="r")
     with tokenizer_errors(path):
-        build_tokenizer(header).save_pretrained(folder)
+        tokenizer = build_tokenizer(header)
+    with library_writing():
+        tokenizer.save_pretrained(folder)
     with byte_progress(f"dequantising {path.name}", sum(entry.num_bytes for entry in entries)) as advance:
         write_shards(
             folder,

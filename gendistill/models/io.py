@@ -19,7 +19,7 @@ from gendistill.errors import CheckpointError
 from gendistill.models.card import inherit_card, write_card
 from gendistill.models.configuration import HybridConfig
 from gendistill.models.modeling import GendistillForCausalLM
-from gendistill.paths import new_folder, read_json, write_text
+from gendistill.paths import library_writing, new_folder, read_json, write_text
 
 _PACKAGE = "gendistill"
 _ENTRY = "gendistill.models.modeling"
@@ -93,7 +93,7 @@ def save_student(
         folder: Where; what was there is replaced.
         companions: Checkpoint folder whose tokenizer, chat template and generation settings are copied.
     """
-    with new_folder(folder) as partial:
+    with new_folder(folder) as partial, library_writing():
         student.save_pretrained(partial)
         if companions is not None:
             copy_companions(companions, partial)

@@ -7,7 +7,6 @@ Random numbers need no state, because the loop seeds every step from its number.
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 import re
@@ -25,11 +24,10 @@ from torch import Tensor, nn
 from typing_extensions import TypedDict
 
 from gendistill.errors import CheckpointError
-from gendistill.paths import new_folder, read_json, write_json, writing
+from gendistill.paths import clear_remains, library_writing, new_folder, read_json, write_json, writing
 from gendistill.records import Count, Number
 
 _NAME = re.compile(r"step-([0-9]+)")
-_REMAINS = re.compile(r"\.step-[0-9]+\.(?P<pid>[0-9]+)\.(?:partial|old)")
 _WEIGHTS = "trained.safetensors"
 _MOMENTS = "optimizer.safetensors"
 _STATE = "state.json"
@@ -112,7 +110,7 @@ def find_checkpoint(folder: Path, say: Callable[[str], None]) -> Path | None:
     """
     if not folder.is_dir():
         return None
-    _remove_remains(folder)
+    clear_remains(folder)
     for step, path in sorted(_steps(folder), reverse=True):
         try:
             _verify(path, step)
@@ -164,12 +162,8 @@ def _trained(student: nn.Module) -> dict[str, Tensor]:
 
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    try:
+    with library_writing():
         save_file({name: value.detach().contiguous() for name, value in tensors.items()}, path)
-    except SafetensorError as error:
-        if "StorageFull" in str(error) or "code: 28" in str(error):
-            raise OSError(errno.ENOSPC, "no space left on device") from error
-        raise
     with path.open("rb+") as file:
         os.fsync(file.fileno())
 
@@ -278,27 +272,6 @@ def _rotate(folder: Path, step: int, keep: int) -> None:
     older = [path for other, path in steps if other <= step]
     for path in [*older[:-keep], *(path for other, path in steps if other > step)]:
         _remove(path)
-
-
-def _remove_remains(folder: Path) -> None:
-    """Remove what killed processes left of their writes; another process may be writing right now."""
-    for path in [*folder.glob(".step-*.partial"), *folder.glob(".step-*.old")]:
-        match = _REMAINS.fullmatch(path.name)
-        if match is None or not _is_running(int(match["pid"])):
-            _remove(path)
-
-
-def _is_running(pid: int) -> bool:
-    """Whether another process with this number exists."""
-    if pid in (0, os.getpid()):
-        return False
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def _remove(path: Path) -> None:

@@ -13,7 +13,7 @@ from torch import nn
 from gendistill.config.schema import StageConfig
 from gendistill.errors import RecipeError
 from gendistill.losses.base import mixer_kinds
-from gendistill.types import ParamGroup
+from gendistill.types import ParamGroup, short_count
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(\w+)\.")
 
@@ -68,10 +68,12 @@ class FreezeReport:
 
     def __str__(self) -> str:
         def listed(counts: dict[ParamGroup, int]) -> str:
-            return ", ".join(f"{group} {_short(count)}" for group, count in counts.items()) or "nothing"
+            return ", ".join(f"{group} {short_count(count)}" for group, count in counts.items()) or "nothing"
 
         total = sum(self.trained.values())
-        lines = [f"trains {_short(total)} parameters: {listed(self.trained)}; frozen: {listed(self.frozen)}"]
+        lines = [
+            f"trains {short_count(total)} parameters: {listed(self.trained)}; frozen: {listed(self.frozen)}"
+        ]
         return "\n".join([*lines, *self.notes])
 
 
@@ -175,10 +177,3 @@ def _narrow(names: list[str], patterns: tuple[str, ...], where: str) -> list[str
             )
         kept.update(matched)
     return [name for name in names if name in kept]
-
-
-def _short(count: int) -> str:
-    for scale, letter in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
-        if count >= scale:
-            return f"{count / scale:.1f}{letter}"
-    return str(count)
