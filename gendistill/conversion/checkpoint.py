@@ -199,7 +199,7 @@ def load_causal_lm(
         raise CheckpointError(
             f"{folder} cannot be loaded: {first_line(error)}",
             where=str(folder),
-            hint="check config.json against the weights",
+            hint="check config.json against the weights, and generation_config.json",
         ) from error
     model, info = loaded
     missing = sorted(info["missing_keys"])

@@ -7,7 +7,7 @@ from typing import Any
 
 from gendistill.conversion.family import FAMILIES
 from gendistill.errors import CheckpointError
-from gendistill.paths import read_json
+from gendistill.paths import check_shape, read_json
 
 _MAX_BYTES = 1 << 24
 # the largest that is believed: a typing error must not make anybody allocate terabytes
@@ -86,6 +86,7 @@ def read_config(folder: Path, where: str) -> dict[str, Any]:
         )
     _check_requests(folder, raw, where)
     _check_numbers(path, raw, where)
+    _check_generation(folder / "generation_config.json")
     config = _with_defaults(path, family, where)
     _check_layers(path, config, where)
     return config
@@ -132,10 +133,27 @@ def _check_numbers(path: Path, raw: dict[str, Any], where: str) -> None:
                 path, f"{name} must be a whole number from 1 to {largest:,}, got {value!r:.40}", where
             )
     for place in (raw, *(raw.get(name) for name in _ROPE)):
-        for name in _ROPE_NUMBERS if isinstance(place, dict) else ():
+        if not isinstance(place, dict):
+            continue
+        for name in _ROPE_NUMBERS:
             value = place.get(name)
             if value is not None and (type(value) not in (int, float) or value <= 0):
                 raise _unusable(path, f"{name} must be a number above 0, got {value!r:.40}", where)
+
+
+def _check_generation(path: Path) -> None:
+    if not path.is_file():
+        return
+    hint = "correct the file, or download it again"
+    content = read_json(path, shape=dict[str, Any], error=CheckpointError, hint=hint)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        check_shape(
+            content.get(name),
+            int | list[int] | None,
+            error=CheckpointError,
+            where=f"{path}: {name}",
+            hint=hint,
+        )
 
 
 def _check_layers(path: Path, config: dict[str, Any], where: str) -> None:

@@ -112,6 +112,29 @@ def test_files_that_are_no_config_are_refused(save_teacher, content):
     assert caught.value.hint
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("", "{", "[]", "null", "5", "\x80", '{"a": NaN}', '{"a": ' + "[" * 100_000 + "]" * 100_000 + "}"),
+        *(
+            f'{{"{key}_token_id": {value}}}'
+            for key in ("eos", "bos", "pad")
+            for value in ('"x"', '["x"]', "{}", "0.5")
+        ),
+        '{"compile_config": 5}',
+        '{"suppress_tokens": 5}',
+        '{"cache_implementation": []}',
+    ],
+    ids=range(23),
+)
+def test_generation_settings_that_cannot_be_used_are_named(save_teacher, plan_for, content):
+    _, folder = save_teacher()
+    (folder / "generation_config.json").write_bytes(content.encode("latin-1"))
+    with pytest.raises(CheckpointError) as caught:
+        use(folder, plan_for)
+    assert "generation_config.json" in f"{caught.value.where} {caught.value.hint}"
+
+
 def test_an_adapter_is_refused(save_teacher):
     _, folder = save_teacher()
     (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "owner/other"}')

@@ -176,6 +176,8 @@ def test_source_distributions_are_never_built(tmp_path, index, monkeypatch):
     code = f"open({str(marker)!r}, 'w')\nimport setuptools\nsetuptools.setup(name='odd-package')\n"
     (project / "setup.py").write_text(code)
     shutil.make_archive(str(index / "odd_package-1.0"), "gztar", tmp_path, "odd_package-1.0")
+    monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
+    monkeypatch.setenv("PIP_NO_BUILD_ISOLATION", "0")  # pip then needs nothing from an index to build
     monkeypatch.setenv("PIP_NO_BINARY", ":all:")
     monkeypatch.setenv("PIP_EDITABLE", str(project))
     monkeypatch.chdir(project)
