@@ -89,18 +89,24 @@ def library_writing() -> Iterator[None]:
 _REMAINS = re.compile(r"\.(.+)\.([0-9]{1,19})\.(partial|old)", re.DOTALL)
 
 
-def clear_remains(folder: Path) -> None:
+def clear_remains(folder: Path, *, own: bool = False) -> None:
     """Remove what killed processes left in a folder: temporary files and folders whose process is gone.
 
     Only names that this module gives are touched. What was being replaced is put back where its successor is missing.
     Processes of other machines are not known: call it where one machine writes.
 
     Args:
-        folder: Need not exist.
+        folder: Need not exist; what cannot be listed is left alone.
+        own: Whether this process writes nothing there now: its number is then that of an earlier one, as is usual in
+            containers.
     """
-    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+    try:
+        paths = sorted(folder.iterdir()) if folder.is_dir() else []
+    except PermissionError:
+        return
+    for path in paths:
         match = _REMAINS.fullmatch(path.name)
-        if match is None or _is_running(int(match[2])):
+        if match is None or (_is_running(int(match[2])) and not (own and int(match[2]) == os.getpid())):
             continue
         target = path.with_name(match[1])
         if match[3] == "old" and not target.exists():

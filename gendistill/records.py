@@ -46,6 +46,20 @@ class MetricRow(TypedDict):
     heldout: NotRequired[LoggedScores | None]
 
 
+class SourceRecord(TypedDict):
+    """Rows that a stage read from one source, and those that it left out by reason."""
+
+    rows: Count
+    left_out: dict[str, Count]
+
+
+class DataRecord(TypedDict):
+    """What a stage read."""
+
+    sources: dict[str, SourceRecord]
+    notes: list[str]
+
+
 class StageRecord(TypedDict):
     """A stage's ``result.json``."""
 
@@ -56,6 +70,7 @@ class StageRecord(TypedDict):
     loss_first: Number
     loss_last: Number
     heldout: NotRequired[HeldoutScores | None]
+    data: NotRequired[DataRecord | None]
 
 
 class ProbedLayer(TypedDict):

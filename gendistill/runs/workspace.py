@@ -90,7 +90,7 @@ class Workspace:
                 ) from error
         try:
             for folder in (root, root / "stages", root / "eval", self.store.root, *self.store.folders()):
-                clear_remains(folder)
+                clear_remains(folder, own=True)
             write_json(owner, {"pid": os.getpid(), "host": socket.gethostname()})
             yield
         finally:

@@ -110,7 +110,7 @@ def find_checkpoint(folder: Path, say: Callable[[str], None]) -> Path | None:
     """
     if not folder.is_dir():
         return None
-    clear_remains(folder)
+    clear_remains(folder, own=True)
     for step, path in sorted(_steps(folder), reverse=True):
         try:
             _verify(path, step)

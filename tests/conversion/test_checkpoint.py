@@ -72,7 +72,7 @@ def test_companions_fingerprint_follows_what_a_student_inherits(save_teacher, tm
     _, folder = save_teacher()
     (folder / name).parent.mkdir(exist_ok=True)
     seen = []
-    for text in ("a", "b"):
+    for text in ('{"model_max_length": 8}', '{"model_max_length": 9}'):
         (folder / name).write_text(text)
         checkpoint = resolve_checkpoint(str(folder))
         seen.append((checkpoint.fingerprint, checkpoint.companions_fingerprint))

@@ -187,7 +187,7 @@ def test_tokenizer_and_generation_settings_go_along(save_teacher, convert):
         "LICENSE.txt",
     ]
     for name in files:
-        (folder / name).write_text(f'{{"{name}": 1}}')
+        (folder / name).write_text(f'{{"{name}": 1, "model_max_length": 64}}')
     (folder / "pytorch_model.bin").write_text("no")
     (folder / "optimizer.pt").write_text("no")
     out = convert(folder, "kda")

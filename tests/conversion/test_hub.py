@@ -172,7 +172,7 @@ def test_unreadable_files_are_named(save_teacher, monkeypatch):
     def refuse(path):
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr("gendistill.conversion.checkpoint._file_digest", refuse)
+    monkeypatch.setattr("gendistill.conversion.checkpoint.file_digest", refuse)
     with pytest.raises(CheckpointError, match=r"config\.json cannot be read: Permission denied") as caught:
         resolve(str(folder))
     assert "permissions" in (caught.value.hint or "")

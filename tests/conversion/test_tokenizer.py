@@ -141,7 +141,7 @@ def test_every_command_refuses_words_beyond_the_embeddings(folder, tmp_path, mon
     if words == ["data"]:
         command = ["data", "recipe.yaml", "--stage", "s"]
     if words == ["eval"]:
-        command = ["eval", str(folder), "--tasks", "numbers"]
+        command = ["eval", str(folder), "--tasks", "copy"]
     code = main(command)
     said = capsys.readouterr().err
     assert code == 1, said
