@@ -42,6 +42,7 @@ from gendistill.report import write_report
 from gendistill.runs.inputs import recipe_steps
 from gendistill.runs.steps import BEFORE, CONVERT, ROLES, eval_step, stage_step
 from gendistill.runs.workspace import Workspace
+from gendistill.text import printable, printable_lines
 from gendistill.training.console import TrainingConsole
 from gendistill.training.loop import train_stage
 from gendistill.training.processes import on_main
@@ -207,7 +208,7 @@ class _Context:
 
 def _say(console: Console, title: str, text: str) -> None:
     # paths and names are text: brackets in them are not markup
-    console.print(Text.assemble((f"{title:<9}", "bold"), " ", text), soft_wrap=True)
+    console.print(Text.assemble((f"{title:<9}", "bold"), " ", printable_lines(text)), soft_wrap=True)
 
 
 @contextlib.contextmanager
@@ -459,7 +460,8 @@ def _eval_progress(console: Console, role: str) -> Iterator[Callable[[str, str, 
         status = stack.enter_context(console.status(f"scoring the {role}")) if console.is_terminal else None
 
         def show(task: str, protocol: str, done: int, total: int) -> None:
-            line = f"{role:<9} {task} {protocol} {done}/{total}"
+            # names of tasks are text: brackets in them are not markup
+            line = Text(f"{role:<9} {printable(task)} {protocol} {done}/{total}")
             if status is not None:
                 status.update(line)
             if done == total:
