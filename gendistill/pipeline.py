@@ -257,8 +257,26 @@ def _opened(recipe: Recipe, command: str) -> Iterator[_Context]:
         context.say("impl", str(impl))
         for warning in advise(recipe, teacher.config, chat_template=bool(tokenizer.chat_template)):
             workspace.warn(warning)
+        on_main(accelerator, lambda: _check_questions(context))
         on_main(accelerator, workspace.sync)
         yield context
+
+
+def _check_questions(context: _Context) -> None:
+    """Refuse what the evaluation could not ask, before hours of training."""
+    from gendistill_evals.evaluate import Limits, check_evaluation
+
+    asked, config = context.recipe.eval, context.teacher.config
+    if asked.tasks or asked.questions is not None:
+        check_evaluation(
+            Limits(positions=config.get("max_position_embeddings"), embeddings=config.get("vocab_size")),
+            context.tokenizer,
+            tasks=asked.tasks,
+            protocols=asked.protocols,
+            limit=asked.limit,
+            questions=asked.questions,
+            question_tokens=asked.question_tokens,
+        )
 
 
 def _convert(context: _Context) -> None:

@@ -27,7 +27,7 @@ from gendistill_evals.results import (
     write_samples,
     write_transcripts,
 )
-from gendistill_evals.scoring import device_of
+from gendistill_evals.scoring import Limits, device_of
 from gendistill_evals.task import Questions, Task, load_questions, load_tasks
 from gendistill_evals.transcripts import check_questions, write_answers
 
@@ -109,8 +109,7 @@ def evaluate_model(
     parts = {
         (task.name, protocol): scorer.task_part(task, protocol, limit)
         for task in loaded
-        for protocol in PROTOCOLS
-        if protocol in protocols and not (protocol == "likelihood" and task.likelihood_reason)
+        for protocol in _fitting(task, protocols)
     }
     if questions:
         parts["", "transcripts"] = scorer.transcripts_part(questions, question_tokens, teacher)
@@ -141,6 +140,42 @@ def evaluate_model(
     # Last, because it says that the other files are complete.
     write_results(folder, results)
     return results
+
+
+def check_evaluation(
+    limits: Limits,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    tasks: Sequence[str | Path | Task],
+    protocols: Sequence[str] = PROTOCOLS,
+    limit: int | None = None,
+    questions: str | Path | Questions | None = None,
+    question_tokens: int = 64,
+) -> None:
+    """Check, before there is a model, that it will be able to read all that ``evaluate_model`` would ask.
+
+    Args:
+        limits: Positions and tokens of the model that will be scored.
+        tokenizer: Its tokenizer; the rest is as for ``evaluate_model``.
+    Raises:
+        EvalError: A task that does not exist, a chat template that cannot ask it, or items that are too long or have
+            tokens that the model does not know.
+    """
+    for task in load_tasks(tasks):
+        for protocol in _fitting(task, protocols):
+            check_items(limits, tokenizer, task, protocol, limit=limit)
+    if questions is not None:
+        asked = questions if isinstance(questions, Questions) else load_questions(questions)
+        check_questions(limits, tokenizer, asked, max_new_tokens=question_tokens)
+
+
+def _fitting(task: Task, protocols: Sequence[str]) -> list[str]:
+    """List the protocols that are asked for and can score a task."""
+    return [
+        protocol
+        for protocol in PROTOCOLS
+        if protocol in protocols and not (protocol == "likelihood" and task.likelihood_reason)
+    ]
 
 
 @dataclass(frozen=True, slots=True)

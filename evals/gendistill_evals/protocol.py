@@ -18,7 +18,7 @@ from gendistill_evals.errors import EvalError
 from gendistill_evals.extract import find_letter, find_option, last_number, normalise, parse_number
 from gendistill_evals.items import AnswerForm, Item, Kind
 from gendistill_evals.prompts import Prompter
-from gendistill_evals.scoring import Pair, check_fits, continuation_log_probs
+from gendistill_evals.scoring import Limits, Pair, check_fits, continuation_log_probs
 from gendistill_evals.task import Metric, Task
 
 PROTOCOLS = ("likelihood", "generation")
@@ -132,7 +132,7 @@ def run_generation(
 
 
 def check_items(
-    model: PreTrainedModel,
+    model: PreTrainedModel | Limits,
     tokenizer: PreTrainedTokenizerBase,
     task: Task,
     protocol: str,

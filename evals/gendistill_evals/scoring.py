@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -79,20 +80,32 @@ def check_length(model: nn.Module, num_tokens: int) -> None:
         )
 
 
+class Limits(NamedTuple):
+    """What a model can read: so many positions, so many tokens; None is no limit that it declares."""
+
+    positions: int | None
+    embeddings: int | None
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Limits:
+        """Read a model's limits."""
+        return cls(num_positions(model), num_embeddings(model))
+
+
 def check_fits(
-    model: nn.Module, sequences: Sequence[Sequence[int]], *, where: str, num_new_tokens: int = 0
+    model: nn.Module | Limits, sequences: Sequence[Sequence[int]], *, where: str, num_new_tokens: int = 0
 ) -> None:
     """Check that a model can read sequences, before any of them is run.
 
     Args:
-        model: Causal language model.
+        model: Causal language model, or what is known of one that is not loaded.
         sequences: Token ids of each item.
         where: Task and protocol, for errors.
         num_new_tokens: Tokens that are generated after each.
     Raises:
         EvalError: Sequences longer than the model's positions, or tokens that it has no embeddings for.
     """
-    positions = num_positions(model)
+    positions, known = model if isinstance(model, Limits) else Limits.of(model)
     lengths = [len(ids) + num_new_tokens for ids in sequences]
     if positions is not None and (too_long := [length for length in lengths if length > positions]):
         new = f", {num_new_tokens:,} new ones included," if num_new_tokens else ""
@@ -102,7 +115,6 @@ def check_fits(
             where=where,
             hint="use shorter items, a lower max_new_tokens, or a model with more positions",
         )
-    known = num_embeddings(model)
     largest = max((max(ids, default=0) for ids in sequences), default=0)
     if known is not None and largest >= known:
         raise EvalError(

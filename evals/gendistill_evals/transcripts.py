@@ -12,7 +12,7 @@ from gendistill_evals.decoding import generate_greedily, greedy_decoding
 from gendistill_evals.errors import EvalError
 from gendistill_evals.prompts import Prompter
 from gendistill_evals.protocol import OnProgress
-from gendistill_evals.scoring import check_fits, continuation_log_probs, num_embeddings
+from gendistill_evals.scoring import Limits, check_fits, continuation_log_probs, num_embeddings
 from gendistill_evals.task import Questions
 
 
@@ -81,7 +81,7 @@ def write_answers(
 
 
 def check_questions(
-    model: PreTrainedModel,
+    model: PreTrainedModel | Limits,
     tokenizer: PreTrainedTokenizerBase,
     questions: Questions,
     *,

@@ -1,0 +1,52 @@
+"""What cannot end well is said before anything is converted or trained, and what is unwise is in the manifest."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from gendistill import pipeline
+from gendistill.paths import read_json
+from gendistill_evals.errors import EvalError
+
+
+def fail(*_, **__):
+    pytest.fail("nothing may be converted yet")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("eval.question_tokens=5000", "are too long for the model"),
+        ("eval.tasks=[arithmetic, {root}/long.yaml]", "are too long for the model"),
+    ],
+)
+def test_questions_that_cannot_be_asked_are_refused_before_conversion(place, monkeypatch, override, message):
+    (place.root / "long.yaml").write_text(
+        json.dumps(
+            {"items": "colours.jsonl", "kind": "exact_match", "prompt": "{question}", "max_new_tokens": 4000}
+        )
+    )
+    monkeypatch.setattr(pipeline, "apply_plan", fail)
+    with pytest.raises(EvalError, match=message) as caught:
+        place.run(override.format(root=place.root))
+    assert caught.value.hint
+
+
+def test_a_template_that_refuses_questions_is_named_before_conversion(place, monkeypatch):
+    (place.teacher / "chat_template.jinja").write_text("{{ raise_exception('no') }}")
+    monkeypatch.setattr(pipeline, "apply_plan", fail)
+    with pytest.raises(EvalError, match="template"):
+        place.run()
+
+
+def test_warnings_are_said_and_kept(place, capsys):
+    run = pipeline.convert(
+        place.recipe("stages.distill.seq_len=4096", "heldout.seq_len=4096", "heldout.rows=2"), command="test"
+    )
+    said = capsys.readouterr().out
+    kept = read_json(run.manifest)["warnings"]
+    for words in ("stages.distill.seq_len is 4,096, the teacher has 2,048 positions", "chat template"):
+        assert words in said.replace("\n", " ")
+        assert any(words in line for line in kept)
