@@ -115,7 +115,8 @@ class HybridModel(HybridPreTrainedModel):
         if outputs.attentions is not None:
             found = iter(outputs.attentions)
             words = self.config.layer_types or []
-            outputs.attentions = tuple(None if word == "linear_attention" else next(found) for word in words)
+            placed: Any = tuple(None if word == "linear_attention" else next(found) for word in words)
+            outputs.attentions = placed
         return outputs
 
     @merge_with_config_defaults

@@ -187,14 +187,14 @@ def test_tokenizer_and_generation_settings_go_along(save_teacher, convert):
         "LICENSE.txt",
     ]
     for name in files:
-        (folder / name).write_text(f'{{"{name}": 1, "model_max_length": 64}}')
+        (folder / name).write_text('{"model_max_length": 512}')
     (folder / "pytorch_model.bin").write_text("no")
     (folder / "optimizer.pt").write_text("no")
     out = convert(folder, "kda")
     for name in files:
         assert (out / name).read_bytes() == (folder / name).read_bytes()
-    made = [*files, "README.md", "config.json", "model.safetensors"]
-    assert sorted(path.name for path in out.iterdir()) == sorted(made)
+    written = ["README.md", "config.json", "model.safetensors"]
+    assert sorted(path.name for path in out.iterdir()) == sorted([*files, *written])
 
 
 @pytest.mark.parametrize("where", ["", "inside", ".."])
