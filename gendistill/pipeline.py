@@ -22,6 +22,7 @@ from gendistill.advice import advise
 from gendistill.config.schema import Recipe
 from gendistill.conversion.checkpoint import (
     Checkpoint,
+    is_hub_id,
     load_causal_lm,
     load_tokenizer,
     read_tensor_index,
@@ -307,7 +308,8 @@ def _make_student(context: _Context, folder: Path) -> dict[str, Any]:
     write_json(folder / "plan.json", plan.to_json())
     _check_tokenizers(context)
     apply_plan(plan, context.source, student_folder, seed=recipe.seed)
-    export_code(student_folder)
+    base = recipe.student.source or recipe.teacher.model
+    export_code(student_folder, base_model=base if is_hub_id(base) else None)
 
     teacher, student = context.load_teacher(), context.load_student(student_folder)
     check_vocabulary(teacher.config, student.config)

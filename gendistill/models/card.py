@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from gendistill.errors import CheckpointError
 from gendistill.models.configuration import LEAST_TRANSFORMERS
 from gendistill.paths import read_json, write_text
 
@@ -90,9 +91,23 @@ def _front(content: dict[str, Any]) -> str:
     return f"---\n{yaml.safe_dump(content, sort_keys=False, allow_unicode=True)}---\n"
 
 
+def read_object(path: Path, *, hint: str = "copy the file again from where it comes") -> dict[str, Any]:
+    """Read a JSON file that must hold an object. Students are loaded where pydantic may not be installed.
+
+    Raises:
+        CheckpointError: It holds something else, or is no JSON.
+    """
+    content = read_json(path, error=CheckpointError, hint=hint)
+    if not isinstance(content, dict):
+        raise CheckpointError(
+            f"the file must hold a JSON object, it holds {type(content).__name__}", where=str(path), hint=hint
+        )
+    return content
+
+
 def _config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
-    return read_json(path, shape=dict[str, Any]) if path.is_file() else {}
+    return read_object(path) if path.is_file() else {}
 
 
 def _licence_of_text(folder: Path) -> str:

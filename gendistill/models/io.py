@@ -16,10 +16,10 @@ from transformers import PreTrainedModel
 import gendistill
 from gendistill.companions import companion_files
 from gendistill.errors import CheckpointError
-from gendistill.models.card import inherit_card, write_card
+from gendistill.models.card import inherit_card, read_object, write_card
 from gendistill.models.configuration import HybridConfig
 from gendistill.models.modeling import GendistillForCausalLM
-from gendistill.paths import library_writing, new_folder, read_json, write_text
+from gendistill.paths import library_writing, new_folder, write_text
 
 _PACKAGE = "gendistill"
 _ENTRY = "gendistill.models.modeling"
@@ -49,7 +49,7 @@ def export_code(folder: Path, *, base_model: str | None = None) -> list[Path]:
         write_text(path, _flatten(_source(module)))
         written.append(path)
     config_path = folder / "config.json"
-    config = read_json(config_path, shape=dict[str, Any], error=CheckpointError)
+    config = read_object(config_path)
     config["auto_map"] = _AUTO_MAP
     write_text(config_path, json.dumps(config, indent=2, sort_keys=True) + "\n")
     write_card(folder, base_model=base_model)
@@ -71,11 +71,9 @@ def copy_companions(source: Path, folder: Path) -> None:
 def _set_longest_text(config_path: Path, tokenizer_path: Path) -> None:
     if not (config_path.is_file() and tokenizer_path.is_file()):
         return
-    longest = read_json(config_path, shape=dict[str, Any], error=CheckpointError).get(
-        "max_position_embeddings"
-    )
+    longest = read_object(config_path).get("max_position_embeddings")
     # transformers wrote 1e30 as an integer of 31 digits
-    settings = read_json(tokenizer_path, shape=dict[str, Any], error=CheckpointError)
+    settings = read_object(tokenizer_path)
     stored = settings.get("model_max_length")
     missing = stored is None or (isinstance(stored, int | float) and stored > _LONGEST_TEXT)
     if missing and isinstance(longest, int):
@@ -172,7 +170,7 @@ def _check_student(folder: Path) -> None:
     where, hint = str(folder), "name the folder of a student, such as <run>/student"
     if not (folder / "config.json").is_file():
         raise CheckpointError("there is no config.json: this is not a saved student", where=where, hint=hint)
-    config = read_json(folder / "config.json", shape=dict[str, Any], error=CheckpointError, hint=hint)
+    config = read_object(folder / "config.json", hint=hint)
     if config.get("model_type") != HybridConfig.model_type:
         raise CheckpointError(
             f"config.json describes a model of type {config.get('model_type')!r}, a student's is "

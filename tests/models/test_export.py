@@ -255,7 +255,7 @@ def broken(folder, kind):
         ("pickle only", "pytorch_model.bin"),
         ("cut weights", "cannot be loaded"),
         ("no JSON", "JSON"),
-        ("a list", "dictionary"),
+        ("a list", "JSON object"),
         ("a teacher", "llama"),
         ("another placement", "missing"),
         ("another size", "hidden_size|size mismatch|cannot be loaded"),
