@@ -91,7 +91,8 @@ def test_old_exports_load(tmp_path):
         print(float(model(torch.tensor({ids.tolist()})).logits.double().sum()), type(model).__name__)
     """, tmp_path)  # fmt: skip
     total, name = output.split()
-    assert float(total) == float(expected.double().sum())
+    # another process may use another number of threads
+    assert float(total) == pytest.approx(float(expected.double().sum()), rel=1e-5)
     assert name == "GendistillForCausalLM"
 
 
