@@ -16,6 +16,12 @@ from gendistill.errors import GendistillError
 from gendistill.paths import check_shape, parse_json
 from gendistill.types import MixerKind
 
+
+def _mixer_kind(word: str) -> str:
+    """Accept the name of a mixer."""
+    return MixerKind(word).value
+
+
 # counts far above those of any run, and all that float32 holds: small enough to compute with
 Count = Annotated[int, Field(ge=0, le=10**15)]
 Positive = Annotated[int, Field(ge=1, le=10**15)]
@@ -119,7 +125,7 @@ class StudentRecord(TypedDict):
     """The student in the manifest."""
 
     placement: NotRequired[
-        Annotated[list[Annotated[str, AfterValidator(MixerKind)]], Field(max_length=1024)] | None
+        Annotated[list[Annotated[str, AfterValidator(_mixer_kind)]], Field(max_length=1024)] | None
     ]
     num_parameters: NotRequired[Count | None]
 
