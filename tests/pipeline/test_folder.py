@@ -174,15 +174,6 @@ def test_run_folders_can_be_moved_together(shared_place, tmp_path):
         moved.rename(run.root.parent)
 
 
-def test_a_folder_where_a_link_belongs_is_not_removed(place):
-    mine = place.root / "runs" / "tiny" / "stages" / "block"
-    mine.mkdir(parents=True)
-    (mine / "precious.txt").write_text("mine")
-    with pytest.raises(OutputError, match="is a folder, where a link to a step belongs"):
-        place.run()
-    assert (mine / "precious.txt").read_text() == "mine"
-
-
 @pytest.mark.parametrize(
     "content", [b"", b"[]", b"\xff", b'{"steps": 3}', b'{"steps": {}, "complete": "yes"}']
 )
