@@ -102,6 +102,10 @@ class Store:
         finally:
             lock.release()
 
+    def forget_lock(self, folder: Path) -> None:
+        """Remove the lock of a step that this process holds and has removed."""
+        (self.root / f".{folder.name}.lock").unlink(missing_ok=True)
+
     def has_record(self, step: Step) -> bool:
         """Whether a step has finished once, whatever has become of it."""
         return (self.folder(step) / RECORD).exists()

@@ -23,6 +23,8 @@ from gendistill.runs.seal import Seal, check, read_sealed_json, seal, write_seal
 from gendistill.runs.steps import CONVERT, Step, differences
 from gendistill.runs.store import Store
 
+STORE = ".store"
+# steps that an interrupted command has made, while the folder still shows a finished run
 PENDING = ".pending.json"
 _SEAL = ".student.json"
 _PIECE = 2**30
@@ -69,7 +71,7 @@ class Workspace:
 
     def __init__(self, recipe: Recipe, *, say: Callable[[str, str], None]) -> None:
         self.run = RunDir(recipe.run_folder)
-        self.store = Store(recipe.run_folder.parent / ".store")
+        self.store = Store(recipe.run_folder.parent / STORE)
         self.steps: dict[str, Step] = {}
         self.entries: dict[str, Any] = {}
         self.warnings: list[str] = []
@@ -321,8 +323,8 @@ class Workspace:
             strange.append(self.run.student)
         if strange:
             raise OutputError(
-                f"{strange[0]} is a folder, where a link to a step or a copy of the student belongs; an older version of "
-                "gendistill, or a copy that followed links, leaves such folders",
+                f"{strange[0]} is a folder, where a link to a step or a copy of the student belongs; an older "
+                "version of gendistill, or a copy that followed links, leaves such folders",
                 where=str(root),
                 hint="move the run folder away, or give this run a folder of its own with name=...",
             )

@@ -36,7 +36,7 @@ RECIPES: dict[str, tuple[str, ...]] = {
     "a": (),
     "b": ("stages.distill.lr=9e-4",),
     "c": ("student.placement=full kda", "stages.block=null"),
-    "d": ("eval.limit=2", "stages.distill.micro_batch_size=1"),
+    "d": ("eval.limit=2", "stages.distill.save_every_steps=2"),
     "e": ("student.from={root}/other", "stages.distill=null", "eval.questions=null"),
     "f": ("stages={{}}", "eval.tasks=[]"),
 }
@@ -46,6 +46,7 @@ _CLOCKS = {
     "seconds",
     "tokens_per_second",
     "date",
+    "commit",
     "peak_memory_bytes",
     "stat",
     "warnings",
@@ -159,9 +160,7 @@ class Trials:
             different = [
                 name for name in different if not (name.startswith("stages/") and name.endswith(story))
             ]
-        return history, [
-            f"{name}: {found.get(name)!r:.300}\n  instead of {wanted.get(name)!r:.300}" for name in different
-        ]
+        return history, [difference(name, found.get(name), wanted.get(name)) for name in different]
 
 
 def main(folder: str, seed: str, trials: str) -> int:
@@ -260,6 +259,14 @@ def content(path: Path) -> Any:
     if path.suffix == ".jsonl":
         return [without_clocks(json.loads(line)) for line in path.read_text().splitlines()]
     return path.read_bytes()
+
+
+def difference(name: str, found: Any, wanted: Any) -> str:
+    """Say where two contents differ."""
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        keys = [key for key in found | wanted if found.get(key) != wanted.get(key)]
+        return difference(f"{name} {keys[0]}", found.get(keys[0]), wanted.get(keys[0]))
+    return f"{name}: {found!r:.300}\n  instead of {wanted!r:.300}"
 
 
 def without_clocks(value: Any) -> Any:
