@@ -298,3 +298,59 @@ def test_a_report_is_forgotten_once_the_folder_shows_something_else(tmp_path, ov
     Run(tmp_path)
     roots = Run(tmp_path, *overrides, **changes).forgotten
     assert bool(roots) == forgotten
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"[]", b"\xff", b'{"steps": 3}', b'{"steps": {}, "complete": "yes"}']
+)
+def test_a_broken_manifest_is_written_anew(tmp_path, content):
+    run = Run(tmp_path).run
+    good = look(run)
+    run.manifest.write_bytes(content)
+    assert not Run(tmp_path).made
+    assert look(run) == good
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"{}", b"\xff", b'{"step": 1, "inputs": [], "found": 0}'])
+def test_a_broken_record_is_a_step_to_be_made(tmp_path, content):
+    run = Run(tmp_path).run
+    (run.root / "convert" / "step.json").write_bytes(content)
+    assert Run(tmp_path).made == ["convert"]
+
+
+def test_touched_and_copied_files_are_not_damage(tmp_path):
+    run = Run(tmp_path).run
+    path = run.stage("block") / "student" / "model.safetensors"
+    content = path.read_bytes()
+    path.unlink()
+    path.write_bytes(content)
+    os.utime(run.root / "convert" / "metrics.jsonl", (1, 1))
+    again = Run(tmp_path)
+    assert not again.made
+    assert not again.said
+
+
+LOCK = """
+import sys
+from gendistill.config.load import load_recipe
+from gendistill.runs.workspace import Workspace
+with Workspace(load_recipe("tiny", [f"output={sys.argv[1]}"]), say=print).locked():
+    print("locked", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_two_processes_in_one_folder_the_second_is_refused(tmp_path):
+    other = subprocess.Popen(
+        [sys.executable, "-c", LOCK, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert other.stdout is not None
+    assert other.stdout.readline() == "locked\n"
+    (tmp_path / "linked").symlink_to(tmp_path)
+    for root in (tmp_path, tmp_path / "linked"):
+        with pytest.raises(OutputError, match=rf"another process works in .* \(process {other.pid} on "):
+            Run(root)
+    assert not (tmp_path / "tiny" / "manifest.json").exists()
+    other.kill()
+    other.communicate()
+    assert tuple(Run(tmp_path).made) == NAMES
