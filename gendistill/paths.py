@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import json
 import math
 import os
@@ -192,10 +193,10 @@ def check_shape(content: Any, shape: Any, *, error: type[GendistillError], where
         error: It has another one; names the first place.
     """
     # pydantic takes a tenth of a second to import
-    from pydantic import TypeAdapter, ValidationError
+    from pydantic import ValidationError
 
     try:
-        TypeAdapter(shape).validate_python(content, strict=True)
+        _adapter(shape).validate_python(content, strict=True)
     except ValidationError as problem:
         first = problem.errors(include_url=False, include_context=False)[0]
         place = ".".join(str(step) for step in first["loc"])
@@ -204,6 +205,14 @@ def check_shape(content: Any, shape: Any, *, error: type[GendistillError], where
             f"the file holds something else than it should: {message}", where=where, hint=hint
         ) from problem
     return content
+
+
+@functools.cache
+def _adapter(shape: Any) -> Any:
+    """Build what checks a shape; that takes longer than checking."""
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(shape)
 
 
 def _finite(number: str) -> float:

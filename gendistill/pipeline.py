@@ -7,7 +7,7 @@ import datetime
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,13 +33,13 @@ from gendistill.conversion.impl import choose_impl
 from gendistill.conversion.plan import plan_conversion
 from gendistill.conversion.probe import check_probe, probe_student, render_probe
 from gendistill.data.stream import build_stream, heldout_batches
-from gendistill.errors import RecipeError
+from gendistill.errors import OutputError, RecipeError
 from gendistill.losses.base import check_vocabulary
 from gendistill.memory import CACHE_LENGTHS, cache_bytes
 from gendistill.models.io import export_code, load_student, save_student
 from gendistill.paths import RunDir, write_json
 from gendistill.provenance import installed_versions, source_commit, today
-from gendistill.report import write_report
+from gendistill.report import clear_report, write_report
 from gendistill.runs.inputs import recipe_steps
 from gendistill.runs.steps import BEFORE, CONVERT, ROLES, eval_step, stage_step
 from gendistill.runs.workspace import Workspace
@@ -70,18 +70,17 @@ def run(recipe: Recipe, *, command: str) -> RunDir:
     with _opened(recipe, command) as context:
         _convert(context)
         _distill(context, tuple(recipe.stages))
-        if context.is_main:
-            _evaluate(context)
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-                1 if sys.platform == "darwin" else 1024
-            )
-            context.workspace.entries.update(
-                seconds=round(time.monotonic() - started, 1), peak_memory_bytes=peak
-            )
-            context.workspace.complete()
-            write_report(context.workspace.run.root)
-        context.accelerator.wait_for_everyone()
+        on_main(context.accelerator, lambda: _finish(context, started))
     return context.workspace.run
+
+
+def _finish(context: _Context, started: float) -> None:
+    """Score, show and report what has been made, on the main process."""
+    _evaluate(context)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    context.workspace.entries.update(seconds=round(time.monotonic() - started, 1), peak_memory_bytes=peak)
+    context.workspace.complete(forget=clear_report)
+    write_report(context.workspace.run.root)
 
 
 def convert(recipe: Recipe, *, command: str) -> RunDir:
@@ -106,14 +105,14 @@ def evaluate(recipe: Recipe, *, command: str) -> RunDir:
     with _opened(recipe, command) as context:
         workspace = context.workspace
         made = [CONVERT, *map(stage_step, recipe.stages)]
-        missing = [name for name in made if not workspace.is_done(name)]
+        missing = [name for name in made if not context.is_done(name)]
         if missing:
             raise RecipeError(
                 f"{workspace.run.root} has no finished student of this recipe to score: {missing[0]} is to be done",
                 where=str(workspace.run.student),
-                hint=f"gendistill distill {recipe.name}",
+                hint="run the same command with distill in place of eval first",
             )
-        _evaluate(context)
+        on_main(context.accelerator, lambda: _evaluate(context))
         context.complete()
     return workspace.run
 
@@ -194,7 +193,7 @@ class _Context:
 
     def complete(self) -> None:
         """Show what this command has made, once it has made everything."""
-        on_main(self.accelerator, self.workspace.complete)
+        on_main(self.accelerator, lambda: self.workspace.complete(forget=clear_report))
 
     def is_done(self, name: str) -> bool:
         """Whether a step has finished, alike on every process."""
@@ -225,6 +224,7 @@ def _opened(recipe: Recipe, command: str) -> Iterator[_Context]:
         if recipe.student.source is not None:
             source = resolve_checkpoint(recipe.student.source, where="student.from")
     tokenizer = load_tokenizer(teacher.folder)
+    _check_apart(recipe.run_folder, (teacher, source))
     placement = Placement.parse(recipe.student.placement, num_layers=source.config["num_hidden_layers"])
     device_name = _device_name(accelerator.device)
     impl = choose_impl(recipe.student.impl, placement, device=accelerator.device, device_name=device_name)
@@ -239,6 +239,7 @@ def _opened(recipe: Recipe, command: str) -> Iterator[_Context]:
                     teacher=teacher,
                     source=source,
                     placement=placement,
+                    shown=workspace.shown_recipe(),
                     recorded=workspace.shown_inputs,
                     say=workspace.warn,
                 ),
@@ -280,6 +281,19 @@ def _check_questions(context: _Context) -> None:
         )
 
 
+def _check_apart(root: Path, checkpoints: Iterable[Checkpoint]) -> None:
+    """Refuse a run folder that would change a model, and a model that the run would replace."""
+    root = root.resolve()
+    for checkpoint in checkpoints:
+        folder = checkpoint.folder.resolve()
+        if root == folder or root in folder.parents or folder in root.parents:
+            raise OutputError(
+                f"the run folder {root} and the model {folder} lie in one another; models are never modified",
+                where=checkpoint.spec,
+                hint="choose another folder with output=..., or another name with name=...",
+            )
+
+
 def _convert(context: _Context) -> None:
     """Make the untrained student and its probe, on the main process."""
     on_main(context.accelerator, lambda: _convert_here(context))
@@ -291,11 +305,8 @@ def _convert_here(context: _Context) -> None:
         context.say("convert", f"done before: {workspace.run.student_init}")
         return
     with workspace.making(CONVERT) as folder:
-        # another process may have made it while this one waited
-        if workspace.is_done(CONVERT):
-            return
-        found = _make_student(context, folder)
-        workspace.finish(CONVERT, found)
+        if folder is not None:
+            workspace.finish(CONVERT, _make_student(context, folder))
 
 
 def _make_student(context: _Context, folder: Path) -> dict[str, Any]:
@@ -385,9 +396,7 @@ def _train(context: _Context, name: str, teacher: PreTrainedModel, start: Path) 
     recipe, workspace, accelerator = context.recipe, context.workspace, context.accelerator
     step, folder = stage_step(name), workspace.folder(stage_step(name))
     with contextlib.ExitStack() as stack:
-        on_main(accelerator, lambda: stack.enter_context(workspace.making(step)) and None)
-        # another process may have made it while this one waited
-        if context.is_done(step):
+        if on_main(accelerator, lambda: stack.enter_context(workspace.making(step)) is None):
             return
         rank, world = accelerator.process_index, accelerator.num_processes
         stream = build_stream(recipe, name, context.tokenizer, rank=rank, world=world)
@@ -415,6 +424,7 @@ def _train(context: _Context, name: str, teacher: PreTrainedModel, start: Path) 
 
 
 def _evaluate(context: _Context) -> None:
+    """Score what has not been scored, on the main process."""
     recipe, workspace = context.recipe, context.workspace
     asked = [role for role in ROLES if eval_step(role) in workspace.steps]
     if not asked:
@@ -429,12 +439,16 @@ def _evaluate(context: _Context) -> None:
     for role in pending:
         step = eval_step(role)
         with workspace.making(step) as folder:
+            if folder is None:
+                continue
             model, name = teacher, recipe.teacher.model
             if role == "student":
                 model = context.load_student(workspace.student, context.teacher_dtype)
-                name = f"{recipe.name}@{workspace.steps[step].inputs[BEFORE]}"
+                # other recipes show the same scores
+                name = f"student@{workspace.steps[step].inputs[BEFORE]}"
+            parts = workspace.store.scores(workspace.steps[step])
             _score(
-                model, context.tokenizer, name=name, role=role, out=folder, parts=workspace.store.root / "scores",
+                model, context.tokenizer, name=name, role=role, out=folder, parts=parts,
                 settings=settings, teacher=teacher, console=context.console,
             )  # fmt: skip
             workspace.finish(step, {})

@@ -12,7 +12,7 @@ from gendistill_evals.results import read_json, write_json
 from gendistill_evals.task import sha256_of
 
 # Raised whenever the same text or log-probability may give another score than before.
-_RULES = 2
+RULES = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +30,7 @@ class PartKey:
             name: ``<task>.<protocol>``, or ``transcripts``.
             inputs: Plain data that holds everything the content depends on.
         """
-        return cls(name, sha256_of([_RULES, name, inputs]))
+        return cls(name, sha256_of([RULES, name, inputs]))
 
 
 @dataclass(frozen=True, slots=True)

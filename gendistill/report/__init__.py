@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 from gendistill.report.gap import GapReport, Inversion, TaskGap, compute_gap, rank_inversions
-from gendistill.report.write import Comparison, ReportPaths, compare_reports, render_terminal, write_report
+from gendistill.report.write import (
+    Comparison,
+    ReportPaths,
+    clear_report,
+    compare_reports,
+    render_terminal,
+    write_report,
+)
 
 __all__ = [
     "Comparison",
@@ -11,6 +18,7 @@ __all__ = [
     "Inversion",
     "ReportPaths",
     "TaskGap",
+    "clear_report",
     "compare_reports",
     "compute_gap",
     "rank_inversions",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from gendistill.report.gap import GapReport, Inversion, compute_gap, rank_invers
 from gendistill.report.run_files import RunFiles, read_run
 from gendistill.text import printable
 
+_FILES = ("index.html", "gap.json", "table.md", "table.csv")
 # how the names of figures begin
 _FIGURES = ("gap.", "placement.", "heldout.", "cache.", "loss-")
 
@@ -79,11 +80,12 @@ def write_report(run_dir: Path) -> ReportPaths:
     report = gap_report(run)
     figures = plot_run(run, report)
     folder = RunDir(run.root).report
+    page, gap_file, markdown, csv = (folder / name for name in _FILES)
     paths = ReportPaths(
-        page=folder / "index.html",
-        gap=folder / "gap.json",
-        markdown=folder / "table.md",
-        csv=folder / "table.csv",
+        page=page,
+        gap=gap_file,
+        markdown=markdown,
+        csv=csv,
         figures=tuple(folder / f"{name}.png" for name in figures),
     )
     gap = json.dumps(report.to_json(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
@@ -116,9 +118,22 @@ def _replace_files(folder: Path, contents: Mapping[Path, bytes]) -> None:
         finally:
             for partial in partials.values():
                 partial.unlink(missing_ok=True)
-        for figure in folder.glob("*.png"):
-            if figure not in contents and figure.name.startswith(_FIGURES):
-                figure.unlink()
+        _unlink_figures(folder, kept=contents)
+
+
+def _unlink_figures(folder: Path, *, kept: Collection[Path]) -> None:
+    for figure in folder.glob("*.png"):
+        if figure not in kept and figure.name.startswith(_FIGURES):
+            figure.unlink()
+
+
+def clear_report(run_dir: Path) -> None:
+    """Remove the files of a report, because the run shows something else now; what others put there stays."""
+    folder = RunDir(run_dir).report
+    with writing(folder):
+        for name in _FILES:
+            (folder / name).unlink(missing_ok=True)
+        _unlink_figures(folder, kept=())
 
 
 def render_terminal(run_dir: Path, *, console: Console | None = None) -> GapReport:

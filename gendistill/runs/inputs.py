@@ -10,9 +10,10 @@ from gendistill.config.schema import MixtureConfig, Recipe, SourceConfig
 from gendistill.conversion.checkpoint import Checkpoint
 from gendistill.data.identity import source_identity
 from gendistill.errors import DataError
-from gendistill.runs.steps import BEFORE, CONVERT, Step, eval_step, stage_step
+from gendistill.runs.steps import ASKED, BEFORE, CONVERT, Step, eval_step, stage_step
 from gendistill.types import Placement
 from gendistill_evals import questions_identity, task_identity
+from gendistill_evals.parts import RULES
 
 # given the name of a step, what the run folder's step of that name was made from
 Recorded = Callable[[str], Mapping[str, Any] | None]
@@ -24,6 +25,7 @@ def recipe_steps(
     teacher: Checkpoint,
     source: Checkpoint,
     placement: Placement,
+    shown: Recipe | None = None,
     recorded: Recorded = lambda step: None,
     say: Callable[[str], None] = lambda line: None,
 ) -> list[Step]:
@@ -33,7 +35,9 @@ def recipe_steps(
         recipe: The recipe.
         teacher, source: What ``teacher`` and ``student.from`` name.
         placement: What ``student.placement`` means for the source.
-        recorded: Inputs of the steps that the run folder shows. Where data has gone since, they say what it held.
+        shown: The recipe that the run folder shows.
+        recorded: Inputs of the steps that it shows. Where data has gone since, and the recipe still names the same
+            place, they say what it held.
         say: Receives a line for each such case.
     Raises:
         DataError: Data that cannot be read, and that no step was made from before.
@@ -41,7 +45,7 @@ def recipe_steps(
     """
 
     def data(name: str, step: str) -> dict[str, Any]:
-        return _data(recipe, name, before=recorded(step) or {}, say=say)
+        return _data(recipe, name, shown=shown, before=recorded(step) or {}, say=say)
 
     held = recipe.heldout.data
     convert = Step(
@@ -69,10 +73,10 @@ def recipe_steps(
         steps.append(
             Step(
                 eval_step("teacher"),
-                {"teacher": {**_model(teacher), **identity(recipe.teacher)}, "eval": asked},
+                {"teacher": {**_model(teacher), **identity(recipe.teacher)}, ASKED: asked},
             )
         )
-        steps.append(Step(eval_step("student"), {**trained, "eval": asked}))
+        steps.append(Step(eval_step("student"), {**trained, ASKED: asked}))
     return steps
 
 
@@ -84,13 +88,19 @@ def _asked(recipe: Recipe) -> dict[str, Any]:
     questions = recipe.eval.questions
     return {
         **identity(recipe.eval),
+        "rules": RULES,
         "tasks": [task_identity(task) for task in recipe.eval.tasks],
         "questions": None if questions is None else questions_identity(questions),
     }
 
 
 def _data(
-    recipe: Recipe, name: str, *, before: Mapping[str, Any], say: Callable[[str], None]
+    recipe: Recipe,
+    name: str,
+    *,
+    shown: Recipe | None,
+    before: Mapping[str, Any],
+    say: Callable[[str], None],
 ) -> dict[str, Any]:
     """Describe a source or mixture with the sources that it draws from, settings and content."""
     entry = recipe.data[name]
@@ -100,9 +110,14 @@ def _data(
         section = recipe.data[part]
         described[part] = {"settings": identity(section)}
         if isinstance(section, SourceConfig):
-            old = before.get("data", {}).get(part, {}).get("content")
+            same = shown is not None and part in shown.data and _place(shown.data[part]) == _place(section)
+            old = before.get("data", {}).get(part, {}).get("content") if same else None
             described[part]["content"] = _content(section, where=f"data.{part}", before=old, say=say)
     return described
+
+
+def _place(source: SourceConfig | MixtureConfig) -> tuple[str, str | None] | None:
+    return (source.path, source.revision) if isinstance(source, SourceConfig) else None
 
 
 def _content(

@@ -14,6 +14,12 @@ CONVERT = "convert"
 ROLES = ("teacher", "student")
 # the input that says which step a student comes from
 BEFORE = "the student before it"
+# the input that says what a model is asked
+ASKED = "eval"
+
+# Raised whenever equal inputs may give another output than before: everything is then made anew. A new version of
+# gendistill alone redoes nothing.
+RULES = 1
 
 _HASH = re.compile(r"\w*-?[0-9a-f]{16,}")
 _LONGEST = 80
@@ -44,8 +50,13 @@ class Step:
 
     @cached_property
     def key(self) -> str:
-        """Hash of name and inputs, 16 hexadecimal digits."""
-        return fingerprint(self.name, self.inputs)
+        """Hash of rules, name and inputs, 16 hexadecimal digits."""
+        return fingerprint(RULES, self.name, self.inputs)
+
+    @property
+    def model(self) -> str:
+        """Hash of the model that a step scores, whatever it is asked."""
+        return fingerprint({name: value for name, value in self.inputs.items() if name != ASKED})
 
     @property
     def kind(self) -> str:

@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, broadcast_object_list
 
 from gendistill.errors import GendistillError, TrainingError
+from gendistill_evals.errors import EvalError
 
 T = TypeVar("T")
 
@@ -52,10 +53,10 @@ def on_main(accelerator: Accelerator, work: Callable[[], T]) -> T:
     if accelerator.is_main_process:
         try:
             outcome[0] = work()
-        except GendistillError as error:
+        except (GendistillError, EvalError) as error:
             outcome[1] = error
     broadcast_object_list(outcome)
-    if isinstance(outcome[1], GendistillError):
+    if isinstance(outcome[1], GendistillError | EvalError):
         raise outcome[1]
     return outcome[0]  # pyright: ignore[reportReturnType]
 

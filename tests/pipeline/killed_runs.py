@@ -1,8 +1,8 @@
 """Kill runs at random, run them again, and compare: ``python killed_runs.py FOLDER SEED TRIALS``.
 
-One process imports everything and forks, so that a run costs no start-up. A child is killed before a chosen change of
-the file system (Python's audit events tell) or after a chosen time. Prints one line a trial; exits with 1 at the first
-difference.
+One process imports everything and forks, so that a run costs no start-up. A child gets a signal before a chosen change
+of the file system (Python's audit events tell) or after a chosen time; between two runs, files of finished steps are
+damaged. Prints one line a trial; exits with 1 at the first difference.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +36,17 @@ RECIPES: dict[str, tuple[str, ...]] = {
     "a": (),
     "b": ("stages.distill.lr=9e-4",),
     "c": ("student.placement=full kda", "stages.block=null"),
-    "d": ("eval.limit=2", "stages.distill.micro_batch_size=1"),
+    "d": ("eval.limit=2", "stages.distill.save_every_steps=2"),
+    "e": ("student.from={root}/other", "stages.distill=null", "eval.questions=null"),
+    "f": ("stages={{}}", "eval.tasks=[]"),
 }
-# what differs between two runs of the same recipe: clocks and speeds
+SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
+# what differs between two runs of the same recipe: clocks and speeds, and what damage made it say
 _CLOCKS = {
     "seconds",
     "tokens_per_second",
     "date",
+    "commit",
     "peak_memory_bytes",
     "stat",
     "warnings",
@@ -50,64 +55,151 @@ _CLOCKS = {
 }
 
 
+@dataclass
+class Trials:
+    """What runs alone give, and how long they take.
+
+    Attributes:
+        wanted: By recipe, what its folder shows after a run alone.
+        events: By recipe, changes of the file system in a run alone.
+        seconds: By recipe, the time of a run alone.
+    """
+
+    place: Any
+    chance: random.Random
+    wanted: dict[str, dict[str, Any]] = field(default_factory=dict)
+    events: dict[str, int] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def root(self) -> Path:
+        """Folder of everything."""
+        return self.place.root
+
+    @property
+    def run(self) -> RunDir:
+        """The one run folder of all recipes."""
+        return RunDir(self.root / "runs" / "tiny")
+
+    def child(self, name: str, **kill: Any) -> int:
+        """Run a recipe in a process of its own."""
+        changes = [change.format(root=self.root) for change in RECIPES[name]]
+        return child(lambda: self.place.run(*changes), self.root / "events", **kill)
+
+    def measure(self) -> None:
+        """Run every recipe alone."""
+        for name in RECIPES:
+            started = time.perf_counter()
+            assert self.child(name) == 0
+            self.seconds[name] = time.perf_counter() - started
+            self.events[name] = int((self.root / "events").read_text())
+            self.wanted[name] = shown(self.run)
+            shutil.rmtree(self.root / "runs")
+
+    def interrupt(self) -> tuple[str, str]:
+        """Start a recipe and stop it somewhere; returns its name and what happened."""
+        name, number = self.chance.choice(list(RECIPES)), self.chance.choice(SIGNALS)
+        by_event = self.chance.random() < 0.7
+        at = (
+            self.chance.randrange(self.events[name])
+            if by_event
+            else self.chance.uniform(0, self.seconds[name])
+        )
+        code = self.child(name, kill_at=at, number=number)
+        how = "ended" if code == 0 else signal.Signals(number).name
+        return name, f"{name} {how} at {at:.4g}{'' if by_event else ' s'}"
+
+    def damage(self) -> str:
+        """Delete, cut or change a file of some step."""
+        files = [path for path in (self.root / "runs").rglob("*") if path.is_file() and path.stat().st_size]
+        files = [path for path in files if path.name[0] != "." and "report" not in path.parts]
+        if not files:
+            return "nothing to damage"
+        path = self.chance.choice(sorted(files))
+        how = self.chance.choice(("deleted", "cut", "changed"))
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        if how == "deleted":
+            path.unlink()
+        else:
+            path.write_bytes(content if how == "changed" else content[: len(content) // 2])
+        return f"{path.relative_to(self.root / 'runs')} {how}"
+
+    def trial(self) -> tuple[list[str], list[str]]:
+        """Return what was done, and what is not as it should be in the end."""
+        shutil.rmtree(self.root / "runs", ignore_errors=True)
+        history = []
+        if self.chance.random() < 0.5:
+            name = self.chance.choice(list(RECIPES))
+            assert self.child(name) == 0
+            history.append(f"{name} finished")
+        damaged = False
+        for _ in range(self.chance.randint(1, 3)):
+            before = frozen(self.run)
+            name, said = self.interrupt()
+            history.append(said)
+            after = frozen(self.run)
+            # a finished run shows itself until another one has finished
+            if before not in (None, after) and (
+                after is None or after[0] != self.wanted[name]["recipe.yaml"]
+            ):
+                return history, ["the finished run has changed"]
+            if self.chance.random() < 0.25:
+                damaged = True
+                history.append(self.damage())
+        last = self.chance.choice(list(RECIPES))
+        code = self.child(last)
+        history.append(f"then {last}")
+        if code:
+            return history, [f"exit code {code}"]
+        found, wanted = shown(self.run), self.wanted[last]
+        different = [name for name in sorted(wanted | found) if found.get(name) != wanted.get(name)]
+        if damaged:
+            # a stage that is intact but for these is not trained again
+            story = ("/metrics.jsonl", "/plan.json")
+            different = [
+                name for name in different if not (name.startswith("stages/") and name.endswith(story))
+            ]
+        return history, [difference(name, found.get(name), wanted.get(name)) for name in different]
+
+
 def main(folder: str, seed: str, trials: str) -> int:
     logging.disable_progress_bar()
-    root, chance = Path(folder), random.Random(int(seed))
+    root = Path(folder)
+    root.mkdir(parents=True, exist_ok=True)
     os.environ["GENDISTILL_CACHE"] = str(root / "cache")
     place = place_module.fill(root)
-    runs = RunDir(root / "runs" / "tiny")
-    wanted, events, seconds = {}, {}, {}
-    for name, changes in RECIPES.items():
-        started = time.perf_counter()
-        assert child(lambda changes=changes: place.run(*changes), root / "events") == 0
-        seconds[name] = time.perf_counter() - started
-        events[name] = int((root / "events").read_text())
-        wanted[name] = shown(runs)
-        shutil.rmtree(root / "runs")
-    for trial in range(int(trials)):
-        shutil.rmtree(root / "runs", ignore_errors=True)
-        history = []
-        if chance.random() < 0.5:
-            name = chance.choice(list(RECIPES))
-            assert child(lambda name=name: place.run(*RECIPES[name]), root / "events") == 0
-            history.append(f"{name} finished")
-        for _ in range(chance.randint(1, 3)):
-            name = chance.choice(list(RECIPES))
-            by_event = chance.random() < 0.7
-            at = chance.randrange(events[name]) if by_event else chance.uniform(0, seconds[name])
-            code = child(lambda name=name: place.run(*RECIPES[name]), root / "events", at)
-            history.append(
-                f"{name} {'ended' if code == 0 else 'killed'} at {at:.4g}{'' if by_event else ' s'}"
-            )
-        last = chance.choice(list(RECIPES))
-        code = child(lambda last=last: place.run(*RECIPES[last]), root / "events")
-        found = shown(runs) if code == 0 else {}
-        different = sorted(name for name in wanted[last] | found if found.get(name) != wanted[last].get(name))
-        print(
-            f"{trial}: {', '.join(history)}, then {last}: {'differs' if different or code else 'equal'}",
-            flush=True,
-        )
-        if different or code:
-            print(f"exit code {code}; {different}", flush=True)
-            for name in different:
-                print(
-                    f"{name}: {found.get(name)!r:.300}\n  instead of {wanted[last].get(name)!r:.300}",
-                    flush=True,
-                )
+    place_module.save_tiny_checkpoint(
+        root / "other", num_hidden_layers=2, hidden_size=16, intermediate_size=16, seed=5
+    )
+    all_trials = Trials(place, random.Random(int(seed)))
+    all_trials.measure()
+    for number in range(int(trials)):
+        history, different = all_trials.trial()
+        print(f"{number}: {', '.join(history)}: {'differs' if different else 'equal'}", flush=True)
+        if different:
+            print("\n".join(different), flush=True)
             return 1
     return 0
 
 
-def child(work: Callable[[], object], events: Path, kill_at: float | None = None) -> int:
-    """Run in a forked process, killed at the given event (a whole number) or after the given seconds."""
+def child(
+    work: Callable[[], object],
+    events: Path,
+    kill_at: float | None = None,
+    number: signal.Signals = signal.SIGKILL,
+) -> int:
+    """Run in a forked process that gets a signal at an event (a whole number) or after some seconds."""
     pid = os.fork()
     if pid == 0:
         code = 1
         try:
+            # as in a process of its own
+            signal.signal(signal.SIGINT, signal.default_int_handler)
             with Path(os.devnull).open("w") as nowhere:
                 os.dup2(nowhere.fileno(), 1)
                 os.dup2(nowhere.fileno(), 2) if kill_at is not None else None
-            count = watch(kill_at if isinstance(kill_at, int) else None)
+            count = watch(kill_at if isinstance(kill_at, int) else None, number)
             work()
             events.write_text(str(count[0]))
             code = 0
@@ -117,12 +209,12 @@ def child(work: Callable[[], object], events: Path, kill_at: float | None = None
             os._exit(code)
     if isinstance(kill_at, float):
         time.sleep(kill_at)
-        os.kill(pid, signal.SIGKILL)
+        os.kill(pid, number)
     return os.waitpid(pid, 0)[1]
 
 
-def watch(kill_at: int | None) -> list[int]:
-    """Count the changes of the file system, and die before number ``kill_at``."""
+def watch(kill_at: int | None, number: signal.Signals) -> list[int]:
+    """Count the changes of the file system, and send a signal before number ``kill_at``."""
     count = [0]
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
@@ -130,12 +222,21 @@ def watch(kill_at: int | None) -> list[int]:
             event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
         )
         if writes or event in CHANGES:
-            if kill_at is not None and count[0] == kill_at:
-                os.kill(os.getpid(), signal.SIGKILL)
             count[0] += 1
+            if kill_at is not None and count[0] == kill_at + 1:
+                os.kill(os.getpid(), number)
 
     sys.addaudithook(hook)
     return count
+
+
+def frozen(run: RunDir) -> tuple[bytes, bytes] | None:
+    """Recipe and manifest of a finished run, None of an unfinished one."""
+    try:
+        content = run.manifest.read_bytes()
+        return (run.recipe.read_bytes(), content) if json.loads(content)["complete"] else None
+    except (FileNotFoundError, ValueError, KeyError):
+        return None
 
 
 def shown(run: RunDir) -> dict[str, Any]:
@@ -158,6 +259,14 @@ def content(path: Path) -> Any:
     if path.suffix == ".jsonl":
         return [without_clocks(json.loads(line)) for line in path.read_text().splitlines()]
     return path.read_bytes()
+
+
+def difference(name: str, found: Any, wanted: Any) -> str:
+    """Say where two contents differ."""
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        keys = [key for key in found | wanted if found.get(key) != wanted.get(key)]
+        return difference(f"{name} {keys[0]}", found.get(keys[0]), wanted.get(keys[0]))
+    return f"{name}: {found!r:.300}\n  instead of {wanted!r:.300}"
 
 
 def without_clocks(value: Any) -> Any:

@@ -9,31 +9,36 @@ from gendistill.errors import GendistillError
 from gendistill.paths import read_json
 
 
-def test_nothing_is_trained_or_scored_again_under_another_name(place, monkeypatch, steps_of):
-    first = place.run()
-    for work in ("apply_plan", "train_stage"):
+def test_nothing_is_trained_or_scored_again_under_another_name(shared_place, monkeypatch, steps_of):
+    first = shared_place.run()
+    for work in ("apply_plan", "train_stage", "_score"):
         monkeypatch.setattr(pipeline, work, lambda *_, **__: pytest.fail("this was done before"))
-    second = place.run(name="second")
+    second = shared_place.run(name="second")
     assert steps_of(first) == steps_of(second)
     for name in ("model.safetensors", "config.json"):
         assert (second.student / name).read_bytes() == (first.student / name).read_bytes()
     assert read_json(second.report / "gap.json")["name"] == "second"
 
 
-def test_a_run_whose_data_has_gone_can_be_scored_again_and_says_so(place, capsys):
-    place.run()
-    place.texts.unlink()
-    run = pipeline.evaluate(place.recipe("eval.limit=2"), command="test")
-    assert "data.text cannot be read any more" in capsys.readouterr().out
-    assert read_json(run.eval("student") / "results.json")["tasks"][0]["n"] == 2
-    with pytest.raises(GendistillError, match="there is no file"):
-        place.run("seed=3", name="another")
+def test_a_run_whose_data_has_gone_can_be_scored_again_and_says_so(shared_place, capsys):
+    shared_place.run()
+    hidden = shared_place.texts.rename(shared_place.root / "hidden")
+    try:
+        run = pipeline.evaluate(shared_place.recipe("eval.limit=2"), command="test")
+        assert "data.text cannot be read any more" in capsys.readouterr().out
+        assert read_json(run.eval("student") / "results.json")["tasks"][0]["n"] == 2
+        with pytest.raises(GendistillError, match="there is no file"):
+            shared_place.run("seed=3", name="another")
+        with pytest.raises(GendistillError, match="there is no file"):
+            shared_place.run(f"data.text.path={shared_place.root}/misspelt.jsonl")
+    finally:
+        hidden.rename(shared_place.texts)
 
 
-def test_the_reason_is_said(place, capsys):
-    place.run()
+def test_the_reason_is_said(shared_place, capsys):
+    shared_place.run()
     capsys.readouterr()
-    place.run("stages.distill.lr=5e-4")
+    pipeline.distill(shared_place.recipe("stages.distill.lr=5e-4"), command="test")
     said = capsys.readouterr().out
     assert "made anew: stages.distill.lr 0.001 -> 0.0005" in said
     assert said.count("done before") == 2
