@@ -208,8 +208,8 @@ NASTY_YAML = [
 
 def overrides(random: Random, box: Box) -> list[list[str]]:
     """``key=value`` texts for a shipped recipe."""
-    paths = ["/".join(map(str, path)).replace("/", ".") for path in mutate.places(box.base.full_recipe())[1:]]
-    words = []
+    paths = [".".join(map(str, path)) for path in mutate.places(box.base.full_recipe())[1:]]
+    words = [random.choice(GOOD_OVERRIDES) for _ in range(random.choice([0, 0, 1, 2]))]
     for _ in range(mutate.changes(random)):
         key = random.choice(paths)
         if random.random() < 0.3:
@@ -229,6 +229,24 @@ def overrides(random: Random, box: Box) -> list[list[str]]:
     command = random.choice([["recipe", "check"], ["recipe", "show"], ["recipe", "check"], ["run"]])
     return [[*command, "tiny", *words, *(["--dry-run"] if command == ["run"] else [])]]
 
+
+GOOD_OVERRIDES = [
+    "seed=3",
+    "student.placement=full@0 kda",
+    "student.mixers.kda.half_life=[2.0, 8.0]",
+    "stages.block=null",
+    "stages.distill.weight_decay=0.5",
+    "stages.distill.lr={mixer: 1e-3, norm: 1e-4, mlp: 1e-4}",
+    "stages.distill.objective={kind: cross_entropy}",
+    "stages.distill.schedule.kind=cosine",
+    "data.text.format=messages",
+    "data.more.path=rows.jsonl",
+    "data.all={mix: {text: 1.0}}",
+    "heldout.rows=1",
+    "eval.tasks=[copy, everyday]",
+    "eval.questions=demo",
+    "output=here",
+]
 
 _FLAGS = {
     "run": ["--dry-run", "--json", "--output", "--num-processes", "--help"],

@@ -96,7 +96,7 @@ def value(random: Random, depth: int = 0) -> Any:
     if kind < 0.85 or depth > 2:
         return copy.deepcopy(random.choice(EMPTY))
     if kind < 0.87:
-        return nested(random.choice([20, 200, 3000]), random.random() < 0.5)
+        return nested(random.choice([20, 100]), random.random() < 0.5)
     if kind < 0.94:
         return [value(random, depth + 1) for _ in range(random.choice([1, 2, 5]))]
     return {random.choice(TEXTS): value(random, depth + 1) for _ in range(random.choice([1, 2, 5]))}
@@ -214,7 +214,7 @@ def flipped(random: Random, content: bytes, changes: int = 1) -> bytes:
             number = random.choice([0, 1, 2**31, 2**63 - 1, 2**64 - 1, 255])
             content = content[:at] + struct.pack("<Q", number) + content[at + 8 :]
         else:
-            content = random.choice([b"", b"\n", b"\xff\xfe", b"\xef\xbb\xbf", b"\x1f\x8b", b"PK\x03\x04", b"["]) + content
+            content = random.choice([b"", b"[" * 3000, b'{"a":' * 3000, b"\n", b"\xff\xfe", b"\xef\xbb\xbf", b"\x1f\x8b", b"PK\x03\x04", b"["]) + content
     return content
 
 
