@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from gendistill.errors import GendistillError, OutputError
+from gendistill.text import encodable
 
 
 def asset_dir(name: str) -> Path:
@@ -140,7 +141,9 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, content: Any) -> None:
     """Write JSON atomically. NaN and infinities are rejected: they are no JSON."""
-    write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
+    # halves of character pairs become escapes, which JSON reads as the same halves
+    write_text(path, encodable(text) + "\n")
 
 
 def read_json(

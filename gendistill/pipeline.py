@@ -42,6 +42,7 @@ from gendistill.report import write_report
 from gendistill.runs.inputs import recipe_steps
 from gendistill.runs.steps import BEFORE, CONVERT, ROLES, eval_step, stage_step
 from gendistill.runs.workspace import Workspace
+from gendistill.text import printable_lines
 from gendistill.training.console import TrainingConsole
 from gendistill.training.loop import train_stage
 from gendistill.training.processes import on_main
@@ -206,8 +207,8 @@ class _Context:
 
 
 def _say(console: Console, title: str, text: str) -> None:
-    # paths and names are text: brackets in them are not markup
-    console.print(Text.assemble((f"{title:<9}", "bold"), " ", text), soft_wrap=True)
+    # paths and names are text: brackets in them are not markup, and nothing in them steers the terminal
+    console.print(Text.assemble((f"{title:<9}", "bold"), " ", printable_lines(text)), soft_wrap=True)
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
 
 from filelock import FileLock, Timeout
 from typing_extensions import TypedDict
@@ -29,13 +29,30 @@ class _File(TypedDict):
     crc32: int
 
 
+class _Source(TypedDict):
+    content: NotRequired[dict[str, Any]]
+
+
+class _Inputs(TypedDict):
+    """What is looked at in the inputs of a step; there are others."""
+
+    data: NotRequired[dict[str, _Source]]
+
+
+class _Found(TypedDict):
+    """What is looked at in what a step found; there is more."""
+
+    result: NotRequired[dict[str, Any]]
+    warnings: NotRequired[list[str]]
+
+
 class _Begun(TypedDict):
     step: str
-    inputs: dict[str, Any]
+    inputs: _Inputs
 
 
 class _Record(_Begun):
-    found: dict[str, Any]
+    found: _Found
     files: dict[str, _File]
 
 
@@ -63,7 +80,7 @@ class Store:
     def record(self, step: Step) -> dict[str, Any] | None:
         """Return what a finished step recorded under ``found``, or None if it has not finished."""
         content = self._read(step)
-        return None if content is None else content["found"]
+        return None if content is None else dict(content["found"])
 
     def damage(self, step: Step) -> dict[str, str]:
         """Compare the files of a finished step with their checksums: name to what is wrong with it.
@@ -128,7 +145,7 @@ class Store:
         """Return the inputs that a step's folder was made for, finished or not; None if it does not say."""
         for name in (RECORD, _BEGUN):
             with contextlib.suppress(OutputError):
-                return read_json(folder / name, shape=_Begun)["inputs"]
+                return dict(read_json(folder / name, shape=_Begun)["inputs"])
         return None
 
     def _read(self, step: Step) -> _Record | None:

@@ -22,6 +22,7 @@ from gendistill.errors import OutputError
 from gendistill.paths import RunDir, clear_remains, new_folder, read_json, write_json, write_text, writing
 from gendistill.runs.steps import CONVERT, Step, differences
 from gendistill.runs.store import Store
+from gendistill.text import printable_lines
 
 
 class _Manifest(TypedDict):
@@ -170,6 +171,7 @@ class Workspace:
 
     def warn(self, text: str) -> None:
         """Say a warning now, and in the report."""
+        text = printable_lines(text)
         self._say("warning", text)
         if text not in self.warnings:
             self.warnings.append(text)

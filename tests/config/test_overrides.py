@@ -5,7 +5,16 @@ import pytest
 from gendistill.config.load import load_recipe
 from gendistill.errors import RecipeError
 
-NO_OVERRIDES = ["seed", "", "=", "=1", ".seed=1", "seed.=1", "stages..distill.lr=1", "stages." + "a." * 3000 + "b=1"]
+NO_OVERRIDES = [
+    "seed",
+    "",
+    "=",
+    "=1",
+    ".seed=1",
+    "seed.=1",
+    "stages..distill.lr=1",
+    "stages." + "a." * 3000 + "b=1",
+]
 NOT_YAML = ["[", "{", "{a: b", '"', "'", "*a", "@", "`x`", "%x", "\x1b[31m", "\udcff", "[" * 5000]
 REFUSED = [
     ("seed", "="),

@@ -193,7 +193,9 @@ def test_tokenizer_and_generation_settings_go_along(save_teacher, convert):
     out = convert(folder, "kda")
     for name in files:
         assert (out / name).read_bytes() == (folder / name).read_bytes()
-    assert sorted(path.name for path in out.iterdir()) == sorted([*files, "README.md", "config.json", "model.safetensors"])
+    assert sorted(path.name for path in out.iterdir()) == sorted(
+        [*files, "README.md", "config.json", "model.safetensors"]
+    )
 
 
 @pytest.mark.parametrize("where", ["", "inside", ".."])

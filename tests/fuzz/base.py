@@ -17,7 +17,16 @@ from typing import Any
 import areas
 
 # modules that commands import when they run: the parent imports them once
-_PACKAGES = ("gendistill", "transformers", "datasets", "rich", "huggingface_hub", "jinja2", "torch.", "accelerate")
+_PACKAGES = (
+    "gendistill",
+    "transformers",
+    "datasets",
+    "rich",
+    "huggingface_hub",
+    "jinja2",
+    "torch.",
+    "accelerate",
+)
 
 
 def make(root: Path, run_child: Callable[[Callable[[], None], Path], int]) -> areas.Base:
@@ -29,6 +38,8 @@ def make(root: Path, run_child: Callable[[Callable[[], None], Path], int]) -> ar
         stopped = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
         if status and not (work is _stopped and stopped):
             raise RuntimeError(f"{work.__name__} ended with {status}: {(root / 'err').read_text()[-3000:]}")
+    # as the program does before it imports anything
+    importlib.import_module("gendistill.cli.main")._quiet_libraries()
     for name in (root / "modules").read_text().splitlines():
         with suppress(ImportError):
             importlib.import_module(name)
@@ -38,7 +49,12 @@ def make(root: Path, run_child: Callable[[Callable[[], None], Path], int]) -> ar
 def _files(base: areas.Base) -> None:
     from gendistill.testing import save_tiny_checkpoint
 
-    sizes = {"num_hidden_layers": 2, "hidden_size": 16, "intermediate_size": 16, "max_position_embeddings": 256}
+    sizes = {
+        "num_hidden_layers": 2,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "max_position_embeddings": 256,
+    }
     for family in areas.FAMILIES:
         save_tiny_checkpoint(base.teacher(family), family, **sizes)
     (base.root / "gguf").mkdir()
@@ -84,12 +100,17 @@ def _run(base: areas.Base, name: str, *words: str) -> None:
 
 def _finished(base: areas.Base) -> None:
     _run(base, "finished")
-    for command in (["data", str(base.root / "finished" / "recipe.yaml")], ["report", str(base.root / "finished/runs/tiny")]):
+    for command in (
+        ["data", str(base.root / "finished" / "recipe.yaml")],
+        ["report", str(base.root / "finished/runs/tiny")],
+    ):
         from gendistill.cli.main import main
 
         sys.argv = ["gendistill", *command]
         main()
-    names = [name for name in sys.modules if name.startswith(_PACKAGES) and not name.startswith("torch._inductor")]
+    names = [
+        name for name in sys.modules if name.startswith(_PACKAGES) and not name.startswith("torch._inductor")
+    ]
     (base.root / "modules").write_text("\n".join(names))
 
 

@@ -64,10 +64,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--count", type=int, default=2000, help="inputs, over all areas")
-    parser.add_argument("--area", choices=areas.AREAS, action="append", help="this area alone; may be repeated")
+    parser.add_argument(
+        "--area", choices=areas.AREAS, action="append", help="this area alone; may be repeated"
+    )
     parser.add_argument("--only", type=int, help="index of one input of the area")
     parser.add_argument("--start", type=int, default=0, help="index of the first input of each area")
-    parser.add_argument("--keep", type=Path, help="keep the files of inputs that fail, or of the only one, here")
+    parser.add_argument(
+        "--keep", type=Path, help="keep the files of inputs that fail, or of the only one, here"
+    )
     asked = parser.parse_args()
     wanted = asked.area or list(areas.AREAS)
     if asked.only is not None:
@@ -96,16 +100,24 @@ def main() -> int:
 
 def show(result: Result, seed: int, area: str, index: int) -> None:
     again = f"--seed {seed} --area {area} --only {index}"
-    print(f"{'FAILED' if result.problems else 'ok'} {again}: {'; '.join(result.problems)}  ({result.seconds:.1f} s)")
+    print(
+        f"{'FAILED' if result.problems else 'ok'} {again}: {'; '.join(result.problems)}  ({result.seconds:.1f} s)"
+    )
     for command, code in zip(result.commands, [*result.codes, *[None] * len(result.commands)], strict=False):
         print(f"  {code}  gendistill {ascii(shlex.join(command))[1:-1]:.600}")
-    text = result.output if len(result.output) < 6000 else f"{result.output[:2000]}\n[...]\n{result.output[-4000:]}"
+    text = (
+        result.output
+        if len(result.output) < 6000
+        else f"{result.output[:2000]}\n[...]\n{result.output[-4000:]}"
+    )
     print("  | " + ascii(text)[1:-1].replace("\\n", "\n  | "), flush=True)
 
 
 def _no_pipes(folder: str, names: list[str]) -> list[str]:
     paths = {name: Path(folder) / name for name in names}
-    return [name for name, path in paths.items() if not (path.is_symlink() or path.is_file() or path.is_dir())]
+    return [
+        name for name, path in paths.items() if not (path.is_symlink() or path.is_file() or path.is_dir())
+    ]
 
 
 def one(work: Path, given: areas.Base, seed: int, area: str, index: int) -> Result:
@@ -119,7 +131,11 @@ def one(work: Path, given: areas.Base, seed: int, area: str, index: int) -> Resu
     result = Result(seconds=time.perf_counter() - started)
     if record.is_file():
         content = json.loads(record.read_text())
-        result.commands, result.codes, result.problems = content["commands"], content["codes"], content["problems"]
+        result.commands, result.codes, result.problems = (
+            content["commands"],
+            content["codes"],
+            content["problems"],
+        )
     parts = []
     for name in ("out", "err"):
         content = (box.root / name).read_bytes()
@@ -141,8 +157,16 @@ def _judge(result: Result, status: int) -> list[str]:
     elif os.WEXITSTATUS(status):
         problems.append(f"the process ended with {os.WEXITSTATUS(status)}")
     text = result.output
-    problems += [f'"{sign}"' for sign in ("internal error", "Traceback", "memory error", "MemoryError") if sign in text]
-    odd = sorted({c for c in text if (ord(c) < 32 and c not in "\n\t\r") or 126 < ord(c) < 160 or 0xD800 <= ord(c) < 0xE000})
+    problems += [
+        f'"{sign}"' for sign in ("internal error", "Traceback", "memory error", "MemoryError") if sign in text
+    ]
+    odd = sorted(
+        {
+            c
+            for c in text
+            if (ord(c) < 32 and c not in "\n\t\r") or 126 < ord(c) < 160 or 0xD800 <= ord(c) < 0xE000
+        }
+    )
     if odd:
         problems.append(f"control characters in the output: {ascii(odd)}")
     return problems
@@ -207,7 +231,9 @@ def _set_environment(box: areas.Box) -> None:
 
 
 def _limit() -> None:
-    size = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmSize"))
+    size = next(
+        line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmSize")
+    )
     memory = int(size.split()[1]) * 1024 + MEMORY_BYTES
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS + 5))
@@ -237,7 +263,9 @@ class _Guard:
             paths = [path] if isinstance(flags, int) and flags & _WRITES else []
         else:
             paths = [arguments[i] for i in _CHANGES.get(event, ())]
-        folder = next((each for each in arguments[1:] if event in ("os.remove", "os.rmdir") and each != -1), None)
+        folder = next(
+            (each for each in arguments[1:] if event in ("os.remove", "os.rmdir") and each != -1), None
+        )
         for path in paths:
             if isinstance(path, int) or path is None:
                 continue

@@ -80,8 +80,42 @@ TEXTS = [
     "kda " * 3000,
 ]
 NUMBERS: list[Any] = [
-    *(0, 1, -1, 2, 3, 7, 8, 64, 255, 1000, 2**31 - 1, 2**31, 2**32, 2**63 - 1, 2**63, 2**64, -(2**63), 10**18, 10**40),
-    *(0.0, -0.0, 0.5, 1.5, -0.5, 1e-300, 1e300, -1e300, 5e-324, 1e-9, float("nan"), float("inf"), float("-inf")),
+    *(
+        0,
+        1,
+        -1,
+        2,
+        3,
+        7,
+        8,
+        64,
+        255,
+        1000,
+        2**31 - 1,
+        2**31,
+        2**32,
+        2**63 - 1,
+        2**63,
+        2**64,
+        -(2**63),
+        10**18,
+        10**40,
+    ),
+    *(
+        0.0,
+        -0.0,
+        0.5,
+        1.5,
+        -0.5,
+        1e-300,
+        1e300,
+        -1e300,
+        5e-324,
+        1e-9,
+        float("nan"),
+        float("inf"),
+        float("-inf"),
+    ),
 ]
 EMPTY: list[Any] = [None, True, False, [], {}, "", [[]], [None], {"": None}]
 
@@ -125,12 +159,18 @@ def places(content: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 def structure(random: Random, content: Any, changes: int = 1) -> Any:
     """Return parsed JSON with some of its parts changed."""
     content = copy.deepcopy(content)
+    # small slips pass the first checks and reach the next ones
+    kinds = SLIPS if random.random() < 0.4 else KINDS
     for _ in range(changes):
-        content = _changed(random, content)
+        content = _changed(random, content, random.choice(kinds))
     return content
 
 
-def _changed(random: Random, content: Any) -> Any:
+SLIPS = ["near", "near", "near", "delete", "swap"]
+KINDS = ["value", "value", "value", "near", "near", "delete", "double", "rename", "swap", "wrap"]
+
+
+def _changed(random: Random, content: Any, kind: str) -> Any:
     path = random.choice(places(content)[1:] or [()])
     if not path:
         return value(random)
@@ -138,7 +178,6 @@ def _changed(random: Random, content: Any) -> Any:
     for step in path[:-1]:
         holder = holder[step]
     old, key = holder[path[-1]], path[-1]
-    kind = random.choice(["value", "value", "value", "near", "near", "delete", "double", "rename", "swap", "wrap"])
     if kind == "near":
         holder[key] = near(random, old)
     elif kind == "delete":
@@ -165,15 +204,19 @@ def near(random: Random, old: Any) -> Any:
     if isinstance(old, bool):
         return not old
     if isinstance(old, int):
-        return random.choice([old + 1, old - 1, -old, old * 2, old * 1000, float(old), str(old), 0])
+        return random.choice([old + 1, old - 1, 2, 3, -old, old * 2, old * 1000, float(old), str(old), 0])
     if isinstance(old, float):
         return random.choice([-old, old * 10, old / 1e6, int(old) if abs(old) < 1e9 else 0, str(old)])
     if isinstance(old, str):
         at = random.randrange(len(old) + 1)
         word = random.choice([random.choice(TEXTS), random.choice("aA0 .,:/\\\"'[]{}%@\t\n\x00\x7f\u2028é")])
-        return random.choice([old[:at] + word + old[at:], old[:at], old[at:], old.upper(), old + old, old[::-1]])
+        return random.choice(
+            [old[:at] + word + old[at:], old[:at], old[at:], old.upper(), old + old, old[::-1]]
+        )
     if isinstance(old, list):
-        return random.choice([old[:1], old[1:], old[::-1], old + old, old * 50, dict(enumerate(map(str, old[:9])))])
+        return random.choice(
+            [old[:1], old[1:], old[::-1], old + old, old * 50, dict(enumerate(map(str, old[:9])))]
+        )
     if isinstance(old, dict):
         return random.choice([list(old), list(old.values()), {}, dict(list(old.items())[:1])])
     return random.choice(["", 0, [], {}])
@@ -214,7 +257,22 @@ def flipped(random: Random, content: bytes, changes: int = 1) -> bytes:
             number = random.choice([0, 1, 2**31, 2**63 - 1, 2**64 - 1, 255])
             content = content[:at] + struct.pack("<Q", number) + content[at + 8 :]
         else:
-            content = random.choice([b"", b"[" * 3000, b'{"a":' * 3000, b"\n", b"\xff\xfe", b"\xef\xbb\xbf", b"\x1f\x8b", b"PK\x03\x04", b"["]) + content
+            content = (
+                random.choice(
+                    [
+                        b"",
+                        b"[" * 3000,
+                        b'{"a":' * 3000,
+                        b"\n",
+                        b"\xff\xfe",
+                        b"\xef\xbb\xbf",
+                        b"\x1f\x8b",
+                        b"PK\x03\x04",
+                        b"[",
+                    ]
+                )
+                + content
+            )
     return content
 
 

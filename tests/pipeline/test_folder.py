@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from gendistill import pipeline
 from gendistill.errors import OutputError, TrainingError
 from gendistill.paths import RunDir, read_json
+from gendistill.text import printable
 
 
 def listing(run: RunDir) -> dict[str, bytes | str]:
@@ -192,6 +193,45 @@ def test_a_broken_manifest_is_written_anew(shared_place, content):
     run.manifest.write_bytes(content)
     shared_place.run()
     assert read_json(run.manifest)["steps"] == good["steps"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"found": {"warnings": 3}},
+        {"found": {"warnings": [3]}},
+        {"found": {"warnings": "x"}},
+        {"found": {"result": []}},
+        {"inputs": {"data": []}},
+        {"inputs": {"data": {"text": 3}}},
+        {"inputs": {"data": {"text": {"content": [1]}}}},
+    ],
+    ids=str,
+)
+def test_a_record_of_another_shape_is_a_step_to_be_made(shared_place, changes):
+    run = shared_place.run()
+    before = weights(run)
+    path = run.root / "convert" / "step.json"
+    path.write_text(json.dumps({**read_json(path), **changes}))
+    shared_place.run()
+    assert weights(run) == before
+    assert "warnings" in read_json(path)["found"]
+
+
+@pytest.mark.parametrize("name", ["\x1b[31m", "\udcff", "a\nb", "\x9b", "[/]", "../../x", "/dev/zero", "\0"])
+def test_odd_names_in_a_record_are_damage_that_is_said_in_letters(shared_place, capsys, name):
+    run = shared_place.run()
+    before = weights(run)
+    path = run.root / "convert" / "step.json"
+    record = read_json(path)
+    record["files"][name] = {"stat": [1, 2, 3, 4], "crc32": 5}
+    path.write_text(json.dumps(record))
+    capsys.readouterr()
+    shared_place.run()
+    assert weights(run) == before
+    lines = capsys.readouterr().out.split("\n")
+    assert [printable(line, longest=10_000) for line in lines] == lines
+    assert any("since it finished" in line for line in lines)
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"{}", b"\xff", b'{"step": 1, "inputs": [], "found": 0}'])

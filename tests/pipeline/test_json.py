@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from gendistill.errors import CheckpointError, OutputError
-from gendistill.paths import parse_json, read_json
+from gendistill.paths import parse_json, read_json, write_json
 
 HINT = "delete it"
 
@@ -49,3 +49,9 @@ def test_good_content_is_returned_as_it_is():
     assert parse_json('{"a": [1, 2.5, null, "x"]}', shape=dict[str, Any], where="here", hint=HINT) == {
         "a": [1, 2.5, None, "x"]
     }
+
+
+@pytest.mark.parametrize("text", ["\ud800", "a\udcffb", "\\\ud800", "é→😀", "\x1b\0\u2028"])
+def test_every_text_comes_back_as_it_was_written(tmp_path, text):
+    write_json(tmp_path / "file.json", {text: [text]})
+    assert read_json(tmp_path / "file.json") == {text: [text]}
