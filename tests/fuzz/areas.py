@@ -385,6 +385,14 @@ def _split(folder: Path, random: Random) -> None:
 
 def _change_file(random: Random, path: Path) -> None:
     """Change one file in a way that fits its kind, or replace it by something else."""
+    try:
+        _change_content(random, path)
+    except (ValueError, struct.error, RecursionError):
+        # an earlier change has left another kind of content
+        path.write_bytes(mutate.flipped(random, path.read_bytes()))
+
+
+def _change_content(random: Random, path: Path) -> None:
     kind = random.random()
     if kind < 0.08 or not path.is_file():
         _replace(random, path)

@@ -168,7 +168,7 @@ def _judge(result: Result, status: int) -> list[str]:
         }
     )
     if odd:
-        problems.append(f"control characters in the output: {ascii(odd)}")
+        problems.append(f"control characters in the output: {odd!a}")
     return problems
 
 
@@ -270,7 +270,7 @@ class _Guard:
             if isinstance(path, int) or path is None:
                 continue
             where = os.path.join("" if folder is None else f"/proc/self/fd/{folder}", os.fsdecode(path))  # noqa: PTH118
-            parent, name = os.path.split(os.path.abspath(where) if folder is None else where)
+            parent, name = os.path.split(where if folder is not None else os.path.join(Path.cwd(), where))  # noqa: PTH118
             real = os.path.join(os.path.realpath(parent), name)  # noqa: PTH118
             if not f"{real}/".startswith(f"{self._room}/") and not real.startswith(("/dev/null", "/dev/tty")):
                 # what a system refuses to write anyway is no harm
@@ -294,7 +294,7 @@ def contents(folder: Path) -> dict[str, str]:
 
 
 def run_child(work: Any, folder: Path) -> int:
-    """Run in a forked process that writes to ``folder/out`` and ``folder/err``; return how it ended, as waitpid says."""
+    """Run in a forked process that writes to ``folder/out`` and ``folder/err``; return the status of waitpid."""
     sys.stdout.flush()
     pid = os.fork()
     if pid == 0:
