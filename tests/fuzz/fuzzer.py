@@ -81,7 +81,9 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="fuzz-") as work:
         given = making.make(Path(work) / "base", run_child)
         table = {area: Counter() for area in wanted}
-        for area, index in inputs:
+        for number, (area, index) in enumerate(inputs):
+            if number % 100 == 0:
+                print(f"{number:,} of {len(inputs):,}", file=sys.stderr, flush=True)
             result = one(Path(work), given, asked.seed, area, index)
             table[area].update(map(str, result.codes) if not result.problems else ["failed"])
             table[area]["inputs"] += 1
