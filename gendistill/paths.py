@@ -8,6 +8,7 @@ import math
 import os
 import re
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -146,6 +147,18 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, encodable(text) + "\n")
 
 
+def read_file(path: Path) -> bytes:
+    """Read a whole file.
+
+    Raises:
+        OSError: It cannot be read, or is a pipe or a device, which may have no end.
+    """
+    mode = path.stat().st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+    return path.read_bytes()
+
+
 def read_json(
     path: Path,
     *,
@@ -165,7 +178,7 @@ def read_json(
         error: It cannot be read, is no JSON, holds a number that is not finite, or is of another shape.
     """
     try:
-        text = path.read_bytes()
+        text = read_file(path)
     except OSError as problem:
         raise error(f"cannot read the file: {problem.strerror}", where=str(path), hint=hint) from problem
     return parse_json(text, shape=shape, error=error, where=str(path), hint=hint)

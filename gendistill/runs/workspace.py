@@ -19,7 +19,16 @@ from typing_extensions import TypedDict
 from gendistill.config.load import dump_recipe
 from gendistill.config.schema import Recipe
 from gendistill.errors import OutputError
-from gendistill.paths import RunDir, clear_remains, new_folder, read_json, write_json, write_text, writing
+from gendistill.paths import (
+    RunDir,
+    clear_remains,
+    new_folder,
+    read_file,
+    read_json,
+    write_json,
+    write_text,
+    writing,
+)
 from gendistill.runs.steps import CONVERT, Step, differences
 from gendistill.runs.store import Store
 from gendistill.text import printable_lines
@@ -249,7 +258,7 @@ class Workspace:
 
     def _written_recipe(self) -> str | None:
         try:
-            return self.run.recipe.read_text(encoding="utf-8")
+            return read_file(self.run.recipe).decode("utf-8")
         except (OSError, UnicodeDecodeError):
             return None
 
@@ -310,7 +319,7 @@ def _same_files(source: Path, target: Path) -> bool:
 
 def _described(owner: Path) -> str:
     try:
-        content = json.loads(owner.read_text(encoding="utf-8"))
+        content = json.loads(read_file(owner))
         return f" (process {content['pid']} on {content['host']})"
     except (OSError, ValueError, TypeError, KeyError):
         return ""

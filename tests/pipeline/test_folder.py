@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -216,6 +217,25 @@ def test_a_record_of_another_shape_is_a_step_to_be_made(shared_place, changes):
     shared_place.run()
     assert weights(run) == before
     assert "warnings" in read_json(path)["found"]
+
+
+@pytest.mark.parametrize("target", ["/dev/zero", "/dev/null", "..", "nowhere", "pipe"])
+@pytest.mark.parametrize(
+    "name", ["convert/step.json", "stages/block/step.json", "recipe.yaml", "manifest.json"]
+)
+def test_what_is_no_file_in_place_of_one_is_made_anew(shared_place, name, target):
+    run = shared_place.run()
+    before = weights(run)
+    path = run.root / name
+    path.unlink()
+    if target == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to(target)
+    shared_place.run()
+    assert weights(run) == before
+    assert path.is_file()
+    assert not path.is_symlink()
 
 
 @pytest.mark.parametrize("name", ["\x1b[31m", "\udcff", "a\nb", "\x9b", "[/]", "../../x", "/dev/zero", "\0"])
