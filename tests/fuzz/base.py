@@ -16,30 +16,19 @@ from typing import Any
 
 import areas
 
-# modules that commands import when they run: the parent imports them once
-_PACKAGES = (
-    "gendistill",
-    "transformers",
-    "datasets",
-    "rich",
-    "huggingface_hub",
-    "jinja2",
-    "torch.",
-    "accelerate",
-)
-
-
 def make(root: Path, run_child: Callable[[Callable[[], None], Path], int]) -> areas.Base:
     """Fill a folder, in processes of their own, and import what the commands will need."""
     root.mkdir()
     base = areas.Base(root)
+    # as the program does before it imports anything
+    importlib.import_module("gendistill.cli.main")._quiet_libraries()
+    for name in ("gendistill.pipeline", "gendistill.testing", "gendistill.report"):
+        importlib.import_module(name)
     for work in (_files, _finished, _stopped):
         status = run_child(lambda work=work: work(base), root)
         stopped = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
         if status and not (work is _stopped and stopped):
             raise RuntimeError(f"{work.__name__} ended with {status}: {(root / 'err').read_text()[-3000:]}")
-    # as the program does before it imports anything
-    importlib.import_module("gendistill.cli.main")._quiet_libraries()
     for name in (root / "modules").read_text().splitlines():
         with suppress(ImportError):
             importlib.import_module(name)
@@ -108,9 +97,8 @@ def _finished(base: areas.Base) -> None:
 
         sys.argv = ["gendistill", *command]
         main()
-    names = [
-        name for name in sys.modules if name.startswith(_PACKAGES) and not name.startswith("torch._inductor")
-    ]
+    # what the commands have imported by now, the parent imports once for all
+    names = [name for name in sys.modules if name not in ("__main__", "gguf_cases")]
     (base.root / "modules").write_text("\n".join(names))
 
 

@@ -35,6 +35,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 import areas
 import base as making
 
+from gendistill.data import preview
+
 CPU_SECONDS, WALL_SECONDS, MEMORY_BYTES = 20, 90, 4 << 30
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 _CHANGES = {
@@ -80,13 +82,15 @@ def main() -> int:
         inputs = [(wanted[i % len(wanted)], asked.start + i // len(wanted)) for i in range(asked.count)]
     with tempfile.TemporaryDirectory(prefix="fuzz-") as work:
         given = making.make(Path(work) / "base", run_child)
-        table = {area: Counter() for area in wanted}
+        before = contents(given.root)
+        table, spent = {area: Counter() for area in wanted}, Counter()
         for number, (area, index) in enumerate(inputs):
             if number % 100 == 0:
                 print(f"{number:,} of {len(inputs):,}", file=sys.stderr, flush=True)
             result = one(Path(work), given, asked.seed, area, index)
             table[area].update(map(str, result.codes) if not result.problems else ["failed"])
             table[area]["inputs"] += 1
+            spent[area] += result.seconds
             if result.problems or asked.only is not None:
                 show(result, asked.seed, area, index)
             if asked.keep and (result.problems or asked.only is not None):
@@ -94,9 +98,15 @@ def main() -> int:
                 shutil.rmtree(target, ignore_errors=True)
                 shutil.copytree(Path(work) / "box", target, symlinks=True, ignore=_no_pipes)
             shutil.rmtree(Path(work) / "box")
-    print(f"{'area':14}{'inputs':>8}{'exit 0':>8}{'exit 1':>8}{'exit 2':>8}{'failed':>8}")
+        if contents(given.root) != before:
+            print("FAILED: what the inputs share was changed")
+            return 1
+    print(f"{'area':14}{'inputs':>8}{'exit 0':>8}{'exit 1':>8}{'exit 2':>8}{'failed':>8}{'seconds':>9}")
     for area, counts in table.items():
-        print(f"{area:14}" + "".join(f"{counts[key]:8,}" for key in ("inputs", "0", "1", "2", "failed")))
+        print(
+            f"{area:14}" + "".join(f"{counts[key]:8,}" for key in ("inputs", "0", "1", "2", "failed")),
+            f"{spent[area]:8,.1f}",
+        )
     return 1 if any(counts["failed"] for counts in table.values()) else 0
 
 
@@ -224,6 +234,8 @@ def _set_environment(box: areas.Box) -> None:
         PIP_NO_INDEX="1",
     )
     tempfile.tempdir = None
+    # the speed that ``gendistill data`` shows is measured for a second
+    preview._TIMED_SECONDS = 0.05
     os.chdir(box.cwd)
 
     def unreachable(*_: Any, **__: Any) -> Any:
