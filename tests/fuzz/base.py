@@ -16,6 +16,7 @@ from typing import Any
 
 import areas
 
+
 def make(root: Path, run_child: Callable[[Callable[[], None], Path], int]) -> areas.Base:
     """Fill a folder, in processes of their own, and import what the commands will need."""
     root.mkdir()
