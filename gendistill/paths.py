@@ -9,6 +9,7 @@ import math
 import os
 import re
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from gendistill.errors import GendistillError, OutputError
+from gendistill.text import encodable
 
 
 def asset_dir(name: str) -> Path:
@@ -141,7 +143,21 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, content: Any) -> None:
     """Write JSON atomically. NaN and infinities are rejected: they are no JSON."""
-    write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
+    # halves of character pairs become escapes, which JSON reads as the same halves
+    write_text(path, encodable(text) + "\n")
+
+
+def read_file(path: Path) -> bytes:
+    """Read a whole file.
+
+    Raises:
+        OSError: It cannot be read, or is a pipe or a device, which may have no end.
+    """
+    mode = path.stat().st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+    return path.read_bytes()
 
 
 def read_json(
@@ -163,7 +179,7 @@ def read_json(
         error: It cannot be read, is no JSON, holds a number that is not finite, or is of another shape.
     """
     try:
-        text = path.read_bytes()
+        text = read_file(path)
     except OSError as problem:
         raise error(f"cannot read the file: {problem.strerror}", where=str(path), hint=hint) from problem
     return parse_json(text, shape=shape, error=error, where=str(path), hint=hint)

@@ -327,9 +327,10 @@ def _make_student(context: _Context, folder: Path) -> dict[str, Any]:
     batches = [batch.to(context.device) for batch in heldout_batches(recipe, context.tokenizer)]
     with context.console.status("probing the untrained student on held-out text"):
         probe = probe_student(student, teacher, batches)
+    warning = check_probe(probe)
     write_json(folder / "probe.json", probe)
     context.console.print(render_probe(probe))
-    if warning := check_probe(probe):
+    if warning:
         context.workspace.warn(warning)
     context.say("converted", f"{student_folder}   held-out KL {probe['kl']:.3f} nats/token")
     student_config = student.config.to_dict()

@@ -13,7 +13,7 @@ from pydantic import AfterValidator, Field, JsonValue, TypeAdapter, ValidationEr
 from typing_extensions import TypedDict
 
 from gendistill.errors import GendistillError
-from gendistill.paths import check_shape, parse_json
+from gendistill.paths import check_shape, parse_json, read_file
 from gendistill.types import MixerKind
 
 
@@ -266,7 +266,7 @@ def read_bytes(path: Path, *, error: type[GendistillError], hint: str) -> bytes:
         error: It cannot be read.
     """
     try:
-        return path.read_bytes()
+        return read_file(path)
     except OSError as problem:
         raise error(f"cannot read the file: {problem.strerror}", where=str(path), hint=hint) from problem
 

@@ -183,13 +183,13 @@ def short_count(count: int) -> str:
     return f"{count / 1000**power:.3g}{'kMBT'[power - 1]}"
 
 
-def parse_token_count(value: str | int | float) -> int:
+def parse_token_count(value: object) -> int:
     """Read ``500``, ``"20k"``, ``"30M"`` or ``"1.5B"`` as a whole number of tokens.
 
     Raises:
         ValueError: It is none of these.
     """
-    if isinstance(value, bool):
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
         raise ValueError("a token count is a number or a text such as 30M")
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{value} is not a token count; write 500, 20k, 30M or 1.5B")

@@ -19,7 +19,8 @@ PLAIN_STOP = "\nQuestion:"
 TEMPLATE_SETTINGS: dict[str, Any] = {"enable_thinking": False}
 # What a template, which is a program of the checkpoint's, may raise.
 _TEMPLATE_ERRORS = (
-    jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError,
+    jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError,
+    ValueError,
 )  # fmt: skip
 _OTHER_TEMPLATE = (
     "correct chat_template.jinja, or chat_template in tokenizer_config.json, of a copy of the model; "

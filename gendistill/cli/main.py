@@ -135,6 +135,8 @@ def _reject(parser: argparse.ArgumentParser, word: str) -> NoReturn:
 def _quiet_libraries() -> None:
     """Keep advice meant for other programs out of ours; whatever the user has set stays."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # what the datasets library complains of is in our error
+    os.environ.setdefault("DATASETS_VERBOSITY", "critical")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # looking for plugins reads the metadata of every installed package, a fifth of the start-up time
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")

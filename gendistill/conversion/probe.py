@@ -158,9 +158,16 @@ def check_probe(result: dict[str, Any]) -> str | None:
 
     Returns: A warning if it predicts no better than guessing while the teacher does, else None.
     Raises:
-        CheckpointError: Its cross-entropy is not finite.
+        CheckpointError: A number is not finite.
     """
     student_ce, ln_vocab = result["student_ce"], result["ln_vocab"]
+    odd = _not_finite(result)
+    if odd and ("teacher_ce" in odd or math.isfinite(student_ce)):
+        raise CheckpointError(
+            f"not finite on held-out text: {', '.join(odd[:5])}; weights or activations are beyond float32",
+            where="teacher",
+            hint="generate from the teacher with transformers, and choose a checkpoint that writes text",
+        )
     if student_ce < ln_vocab or (math.isfinite(student_ce) and result["teacher_ce"] >= ln_vocab):
         return None
     worst = sorted(result["layers"], key=lambda layer: -_badness(layer["relative_error"]))[:3]
@@ -178,6 +185,16 @@ def check_probe(result: dict[str, Any]) -> str | None:
     if not math.isfinite(student_ce):
         raise CheckpointError(message, where="student", hint=hint)
     return f"{message}. Training starts from less than nothing: align before distilling, or {hint}"
+
+
+def _not_finite(result: dict[str, Any]) -> list[str]:
+    """Name the numbers of a probe that are infinite or NaN."""
+    numbers = {name: result[name] for name in ("teacher_ce", "student_ce", "kl", "top1_agreement")}
+    for layer in result["layers"]:
+        numbers |= {f"{name} of layer {layer['layer']}": layer[name] for name in ("cosine", "relative_error")}
+    for place, values in result["half_life"].items():
+        numbers |= {f"half_life {place} {name}": value for name, value in values.items()}
+    return [name for name, value in numbers.items() if not math.isfinite(value)]
 
 
 def _badness(error: float) -> float:

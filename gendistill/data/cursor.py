@@ -378,5 +378,7 @@ def translated(read: Callable[[], T], config: SourceConfig, *, where: str, hint:
 
 
 def _cannot_read(error: Exception, config: SourceConfig, *, where: str, hint: str) -> DataError:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
+    # the library wraps what went wrong
+    reason = error.__cause__ if isinstance(error, DatasetsError) and error.__cause__ else error
+    lines = str(reason).strip().splitlines() or [type(reason).__name__]
     return DataError(f"cannot read {config.path}: {lines[0][:500]}", where=where, hint=hint)

@@ -24,7 +24,7 @@ from gendistill.data.tables import TableRecords
 from gendistill.digests import file_stamp
 from gendistill.errors import DataError, OutputError
 from gendistill.paths import cache_dir, clear_remains, new_folder, read_json, write_json, writing
-from gendistill.text import encodable
+from gendistill.text import encodable, printable_lines
 
 Row = dict[str, Any]
 
@@ -62,7 +62,7 @@ class Readable(Protocol):
 @functools.cache
 def warn_once(message: str) -> None:
     """Log a warning the first time this process sees it."""
-    _log.warning(message)
+    _log.warning(printable_lines(message))
 
 
 @dataclass(frozen=True, slots=True)

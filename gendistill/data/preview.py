@@ -18,6 +18,7 @@ from gendistill.config.schema import Recipe
 from gendistill.data.batch import IGNORE, Batch
 from gendistill.data.stream import BatchStream, build_stream
 from gendistill.errors import RecipeError
+from gendistill.text import printable, printable_lines
 
 _COUNTED = "bold green"
 _IGNORED = "dim"
@@ -124,9 +125,11 @@ def _statistics(stream: BatchStream, batches: list[Batch], seconds: float, *, ti
     table.add_row("speed", f"{tokens / seconds:,.0f} tokens per second, read to packed")
     for name, counts in stream.dropped.items():
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in counts.items() if reason != "rows")
-        table.add_row(f"data.{name}", f"{counts['rows']:,} rows read; left out: {reasons or 'none'}")
+        read = f"{counts['rows']:,} rows read; left out: {reasons or 'none'}"
+        # reasons quote rows, which are neither markup nor for the terminal to obey
+        table.add_row(f"data.{name}", Text(printable_lines(read)))
     for note in stream.notes:
-        table.add_row("note", Text(note))
+        table.add_row("note", Text(printable_lines(note)))
     return table
 
 
@@ -143,11 +146,12 @@ def _row_text(number: int, row: list[Segment], tokenizer: PreTrainedTokenizerBas
         text.append(f"--- {head}: {len(segment.ids):,} tokens, {int(segment.counted.sum()):,} counted ---\n")
         edges = np.flatnonzero(np.diff(segment.counted)) + 1
         for piece in np.split(np.arange(len(segment.ids)), edges):
-            words = tokenizer.decode(segment.ids[piece].tolist(), skip_special_tokens=False)
+            words = str(tokenizer.decode(segment.ids[piece].tolist(), skip_special_tokens=False))
+            words = "\n".join(printable(line, longest=len(line)) for line in words.split("\n"))
             is_counted = bool(segment.counted[piece[0]])
             if plain:
-                text.append(f"{{+{words}+}}" if is_counted else str(words))
+                text.append(f"{{+{words}+}}" if is_counted else words)
             else:
-                text.append(str(words), style=_COUNTED if is_counted else _IGNORED)
+                text.append(words, style=_COUNTED if is_counted else _IGNORED)
         text.append("\n")
     return text

@@ -11,7 +11,7 @@ import yaml
 
 from gendistill.errors import CheckpointError
 from gendistill.models.configuration import LEAST_TRANSFORMERS
-from gendistill.paths import read_json, write_text
+from gendistill.paths import read_file, read_json, write_text
 
 _NAME = "README.md"
 _LICENCE_KEYS = ("license", "license_name", "license_link")
@@ -74,7 +74,7 @@ def write_card(folder: Path, *, base_model: str | None = None) -> None:
 def front_matter(path: Path) -> dict[str, Any]:
     """Read the YAML block at the start of a card; empty if there is none or it cannot be read."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_file(path).decode("utf-8")
     except (OSError, UnicodeDecodeError):
         return {}
     match = re.match(r"---\r?\n(.*?)\r?\n---\s*(?:\n|$)", text, re.DOTALL)

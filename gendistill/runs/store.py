@@ -113,7 +113,7 @@ class Store:
     def record(self, step: Step) -> dict[str, Any] | None:
         """Return what a finished step recorded under ``found``, or None if it has not finished."""
         content = self._read(step)
-        return None if content is None else content["found"]
+        return None if content is None else dict(content["found"])
 
     def files(self, step: Step) -> Seal:
         """Seals of a finished step's files."""

@@ -18,10 +18,20 @@ from typing_extensions import TypedDict
 from gendistill.config.load import dump_recipe, load_recipe
 from gendistill.config.schema import Recipe
 from gendistill.errors import OutputError, RecipeError
-from gendistill.paths import RunDir, clear_remains, new_folder, read_json, write_json, write_text, writing
+from gendistill.paths import (
+    RunDir,
+    clear_remains,
+    new_folder,
+    read_file,
+    read_json,
+    write_json,
+    write_text,
+    writing,
+)
 from gendistill.runs.seal import Seal, check, read_sealed_json, seal, write_sealed_json
 from gendistill.runs.steps import CONVERT, Step, differences
 from gendistill.runs.store import Store
+from gendistill.text import printable_lines
 
 STORE = ".store"
 # steps that an interrupted command has made, while the folder still shows a finished run
@@ -192,6 +202,7 @@ class Workspace:
 
     def warn(self, text: str) -> None:
         """Say a warning now, once, and in the report."""
+        text = printable_lines(text)
         if text not in self.warnings:
             self._say("warning", text)
             self.warnings.append(text)
@@ -352,7 +363,7 @@ class Workspace:
 
     def _written_recipe(self) -> str | None:
         try:
-            return self.run.recipe.read_text(encoding="utf-8")
+            return read_file(self.run.recipe).decode("utf-8")
         except (OSError, UnicodeDecodeError):
             return None
 
@@ -385,7 +396,7 @@ def _copy(source: str, target: str) -> None:
 
 def _described(owner: Path) -> str:
     try:
-        content = json.loads(owner.read_text(encoding="utf-8"))
+        content = json.loads(read_file(owner))
         return f" (process {content['pid']} on {content['host']})"
     except (OSError, ValueError, TypeError, KeyError):
         return ""

@@ -94,8 +94,8 @@ def test_a_text_that_is_no_token_count_is_a_value_error(value):
         parse_token_count(value)
 
 
-@pytest.mark.parametrize("value", [float("inf"), float("nan"), True])
-def test_a_number_that_is_no_token_count_is_a_value_error(value):
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), True, [], [1], {}, {"k": 1}, None])
+def test_another_value_that_is_no_token_count_is_a_value_error(value):
     with pytest.raises(ValueError, match="token count"):
         parse_token_count(value)
 

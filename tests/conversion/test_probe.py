@@ -136,7 +136,7 @@ WORST = r"worst layers: 1 \(cosine 0\.80\), 4 .*, 3 .*half-life 30\.0"
 
 def broken(ce):
     result = healthy(student_ce=ce)
-    result["layers"][1]["relative_error"] = math.nan
+    result["layers"][1]["relative_error"] = math.nan if not math.isfinite(ce) else 9.0
     return result
 
 
@@ -145,6 +145,30 @@ def test_student_without_a_finite_loss_is_stopped_with_its_worst_layers(ce):
     with pytest.raises(CheckpointError, match=WORST) as caught:
         check_probe(broken(ce))
     assert "student.mixers.kda" in (caught.value.hint or "")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(
+    ("place", "name"),
+    [
+        (("teacher_ce",), "teacher_ce"),
+        (("kl",), "kl"),
+        (("layers", 2, "cosine"), "cosine of layer 2"),
+        (("layers", 0, "relative_error"), "relative_error of layer 0"),
+        (("half_life", "on_text", "50"), "half_life on_text 50"),
+    ],
+)
+def test_numbers_beyond_the_finite_ones_are_named(place, name, value):
+    """They can be written to no JSON file, and no later number would mean anything."""
+    result = healthy()
+    *path, last = place
+    holder = result
+    for step in path:
+        holder = holder[step]
+    holder[last] = value
+    with pytest.raises(CheckpointError, match=name) as caught:
+        check_probe(result)
+    assert caught.value.hint
 
 
 @pytest.mark.parametrize("ce", [4.5, 17.0])

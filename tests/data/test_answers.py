@@ -175,6 +175,7 @@ def test_a_template_that_needs_a_system_message_serves_the_rows_that_have_one():
         "{{ messages[99]['content'] }}",
         "{{ 1 // 0 }}",
         "{{ none.x.y }}",
+        "{{ 'x' * 10 ** 15 }}",
         "{{ unclosed",
         "{% for m in messages %}",
     ],

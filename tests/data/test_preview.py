@@ -1,6 +1,7 @@
 """`gendistill data`: counted and ignored tokens told apart, with and without colour."""
 
 import io
+import json
 import re
 
 import pytest
@@ -9,6 +10,7 @@ from rich.console import Console
 from gendistill.data import preview
 from gendistill.data.preview import preview_stream, split_rows
 from gendistill.data.stream import build_stream
+from gendistill.text import printable
 
 
 @pytest.fixture
@@ -71,3 +73,25 @@ def test_no_color_and_pipes_get_markers(shown, monkeypatch):
     assert "{+counted+}" not in show(None)
     monkeypatch.setenv("NO_COLOR", "1")
     assert "{+counted+}" in show(None)
+
+
+@pytest.mark.parametrize(
+    "odd", ["\x1b[31m", "\x1b]0;title\x07", "\x7f", "\x9b1m", "[/]", "[red]x[/red]", "\u202e", "\0"]
+)
+def test_rows_neither_steer_the_terminal_nor_are_markup(
+    make_recipe, make_tokenizer, tmp_path, monkeypatch, odd
+):
+    monkeypatch.setattr(preview, "_TIMED_SECONDS", 0.0)
+    turns = [{"role": "user", "content": f"Say {odd}"}, {"role": "assistant", "content": f"a{odd}b"}]
+    bad = [{"role": odd, "content": odd}, *turns]
+    rows = [{"messages": bad if number % 3 == 2 else turns} for number in range(30)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    recipe = make_recipe({"chat": {"path": str(path), "format": "messages"}}, mask="completion", seq_len=160)
+    out, tokenizer = io.StringIO(), make_tokenizer()
+    stream = build_stream(recipe, "distill", tokenizer)
+    # the command prints so; a table of rich interprets what it is given as text
+    Console(file=out, highlight=False, width=200).print(preview_stream(stream, tokenizer, title="distill"))
+    lines = out.getvalue().split("\n")
+    assert [printable(line, longest=10_000) for line in lines] == lines
+    assert f"a{printable(odd)}b" in out.getvalue()

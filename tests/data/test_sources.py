@@ -388,6 +388,13 @@ def test_parquet_columns_that_are_no_text_leave_rows_out_not_the_run(tmp_path):
     assert next(source).reason == "a row is not UTF-8"
 
 
+def test_a_parquet_file_that_cannot_be_read_says_why_once(tmp_path, caplog):
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.table({"text": ["a"], "b\0c": ["d"]}), path)
+    with pytest.raises(DataError, match=r"cannot read .*rows\.parquet: .*Couldn't cast"):
+        open_source(_config(path), name="a", seed=0)
+
+
 def test_a_parquet_file_of_equal_size_and_restored_time_is_read_anew(tmp_path):
     path = tmp_path / "rows.parquet"
     pq.write_table(pa.table({"text": ["row 1"]}), path)

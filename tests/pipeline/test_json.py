@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from gendistill.errors import CheckpointError, OutputError
-from gendistill.paths import parse_json, read_json
+from gendistill.errors import CheckpointError, GendistillError, OutputError
+from gendistill.models.card import front_matter
+from gendistill.paths import parse_json, read_file, read_json, write_json
+from gendistill.records import read_metrics_file, read_rows
 
 HINT = "delete it"
 
@@ -49,3 +53,31 @@ def test_good_content_is_returned_as_it_is():
     assert parse_json('{"a": [1, 2.5, null, "x"]}', shape=dict[str, Any], where="here", hint=HINT) == {
         "a": [1, 2.5, None, "x"]
     }
+
+
+@pytest.mark.parametrize("text", ["\ud800", "a\udcffb", "\\\ud800", "é→😀", "\x1b\0\u2028"])
+def test_every_text_comes_back_as_it_was_written(tmp_path, text):
+    write_json(tmp_path / "file.json", {text: [text]})
+    assert read_json(tmp_path / "file.json") == {text: [text]}
+
+
+@pytest.fixture(params=["pipe", "device", "link to a device"])
+def endless(request, tmp_path) -> Path:
+    """A path that can be opened, and never read to its end."""
+    if request.param == "device":
+        return Path("/dev/zero")
+    path = tmp_path / "file"
+    os.mkfifo(path) if request.param == "pipe" else path.symlink_to("/dev/zero")
+    return path
+
+
+def test_what_has_no_end_is_not_read(endless):
+    with pytest.raises(OSError, match="not a regular file"):
+        read_file(endless)
+    with pytest.raises(OutputError, match="not a regular file"):
+        read_json(endless)
+    with pytest.raises(GendistillError, match="not a regular file"):
+        read_rows(endless, Any, error=OutputError, hint=HINT)
+    with pytest.raises(GendistillError, match="not a regular file"):
+        read_metrics_file(endless, error=OutputError)
+    assert front_matter(endless) == {}
