@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gendistill.chat_templates import check_templates
 from gendistill.conversion.config_file import first_line, library_errors
 from gendistill.errors import CheckpointError
 from gendistill.paths import check_shape, read_json
@@ -45,12 +46,13 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
     Raises:
         CheckpointError: The folder has none that can be read, or it needs code or files from elsewhere, or its words
-            go beyond the embeddings.
+            go beyond the embeddings, or its chat template does not come to an end.
     """
     settings = _check_files(folder)
     with tokenizer_errors(folder, brings_code=bool(settings.get("auto_map"))):
         tokenizer = _load(folder)
         tokenizer(_PROBE)
+    check_templates(tokenizer, where=str(folder))
     config = folder / "config.json"
     vocab_size = None
     if config.is_file():
