@@ -109,7 +109,7 @@ def evaluate(recipe: Recipe, *, command: str) -> RunDir:
             raise RecipeError(
                 f"{workspace.run.root} has no finished student of this recipe to score: {missing[0]} is to be done",
                 where=str(workspace.run.student),
-                hint=f"gendistill distill {recipe.name}",
+                hint=command.replace("gendistill eval", "gendistill distill", 1),
             )
         _evaluate(context)
         context.complete()
@@ -237,7 +237,7 @@ def _opened(recipe: Recipe, command: str) -> Iterator[_Context]:
                     teacher=teacher,
                     source=source,
                     placement=placement,
-                    recorded=workspace.shown_inputs,
+                    recorded=workspace.shown_content,
                     say=workspace.warn,
                 ),
             )

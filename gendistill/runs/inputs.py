@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from gendistill.config.base import identity
@@ -14,8 +15,8 @@ from gendistill.runs.steps import BEFORE, CONVERT, Step, eval_step, stage_step
 from gendistill.types import Placement
 from gendistill_evals import questions_identity, task_identity
 
-# given the name of a step, what the run folder's step of that name was made from
-Recorded = Callable[[str], Mapping[str, Any] | None]
+# given the names of a step and of a source, what the run folder's step of that name read of it
+Recorded = Callable[[str, str], dict[str, Any] | None]
 
 
 def recipe_steps(
@@ -24,7 +25,7 @@ def recipe_steps(
     teacher: Checkpoint,
     source: Checkpoint,
     placement: Placement,
-    recorded: Recorded = lambda step: None,
+    recorded: Recorded = lambda step, source: None,
     say: Callable[[str], None] = lambda line: None,
 ) -> list[Step]:
     """List conversion, stages and scores in order; every step depends on those before it.
@@ -33,7 +34,7 @@ def recipe_steps(
         recipe: The recipe.
         teacher, source: What ``teacher`` and ``student.from`` name.
         placement: What ``student.placement`` means for the source.
-        recorded: Inputs of the steps that the run folder shows. Where data has gone since, they say what it held.
+        recorded: What the steps that the run folder shows have read. Where data has gone since, it says what they held.
         say: Receives a line for each such case.
     Raises:
         DataError: Data that cannot be read, and that no step was made from before.
@@ -41,7 +42,7 @@ def recipe_steps(
     """
 
     def data(name: str, step: str) -> dict[str, Any]:
-        return _data(recipe, name, before=recorded(step) or {}, say=say)
+        return _data(recipe, name, recorded=partial(recorded, step), say=say)
 
     held = recipe.heldout.data
     convert = Step(
@@ -90,7 +91,11 @@ def _asked(recipe: Recipe) -> dict[str, Any]:
 
 
 def _data(
-    recipe: Recipe, name: str, *, before: Mapping[str, Any], say: Callable[[str], None]
+    recipe: Recipe,
+    name: str,
+    *,
+    recorded: Callable[[str], dict[str, Any] | None],
+    say: Callable[[str], None],
 ) -> dict[str, Any]:
     """Describe a source or mixture with the sources that it draws from, settings and content."""
     entry = recipe.data[name]
@@ -100,8 +105,9 @@ def _data(
         section = recipe.data[part]
         described[part] = {"settings": identity(section)}
         if isinstance(section, SourceConfig):
-            old = before.get("data", {}).get(part, {}).get("content")
-            described[part]["content"] = _content(section, where=f"data.{part}", before=old, say=say)
+            described[part]["content"] = _content(
+                section, where=f"data.{part}", before=recorded(part), say=say
+            )
     return described
 
 

@@ -16,9 +16,9 @@ from filelock import FileLock, Timeout
 from pydantic import ConfigDict
 from typing_extensions import TypedDict
 
-from gendistill.config.load import dump_recipe
-from gendistill.config.schema import Recipe
-from gendistill.errors import OutputError
+from gendistill.config.load import dump_recipe, load_recipe
+from gendistill.config.schema import Recipe, SourceConfig
+from gendistill.errors import OutputError, RecipeError
 from gendistill.paths import RunDir, clear_remains, new_folder, read_json, write_json, write_text, writing
 from gendistill.runs.steps import CONVERT, Step, differences
 from gendistill.runs.store import Store
@@ -63,6 +63,7 @@ class Workspace:
         self.entries: dict[str, Any] = {}
         self.warnings: list[str] = []
         self._recipe = dump_recipe(recipe)
+        self._data = recipe.data
         self._say = say
         self._said_before = 0
         self._was_complete = False
@@ -113,6 +114,19 @@ class Workspace:
         """Return what the step of this name that the run folder shows was made from, or None if it shows none."""
         link = self.run.root / _links(name)[0][0]
         return self.store.inputs(link) if link.is_symlink() else None
+
+    def shown_content(self, name: str, source: str) -> dict[str, Any] | None:
+        """Return what the shown step of this name read of a source, if the shown recipe has it at the same place."""
+        try:
+            shown = load_recipe(self.run.recipe).data if self.run.recipe.is_file() else {}
+        except RecipeError:
+            return None  # edited since, or of another version
+        there, here = shown.get(source), self._data[source]
+        if not isinstance(there, SourceConfig) or not isinstance(here, SourceConfig):
+            return None
+        if Path(there.path).absolute() != Path(here.path).absolute():
+            return None
+        return ((self.shown_inputs(name) or {}).get("data", {}).get(source) or {}).get("content")
 
     def folder(self, name: str) -> Path:
         """Folder of a step in the store."""
@@ -169,9 +183,9 @@ class Workspace:
         self.sync()
 
     def warn(self, text: str) -> None:
-        """Say a warning now, and in the report."""
-        self._say("warning", text)
+        """Say a warning once, now and in the report."""
         if text not in self.warnings:
+            self._say("warning", text)
             self.warnings.append(text)
 
     def sync(self, *, current: str | None = None) -> None:

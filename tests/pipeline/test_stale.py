@@ -24,10 +24,24 @@ def test_a_run_whose_data_has_gone_can_be_scored_again_and_says_so(place, capsys
     place.run()
     place.texts.unlink()
     run = pipeline.evaluate(place.recipe("eval.limit=2"), command="test")
-    assert "data.text cannot be read any more" in capsys.readouterr().out
+    assert capsys.readouterr().out.count("data.text cannot be read any more") == 1
     assert read_json(run.eval("student") / "results.json")["tasks"][0]["n"] == 2
     with pytest.raises(GendistillError, match="there is no file"):
         place.run("seed=3", name="another")
+
+
+@pytest.mark.parametrize("misspelt", ["texts.json", "*.jsn", "texts.jsonl/rows.jsonl"])
+def test_data_that_are_looked_for_elsewhere_are_not_taken_for_data_that_have_gone(place, misspelt):
+    place.run()
+    with pytest.raises(GendistillError, match=r"data\.text"):
+        place.run(f"data.text.path={place.root / misspelt}")
+
+
+def test_scoring_a_student_that_is_not_made_names_the_command_that_makes_it(place):
+    command = f"gendistill eval {place.root}/my.yaml seed=3"
+    with pytest.raises(GendistillError, match="no finished student") as caught:
+        pipeline.evaluate(place.recipe(), command=command)
+    assert caught.value.hint == f"gendistill distill {place.root}/my.yaml seed=3"
 
 
 def test_the_reason_is_said(place, capsys):
