@@ -110,7 +110,7 @@ def evaluate(recipe: Recipe, *, command: str) -> RunDir:
             raise RecipeError(
                 f"{workspace.run.root} has no finished student of this recipe to score: {missing[0]} is to be done",
                 where=str(workspace.run.student),
-                hint="run the same command with distill in place of eval first",
+                hint=command.replace("gendistill eval", "gendistill distill", 1),
             )
         on_main(context.accelerator, lambda: _evaluate(context))
         context.complete()

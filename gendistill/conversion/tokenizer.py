@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gendistill.chat_templates import check_templates
 from gendistill.conversion.config_file import first_line, library_errors
 from gendistill.errors import CheckpointError
 from gendistill.paths import check_shape, read_json
@@ -23,11 +24,13 @@ _HARMLESS_FILES = (
     "chat_template_file",
     "tokenizer_config_file",
 )
-_NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "cls_token", "mask_token")
+# rows end in the one, and whether they begin with the other is looked at
+_ALWAYS_USED = ("bos_token", "eos_token")
+_USED_BY_SOME = ("unk_token", "sep_token", "cls_token", "mask_token", "pad_token")
 
 
-# what the parts of a tokenizer refer to is looked up when it is used
-_PROBE = "A b 1\n\tä 漢"
+# what the parts of a tokenizer refer to is looked up when it is used; tokenizers split numbers and endings differently
+_PROBE = "A b 1\n\tä 漢 12345, it's IT'S  river\n\n"
 # the entries of tokenizer_config.json that decide what is loaded and how text becomes tokens
 _SHAPES: dict[str, Any] = {
     "tokenizer_class": str | None,
@@ -43,16 +46,13 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
     Raises:
         CheckpointError: The folder has none that can be read, or it needs code or files from elsewhere, or its words
-            go beyond the embeddings.
+            go beyond the embeddings, or its chat template does not come to an end.
     """
-    from transformers import AutoTokenizer
-
     settings = _check_files(folder)
     with tokenizer_errors(folder, brings_code=bool(settings.get("auto_map"))):
-        tokenizer = AutoTokenizer.from_pretrained(
-            str(folder), trust_remote_code=False, use_safetensors=True, local_files_only=True
-        )
+        tokenizer = _load(folder)
         tokenizer(_PROBE)
+    check_templates(tokenizer, where=str(folder))
     config = folder / "config.json"
     vocab_size = None
     if config.is_file():
@@ -60,6 +60,26 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     if isinstance(vocab_size, int):
         check_tokenizer(tokenizer, vocab_size, where=str(folder))
     return tokenizer
+
+
+def _load(folder: Path) -> PreTrainedTokenizerBase:
+    """Load a tokenizer that makes the tokens which its tokenizer.json says.
+
+    For some families transformers chooses a class that builds another pre-tokenizer from the same vocabulary, for
+    the model but not for a student with the same files.
+    """
+    from tokenizers import Tokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    options: dict[str, Any] = {"trust_remote_code": False, "use_safetensors": True, "local_files_only": True}
+    tokenizer = AutoTokenizer.from_pretrained(str(folder), **options)
+    file = folder / "tokenizer.json"
+    if type(tokenizer) is PreTrainedTokenizerFast or not (file.is_file() and tokenizer.is_fast):
+        return tokenizer
+    written = Tokenizer.from_file(str(file)).encode(_PROBE, add_special_tokens=False).ids
+    if tokenizer(_PROBE, add_special_tokens=False).input_ids == written:
+        return tokenizer
+    return PreTrainedTokenizerFast.from_pretrained(str(folder), **options)
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, vocab_size: int, *, where: str) -> None:
@@ -98,9 +118,8 @@ def _unused(tokenizer: PreTrainedTokenizerBase) -> set[str]:
         return set()
     templates = tokenizer.chat_template or ""
     written = json.dumps(templates, ensure_ascii=False) + (templates if isinstance(templates, str) else "")
-    named = {getattr(tokenizer, name) for name in _NAMED}
-    if "pad_token" in written:
-        named.add(tokenizer.pad_token)
+    used = (*_ALWAYS_USED, *(name for name in _USED_BY_SOME if name in written))
+    named = {getattr(tokenizer, name) for name in used}
     added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     always = set(tokenizer.convert_ids_to_tokens(tokenizer("").input_ids))
     return {token for token in added if token not in named | always and token not in written}
@@ -109,8 +128,9 @@ def _unused(tokenizer: PreTrainedTokenizerBase) -> set[str]:
 def _remove(tokenizer: Any, tokens: set[str], where: str) -> None:
     from tokenizers import Tokenizer
 
-    if tokenizer.pad_token in tokens:
-        tokenizer.pad_token = tokenizer.eos_token
+    for name in _USED_BY_SOME:
+        if getattr(tokenizer, name) in tokens:
+            setattr(tokenizer, name, tokenizer.eos_token if name == "pad_token" else None)
     tokenizer.extra_special_tokens = [
         token for token in tokenizer.extra_special_tokens if str(token) not in tokens
     ]

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from transformers import PreTrainedTokenizerBase
 
+from gendistill.chat_templates import TEMPLATE_ERRORS
 from gendistill.config.schema import SourceConfig
 from gendistill.data.chat import PROBE
 from gendistill.data.cursor import Source
-from gendistill.data.render import TEMPLATE_ERRORS, Mask, Renderer
+from gendistill.data.render import Mask, Renderer
 from gendistill.errors import DataError
 
 _LOOKED_AT = 32

@@ -20,9 +20,10 @@ class ByteFile:
     """
 
     def __init__(self, path: Path) -> None:
-        self.cut = False
         self._plain: IO[bytes] = path.open("rb")
         self._file = self._plain
+        # even of nothing, gzip makes a few bytes
+        self.cut = path.suffix.lower() == ".gz" and not path.stat().st_size
         if path.suffix.lower() == ".gz":
             self._file = gzip.GzipFile(fileobj=self._plain)  # type: ignore[assignment]
 

@@ -12,6 +12,7 @@ import numpy as np
 from tokenizers import Encoding
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
+from gendistill.chat_templates import TEMPLATE_ERRORS
 from gendistill.config.schema import SourceConfig
 from gendistill.data.answers import (
     assistant_spans,
@@ -35,17 +36,6 @@ _MANY_CHARS_PER_TOKEN = 6
 # reasons may quote a row; what is counted stays small
 _MOST_REASONS = 20
 _OTHER_REASON = "other reasons"
-# what a template can raise besides jinja2's own errors, when a conversation is not as it expects
-TEMPLATE_ERRORS = (
-    jinja2.TemplateError,
-    TypeError,
-    ValueError,
-    LookupError,
-    AttributeError,
-    ArithmeticError,
-    RecursionError,
-    MemoryError,
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,14 +203,19 @@ class Renderer:
         if self._barren >= self._barren_limit:
             raise self.unusable()
 
-    def unusable(self) -> DataError:
-        """Build the error that says why no row could be used."""
+    def unusable(self, *, rows: str = "rows", hint: str = "") -> DataError:
+        """Build the error that says why no row could be used.
+
+        Args:
+            rows: What to call them.
+            hint: What to do first, if something else is at fault than the format of all rows.
+        """
         reasons = ", ".join(f"{count:,} x {reason}" for reason, count in self.dropped.most_common(5))
         shown = f"\nlast rendered sample:\n{self._unmatched}" if self._unmatched else ""
         return DataError(
-            f"none of {self._barren:,} rows of {self._config.path} can be used: {reasons}{shown}",
+            f"none of {self._barren:,} {rows} of {self._config.path} can be used: {reasons}{shown}",
             where=self._where,
-            hint=f"compare {self._where}.format and column with the rows of the dataset"
+            hint=f"{hint}compare {self._where}.format and column with the rows of the dataset"
             + (", and them with the tokenizer's chat template" if self._config.format == "messages" else ""),
         )
 
@@ -293,8 +288,9 @@ class Renderer:
                 "completion masks need a fast tokenizer: this one does not tell where its tokens begin"
             )
         refusals: list[str] = []
-        # some templates want a system message first; rows may have one
-        for probe in (PROBE, [{"role": "system", "content": "Answer briefly."}, *PROBE]):
+        # some templates want a system message first, or take one turn of each alone; rows may be like that
+        system: list[Message] = [{"role": "system", "content": "Answer briefly."}]
+        for probe in (PROBE, [*system, *PROBE], PROBE[:2], [*system, *PROBE[:2]]):
             try:
                 text = self._render_chat(probe, False)
             except jinja2.TemplateSyntaxError as error:

@@ -325,7 +325,10 @@ def heldout_batches(
     # the first piece of every document: the cost of an evaluation must not depend on how long documents are
     samples = [pieces[0] for pieces in renderer.render(rows) if pieces]
     if not samples:
-        raise renderer.unusable()
+        raise renderer.unusable(
+            rows="held-out rows",
+            hint="where only the first rows are like that, set a larger heldout.rows; else ",
+        )
     if renderer.dropped:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in renderer.dropped.most_common())
         warn_once(f"heldout: of the {len(rows):,} rows that are reserved some are left out: {reasons}")

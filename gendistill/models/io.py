@@ -78,7 +78,8 @@ def _set_longest_text(config_path: Path, tokenizer_path: Path) -> None:
     missing = stored is None or (isinstance(stored, int | float) and stored > _LONGEST_TEXT)
     if missing and isinstance(longest, int):
         settings["model_max_length"] = longest
-        write_text(tokenizer_path, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+        # in ASCII: half of a character pair, which a template may hold, is no UTF-8
+        write_text(tokenizer_path, json.dumps(settings, indent=2) + "\n")
 
 
 def save_student(

@@ -4,7 +4,7 @@ import builtins
 import json
 
 import pytest
-from tokenizers import AddedToken
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
 from gendistill.cli.main import main
 from gendistill.conversion.checkpoint import check_tokenizer, load_tokenizer
@@ -51,6 +51,10 @@ HARMLESS = {
         [AddedToken("[PAD]", special=True)], special_tokens=True
     ),
     "extra": lambda tokenizer: tokenizer.add_special_tokens({"extra_special_tokens": ["[PAD]"]}),
+    "unknown": lambda tokenizer: tokenizer.add_special_tokens({"unk_token": "[PAD]"}),
+    "several roles": lambda tokenizer: tokenizer.add_special_tokens(
+        {"sep_token": "[PAD]", "cls_token": "<r1>", "mask_token": "<r2>"}
+    ),
     "many": lambda tokenizer: tokenizer.add_special_tokens(
         {"pad_token": "[PAD]", "extra_special_tokens": ["<r1>", "<r2>"]}
     ),
@@ -95,6 +99,24 @@ def test_tokens_of_texts_beyond_the_embeddings_are_refused_with_both_sizes(folde
         load_tokenizer(folder)
     assert f"{ROWS} rows" in caught.value.message
     assert "resize_token_embeddings" in (caught.value.hint or "")
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_a_tokenizer_is_what_its_file_says_in_every_family(family, tmp_path):
+    """transformers has classes of its own for some, which add tokens and split words in their own way."""
+    folder = save_tiny_checkpoint(tmp_path / "teacher", family, vocab_size=ROWS)
+    text = "the river's  12345\n"
+    written = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    assert load_tokenizer(folder)(text).input_ids == written.encode(text).ids
+    words = ["<|pad|>", "<|im_start|>", "<|im_end|>", "[UNK]", "the", "river", "12345"]
+    backend = Tokenizer(
+        models.WordPiece({word: index for index, word in enumerate(words)}, unk_token="[UNK]")
+    )
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.save(str(folder / "tokenizer.json"))
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer("the river 12345").input_ids == [4, 5, 6]
+    assert max(tokenizer.get_vocab().values()) < ROWS
 
 
 def test_a_vocabulary_beyond_the_embeddings_is_refused(folder):

@@ -351,3 +351,14 @@ def test_a_file_that_changes_or_goes_while_it_is_read_is_a_data_error(tmp_path):
     path.unlink()
     with pytest.raises(DataError, match="it does not exist"):
         rows[0]
+
+
+def test_a_zipped_file_of_nothing_is_one_that_was_cut_off(tmp_path, caplog):
+    path = tmp_path / "part.jsonl.gz"
+    path.write_bytes(b"")
+    assert len(open_line_file(path, where="data.d")) == 0
+    assert "part.jsonl.gz is cut off at its end" in caplog.text
+    path.write_bytes(gzip.compress(b""))
+    caplog.clear()
+    assert len(open_line_file(path, where="data.d")) == 0
+    assert not caplog.text

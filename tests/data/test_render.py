@@ -337,3 +337,25 @@ def test_text_has_no_completion(make_tokenizer):
 def test_tokenizer_without_end_is_an_error(make_tokenizer):
     with pytest.raises(DataError, match="no end-of-sequence token"):
         _renderer(make_tokenizer(eos=None), format="text", mask="all")
+
+
+@pytest.mark.parametrize("mask", ["all", "completion"])
+@pytest.mark.parametrize("needs_system", [False, True])
+def test_a_template_of_one_turn_renders_conversations_of_one_turn(make_tokenizer, mask, needs_system):
+    tokenizer = make_tokenizer("chatml")
+    longest = 3 if needs_system else 2
+    refusal = (
+        f"{{% if messages | length > {longest} %}}{{{{ raise_exception('one turn only') }}}}{{% endif %}}"
+    )
+    if needs_system:
+        refusal += (
+            "{% if messages[0].role != 'system' %}{{ raise_exception('no system message') }}{% endif %}"
+        )
+    tokenizer.chat_template = refusal + tokenizer.chat_template
+    turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    system = [{"role": "system", "content": "c"}] if needs_system else []
+    renderer = _renderer(tokenizer, mask=mask)
+    one, two = renderer.render([{"messages": [*system, *turn]}, {"messages": [*system, *turn, *turn]}])
+    assert len(one) == 1
+    assert not two
+    assert renderer.dropped == {"the chat template refuses it: one turn only": 1}

@@ -310,3 +310,15 @@ def test_wrong_fields_of_a_configuration_are_named(name, value):
 def test_an_unknown_activation_is_named():
     with pytest.raises(ValueError, match="hidden_act"):
         GendistillForCausalLM(HybridConfig(**FIELDS, hidden_act="nope"))
+
+
+def test_a_template_with_half_of_a_character_pair_is_copied(tmp_path):
+    source = save_tiny_checkpoint(tmp_path / "teacher")
+    path = source / "tokenizer_config.json"
+    content = {**json.loads(path.read_text()), "chat_template": "\ud83d {{ messages }} \u00e4"}
+    content.pop("model_max_length", None)
+    path.write_text(json.dumps(content))
+    (tmp_path / "copy").mkdir()
+    copy_companions(source, tmp_path / "copy")
+    copied = json.loads((tmp_path / "copy" / path.name).read_text())
+    assert copied["chat_template"] == content["chat_template"]

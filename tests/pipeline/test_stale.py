@@ -35,6 +35,20 @@ def test_a_run_whose_data_has_gone_can_be_scored_again_and_says_so(shared_place,
         hidden.rename(shared_place.texts)
 
 
+@pytest.mark.parametrize("misspelt", ["texts.json", "*.jsn", "texts.jsonl/rows.jsonl"])
+def test_data_that_are_looked_for_elsewhere_are_not_taken_for_data_that_have_gone(shared_place, misspelt):
+    shared_place.run()
+    with pytest.raises(GendistillError, match=r"data\.text"):
+        shared_place.run(f"data.text.path={shared_place.root / misspelt}")
+
+
+def test_scoring_a_student_that_is_not_made_names_the_command_that_makes_it(place):
+    command = f"gendistill eval {place.root}/my.yaml seed=3"
+    with pytest.raises(GendistillError, match="no finished student") as caught:
+        pipeline.evaluate(place.recipe(), command=command)
+    assert caught.value.hint == f"gendistill distill {place.root}/my.yaml seed=3"
+
+
 def test_the_reason_is_said(shared_place, capsys):
     shared_place.run()
     capsys.readouterr()
