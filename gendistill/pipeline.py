@@ -259,6 +259,8 @@ def _opened(recipe: Recipe, command: str) -> Iterator[_Context]:
             workspace.warn(warning)
         on_main(accelerator, workspace.sync)
         yield context
+        # nobody lets go of the folder, or leaves, before all are through
+        accelerator.wait_for_everyone()
 
 
 def _check_apart(root: Path, checkpoints: Iterable[Checkpoint]) -> None:
