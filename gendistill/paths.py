@@ -89,6 +89,8 @@ def library_writing() -> Iterator[None]:
         raise OSError(code, os.strerror(code)) from error
 
 
+# how names of temporary files and folders end
+REMAINS = (".partial", ".old")
 _REMAINS = re.compile(r"\.(.+)\.([0-9]{1,19})\.(partial|old)", re.DOTALL)
 
 

@@ -262,6 +262,8 @@ def _opened(recipe: Recipe, command: str) -> Iterator[_Context]:
         on_main(accelerator, lambda: _check_questions(context))
         on_main(accelerator, workspace.sync)
         yield context
+        # nobody lets go of the folder, or leaves, before all are through
+        accelerator.wait_for_everyone()
 
 
 def _check_questions(context: _Context) -> None:

@@ -13,7 +13,7 @@ from filelock import FileLock, Timeout
 from typing_extensions import TypedDict
 
 from gendistill.errors import OutputError
-from gendistill.paths import clear_remains, writing
+from gendistill.paths import REMAINS, clear_remains, writing
 from gendistill.runs.seal import Seal, check, read_sealed_json, seal, write_sealed_json
 from gendistill.runs.steps import Step
 
@@ -166,10 +166,11 @@ class Store:
         for folder in self.folders():
             # another process may remove the folder meanwhile
             with contextlib.suppress(FileNotFoundError, PermissionError):
-                if any(path.name.startswith(".") for path in folder.iterdir()):
+                # a student's code and checkpoints are written inside the step's folder
+                if places := {path.parent for path in folder.rglob(".*") if path.suffix in REMAINS}:
                     with self.holding_if_free(folder) as free:
-                        if free:
-                            clear_remains(folder, own=True)
+                        for place in places if free else ():
+                            clear_remains(place, own=True)
         for folder in (self.root, *self.root.glob(f"{SCORES}/*")):
             clear_remains(folder, own=True)
 
