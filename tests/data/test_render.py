@@ -352,5 +352,6 @@ def test_a_template_of_one_turn_renders_conversations_of_one_turn(make_tokenizer
     system = [{"role": "system", "content": "c"}] if needs_system else []
     renderer = _renderer(tokenizer, mask=mask)
     one, two = renderer.render([{"messages": [*system, *turn]}, {"messages": [*system, *turn, *turn]}])
-    assert len(one) == 1 and not two
+    assert len(one) == 1
+    assert not two
     assert renderer.dropped == {"the chat template refuses it: one turn only": 1}
