@@ -29,7 +29,7 @@ _EDGE = _QUOTES + ".!?,;: \n\t"
 # "A" and "I" are words too, and so is any small letter; followed by one of these they are letters of options.
 _AFTER_LETTERS = frozenset({
     "is", "because", "since", "as", "and", "or", "but", "the", "this", "it", "which", "rather", "instead",
-    "not", "over", "seems", "looks", "i", "probably", "definitely",
+    "not", "over", "seems", "looks", "i", "probably", "definitely", "ist", "est", "es",
 })  # fmt: skip
 
 

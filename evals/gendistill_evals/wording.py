@@ -36,37 +36,51 @@ _BETWEEN = frozenset({"boxed", ":", "option", "choice", "letter", "maybe", "perh
 _ANSWERS = frozenset({
     "answer", "answers", "answer's", "ans", "solution", "response", "verdict", "selection", "pick", "correct",
     "boxed", "choose", "choosing", "select", "selecting", "go", "going", "guess", "think", "believe",
-    "say", "opt", "vote", "antwort", "réponse", "respuesta", "risposta", "resposta",
+    "say", "opt", "vote", "antwort", "lösung", "wähle", "nehme", "réponse", "choisis", "respuesta", "elijo",
+    "risposta", "scelgo", "resposta", "escolho", "ответ", "выбираю",
 })  # fmt: skip
 _OPTIONS = frozenset({
     "option", "options", "choice", "choices", "letter", "maybe", "perhaps", "possibly", "chose",
     "selected", "picked",
 })  # fmt: skip
-_COPULAS = frozenset({"is", "are", "was", "be", "becomes", "ist", "est", "es", "è", "é"})
+_COPULAS = frozenset({"is", "are", "was", "be", "becomes", "ist", "lautet", "est", "es", "è", "é"})
 _POINTERS = frozenset({"it", "that", "this"})
 _POINTING = frozenset({"it's", "that's"})
 _TURNS = frozenset({
     "so", "therefore", "thus", "hence", "actually", "definitely", "probably", "certainly", "obviously",
     "clearly", "finally", "but", "now", "rather", "instead", "no", "wait", "likely", "surely", "sure",
-    "yes", "ok", "okay", "well", "hmm", "course",
+    "yes", "ok", "okay", "well", "hmm", "course", "sondern", "daher", "donc", "sino",
 })  # fmt: skip
 _FILLERS = frozenset({
     "the", "an", "would", "should", "must", "will", "might", "may", "could", "can", "most",
     "simply", "indeed", "then", "really", "final", "right", "best", "either", "both", "only", "one",
-    "with", "for", "to",
+    "with", "for", "to", "der", "die", "das", "le", "la", "el", "il",
 })  # fmt: skip
 _DENIALS = frozenset({
     "not", "neither", "nor", "never", "cannot", "except", "excluding", "besides", "without",
+    "nicht", "pas",
 })  # fmt: skip
-_WRONG = frozenset({"not", "wrong", "incorrect", "false", "never", "impossible", "out", "eliminated"})
-_RIGHT = frozenset({"correct", "right", "true", "best", "answer"})
+_WRONG = frozenset({
+    "not", "wrong", "incorrect", "false", "never", "impossible", "out", "eliminated", "nicht", "falsch", "pas",
+    "faux", "fausse", "incorrecte", "incorrecta", "incorrecto",
+})  # fmt: skip
+_RIGHT = frozenset({
+    "correct", "right", "true", "best", "answer", "richtig", "korrekt", "antwort", "correcte", "juste", "bonne",
+    "réponse", "correcta", "correcto", "respuesta",
+})  # fmt: skip
 _STATES = frozenset({
     "is", "are", "was", "seems", "looks", "would", "must", "should", "can", "could", "the", "being",
+    "ist", "est", "es",
 })  # fmt: skip
 _DENIED_BEFORE = ("不是", "不选", "不選", "不为", "不為", "不能选", "不應選", "并非", "排除")
 _STATED_BEFORE = ("答案", "选", "選", "答え", "正解", "정답")
-_DENIED_AFTER = re.compile("^(?:[选選]?[项項])?(?:是|也)?(?:错|錯|不|排除)")
-_STATED_AFTER = re.compile("^(?:[选選]?[项項])?(?:是|才)?(?:正确|正確|对|對|答案|最)")
+_DENIED_AFTER = re.compile(
+    "(?:[选選]?[项項])?(?:是|也)?(?:错|錯|不|排除)|[がはも](?:正しく|正解(?:で[はも]|じゃ)|間違|誤)"
+)
+_STATED_AFTER = re.compile(
+    "(?:[选選]?[项項])?(?:是|才)?(?:正确|正確|对|對|答案|最)|[がは](?:正しい|正解|答え)"
+    "|を選(?:ぶ|び|択)(?!ませ|しませ)|[이가](?:정답|맞)"
+)
 
 
 class Said(IntEnum):

@@ -13,6 +13,8 @@ RenderChat = Callable[[list[Message], bool], str]
 
 _BLANK = re.compile(r"\s*")
 _GENERATION_TAG = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
+# how vocabularies spell a space
+_SPACES = ("\u0120", "\u2581")
 # noncharacters of Unicode: no text holds them, and no template looks for them
 _BEGIN, _END = "\ufdd0", "\ufdd1"
 
@@ -75,15 +77,19 @@ def marked_spans(marked: str, text: str, end_of_turn: str | None) -> list[tuple[
 
 
 def token_spans(
-    offsets: Sequence[tuple[int, int]], text: str, spans: Sequence[tuple[int, int]]
+    tokens: Sequence[str],
+    offsets: Sequence[tuple[int, int]],
+    text: str,
+    spans: Sequence[tuple[int, int]],
 ) -> list[tuple[int, int]]:
     """Map character spans to the tokens that begin in them.
 
     A token that begins before a span is not one that a model would generate in it. Several tokens may stand for one
-    character, and white space may have been trimmed from the offsets of its token: it goes to the token before which it
-    stands.
+    character, and white space may have been trimmed from the offsets of the token that begins with it. Where a
+    tokenizer makes no token of white space, it belongs to none.
 
     Args:
+        tokens: As the vocabulary spells them.
         offsets: Characters of each token.
         text: What was encoded.
         spans: In order, apart.
@@ -91,8 +97,9 @@ def token_spans(
     """
     begins: list[int] = []
     reached = 0
-    for start, end in offsets:
-        trimmed = reached < start and not text[reached:start].strip()
+    for token, (start, end) in zip(tokens, offsets, strict=True):
+        spaced = token.startswith(_SPACES) or token[:1].isspace()
+        trimmed = spaced and reached < start and not text[reached:start].strip()
         begins.append(reached if trimmed else start)
         reached = max(reached, end)
     edges = np.searchsorted(np.maximum.accumulate(begins) if begins else [], np.asarray(spans), side="left")

@@ -409,7 +409,7 @@ class Renderer:
         except TEMPLATE_ERRORS:
             # the whole was rendered, but not each prompt in it
             return None
-        return None if spans is None else token_spans(offsets, text, spans)
+        return None if spans is None else token_spans(encoding.tokens, offsets, text, spans)
 
 
 def _sample(ids: list[int], *, spans: list[tuple[int, int]] | None) -> TokenizedSample:

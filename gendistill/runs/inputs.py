@@ -15,8 +15,8 @@ from gendistill.types import Placement
 from gendistill_evals import questions_identity, task_identity
 from gendistill_evals.parts import RULES
 
-# given the names of a step and of a source, what the run folder's step of that name read of it
-Recorded = Callable[[str, str], dict[str, Any] | None]
+# given the name of a step, what the run folder's step of that name was made from
+Recorded = Callable[[str], Mapping[str, Any] | None]
 
 
 def recipe_steps(

@@ -95,6 +95,23 @@ def test_exactly_the_marked_tokens_and_the_end_of_turn_at_once_count(kind, marki
             assert counted == f"{first}{after}{second}{after}"
 
 
+@pytest.mark.parametrize("marking", [*MARKINGS, "none"])
+def test_exactly_the_answers_count_where_white_space_is_no_token(marking):
+    words = [*SPECIAL, "[UNK]", "user", "assistant", "good", "a", "b", "##d"]
+    backend = Tokenizer(models.WordPiece({word: index for index, word in enumerate(words)}, unk_token="[UNK]"))
+    backend.normalizer = normalizers.BertNormalizer()
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    names = {"bos_token": "<s>", "eos_token": "<|im_end|>", "additional_special_tokens": ["<|im_start|>"]}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]", **names)
+    tokenizer.chat_template = MARKINGS.get(marking, CHATML)
+    renderer = _renderer(tokenizer)
+    for first in ANSWERS:
+        for second in ANSWERS:
+            ((sample,),) = renderer.render([_turns("good", first, "ad é", second)])
+            expected = tokenizer(f"{first}<|im_end|>{second}<|im_end|>").input_ids
+            assert sample.ids[sample.counted].tolist() == expected
+
+
 @pytest.mark.parametrize("template", ["{% generation %}{{ messages[0]['content'] }}", "{% endgeneration %}"])
 def test_marks_without_a_pair_are_refused(template):
     with pytest.raises(DataError, match="chat template") as caught:
@@ -131,9 +148,13 @@ def test_visible_marks_change_no_text_and_pair_up():
 def test_a_token_belongs_to_the_span_that_it_begins_in():
     text = "ab  cd"
     offsets = [(0, 1), (1, 2), (3, 3), (4, 6)]  # one of two blanks is trimmed away with its token's offsets
-    assert token_spans(offsets, text, [(0, 2), (2, 6)]) == [(0, 2), (2, 4)]
-    assert token_spans(offsets, text, [(3, 6), (5, 6)]) == [(3, 4)]
-    assert token_spans([], "", [(0, 1)]) == []
+    tokens = ["a", "b", "\u0120", "\u0120cd"]
+    assert token_spans(tokens, offsets, text, [(0, 2), (2, 6)]) == [(0, 2), (2, 4)]
+    assert token_spans(tokens, offsets, text, [(3, 6), (5, 6)]) == [(3, 4)]
+    assert token_spans([], [], "", [(0, 1)]) == []
+    # of a blank that no token holds
+    assert token_spans(["ab", "cd"], [(0, 2), (4, 6)], text, [(4, 6)]) == [(1, 2)]
+    assert token_spans(["ab", "\u2581cd"], [(0, 2), (4, 6)], text, [(4, 6)]) == []
 
 
 CHATML = "{% for m in messages %}" + TURN + "{{ m['content'] }}<|im_end|>\n" + REST

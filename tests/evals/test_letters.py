@@ -555,3 +555,36 @@ def test_numbers_of_thousands_of_digits_are_read():
 )
 def test_what_is_no_plain_number_is_no_gold_number(text):
     assert parse_number(text) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "letter"),
+    [
+        ("Die Antwort lautet C", "C"),
+        ("Lösung: B", "B"),
+        ("Ich wähle B, weil es passt.", "B"),
+        ("B ist richtig.", "B"),
+        ("A ist richtig.", "A"),
+        ("A ist falsch, B ist richtig.", "B"),
+        ("B ist nicht richtig, C ist richtig.", "C"),
+        ("Nicht A, sondern C.", "C"),
+        ("La réponse est la C", "C"),
+        ("Je choisis B.", "B"),
+        ("B est la bonne réponse.", "B"),
+        ("Ce n'est pas A. La réponse est D.", "D"),
+        ("B es la respuesta correcta.", "B"),
+        ("Ответ: B", "B"),
+        ("Bが正しいです。", "B"),
+        ("Bは正解ではありません。Cが正解です。", "C"),
+        ("Aは間違いで、Dが正しい。", "D"),
+        ("私はBを選びます。", "B"),
+        ("B가 정답입니다.", "B"),
+    ],
+)
+def test_a_letter_is_stated_in_other_languages(text, letter):
+    assert find_letter(text, list("ABCD"), []) == letter
+
+
+@pytest.mark.parametrize("text", ["B ist falsch.", "Je ne choisis pas B.", "Bは正しくない。", "Bを選びません。"])
+def test_a_letter_is_denied_in_other_languages(text):
+    assert find_letter(text, list("ABCD"), []) is None
