@@ -173,7 +173,7 @@ def _in_folder(path: Path, config: SourceConfig, *, where: str) -> Located:
     _refuse_hub_settings(config, where=where)
     files = []
     for folder, folders, names in os.walk(path, onerror=_raise):
-        if Path(folder) != path and _RUN_FOLDER <= set(names):
+        if Path(folder) != path and set(names) >= _RUN_FOLDER:
             folders.clear()
             continue
         folders[:] = [name for name in folders if not name.startswith(".")]
