@@ -21,6 +21,8 @@ from gendistill.paths import read_json
 JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
 TEXT_SUFFIXES = (".txt", ".text")
 TABLE_DELIMITERS = {".csv": ",", ".tsv": "\t"}
+# what a run writes changes with every run of a recipe that reads the folder around it
+_RUN_FOLDER = {"manifest.json", "recipe.yaml"}
 KNOWN_SUFFIXES = (*JSON_SUFFIXES, *TABLE_DELIMITERS, *TEXT_SUFFIXES, ".parquet")
 
 
@@ -171,6 +173,9 @@ def _in_folder(path: Path, config: SourceConfig, *, where: str) -> Located:
     _refuse_hub_settings(config, where=where)
     files = []
     for folder, folders, names in os.walk(path, onerror=_raise):
+        if Path(folder) != path and set(names) >= _RUN_FOLDER:
+            folders.clear()
+            continue
         folders[:] = [name for name in folders if not name.startswith(".")]
         visible = [Path(folder, name) for name in names if not name.startswith(".")]
         files += [file for file in visible if row_suffix(file) in KNOWN_SUFFIXES]

@@ -13,6 +13,7 @@ import pytest
 
 from gendistill.config.schema import SourceConfig
 from gendistill.data.cursor import StreamSource
+from gendistill.data.locate import locate
 from gendistill.data.mixture import Mixture
 from gendistill.data.sources import heldout_rows, open_list, open_source
 from gendistill.errors import DataError
@@ -108,6 +109,19 @@ def test_file_glob_folder_and_parquet_give_the_same_rows(tmp_path):
         assert _take(open_source(_config(path, shuffle=False), name="a", seed=0), 23) == list(range(23))
         held, columns = heldout_rows(_config(path), name="a", rows=3)
         assert (held, columns) == (ROWS[:3], ("text",))
+
+
+def test_a_folder_of_rows_may_hold_the_runs_of_its_recipe(tmp_path):
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    run = tmp_path / "runs" / "case"
+    (run / "eval").mkdir(parents=True)
+    for name in ("manifest.json", "eval/results.json"):
+        (run / name).write_text("{}")
+    assert len(locate(_config(tmp_path), where="data.a").files) == 3
+    (run / "recipe.yaml").write_text("{}")
+    assert locate(_config(tmp_path), where="data.a").files == (tmp_path / "rows.jsonl",)
+    # unless it is asked for
+    assert len(locate(_config(run), where="data.a").files) == 2
 
 
 def test_hub_settings_reach_the_datasets_library(monkeypatch):
