@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gendistill.errors import OutputError
-from gendistill.paths import read_json, writing
+from gendistill.paths import parse_json, writing
 from gendistill.runs.steps import Step
 from gendistill.runs.store import RECORD, SCORES, Store
 from gendistill.runs.workspace import PENDING, STORE
@@ -89,18 +90,32 @@ def _used(output: Path, root: Path) -> Iterator[str]:
     for run in _inside(output):
         if not run.is_dir() or run.name.startswith("."):
             continue
+        # before the links: a command makes its links first, and forgets last what was pending
+        yield from _pending(run / PENDING)
         for link in (run / "convert", run / "student-init", *_inside(run / "stages"), *_inside(run / "eval")):
-            target = Path(os.path.realpath(link))
-            if store in target.parents:
-                yield target.relative_to(store).parts[0]
-        if (run / PENDING).exists():
-            hint = "run the command that was interrupted there again, or delete the file if nobody needs its work"
-            yield from read_json(run / PENDING, shape=list[str], hint=hint)
+            # a command may remove a link meanwhile
+            with contextlib.suppress(FileNotFoundError):
+                target = Path(os.path.realpath(link))
+                if store in target.parents:
+                    yield target.relative_to(store).parts[0]
+
+
+def _pending(path: Path) -> list[str]:
+    hint = "run the command that was interrupted there again, or delete the file if nobody needs its work"
+    try:
+        text = path.read_bytes()
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise OutputError(f"cannot read the file: {error.strerror}", where=str(path), hint=hint) from error
+    return parse_json(text, shape=list[str], where=str(path), hint=hint)
 
 
 def _inside(folder: Path) -> list[Path]:
     try:
         return list(folder.iterdir()) if folder.is_dir() else []
+    except FileNotFoundError:
+        return []
     except OSError as error:
         raise OutputError(
             f"cannot read the folder, so that it is unknown which steps it leads to: {error.strerror}",

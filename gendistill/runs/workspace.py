@@ -34,7 +34,7 @@ from gendistill.runs.store import Store
 from gendistill.text import printable_lines
 
 STORE = ".store"
-# steps that an interrupted command has made, while the folder still shows a finished run
+# steps of a command that has begun and not completed yet
 PENDING = ".pending.json"
 _SEAL = ".student.json"
 _PIECE = 2**30
@@ -209,9 +209,9 @@ class Workspace:
 
     def sync(self) -> None:
         """Bring the run folder up to what the store holds, as far as that changes nothing that is complete."""
+        # before anybody relies on a step that nothing links to yet: another command may be pruning
+        write_json(self.run.root / PENDING, [step.slug for step in self.steps.values()])
         if self._held:
-            # nothing links to these steps yet, but they are of use
-            write_json(self.run.root / PENDING, [step.slug for step in self.steps.values()])
             return
         self._show()
         if not self._was_complete:

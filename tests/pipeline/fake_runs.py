@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from gendistill.config.load import load_recipe
@@ -55,7 +56,15 @@ class Run:
         forgotten: Run folders whose report is of something else.
     """
 
-    def __init__(self, root: Path, *overrides: str, stop: str | None = None, **changes: int) -> None:
+    def __init__(
+        self,
+        root: Path,
+        *overrides: str,
+        stop: str | None = None,
+        completes: bool = True,
+        opened: Callable[[], object] = lambda: None,
+        **changes: int,
+    ) -> None:
         self.made: list[str] = []
         self.said: list[str] = []
         self.forgotten: list[Path] = []
@@ -65,17 +74,20 @@ class Run:
         with self.workspace.locked():
             self.workspace.plan(steps_of(**changes))
             self.workspace.sync()
+            opened()
             for name, step in self.workspace.steps.items():
                 if self.workspace.is_done(name):
                     continue
                 with self.workspace.making(name) as folder:
-                    assert folder is not None
+                    if folder is None:
+                        continue
                     found = fill(folder, step)
                     if name == stop:
                         raise Killed
                     self.workspace.finish(name, found)
                 self.made.append(name)
-            self.workspace.complete(forget=self.forgotten.append)
+            if completes:
+                self.workspace.complete(forget=self.forgotten.append)
 
     @property
     def run(self) -> RunDir:

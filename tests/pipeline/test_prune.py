@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -77,6 +78,33 @@ def test_work_of_an_interrupted_command_stays(tmp_path):
         "stage block",
         "stage distill",
     }
+
+
+@pytest.mark.parametrize("place", ["eval", "stages", "convert"])
+def test_a_command_that_completes_meanwhile_keeps_its_steps(tmp_path, monkeypatch, place):
+    Run(tmp_path)
+    made = Run(tmp_path, "seed=3", completes=False, convert=1, block=1, distill=1).workspace
+    look_up, left = os.path.realpath, [made]
+
+    def completing(path, **settings):
+        found = look_up(path, **settings)
+        if place in Path(path).parts and left:
+            left.pop().complete()
+        return found
+
+    monkeypatch.setattr(os.path, "realpath", completing)
+    prune(tmp_path, dry_run=False)
+    assert {step.slug for step in made.steps.values()} <= names(tmp_path)
+
+
+def test_steps_that_others_make_after_a_command_has_begun_stay(tmp_path):
+    def meanwhile():
+        Run(tmp_path, "name=other")
+        shutil.rmtree(tmp_path / "other")
+
+    begun = Run(tmp_path, opened=meanwhile, completes=False)
+    assert not begun.made
+    assert prune(tmp_path, dry_run=False)[0] == []
 
 
 def test_a_step_that_another_process_works_on_stays(tmp_path):
