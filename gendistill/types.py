@@ -99,12 +99,28 @@ class Placement:
     @classmethod
     def _from_json(cls, path: Path, *, num_layers: int, where: str) -> Placement:
         hint = f"write {_GRAMMAR}"
-        if path.exists() and not path.is_file():
-            raise RecipeError(f"{path} is not a file", where=where, hint=hint)
-        content = read_json(path, shape=list[str] | dict[str, Any], error=RecipeError, hint=hint)
-        kinds = content.get("kinds") if isinstance(content, dict) else content
-        words = check_shape(kinds, list[str], error=RecipeError, where=f"{path}: kinds", hint=hint)
-        return cls._explicit(words, num_layers=num_layers, where=where)
+        try:
+            path = path.expanduser()
+            is_there = str(path).isprintable() and path.exists()
+        except (OSError, RuntimeError) as error:  # a name that is too long, a user who does not exist
+            reason = getattr(error, "strerror", None) or error
+            raise RecipeError(
+                f"cannot read a placement from {path}: {reason}", where=where, hint=hint
+            ) from error
+        if not (is_there and path.is_file()):
+            reason = "it is not a file" if is_there else "there is no such file"
+            raise RecipeError(f"cannot read a placement from {str(path)!a}: {reason}", where=where, hint=hint)
+        try:
+            shape = list[str] | dict[str, Any]
+            content = read_json(path, shape=shape, error=RecipeError, hint=hint)
+            if isinstance(content, dict):
+                kinds = content.get("kinds")
+                content = check_shape(kinds, list[str], error=RecipeError, where="kinds", hint=hint)
+        except RecipeError as error:
+            raise RecipeError(
+                f"cannot read a placement from {path}: {error.message}", where=where, hint=hint
+            ) from error
+        return cls._explicit(content, num_layers=num_layers, where=where)
 
     @classmethod
     def _keep_list(cls, text: str, *, num_layers: int, where: str) -> Placement:

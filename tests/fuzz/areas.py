@@ -179,6 +179,16 @@ def recipe(random: Random, box: Box) -> list[list[str]]:
         text = as_yaml(mutate.structure(random, content, mutate.changes(random)))
         if random.random() < 0.2:
             text = mutate.flipped(random, text)
+    if random.random() < 0.1:
+        placement = {"kinds": ["kda", "full"], "note": "x"}
+        changed = mutate.structure(
+            random, random.choice([placement, placement["kinds"]]), mutate.changes(random)
+        )
+        found = box.put("placement.json", mutate.text_of(changed))
+        if random.random() < 0.2:
+            _replace(random, found)
+        student = {"placement": str(found), "impl": "reference"}
+        text = as_yaml(box.base.recipe(student=student))
     file = str(box.put(random.choice(["recipe.yaml", "recipe.yml", "[red]é.yaml"]), text))
     return random.sample(
         [
