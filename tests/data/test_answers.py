@@ -98,7 +98,9 @@ def test_exactly_the_marked_tokens_and_the_end_of_turn_at_once_count(kind, marki
 @pytest.mark.parametrize("marking", [*MARKINGS, "none"])
 def test_exactly_the_answers_count_where_white_space_is_no_token(marking):
     words = [*SPECIAL, "[UNK]", "user", "assistant", "good", "a", "b", "##d"]
-    backend = Tokenizer(models.WordPiece({word: index for index, word in enumerate(words)}, unk_token="[UNK]"))
+    backend = Tokenizer(
+        models.WordPiece({word: index for index, word in enumerate(words)}, unk_token="[UNK]")
+    )
     backend.normalizer = normalizers.BertNormalizer()
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     names = {"bos_token": "<s>", "eos_token": "<|im_end|>", "additional_special_tokens": ["<|im_start|>"]}

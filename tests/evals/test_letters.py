@@ -585,6 +585,8 @@ def test_a_letter_is_stated_in_other_languages(text, letter):
     assert find_letter(text, list("ABCD"), []) == letter
 
 
-@pytest.mark.parametrize("text", ["B ist falsch.", "Je ne choisis pas B.", "Bは正しくない。", "Bを選びません。"])
+@pytest.mark.parametrize(
+    "text", ["B ist falsch.", "Je ne choisis pas B.", "Bは正しくない。", "Bを選びません。"]
+)
 def test_a_letter_is_denied_in_other_languages(text):
     assert find_letter(text, list("ABCD"), []) is None

@@ -350,8 +350,9 @@ def test_every_result_is_right_with_extreme_gates(cases, name, keys):
     grads = torch.randn_like(x.v), torch.randn(1, 1, 16, 16)
     found, expected = cases.run(x, rule, None, grads), cases.differentiate(x, rule, None, grads)
     for field, part in expected.items():
-        # float32 forwards, through at most two chunks; backwards products of float16, whose rounding is 5e-4
-        limit = 1e-5 if field in ("out", "last") else 1e-3
+        # float32 forwards, through at most two chunks; backwards products of float16, whose rounding is 5e-4. The
+        # interpreter's exponentials are numpy's, whose last digit depends on the processor: 1.06e-5 with AVX512
+        limit = 2e-5 if field in ("out", "last") else 1e-3
         assert cases.error(found[field], part, floor=1e-5) < limit, field
 
 
