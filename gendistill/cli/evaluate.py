@@ -14,6 +14,7 @@ from gendistill.cli.arguments import (
     find_tasks,
     pipeline_module,
     print_json,
+    scoring_module,
 )
 from gendistill.errors import RecipeError
 
@@ -117,7 +118,7 @@ def _score_model(arguments: argparse.Namespace) -> int:
         load_questions(arguments.questions)
     out = Path(arguments.out) if arguments.out else Path("evals") / _folder_name(arguments.model)
     _check_out(out)
-    results = pipeline_module().evaluate_model(
+    results = scoring_module().evaluate_model(
         arguments.model,
         tasks=tasks,
         protocols=_PROTOCOLS[arguments.protocols or "both"],

@@ -15,6 +15,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 import gendistill.pipeline as pipeline
+import gendistill.scoring as scoring
 from gendistill.cli.arguments import with_dashes
 from gendistill.cli.launch import _exit_code as exit_code_of
 from gendistill.cli.launch import is_launched, launcher_flags
@@ -42,7 +43,7 @@ def calls(monkeypatch, tmp_path):
     scores = {
         "tasks": [{"task": "copy", "n": 5, "limit": 5, "likelihood": None, "generation": {"value": 0.4}}]
     }
-    monkeypatch.setattr(pipeline, "evaluate_model", recorder("evaluate_model", scores))
+    monkeypatch.setattr(scoring, "evaluate_model", recorder("evaluate_model", scores))
     return recorded
 
 

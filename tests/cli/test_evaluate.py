@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from gendistill import pipeline
+from gendistill import scoring
 from gendistill.testing import save_tiny_checkpoint
 
 TASK = 'kind: exact_match\nitems: rows.jsonl\nprompt: "{question}"\nmax_new_tokens: 2\n'
@@ -23,7 +23,7 @@ def asked(monkeypatch):
         calls.append({"model": model, **settings})
         return {"tasks": []}
 
-    monkeypatch.setattr(pipeline, "evaluate_model", record)
+    monkeypatch.setattr(scoring, "evaluate_model", record)
     return calls
 
 

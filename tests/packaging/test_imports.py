@@ -50,6 +50,7 @@ LAYERS = {
 ABOVE_ALL = {
     "gendistill.advice",
     "gendistill.pipeline",
+    "gendistill.scoring",
     "gendistill.planning",
     "gendistill.memory",
     "gendistill.testing",
