@@ -189,6 +189,8 @@ def load_causal_lm(
             str(folder),
             dtype=dtype,
             output_loading_info=True,
+            # named below; transformers would draw a table on the terminal
+            ignore_mismatched_sizes=True,
             trust_remote_code=False,
             use_safetensors=True,
             local_files_only=True,
@@ -208,6 +210,15 @@ def load_causal_lm(
             f"{folder} lacks {len(missing)} tensors of the model, such as {missing[0]}",
             where=str(folder),
             hint="the weights belong to another config: download or convert the checkpoint again",
+        )
+    unlike = sorted(info["mismatched_keys"])
+    if unlike:
+        name, found, expected = unlike[0]
+        raise CheckpointError(
+            f"{len(unlike)} tensors of {folder} have other shapes than the config says, such as {name}: "
+            f"{list(found)}, expected {list(expected)}",
+            where=str(folder),
+            hint="check config.json against the weights",
         )
     model = model.to(device).eval()
     _check_finite(model, folder)

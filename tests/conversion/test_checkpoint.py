@@ -3,12 +3,14 @@
 import importlib.metadata
 import json
 import os
+import re
 import subprocess
 import sys
 import zipfile
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from gendistill.conversion.checkpoint import load_causal_lm, load_tokenizer, resolve_checkpoint
 from gendistill.errors import CheckpointError
@@ -243,3 +245,16 @@ def test_missing_tokenizer_says_what_to_copy(save_teacher):
     with pytest.raises(CheckpointError, match="no tokenizer can be loaded") as caught:
         load_tokenizer(folder)
     assert "tokenizer.json" in (caught.value.hint or "")
+
+
+def test_tensors_of_other_shapes_are_named_and_no_table_is_drawn(save_teacher, capfd):
+    _, folder = save_teacher()
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    name = "model.layers.0.mlp.up_proj.weight"
+    tensors[name] = tensors[name].T.contiguous()
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=rf"1 tensors of .* such as {re.escape(name)}: \[32, 48\]"):
+        load_causal_lm(folder)
+    printed = capfd.readouterr()
+    assert "MISMATCH" not in printed.out + printed.err
