@@ -141,6 +141,8 @@ def load_student(
             trust_remote_code=False,
             local_files_only=True,
             output_loading_info=True,
+            # named below; transformers would draw a table on the terminal
+            ignore_mismatched_sizes=True,
         )
     except (
         StrictDataclassError,
@@ -162,6 +164,14 @@ def load_student(
             f"{len(names)} tensors are missing, among them {', '.join(names[:3])}",
             where=str(folder),
             hint="copy all weight files of the student, or make it again with: gendistill run <recipe>",
+        )
+    if found["mismatched_keys"]:
+        name, stored, expected = sorted(found["mismatched_keys"])[0]
+        raise CheckpointError(
+            f"{len(found['mismatched_keys'])} tensors have other shapes than config.json says, such as {name}: "
+            f"{list(stored)}, expected {list(expected)}",
+            where=str(folder),
+            hint="correct config.json, or make the student again with: gendistill run <recipe>",
         )
     return student.to(device)
 
