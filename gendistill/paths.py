@@ -150,6 +150,11 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, encodable(text) + "\n")
 
 
+def real_path(path: Path) -> Path:
+    """Follow links as far as they lead; where they lead in a circle, whoever opens the path gets the error."""
+    return Path(os.path.realpath(path))
+
+
 def read_file(path: Path) -> bytes:
     """Read a whole file.
 

@@ -36,7 +36,7 @@ from gendistill.errors import OutputError, RecipeError
 from gendistill.losses.base import check_vocabulary
 from gendistill.memory import CACHE_LENGTHS, cache_bytes
 from gendistill.models.io import export_code, load_student, save_student
-from gendistill.paths import RunDir, write_json
+from gendistill.paths import RunDir, real_path, write_json
 from gendistill.provenance import installed_versions, source_commit, today
 from gendistill.report import clear_report, write_report
 from gendistill.runs.inputs import recipe_steps
@@ -239,9 +239,9 @@ def _check_questions(context: _Context) -> None:
 
 def _check_apart(root: Path, checkpoints: Iterable[Checkpoint]) -> None:
     """Refuse a run folder that would change a model, and a model that the run would replace."""
-    root = root.resolve()
+    root = real_path(root)
     for checkpoint in checkpoints:
-        folder = checkpoint.folder.resolve()
+        folder = real_path(checkpoint.folder)
         if root == folder or root in folder.parents or folder in root.parents:
             raise OutputError(
                 f"the run folder {root} and the model {folder} lie in one another; models are never modified",

@@ -17,7 +17,7 @@ from gendistill.conversion.tensors import NewTensor, TensorInfo, read_tensor_ind
 from gendistill.errors import CheckpointError, OutputError
 from gendistill.mixers.init import initial_value
 from gendistill.models.io import copy_companions
-from gendistill.paths import new_folder, write_json
+from gendistill.paths import new_folder, real_path, write_json
 
 MAX_SHARD_BYTES = 4_000_000_000
 _TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -62,7 +62,7 @@ def apply_plan(
 
 
 def _check_apart(source: Path, out: Path) -> None:
-    source, target = source.resolve(), out.resolve()
+    source, target = real_path(source), real_path(out)
     if source == target or source in target.parents or target in source.parents:
         raise OutputError(
             f"the student would be written to {out}, which overlaps its source {source}",

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gendistill.errors import OutputError
-from gendistill.paths import parse_json, writing
+from gendistill.paths import parse_json, real_path, writing
 from gendistill.runs.steps import Step
 from gendistill.runs.store import RECORD, SCORES, Store
 from gendistill.runs.workspace import PENDING, STORE
@@ -86,7 +86,7 @@ def _remove_step(
 
 def _used(output: Path, root: Path) -> Iterator[str]:
     """Name the folders of the store that run folders lead to."""
-    store = root.resolve()
+    store = real_path(root)
     for run in _inside(output):
         if not run.is_dir() or run.name.startswith("."):
             continue

@@ -24,6 +24,7 @@ from gendistill.paths import (
     new_folder,
     read_file,
     read_json,
+    real_path,
     write_json,
     write_text,
     writing,
@@ -344,8 +345,8 @@ class Workspace:
         """Make a link, replacing an older one; relative, so that the folder of all runs can be moved."""
         path.parent.mkdir(parents=True, exist_ok=True)
         # the run folder may itself be a link to elsewhere
-        store = self.store.root.parent.resolve() / self.store.root.name
-        wanted = os.path.relpath(store / target.relative_to(self.store.root), path.parent.resolve())
+        store = real_path(self.store.root.parent) / self.store.root.name
+        wanted = os.path.relpath(store / target.relative_to(self.store.root), real_path(path.parent))
         if path.is_symlink() and os.readlink(path) == wanted:  # noqa: PTH115 - pathlib changes the spelling
             return
         partial = path.with_name(f".{path.name}.{os.getpid()}.partial")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from gendistill import pipeline
@@ -101,3 +103,13 @@ def test_a_run_folder_and_a_model_in_one_another_are_refused(place, inside):
     with pytest.raises(OutputError, match="lie in one another"):
         place.run(override)
     assert sorted(path for path in place.root.rglob("*") if "cache" not in path.parts) == before
+
+
+@pytest.mark.parametrize("kind", ["the run folder", "the folder of all runs"])
+def test_links_that_lead_in_a_circle_are_an_output_error(place, kind):
+    loop = place.root / ("runs/tiny" if kind == "the run folder" else "runs")
+    loop.parent.mkdir(exist_ok=True)
+    loop.symlink_to(loop)
+    with pytest.raises(OutputError, match=re.escape(str(loop))) as caught:
+        place.run()
+    assert caught.value.hint
