@@ -11,7 +11,7 @@ from gendistill.paths import read_json
 
 def test_nothing_is_trained_or_scored_again_under_another_name(shared_place, monkeypatch, steps_of):
     first = shared_place.run()
-    for work in ("apply_plan", "train_stage", "_score"):
+    for work in ("apply_plan", "train_stage", "score"):
         monkeypatch.setattr(pipeline, work, lambda *_, **__: pytest.fail("this was done before"))
     second = shared_place.run(name="second")
     assert steps_of(first) == steps_of(second)
