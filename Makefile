@@ -64,7 +64,7 @@ test-oldest: $(VENV)/.stamp-dev $(VENV)/.stamp-oldest
 lint: $(VENV)/.stamp-dev  ## check style, formatting and that the documents' tables are those of docs/results
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m gendistill.report.results_table README.md docs/*.md --check
+	$(BIN)/python -m gendistill.results.table README.md docs/*.md --check
 
 types: $(VENV)/.stamp-dev  ## check types
 	$(BIN)/pyright --pythonpath $(BIN)/python

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gendistill.config.load import dump_recipe, load_recipe
-    from gendistill.planning import plan_run
+    from gendistill.runs.planning import plan_run
 
 __version__ = "0.1.0"
 
@@ -22,7 +22,7 @@ def __getattr__(name: str) -> Any:
 
         return getattr(load, name)
     if name == "plan_run":
-        from gendistill.planning import plan_run
+        from gendistill.runs.planning import plan_run
 
         return plan_run
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

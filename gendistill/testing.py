@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from gendistill.conversion.builtin import TINY_SIZES, save_tiny_checkpoint, tiny_teacher
+from gendistill.checkpoints.builtin import TINY_SIZES, save_tiny_checkpoint, tiny_teacher
 from gendistill.models import HybridConfig, HybridForCausalLM
 
 __all__ = ["FAMILIES", "PLACEMENTS", "save_tiny_checkpoint", "tiny_student", "tiny_teacher"]

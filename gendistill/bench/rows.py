@@ -13,7 +13,7 @@ from rich.table import Table
 
 from gendistill.bench.cases import ERROR_BAR, ERROR_BARS, ERROR_RATIO_BAR, FORWARD, STEP, TRAIN
 from gendistill.report.plots import COLOURS, INK, MUTED
-from gendistill.report.results_table import ResultRow
+from gendistill.results.table import ResultRow
 
 NOT_MEASURED = "–"  # noqa: RUF001 an en dash is what tables use for an empty cell
 # keeps numbers apart from the lines behind them

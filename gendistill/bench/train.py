@@ -24,7 +24,7 @@ from gendistill.config.schema import ScheduleConfig, StageConfig
 from gendistill.data.batch import Batch
 from gendistill.models import HybridConfig, HybridForCausalLM
 from gendistill.paths import RunDir
-from gendistill.report.results_table import ResultRow
+from gendistill.results.table import ResultRow
 from gendistill.training.console import TrainingConsole
 from gendistill.training.log import read_metrics
 from gendistill.training.loop import StageResult, train_stage

@@ -23,7 +23,7 @@ from gendistill.bench.cases import GATES, LOWER_BOUND, Case, DecodeCase
 from gendistill.bench.inputs import DecodeInputs, SequenceInputs, draw_decode, draw_sequence
 from gendistill.bench.launches import Launch, watch
 from gendistill.bench.measure import attempt, relative_error
-from gendistill.report.results_table import ResultRow
+from gendistill.results.table import ResultRow
 from gendistill_kernels import configs
 from gendistill_kernels.configs import Config, Entry
 from gendistill_kernels.decode import Convolution, Finish, Heads, decode_step

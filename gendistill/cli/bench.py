@@ -182,7 +182,7 @@ def _run_train(arguments: argparse.Namespace) -> int:
         if arguments.plot:
             save_plot(arguments.plot, arguments.output)
     if arguments.json:
-        from gendistill.report.results_table import write_results_json
+        from gendistill.results.table import write_results_json
 
         device, rows = torch.cuda.get_device_name(), found.rows(bench.impls)
         write_results_json(arguments.json, command=command_line(), device=device, rows=rows, commit=commit)
@@ -196,7 +196,7 @@ def _run_tune(arguments: argparse.Namespace) -> int:
     import torch
 
     from gendistill.bench.tune import Outcome, Tuner, make_jobs
-    from gendistill.report.results_table import write_results_json
+    from gendistill.results.table import write_results_json
     from gendistill_kernels.configs import KERNELS
 
     kernels = arguments.kernels or list(KERNELS)
@@ -314,7 +314,7 @@ def _saver(
 ) -> Callable[[Sequence[Measurement]], None]:
     """Return what writes a results file of everything measured so far."""
     from gendistill.provenance import installed_versions
-    from gendistill.report.results_table import write_results_json
+    from gendistill.results.table import write_results_json
 
     label = peer.label if peer else None
     versions = installed_versions() | (dict([label.split()]) if label else {})

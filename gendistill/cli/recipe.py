@@ -163,8 +163,8 @@ def _target(text: str, source: Path) -> Path:
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    from gendistill.advice import advise, known_teacher
     from gendistill.config.load import read_recipe
+    from gendistill.runs.advice import advise, known_teacher
 
     loaded = read_recipe(arguments.recipe, arguments.overrides)
     recipe = loaded.recipe

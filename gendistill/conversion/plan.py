@@ -11,11 +11,11 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any
 
+from gendistill.anatomy.family import Geometry, attention_shapes, block_shapes, outer_shapes, read_geometry
+from gendistill.anatomy.parameters import Init, ParameterSpec, kda_parameters
+from gendistill.checkpoints.tensors import DTYPE_BYTES, NewTensor, TensorInfo
 from gendistill.config.mixers import KDAConfig, MixersConfig
-from gendistill.conversion.family import Geometry, attention_shapes, block_shapes, outer_shapes, read_geometry
-from gendistill.conversion.tensors import DTYPE_BYTES, NewTensor, TensorInfo
 from gendistill.errors import CheckpointError, RecipeError
-from gendistill.parameters import Init, ParameterSpec, kda_parameters
 from gendistill.types import MixerKind, Placement
 
 _FLOATS = ("F32", "F16", "BF16")

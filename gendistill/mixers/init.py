@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from gendistill.parameters import Init, half_life_grid
+from gendistill.anatomy.parameters import Init, half_life_grid
 
 
 def initial_value(init: Init, shape: tuple[int, ...], *, generator: torch.Generator | None = None) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gendistill.anatomy.parameters import ParameterSpec, kda_parameters
 from gendistill.mixers.base import MixerState, SequenceInfo, rotate
 from gendistill.mixers.init import initial_value
 from gendistill.ops.gated_norm import gated_rms_norm
@@ -14,7 +15,6 @@ from gendistill.ops.kda import gated_kda
 from gendistill.ops.reference.gates import bounded_log_decay, softplus_log_decay
 from gendistill.ops.short_conv import causal_conv
 from gendistill.ops.types import Impl, resolve_impl, triton_ops
-from gendistill.parameters import ParameterSpec, kda_parameters
 
 # up to this many tokens after the first ones are decoded in one launch
 _DECODE_TOKENS = 8

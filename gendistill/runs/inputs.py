@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from gendistill.checkpoints.resolve import Checkpoint
 from gendistill.config.base import identity
 from gendistill.config.schema import MixtureConfig, Recipe, SourceConfig
-from gendistill.conversion.checkpoint import Checkpoint
 from gendistill.data.identity import source_identity
 from gendistill.errors import DataError
 from gendistill.runs.steps import ASKED, BEFORE, CONVERT, Step, eval_step, stage_step

@@ -25,7 +25,7 @@ from gendistill.bench.rows import Check, Measurement, check_table, plot_measurem
 from gendistill.cli import bench as command
 from gendistill.cli.main import main
 from gendistill.ops import OpOutput, gated_kda
-from gendistill.report.results_table import load_results
+from gendistill.results.table import load_results
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="the refusal is for machines without one")
 

@@ -13,7 +13,7 @@ from gendistill.bench.train import Comparison, Setup, TrainBench, save_plot
 from gendistill.cli.main import main
 from gendistill.data.batch import IGNORE
 from gendistill.errors import CheckpointError
-from gendistill.report.results_table import load_results, write_results_json
+from gendistill.results.table import load_results, write_results_json
 
 NAMES = ("triton", "reference")
 TINY = Setup(

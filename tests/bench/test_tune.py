@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 
 from gendistill.cli.main import main
-from gendistill.report.results_table import load_results, write_results_json
+from gendistill.results.table import load_results, write_results_json
 
 pytest.importorskip("triton", reason="the Triton kernels need triton")
 

@@ -14,8 +14,8 @@ import torch.distributed.run
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-import gendistill.pipeline as pipeline
-import gendistill.scoring as scoring
+import gendistill.runs.pipeline as pipeline
+import gendistill.runs.scoring as scoring
 from gendistill.cli.arguments import with_dashes
 from gendistill.cli.launch import _exit_code as exit_code_of
 from gendistill.cli.launch import is_launched, launcher_flags

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from gendistill import scoring
+from gendistill.runs import scoring
 from gendistill.testing import save_tiny_checkpoint
 
 TASK = 'kind: exact_match\nitems: rows.jsonl\nprompt: "{question}"\nmax_new_tokens: 2\n'

@@ -8,13 +8,13 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from gendistill import memory
+from gendistill.checkpoints.tensors import read_tensor_index
 from gendistill.config.load import load_recipe
-from gendistill.conversion.tensors import read_tensor_index
 from gendistill.errors import RecipeError
-from gendistill.memory import Device, find_device
 from gendistill.models import HybridConfig, HybridForCausalLM
-from gendistill.planning import expected_tensors, plan_run
+from gendistill.runs import memory
+from gendistill.runs.memory import Device, find_device
+from gendistill.runs.planning import expected_tensors, plan_run
 from gendistill.testing import FAMILIES, tiny_teacher
 from gendistill.training.freeze import apply_freeze
 
@@ -232,7 +232,7 @@ def test_a_driver_that_does_not_answer_leaves_the_cpu(tmp_path, monkeypatch, scr
     program.write_text("no program" if script is None else f"#!/bin/sh\n{script}\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    monkeypatch.setattr("gendistill.memory._PATIENCE_S", 0.5)
+    monkeypatch.setattr("gendistill.runs.memory._PATIENCE_S", 0.5)
     device = find_device()
     assert device.kind == kind
     assert device.total_bytes == (known or memory._ram_bytes())

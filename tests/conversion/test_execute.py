@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from gendistill.conversion.checkpoint import load_causal_lm, read_tensor_index, resolve_checkpoint
+from gendistill.checkpoints.resolve import load_causal_lm, read_tensor_index, resolve_checkpoint
 from gendistill.conversion.execute import apply_plan, fold_head_scale
 from gendistill.conversion.plan import Origin
 from gendistill.errors import OutputError
@@ -241,7 +241,7 @@ def test_failure_half_way_leaves_the_old_student_and_no_debris(
             raise error
         return b""
 
-    monkeypatch.setattr("gendistill.conversion.tensors._write_values", fail)
+    monkeypatch.setattr("gendistill.checkpoints.tensors._write_values", fail)
     with pytest.raises(expected, match=message):
         convert(folder, "full kda")
     assert content(tmp_path / "student") == old

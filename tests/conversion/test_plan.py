@@ -9,16 +9,16 @@ import torch
 from rich.console import Console
 from safetensors.torch import save_file
 
+from gendistill.anatomy.family import FAMILIES
+from gendistill.anatomy.parameters import Init
+from gendistill.checkpoints.resolve import read_tensor_index, resolve_checkpoint
+from gendistill.checkpoints.tensors import TensorInfo
 from gendistill.config.mixers import MixersConfig
-from gendistill.conversion.checkpoint import read_tensor_index, resolve_checkpoint
-from gendistill.conversion.family import FAMILIES
 from gendistill.conversion.plan import Origin, check_census, plan_conversion
 from gendistill.conversion.render import format_layers, render_plan
-from gendistill.conversion.tensors import TensorInfo
 from gendistill.errors import CheckpointError, RecipeError
 from gendistill.models import HybridConfig, HybridForCausalLM
 from gendistill.models.configuration import FAMILIES as MODEL_FAMILIES
-from gendistill.parameters import Init
 from gendistill.types import Placement
 
 MIXED = ["kda", "full", "swa", "kda"]

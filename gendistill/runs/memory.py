@@ -15,9 +15,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from gendistill.anatomy.family import Geometry, read_geometry
 from gendistill.config.objectives import BlockOutputConfig, MixerOutputConfig
 from gendistill.config.schema import StageConfig
-from gendistill.conversion.family import Geometry, read_geometry
 from gendistill.types import MixerKind, ParamGroup, Placement
 
 # lengths in tokens at which reports compare caches

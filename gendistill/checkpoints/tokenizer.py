@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gendistill.chat_templates import check_templates
-from gendistill.conversion.config_file import first_line, library_errors
+from gendistill.checkpoints.config_file import first_line, library_errors
 from gendistill.errors import CheckpointError
 from gendistill.paths import check_shape, read_json
 

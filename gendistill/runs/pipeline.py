@@ -18,15 +18,14 @@ from accelerate.utils import InitProcessGroupKwargs
 from rich.console import Console
 from rich.text import Text
 
-from gendistill.advice import advise
-from gendistill.config.schema import Recipe
-from gendistill.conversion.checkpoint import (
+from gendistill.checkpoints.resolve import (
     Checkpoint,
     is_hub_id,
     load_tokenizer,
     read_tensor_index,
     resolve_checkpoint,
 )
+from gendistill.config.schema import Recipe
 from gendistill.conversion.execute import apply_plan
 from gendistill.conversion.impl import choose_impl
 from gendistill.conversion.plan import plan_conversion
@@ -34,15 +33,16 @@ from gendistill.conversion.probe import check_probe, probe_student, render_probe
 from gendistill.data.stream import build_stream, heldout_batches
 from gendistill.errors import OutputError, RecipeError
 from gendistill.losses.base import check_vocabulary
-from gendistill.memory import CACHE_LENGTHS, cache_bytes
 from gendistill.models.io import export_code, load_student, save_student
 from gendistill.paths import RunDir, real_path, write_json
 from gendistill.provenance import installed_versions, source_commit, today
 from gendistill.report import clear_report, write_report
+from gendistill.runs.advice import advise
 from gendistill.runs.inputs import recipe_steps
+from gendistill.runs.memory import CACHE_LENGTHS, cache_bytes
+from gendistill.runs.scoring import load_teacher, resolve_dtype, score
 from gendistill.runs.steps import BEFORE, CONVERT, ROLES, eval_step, stage_step
 from gendistill.runs.workspace import Workspace
-from gendistill.scoring import load_teacher, resolve_dtype, score
 from gendistill.text import printable_lines
 from gendistill.training.console import TrainingConsole
 from gendistill.training.loop import train_stage

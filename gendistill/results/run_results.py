@@ -1,4 +1,4 @@
-"""Turn a finished run into a results file: ``python -m gendistill.report.run_results RUN OUT.json``."""
+"""Turn a finished run into a results file: ``python -m gendistill.results.run_results RUN OUT.json``."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from typing import Any
 from gendistill.errors import GendistillError, ReportError
 from gendistill.report.gap import TaskGap
 from gendistill.report.html import paired_transcripts
-from gendistill.report.results_table import ResultRow, Results, write_results_json
 from gendistill.report.run_files import RunFiles, read_run
 from gendistill.report.write import gap_report
+from gendistill.results.table import ResultRow, Results, write_results_json
 
 # what the demo promises; other runs are written without bars
 DEMO = "smollm2-135m-kda-cpu"
@@ -173,7 +173,7 @@ def _write(run_dir: Path, out: Path, *, commit: str | None) -> Results:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write one results file from one run folder."""
-    parser = argparse.ArgumentParser(prog="python -m gendistill.report.run_results", allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog="python -m gendistill.results.run_results", allow_abbrev=False)
     parser.add_argument("run", type=Path, help="a finished run folder")
     parser.add_argument("out", type=Path, help="docs/results/<name>.json")
     parser.add_argument("--commit", help="the code that the run used; by default as the run noted it")

@@ -17,12 +17,12 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 from transformers import CONFIG_MAPPING, GenerationConfig
 
-from gendistill.conversion.config_file import first_line, library_errors
-from gendistill.conversion.gguf_file import GGUFHeader, GGUFTensor, read_gguf_header
-from gendistill.conversion.gguf_tokenizer import build_tokenizer, token_id
-from gendistill.conversion.progress import byte_progress
-from gendistill.conversion.tensors import NewTensor, write_shards
-from gendistill.conversion.tokenizer import tokenizer_errors
+from gendistill.checkpoints.config_file import first_line, library_errors
+from gendistill.checkpoints.gguf_file import GGUFHeader, GGUFTensor, read_gguf_header
+from gendistill.checkpoints.gguf_tokenizer import build_tokenizer, token_id
+from gendistill.checkpoints.progress import byte_progress
+from gendistill.checkpoints.tensors import NewTensor, write_shards
+from gendistill.checkpoints.tokenizer import tokenizer_errors
 from gendistill.errors import CheckpointError
 from gendistill.paths import library_writing
 

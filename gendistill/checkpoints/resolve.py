@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gendistill.checkpoints.config_file import first_line, library_errors, read_config
+from gendistill.checkpoints.hub import ALLOWED, download_model
+from gendistill.checkpoints.pypi import find_packaged_model
+from gendistill.checkpoints.tensors import TensorInfo, have_same_values, read_tensor_index
+from gendistill.checkpoints.tokenizer import check_tokenizer, load_tokenizer
 from gendistill.companions import companions_fingerprint
-from gendistill.conversion.config_file import first_line, library_errors, read_config
-from gendistill.conversion.hub import ALLOWED, download_model
-from gendistill.conversion.pypi import find_packaged_model
-from gendistill.conversion.tensors import TensorInfo, have_same_values, read_tensor_index
-from gendistill.conversion.tokenizer import check_tokenizer, load_tokenizer
 from gendistill.digests import file_digest
 from gendistill.errors import CheckpointError
 from gendistill.paths import cache_dir, clear_remains, new_folder
@@ -90,7 +90,7 @@ def _find(spec: str, revision: str, where: str) -> Path:
         version = None if revision == "main" else revision
         return find_packaged_model(spec.removeprefix("pypi:"), version=version, where=where)
     if spec.startswith("builtin:"):
-        from gendistill.conversion.builtin import builtin_checkpoint
+        from gendistill.checkpoints.builtin import builtin_checkpoint
 
         return builtin_checkpoint(spec.removeprefix("builtin:"), where=where)
     path = local_path(spec, where=where)
@@ -149,7 +149,7 @@ def _dequantised(path: Path, where: str) -> tuple[Path, str]:
     folder = cache_dir() / "gguf" / f"{path.stem}-{digest[:16]}-v{_GGUF_FORMAT}"
     if not folder.is_dir():
         clear_remains(folder.parent)
-        from gendistill.conversion.gguf_import import convert_gguf
+        from gendistill.checkpoints.gguf_import import convert_gguf
 
         with new_folder(folder) as partial:
             convert_gguf(path, partial)

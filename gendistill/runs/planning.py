@@ -15,20 +15,20 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from gendistill.advice import advise, cached_folder, check_batches, has_chat_template
-from gendistill.config.objectives import BlockOutputConfig, CEConfig, MixConfig, MixerOutputConfig
-from gendistill.config.schema import Recipe, StageConfig
-from gendistill.conversion.family import (
+from gendistill.anatomy.family import (
     Geometry,
     attention_shapes,
     block_shapes,
     outer_shapes,
     read_geometry,
 )
+from gendistill.checkpoints.tensors import TensorInfo, read_tensor_index
+from gendistill.config.objectives import BlockOutputConfig, CEConfig, MixConfig, MixerOutputConfig
+from gendistill.config.schema import Recipe, StageConfig
 from gendistill.conversion.plan import ConversionPlan, plan_conversion
-from gendistill.conversion.tensors import TensorInfo, read_tensor_index
 from gendistill.errors import RecipeError
-from gendistill.memory import Device, MemoryEstimate, find_device, predict_memory
+from gendistill.runs.advice import advise, cached_folder, check_batches, has_chat_template
+from gendistill.runs.memory import Device, MemoryEstimate, find_device, predict_memory
 from gendistill.types import ParamGroup, Placement, short_count
 
 if TYPE_CHECKING:
@@ -259,9 +259,9 @@ def _choose_impl(recipe: Recipe, placement: Placement, device: Device) -> ImplCh
 
 def read_source(spec: str, *, revision: str, where: str) -> Source:
     """Read a model's config and its tensors' shapes; of a hub model only config.json is fetched."""
-    from gendistill.conversion.checkpoint import is_hub_id, local_path, resolve_checkpoint
-    from gendistill.conversion.config_file import read_config
-    from gendistill.conversion.hub import download_config
+    from gendistill.checkpoints.config_file import read_config
+    from gendistill.checkpoints.hub import download_config
+    from gendistill.checkpoints.resolve import is_hub_id, local_path, resolve_checkpoint
 
     if (
         spec.startswith(("pypi:", "builtin:"))

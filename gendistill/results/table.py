@@ -1,6 +1,6 @@
 """Measured results as files, and the tables of README and docs that come from them.
 
-``python -m gendistill.report.results_table README.md docs/*.md`` fills every block between
+``python -m gendistill.results.table README.md docs/*.md`` fills every block between
 ``<!-- results:NAME -->`` and ``<!-- /results -->`` from ``docs/results/NAME.json``; ``--check`` only says which
 documents are out of date. ``<!-- results:NAME rows=REGEX -->`` takes the rows in whose names the regular expression is
 found, without their notes.
@@ -215,7 +215,7 @@ def _selected(results: Results, pattern: str, where: str) -> Results:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Fill the documents, or with ``--check`` fail if one is out of date."""
-    parser = argparse.ArgumentParser(prog="python -m gendistill.report.results_table", allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog="python -m gendistill.results.table", allow_abbrev=False)
     parser.add_argument("documents", nargs="+", type=Path, help="markdown files with results blocks")
     parser.add_argument("--folder", type=Path, default=DEFAULT_FOLDER, help="folder of the results files")
     parser.add_argument(
@@ -238,7 +238,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if stale and options.check:
         shown = " ".join(stale)
         print(
-            f"out of date: {shown}\n  next: python -m gendistill.report.results_table {shown}",
+            f"out of date: {shown}\n  next: python -m gendistill.results.table {shown}",
             file=sys.stderr,
         )
         return 1

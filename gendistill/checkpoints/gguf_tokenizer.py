@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_
 from tokenizers.models import BPE
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from gendistill.conversion.gguf_file import GGUFHeader
+from gendistill.checkpoints.gguf_file import GGUFHeader
 from gendistill.errors import CheckpointError
 from gendistill.paths import check_shape
 

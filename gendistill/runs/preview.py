@@ -55,7 +55,7 @@ def render_preview(
         RecipeError: No such stage.
     """
     # only this command needs a tokenizer without a model, and opening a checkpoint may convert it
-    from gendistill.conversion.checkpoint import load_tokenizer, resolve_checkpoint
+    from gendistill.checkpoints.resolve import load_tokenizer, resolve_checkpoint
 
     if stage_name not in recipe.stages:
         raise RecipeError(
