@@ -11,7 +11,7 @@ from gendistill.data.batch import IGNORE, Batch
 from gendistill.errors import RecipeError
 from gendistill.losses.base import LossTerm, ModuleIO, Signal, TeacherSignals, mixer_kinds
 from gendistill.losses.signals import teacher_signals
-from gendistill.ops.linear_divergence import counted_positions
+from gendistill.ops.divergence import counted_positions
 
 Norm = Literal["mse", "l2", "relative"]
 

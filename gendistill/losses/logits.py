@@ -12,7 +12,7 @@ from gendistill.config.objectives import CEConfig, JSDConfig, KLConfig
 from gendistill.data.batch import IGNORE, Batch, model_inputs
 from gendistill.losses.base import LossTerm, Signal, TeacherSignals, check_vocabulary
 from gendistill.losses.signals import teacher_signals
-from gendistill.ops.linear_divergence import Divergence, Term, linear_divergence
+from gendistill.ops.divergence import Divergence, Term, linear_divergence
 
 
 class LogitObjective:

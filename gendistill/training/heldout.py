@@ -13,7 +13,7 @@ from torch import Tensor
 from gendistill.data.batch import IGNORE, Batch, model_inputs
 from gendistill.errors import DataError
 from gendistill.losses.base import check_vocabulary
-from gendistill.ops.linear_divergence import chunk_tokens, chunks, counted_positions
+from gendistill.ops.divergence import chunk_tokens, chunks, counted_positions
 
 _SUMS = ("teacher_ce", "student_ce", "kl", "top1_agreement")
 
