@@ -5,8 +5,8 @@ was left to write (``d_residuals``). ``values`` and ``keys`` then need nothing b
 level by level, for chunks that are out of range. The sums add up heads that share keys or values, and the gate's
 parameters over chunks.
 
-The formulas and the words are in README.md, beside this file in the repository. Source: derived by hand, and checked against float64
-autograd of the reference.
+The formulas and the words are in README.md, beside this file in the repository. Source: derived by hand, and checked
+against float64 autograd of the reference.
 """
 
 # pyright: reportGeneralTypeIssues=false
