@@ -11,6 +11,7 @@ from gendistill.checkpoints.resolve import load_causal_lm
 from gendistill.conversion.probe import check_probe, probe_student, render_probe
 from gendistill.data.batch import IGNORE, Batch
 from gendistill.errors import CheckpointError
+from gendistill.ops.types import Segments
 
 
 def batch_of(lengths, *, rows=2, ignored=0, seed=0):
@@ -22,9 +23,8 @@ def batch_of(lengths, *, rows=2, ignored=0, seed=0):
     positions = torch.cat([torch.arange(length) for length in lengths]).expand(rows, -1).contiguous()
     labels[positions.roll(-1, dims=1) == 0] = IGNORE
     labels[:, :ignored] = IGNORE
-    ends = torch.tensor([length for _ in range(rows) for length in lengths]).cumsum(0)
-    cu_seqlens = torch.cat([torch.zeros(1, dtype=torch.int64), ends]).int()
-    return Batch(ids, labels, positions, cu_seqlens, int((labels != IGNORE).sum()), ids.numel())
+    segments = Segments(list(lengths) * rows)
+    return Batch(ids, labels, positions, segments, int((labels != IGNORE).sum()), ids.numel())
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ from gendistill.data.batch import IGNORE, Batch, model_inputs
 from gendistill.errors import RecipeError
 from gendistill.losses.base import Signal, check_vocabulary
 from gendistill.losses.build import build_objective
+from gendistill.ops.types import Segments
 from gendistill.testing import tiny_student, tiny_teacher
 
 LINEAR = (0, 2)  # of the placement "mixed"
@@ -33,7 +34,7 @@ def make_batch(rows=2, tokens=12, seed=0):
         input_ids=ids,
         labels=labels,
         position_ids=torch.arange(tokens).repeat(rows, 1),
-        cu_seqlens=torch.arange(0, rows * tokens + 1, tokens, dtype=torch.int32),
+        segments=Segments([tokens] * rows),
         num_labels=int((labels != IGNORE).sum()),
         num_tokens=rows * tokens,
     )
@@ -194,7 +195,7 @@ def test_rows_add_up_whatever_the_split(student, teacher, config):
     for first in range(4):
         part = Batch(
             *(tensor[first : first + 1] for tensor in (whole.input_ids, whole.labels, whole.position_ids)),
-            cu_seqlens=whole.cu_seqlens[:2],
+            segments=Segments([12]),
             num_labels=int((whole.labels[first] != IGNORE).sum()),
             num_tokens=12,
         )

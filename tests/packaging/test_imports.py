@@ -41,7 +41,7 @@ LAYERS = {
     "mixers": {"ops", "anatomy", "config"},
     "models": {"mixers", "ops", "anatomy", "config"},
     "checkpoints": {"anatomy"},
-    "data": {"config"},
+    "data": {"mixers", "ops", "anatomy", "config"},
     "losses": {"ops", "data", "config"},
     "training": {"losses", "data", "models", "ops", "anatomy", "config"},
     "conversion": {

@@ -15,6 +15,7 @@ from rich.console import Console
 from gendistill.config.schema import StageConfig
 from gendistill.data.batch import IGNORE, Batch
 from gendistill.errors import GendistillError
+from gendistill.ops.types import Segments
 from gendistill.testing import tiny_student, tiny_teacher
 from gendistill.training.console import TrainingConsole
 from gendistill.training.loop import train_stage
@@ -47,14 +48,13 @@ def batch_of(seeds):
     """Stack rows into a batch."""
     rows = [row(seed) for seed in seeds]
     lengths = [length for *_, each in rows for length in each if length]
-    ends = torch.tensor([0, *lengths]).cumsum(0).int()
     positions = torch.cat([torch.arange(length) for length in lengths]).view(len(rows), SEQ_LEN)
     labels = torch.stack([labels for _, labels, _ in rows])
     return Batch(
         input_ids=torch.stack([ids for ids, _, _ in rows]),
         labels=labels,
         position_ids=positions,
-        cu_seqlens=ends,
+        segments=Segments(lengths),
         num_labels=int((labels != IGNORE).sum()),
         num_tokens=sum(first + second for *_, (first, second, _) in rows),
     )
