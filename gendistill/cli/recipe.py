@@ -221,11 +221,11 @@ def _schema(arguments: argparse.Namespace) -> int:
 
 
 def _print_section(section: Any) -> None:
-    from gendistill.config.explain import alternatives, is_section, settings
+    from gendistill.config.explain import alternatives_of, is_section, settings
 
     print(f"{section.__name__}: {(section.__doc__ or '').strip().splitlines()[0]}")
     for name, field in settings(section).items():
-        types = alternatives(field.annotation)
+        types = alternatives_of(field)
         default = (
             "required" if field.is_required() else _default(field.get_default(call_default_factory=True))
         )

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from gendistill.config.base import Section
+from gendistill.config.base import OneOf, Section
 
 
-class KLConfig(Section):
+class ObjectiveConfig(Section):
+    """What a stage minimises; every one has ``kind: Literal[...]``, its key in ``OBJECTIVES``."""
+
+    if TYPE_CHECKING:
+
+        @property
+        def kind(self) -> str: ...
+
+
+class KLConfig(ObjectiveConfig):
     """Kullback-Leibler divergence between teacher and student next-token distributions."""
 
     kind: Literal["kl"] = "kl"
@@ -20,7 +29,7 @@ class KLConfig(Section):
     weight: float = Field(default=1.0, ge=1e-9, le=1e9)
 
 
-class JSDConfig(Section):
+class JSDConfig(ObjectiveConfig):
     """Generalised Jensen-Shannon divergence; ``beta`` weighs the teacher in the mixture."""
 
     kind: Literal["jsd"] = "jsd"
@@ -29,7 +38,7 @@ class JSDConfig(Section):
     weight: float = Field(default=1.0, ge=1e-9, le=1e9)
 
 
-class CEConfig(Section):
+class CEConfig(ObjectiveConfig):
     """Cross-entropy on the next token of the data; needs no teacher."""
 
     kind: Literal["ce"] = "ce"
@@ -39,14 +48,14 @@ class CEConfig(Section):
 LogitTerm = Annotated[KLConfig | JSDConfig | CEConfig, Field(discriminator="kind")]
 
 
-class MixConfig(Section):
+class MixConfig(ObjectiveConfig):
     """A weighted sum of divergences and cross-entropy, in one pass over the vocabulary."""
 
     kind: Literal["mix"] = "mix"
     terms: tuple[LogitTerm, ...] = Field(min_length=1)
 
 
-class MixerOutputConfig(Section):
+class MixerOutputConfig(ObjectiveConfig):
     """Match each linear mixer's output with the attention output it replaces, on the teacher's own inputs."""
 
     kind: Literal["mixer_output"] = "mixer_output"
@@ -56,14 +65,20 @@ class MixerOutputConfig(Section):
     )
 
 
-class BlockOutputConfig(Section):
+class BlockOutputConfig(ObjectiveConfig):
     """Match each converted block's output with the teacher block's, on the teacher's own inputs."""
 
     kind: Literal["block_output"] = "block_output"
     norm: Literal["mse", "l2", "relative"] = "relative"
 
 
-ObjectiveConfig = Annotated[
-    KLConfig | JSDConfig | CEConfig | MixConfig | MixerOutputConfig | BlockOutputConfig,
-    Field(discriminator="kind"),
-]
+# what a recipe may ask for; ``losses.build.OBJECTIVES`` says how each is built
+OBJECTIVES: dict[str, type[ObjectiveConfig]] = {
+    "kl": KLConfig,
+    "jsd": JSDConfig,
+    "ce": CEConfig,
+    "mix": MixConfig,
+    "mixer_output": MixerOutputConfig,
+    "block_output": BlockOutputConfig,
+}
+AnyObjective = Annotated[ObjectiveConfig, OneOf(OBJECTIVES)]

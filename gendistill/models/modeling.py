@@ -96,7 +96,7 @@ class HybridModel(HybridPreTrainedModel):
             attention_mask: ``[B, past + T]``, zero at padding; or masks by layer type. Masked tokens change no state.
             position_ids: ``[B, T]`` or ``[1, T]``. Restarts separate packed documents; these come without mask and
                 cache (``use_cache=False``). ``cu_seq_lens_q`` and ``cu_seq_lens_k``, ``[N + 1]`` ends in the row-major
-                grid, may say the same without a search, and ``sequences``, a ``SequenceInfo``, without asking the device.
+                grid, may say the same without a search, and a ``SequenceInfo`` as ``sequences`` without the device.
             past_key_values: Cache to continue; made here when ``use_cache``.
             output_attentions: Also return the attentions of kept layers, ``[B, H, T, past + T]``, with None in place of
                 linear ones. Needs ``attn_implementation="eager"``.
