@@ -35,15 +35,17 @@ class Stop:
 
 
 class Monitor(Protocol):
-    """Something that looks at a stage. It is asked on every process, and its answer must be the same on each.
+    """Something that looks at a stage. It is asked on every process, and its answer must be the same on each."""
 
-    Attributes:
-        when: After every optimizer step, in every log line, after every checkpoint, or at the end of the stage.
-        every: Ask only after so many steps; None: every time. Steps at which a ``log`` monitor is asked are logged.
-    """
+    @property
+    def when(self) -> When:
+        """Ask after every optimizer step, in every log line, after every checkpoint, or at the end of the stage."""
+        ...
 
-    when: When
-    every: int | None
+    @property
+    def every(self) -> int | None:
+        """Ask only after so many steps; None: every time. Steps at which a ``log`` monitor is asked are logged."""
+        ...
 
     def __call__(self, run: StageRun) -> Mapping[str, float] | Stop | None:
         """Look at the stage between two steps.
