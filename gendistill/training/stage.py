@@ -377,8 +377,11 @@ class StageRun:
             row["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         with self.watch.paused():
             self._ask("log")
-        row.update((name, found) for name, found in self.found.items() if name not in row)
-        self.found = {}
+        if clash := row.keys() & self.found.keys():
+            raise ValueError(
+                f"MONITORS: {', '.join(sorted(clash))} is a name of the log line itself; choose another"
+            )
+        row, self.found = {**row, **self.found}, {}
         if self.metrics is not None:
             self.metrics.write(row)
         view.show(row)
