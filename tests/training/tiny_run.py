@@ -19,8 +19,9 @@ from gendistill.ops.types import Segments
 from gendistill.teachers.live import LiveTeacher
 from gendistill.testing import tiny_student, tiny_teacher
 from gendistill.training.console import TrainingConsole
+from gendistill.training.job import StageJob
 from gendistill.training.parallel import choose_parallel
-from gendistill.training.stage import StageJob, train_stage
+from gendistill.training.stage import train_stage
 
 VOCAB, SEQ_LEN, BATCH_SIZE = 97, 16, 8
 STAGE = {
