@@ -169,10 +169,11 @@ class StageRun:
         )
 
     def _assemble(self, calibration: Batch) -> None:
-        """Freeze, shard, optimizer, load: each step looks at what those before it have made of the student."""
+        """Freeze, adapt, shard, optimizer, load: each looks at what those before it have made of the student."""
         job, stage, parallel = self.job, self.stage, self.parallel
         frozen = apply_freeze(self.module, stage, name=job.name, reaches=self.objective.reaches)
         self.console.say(f"{job.name}: {frozen}")
+        # adapters would be put in here: they learn where all else is frozen, and are sharded like it
         # float32 masters: bfloat16 weights would swallow most updates
         self.module.float().to(parallel.device).train()
         self.teacher.to(parallel.device)
@@ -180,7 +181,6 @@ class StageRun:
             recompute_activations(self.student, True)
         self.objective.calibrate(self.teacher, calibration.to(parallel.device))
         self.before = checksums(self.module.named_parameters())
-        # adapters belong here: behind freezing, as they learn where all else is frozen, and before sharding
         self.runner = StepRunner(self.module, self.objective, self.teacher, parallel)
         self.trained = {name: value for name, value in self.module.named_parameters() if value.requires_grad}
         self.optimizer = build_optimizer(self.module, stage)

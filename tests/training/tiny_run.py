@@ -15,7 +15,7 @@ from rich.console import Console
 from gendistill.config.schema import StageConfig
 from gendistill.data.batch import IGNORE, Batch
 from gendistill.errors import GendistillError
-from gendistill.ops.types import Segments
+from gendistill.ops import Segments
 from gendistill.teachers.live import LiveTeacher
 from gendistill.testing import tiny_student, tiny_teacher
 from gendistill.training.console import TrainingConsole
