@@ -7,6 +7,7 @@ from enum import IntEnum
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
+from pydantic.fields import FieldInfo
 
 
 class Affects(IntEnum):
@@ -37,7 +38,12 @@ class Section(BaseModel):
 
 def affects(section: type[Section], name: str) -> Affects:
     """Say what a field of a section affects."""
-    marks = [mark for mark in section.model_fields[name].metadata if isinstance(mark, Affects)]
+    return mark_of(section.model_fields[name])
+
+
+def mark_of(field: FieldInfo) -> Affects:
+    """Read the mark of a setting."""
+    marks = [mark for mark in field.metadata if isinstance(mark, Affects)]
     return marks[0] if marks else Affects.RESULT
 
 

@@ -293,6 +293,17 @@ def bounds_at(path: Path, root: Node | None = None) -> str:
             _collect_bounds([*field.metadata, field.annotation] if field else [], found)
         else:
             _collect_bounds(get_args(section)[1:], found)
+    return _range(found)
+
+
+def bounds_of(field: Any) -> str:
+    """Describe the numbers that a pydantic field allows, as ``bounds_at`` does."""
+    found: dict[str, float] = {}
+    _collect_bounds([*field.metadata, field.annotation], found)
+    return _range(found)
+
+
+def _range(found: dict[str, float]) -> str:
     low, high = found.get("ge", found.get("gt")), found.get("le", found.get("lt"))
     if low is None or high is None:
         return ""
