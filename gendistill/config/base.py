@@ -7,7 +7,6 @@ from enum import IntEnum
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
-from pydantic.fields import FieldInfo
 
 
 class Affects(IntEnum):
@@ -38,12 +37,7 @@ class Section(BaseModel):
 
 def affects(section: type[Section], name: str) -> Affects:
     """Say what a field of a section affects."""
-    return mark_of(section.model_fields[name])
-
-
-def mark_of(field: FieldInfo) -> Affects:
-    """Read the mark of a setting."""
-    marks = [mark for mark in field.metadata if isinstance(mark, Affects)]
+    marks = [mark for mark in section.model_fields[name].metadata if isinstance(mark, Affects)]
     return marks[0] if marks else Affects.RESULT
 
 

@@ -16,7 +16,7 @@ from enum import Enum
 from pathlib import Path as FilePath
 from typing import Any, Literal, get_args, get_origin
 
-from gendistill.config.base import Affects, mark_of
+from gendistill.config.base import Affects, affects
 from gendistill.config.document import Path, dotted
 from gendistill.config.explain import alternatives, bounds_of, is_section, settings
 from gendistill.config.schema import Recipe
@@ -123,6 +123,7 @@ def _kind_of(section: Any) -> str | None:
 
 def _table(section: Any) -> str:
     lines = ["| setting | type | default | affects | meaning |", "|---|---|---|---|---|"]
+    attributes = dict(zip(settings(section), section.model_fields, strict=True))
     for name, field in settings(section).items():
         types = alternatives(field.annotation)
         holds_sections = any(path for path, _ in walk_sections(section) if path[:1] == (name,))
@@ -135,7 +136,7 @@ def _table(section: Any) -> str:
             f"`{name}`",
             kind,
             default if default == "required" else "" if holds_sections else f"`{default}`",
-            "see there" if holds_sections else AFFECTED[mark_of(field)],
+            "see there" if holds_sections else AFFECTED[affects(section, attributes[name])],
             field.description or "",
         ]
         lines.append("| " + " | ".join(_cell(cell) for cell in cells) + " |")
