@@ -28,12 +28,13 @@ def rows(tmp_path):
 @pytest.fixture
 def task(tmp_path):
     items = [
-        {"id": str(i), "prompt": f"{i} + 1 =", "options": [f" {i + 1}", f" {i}"], "answer": 0}
-        for i in range(4)
+        {"id": str(i), "question": f"{i} + 1 =", "options": [f"{i + 1}", f"{i}"], "gold": 0} for i in range(4)
     ]
     (tmp_path / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
     path = tmp_path / "sums.yaml"
-    path.write_text("name: sums\nkind: choice\nitems: items.jsonl\nmax_new_tokens: 4\n")
+    path.write_text(
+        "name: sums\nkind: multiple_choice\nitems: items.jsonl\nprompt: '{question}'\ngold: index\nmax_new_tokens: 4\n"
+    )
     return path
 
 

@@ -102,7 +102,8 @@ def test_a_marker_without_partner_is_refused(folder, capsys):
 def test_single_numbers_stand_in_sentences(folder, capsys):
     page = folder / "page.md"
     page.write_text(
-        "Left: <!-- value:demo held-out KL left -->?<!-- /value -->%, and <!-- peer:demo speed | decode --> <!-- /value -->.\n"
+        "Left: <!-- value:demo held-out KL left -->?<!-- /value -->%,\n"
+        "and <!-- peer:demo speed | decode --> <!-- /value -->.\n"
     )
     words = [str(page), "--folder", str(folder)]
     assert main([*words, "--check"]) == 1
