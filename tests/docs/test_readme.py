@@ -57,3 +57,25 @@ def test_the_layer_runs():
     names: dict = {}
     exec(compile(block("python", "layer = KDA("), "README.md", "exec"), names)
     assert names["out"].shape == (1, 100, 512)
+
+
+def test_own_model_data_and_task_lead_to_the_page(place, monkeypatch, capsys):
+    from gendistill.cli.main import main
+
+    def gendistill(*words: str) -> str:
+        monkeypatch.setattr("sys.argv", ["gendistill", *words])
+        code = main()
+        shown = capsys.readouterr()
+        assert code == 0, shown.err
+        return shown.out
+
+    assert "mine.yaml" in README
+    short = "seq_len=64 batch_size=2 micro_batch_size=1 tokens=128".split()
+    small = [f"stages.{stage}.{setting}" for stage in ("block", "distill") for setting in short]
+    small += ["heldout.rows=4", "heldout.seq_len=64", "eval.questions=null"]
+    assert "nothing was run" in gendistill("run", "mine.yaml", "--dry-run")
+    assert not (place / "runs").exists()
+    gendistill("run", "mine.yaml", *small)
+    page = (place / "runs" / "mine" / "report" / "index.html").read_text(encoding="utf-8")
+    assert "sums" in page
+    assert "mine" in page
