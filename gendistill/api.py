@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -303,7 +304,7 @@ def distill(
         seed: Of data order and dropout.
         folder: Keeps metrics and checkpoints, and a stage that was interrupted goes on from there; None: a
             temporary one.
-        quiet: Whether to show nothing.
+        quiet: Whether to show no progress.
         settings: Others of a stage: ``tokens="20M"`` (or ``steps`` or ``minutes``) and ``lr`` are needed;
             ``batch_size``, ``micro_batch_size``, ``schedule``, ``weight_decay`` and the rest have defaults.
     Raises:
@@ -325,7 +326,7 @@ def distill(
     for warning in advise(
         recipe, teacher.checkpoint.config, chat_template=bool(teacher.tokenizer.chat_template)
     ):
-        console.warn(warning)
+        warnings.warn(warning, stacklevel=2)
     with _folder(folder) as place:
         return train_stage(
             recipe.stages[name],

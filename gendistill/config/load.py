@@ -255,13 +255,18 @@ def _apply_extends(root: Node, file: FilePath, problems: list[Problem]) -> Node:
         )
         return rest
     try:
-        found = FilePath(resolve(name, ("extends",), folders_of(extends, ("extends",))))
+        found = asset_dir("recipes") / f"{name}.yaml"
+        if name not in recipe_names():
+            found = FilePath(resolve(name, ("extends",), folders_of(extends, ("extends",))))
     except ValueError as error:
         problems.append(Problem(extends.origin, "extends", str(error), "write base/qwen3.yaml"))
         return rest
     if not (exists(found) and found.is_file()):
-        bases = sorted(f"base/{path.name}" for path in (asset_dir("recipes") / "base").glob("*.yaml"))
-        message = f'there is no file "{shortened(name)}"{closest(name, bases)}\nbuilt in: {", ".join(bases)}'
+        known = [
+            *recipe_names(),
+            *(f"base/{each.name}" for each in sorted(asset_dir("recipes").glob("base/*"))),
+        ]
+        message = f'there is no file "{shortened(name)}"{closest(name, known)}\nbuilt in: {", ".join(known)}'
         problems.append(Problem(extends.origin, "extends", message, "correct the path, or delete the line"))
         return rest
     base = _read_file(found, problems)

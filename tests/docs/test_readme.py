@@ -70,7 +70,7 @@ def test_own_model_data_and_task_lead_to_the_page(place, monkeypatch, capsys):
         return shown.out
 
     assert "mine.yaml" in README
-    short = "seq_len=64 batch_size=2 micro_batch_size=1 tokens=128".split()
+    short = ["seq_len=64", "batch_size=2", "micro_batch_size=1", "tokens=128"]
     small = [f"stages.{stage}.{setting}" for stage in ("block", "distill") for setting in short]
     small += ["heldout.rows=4", "heldout.seq_len=64", "eval.questions=null"]
     assert "nothing was run" in gendistill("run", "mine.yaml", "--dry-run")
