@@ -3,7 +3,8 @@
 ``python -m gendistill.results.table README.md docs/*.md`` fills every block between
 ``<!-- results:NAME -->`` and ``<!-- /results -->`` from ``docs/results/NAME.json``; ``--check`` only says which
 documents are out of date. ``<!-- results:NAME rows=REGEX -->`` takes the rows in whose names the regular expression is
-found, without their notes.
+found, without their notes. ``<!-- value:NAME ROW -->`` and ``<!-- /value -->`` stand around a single number inside a
+sentence, that of the row of exactly this name; ``peer:`` takes the peer's.
 """
 
 from __future__ import annotations
@@ -27,7 +28,13 @@ DEFAULT_FOLDER = Path("docs/results")
 _BLOCK = re.compile(
     r"(<!-- results:(?P<name>[\w.-]+)(?: rows=(?P<rows>[^\n]+?))? -->\n).*?(<!-- /results -->)", re.DOTALL
 )
-_MARKER = re.compile(r"<!-- /?results\b")
+_VALUE = re.compile(
+    r"(<!-- (?P<what>value|peer):(?P<name>[\w.-]+) (?P<row>[^\n]+?) -->)[^\n]*?(<!-- /value -->)"
+)
+_MARKERS = (
+    (_BLOCK, re.compile(r"<!-- /?results\b")),
+    (_VALUE, re.compile(r"<!-- (?:(?:value|peer):|/value\b)")),
+)
 
 Number = Annotated[float, Field(allow_inf_nan=False, strict=True)]
 
@@ -175,7 +182,7 @@ def _number(value: float) -> str:
 
 
 def fill_document(text: str, *, folder: Path, where: str = "document") -> str:
-    """Replace the content of every results block of a document.
+    """Replace the content of every results block and of every single value of a document.
 
     Args:
         text: Markdown with zero or more blocks.
@@ -184,11 +191,12 @@ def fill_document(text: str, *, folder: Path, where: str = "document") -> str:
     Raises:
         ReportError: A results file is missing or invalid, or a marker has no partner.
     """
-    if len(_MARKER.findall(text)) != 2 * len(_BLOCK.findall(text)):
+    if any(len(marker.findall(text)) != 2 * len(whole.findall(text)) for whole, marker in _MARKERS):
         raise ReportError(
             "a results marker has no partner",
             where=where,
-            hint="write <!-- results:NAME --> and <!-- /results -->, each on its own line",
+            hint="write <!-- results:NAME --> and <!-- /results -->, each on its own line, or "
+            "<!-- value:NAME ROW --> and <!-- /value --> on one line",
         )
 
     def table(match: re.Match[str]) -> str:
@@ -197,7 +205,23 @@ def fill_document(text: str, *, folder: Path, where: str = "document") -> str:
             found = _selected(found, match["rows"], where)
         return match[1] + render_results(found) + match[4]
 
-    return _BLOCK.sub(table, text)
+    def number(match: re.Match[str]) -> str:
+        return match[1] + _single(load_results(folder / f"{match['name']}.json"), match, where) + match[5]
+
+    return _VALUE.sub(number, _BLOCK.sub(table, text))
+
+
+def _single(results: Results, match: re.Match[str], where: str) -> str:
+    """Write the number of one row; shares as percent."""
+    rows = [row for row in results.rows if row.name == match["row"]]
+    value = None if len(rows) != 1 else rows[0].value if match["what"] == "value" else rows[0].peer_value
+    if value is None:
+        raise ReportError(
+            f'{match["name"]} has no single row "{match["row"]}" with such a number',
+            where=where,
+            hint="correct the marker",
+        )
+    return f"{_number(100 * value)}%" if rows[0].unit == "share" else _number(value)
 
 
 def _selected(results: Results, pattern: str, where: str) -> Results:
