@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import shlex
 from pathlib import Path
-
-import pytest
 
 from gendistill.cli.main import main
 
@@ -29,8 +26,6 @@ def commands(code: str) -> list[list[str]]:
     return [words[1:] for words in lines if words[:1] == ["gendistill"] and words[1:] != ["doctor"]]
 
 
-# TODO(lead): drop the mark once gendistill.api is merged
-@pytest.mark.skipif(importlib.util.find_spec("gendistill.api") is None, reason="gendistill.api is not here")
 def test_the_tutorial_runs_from_top_to_bottom(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("GENDISTILL_CACHE", str(tmp_path / "cache"))
     (tmp_path / "work").mkdir()
