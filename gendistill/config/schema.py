@@ -153,7 +153,8 @@ class StageConfig(Section):
         default=(), description="regexes that narrow the trained parameters by name"
     )
     tokens: TokenCount | None = Field(
-        default=None, description="length of the stage, as 500, 20k, 30M or 1.5B; or give steps, or minutes"
+        default=None,
+        description="length of the stage, as 20k, 30M or 1.5B, at batch_size x seq_len a step; or steps, or minutes",
     )
     steps: int | None = Field(
         default=None, ge=1, le=_MANY_STEPS, description="length of the stage in optimizer steps"
