@@ -212,12 +212,12 @@ def _schema(arguments: argparse.Namespace) -> int:
 
 
 def _print_section(section: Any) -> None:
-    from gendistill.config.explain import alternatives, is_section, settings
+    from gendistill.config.explain import alternatives_of, is_section, settings
     from gendistill.config.reference import default_words, type_words
 
     print(f"{section.__name__}: {(section.__doc__ or '').strip().splitlines()[0]}")
     for name, field in settings(section).items():
-        types = alternatives(field.annotation)
+        types = alternatives_of(field)
         about = f"  {field.description}" if field.description else ""
         kind = "section" if any(is_section(one) for one in types) else type_words(types)
         print(f"  {name:24} {kind:28} {default_words(field):16}{about}".rstrip())

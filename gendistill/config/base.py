@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from enum import IntEnum
-from typing import Any
+from typing import Annotated, Any, Union
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    TypeAdapter,
+    ValidationInfo,
+    ValidatorFunctionWrapHandler,
+)
+from pydantic_core import CoreSchema, core_schema
 
 
 class Affects(IntEnum):
@@ -33,6 +43,40 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, populate_by_name=True, allow_inf_nan=False, defer_build=True
     )
+
+
+class OneOf:
+    """Annotation of a setting that takes one of several sections, told apart by their ``kind``.
+
+    A section that is added to the mapping later is accepted from then on.
+
+    Args:
+        sections: Kind to section; each has ``kind: Literal[...]`` of its own.
+    """
+
+    def __init__(self, sections: Mapping[str, type[Section]]) -> None:
+        self.sections = sections
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        known = dict(self.sections)
+
+        def read(value: Any, read_known: ValidatorFunctionWrapHandler, info: ValidationInfo) -> Any:
+            kind = value.get("kind") if isinstance(value, dict) else getattr(value, "kind", None)
+            if self.sections.get(str(kind)) is known.get(str(kind)):
+                return read_known(value)
+            late = TypeAdapter(_union(self.sections))
+            # recipes are read from strict JSON, of which only the values arrive here
+            if info.mode == "json":
+                return late.validate_json(json.dumps(value), strict=True)
+            return late.validate_python(value)
+
+        return core_schema.with_info_wrap_validator_function(
+            read, handler.generate_schema(_union(known)), serialization=core_schema.simple_ser_schema("any")
+        )
+
+
+def _union(sections: Mapping[str, type[Section]]) -> Any:
+    return Annotated[Union[tuple(sections.values())], Field(discriminator="kind")]  # noqa: UP007
 
 
 def affects(section: type[Section], name: str) -> Affects:

@@ -11,9 +11,10 @@ from enum import Enum
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from gendistill.config.base import Section
+from gendistill.config.base import OneOf, Section
 from gendistill.config.document import Node, Path, dotted, shortened
 from gendistill.config.problems import Problem
 from gendistill.config.schema import MixtureConfig, Recipe
@@ -62,6 +63,14 @@ def alternatives(annotation: Any) -> list[Any]:
     return [annotation]
 
 
+def alternatives_of(field: FieldInfo) -> list[Any]:
+    """List the plain types that a setting allows."""
+    for mark in field.metadata:
+        if isinstance(mark, OneOf):
+            return list(mark.sections.values())
+    return alternatives(field.annotation)
+
+
 def is_section(annotation: Any) -> bool:
     """Whether a type is a section of the recipe, with named settings."""
     return isinstance(annotation, type) and issubclass(annotation, Section)
@@ -90,7 +99,7 @@ def annotations_at(path: Path, root: Node | None = None) -> list[Any]:
 def _step(annotation: Any, step: str | int) -> list[Any]:
     if is_section(annotation):
         field = settings(annotation).get(str(step)) or annotation.model_fields.get(str(step))
-        return alternatives(field.annotation) if field else []
+        return alternatives_of(field) if field else []
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is dict:
         return alternatives(arguments[1])

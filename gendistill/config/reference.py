@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from gendistill.config.base import Affects, affects
 from gendistill.config.document import Path, dotted
-from gendistill.config.explain import alternatives, bounds_of, is_section, settings
+from gendistill.config.explain import alternatives, alternatives_of, bounds_of, is_section, settings
 from gendistill.config.schema import Recipe
 from gendistill.errors import GendistillError, OutputError
 from gendistill.paths import write_text
@@ -80,7 +80,7 @@ def walk_sections(section: Any = Recipe, path: Path = ()) -> Iterator[tuple[Path
         seen.add(one)
         yield path, one
         for name, field in settings(one).items():
-            for leaf in alternatives(field.annotation):
+            for leaf in alternatives_of(field):
                 yield from inside(leaf, (*path, name))
 
     def inside(leaf: Any, path: Path) -> Iterator[tuple[Path, Any]]:
@@ -125,7 +125,7 @@ def _table(section: Any) -> str:
     lines = ["| setting | type | default | affects | meaning |", "|---|---|---|---|---|"]
     attributes = dict(zip(settings(section), section.model_fields, strict=True))
     for name, field in settings(section).items():
-        types = alternatives(field.annotation)
+        types = alternatives_of(field)
         holds_sections = any(path for path, _ in walk_sections(section) if path[:1] == (name,))
         *first, last = type_words(types, quote="`").split(" | ")
         kind = f"{', '.join(first)} or {last}" if first else last

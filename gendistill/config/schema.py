@@ -10,7 +10,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, field_validator, mo
 
 from gendistill.config.base import Affects, Section
 from gendistill.config.mixers import MixersConfig
-from gendistill.config.objectives import KLConfig, ObjectiveConfig
+from gendistill.config.objectives import AnyObjective, KLConfig
 from gendistill.config.patterns import check_pattern
 from gendistill.errors import RecipeError
 from gendistill.types import ParamGroup, Placement, parse_token_count
@@ -143,7 +143,7 @@ class ScheduleConfig(Section):
 class StageConfig(Section):
     """One stage of distillation: objective, data, what trains, for how long."""
 
-    objective: ObjectiveConfig = KLConfig()
+    objective: AnyObjective = KLConfig()
     data: str = Field(description="name of a source or mixture under data:")
     mask: Literal["all", "completion"] = Field(default="all", description="which tokens count in the loss")
     train: tuple[ParamGroup, ...] = Field(
