@@ -37,11 +37,11 @@ def test_python_blocks_run_in_order(page):
 
 
 SHOWN = {
-    "gated_kda": ops.gated_kda,
-    "kda": ops.kda,
+    "chunk_kda": ops.chunk_kda,
+    "decode_delta_rule": ops.decode_delta_rule,
     "causal_conv": ops.causal_conv,
     "gated_rms_norm": ops.gated_rms_norm,
-    "gated_delta_rule": ops.gated_delta_rule,
+    "chunk_delta_rule": ops.chunk_delta_rule,
     "__init__": KDA.__init__,
     "forward": KDA.forward,
 }
@@ -64,7 +64,8 @@ def test_signatures_are_those_of_the_source():
 
 def test_saved_bytes_are_those_of_the_kernels():
     pytest.importorskip("triton", reason="triton is not installed")
-    from gendistill_kernels.delta_plan import Rule, Sizes, work_spaces
+    from gendistill_kernels.delta.layout import Sizes, work_spaces
+    from gendistill_kernels.delta.rule import Rule
 
     code = next(code for _, code in blocks("kernels.md", "python") if "saved = {" in code)
     page: dict = {}
@@ -77,7 +78,7 @@ def test_saved_bytes_are_those_of_the_kernels():
         torch.bfloat16,
         beta=True,
         scalar=False,
-        segments=0,
+        spans=0,
         save=True,
     )
     sizes = {

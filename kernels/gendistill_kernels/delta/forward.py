@@ -1,7 +1,7 @@
 """Chunked gated delta rule, forward: kernels with no global synchronisation in between but the launch order.
 
 ``prepare`` works on every chunk of every head at once: normalises q and k, turns raw gates into decays, and solves the
-chunk's unit lower-triangular system. ``scan`` walks the chunks of one head in order and carries the state.
+chunk's unit lower-triangular system. ``scan`` scans the chunks of one head in order and carries the state.
 
 Inside a chunk of C tokens, with G the inclusive sum of log-decays from the chunk's first token (per key channel)::
 
@@ -10,7 +10,7 @@ Inside a chunk of C tokens, with G the inclusive sum of log-decays from the chun
     X = V - kd S        N = T diag(beta) X, T = (I + L)^-1        O = qd S + P N        S <- diag(e^G_C) S + kt^T N
 
 ``e^-G`` alone may overflow. ``prepare`` multiplies ``2^s e^G`` with ``2^-s e^-G`` all the same, and marks chunks whose
-decay leaves the range that this allows, 2^(-2s) in any channel: they are wild. ``prepare_wild`` does these again. At
+decay leaves the range that this allows, 2^(-2s) in any channel. ``prepare_levels`` does these again. At
 level b, rows in the right half of a block of 2b tokens meet columns in its left half, and both exponents are taken from
 the boundary between the halves. Each of them is a sum of log-decays over tokens on one side of it, hence never
 positive, whatever the gate. Levels 32 and 16 leave blocks of 16 tokens, of which each takes one product as above. Rows
@@ -26,7 +26,7 @@ as ``a = erase k`` and writes ``u = write v``, and ``kd`` and L hold all of the 
 with ``erase`` one number per token or one per key channel, ``write`` one per token or one per value channel. Without
 erase, L is zero and N = diag(write) V: kd, L and T do not exist. With ``SCALAR`` decay, one per token and head,
 ``e^(G_i - G_j)`` is a factor on ``<k_i, k_j>``: the exponent is masked first and then never positive, so that no chunk
-is wild.
+is out of range.
 
 Source: the general rule of ``gendistill.ops.recurrent_delta_rule``, cut into chunks; checked against it in float64.
 
@@ -35,112 +35,19 @@ Legend: C tokens of a chunk, K key channels, V value channels, H heads of the st
 
 # pyright: reportGeneralTypeIssues=false
 # inside a kernel the language is Triton's: range, tuples and constants mean what its compiler says
-import os
-
 import triton
 import triton.language as tl
 
-LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
-
-
-# the interpreter knows no assembly; the compiler's own logarithm and reciprocal handle denormal numbers and take
-# several times as many instructions
-_ASSEMBLY: tl.constexpr = tl.constexpr(os.environ.get("TRITON_INTERPRET") != "1")
-
-
-@triton.jit
-def log2(x):
-    """Compute the base-2 logarithm of a normal number to 2e-7."""
-    if _ASSEMBLY:
-        return tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
-    return tl.log2(x)
-
-
-@triton.jit
-def reciprocal(x):
-    """Compute ``1 / x`` of a normal number to 1e-7 of its value; zero of infinity."""
-    if _ASSEMBLY:
-        return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
-    return 1.0 / x
-
-
-@triton.jit
-def exp2(x):
-    """Compute ``2 ** x`` to 2e-7 of its value; zero below the normal numbers."""
-    if _ASSEMBLY:
-        return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
-    return tl.exp2(x)
-
-
-@triton.jit
-def narrow(x, DTYPE: tl.constexpr):
-    """Convert float32 to the type of a product's operands, two at once: what is used again is not, by the compiler."""
-    if _ASSEMBLY and tl.float16 == DTYPE:
-        return tl.inline_asm_elementwise("cvt.rn.f16x2.f32 $0, $2, $1;", "=r,r,r", [x], tl.float16, True, 2)
-    if _ASSEMBLY and tl.bfloat16 == DTYPE:
-        return tl.inline_asm_elementwise("cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [x], tl.bfloat16, True, 2)
-    return x.to(DTYPE)
-
-
-@triton.jit
-def softplus_log2(x):
-    """Compute ``log2(1 + exp(x))`` to 2e-5 of its value, small values too."""
-    e = exp2(-LOG2E * tl.abs(x))
-    series = e * (LOG2E - e * (LOG2E / 2 - e * (LOG2E / 3)))
-    return LOG2E * tl.maximum(x, 0.0) + tl.where(e < 0.0078125, series, log2(1.0 + e))
-
-
-@triton.jit
-def sigmoid(x):
-    """Compute ``1 / (1 + exp(-x))``."""
-    return reciprocal(1.0 + exp2(-LOG2E * x))
-
-
-@triton.jit
-def log2_decay(raw, A_log, dt_bias, lower_bound, GATE: tl.constexpr):
-    """Turn raw gate values into base-2 logarithms of the decay, float32, <= 0."""
-    if GATE == "bounded":
-        return (lower_bound * LOG2E) * sigmoid(tl.exp(A_log) * (raw + dt_bias))
-    if GATE == "softplus":
-        return -tl.exp(A_log) * softplus_log2(raw + dt_bias)
-    return raw * LOG2E
-
-
-@triton.jit
-def place(chunk, tokens, chunk_starts, chunk_lengths, C: tl.constexpr, PACKED: tl.constexpr):
-    """Return the first token of a chunk and how many it has."""
-    if PACKED:
-        return tl.load(chunk_starts + chunk).to(tl.int64), tl.load(chunk_lengths + chunk)
-    per_row = tl.cdiv(tokens, C)
-    first = (chunk % per_row) * C
-    return (chunk // per_row) * tokens + first, tl.minimum(tokens - first, C).to(tl.int32)
-
-
-@triton.jit
-def walk_of(walks, number, tokens, C: tl.constexpr, PACKED: tl.constexpr):
-    """Return a sequence, its first token, how many it has, and its first chunk."""
-    if PACKED:
-        row = walks + number * 6
-        sequence, start, first = tl.load(row), tl.load(row + 1), tl.load(row + 3)
-        return sequence.to(tl.int64), start.to(tl.int64), tl.load(row + 2), first.to(tl.int64)
-    sequence = number.to(tl.int64)
-    return sequence, sequence * tokens, tokens, sequence * tl.cdiv(tokens, C)
-
-
-@triton.jit
-def kind_of(walks, number):
-    """Return which part of a sequence a walk is, as ``Chunks.segments`` says, and the number of the sequence."""
-    row = walks + number * 6
-    return tl.load(row + 4), tl.load(row + 5)
-
-
-@triton.jit
-def meet(rows, level):
-    """Say which columns meet row i of a right half at a level: those of the left half of its block."""
-    half = 1 << level
-    corner = rows & ~(2 * half - 1)
-    width = tl.where((rows & half) != 0, half, 0)
-    return (rows[None, :] - corner[:, None]).to(tl.uint32) < width[:, None].to(tl.uint32)
+from gendistill_kernels.delta.device import (
+    chunk_bounds,
+    decay_of_tokens,
+    exp2,
+    log2_decay,
+    meet,
+    part_of,
+    scan_of,
+    sigmoid,
+)
 
 
 @triton.jit
@@ -181,20 +88,6 @@ def _decay_tile(raw, A_log, dt_bias, channels, K: tl.constexpr, head, lower_boun
         rate = tl.load(A_log + head).to(tl.float32)
     # beyond this the decay is zero in float32, and sums of it stay finite in float16 products
     return tl.maximum(log2_decay(raw.to(tl.float32), rate, bias, lower_bound, GATE), -30000.0)
-
-
-@triton.jit
-def decay_of_tokens(raw, live, A_log, dt_bias, head, lower_bound, GATE: tl.constexpr):
-    """Return base-2 log-decays of a head's tokens, ``[C]`` float32, zero where there is no token.
-
-    Held above -256, where the decay is zero in float32, so that differences of their sums keep three digits.
-    """
-    bias = 0.0
-    rate = 0.0
-    if GATE != "none":
-        bias = tl.load(dt_bias + head).to(tl.float32)
-        rate = tl.load(A_log + head).to(tl.float32)
-    return tl.maximum(tl.where(live, log2_decay(raw, rate, bias, lower_bound, GATE), 0.0), -256.0)
 
 
 @triton.jit
@@ -264,7 +157,7 @@ def _invert(lower, rows, DOT: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.
 @triton.jit
 def prepare_kernel(
     q, k, decay, beta, A_log, dt_bias, sums,
-    qd, kd, kt, p, inverse_out, gc, strengths, norms, wild,
+    qd, kd, kt, A_qk, inverse_out, totals, betas, norms, marks,
     chunk_starts, chunk_lengths, tokens, scale, lower_bound, erase,
     H: tl.constexpr, HQ: tl.constexpr, HK: tl.constexpr, SQ: tl.constexpr, SK: tl.constexpr, K: tl.constexpr,
     BK: tl.constexpr, C: tl.constexpr,
@@ -274,7 +167,7 @@ def prepare_kernel(
 ):  # fmt: skip
     """Prepare every chunk in one product, and mark those whose decay is out of its range."""
     chunk, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    start, length = place(chunk, tokens, chunk_starts, chunk_lengths, C, PACKED)
+    start, length = chunk_bounds(chunk, tokens, chunk_starts, chunk_lengths, C, PACKED)
     rows, part = tl.arange(0, C), tl.arange(0, W)
     live = rows < length
     token = start + rows
@@ -284,16 +177,16 @@ def prepare_kernel(
     at_g = decay + (token * H + head)[:, None] * K
     if beta is not None:
         strength = _strength(beta, token * H + head, live, SIGMOID, SAVE and ERASE == "tied")
-    # loaded once if one turn of the loop takes all channels
+    # loaded once if one iteration of the loop takes all channels
     OWN: tl.constexpr = NORM and W == BK
     norm_q, norm_k = _norms(at_q, at_k, live, scale, K, BK, C, NORM and not OWN)
     if beta is not None:
-        tl.store(strengths + tile * C + rows, strength)
+        tl.store(betas + tile * C + rows, strength)
 
     row = (tile * C).to(tl.int32)
     attention = tl.zeros([C, C], tl.float32)
     lower = tl.zeros([C, C], tl.float32)
-    farthest = tl.zeros([C], tl.float32)
+    lowest = tl.zeros([C], tl.float32)
     if SCALAR:
         raw = tl.load(decay + token * H + head, mask=live, other=0.0).to(tl.float32)
         gates = decay_of_tokens(raw, live, A_log, dt_bias, head, lower_bound, GATE)
@@ -309,7 +202,7 @@ def prepare_kernel(
             xq, xk = _load_pair(at_q, at_k, inside, channels)
             xq, xk, factor_q, factor_k = _normalised(xq, xk, norm_q, norm_k, DOT, OWN)
             xa = _eraser(xk, erase, token * H + head, live, channels, K, SIGMOID, ERASE)
-            tl.store(gc + tile * BK + channels, total + tl.zeros([W], tl.float32))
+            tl.store(totals + tile * BK + channels, total + tl.zeros([W], tl.float32))
             since = exp2(upto)
             qd.store([row, first], (xq.to(tl.float32) * since[:, None]).to(qd.dtype))
             if ERASE == "scalar":
@@ -331,9 +224,9 @@ def prepare_kernel(
             log_decay = _decay_tile(raw, A_log, dt_bias, channels, K, head, lower_bound, GATE).to(DOT)
             xa = _eraser(xk, erase, token * H + head, live, channels, K, SIGMOID, ERASE)
             total = tl.sum(log_decay.to(tl.float32), 0)
-            tl.store(gc + tile * BK + channels, total)
+            tl.store(totals + tile * BK + channels, total)
             upto = tl.dot(sums.load([(LEVELS + 1) * C, 0]), log_decay, input_precision=PRECISION)
-            farthest = tl.minimum(farthest, tl.min(upto, 1))
+            lowest = tl.minimum(lowest, tl.min(upto, 1))
             # the range of the operands is used on both sides of one: half of it is shifted to the reading factor
             factor = exp2(upto + SHIFT)
             back = exp2(-SHIFT - upto)
@@ -356,14 +249,14 @@ def prepare_kernel(
 
     if not SCALAR:
         # rows that are out of range come again; until then they must not spoil the inverse's other rows
-        out = farthest < RANGE
-        tl.store(wild + tile, tl.max(out.to(tl.int32), 0))
+        out = lowest < RANGE
+        tl.store(marks + tile, tl.max(out.to(tl.int32), 0))
     i, j = rows[:, None], rows[None, :]
     if SCALAR:
         ratio = exp2(tl.where(i >= j, upto[:, None] - upto[None, :], 0.0))
         attention *= ratio
         lower *= ratio
-    p.store([row, 0], tl.where(i >= j, attention, 0.0).to(p.dtype))
+    A_qk.store([row, 0], tl.where(i >= j, attention, 0.0).to(A_qk.dtype))
     if ERASE != "none":
         below = i > j
         if not SCALAR:
@@ -372,7 +265,7 @@ def prepare_kernel(
             lower = tl.where(below, lower, 0.0)
         else:
             lower = tl.where(below, lower * strength[:, None], 0.0)
-        inverse_out.store([row, 0], _invert(lower, rows, DOT, LEVELS, PRECISION).to(p.dtype))
+        inverse_out.store([row, 0], _invert(lower, rows, DOT, LEVELS, PRECISION).to(A_qk.dtype))
 
 
 @triton.jit
@@ -395,7 +288,7 @@ def _add_level(
 
 @triton.jit
 def _prepare_again(
-    chunk, head, q, k, decay, beta, A_log, dt_bias, sums, kt, p, inverse_out, wild,
+    chunk, head, q, k, decay, beta, A_log, dt_bias, sums, kt, A_qk, inverse_out, marks,
     chunk_starts, chunk_lengths, tokens, scale, lower_bound, erase,
     H: tl.constexpr, HQ: tl.constexpr, HK: tl.constexpr, SQ: tl.constexpr, SK: tl.constexpr, K: tl.constexpr,
     BK: tl.constexpr, C: tl.constexpr,
@@ -403,7 +296,7 @@ def _prepare_again(
     LEVELS: tl.constexpr, WHOLE: tl.constexpr, W: tl.constexpr, SAVE: tl.constexpr, PRECISION: tl.constexpr,
     RANGE: tl.constexpr, WIDE: tl.constexpr, ERASE: tl.constexpr,
 ):  # fmt: skip
-    start, length = place(chunk, tokens, chunk_starts, chunk_lengths, C, PACKED)
+    start, length = chunk_bounds(chunk, tokens, chunk_starts, chunk_lengths, C, PACKED)
     rows, part = tl.arange(0, C), tl.arange(0, W)
     i, j = rows[:, None], rows[None, :]
     live = rows < length
@@ -458,11 +351,11 @@ def _prepare_again(
                 ERASE,
             )
 
-    deep = from_block < RANGE
-    if tl.max(deep.to(tl.int32), 0) != 0:
-        tl.store(wild + tile, 2)
-        attention = tl.where(deep[:, None], 0.0, attention)
-        lower = tl.where(deep[:, None], 0.0, lower)
+    all_levels = from_block < RANGE
+    if tl.max(all_levels.to(tl.int32), 0) != 0:
+        tl.store(marks + tile, 2)
+        attention = tl.where(all_levels[:, None], 0.0, attention)
+        lower = tl.where(all_levels[:, None], 0.0, lower)
         for first in tl.range(0, BK, W):
             channels = first + part
             xq, xk, log_decay = _operands(
@@ -470,10 +363,10 @@ def _prepare_again(
             )  # fmt: skip
             xa = _eraser(xk, erase, token * H + head, live, channels, K, SIGMOID, ERASE)
             own = tl.sum(xq.to(tl.float32) * xk.to(tl.float32), 1)
-            attention += tl.where((i == j) & deep[:, None], own[:, None], 0.0)
+            attention += tl.where((i == j) & all_levels[:, None], own[:, None], 0.0)
             for level in tl.range(0, LEVELS):
                 attention, lower = _add_level(
-                    attention, lower, level, meet(rows, level) & deep[:, None], xq, xk, xa, log_decay, sums,
+                    attention, lower, level, meet(rows, level) & all_levels[:, None], xq, xk, xa, log_decay, sums,
                     C, DOT, PRECISION, ERASE,
                 )  # fmt: skip
 
@@ -484,14 +377,14 @@ def _prepare_again(
     if ERASE != "none":
         inverse = _invert(lower, rows, DOT, LEVELS, PRECISION)
     at = tile * C * C + i * C + j
-    tl.store(p + at, attention.to(p.dtype.element_ty), mask=out)
+    tl.store(A_qk + at, attention.to(A_qk.dtype.element_ty), mask=out)
     if ERASE != "none":
-        tl.store(inverse_out + at, inverse.to(p.dtype.element_ty), mask=out)
+        tl.store(inverse_out + at, inverse.to(A_qk.dtype.element_ty), mask=out)
 
 
 @triton.jit
-def prepare_wild_kernel(
-    q, k, decay, beta, A_log, dt_bias, sums, kt, p, inverse_out, wild,
+def prepare_levels_kernel(
+    q, k, decay, beta, A_log, dt_bias, sums, kt, A_qk, inverse_out, marks,
     chunk_starts, chunk_lengths, tokens, scale, lower_bound, erase,
     H: tl.constexpr, HQ: tl.constexpr, HK: tl.constexpr, SQ: tl.constexpr, SK: tl.constexpr, K: tl.constexpr,
     BK: tl.constexpr, C: tl.constexpr,
@@ -501,10 +394,10 @@ def prepare_wild_kernel(
 ):  # fmt: skip
     """Prepare the marked chunks again; mark with two those with rows that go through all levels."""
     chunk, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    if tl.load(wild + chunk * H + head) != 0:
+    if tl.load(marks + chunk * H + head) != 0:
         _prepare_again(
             chunk, head, q, k, decay, beta, A_log, dt_bias, sums,
-            kt, p, inverse_out, wild, chunk_starts, chunk_lengths, tokens, scale, lower_bound, erase,
+            kt, A_qk, inverse_out, marks, chunk_starts, chunk_lengths, tokens, scale, lower_bound, erase,
             H, HQ, HK, SQ, SK, K, BK, C, GATE, NORM, SIGMOID, PACKED, DOT, LEVELS, WHOLE, W, SAVE, PRECISION, RANGE,
             WIDE, ERASE,
         )  # fmt: skip
@@ -512,23 +405,23 @@ def prepare_wild_kernel(
 
 @triton.jit
 def scan_kernel(
-    qd, kd, kt, p, inverse, gc, strengths, v, state_in,
-    out, state_out, states, news, matrices,
-    walks, tokens, write,
+    qd, kd, kt, A_qk, inverse, totals, betas, v, state_in,
+    out, state_out, h, v_new, matrices,
+    scans, tokens, write,
     H: tl.constexpr, HV: tl.constexpr, SV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
     BV: tl.constexpr, BLOCKS: tl.constexpr,
     C: tl.constexpr, PACKED: tl.constexpr, HAS_STATE: tl.constexpr, SAVE: tl.constexpr,
     STAGES: tl.constexpr, SUMMARY: tl.constexpr, CUT: tl.constexpr, PRECISION: tl.constexpr, ERASE: tl.constexpr,
     SIGMOID: tl.constexpr,
 ):  # fmt: skip
-    """Walk one sequence, or if ``CUT`` a segment; as ``SUMMARY`` find what it does to any state it may start from.
+    """Scan one sequence, or if ``CUT`` a span; as ``SUMMARY`` find what it does to any state it may start from.
 
-    A state S before the segment becomes ``M S + c``: c is its end when it starts from zero, and the columns of M are
+    A state S before the span becomes ``M S + c``: c is its end when it starts from zero, and the columns of M are
     its ends when it starts from those of the identity and writes no values. No output is made.
     """
     block, chain = tl.program_id(0) % BLOCKS, tl.program_id(0) // BLOCKS
     head = chain % H
-    sequence, start, length, first = walk_of(walks, chain // H, tokens, C, PACKED)
+    sequence, start, length, first = scan_of(scans, chain // H, tokens, C, PACKED)
     channels = tl.arange(0, BK)
     columns = block * BV + tl.arange(0, BV)
     rows = tl.arange(0, C)
@@ -538,9 +431,9 @@ def scan_kernel(
         writes = block < VALUES
         columns = tl.where(writes, columns, columns - VALUES * BV)
         wide = columns < tl.where(writes, V, K)
-        # No state is carried past the last segment, nor a gradient past the first, which has no state to turn unless
+        # No state is carried past the last span, nor a gradient past the first, which has no state to change unless
         # the sequence starts from one.
-        kind, _ = kind_of(walks, chain // H)
+        kind, _ = part_of(scans, chain // H)
         idle = (
             (kind == 1)
             | ((kind == 2) & (writes | (not SAVE)))
@@ -558,15 +451,15 @@ def scan_kernel(
         state = tl.where((channels[None, :] == columns[:, None]) & (block >= VALUES), 1.0, 0.0)
     values = v + (start + rows)[:, None] * SV + (head // (H // HV)) * V + columns[None, :]
     zero = first * 0
-    places = out + (start + rows)[:, None] * (H * V) + head * V + columns[None, :]
+    at_out = out + (start + rows)[:, None] * (H * V) + head * V + columns[None, :]
     if write is not None:
         gates = write + (start + rows)[:, None] * (H * V) + head * V + columns[None, :]
     # channels with values: what finds M has none
     full = wide
     if SUMMARY:
         full = wide & writes
-    # Values are loaded a step ahead by hand: the compiler does so in registers, too, but asks for them last and turns
-    # them at once, with nothing to do while they come.
+    # Values are loaded a step ahead by hand: the compiler does so in registers, too, but asks for them last and
+    # transposes them at once, with nothing to do while they come.
     coming = tl.load(values, mask=(rows < length)[:, None] & full[None, :], other=0.0)
     for step in tl.range(0, tl.cdiv(length, C), num_stages=STAGES):
         tile = (first + step) * H + head
@@ -580,20 +473,22 @@ def scan_kernel(
             keys = kd.load([row, 0])
             solve = inverse.load([row, 0])
         if write is None:
-            strength = tl.load(strengths + tile * C + rows)
+            strength = tl.load(betas + tile * C + rows)
         else:
             gate = tl.load(gates + offset * (H * V), mask=live, other=0.0).to(tl.float32)
             if SIGMOID:
                 gate = sigmoid(gate)
         tail = kt.load([row, 0])
-        gain = exp2(tl.load(gc + tile * BK + channels))
+        gain = exp2(tl.load(totals + tile * BK + channels))
         left = state.to(dtype)
         if SAVE and not SUMMARY:
             wide_cells = tile * BK * V + columns[:, None] * BK + channels[None, :]
-            tl.store(states + wide_cells, left, mask=wide[:, None])
+            tl.store(h + wide_cells, left, mask=wide[:, None])
         if ERASE == "tied":
-            error = tl.trans(value).to(tl.float32) - tl.dot(left, tl.trans(keys), input_precision=PRECISION)
-            new = tl.dot((error * strength[None, :]).to(dtype), tl.trans(solve), input_precision=PRECISION)
+            residual = tl.trans(value).to(tl.float32) - tl.dot(
+                left, tl.trans(keys), input_precision=PRECISION
+            )
+            new = tl.dot((residual * strength[None, :]).to(dtype), tl.trans(solve), input_precision=PRECISION)
         else:
             if write is None:
                 new = tl.trans(value).to(tl.float32) * strength[None, :]
@@ -605,13 +500,13 @@ def scan_kernel(
         new = new.to(dtype)
         if SAVE and not SUMMARY:
             flat = tile * C * V + rows[:, None] * V + columns[None, :]
-            tl.store(news + flat, tl.trans(new), mask=wide[None, :])
+            tl.store(v_new + flat, tl.trans(new), mask=wide[None, :])
         if not SUMMARY:
             queries = qd.load([row, 0])
-            scores = p.load([row, 0])
+            scores = A_qk.load([row, 0])
             result = tl.dot(left, tl.trans(queries), input_precision=PRECISION)
             result += tl.dot(new, tl.trans(scores), input_precision=PRECISION)
-            tl.store(places + offset * (H * V), tl.trans(result).to(out.dtype.element_ty), mask=live)
+            tl.store(at_out + offset * (H * V), tl.trans(result).to(out.dtype.element_ty), mask=live)
         state = state * gain[None, :] + tl.dot(new, tail, input_precision=PRECISION)
     if SUMMARY:
         if writes:
@@ -621,7 +516,7 @@ def scan_kernel(
             tl.store(matrices + cells, state, mask=inside)
     else:
         if CUT:
-            kind, whole = kind_of(walks, chain // H)
+            kind, whole = part_of(scans, chain // H)
             cells += (whole - sequence) * H * K * V
             inside = inside & ((kind == 1) | (kind == 2))
         tl.store(state_out + cells, state, mask=inside)
@@ -629,15 +524,15 @@ def scan_kernel(
 
 @triton.jit
 def carry_kernel(
-    matrices, ends, state_in, starts, first_segments,
+    matrices, ends, state_in, starts, first_spans,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BLOCKS: tl.constexpr,
     HAS_STATE: tl.constexpr, BACK: tl.constexpr,
 ):  # fmt: skip
-    """Carry a state, or with ``BACK`` its gradient, over the segments of a sequence: ``S <- M S + c``."""
+    """Carry a state, or with ``BACK`` its gradient, over the spans of a sequence: ``S <- M S + c``."""
     block, chain = tl.program_id(0) % BLOCKS, tl.program_id(0) // BLOCKS
     sequence, head = (chain // H).to(tl.int64), chain % H
-    first = tl.load(first_segments + sequence).to(tl.int64)
-    count = tl.load(first_segments + sequence + 1) - first
+    first = tl.load(first_spans + sequence).to(tl.int64)
+    count = tl.load(first_spans + sequence + 1) - first
     i, j = tl.arange(0, BK), tl.arange(0, BK)
     columns = block * BV + tl.arange(0, BV)
     inside = (i < K)[:, None] & (columns < V)[None, :]
@@ -649,14 +544,14 @@ def carry_kernel(
             tl.float32
         )
     for step in range(0, count):
-        segment = first + (count - 1 - step if BACK else step)
-        tile = segment * H + head
+        span = first + (count - 1 - step if BACK else step)
+        tile = span * H + head
         tl.store(starts + tile * K * V + cells, state, mask=inside)
         if step + 1 < count:
             if BACK:
-                turn = j[None, :] * K + i[:, None]
+                at_matrix = j[None, :] * K + i[:, None]
             else:
-                turn = i[:, None] * K + j[None, :]
-            matrix = tl.load(matrices + tile * K * K + turn, mask=square, other=0.0)
+                at_matrix = i[:, None] * K + j[None, :]
+            matrix = tl.load(matrices + tile * K * K + at_matrix, mask=square, other=0.0)
             end = tl.load(ends + tile * K * V + cells, mask=inside, other=0.0)
             state = tl.dot(matrix, state, end, input_precision="tf32x3")

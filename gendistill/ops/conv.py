@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 
-from gendistill.ops.reference.short_conv import causal_conv as reference_conv
-from gendistill.ops.types import Impl, OpOutput, Segments, is_triton, triton_ops
+from gendistill.ops.reference.conv import causal_conv as reference_conv
+from gendistill.ops.select import Impl, contract, is_triton
+from gendistill.ops.types import OpOutput, Segments
 
 
 def causal_conv(
@@ -16,7 +19,7 @@ def causal_conv(
     activation: str = "identity",
     state: Tensor | None = None,
     segments: Segments | None = None,
-    impl: Impl = Impl.REFERENCE,
+    impl: Impl | str = Impl.REFERENCE,
 ) -> OpOutput:
     """Convolve every channel with its own ``W`` taps: ``y_t = sum_j weight[j] x_{t - (W - 1) + j} + bias``.
 
@@ -28,13 +31,20 @@ def causal_conv(
         state: ``[N, C, W - 1]``, inputs before the first token, or None for zeros. ``N`` is B, or the number of
             segments.
         segments: Documents packed on the token axis (then ``B == 1``), each with its own history.
-        impl: Implementation; :func:`gendistill.ops.resolve_impl` chooses one.
+        impl: Implementation; :func:`gendistill.ops.resolve` chooses one.
     Returns:
         ``out`` ``[B, T, C]`` in ``x.dtype``; ``state`` ``[N, C, W - 1]``, the last inputs of every sequence.
     Raises:
         ValueError: Shapes disagree or the activation is unknown.
     """
-    settings = {"activation": activation, "state": state, "segments": segments}
     if is_triton(impl):
-        return triton_ops().triton_causal_conv(x, weight, bias, **settings)
-    return reference_conv(x, weight, bias, **settings)
+        return _contract().causal_conv(x, weight, bias, activation=activation, state=state, segments=segments)
+    return reference_conv(x, weight, bias, activation=activation, state=state, segments=segments)
+
+
+def _contract():
+    if TYPE_CHECKING:
+        import gendistill.ops.contracts.conv as found
+
+        return found
+    return contract("conv")

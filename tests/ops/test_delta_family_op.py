@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import os
 import shutil
@@ -10,8 +9,19 @@ import shutil
 import pytest
 import torch
 
-from gendistill.ops import Segments, gated_delta_rule, gated_kda, kda, l2norm, recurrent_delta_rule
-from gendistill.ops.types import Impl
+from gendistill.ops import (
+    Impl,
+    Segments,
+    chunk_delta_rule,
+    chunk_gdn,
+    chunk_kda,
+    l2norm,
+    recurrent_delta_rule,
+    recurrent_gdn,
+    recurrent_kda,
+)
+from gendistill.ops.contracts.delta_rule import delta_rule_forward
+from gendistill.ops.reference import delta_rule as reference
 
 FAMILY = [*itertools.product(("channel", "scalar"), ("none", "scalar", "channel"), ("scalar", "channel"))]
 
@@ -48,8 +58,8 @@ def distance(x, y):
 @pytest.mark.parametrize(("decay", "erase", "write"), FAMILY)
 def test_the_op_is_the_recurrence(decay, erase, write):
     x = make(decay, erase, write, gate="none")
-    out, state = gated_delta_rule(**x)
-    expected = recurrent_delta_rule(
+    out, state = chunk_delta_rule(**x)
+    expected = reference.recurrent_delta_rule(
         x["q"],
         x["k"],
         x["v"],
@@ -61,14 +71,42 @@ def test_the_op_is_the_recurrence(decay, erase, write):
     torch.testing.assert_close(state, expected.state)
 
 
-def test_one_strength_and_a_decay_per_channel_is_kda():
-    x = make("channel", "scalar", "scalar")
-    gates = {name: x[name] for name in ("gate", "a_log", "dt_bias")}
-    parts = [x[name] for name in ("q", "k", "v", "decay", "beta")]
-    assert torch.equal(gated_delta_rule(*parts, **gates).out, gated_kda(*parts, **gates).out)
+@pytest.mark.parametrize("gate", ["none", "softplus", "bounded"])
+@pytest.mark.parametrize(
+    ("decay", "names"), [("channel", (chunk_kda, recurrent_kda)), ("scalar", (chunk_gdn, recurrent_gdn))]
+)
+def test_named_cases_only_fix_arguments(decay, names, gate):
+    x = make(decay, "scalar", "scalar", gate=gate)
+    parts = [x.pop(name) for name in ("q", "k", "v", "decay", "beta")]
+    for named, rule in zip(names, (chunk_delta_rule, recurrent_delta_rule), strict=True):
+        for found, expected in zip(named(*parts, **x), rule(*parts, **x), strict=True):
+            assert torch.equal(found, expected)
+    other = make("scalar" if decay == "channel" else "channel", "scalar", "scalar", gate="none")["decay"]
+    with pytest.raises(ValueError, match=f"{names[0].__name__} takes a decay of .* or use chunk_"):
+        names[0](*parts[:3], other, parts[4])
+
+
+@pytest.mark.parametrize("gate", ["none", "softplus", "bounded"])
+@pytest.mark.parametrize(("decay", "erase", "write"), FAMILY)
+def test_chunks_are_as_token_by_token(decay, erase, write, gate):
+    x = make(decay, erase, write, gate=gate)
+    for found, expected in zip(chunk_delta_rule(**x), recurrent_delta_rule(**x), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+def test_no_decay_is_a_decay_of_zero():
+    x = make("scalar", "scalar", "scalar", gate="none")
+    zero = {**x, "decay": torch.zeros_like(x["decay"])}
+    for rule in (chunk_delta_rule, recurrent_delta_rule):
+        for found, expected in zip(rule(**{**x, "decay": None}), rule(**zero), strict=True):
+            torch.testing.assert_close(found, expected)
+
+
+def test_a_word_names_an_implementation():
     x = make("channel", "scalar", "scalar", gate="none")
-    parts = [x[name] for name in ("q", "k", "v", "decay", "beta")]
-    assert torch.equal(gated_delta_rule(*parts).out, kda(*parts).out)
+    assert torch.equal(chunk_delta_rule(**x, impl="reference").out, chunk_delta_rule(**x).out)
+    with pytest.raises(ValueError, match="not a valid Impl"):
+        chunk_delta_rule(**x, impl="fast")
 
 
 @pytest.mark.parametrize("gate", ["softplus", "bounded"])
@@ -80,14 +118,14 @@ def test_documents_and_splits_are_as_the_whole(decay, erase, write, gate):
     def cut(part):
         return {n: p[:, part] if n in tokens and p is not None else p for n, p in x.items()}
 
-    whole, last = gated_delta_rule(**x)
-    one = gated_delta_rule(**cut(slice(0, 18)))
-    two = gated_delta_rule(**cut(slice(18, 21)), state=one.state)
+    whole, last = chunk_delta_rule(**x)
+    one = chunk_delta_rule(**cut(slice(0, 18)))
+    two = chunk_delta_rule(**cut(slice(18, 21)), state=one.state)
     torch.testing.assert_close(torch.cat([one.out, two.out], 1), whole)
     torch.testing.assert_close(two.state, last)
-    packed, states = gated_delta_rule(**x, segments=Segments([18, 0, 3]))
+    packed, states = chunk_delta_rule(**x, segments=Segments([18, 0, 3]))
     torch.testing.assert_close(packed[:, :18], one.out)
-    torch.testing.assert_close(packed[:, 18:], gated_delta_rule(**cut(slice(18, 21))).out)
+    torch.testing.assert_close(packed[:, 18:], chunk_delta_rule(**cut(slice(18, 21))).out)
     assert (states[1] == 0).all()
 
 
@@ -105,6 +143,7 @@ WRONG = {
     "a gate without its bias": ({"dt_bias": None}, r"dt_bias must be \[2\]"),
     "a bias per channel for a decay per head": ({"dt_bias": torch.zeros(32)}, r"dt_bias must be \[2\]"),
     "a bias without a gate": ({"gate": "none"}, "a_log must be None"),
+    "a gate without a decay": ({"decay": None}, 'gate "softplus" needs a decay'),
     "decay of two axes": ({"decay": torch.zeros(1, 21)}, "decay must be"),
     "decay of other heads": ({"decay": torch.zeros(1, 21, 3)}, r"must be \[3\]"),
 }
@@ -114,7 +153,7 @@ WRONG = {
 def test_what_cannot_work_is_refused(name):
     change, message = WRONG[name]
     with pytest.raises(ValueError, match=message):
-        gated_delta_rule(**{**make("scalar", "scalar", "scalar"), **change})
+        chunk_delta_rule(**{**make("scalar", "scalar", "scalar"), **change})
 
 
 def interpreted(function):
@@ -135,7 +174,7 @@ def test_the_kernels_match_the_reference(decay, erase, write, packed):
     state = torch.randn(3 if packed else 1, 2, 16, 20, requires_grad=True)
     leaves["state"] = state
     found, expected = (
-        gated_delta_rule(**x, **settings, state=state, impl=impl) for impl in (Impl.TRITON, Impl.REFERENCE)
+        chunk_delta_rule(**x, **settings, state=state, impl=impl) for impl in (Impl.TRITON, Impl.REFERENCE)
     )
     grads = (torch.randn_like(found.out), torch.randn_like(found.state))
     mine, theirs = (torch.autograd.grad(result, list(leaves.values()), grads) for result in (found, expected))
@@ -155,7 +194,7 @@ def test_the_op_compiles_whole_and_keeps_torch_s_contracts(decay, erase, write):
     leaves = [x[name] for name in names]
 
     def step(*parts):
-        return gated_delta_rule(**dict(zip(names, parts, strict=True)), **rest, impl=Impl.TRITON).out
+        return chunk_delta_rule(**dict(zip(names, parts, strict=True)), **rest, impl=Impl.TRITON).out
 
     torch.compiler.reset()
     results = []
@@ -165,9 +204,9 @@ def test_the_op_compiles_whole_and_keeps_torch_s_contracts(decay, erase, write):
     for eager, compiled in zip(*results, strict=True):
         assert torch.equal(eager, compiled)
     order = ("q", "k", "v", "decay", "beta", "a_log", "dt_bias", "erase", "write")
-    settings = (None, *[None] * 5, "softplus", -5.0, True, erase != "none", True)
+    settings = (None, *[None] * 5, "softplus", -5.0, True, True, None, erase, write, True)
     torch.library.opcheck(
-        importlib.import_module("gendistill.ops.triton_ops").kda_forward,
+        delta_rule_forward,
         (*(x.get(name) for name in order), *settings),
         test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
     )
@@ -179,8 +218,8 @@ def test_how_states_and_gates_lie_in_memory_changes_nothing():
     state = torch.randn(1, 2, 20, 16).transpose(2, 3)
     strided = {**x, "a_log": torch.randn(4)[::2], "dt_bias": torch.randn(1).expand(32)}
     plain = {**strided, **{name: strided[name].contiguous() for name in ("a_log", "dt_bias")}}
-    found = gated_delta_rule(**strided, state=state, impl=Impl.TRITON)
-    expected = gated_delta_rule(**plain, state=state.contiguous(), impl=Impl.TRITON)
+    found = chunk_delta_rule(**strided, state=state, impl=Impl.TRITON)
+    expected = chunk_delta_rule(**plain, state=state.contiguous(), impl=Impl.TRITON)
     assert torch.equal(found.out, expected.out)
     assert torch.equal(found.state, expected.state)
 
@@ -195,7 +234,7 @@ def test_compiled_gradients_are_right_where_heads_come_before_tokens(monkeypatch
 
     def step(*parts):
         q, k, v = (part.transpose(1, 2) for part in parts[:3])
-        return gated_kda(q, k, v, *parts[3:], **gates, impl=Impl.TRITON).out
+        return chunk_kda(q, k, v, *parts[3:], **gates, impl=Impl.TRITON).out
 
     expected = torch.autograd.grad(step(*leaves).square().sum(), leaves)
     # what is compiled for a graph does not change with how its ops are registered
@@ -206,10 +245,35 @@ def test_compiled_gradients_are_right_where_heads_come_before_tokens(monkeypatch
 
 
 @interpreted
+def test_no_decay_is_none_on_the_kernels():
+    x = {**make("scalar", "scalar", "scalar", gate="none", dtype=torch.float32), "decay": None}
+    found, expected = chunk_delta_rule(**x, impl="triton"), chunk_delta_rule(**x)
+    assert distance(found.out, expected.out) < 5e-3
+    assert distance(found.state, expected.state) < 5e-3
+
+
+@interpreted
+@pytest.mark.parametrize("gate", ["none", "bounded"])
+def test_the_recurrent_kernel_matches_the_reference_and_keeps_the_state(gate):
+    x = make("channel", "scalar", "scalar", gate=gate, T=3, dtype=torch.float32)
+    state = torch.randn(1, 2, 16, 20)
+    before = state.clone()
+    with torch.no_grad():
+        for given in (None, state):
+            found, expected = (recurrent_delta_rule(**x, state=given, impl=impl) for impl in Impl)
+            assert distance(found.out, expected.out) < 1e-5
+            assert distance(found.state, expected.state) < 1e-5
+    assert torch.equal(state, before)
+    other = make("scalar", "scalar", "scalar", T=3, dtype=torch.float32)
+    with pytest.raises(ValueError, match="use chunk_delta_rule"):
+        recurrent_delta_rule(**other, impl="triton")
+
+
+@interpreted
 def test_no_rows_are_no_output():
     x = make("channel", "scalar", "scalar", dtype=torch.float32)
     empty = {name: part[:0] if name not in ("a_log", "dt_bias", "gate") else part for name, part in x.items()}
-    out, state = gated_delta_rule(**empty, impl=Impl.TRITON)
+    out, state = chunk_delta_rule(**empty, impl=Impl.TRITON)
     assert out.shape == (0, 21, 2, 20)
     assert state.shape == (0, 2, 16, 20)
 
@@ -219,13 +283,13 @@ def test_tensors_of_the_cpu_are_refused():
     pytest.importorskip("triton", reason="the Triton kernels need triton")
     x = make("channel", "scalar", "scalar", dtype=torch.float32)
     with pytest.raises(ValueError, match="NVIDIA GPU"):
-        gated_delta_rule(**x, impl=Impl.TRITON)
+        chunk_delta_rule(**x, impl=Impl.TRITON)
 
 
 def test_all_heads_may_share_queries_keys_and_values():
     x = make("channel", "scalar", "scalar", gate="none", H=1)
     wide = {name: x[name].expand(-1, -1, 4, *x[name].shape[3:]) for name in ("decay", "beta")}
-    found = gated_delta_rule(**{**x, **wide})
-    expected = gated_delta_rule(**x)
+    found = chunk_delta_rule(**{**x, **wide})
+    expected = chunk_delta_rule(**x)
     torch.testing.assert_close(found.out, expected.out.expand(-1, -1, 4, -1))
     torch.testing.assert_close(found.state, expected.state.expand(-1, 4, -1, -1))

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from gendistill.ops.select import Impl, is_triton
+
 # One chunk's float32 logits. Small enough on CPU to stay in a last-level cache of 32 MiB: the element-wise part is
 # 2.4 times faster at 24 MiB than at 96 MiB (V = 49,152, two cores), and the matmuls are no slower. On GPU the choice
 # keeps 16k tokens of V = 151,936, D = 1,024 under 2 GiB even when the head trains (1.9 GiB; 1.3 GiB when it does not);
@@ -27,7 +29,7 @@ GPU_CHUNK_BYTES = 192 * 2**20
 
 
 class Divergence(StrEnum):
-    """Name what is compared: teacher P against student Q, or data against student."""
+    """What is compared: teacher P against student Q, or data against student."""
 
     FORWARD_KL = "kl"
     REVERSE_KL = "reverse_kl"
@@ -55,7 +57,7 @@ class Term:
 
 
 class DivergenceOutput(NamedTuple):
-    """Hold sums over the counted positions.
+    """Sums over the counted positions.
 
     Attributes:
         total: Float32 scalar, weighted sum of the terms in nats; differentiable.
@@ -79,6 +81,7 @@ def linear_divergence(
     num_labels: int | None = None,
     ignore_index: int = -100,
     chunk_size: int | None = None,
+    impl: Impl | str = Impl.REFERENCE,
 ) -> DivergenceOutput:
     """Compare student and teacher over the whole vocabulary at every counted position, in one pass.
 
@@ -95,10 +98,15 @@ def linear_divergence(
         num_labels: Number of labels that count, if known on the host: saves a device synchronisation.
         ignore_index: Label of positions that do not count.
         chunk_size: Tokens per chunk; by default from the vocabulary.
+        impl: Implementation: ``reference`` on every device; there are no kernels yet.
     Raises:
-        ValueError: No term, a term without its teacher, or vocabularies of different sizes.
+        ValueError: No term, a term without its teacher, vocabularies of different sizes, or ``impl`` is ``triton``.
     Source: JSD as in arXiv 2306.13649, eq. 1.
     """
+    if is_triton(impl):
+        raise ValueError(
+            'impl "triton" is not available for linear_divergence: it has no kernels yet; use "reference"'
+        )
     if not terms:
         raise ValueError("linear_divergence needs at least one term")
     uses_teacher = any(term.kind is not Divergence.CE for term in terms)

@@ -30,6 +30,8 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from gendistill_kernels.runtime.memory import Part
+
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 _VERSION = ".".join(triton.__version__.split(".")[:2])
@@ -44,47 +46,12 @@ _HEADS: dict[str, Callable[[Any, Any], tuple[Any, ...]]] = {
         kernel.packed_metadata, None, None, None, None, None, run.arg_annotations, run.kernel_signature,
     ),
 }  # fmt: skip
-# places of which a kernel keeps the encoded descriptor; workspaces of a step come back to the same places in the next
-_PLACES = 4096
-
-
-class Part:
-    """Stand for a contiguous tensor in a larger piece of memory, made where somebody looks at it.
-
-    Launches read its address, and do not pay for a tensor of its own.
-
-    Args:
-        whole: The piece of memory.
-        start: Its address.
-        offset: Of the tensor in it, in bytes; a multiple of 16.
-        shape, dtype: Of the tensor.
-    """
-
-    __slots__ = ("_place", "dtype", "offset", "shape", "whole")
-
-    def __init__(
-        self, whole: Tensor, start: int, offset: int, shape: tuple[int, ...], dtype: torch.dtype
-    ) -> None:
-        self.whole, self.offset, self.shape, self.dtype = whole, offset, shape, dtype
-        self._place = start + offset
-
-    def data_ptr(self) -> int:
-        """Return the tensor's address."""
-        return self._place
-
-    def get_device(self) -> int:
-        """Return the number of its device, -1 for the CPU."""
-        return self.whole.get_device()
-
-    @property
-    def tensor(self) -> Tensor:
-        """The tensor."""
-        size = math.prod(self.shape) * self.dtype.itemsize
-        return self.whole[self.offset : self.offset + size].view(self.dtype).view(self.shape)
+# addresses of which a kernel keeps the encoded descriptor; workspaces of a step come back to them in the next
+_KEPT = 4096
 
 
 class Blocks(TensorDescriptor):
-    """Describe a contiguous tensor as a matrix read in blocks.
+    """A contiguous tensor, described as a matrix that is read in blocks.
 
     All axes but the last are the matrix's rows. Made without the checks of a ``TensorDescriptor``, which every launch
     would pay for; what only a first launch asks for is computed then.
@@ -123,7 +90,7 @@ class Blocks(TensorDescriptor):
 
 
 class Fixed:
-    """Hold what does not change from one launch to the next: ``launcher[Fixed(grid, ...)](arguments)``.
+    """What does not change from one launch to the next: ``launcher[Fixed(grid, ...)](arguments)``.
 
     Whoever makes one promises to hand it to one launcher only, with arguments that differ in nothing but the places of
     tensors and blocks: not in classes, dtypes, devices, shapes of blocks, nor numbers.
@@ -169,7 +136,7 @@ def kinds_of(parts: Sequence[Tensor | None]) -> tuple[Kind | None, ...]:
     return tuple([None if part is None else (part.dtype, part.get_device()) for part in parts])
 
 
-def check_places(names: Sequence[str], kinds: Sequence[Kind | None], *, first: Kind | None) -> None:
+def check_devices(names: Sequence[str], kinds: Sequence[Kind | None], *, first: Kind | None) -> None:
     """Refuse tensors that are not where q is; a repeated launch would take their addresses for the GPU's.
 
     Args:
@@ -354,7 +321,7 @@ class Launcher:
 
 
 class _Compiled:
-    """Hold a compiled kernel's C launcher, all that it gets from call to call, and encoded descriptors.
+    """A compiled kernel's C launcher, all that it gets from call to call, and encoded descriptors.
 
     Args:
         start, head: The C launcher, and what it gets first.
@@ -402,7 +369,7 @@ class _Compiled:
 
 def _encode(places: dict[Any, Any], key: Any, block: Blocks, meta: Any) -> Sequence[Any]:
     """Encode a block's descriptor, and keep it."""
-    if len(places) >= _PLACES:
+    if len(places) >= _KEPT:
         places.clear()
     places[key] = found = nvidia.make_tensordesc_arg(block, meta)
     return found

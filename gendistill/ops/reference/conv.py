@@ -18,21 +18,7 @@ def causal_conv(
     state: Tensor | None = None,
     segments: Segments | None = None,
 ) -> OpOutput:
-    """Convolve every channel with its own ``W`` taps: ``y_t = sum_j weight[j] x_{t - (W - 1) + j} + bias``.
-
-    Args:
-        x: ``[B, T, C]``.
-        weight: ``[C, W]``; the last tap multiplies the current token.
-        bias: ``[C]`` or None.
-        activation: ``identity`` or ``silu``.
-        state: ``[N, C, W - 1]``, inputs before the first token, or None for zeros. ``N`` is B, or the number of
-            segments.
-        segments: Documents packed on the token axis (then ``B == 1``), each with its own history.
-    Returns:
-        ``out`` ``[B, T, C]`` in ``x.dtype``; ``state`` ``[N, C, W - 1]``, the last inputs of every sequence.
-    Raises:
-        ValueError: Shapes disagree or the activation is unknown.
-    """
+    """Convolve every channel with its own ``W`` taps, in ``x.dtype``; as :func:`gendistill.ops.causal_conv`."""
     batch, length, channels = x.shape
     taps = weight.shape[-1]
     history = taps - 1

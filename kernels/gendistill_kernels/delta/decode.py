@@ -19,7 +19,6 @@ import functools
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
 
 import torch
 import triton
@@ -27,11 +26,11 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from gendistill_kernels.configs import cached, lookup
-from gendistill_kernels.delta_chunk import Rule
-from gendistill_kernels.delta_chunk_forward import log2_decay
-from gendistill_kernels.delta_plan import check_gate
-from gendistill_kernels.launch import Fixed, Kind, Launcher, check_places, kinds_of, on_its_device
+from gendistill_kernels.delta.device import log2_decay
+from gendistill_kernels.delta.rows import TABLE
+from gendistill_kernels.delta.rule import Convolution, Finish, Heads, Rule, check_gate
+from gendistill_kernels.runtime.launch import Fixed, Kind, Launcher, check_devices, kinds_of, on_its_device
+from gendistill_kernels.runtime.lookup import cached
 
 _TENSORS = (
     "q", "k", "v", "decay", "beta", "state", "out", "A_log", "dt_bias",
@@ -42,47 +41,6 @@ _VIEWS = {"q", "k", "v", "decay", "beta", "gate"}
 _STATES = {"state", "the convolution's state"}
 # bytes of state above which caching it would only push out what other kernels read
 _STREAM_FROM = 1 << 24
-
-
-class Heads(NamedTuple):
-    """Count the heads of q, k and v; each count divides that of the state."""
-
-    q: int
-    k: int
-    v: int
-
-
-class Convolution(NamedTuple):
-    """Describe the short convolution of q, k and v.
-
-    Attributes:
-        weight: ``[C, W]``, contiguous, or one for each of q, k and v; the last tap multiplies the current token.
-        state: ``[N, C, W - 1]`` inputs before the first token, contiguous, in the dtype of the inputs or float32;
-            updated in place. None for one tap.
-        bias: ``[C]``, or one for each of q, k and v, or None.
-        activation: ``identity`` or ``silu``.
-    """
-
-    weight: Tensor | Sequence[Tensor]
-    state: Tensor | None
-    bias: Tensor | Sequence[Tensor] | None = None
-    activation: Literal["identity", "silu"] = "identity"
-
-
-class Finish(NamedTuple):
-    """Describe what happens to the output of every head.
-
-    Attributes:
-        norm_weight: ``[V]`` of an RMSNorm over the head's channels, or None for no norm.
-        norm_eps: Of that norm.
-        gate: ``[N, T, H * V]`` raw output gate, or None.
-        gate_activation: ``silu``, ``sigmoid`` or ``none``.
-    """
-
-    norm_weight: Tensor | None = None
-    norm_eps: float = 1e-6
-    gate: Tensor | None = None
-    gate_activation: Literal["silu", "sigmoid", "none"] = "silu"
 
 
 @triton.jit
@@ -234,10 +192,10 @@ def decode_kernel(
             columns = block * BV + tl.arange(0, BV)
             cells, inside = rows[:, None] * V + columns[None, :], (rows < K)[:, None] & (columns < V)[None, :]
             if M == 1:
-                cells, places, live = head * (K * V) + cells, head * V + columns, columns < V
+                cells, columns_out, live = head * (K * V) + cells, head * V + columns, columns < V
             else:
                 cells, inside = head[:, None, None] * (K * V) + cells[None, :, :], inside[None, :, :]
-                places, live = head[:, None] * V + columns[None, :], (columns < V)[None, :]
+                columns_out, live = head[:, None] * V + columns[None, :], (columns < V)[None, :]
             if GROUP % M != 0:
                 inside, live = inside & exists[:, None, None], live & exists[:, None]
             cells += sequence * (H * K * V)
@@ -302,8 +260,8 @@ def decode_kernel(
                         y *= _each(tl.rsqrt(tl.sum(y * y, ROWS) / V + eps), M)
                     if norm_weight is not None or gate is not None:
                         y *= end
-                place = (sequence * T + token) * (H * V) + places
-                tl.store(out + place, y.to(out.dtype.element_ty), mask=live)
+                cells_out = (sequence * T + token) * (H * V) + columns_out
+                tl.store(out + cells_out, y.to(out.dtype.element_ty), mask=live)
             if W > 1:
                 # the last head that reads a channel moves its window on
                 ends_q, ends_k = (head_row + 1) % (H // HQ) == 0, (head_row + 1) % (H // HK) == 0
@@ -439,13 +397,13 @@ def _plan(
     Returns: The launch, and the numbers that it takes after the tensors.
     """
     first = kinds[0]
-    check_places(_TENSORS, kinds, first=first)
+    check_devices(_TENSORS, kinds, first=first)
     W = 0 if layouts[9] is None else layouts[9][0][1]
     N, T, H, K, V = _check(kinds, layouts, heads, rule, W)
     size = 2 if first is None else first[0].itemsize
     BK, wide = (max(16, triton.next_power_of_2(channels)) for channels in (K, V))
     groups = math.gcd(*heads) if W > 1 else H
-    config = lookup(device, "decode" if groups == H else "decode_group", BK, wide, size)
+    config = TABLE.lookup(device, "decode" if groups == H else "decode_group", BK, wide, size)
     BV = min(wide, max(16, config.block // BK))
     # heads of a group that a program takes at once
     members = 1 if wide > BV else min(triton.next_power_of_2(H // groups), max(1, config.block // (BK * BV)))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 
-from gendistill.ops.types import Impl, is_triton, triton_ops
+from gendistill.ops.reference.norm import gated_rms_norm as reference_norm
+from gendistill.ops.select import Impl, contract, is_triton
 
 
 def gated_rms_norm(
@@ -16,7 +17,7 @@ def gated_rms_norm(
     *,
     activation: str = "silu",
     eps: float = 1e-6,
-    impl: Impl = Impl.REFERENCE,
+    impl: Impl | str = Impl.REFERENCE,
 ) -> Tensor:
     """Compute ``rms_norm(out) * weight * activation(gate)``.
 
@@ -26,10 +27,10 @@ def gated_rms_norm(
         gate: ``[..., H * V]`` raw, or None with ``activation="none"``.
         activation: ``silu``, ``sigmoid`` or ``none``.
         eps: Of the norm.
-        impl: Implementation; :func:`gendistill.ops.resolve_impl` chooses one.
+        impl: Implementation; :func:`gendistill.ops.resolve` chooses one.
     Returns: ``[..., H * V]`` in ``out.dtype``.
     Raises:
-        ValueError: The activation is unknown, or says nothing of the gate's being there.
+        ValueError: The activation is unknown, or does not say whether there is a gate.
     """
     if activation not in ("silu", "sigmoid", "none") or (gate is None) != (activation == "none"):
         given = "no gate" if gate is None else "a gate"
@@ -37,10 +38,13 @@ def gated_rms_norm(
             f'activation must be silu or sigmoid with a gate and none without, got "{activation}" and {given}'
         )
     if is_triton(impl):
-        return triton_ops().triton_gated_norm(out, weight, gate, activation, eps)
-    if weight is not None:
-        out = F.rms_norm(out, weight.shape, weight, eps)
-    out = out.flatten(-2)
-    if gate is None:
-        return out
-    return out * (F.silu(gate) if activation == "silu" else torch.sigmoid(gate))
+        return _contract().gated_rms_norm(out, weight, gate, activation=activation, eps=eps)
+    return reference_norm(out, weight, gate, activation=activation, eps=eps)
+
+
+def _contract():
+    if TYPE_CHECKING:
+        import gendistill.ops.contracts.norm as found
+
+        return found
+    return contract("norm")

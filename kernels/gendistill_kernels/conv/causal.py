@@ -18,55 +18,19 @@ Legend: T tokens, C channels, W taps, BC channels of one program, N sequences.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from gendistill_kernels.configs import Config, lookup
-from gendistill_kernels.launch import Launcher, on_its_device
-
-TILE = 64
-
-
-class Tiles(NamedTuple):
-    """Say where the tiles of packed sequences are; all int32 on the device.
-
-    Attributes:
-        cu_seqlens: ``[N + 1]`` ends of the sequences.
-        owners: ``[tiles]`` sequence of every tile.
-        firsts: ``[tiles]`` its first token, counted from the start of the sequence.
-    """
-
-    cu_seqlens: Tensor | None
-    owners: Tensor | None
-    firsts: Tensor | None
-
-    @classmethod
-    def of(cls, lengths: Sequence[int], device: torch.device | str) -> Tiles:
-        """Cut sequences of these lengths, laid end to end. One without tokens has a tile too: its state is copied."""
-        ends, owners, firsts = [0], [], []
-        for sequence, length in enumerate(lengths):
-            parts = range(0, max(length, 1), TILE)
-            owners.extend([sequence] * len(parts))
-            firsts.extend(parts)
-            ends.append(ends[-1] + length)
-        return cls(*(torch.tensor(part, dtype=torch.int32, device=device) for part in (ends, owners, firsts)))
-
+from gendistill_kernels.conv.layout import TILE, Gradients, Tiles
+from gendistill_kernels.conv.rows import TABLE
+from gendistill_kernels.runtime.launch import Launcher, on_its_device
+from gendistill_kernels.runtime.lookup import Config
 
 _UNPACKED = Tiles(None, None, None)
-
-
-class Gradients(NamedTuple):
-    """Hold the gradients of the inputs, in their shapes and dtypes; None where there was no input."""
-
-    x: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    state: Tensor | None
 
 
 @triton.jit
@@ -312,7 +276,7 @@ def conv_forward(
         ``[B, T, C]`` and the new state ``[N, C, W - 1]``, both contiguous and in ``x.dtype``.
     """
     _check_rows("x", x)
-    config = lookup(x.device, "conv_forward", size=x.dtype.itemsize)
+    config = TABLE.lookup(x.device, "conv_forward", x.dtype.itemsize)
     N, number, block, blocks = _sizes(x, weight, activation, state, tiles, config)
     (B, T, C), W = x.shape, weight.shape[1]
     out = torch.empty(B, T, C, dtype=x.dtype, device=x.device)
@@ -350,7 +314,7 @@ def conv_backward(
     """
     _check_rows("x", x)
     _check_rows("grad_out", grad_out)
-    config = lookup(x.device, "conv_backward", size=x.dtype.itemsize)
+    config = TABLE.lookup(x.device, "conv_backward", x.dtype.itemsize)
     _, number, block, blocks = _sizes(x, weight, activation, state, tiles, config)
     (B, T, C), W = x.shape, weight.shape[1]
     # each program sums over a share of the tiles that only the shape decides: the same input gives the same bits

@@ -1,11 +1,11 @@
 """Chunked gated delta rule, backward: a scan from the last chunk to the first, then one kernel per chunk.
 
-With dS' the gradient of the state after a chunk (see ``delta_chunk_forward`` for the other names)::
+With dS' the gradient of the state after a chunk (see ``forward`` for the other names)::
 
     dN = P^T dO + kt dS'      dXb = T^T dN      dX = beta dXb      dS = e^G_C dS' + qd^T dO - kd^T dX
 
 ``reverse_scan`` carries dS and stores dXb and dS'. ``values`` and ``keys`` then need nothing but their chunk;
-``keys_wild`` takes those that are out of range::
+``keys_levels`` takes those that are out of range::
 
     dP = tril(dO N^T)         dM = -stril(dX N^T)         M = L / beta, the products of decayed keys
     dq = e^G (dO S^T) + sum_j dP_ij k_j e^(G_i - G_j)                        (q with its scale)
@@ -19,7 +19,7 @@ L2-normalised q and k with their gradients, which the normalisation's backward n
 ``<dXb_i, 2 N_i - beta_i v_i>``: the output is linear in q_i, and the key acts once through what it writes, N_i, and
 once through what it reads, beta_i v_i - N_i.
 
-Where one strength does not both erase and write (see ``delta_chunk_forward``), dX is ``T^T dN``, with a the key that
+Where one strength does not both erase and write (see ``forward``), dX is ``T^T dN``, with a the key that
 erases and u what is written::
 
     dL = -stril(dX N^T)       dv = write dX                 dwrite = v dX
@@ -39,15 +39,15 @@ Source: derived in the project's notes and checked against float64 autograd of t
 import triton
 import triton.language as tl
 
-from gendistill_kernels.delta_chunk_forward import (
+from gendistill_kernels.delta.device import (
+    chunk_bounds,
     decay_of_tokens,
     exp2,
-    kind_of,
     log2_decay,
     narrow,
-    place,
+    part_of,
+    scan_of,
     sigmoid,
-    walk_of,
 )
 
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
@@ -55,17 +55,17 @@ LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def reverse_scan_kernel(
-    qd, kd, kt, p, tb, gc, strength, grad_out, grad_state_out,
-    grads, errors, grad_state_in,
-    walks, tokens,
+    qd, kd, kt, A_qk, inverse, totals, strength, grad_out, grad_state_out,
+    dh, d_residuals, grad_state_in,
+    scans, tokens,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BLOCKS: tl.constexpr,
     C: tl.constexpr, PACKED: tl.constexpr, HAS_GRAD: tl.constexpr, WANT_GRAD: tl.constexpr, STAGES: tl.constexpr,
     SUMMARY: tl.constexpr, CUT: tl.constexpr, ERASE: tl.constexpr,
 ):  # fmt: skip
-    """Walk one sequence backwards, or if ``CUT`` a segment; as ``SUMMARY`` only to find the gradient at its start."""
+    """Scan one sequence backwards, or if ``CUT`` a span; as ``SUMMARY`` only to find the gradient at its start."""
     block, chain = tl.program_id(0) % BLOCKS, tl.program_id(0) // BLOCKS
     head = chain % H
-    sequence, start, length, first = walk_of(walks, chain // H, tokens, C, PACKED)
+    sequence, start, length, first = scan_of(scans, chain // H, tokens, C, PACKED)
     channels = tl.arange(0, BK)
     columns = block * BV + tl.arange(0, BV)
     rows = tl.arange(0, C)
@@ -76,10 +76,10 @@ def reverse_scan_kernel(
     state = tl.zeros([BV, BK], tl.float32)
     if HAS_GRAD:
         state = tl.load(grad_state_out + cells, mask=inside, other=0.0).to(tl.float32)
-    places = grad_out + (start + rows)[:, None] * (H * V) + head * V + columns[None, :]
+    at_out = grad_out + (start + rows)[:, None] * (H * V) + head * V + columns[None, :]
     if SUMMARY:
-        # no gradient is carried past the first segment
-        kind, _ = kind_of(walks, chain // H)
+        # no gradient is carried past the first span
+        kind, _ = part_of(scans, chain // H)
         length = tl.where((kind == 1) | (kind == 3), 0, length)
     steps = tl.cdiv(length, C)
     for back in tl.range(0, steps, num_stages=STAGES):
@@ -87,38 +87,38 @@ def reverse_scan_kernel(
         tile = (first + step) * H + head
         row = (tile * C).to(tl.int32)
         live = (step * C + rows < length)[:, None] & wide[None, :]
-        incoming = tl.load(places + (step + first * 0) * C * (H * V), mask=live, other=0.0)
-        scores = p.load([row, 0])
+        incoming = tl.load(at_out + (step + first * 0) * C * (H * V), mask=live, other=0.0)
+        scores = A_qk.load([row, 0])
         tail = kt.load([row, 0])
         if ERASE != "none":
-            solve = tb.load([row, 0])
+            solve = inverse.load([row, 0])
         queries = qd.load([row, 0])
         if ERASE != "none":
             keys = kd.load([row, 0])
-        gain = exp2(tl.load(gc + tile * BK + channels))
+        gain = exp2(tl.load(totals + tile * BK + channels))
         if ERASE == "tied":
             beta = tl.load(strength + tile * C + rows)
         left = state.to(dtype)
         if not SUMMARY:
             wide_cells = tile * BK * V + columns[:, None] * BK + channels[None, :]
-            tl.store(grads + wide_cells, left, mask=wide[:, None])
+            tl.store(dh + wide_cells, left, mask=wide[:, None])
         upstream = tl.trans(incoming)
         new = tl.dot(upstream, scores) + tl.dot(left, tl.trans(tail))
         if ERASE != "none":
-            error = tl.dot(new.to(dtype), solve)
+            d_residual = tl.dot(new.to(dtype), solve)
         else:
-            error = new
+            d_residual = new
         if not SUMMARY:
             flat = tile * C * V + rows[:, None] * V + columns[None, :]
-            tl.store(errors + flat, tl.trans(error).to(dtype), mask=wide[None, :])
+            tl.store(d_residuals + flat, tl.trans(d_residual).to(dtype), mask=wide[None, :])
         state = state * gain[None, :] + tl.dot(upstream, queries)
         if ERASE == "tied":
-            state -= tl.dot((error * beta[None, :]).to(dtype), keys)
+            state -= tl.dot((d_residual * beta[None, :]).to(dtype), keys)
         elif ERASE != "none":
-            state -= tl.dot(error.to(dtype), keys)
+            state -= tl.dot(d_residual.to(dtype), keys)
     if WANT_GRAD:
         if CUT and not SUMMARY:
-            kind, whole = kind_of(walks, chain // H)
+            kind, whole = part_of(scans, chain // H)
             cells += (whole - sequence) * H * K * V
             inside = inside & ((kind == 1) | (kind == 3))
         tl.store(grad_state_in + cells, state, mask=inside)
@@ -134,7 +134,7 @@ def _inverse_power_of_2(x):
 
 @triton.jit
 def values_kernel(
-    v, strength, out, grad_out, news, errors,
+    v, strength, out, grad_out, v_new, d_residuals,
     dv, db, d_scores, d_lower, units, rows_out,
     chunk_starts, chunk_lengths, tokens, write, d_write,
     H: tl.constexpr, HV: tl.constexpr, SV: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
@@ -142,7 +142,7 @@ def values_kernel(
 ):  # fmt: skip
     """Do what only depends on values: dv, the gradient of the strength, and those of the chunk's two score matrices."""
     chunk, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    start, length = place(chunk, tokens, chunk_starts, chunk_lengths, C, PACKED)
+    start, length = chunk_bounds(chunk, tokens, chunk_starts, chunk_lengths, C, PACKED)
     rows, columns = tl.arange(0, C), tl.arange(0, BV)
     i, j = rows[:, None], rows[None, :]
     live = rows < length
@@ -153,25 +153,25 @@ def values_kernel(
     dtype = grad_out.dtype.element_ty
 
     flat = tile * C * V + i * V + columns[None, :]
-    places = (token * H + head)[:, None] * V + columns[None, :]
-    new = tl.load(news + flat, mask=full, other=0.0)
-    error = tl.load(errors + flat, mask=full, other=0.0)
+    at_out = (token * H + head)[:, None] * V + columns[None, :]
+    new = tl.load(v_new + flat, mask=full, other=0.0)
+    d_residual = tl.load(d_residuals + flat, mask=full, other=0.0)
     if ERASE == "tied":
         amount = tl.load(strength + tile * C + rows)
-        own = tl.sum(error.to(tl.float32) * new.to(tl.float32), 1)
+        own = tl.sum(d_residual.to(tl.float32) * new.to(tl.float32), 1)
         if SIGMOID:
             d_amount = own * (1.0 - amount)
         else:
             d_amount = tl.where(live, own / tl.where(live, amount, 1.0), 0.0)
         tl.store(db + token * H + head, d_amount, mask=live)
-        pull = (error.to(tl.float32) * amount[:, None]).to(dtype)
-        tl.store(dv + places, pull.to(dv.dtype.element_ty), mask=wide)
+        pull = (d_residual.to(tl.float32) * amount[:, None]).to(dtype)
+        tl.store(dv + at_out, pull.to(dv.dtype.element_ty), mask=wide)
     else:
-        own = tl.sum(error.to(tl.float32) * new.to(tl.float32), 1)
+        own = tl.sum(d_residual.to(tl.float32) * new.to(tl.float32), 1)
         value = tl.load(
             v + token[:, None] * SV + (head // (H // HV)) * V + columns[None, :], mask=wide, other=0.0
         )
-        d_gate = error.to(tl.float32) * value.to(tl.float32)
+        d_gate = d_residual.to(tl.float32) * value.to(tl.float32)
         if write is None:
             amount = tl.load(strength + tile * C + rows)
             gate = amount[:, None]
@@ -180,24 +180,24 @@ def values_kernel(
                 d_amount *= amount * (1.0 - amount)
             tl.store(db + token * H + head, d_amount.to(db.dtype.element_ty), mask=live)
         else:
-            gate = tl.load(write + places, mask=wide, other=0.0).to(tl.float32)
+            gate = tl.load(write + at_out, mask=wide, other=0.0).to(tl.float32)
             if SIGMOID:
                 gate = sigmoid(gate)
                 d_gate *= gate * (1.0 - gate)
-            tl.store(d_write + places, d_gate.to(d_write.dtype.element_ty), mask=wide)
-        pull = error
-        tl.store(dv + places, (error.to(tl.float32) * gate).to(dv.dtype.element_ty), mask=wide)
-    upstream = tl.load(grad_out + places, mask=wide, other=0.0)
+            tl.store(d_write + at_out, d_gate.to(d_write.dtype.element_ty), mask=wide)
+        pull = d_residual
+        tl.store(dv + at_out, (d_residual.to(tl.float32) * gate).to(dv.dtype.element_ty), mask=wide)
+    upstream = tl.load(grad_out + at_out, mask=wide, other=0.0)
     if NORM:
-        result = tl.load(out + places, mask=wide, other=0.0)
+        result = tl.load(out + at_out, mask=wide, other=0.0)
         along_q = tl.sum(upstream.to(tl.float32) * result.to(tl.float32), 1)
         if ERASE == "tied":
             value = tl.load(
                 v + token[:, None] * SV + (head // (H // HV)) * V + columns[None, :], mask=wide, other=0.0
             )
-            along_k = 2.0 * own - amount * tl.sum(error.to(tl.float32) * value.to(tl.float32), 1)
+            along_k = 2.0 * own - amount * tl.sum(d_residual.to(tl.float32) * value.to(tl.float32), 1)
         else:
-            along_k = 2.0 * own - tl.sum(error.to(tl.float32) * value.to(tl.float32) * gate, 1)
+            along_k = 2.0 * own - tl.sum(d_residual.to(tl.float32) * value.to(tl.float32) * gate, 1)
         tl.store(rows_out + tile * 3 * C + C + rows, along_q)
         tl.store(rows_out + tile * 3 * C + 2 * C + rows, along_k)
 
@@ -227,7 +227,7 @@ def values_kernel(
 
 @triton.jit
 def _pairs_of_tokens(
-    scores, lower, upstream, error, new, state, grad, x_q, x_k, x_a, amount, gain, upto, inverse_unit,
+    scores, lower, upstream, d_residual, new, state, grad, x_q, x_k, x_a, amount, gain, upto, inverse_unit,
     C: tl.constexpr, ERASE: tl.constexpr,
 ):  # fmt: skip
     """With one decay per head: differences of sums of log-decays scale the pairs themselves."""
@@ -253,7 +253,7 @@ def _pairs_of_tokens(
     if ERASE == "tied":
         since *= amount[:, None]
     if ERASE != "none":
-        d_read -= tl.dot(error, state) * inverse_unit * since
+        d_read -= tl.dot(d_residual, state) * inverse_unit * since
         d_sum += near_a.to(tl.float32) * d_read
     if ERASE == "tied":
         d_write += d_read
@@ -262,7 +262,7 @@ def _pairs_of_tokens(
 
 @triton.jit
 def _pairs_in_range(
-    scores, lower, upstream, error, new, state, grad, x_q, x_k, x_a, amount, gain, upto, inverse_unit,
+    scores, lower, upstream, d_residual, new, state, grad, x_q, x_k, x_a, amount, gain, upto, inverse_unit,
     ERASE: tl.constexpr, RANGE: tl.constexpr,
 ):  # fmt: skip
     """In one product for all pairs of a chunk: ``2^s e^G`` and ``2^-s e^-G`` stay in the range of the operands.
@@ -289,9 +289,9 @@ def _pairs_in_range(
     # two factors after another: their product may be out of range
     d_query += tl.dot(upstream, state) * inverse_unit * UNSHIFT
     if ERASE == "tied":
-        d_read -= tl.dot(error, state) * inverse_unit * (amount * UNSHIFT)[:, None]
+        d_read -= tl.dot(d_residual, state) * inverse_unit * (amount * UNSHIFT)[:, None]
     elif ERASE != "none":
-        d_read -= tl.dot(error, state) * inverse_unit * UNSHIFT
+        d_read -= tl.dot(d_residual, state) * inverse_unit * UNSHIFT
     d_write = tl.dot(new, grad) * inverse_unit * exp2(gain + SHIFT)[None, :]
     both += tl.sum(write.to(tl.float32) * d_write, 0)
     d_write += inner
@@ -306,11 +306,11 @@ def _pairs_in_range(
 
 @triton.jit
 def _pairs_by_level(
-    scores, lower, at_upstream, wide, at_error, at_new, full, at_state, at_grad, high,
-    x_q, x_k, x_a, log_decay, amount, gain, upto, inverse_unit, sums, deep,
+    scores, lower, at_upstream, wide, at_d_residual, at_new, full, at_state, at_grad, high,
+    x_q, x_k, x_a, log_decay, amount, gain, upto, inverse_unit, sums, all_levels,
     C: tl.constexpr, LEVELS: tl.constexpr, WHOLE: tl.constexpr, ERASE: tl.constexpr, RANGE: tl.constexpr,
 ):  # fmt: skip
-    """Level by level down to blocks of 16 tokens, which take one product as above; if ``deep``, to single tokens.
+    """Level by level down to blocks of 16 tokens, which take one product as above; if ``all_levels``, to single tokens.
 
     Tiles are loaded one after another: together they would not fit in the registers, and what is saved in memory costs
     more, for shared memory leaves it no cache.
@@ -319,9 +319,11 @@ def _pairs_by_level(
     rows = tl.arange(0, C)
     i, j = rows[:, None], rows[None, :]
     wide_type = scores.dtype
-    inner = tl.dot(sums.load([(LEVELS + 2) * C, 0]), log_decay) * tl.where(deep, 0.0, 1.0)
+    inner = tl.dot(sums.load([(LEVELS + 2) * C, 0]), log_decay) * tl.where(all_levels, 0.0, 1.0)
     factor, back = exp2(inner + SHIFT), exp2(-SHIFT - inner)
-    near = (j - (i & -(1 << WHOLE))).to(tl.uint32) < (tl.where(deep, 0, 1 << WHOLE) + 0 * i).to(tl.uint32)
+    near = (j - (i & -(1 << WHOLE))).to(tl.uint32) < (tl.where(all_levels, 0, 1 << WHOLE) + 0 * i).to(
+        tl.uint32
+    )
     near_scores = tl.where(near, scores, 0.0)
     read_q = narrow(x_q.to(tl.float32) * factor, wide_type)
     write = narrow(x_k.to(tl.float32) * back, wide_type)
@@ -347,7 +349,7 @@ def _pairs_by_level(
     d_sum += x_q.to(tl.float32) * reads
     d_query += reads
     if ERASE != "none":
-        reads = tl.dot(tl.load(at_error, mask=full, other=0.0), state) * inverse_unit * -factor
+        reads = tl.dot(tl.load(at_d_residual, mask=full, other=0.0), state) * inverse_unit * -factor
         if ERASE == "tied":
             reads *= amount[:, None]
         d_sum += x_a.to(tl.float32) * reads
@@ -368,7 +370,7 @@ def _pairs_by_level(
     pairs = (scores + tl.trans(scores)).to(wide_type)
     if ERASE != "none":
         below = (lower + tl.trans(lower)).to(wide_type)
-    for level in tl.range(tl.where(deep, 0, WHOLE), LEVELS, num_stages=2):
+    for level in tl.range(tl.where(all_levels, 0, WHOLE), LEVELS, num_stages=2):
         half = (1 << level) + 0 * i
         decayed = exp2(tl.dot(sums.load([level * C, 0]), log_decay))
         # columns of the other half of the row's block
@@ -397,17 +399,17 @@ def _pairs_by_level(
 @triton.jit
 def _keys(
     chunk, head, part,
-    q, k, decay, A_log, dt_bias, sums, later, total, norms, rows_in, d_scores, d_lower, units, strength, errors,
-    grad_out, states, grads, news,
+    q, k, decay, A_log, dt_bias, sums, later, total, norms, rows_in, d_scores, d_lower, units, strength, d_residuals,
+    grad_out, h, dh, v_new,
     dq, dk, dg, d_bias, d_rate,
     chunk_starts, chunk_lengths, tokens, scale, lower_bound, erase, d_erase,
     H: tl.constexpr, HQ: tl.constexpr, HK: tl.constexpr, SQ: tl.constexpr, SK: tl.constexpr, K: tl.constexpr,
     V: tl.constexpr, BK: tl.constexpr,
     BV: tl.constexpr, C: tl.constexpr, GATE: tl.constexpr, NORM: tl.constexpr, PACKED: tl.constexpr,
     DOT: tl.constexpr, LEVELS: tl.constexpr, WHOLE: tl.constexpr, W: tl.constexpr, SIGMOID: tl.constexpr,
-    ERASE: tl.constexpr, SCALAR: tl.constexpr, RANGE: tl.constexpr, WILD: tl.constexpr, deep,
+    ERASE: tl.constexpr, SCALAR: tl.constexpr, RANGE: tl.constexpr, BY_LEVEL: tl.constexpr, all_levels,
 ):  # fmt: skip
-    start, length = place(chunk, tokens, chunk_starts, chunk_lengths, C, PACKED)
+    start, length = chunk_bounds(chunk, tokens, chunk_starts, chunk_lengths, C, PACKED)
     rows = tl.arange(0, C)
     channels = part * W + tl.arange(0, W)
     i = rows[:, None]
@@ -456,12 +458,12 @@ def _keys(
     flat = tile * C * V + i * V + columns[None, :]
     cells = tile * BK * V + columns[:, None] * BK + channels[None, :]
     high = (columns < V)[:, None]
-    if not WILD:
+    if not BY_LEVEL:
         upstream = tl.load(grad_out + at_out, mask=wide, other=0.0)
-        error = tl.load(errors + flat, mask=full, other=0.0)
-        new = tl.load(news + flat, mask=full, other=0.0)
-        state = tl.load(states + cells, mask=high, other=0.0)
-        grad = tl.load(grads + cells, mask=high, other=0.0)
+        d_residual = tl.load(d_residuals + flat, mask=full, other=0.0)
+        new = tl.load(v_new + flat, mask=full, other=0.0)
+        state = tl.load(h + cells, mask=high, other=0.0)
+        grad = tl.load(dh + cells, mask=high, other=0.0)
 
     if SCALAR:
         g = decay_of_tokens(raw, live, A_log, dt_bias, head, lower_bound, GATE)
@@ -486,23 +488,23 @@ def _keys(
     else:
         upto = tl.dot(tl.where(rows[:, None] >= rows[None, :], 1.0, 0.0).to(DOT), log_decay)
     # Of what follows, the order keeps apart in shared memory what is multiplied with different halves of the chunk:
-    # ptxas 12.8 loses the address of a right factor that takes the place of an earlier left one.
+    # ptxas 12.8 loses the address of a right factor that takes the chunk_bounds of an earlier left one.
     # A pair of tokens adds to d_sum of the later one what it takes from that of the earlier one, and a write what it
     # adds to the decay after it: the same rounded factors on both sides keep that exact.
     if SCALAR:
         d_query, d_read, d_key, d_sum, both = _pairs_of_tokens(
-            scores, lower, upstream, error, new, state, grad, x_q, x_k, x_a, amount, gain, upto, inverse_unit,
+            scores, lower, upstream, d_residual, new, state, grad, x_q, x_k, x_a, amount, gain, upto, inverse_unit,
             C, ERASE,
         )  # fmt: skip
-    elif WILD:
+    elif BY_LEVEL:
         d_query, d_read, d_key, d_sum, both = _pairs_by_level(
-            scores, lower, grad_out + at_out, wide, errors + flat, news + flat, full, states + cells, grads + cells,
-            high, x_q, x_k, x_a, log_decay, amount, gain, upto, inverse_unit, sums, deep,
+            scores, lower, grad_out + at_out, wide, d_residuals + flat, v_new + flat, full, h + cells, dh + cells,
+            high, x_q, x_k, x_a, log_decay, amount, gain, upto, inverse_unit, sums, all_levels,
             C, LEVELS, WHOLE, ERASE, RANGE,
         )  # fmt: skip
     else:
         d_query, d_read, d_key, d_sum, both = _pairs_in_range(
-            scores, lower, upstream, error, new, state, grad, x_q, x_k, x_a, amount, gain, upto, inverse_unit,
+            scores, lower, upstream, d_residual, new, state, grad, x_q, x_k, x_a, amount, gain, upto, inverse_unit,
             ERASE, RANGE,
         )  # fmt: skip
 
@@ -538,7 +540,7 @@ def _keys(
         # of this part's channels alone: they are added up outside
         sums_of_tokens = tl.sum(d_sum, 1)
         d_decay = tl.sum(tl.where(i >= rows[None, :], sums_of_tokens[:, None], 0.0), 0) + tl.sum(both, 0)
-    elif WILD:
+    elif BY_LEVEL:
         d_decay = tl.cumsum(d_sum, 0, reverse=True) + both[None, :]
     else:
         table = later.load([0, 0])
@@ -546,7 +548,7 @@ def _keys(
         d_decay = tl.dot(table, first)
         d_decay = tl.dot(table, narrow(d_sum - first.to(tl.float32), later.dtype), d_decay) + both[None, :]
     d_decay *= unit
-    if WILD:
+    if BY_LEVEL:
         # not kept: there are too few registers
         raw = tl.load(decay + at, mask=inside, other=0.0).to(tl.float32)
         g = tl.maximum(tl.where(inside, log2_decay(raw, rate, bias, lower_bound, GATE), 0.0), -30000.0)
@@ -576,8 +578,8 @@ def _keys(
 
 @triton.jit
 def keys_kernel(
-    q, k, decay, A_log, dt_bias, sums, later, total, norms, rows_in, d_scores, d_lower, units, strength, errors,
-    grad_out, states, grads, news, wild,
+    q, k, decay, A_log, dt_bias, sums, later, total, norms, rows_in, d_scores, d_lower, units, strength, d_residuals,
+    grad_out, h, dh, v_new, marks,
     dq, dk, dg, d_bias, d_rate,
     chunk_starts, chunk_lengths, tokens, scale, lower_bound, erase, d_erase,
     H: tl.constexpr, HQ: tl.constexpr, HK: tl.constexpr, SQ: tl.constexpr, SK: tl.constexpr, K: tl.constexpr,
@@ -591,11 +593,11 @@ def keys_kernel(
     # the parts of one chunk are neighbours: they read the same tiles
     part, chunk, head = tl.program_id(0) % PARTS, (tl.program_id(0) // PARTS).to(tl.int64), tl.program_id(1)
     # one decay per head has no chunk out of range; the compiler looks at nothing after a constant that decides
-    if SCALAR or tl.load(wild + chunk * H + head) == 0:
+    if SCALAR or tl.load(marks + chunk * H + head) == 0:
         _keys(
             chunk, head, part,
-            q, k, decay, A_log, dt_bias, sums, later, total, norms, rows_in, d_scores, d_lower, units, strength, errors,
-            grad_out, states, grads, news, dq, dk, dg, d_bias, d_rate,
+            q, k, decay, A_log, dt_bias, sums, later, total, norms, rows_in, d_scores, d_lower, units, strength,
+            d_residuals, grad_out, h, dh, v_new, dq, dk, dg, d_bias, d_rate,
             chunk_starts, chunk_lengths, tokens, scale, lower_bound, erase, d_erase,
             H, HQ, HK, SQ, SK, K, V, BK, BV, C, GATE, NORM, PACKED, DOT, LEVELS, WHOLE, W, SIGMOID, ERASE, SCALAR,
             RANGE, False, False,
@@ -603,9 +605,9 @@ def keys_kernel(
 
 
 @triton.jit
-def keys_wild_kernel(
-    q, k, decay, A_log, dt_bias, sums, later, total, norms, rows_in, d_scores, d_lower, units, strength, errors,
-    grad_out, states, grads, news, wild,
+def keys_levels_kernel(
+    q, k, decay, A_log, dt_bias, sums, later, total, norms, rows_in, d_scores, d_lower, units, strength, d_residuals,
+    grad_out, h, dh, v_new, marks,
     dq, dk, dg, d_bias, d_rate,
     chunk_starts, chunk_lengths, tokens, scale, lower_bound, erase, d_erase,
     H: tl.constexpr, HQ: tl.constexpr, HK: tl.constexpr, SQ: tl.constexpr, SK: tl.constexpr, K: tl.constexpr,
@@ -617,12 +619,12 @@ def keys_wild_kernel(
     """Do the same for chunks whose decay is out of range, in blocks of 16 tokens or, where marked so, less."""
     PARTS: tl.constexpr = BK // W
     part, chunk, head = tl.program_id(0) % PARTS, (tl.program_id(0) // PARTS).to(tl.int64), tl.program_id(1)
-    mark = tl.load(wild + chunk * H + head)
+    mark = tl.load(marks + chunk * H + head)
     if mark != 0:
         _keys(
             chunk, head, part,
-            q, k, decay, A_log, dt_bias, sums, later, total, norms, rows_in, d_scores, d_lower, units, strength, errors,
-            grad_out, states, grads, news, dq, dk, dg, d_bias, d_rate,
+            q, k, decay, A_log, dt_bias, sums, later, total, norms, rows_in, d_scores, d_lower, units, strength,
+            d_residuals, grad_out, h, dh, v_new, dq, dk, dg, d_bias, d_rate,
             chunk_starts, chunk_lengths, tokens, scale, lower_bound, erase, d_erase,
             H, HQ, HK, SQ, SK, K, V, BK, BV, C, GATE, NORM, PACKED, DOT, LEVELS, WHOLE, W, SIGMOID, ERASE, SCALAR,
             RANGE, True, mark == 2,

@@ -13,23 +13,17 @@ Every head of every token is one row of V, of o and of the gate alike. Without a
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from gendistill_kernels.configs import Config, lookup
-from gendistill_kernels.launch import Launcher, on_its_device
-
-
-class Gradients(NamedTuple):
-    """Hold the gradients of the inputs, in their shapes and dtypes; None where there was no input."""
-
-    o: Tensor
-    weight: Tensor | None
-    gate: Tensor | None
+from gendistill_kernels.norm.layout import Gradients
+from gendistill_kernels.norm.rows import TABLE
+from gendistill_kernels.runtime.launch import Launcher, on_its_device
+from gendistill_kernels.runtime.lookup import Config
 
 
 @triton.jit
@@ -141,7 +135,7 @@ def gated_norm_forward(
     Returns:
         ``[..., H * V]`` in ``o.dtype``, contiguous.
     """
-    config = lookup(o.device, "norm_forward", size=o.dtype.itemsize)
+    config = TABLE.lookup(o.device, "norm_forward", o.dtype.itemsize)
     rows, constants = _layout(o, gate, activation, config)
     out = torch.empty(*o.shape[:-2], o.shape[-2] * o.shape[-1], dtype=o.dtype, device=o.device)
     _forward[(triton.cdiv(rows, constants["ROWS"]),)](
@@ -176,7 +170,7 @@ def gated_norm_backward(
     Raises:
         ValueError: As in the forward pass.
     """
-    config = lookup(o.device, "norm_backward", size=o.dtype.itemsize)
+    config = TABLE.lookup(o.device, "norm_backward", o.dtype.itemsize)
     rows, constants = _layout(o, gate, activation, config)
     tiles = math.ceil(rows / constants["ROWS"])
     # the shape alone decides which rows a program sums over: the same input gives the same bits

@@ -1,7 +1,7 @@
 """Plan the launches of the chunked delta rule: all that follows from the sizes of a call, worked out once.
 
 Between calls of the same sizes nothing changes but where tensors are, and what the host does for a short call takes
-longer than the GPU. ``plan`` keeps grids, constants, sizes of workspaces and checks; ``delta_chunk`` allocates and
+longer than the GPU. ``plan_launches`` keeps grids, constants, sizes of workspaces and checks; ``chunk`` allocates and
 launches.
 """
 
@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton.language as tl
-from torch import Tensor
 
-from gendistill_kernels.configs import Config, cached, is_many, lookup
-from gendistill_kernels.launch import Fixed, Kind, Part, check_places
+from gendistill_kernels.delta.layout import CHUNK, Sizes, gradient_spaces, num_spans, work_spaces
+from gendistill_kernels.delta.rows import TABLE, is_many
+from gendistill_kernels.delta.rule import Rule, check_gate, check_rule
+from gendistill_kernels.runtime.launch import Fixed, Kind, check_devices
+from gendistill_kernels.runtime.lookup import Config, cached
+from gendistill_kernels.runtime.memory import Results, Shape, Space, Workspace
 
 _TRITON = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-CHUNK = 64
 LEVELS = 6
 # A chunk whose decay, as a power of two, stays above this in every channel takes one product for all its pairs of
 # tokens: its factors stay in the range of the operands, and what they are multiplied with keeps its bits. Other chunks
@@ -29,241 +30,45 @@ _RANGE, _RANGE_FLOAT16 = -200.0, -12.0
 WHOLE = 4
 # columns that a program of the sum over chunks takes: 128 bytes
 _SUMMED_COLUMNS = 32
-# bytes: what torch aligns memory to, and what lies around a tensor in a piece of it, which tests fill and look at
-_ALIGNMENT, _GAP = 512, 0
 _INPUTS = ("q", "k", "v", "decay", "beta", "A_log", "dt_bias", "erase", "write")
-_ERASE, _WRITE = ("none", "scalar", "channel"), ("scalar", "channel")
-
-Shape = tuple[int, ...]
-# shape and dtype of a tensor to allocate; None for no tensor
-Space = tuple[Shape, torch.dtype] | None
-
-
-class Rule(NamedTuple):
-    """Say what the inputs are.
-
-    Attributes:
-        gate: ``none``: ``decay`` holds log-decays; ``softplus``: raw values, log-decay
-            ``-exp(A_log) softplus(raw + dt_bias)``; ``bounded``: ``lower_bound sigmoid(exp(A_log) (raw + dt_bias))``.
-        lower_bound: Of the bounded gate.
-        norm: L2-normalise q and k.
-        sigmoid: ``beta``, ``Inputs.erase`` and ``Inputs.write`` hold logits.
-        scale: Factor on q; ``K ** -0.5`` by default.
-        erase: What a write first erases under its key: ``none``; ``scalar``: ``beta`` of it; ``channel``: of every key
-            channel what ``Inputs.erase`` says.
-        write: How much of v is written: ``scalar``: ``beta`` of it; ``channel``: of every value channel what
-            ``Inputs.write`` says.
-
-    Whether the decay is one per head shows in the shape of ``Inputs.decay``.
-    """
-
-    gate: Literal["none", "softplus", "bounded"] = "none"
-    lower_bound: float = -5.0
-    norm: bool = True
-    sigmoid: bool = True
-    scale: float | None = None
-    erase: Literal["none", "scalar", "channel"] = "scalar"
-    write: Literal["scalar", "channel"] = "scalar"
-
-
-class Sizes(NamedTuple):
-    """Count what there is of everything; capital letters as in ``delta_chunk``.
-
-    Attributes:
-        HQ, HK, HV: Heads of q, k and v.
-        BK, wide: K and V, rounded up to a size of tile.
-        chunks, sequences: In all rows.
-    """
-
-    B: int
-    T: int
-    H: int
-    HQ: int
-    HK: int
-    HV: int
-    K: int
-    V: int
-    BK: int
-    wide: int
-    chunks: int
-    sequences: int
-
-    @classmethod
-    def of(cls, q: Shape, k: Shape, v: Shape, decay: Shape, packed: tuple[int, int] | None) -> Sizes:
-        """Count from shapes, and from the numbers of chunks and sequences if sequences are packed."""
-        B, T, HQ, K = q
-        chunks, sequences = (B * -(-T // CHUNK), B) if packed is None else packed
-        V = v[3]
-        return cls(B, T, decay[2], HQ, k[2], v[2], K, V, power_of_2(K), power_of_2(V), chunks, sequences)
-
-
-def power_of_2(channels: int) -> int:
-    """Round up to a size of tile that products accept."""
-    return max(16, 1 << (channels - 1).bit_length())
-
-
-def num_segments(n: Sizes, segment: int, packed: int | None) -> int:
-    """Count the segments into which long sequences are cut: ``packed`` of them, or of equal rows; zero if none is long.
-
-    Keys of more than 128 channels make matrices too large to carry.
-    """
-    if n.BK > 128:
-        return 0
-    if packed is not None:
-        return packed
-    return n.B * -(-n.T // (segment * CHUNK)) if segment * CHUNK < n.T else 0
-
-
-def work_spaces(
-    n: Sizes, rule: Rule, dtype: torch.dtype, *, beta: bool, scalar: bool, segments: int, save: bool
-) -> tuple[dict[str, Space], dict[str, Space]]:
-    """List what the forward pass allocates besides its results, with ``save`` for the backward pass.
-
-    The last to read the first piece of memory is the first half of the backward pass:
-
-    - ``qd``, ``kd``, ``kt``: ``[chunks, H, 64, BK]`` decayed q, decayed k, and k decayed to the chunk's end.
-    - ``scores``, ``inverse``: ``[chunks, H, 64, 64]``, the latter of the chunk's triangular system.
-
-    The second one, whose ``total``, ``strength``, ``matrices`` and ``wild`` the forward pass needs in any case:
-
-    - ``total``: ``[chunks, H, BK]`` float32, base-2 log-decay of whole chunks.
-    - ``strength``: ``[chunks, H, 64]`` float32 beta.
-    - ``norms``: ``[chunks, H, 2, 64]`` float32 factors of q (with the scale) and k.
-    - ``states``: ``[chunks, H, V, BK]`` state before every chunk, transposed.
-    - ``news``: ``[chunks, H, 64, V]`` values that the keys write.
-    - ``matrices``: ``[segments, H, K, K]`` float32, what every segment does to a state; the identity where nothing is
-      carried past it.
-    - ``wild``: ``[chunks, H]`` int32, one where the decay of a chunk is out of range, two where that of a block of 16
-      of its tokens is.
-
-    None is what there is not: without erase ``kd`` and ``inverse``, without beta ``strength``, if no sequence is long
-    ``matrices``, and with one decay per head ``wild``.
-    """
-    erases = rule.erase != "none"
-    tall, square, float32 = (n.chunks, n.H, CHUNK, n.BK), (n.chunks, n.H, CHUNK, CHUNK), torch.float32
-    early: dict[str, Space] = {
-        "qd": (tall, dtype),
-        "kd": (tall, dtype) if erases else None,
-        "kt": (tall, dtype),
-        "scores": (square, dtype),
-        "inverse": (square, dtype) if erases else None,
-    }
-    late: dict[str, Space] = {
-        "total": ((n.chunks, n.H, n.BK), float32),
-        "strength": ((n.chunks, n.H, CHUNK), float32) if beta else None,
-        "norms": ((n.chunks, n.H, 2, CHUNK), float32) if save else None,
-        **{name: space if save else None for name, space in gradient_spaces(n, dtype).items()},
-        "matrices": ((segments, n.H, n.K, n.K), float32) if segments else None,
-        "wild": None if scalar else ((n.chunks, n.H), torch.int32),
-    }
-    return early, late
-
-
-def gradient_spaces(n: Sizes, dtype: torch.dtype) -> dict[str, Space]:
-    """List what the backward pass hands from half to half: gradients of ``states`` and ``news``, as large as these."""
-    return {"states": ((n.chunks, n.H, n.V, n.BK), dtype), "news": ((n.chunks, n.H, CHUNK, n.V), dtype)}
-
-
-def places(spaces: Iterable[Space]) -> tuple[list[int], int]:
-    """Lay out tensors in one piece of memory; returns where each starts, and the size of all, in bytes."""
-    starts, end = [], _GAP
-    for space in spaces:
-        starts.append(end)
-        if space is not None:
-            shape, dtype = space
-            end += -(-math.prod(shape) * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT + _GAP
-    return starts, end
-
-
-def _shape_only(shape: Shape, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Make a tensor without memory, to make others like it: half as long as from shape, dtype and device."""
-    like = torch.empty(1, dtype=dtype, device=device).expand(shape)
-    like.untyped_storage().resize_(0)
-    return like
-
-
-class Results:
-    """Allocate the same tensors for every call.
-
-    Args:
-        spaces: What to allocate; None for no tensor.
-        device: Where.
-    """
-
-    def __init__(self, spaces: Sequence[Space], device: torch.device) -> None:
-        self._like = [None if space is None else _shape_only(*space, device) for space in spaces]
-
-    def allocate(self) -> list[Any]:
-        """Return new, contiguous tensors with nothing in particular in them, and None where there is none."""
-        return [None if like is None else torch.empty_like(like) for like in self._like]
-
-
-class Workspace:
-    """Allocate one piece of memory for the same tensors in every call; a piece for each would take the host longer.
-
-    Args:
-        spaces: Of tensors, by name; None for none.
-        device: Where.
-
-    Attributes:
-        names: Of the tensors.
-    """
-
-    def __init__(self, spaces: Mapping[str, Space], device: torch.device) -> None:
-        self.names = [*spaces]
-        starts, size = places(spaces.values())
-        self._spaces = [
-            None if space is None else (start, *space)
-            for start, space in zip(starts, spaces.values(), strict=True)
-        ]
-        self._like = _shape_only((size,), torch.uint8, device)
-
-    def allocate(self) -> Tensor:
-        """Return new memory, of bytes, with nothing in particular in it."""
-        return torch.empty_like(self._like)
-
-    def parts(self, memory: Tensor) -> list[Any]:
-        """Return the tensors in it, as a ``Part`` each, and None where there is none."""
-        start = memory.data_ptr()
-        return [None if space is None else Part(memory, start, *space) for space in self._spaces]
 
 
 class Forward(NamedTuple):
-    """Hold the launches of a forward pass, in their order.
+    """The launches of a forward pass, in their order.
 
     Attributes:
         results: Output, and final state.
         early, late: Of ``work_spaces``.
-        between: States after and before segments; None if no sequence is cut.
+        span_states: States after and before spans; None if no sequence is cut.
         operands: Dtype of the 0/1 matrices.
-        prepare, prepare_wild, summary, carry, scan: Launches; None where there is none.
-        width, width_wild: Channels of the blocks that the first two store.
+        prepare, prepare_levels, summary, carry, scan: Launches; None where there is none.
+        width, width_levels: Channels of the blocks that the first two store.
     """
 
     results: Results
     early: Workspace
     late: Workspace
-    between: Workspace | None
+    span_states: Workspace | None
     operands: torch.dtype
     prepare: Fixed
     width: int
-    prepare_wild: Fixed | None
-    width_wild: int
+    prepare_levels: Fixed | None
+    width_levels: int
     summary: Fixed | None
     carry: Fixed | None
     scan: Fixed
 
 
 class ReverseScan(NamedTuple):
-    """Hold the launches of the first half of a backward pass.
+    """The launches of the first half of a backward pass.
 
     Attributes:
-        between: As of ``Forward``, of gradients.
+        span_states: As of ``Forward``, of gradients.
         results: The gradient of the initial state, or None.
         summary, carry, scan: Launches, in their order; None where there is none.
     """
 
-    between: Workspace | None
+    span_states: Workspace | None
     results: Results
     summary: Fixed | None
     carry: Fixed | None
@@ -271,14 +76,14 @@ class ReverseScan(NamedTuple):
 
 
 class Local(NamedTuple):
-    """Hold the launches of the second half of a backward pass.
+    """The launches of the second half of a backward pass.
 
     Attributes:
         results: Gradients of q, k and v per head of the state; of decay, write, beta and erase, or what they are summed
             from.
         work: Gradients of the gate's bias and rate in every chunk, and what the first kernel hands to the second:
             gradients of scores and of what erases, their units, rows.
-        values, keys, keys_wild: Launches; None where there is none.
+        values, keys, keys_levels: Launches; None where there is none.
         sum_q, sum_k, sum_v: Launches that add up heads; None where no heads share.
         sum_gate: The launch that adds up the gradients of the gate's parameters; None without a gate.
     """
@@ -287,23 +92,23 @@ class Local(NamedTuple):
     work: Workspace
     values: Fixed
     keys: Fixed
-    keys_wild: Fixed | None
+    keys_levels: Fixed | None
     sum_q: Fixed | None
     sum_k: Fixed | None
     sum_v: Fixed | None
     sum_gate: Fixed | None
 
 
-class Plan:
-    """Work out what calls of the same sizes share; made by ``plan``.
+class LaunchPlan:
+    """What calls of the same sizes share; made by ``plan_launches``.
 
     Args:
         shapes, kinds: Of ``Inputs``, in their order; None where there is no tensor.
         strides: Of q, k and v.
         device: Of q.
         rule: What the inputs mean.
-        packed: Numbers of chunks, of sequences, of segments, and of the device if sequences are packed, else None.
-        segment: Chunks of a segment.
+        packed: Numbers of chunks, of sequences, of spans, and of the device if sequences are packed, else None.
+        span: Chunks of a span.
         wide_any: Operands that have the range of float32.
         keep_float16: Whether float16 inputs make do with their own range instead.
 
@@ -311,7 +116,7 @@ class Plan:
         n: Sizes.
         token_strides: From token to token of q, k and v; None for what has to be copied first.
         scalar: Whether there is one decay per head.
-        segments: How many; zero if no sequence is cut.
+        spans: How many; zero if no sequence is cut.
         scale: Factor on q.
         lower_bound: Of the bounded gate.
 
@@ -327,7 +132,7 @@ class Plan:
         device: torch.device,
         rule: Rule,
         packed: tuple[int, int, int, int] | None,
-        segment: int,
+        span: int,
         wide_any: torch.dtype,
         keep_float16: bool,
     ) -> None:
@@ -336,7 +141,7 @@ class Plan:
         assert k is not None
         assert v is not None
         assert decay is not None
-        _check_rule(rule, decay, q[3], v[3], beta=beta, erase=erase, write=write)
+        check_rule(rule, decay, q[3], v[3], beta=beta, erase=erase, write=write)
         if rule.gate != "none":
             check_gate(decay, rate, bias)
         self.n = n = Sizes.of(q, k, v, decay, packed and packed[:2])
@@ -346,10 +151,10 @@ class Plan:
         self.rule, self.device, self.packed = rule, device, packed is not None
         self.shapes, self.dtypes = shapes, [kind and kind[0] for kind in kinds]
         self._first = kinds[0]
-        check_places(_INPUTS, kinds, first=self._first)
-        self._check_places(cu_seqlens=packed and (torch.int32, packed[3]))
+        check_devices(_INPUTS, kinds, first=self._first)
+        self._check_devices(cu_seqlens=packed and (torch.int32, packed[3]))
         self.scalar = len(decay) == 3
-        self.segments = num_segments(n, segment, packed and packed[2])
+        self.spans = num_spans(n, span, packed and packed[2])
         # always of one class: a launch is compiled for it
         self.scale = float(n.K**-0.5 if rule.scale is None else rule.scale)
         self.lower_bound = float(rule.lower_bound)
@@ -366,7 +171,7 @@ class Plan:
         """Plan a forward pass, which may save for the backward pass, or start from a state."""
         key = ("forward", save, state)
         if key not in self._made:
-            self._check_places(state=state)
+            self._check_devices(state=state)
             self._made[key] = self._forward(save, state is not None)
         return self._made[key]
 
@@ -376,7 +181,7 @@ class Plan:
         """Plan the first half of a backward pass: from these gradients, and for the initial state's."""
         key = ("reverse", grad_out, grad_state, want_state)
         if key not in self._made:
-            self._check_places(grad_out=grad_out, grad_state=grad_state)
+            self._check_devices(grad_out=grad_out, grad_state=grad_state)
             self._made[key] = self._reverse_scan(grad_state is not None, want_state)
         return self._made[key]
 
@@ -384,20 +189,20 @@ class Plan:
         """Plan the second half of a backward pass."""
         key = ("local", grad_out)
         if key not in self._made:
-            self._check_places(grad_out=grad_out)
+            self._check_devices(grad_out=grad_out)
             self._made[key] = self._local()
         return self._made[key]
 
-    def _check_places(self, **kinds: Kind | None) -> None:
-        check_places([*kinds], [*kinds.values()], first=self._first)
+    def _check_devices(self, **kinds: Kind | None) -> None:
+        check_devices([*kinds], [*kinds.values()], first=self._first)
 
     def _config(self, kernel: str, *, save: bool = False) -> Config:
         n = self.n
         many = is_many(n.sequences * n.H, n.wide, packed=self.packed)
-        return lookup(self.device, kernel, n.BK, n.wide, self.dtype.itemsize, many, save)
+        return TABLE.lookup(self.device, kernel, n.BK, n.wide, self.dtype.itemsize, many, save)
 
     @functools.cached_property
-    def _never_wild(self) -> bool:
+    def _always_in_range(self) -> bool:
         """Whether a gate keeps every chunk in range, whatever the inputs, or there is no range to keep."""
         rule = self.rule
         return self.scalar or (
@@ -417,25 +222,25 @@ class Plan:
     def _work(self, save: bool) -> tuple[Workspace, Workspace]:
         early, late = work_spaces(
             self.n, self.rule, self.dtype, beta=self.dtypes[4] is not None, scalar=self.scalar,
-            segments=self.segments, save=save,
+            spans=self.spans, save=save,
         )  # fmt: skip
         return Workspace(early, self.device), Workspace(late, self.device)
 
-    def _between(self) -> Workspace | None:
+    def _span_states(self) -> Workspace | None:
         n = self.n
-        states = (self.segments, n.H, n.K, n.V), torch.float32
-        return Workspace({"given": states, "carried": states}, self.device) if self.segments else None
+        states = (self.spans, n.H, n.K, n.V), torch.float32
+        return Workspace({"given": states, "carried": states}, self.device) if self.spans else None
 
     def _of_scan(self, config: Config, columns: int, **constants: Any) -> Fixed:
         """Plan a scan, forward or backward, over the values of every state and this many columns more, in blocks."""
         n, BV = self.n, min(self.n.wide, config.block)
-        chains = (self.segments or n.sequences) * n.H
+        chains = (self.spans or n.sequences) * n.H
         blocks = -(-n.V // BV) + -(-columns // BV)
         # on one axis: the others hold no more than 65,535
         return Fixed(
             (blocks * chains,),
             **{"H": n.H, "K": n.K, "V": n.V, "BK": n.BK, "BV": BV, "C": CHUNK},
-            BLOCKS=blocks, PACKED=self.packed or self.segments > 0, CUT=self.segments > 0, STAGES=config.stages,
+            BLOCKS=blocks, PACKED=self.packed or self.spans > 0, CUT=self.spans > 0, STAGES=config.stages,
             ERASE=self.erase,
             **constants,
             num_warps=config.warps, num_stages=config.stages,
@@ -467,22 +272,22 @@ class Plan:
             "PRECISION": precision, "RANGE": self.range, "WIDE": _TRITON[torch.float32 if exact else self.wide],
             "ERASE": self.erase,
         }  # fmt: skip
-        width = width_wild = min(n.BK, prepare.block)
+        width = width_levels = min(n.BK, prepare.block)
         again = None
-        if not self._never_wild:
-            config = self._config("prepare_wild")
-            width_wild = min(n.BK, config.block)
+        if not self._always_in_range:
+            config = self._config("prepare_levels")
+            width_levels = min(n.BK, config.block)
             again = Fixed(
-                (n.chunks, n.H), **settings, W=width_wild, WHOLE=WHOLE,
+                (n.chunks, n.H), **settings, W=width_levels, WHOLE=WHOLE,
                 num_warps=config.warps, num_stages=config.stages,
             )  # fmt: skip
-        walk = {
+        of_values = {
             "HV": n.HV, "SV": self.token_strides[2], "SAVE": save, "PRECISION": precision, "SIGMOID": rule.sigmoid
         }  # fmt: skip
         summary = carry = None
-        if self.segments:
+        if self.spans:
             config = self._config("summary", save=save)
-            summary = self._of_scan(config, n.K, **walk, HAS_STATE=has_state, SUMMARY=True)
+            summary = self._of_scan(config, n.K, **of_values, HAS_STATE=has_state, SUMMARY=True)
             carry = self._carry(has_state, back=False)
         early, late = self.saved if save else self._work(False)
         return Forward(
@@ -495,30 +300,30 @@ class Plan:
             ),
             early=early,
             late=late,
-            between=self._between(),
+            span_states=self._span_states(),
             operands=torch.float32 if exact else torch.float16,
             prepare=Fixed(
                 (n.chunks, n.H), **settings, W=width, SCALAR=self.scalar,
                 num_warps=prepare.warps, num_stages=prepare.stages,
             ),
             width=width,
-            prepare_wild=again,
-            width_wild=width_wild,
+            prepare_levels=again,
+            width_levels=width_levels,
             summary=summary,
             carry=carry,
-            scan=self._of_scan(scan, 0, **walk, HAS_STATE=has_state or self.segments > 0, SUMMARY=False),
+            scan=self._of_scan(scan, 0, **of_values, HAS_STATE=has_state or self.spans > 0, SUMMARY=False),
         )  # fmt: skip
 
     def _reverse_scan(self, has_grad: bool, want_state: bool) -> ReverseScan:
         summary = carry = None
-        if self.segments:
+        if self.spans:
             config = self._config("reverse_summary")
             summary = self._of_scan(config, 0, HAS_GRAD=False, WANT_GRAD=True, SUMMARY=True)
             carry = self._carry(has_grad, back=True)
-        has_grad = has_grad or self.segments > 0
+        has_grad = has_grad or self.spans > 0
         n, scan = self.n, self._config("reverse_scan", save=True)
         return ReverseScan(
-            between=self._between(),
+            span_states=self._span_states(),
             results=Results(
                 [((n.sequences, n.H, n.K, n.V), torch.float32) if want_state else None], self.device
             ),
@@ -576,8 +381,8 @@ class Plan:
             "RANGE": self.range,
         }  # fmt: skip
         again = None
-        if not self._never_wild:
-            config = self._config("keys_wild")
+        if not self._always_in_range:
+            config = self._config("keys_levels")
             again = Fixed(grid, **settings | {"BV": n.wide}, num_warps=config.warps, num_stages=config.stages)
         results = [
             per_head(n.HQ, n.K, self.dtypes[0]),
@@ -607,7 +412,7 @@ class Plan:
                 num_warps=values.warps, num_stages=values.stages,
             ),
             keys=Fixed(grid, **settings, num_warps=keys.warps, num_stages=keys.stages),
-            keys_wild=again,
+            keys_levels=again,
             sum_q=summed(q, n.HQ),
             sum_k=summed(k, n.HK),
             sum_v=summed(v, n.HV),
@@ -615,7 +420,7 @@ class Plan:
         )  # fmt: skip
 
 
-plan = cached(512)(Plan)
+plan_launches = cached(512)(LaunchPlan)
 
 
 def token_stride(shape: Shape, stride: Shape) -> int | None:
@@ -628,46 +433,3 @@ def token_stride(shape: Shape, stride: Shape) -> int | None:
     even = B == 1 or T == 1 or by_row == T * by_token
     dense = (channels == 1 or by_channel == 1) and (heads == 1 or by_head == channels)
     return found if even and dense and found >= heads * channels else None
-
-
-def check_gate(decay: Shape, rate: Shape | None, bias: Shape | None) -> None:
-    """Refuse parameters of a gate, of these shapes, that do not fit the decay's."""
-    for name, shape, number, per in (
-        ("A_log", rate, decay[2], "head"),
-        ("dt_bias", bias, math.prod(decay[2:]), "head" if len(decay) == 3 else "head and key channel"),
-    ):
-        if shape is None or math.prod(shape) != number:
-            got = "None" if shape is None else f"shape {list(shape)}"
-            raise ValueError(f"{name} must have {number} elements, one for each {per}, got {got}")
-
-
-def _check_rule(
-    rule: Rule,
-    decay: Shape,
-    K: int,
-    V: int,
-    *,
-    beta: Shape | None,
-    erase: Shape | None,
-    write: Shape | None,
-) -> None:
-    for name, kind, kinds in (("erase", rule.erase, _ERASE), ("write", rule.write, _WRITE)):
-        if kind not in kinds:
-            raise ValueError(
-                f"Rule.{name} must be one of {', '.join(kinds)}, got {kind!r}; choose one of them"
-            )
-    rows = tuple(decay[:3])
-    scalar = "scalar" in (rule.erase, rule.write)
-    parts = (
-        ("beta", beta, rows if scalar else None),
-        ("erase", erase, (*rows, K) if rule.erase == "channel" else None),
-        ("write", write, (*rows, V) if rule.write == "channel" else None),
-    )
-    for name, part, shape in parts:
-        if (part is None) != (shape is None) or (part is not None and tuple(part) != shape):
-            got = None if part is None else list(part)
-            fix = "leave it out" if shape is None else "pass it"
-            raise ValueError(
-                f'with erase "{rule.erase}" and write "{rule.write}" {name} must be'
-                f" {None if shape is None else list(shape)}, got {got}; {fix}, or change Rule.erase or Rule.write"
-            )

@@ -1,4 +1,4 @@
-"""The Triton ops as torch sees them, and the KDA layer that uses them, interpreted on the CPU, beside the reference."""
+"""The kernels' ops as torch sees them, and the KDA layer that uses them, interpreted, beside the reference."""
 
 from __future__ import annotations
 
@@ -14,14 +14,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gendistill.mixers import KDA
 from gendistill.mixers.base import MixerState, SequenceInfo
-from gendistill.ops.types import Segments
+from gendistill.ops import Segments, chunk_kda, decode_delta_rule
 
 pytest.importorskip("triton", reason="the Triton kernels need triton")
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("the interpreter is off: make interpret", allow_module_level=True)
 
-from gendistill.ops import triton_ops
+from gendistill.ops.contracts import conv, delta_rule, norm
 from gendistill.ops.eager import is_eager
+from gendistill_kernels.conv.layout import Tiles
+from gendistill_kernels.delta import chunk
+from gendistill_kernels.delta.layout import Chunks
 
 pytestmark = pytest.mark.interpret
 # the products of a chunk run in float16
@@ -124,8 +127,8 @@ def inputs(H=2, K=16, T=9):
 
 def call_kda(parts, **settings):
     q, k, v, decay, beta, a_log, dt_bias = parts
-    gates = {"gate": "bounded", "a_log": a_log, "dt_bias": dt_bias, "raw": True}
-    return triton_ops.triton_kda(q, k, v, decay, beta, **gates, **settings)
+    gates = {"gate": "bounded", "a_log": a_log, "dt_bias": dt_bias}
+    return chunk_kda(q, k, v, decay, beta, **gates, **settings, impl="triton")
 
 
 class Watch(TorchDispatchMode):
@@ -149,7 +152,7 @@ def test_a_dispatch_mode_sees_the_ops_and_gets_the_same_result():
             out, state = call_kda(parts)
             loss = out.square().sum() + state.square().sum()
             results.append((out, state, *torch.autograd.grad(loss, parts)))
-    assert mode.seen == ["kda_forward", "kda_backward_scan", "kda_backward_local"]
+    assert mode.seen == ["delta_rule_forward", "delta_rule_backward_scan", "delta_rule_backward_local"]
     for eager, registered in zip(*results, strict=True):
         assert torch.equal(eager, registered)
 
@@ -162,9 +165,9 @@ def test_a_fake_tensor_never_reaches_a_kernel():
             mode.from_tensor(torch.randn(1, *sizes)) for sizes in ((1, 2, 16), (1, 2), (2, 16, 16))
         )
     assert isinstance(call_kda(parts).out, FakeTensor)
-    settings = (parts[5], parts[6], [], [], None, None, None, 2, "bounded", -5.0, "silu", "none", 1e-6)
+    gates = {"gate": "bounded", "a_log": parts[5], "dt_bias": parts[6]}
     with torch.no_grad():
-        out = triton_ops.triton_kda_decode(heads, decay, beta, state, *settings)
+        out = decode_delta_rule(*heads, decay, beta, state, **gates, impl="triton")
     assert isinstance(out, FakeTensor)
     real = torch.zeros(1)
     assert is_eager((real, [real], "a"))
@@ -189,12 +192,11 @@ def test_a_layer_decodes_from_states_however_they_lie_in_memory():
 
 def test_decoding_with_gradients_is_refused_whichever_argument_has_one():
     heads = [torch.randn(1, 1, 32) for _ in range(3)]
-    settings = ([], [], None, None, None, 2, "bounded", -5.0, "silu", "none", 1e-6)
+    gates = {"gate": "bounded", "a_log": torch.zeros(2), "dt_bias": torch.zeros(32)}
 
     def call(qkv):
-        state = torch.zeros(1, 2, 16, 16)
-        given = torch.randn(1, 1, 2, 16), torch.randn(1, 1, 2), state, torch.zeros(2), torch.zeros(32)
-        return triton_ops.triton_kda_decode(qkv, *given, *settings)
+        given = torch.randn(1, 1, 2, 16), torch.randn(1, 1, 2), torch.zeros(1, 2, 16, 16)
+        return decode_delta_rule(*qkv, *given, **gates, impl="triton")
 
     assert not call(heads).requires_grad
     heads[2].requires_grad_()
@@ -250,18 +252,18 @@ def test_compiled_ops_take_any_number_of_tokens():
 @pytest.mark.parametrize("registered", [False, True])
 def test_half_of_what_was_saved_is_freed_on_the_way(monkeypatch, registered):
     kept, alive = [], []
-    scan, local = triton_ops._delta._backward_scan, triton_ops._delta._backward_local
+    scan, local = chunk._backward_scan, chunk._backward_local
 
-    def watched_scan(grad_out, grad_state, x, at, early, late, chunks, **settings):
+    def watched_scan(grad_out, grad_state, x, plan, early, late, chunks, **settings):
         kept.append(weakref.ref(early))
-        return scan(grad_out, grad_state, x, at, early, late, chunks, **settings)
+        return scan(grad_out, grad_state, x, plan, early, late, chunks, **settings)
 
     def watched_local(*arguments):
         alive.extend(part() is not None for part in kept)
         return local(*arguments)
 
-    monkeypatch.setattr(triton_ops._delta, "_backward_scan", watched_scan)
-    monkeypatch.setattr(triton_ops._delta, "_backward_local", watched_local)
+    monkeypatch.setattr(chunk, "_backward_scan", watched_scan)
+    monkeypatch.setattr(chunk, "_backward_local", watched_local)
     with Watch() if registered else contextlib.nullcontext():
         call_kda(inputs()).out.sum().backward()
     assert alive == [False]
@@ -275,10 +277,13 @@ def test_a_state_that_decoding_changes_is_known_to_have_changed():
         (window * torch.ones((), requires_grad=True)).sum(),
     )
     with torch.no_grad():
-        triton_ops.triton_kda_decode(
-            *([torch.randn(N, 1, H * K)] * 3, torch.randn(N, 1, H, K), torch.randn(N, 1, H), state),
-            *(torch.zeros(H), torch.zeros(H * K), [torch.randn(H * K, 4)] * 3, [], window),
-            *(None, None, H, "bounded", -5.0, "silu", "none", 1e-6),
+        decode_delta_rule(
+            *(*[torch.randn(N, 1, H * K)] * 3, torch.randn(N, 1, H, K), torch.randn(N, 1, H), state),
+            **{"gate": "bounded", "a_log": torch.zeros(H), "dt_bias": torch.zeros(H * K)},
+            conv_weight=[torch.randn(H * K, 4)] * 3,
+            conv_state=window,
+            conv_activation="silu",
+            impl="triton",
         )
     for part in saved:
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -296,29 +301,30 @@ def test_ops_keep_torch_s_contracts(packed):
     number = 1
     if packed:
         segments = Segments(lengths)
-        tables = list(segments.table(triton_ops._delta.Chunks.of))
-        tiles = list(segments.table(triton_ops._conv.Tiles.of))
+        tables = list(segments.table(Chunks.of))
+        tiles = list(segments.table(Tiles.of))
         number = 3
     state = torch.randn(number, 2, 16, 16, requires_grad=True)
-    arguments = (*inputs(), None, None, state, *tables, "bounded", -5.0, True, True)
+    rule = ("bounded", -5.0, True, True, None, "scalar", "scalar")
+    arguments = (*inputs(), None, None, state, *tables, *rule)
     for save in (False, True):
         if save or not packed:
-            torch.library.opcheck(triton_ops.kda_forward, (*arguments, save), test_utils=CHECKS)
+            torch.library.opcheck(delta_rule.delta_rule_forward, (*arguments, save), test_utils=CHECKS)
     with torch.no_grad():
-        out, last, saved = triton_ops.kda_forward(*arguments, True)
-    given, where = [*arguments[:9]], [part for part in tables if part is not None]
-    scan = (torch.randn_like(out), torch.randn_like(last), given, where, saved, True, True)
-    torch.library.opcheck(triton_ops.kda_backward_scan, scan, test_utils=CHECKS)
+        out, last, saved = delta_rule.delta_rule_forward(*arguments, True)
+    given = [*arguments[:9]]
+    scan = (torch.randn_like(out), torch.randn_like(last), given, tables, saved, True, *rule)
+    torch.library.opcheck(delta_rule.delta_rule_backward_scan, scan, test_utils=CHECKS)
     with torch.no_grad():
-        scanned, _ = triton_ops.kda_backward_scan(*scan)
-    local = (scan[0], given, where, out, saved[1], scanned, "bounded", -5.0, True, True)
-    torch.library.opcheck(triton_ops.kda_backward_local, local, test_utils=CHECKS)
+        scanned, _ = delta_rule.delta_rule_backward_scan(*scan)
+    local = (scan[0], given, tables, out, saved[1], scanned, *rule)
+    torch.library.opcheck(delta_rule.delta_rule_backward_local, local, test_utils=CHECKS)
     x, weight, bias = torch.randn(1, 9, 24), torch.randn(24, 4), torch.randn(24)
     past = torch.randn(number, 24, 3)
-    torch.library.opcheck(triton_ops.conv_forward, (x, weight, bias, past, *tiles, "silu"), test_utils=CHECKS)
+    torch.library.opcheck(conv.conv_forward, (x, weight, bias, past, *tiles, "silu"), test_utils=CHECKS)
     gate = torch.randn(1, 9, 32)
     torch.library.opcheck(
-        triton_ops.gated_norm_forward,
+        norm.gated_norm_forward,
         (torch.randn(1, 9, 2, 16), torch.randn(16), gate, "silu", 1e-6),
         test_utils=CHECKS,
     )
@@ -331,19 +337,19 @@ def test_decoding_keeps_torch_s_contracts_and_compiles_whole(taps):
     weights, biases = ([torch.randn(H * K, *width) for _ in range(3 if taps else 0)] for width in ((4,), ()))
     states = torch.randn(N, H, K, K), torch.randn(N, 3 * H * K, 3) if taps else None
     decay, beta, gate = torch.randn(N, 1, H, K), torch.randn(N, 1, H), torch.randn(N, 1, H * K)
-    settings = (torch.rand(K), gate, H, "bounded", -5.0, "silu", "silu", 1e-6)
+    settings = (torch.rand(K), gate, "bounded", -5.0, None, "silu", "silu", 1e-6)
 
     def arguments():
         memory, past = (None if part is None else part.clone() for part in states)
         return qkv, decay, beta, memory, torch.zeros(H), torch.zeros(H * K), weights, biases, past, *settings
 
-    torch.library.opcheck(triton_ops.kda_decode, arguments(), test_utils=CHECKS)
+    torch.library.opcheck(delta_rule.delta_rule_decode, arguments(), test_utils=CHECKS)
     results = []
-    for step in (triton_ops.triton_kda_decode, triton_ops.kda_decode):
+    for step in (delta_rule._decode, delta_rule.delta_rule_decode):
         given = arguments()
-        if step is triton_ops.kda_decode:
+        if step is delta_rule.delta_rule_decode:
             step = torch.compile(
-                lambda *parts: triton_ops.kda_decode(*parts), fullgraph=True, backend="aot_eager"
+                lambda *parts: delta_rule.delta_rule_decode(*parts), fullgraph=True, backend="aot_eager"
             )
         with torch.no_grad():
             out = step(*given)
@@ -355,8 +361,8 @@ def test_decoding_keeps_torch_s_contracts_and_compiles_whole(taps):
 def test_no_token_leaves_the_state_alone():
     q, k, v, decay, beta, a_log, dt_bias = inputs(T=0)
     state = torch.randn(1, 2, 16, 16)
-    gates = {"gate": "bounded", "a_log": a_log, "dt_bias": dt_bias, "raw": True}
-    out, last = triton_ops.triton_kda(q, k, v, decay, beta, state=state, **gates)
+    gates = {"gate": "bounded", "a_log": a_log, "dt_bias": dt_bias}
+    out, last = chunk_kda(q, k, v, decay, beta, state=state, **gates, impl="triton")
     assert out.shape == (1, 0, 2, 16)
     assert torch.equal(last, state)
 
