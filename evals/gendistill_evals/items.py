@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypedDict
 
 from gendistill_evals.errors import EvalError
 from gendistill_evals.extract import normalise, parse_number
@@ -20,7 +20,7 @@ _NAMED = "put the .jsonl file there; a task file names it relative to itself"
 
 
 class Kind(StrEnum):
-    """Name how a generated answer is judged."""
+    """What the rows of a task hold; unless the task names a judge, it says how a generated answer is judged."""
 
     MULTIPLE_CHOICE = "multiple_choice"
     NUMERIC = "numeric"
@@ -42,13 +42,36 @@ class GoldForm(StrEnum):
     LETTER = "letter"
 
 
+class Message(TypedDict):
+    """One turn of a conversation, as chat templates take it: ``role`` is system, user or assistant."""
+
+    role: str
+    content: str
+
+
+# The user's message, or the turns before the answer.
+Prompt = str | tuple[Message, ...]
+
+
+def messages_of(prompt: Prompt) -> list[Message]:
+    """Return the turns of a prompt; a text is one turn of the user's."""
+    return [Message(role="user", content=prompt)] if isinstance(prompt, str) else list(prompt)
+
+
+class Turn(NamedTuple):
+    """A turn of a prompt whose content is a template."""
+
+    role: str
+    template: str
+
+
 @dataclass(frozen=True, slots=True)
 class Item:
     """One question.
 
     Attributes:
         id: Unique in its task.
-        prompt: The user's message, the same under both protocols.
+        prompt: The user's message or the turns before the answer, the same under every protocol.
         gold: The right answer; one of ``options`` where there are any.
         options: Answers that log-likelihood ranks, or None.
         texts: What the options say, where it is known: ``options`` itself, or the texts behind letters; empty
@@ -56,22 +79,28 @@ class Item:
     """
 
     id: str
-    prompt: str
+    prompt: Prompt
     gold: str
     options: tuple[str, ...] | None
     texts: tuple[str, ...] | None
 
+    @property
+    def messages(self) -> list[Message]:
+        """The turns before the answer."""
+        return messages_of(self.prompt)
+
 
 @dataclass(frozen=True, slots=True)
 class ItemFormat:
-    """Say how a row becomes an item.
+    """How a row becomes an item.
 
     Attributes:
-        kind: How a generated answer is judged.
+        kind: What the rows hold.
         answer: What answers a multiple-choice item.
         gold: What its gold column holds.
         gold_after: What stands before the answer in the gold column; empty if nothing does.
-        template: The prompt with ``{name}`` for columns, and ``{options}`` for the options as a list.
+        template: The prompt with ``{name}`` for columns, and ``{options}`` for the options as a list; or turns of
+            such texts.
         fields: Column of each name: dotted paths; ``options`` may be several columns.
         options: Options of every item; empty where each row has its own.
     """
@@ -80,7 +109,7 @@ class ItemFormat:
     answer: AnswerForm
     gold: GoldForm
     gold_after: str
-    template: str
+    template: str | tuple[Turn, ...]
     fields: Mapping[str, str | list[str]]
     options: tuple[str, ...] = ()
 
@@ -94,19 +123,27 @@ class ItemFormat:
         Raises:
             EvalError: Anything else in braces.
         """
-        try:
-            parts = list(string.Formatter().parse(self.template))
-        except ValueError as error:
+        turns = (
+            [self.template] if isinstance(self.template, str) else [turn.template for turn in self.template]
+        )
+        for template in turns:
+            _check_template(template, where)
+
+
+def _check_template(template: str, where: str) -> None:
+    try:
+        parts = list(string.Formatter().parse(template))
+    except ValueError as error:
+        raise EvalError(
+            f'"prompt" is no template: {error}', where=where, hint="write {{ for a brace"
+        ) from error
+    for _, name, code, conversion in parts:
+        if name is not None and (not name.isidentifier() or code or conversion):
             raise EvalError(
-                f'"prompt" is no template: {error}', where=where, hint="write {{ for a brace"
-            ) from error
-        for _, name, code, conversion in parts:
-            if name is not None and (not name.isidentifier() or code or conversion):
-                raise EvalError(
-                    f'"prompt" has "{{{name}}}"; only plain names of columns may stand in braces',
-                    where=where,
-                    hint="write {{ for a brace, and reach inside columns with fields: {name: a.b}",
-                )
+                f'"prompt" has "{{{name}}}"; only plain names of columns may stand in braces',
+                where=where,
+                hint="write {{ for a brace, and reach inside columns with fields: {name: a.b}",
+            )
 
 
 def read_rows(path: Path, *, what: str = "the file of items") -> list[tuple[int, dict[str, Any]]]:
@@ -187,7 +224,7 @@ def _item(row: Mapping[str, Any], index: int, form: ItemFormat, where: str) -> I
     shown = {**row, **variables, "options": _shown(texts or options, form.answer)}
     return Item(
         id=identity_of(variables["id"], index, where),
-        prompt=_render(form.template, shown, where),
+        prompt=_prompt(form.template, shown, where),
         gold=answer,
         options=options,
         texts=texts,
@@ -335,6 +372,14 @@ def _shown(texts: Sequence[str] | None, answer: AnswerForm) -> str | None:
     if answer is AnswerForm.LETTER:
         return "\n".join(f"{_LETTERS[index]}. {text}" for index, text in enumerate(texts))
     return f"{', '.join(texts[:-1])} or {texts[-1]}"
+
+
+def _prompt(template: str | tuple[Turn, ...], variables: Mapping[str, Any], where: str) -> Prompt:
+    if isinstance(template, str):
+        return _render(template, variables, where)
+    return tuple(
+        Message(role=turn.role, content=_render(turn.template, variables, where)) for turn in template
+    )
 
 
 def _render(template: str, variables: Mapping[str, Any], where: str) -> str:
