@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 
 class Affects(IntEnum):
@@ -25,6 +27,32 @@ class Affects(IntEnum):
     CONTENT = 1
     ARITHMETIC = 2
     RESULT = 3
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class OneOf:
+    """The words that a text may be, as a mark in its annotation.
+
+    A ``Literal`` whose words are looked up when a recipe is read: other packages may have added some by then.
+
+    Attributes:
+        words: Usually a mapping from the words to what they mean.
+    """
+
+    words: Collection[str]
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> CoreSchema:
+        return core_schema.no_info_plain_validator_function(self._checked)
+
+    def __get_pydantic_json_schema__(self, schema: Any, handler: Any) -> dict[str, Any]:
+        return {"type": "string", "enum": list(self.words)}
+
+    def _checked(self, value: Any) -> str:
+        if isinstance(value, str) and value in self.words:
+            return value
+        raise PydanticCustomError(
+            "literal_error", "Input should be {expected}", {"expected": " or ".join(map(repr, self.words))}
+        )
 
 
 class Section(BaseModel):

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from gendistill.config.base import Section
+from gendistill.config.base import OneOf, Section
 from gendistill.config.document import Node, Path, dotted, shortened
 from gendistill.config.problems import Problem
 from gendistill.config.schema import MixtureConfig, Recipe
@@ -56,7 +56,11 @@ def alternatives(annotation: Any) -> list[Any]:
     """Flatten an annotation into the plain types it allows."""
     origin = get_origin(annotation)
     if origin is Annotated:
-        return alternatives(get_args(annotation)[0])
+        inner, *marks = get_args(annotation)
+        for mark in marks:
+            if isinstance(mark, OneOf):
+                return [Literal[tuple(mark.words)]]  # pyright: ignore[reportInvalidTypeForm]
+        return alternatives(inner)
     if origin in (Union, types.UnionType):
         return [leaf for part in get_args(annotation) for leaf in alternatives(part)]
     return [annotation]

@@ -43,7 +43,7 @@ def calls(monkeypatch, tmp_path):
     scores = {
         "tasks": [{"task": "copy", "n": 5, "limit": 5, "likelihood": None, "generation": {"value": 0.4}}]
     }
-    monkeypatch.setattr(scoring, "evaluate_model", recorder("evaluate_model", scores))
+    monkeypatch.setattr(scoring, "score_checkpoint", recorder("score_checkpoint", scores))
     return recorded
 
 

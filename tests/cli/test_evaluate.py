@@ -23,7 +23,7 @@ def asked(monkeypatch):
         calls.append({"model": model, **settings})
         return {"tasks": []}
 
-    monkeypatch.setattr(scoring, "evaluate_model", record)
+    monkeypatch.setattr(scoring, "score_checkpoint", record)
     return calls
 
 
