@@ -146,10 +146,11 @@ def test_equal_runs_give_equal_reports(make_run):
 
 def test_hidden_losses_come_first(make_run):
     """Items 8 to 11 are right by likelihood, 12 to 15 are not; the student writes all eight wrongly."""
-    shown, num_lost = worst_samples(read_run(make_run()))
+    run = read_run(make_run())
+    shown, num_lost = worst_samples(run, gap_report(run).leads)
     assert num_lost == 9
     assert [pair["hidden"] for pair in shown] == [True] * 4 + [False] * 5
-    assert [pair["student"]["id"] for pair in shown[:4]] == ["008", "009", "010", "011"]
+    assert [pair["id"] for pair in shown[:4]] == ["008", "009", "010", "011"]
 
 
 @pytest.mark.parametrize(
