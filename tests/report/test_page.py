@@ -153,6 +153,20 @@ def test_hidden_losses_come_first(make_run):
     assert [pair["id"] for pair in shown[:4]] == ["008", "009", "010", "011"]
 
 
+def test_a_prompt_of_turns_is_shown_with_who_speaks(make_run):
+    run_dir = make_run()
+    for role in ("teacher", "student"):
+        path = run_dir / f"eval/{role}/samples.jsonl"
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        for row in rows:
+            row["prompt"] = [
+                {"role": "system", "content": "Be <b>short</b>."},
+                {"role": "user", "content": "A?"},
+            ]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert "<pre>system: Be &lt;b&gt;short&lt;/b&gt;.\n\nuser: A?</pre>" in page_without_figures(run_dir)
+
+
 @pytest.mark.parametrize(
     ("row", "shown"),
     [
