@@ -16,7 +16,7 @@ from typing_extensions import TypedDict
 from gendistill.errors import GendistillError
 from gendistill.paths import check_shape, parse_json, read_file
 from gendistill.types import MixerKind
-from gendistill_evals.protocols import PROTOCOLS, Family
+from gendistill_evals.protocols import PROTOCOLS, ProtocolFamily
 
 
 def _mixer_kind(word: str) -> str:
@@ -213,7 +213,7 @@ class JudgedAnswer(Judged):
     extracted: str | None
 
 
-class Turn(TypedDict):
+class TurnRecord(TypedDict):
     """A message of a prompt."""
 
     role: str
@@ -225,13 +225,13 @@ class SampleRow(TypedDict):
 
     task: str
     id: str | int
-    prompt: str | list[Turn]
+    prompt: str | list[TurnRecord]
     gold: JsonValue
     options: NotRequired[list[str] | None]
 
 
-_SCORES = {Family.LIKELIHOOD: Score, Family.GENERATION: GenerationScore}
-_JUDGED = {Family.LIKELIHOOD: Judged, Family.GENERATION: JudgedAnswer}
+_SCORES = {ProtocolFamily.LIKELIHOOD: Score, ProtocolFamily.GENERATION: GenerationScore}
+_JUDGED = {ProtocolFamily.LIKELIHOOD: Judged, ProtocolFamily.GENERATION: JudgedAnswer}
 
 
 def results_record() -> Any:
@@ -244,13 +244,13 @@ def sample_row() -> Any:
     return _sample_row(_families())
 
 
-def _families() -> tuple[tuple[str, Family], ...]:
+def _families() -> tuple[tuple[str, ProtocolFamily], ...]:
     return tuple((name, protocol.family) for name, protocol in PROTOCOLS.items())
 
 
 # One shape per set of protocols, because what checks a shape is built once for each.
 @functools.cache
-def _results_record(families: tuple[tuple[str, Family], ...]) -> Any:
+def _results_record(families: tuple[tuple[str, ProtocolFamily], ...]) -> Any:
     entries: dict[str, Any] = {}
     for name, family in families:
         entries[name] = NotRequired[_SCORES[family] | None]
@@ -261,7 +261,7 @@ def _results_record(families: tuple[tuple[str, Family], ...]) -> Any:
 
 
 @functools.cache
-def _sample_row(families: tuple[tuple[str, Family], ...]) -> Any:
+def _sample_row(families: tuple[tuple[str, ProtocolFamily], ...]) -> Any:
     entries = {name: NotRequired[_JUDGED[family] | None] for name, family in families}
     return _typed_dict("ScoredSample", {**_annotations(SampleRow), **entries})
 

@@ -12,7 +12,14 @@ from gendistill_evals.evaluate import evaluate_model
 from gendistill_evals.items import Item, Message
 from gendistill_evals.judges import JUDGES, Judgement
 from gendistill_evals.model import LanguageModel
-from gendistill_evals.protocols import PROTOCOLS, EvalProtocol, Family, Generation, Likelihood, ProtocolRun
+from gendistill_evals.protocols import (
+    PROTOCOLS,
+    EvalProtocol,
+    Generation,
+    Likelihood,
+    ProtocolFamily,
+    ProtocolRun,
+)
 from gendistill_evals.task import (
     Question,
     Questions,
@@ -34,7 +41,6 @@ __all__ = [
     "PROTOCOLS",
     "EvalError",
     "EvalProtocol",
-    "Family",
     "Generation",
     "HFModel",
     "Item",
@@ -42,6 +48,7 @@ __all__ = [
     "LanguageModel",
     "Likelihood",
     "Message",
+    "ProtocolFamily",
     "ProtocolRun",
     "Question",
     "Questions",

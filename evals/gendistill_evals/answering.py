@@ -109,7 +109,7 @@ def _finish(
 
 
 class _StopText(StoppingCriteria):
-    """End each row once its new text contains a stop text, and remember after how many tokens that was."""
+    """An end for each row whose new text contains a stop text, and after how many tokens it came."""
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str], prompt_width: int, num_rows: int

@@ -15,7 +15,7 @@ from gendistill_evals.fingerprint import tokenizer_fingerprint
 from gendistill_evals.model import LanguageModel, Limits
 from gendistill_evals.parts import PartKey, PartStore
 from gendistill_evals.prompts import Prompter
-from gendistill_evals.protocols import PROTOCOLS, Family, lead_protocols
+from gendistill_evals.protocols import PROTOCOLS, ProtocolFamily, lead_protocols
 from gendistill_evals.reading import shorten
 from gendistill_evals.results import (
     SCHEMA,
@@ -29,7 +29,7 @@ from gendistill_evals.transcripts import check_questions, write_answers
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-OnProgress = Callable[[str, str, int, int], None]
+OnTaskProgress = Callable[[str, str, int, int], None]
 # Task and protocol.
 Key = tuple[str, str]
 ROLES = ("teacher", "student", "model")
@@ -53,7 +53,7 @@ def evaluate_model(
     questions: str | Path | Questions | None = None,
     question_tokens: int = 64,
     role: str = "model",
-    progress: OnProgress | None = None,
+    progress: OnTaskProgress | None = None,
     teacher: PreTrainedModel | LanguageModel | None = None,
 ) -> dict[str, Any]:
     """Score any causal language model and write its files.
@@ -198,7 +198,7 @@ def _fitting(task: Task, protocols: Sequence[str]) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """What can be scored alone: its key, a check of its inputs, and the computation."""
+    """A piece that can be scored alone: its key, a check of its inputs, and the computation."""
 
     key: PartKey
     check: Callable[[], None]
@@ -207,16 +207,16 @@ class _Part:
 
 @dataclass(frozen=True, slots=True)
 class _Scorer:
-    """What scores one model part by part; ``identity`` is what every score of it depends on."""
+    """The scoring of one model part by part; ``identity`` is what every score of it depends on."""
 
     model: LanguageModel
-    progress: OnProgress | None
+    progress: OnTaskProgress | None
     identity: dict[str, Any]
     decoding: dict[str, Any]
 
     def task_part(self, task: Task, protocol: str, limit: int | None) -> _Part:
         """One task under one protocol: ``{score, samples}``."""
-        generates = PROTOCOLS[protocol].family is Family.GENERATION
+        generates = PROTOCOLS[protocol].family is ProtocolFamily.GENERATION
         inputs = {
             "items": task.items_sha256,
             "prompt": task.prompt_sha256,

@@ -11,7 +11,7 @@ import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gendistill_evals.answering import generate_greedily
-from gendistill_evals.model import Decoding, Generated, Pair, Request, Setup
+from gendistill_evals.model import Decoding, Generated, ModelSetup, Pair, Request
 from gendistill_evals.scoring import continuation_log_probs, device_of, num_embeddings, num_positions
 from gendistill_evals.weights import weights_fingerprint
 
@@ -56,10 +56,10 @@ class HFModel:
         """
         return {"weights": weights_fingerprint(self.model), "dtype": str(self.model.dtype)}
 
-    def setup(self) -> Setup:
+    def setup(self) -> ModelSetup:
         """Return device, dtype, versions and batch size."""
         device = device_of(self.model)
-        return Setup(
+        return ModelSetup(
             device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
             dtype=str(self.model.dtype).removeprefix("torch."),
             versions={

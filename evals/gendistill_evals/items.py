@@ -20,7 +20,7 @@ _NAMED = "put the .jsonl file there; a task file names it relative to itself"
 
 
 class Kind(StrEnum):
-    """What the rows of a task hold; unless the task names a judge, it says how a generated answer is judged."""
+    """The form of a task's rows; unless the task names a judge, it decides how generated answers are judged."""
 
     MULTIPLE_CHOICE = "multiple_choice"
     NUMERIC = "numeric"
@@ -28,14 +28,14 @@ class Kind(StrEnum):
 
 
 class AnswerForm(StrEnum):
-    """Name what answers a multiple-choice item: an option's text or its letter."""
+    """The answer to a multiple-choice item: an option's text or its letter."""
 
     TEXT = "text"
     LETTER = "letter"
 
 
 class GoldForm(StrEnum):
-    """Name what the gold column of a multiple-choice row holds: the text, its index from 0, or its letter."""
+    """The content of the gold column of a multiple-choice row: the text, its index from 0, or its letter."""
 
     TEXT = "text"
     INDEX = "index"
@@ -58,7 +58,7 @@ def messages_of(prompt: Prompt) -> list[Message]:
     return [Message(role="user", content=prompt)] if isinstance(prompt, str) else list(prompt)
 
 
-class Turn(NamedTuple):
+class TurnTemplate(NamedTuple):
     """A turn of a prompt whose content is a template."""
 
     role: str
@@ -92,7 +92,7 @@ class Item:
 
 @dataclass(frozen=True, slots=True)
 class ItemFormat:
-    """How a row becomes an item.
+    """The way from a row to an item.
 
     Attributes:
         kind: What the rows hold.
@@ -109,7 +109,7 @@ class ItemFormat:
     answer: AnswerForm
     gold: GoldForm
     gold_after: str
-    template: str | tuple[Turn, ...]
+    template: str | tuple[TurnTemplate, ...]
     fields: Mapping[str, str | list[str]]
     options: tuple[str, ...] = ()
 
@@ -135,7 +135,7 @@ def _check_template(template: str, where: str) -> None:
         parts = list(string.Formatter().parse(template))
     except ValueError as error:
         raise EvalError(
-            f'"prompt" is no template: {error}', where=where, hint="write {{ for a brace"
+            f'"prompt" is not a template: {error}', where=where, hint="write {{ for a brace"
         ) from error
     for _, name, code, conversion in parts:
         if name is not None and (not name.isidentifier() or code or conversion):
@@ -295,7 +295,7 @@ def _texts(values: Any, where: str) -> tuple[str, ...]:
 def _text(value: Any, what: str, where: str) -> str:
     """Read a text, a number or a truth value as it is shown to a model."""
     if isinstance(value, float):
-        # Plain digits: "1e+20" is no number that an answer is compared with.
+        # Plain digits: "1e+20" is not a number that an answer is compared with.
         return format(Decimal(repr(value)), "f")
     if not isinstance(value, (str, int)):
         raise EvalError(
@@ -374,7 +374,7 @@ def _shown(texts: Sequence[str] | None, answer: AnswerForm) -> str | None:
     return f"{', '.join(texts[:-1])} or {texts[-1]}"
 
 
-def _prompt(template: str | tuple[Turn, ...], variables: Mapping[str, Any], where: str) -> Prompt:
+def _prompt(template: str | tuple[TurnTemplate, ...], variables: Mapping[str, Any], where: str) -> Prompt:
     if isinstance(template, str):
         return _render(template, variables, where)
     return tuple(

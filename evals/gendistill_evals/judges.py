@@ -12,7 +12,7 @@ from gendistill_evals.items import AnswerForm, Item, Kind
 
 
 class Judgement(NamedTuple):
-    """What a judge makes of a generated answer.
+    """The verdict of a judge on a generated answer.
 
     Attributes:
         extracted: The answer found in the text; None if there is none, which counts as wrong.

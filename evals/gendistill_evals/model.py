@@ -67,7 +67,7 @@ class Generated:
 
 @dataclass(frozen=True, slots=True)
 class Decoding:
-    """How answers are generated.
+    """The rules by which answers are generated.
 
     Attributes:
         fields: Every decoding field that decides a token.
@@ -91,8 +91,8 @@ class Decoding:
         }
 
 
-class Setup(NamedTuple):
-    """What a model runs on, for the record; nothing of it may decide a score.
+class ModelSetup(NamedTuple):
+    """The device, precision and versions that a model runs on, for the record; none of them may decide a score.
 
     Attributes:
         device: In words.
@@ -143,7 +143,7 @@ class LanguageModel(Protocol):
         """
         ...
 
-    def setup(self) -> Setup:
+    def setup(self) -> ModelSetup:
         """Return what the model runs on."""
         ...
 
@@ -165,7 +165,7 @@ class LanguageModel(Protocol):
 
 
 class Limits(NamedTuple):
-    """What a model can read, where there is no model yet; None is no limit that it declares.
+    """The most that a model can read, where there is no model yet; None where it declares no limit.
 
     Attributes:
         max_tokens: Longest sequence.

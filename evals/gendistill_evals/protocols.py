@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 OnProgress = Callable[[int, int], None]
 
 
-class Family(StrEnum):
-    """What a protocol asks of a model: to rank answers, or to write one.
+class ProtocolFamily(StrEnum):
+    """The two kinds of protocol: one asks a model to rank answers, the other to write one.
 
     The hidden gap is the generation gap minus the likelihood gap: what ranking does not show.
     """
@@ -68,7 +68,7 @@ class EvalProtocol(Protocol):
     def label(self) -> str: ...
 
     @property
-    def family(self) -> Family: ...
+    def family(self) -> ProtocolFamily: ...
 
     def why_not(self, task: Task) -> str | None:
         """Say why this protocol cannot score a task; None if it can."""
@@ -110,7 +110,7 @@ class EvalProtocol(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Likelihood:
-    """Choose, for every item, the option with the highest log-likelihood as the answer.
+    """A choice, for every item, of the option with the highest log-likelihood.
 
     Attributes:
         name, label: As for ``EvalProtocol``.
@@ -122,9 +122,9 @@ class Likelihood:
     metric: Metric | None = None
 
     @property
-    def family(self) -> Family:
+    def family(self) -> ProtocolFamily:
         """Ranks answers."""
-        return Family.LIKELIHOOD
+        return ProtocolFamily.LIKELIHOOD
 
     def why_not(self, task: Task) -> str | None:
         """Say why a task has nothing to rank; None if it has."""
@@ -186,7 +186,7 @@ class Likelihood:
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """Let the model answer every item greedily, and let the task's judge compare what it says with gold.
+    """A greedy answer to every item, which the task's judge compares with gold.
 
     Attributes:
         name, label: As for ``EvalProtocol``.
@@ -196,9 +196,9 @@ class Generation:
     label: str
 
     @property
-    def family(self) -> Family:
+    def family(self) -> ProtocolFamily:
         """Writes answers."""
-        return Family.GENERATION
+        return ProtocolFamily.GENERATION
 
     def why_not(self, task: Task) -> str | None:
         """Return None: every task can be answered."""
@@ -267,7 +267,7 @@ PROTOCOLS: dict[str, EvalProtocol] = {
 }
 
 
-def lead_protocols(names: Iterable[str] | None = None) -> dict[Family, str]:
+def lead_protocols(names: Iterable[str] | None = None) -> dict[ProtocolFamily, str]:
     """Name the first protocol of each family, in the order of ``PROTOCOLS``.
 
     Args:
@@ -275,11 +275,11 @@ def lead_protocols(names: Iterable[str] | None = None) -> dict[Family, str]:
     Returns: A name per family, likelihood first; a family without any is left out.
     """
     among = PROTOCOLS.keys() if names is None else set(names)
-    leads: dict[Family, str] = {}
+    leads: dict[ProtocolFamily, str] = {}
     for name, protocol in PROTOCOLS.items():
         if name in among:
             leads.setdefault(protocol.family, name)
-    return {family: leads[family] for family in Family if family in leads}
+    return {family: leads[family] for family in ProtocolFamily if family in leads}
 
 
 def _pairs(prompter: Prompter, task: Task, items: Sequence[Item]) -> list[Pair]:

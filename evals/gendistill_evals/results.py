@@ -91,7 +91,7 @@ def read_transcripts(folder: Path) -> list[dict[str, Any]]:
 
 
 def write_json(path: Path, content: Any) -> Path:
-    """Write JSON under a temporary name, then rename it. NaN and infinities are rejected: they are no JSON."""
+    """Write JSON under a temporary name, then rename it. NaN and infinities are rejected: they are not JSON."""
     return _write(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 

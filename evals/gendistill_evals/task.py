@@ -33,7 +33,7 @@ _QUESTIONS = Path(__file__).parent / "questions"
 
 
 class Metric(StrEnum):
-    """What log-likelihood ranks options by: their total, or their mean per token."""
+    """The quantity that log-likelihood ranks options by: their total, or their mean per token."""
 
     ACCURACY = "accuracy"
     ACCURACY_PER_TOKEN = "accuracy_per_token"

@@ -12,7 +12,7 @@ from typing import Any, TypeGuard, TypeVar
 import yaml
 
 from gendistill_evals.errors import EvalError
-from gendistill_evals.items import Turn
+from gendistill_evals.items import TurnTemplate
 from gendistill_evals.reading import is_well_formed, read_text, shorten
 
 LONGEST_NAME = 100
@@ -104,7 +104,7 @@ class TaskKeys:
             raise self._error(key, "a list of texts", hint="put words such as yes, no and 1 in quotes")
         return tuple(value)
 
-    def prompt(self) -> str | tuple[Turn, ...]:
+    def prompt(self) -> str | tuple[TurnTemplate, ...]:
         """Read the prompt: a text, or turns of ``{role, content}``.
 
         Raises:
@@ -125,7 +125,7 @@ class TaskKeys:
             )
         return turns
 
-    def _turn(self, turn: Any, number: int) -> Turn:
+    def _turn(self, turn: Any, number: int) -> TurnTemplate:
         place = f"prompt.{number}"
         if not isinstance(turn, dict) or set(turn) != {"role", "content"}:
             raise EvalError(
@@ -146,7 +146,7 @@ class TaskKeys:
                 where=self.where,
                 hint="put words such as yes, no and 1 in quotes",
             )
-        return Turn(role, content)
+        return TurnTemplate(role, content)
 
     def options(self) -> tuple[str, ...]:
         if "options" not in self.content:

@@ -78,7 +78,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _positive(text: str) -> int:
     # isdigit() takes superscripts and digits of other scripts too, and int() refuses thousands of digits.
     if not (text.isascii() and text.isdigit()) or len(text) > 18 or int(text) < 1:
-        raise argparse.ArgumentTypeError(f'"{text[:_LONGEST_NAME]}" is no number above 0')
+        raise argparse.ArgumentTypeError(f'"{text[:_LONGEST_NAME]}" is not a number above 0')
     return int(text)
 
 

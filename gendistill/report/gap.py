@@ -14,7 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 from gendistill.errors import ReportError
 from gendistill.report.run_files import ROLES
 from gendistill.text import printable
-from gendistill_evals import PROTOCOLS, Family, stats
+from gendistill_evals import PROTOCOLS, ProtocolFamily, stats
 from gendistill_evals.protocols import lead_protocols
 
 SCHEMA = 2
@@ -92,7 +92,7 @@ class GapReport:
     student: str | None
     placement: str | None
     settings: dict[str, Any]
-    leads: dict[Family, str]
+    leads: dict[ProtocolFamily, str]
     tasks: tuple[TaskGap, ...]
 
     @property
@@ -158,9 +158,9 @@ class Inversion:
     """
 
     task: str
-    best: dict[Family, str]
-    margin: dict[Family, float]
-    protocols: dict[Family, str]
+    best: dict[ProtocolFamily, str]
+    margin: dict[ProtocolFamily, float]
+    protocols: dict[ProtocolFamily, str]
 
 
 def compute_gap(
@@ -239,7 +239,7 @@ def rank_inversions(reports: Sequence[GapReport]) -> list[Inversion]:
     scores: dict[str, dict[str, tuple[float, float]]] = {}
     for report in reports:
         for task in report.tasks:
-            ranked, written = (task.student.get(leads[family]) for family in Family)
+            ranked, written = (task.student.get(leads[family]) for family in ProtocolFamily)
             if ranked and written:
                 scores.setdefault(task.task, {})[report.name] = (ranked.value, written.value)
     shared = [by_run for by_run in scores.values() if len(by_run) == len(reports)]
@@ -254,7 +254,9 @@ def rank_inversions(reports: Sequence[GapReport]) -> list[Inversion]:
     found = []
     for task, by_run in scores.items():
         for a, b in combinations(by_run, 2):
-            ahead = dict(zip(Family, (by_run[a][0] - by_run[b][0], by_run[a][1] - by_run[b][1]), strict=True))
+            ahead = dict(
+                zip(ProtocolFamily, (by_run[a][0] - by_run[b][0], by_run[a][1] - by_run[b][1]), strict=True)
+            )
             if math.prod(ahead.values()) < 0:
                 best = {family: a if points > 0 else b for family, points in ahead.items()}
                 margin = {family: abs(points) for family, points in ahead.items()}
@@ -262,7 +264,7 @@ def rank_inversions(reports: Sequence[GapReport]) -> list[Inversion]:
     return found
 
 
-def _leads(measured: Iterable[str]) -> dict[Family, str]:
+def _leads(measured: Iterable[str]) -> dict[ProtocolFamily, str]:
     """Choose the protocols that a hidden gap compares: those measured first, else the first there are."""
     return lead_protocols() | lead_protocols(measured)
 
@@ -307,7 +309,7 @@ def _task_gap(
     found: Mapping[str, Any],
     samples: Mapping[str, Rows],
     *,
-    leads: Mapping[Family, str],
+    leads: Mapping[ProtocolFamily, str],
     resamples: int,
 ) -> TaskGap:
     if len(found) == 2 and (different := _differences(found["teacher"], found["student"], _TASK_FIELDS)):
@@ -347,10 +349,10 @@ def _task_gap(
 def _hidden(
     teacher: Mapping[str, list[float] | None],
     student: Mapping[str, list[float] | None],
-    leads: Mapping[Family, str],
+    leads: Mapping[ProtocolFamily, str],
     resamples: int,
 ) -> Estimate | None:
-    ranked, written = leads[Family.LIKELIHOOD], leads[Family.GENERATION]
+    ranked, written = leads[ProtocolFamily.LIKELIHOOD], leads[ProtocolFamily.GENERATION]
     teacher_ranked, student_ranked = teacher[ranked], student[ranked]
     teacher_written, student_written = teacher[written], student[written]
     if not (teacher_ranked and student_ranked and teacher_written and student_written):

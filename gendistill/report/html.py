@@ -15,12 +15,12 @@ from gendistill.report import tables
 from gendistill.report.gap import GapReport
 from gendistill.report.plots import MIXER_COLOURS
 from gendistill.report.run_files import ROLES, RunFiles
-from gendistill_evals import PROTOCOLS, Family
+from gendistill_evals import PROTOCOLS, ProtocolFamily
 
 REPETITION_LIMIT = 0.2
 _DOES = {
-    Family.LIKELIHOOD: "ranks the options by log-likelihood",
-    Family.GENERATION: "lets the model write and reads its answer",
+    ProtocolFamily.LIKELIHOOD: "ranks the options by log-likelihood",
+    ProtocolFamily.GENERATION: "lets the model write and reads its answer",
 }
 _SHOWN_SAMPLES = 10
 
@@ -75,7 +75,7 @@ def _template() -> jinja2.Template:
 def legend(report: GapReport) -> str:
     """Say what the heads of the table mean."""
     does = "; ".join(f"{PROTOCOLS[name].label} {_DOES[PROTOCOLS[name].family]}" for name in report.protocols)
-    ranked, written = (PROTOCOLS[report.leads[family]].label for family in Family)
+    ranked, written = (PROTOCOLS[report.leads[family]].label for family in ProtocolFamily)
     return (
         f"{does}. Same items, scores in percent. Gap is student minus teacher in percentage points, hidden gap is "
         f"{written} gap minus {ranked} gap"
@@ -85,7 +85,7 @@ def legend(report: GapReport) -> str:
 def summary_cards(run: RunFiles, report: GapReport) -> list[tuple[str, str, str]]:
     """List the headline numbers as label, value and context; those not measured are left out."""
     cards = []
-    written = report.leads[Family.GENERATION]
+    written = report.leads[ProtocolFamily.GENERATION]
     for label, gap in ((f"{written} gap", report.mean_gap(written)), ("hidden gap", report.mean_hidden)):
         if gap:
             interval = f"95% interval {tables.signed(gap.low)} to {tables.signed(gap.high)}"
@@ -132,7 +132,7 @@ def transcript_summary(run: RunFiles) -> dict[str, float] | None:
     return {**nll, "repetition": max(pair["student"]["repeated_4gram_share"] for pair in pairs)}
 
 
-def worst_samples(run: RunFiles, leads: Mapping[Family, str]) -> tuple[list[dict[str, Any]], int]:
+def worst_samples(run: RunFiles, leads: Mapping[ProtocolFamily, str]) -> tuple[list[dict[str, Any]], int]:
     """Pick items whose generated answer the teacher gets right and the student does not.
 
     Args:
@@ -140,7 +140,7 @@ def worst_samples(run: RunFiles, leads: Mapping[Family, str]) -> tuple[list[dict
         leads: The protocols that the hidden gap compares.
     Returns: The first ten, those that likelihood counts as right first, and how many such items there are.
     """
-    ranked, written = leads[Family.LIKELIHOOD], leads[Family.GENERATION]
+    ranked, written = leads[ProtocolFamily.LIKELIHOOD], leads[ProtocolFamily.GENERATION]
     teacher = {(row["task"], row["id"]): row for row in run.samples["teacher"]}
     lost = []
     for row in run.samples["student"]:
@@ -181,13 +181,13 @@ def gold_text(row: Mapping[str, Any]) -> str:
 
 def generation_counts(run: RunFiles, report: GapReport) -> list[dict[str, Any]]:
     """List what generation did besides being right or wrong, per task, protocol and model."""
-    lead = report.leads[Family.GENERATION]
+    lead = report.leads[ProtocolFamily.GENERATION]
     return [
         {"task": task["task"] if name == lead else f"{task['task']}, {name}", "role": role, **task[name]}
         for role in ROLES
         for task in run.results.get(role, {}).get("tasks", [])
         for name in report.protocols
-        if PROTOCOLS[name].family is Family.GENERATION and task.get(name)
+        if PROTOCOLS[name].family is ProtocolFamily.GENERATION and task.get(name)
     ]
 
 

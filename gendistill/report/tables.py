@@ -13,11 +13,11 @@ from rich.text import Text
 from gendistill.report.gap import ByProtocol, Estimate, GapReport, Inversion
 from gendistill.report.run_files import ROLES
 from gendistill.text import printable
-from gendistill_evals import PROTOCOLS, Family
+from gendistill_evals import PROTOCOLS, ProtocolFamily
 
 NOT_MEASURED = "–"  # noqa: RUF001 an en dash is what tables use for an empty cell
 # How a model is scored, as the verdict says it, most important first.
-_HOW = {Family.GENERATION: "Writing its answers", Family.LIKELIHOOD: "By log-likelihood"}
+_HOW = {ProtocolFamily.GENERATION: "Writing its answers", ProtocolFamily.LIKELIHOOD: "By log-likelihood"}
 
 
 class Cell(NamedTuple):
@@ -123,7 +123,7 @@ def render_markdown(reports: Sequence[GapReport]) -> str:
 
 
 def markdown_cell(text: str) -> str:
-    """Write a text so that it stays inside its cell and is no HTML."""
+    """Write a text so that it stays inside its cell and is not HTML."""
     shown = printable(text, longest=1000)
     return shown.replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|")
 
@@ -165,7 +165,7 @@ def verdict(report: GapReport) -> str:
 def warnings(report: GapReport) -> list[str]:
     """List what a reader of the table must not miss, most important first."""
     found = []
-    ranked, written = report.leads[Family.LIKELIHOOD], report.leads[Family.GENERATION]
+    ranked, written = report.leads[ProtocolFamily.LIKELIHOOD], report.leads[ProtocolFamily.GENERATION]
     for task in report.tasks:
         if task.hidden and task.hidden.high < 0:
             found.append(
@@ -181,7 +181,7 @@ def warnings(report: GapReport) -> list[str]:
         "the student"
         for task in report.tasks
         for name in report.protocols
-        if PROTOCOLS[name].family is Family.GENERATION
+        if PROTOCOLS[name].family is ProtocolFamily.GENERATION
         and (score := task.teacher.get(name))
         and not score.value
     ]
@@ -206,7 +206,7 @@ def inversion_lines(inversions: Sequence[Inversion]) -> list[str]:
         f"{printable(found.task)}: "
         + ", ".join(
             f"{found.protocols[family]} prefers {printable(found.best[family])} (by {found.margin[family]:.1f} pp)"
-            for family in Family
+            for family in ProtocolFamily
         )
         for found in inversions
     ]

@@ -205,7 +205,7 @@ def _selected(results: ResultsFile, pattern: str, where: str) -> ResultsFile:
     try:
         rows = [row for row in results.rows if re.search(pattern, row.name)]
     except re.error as error:
-        raise ReportError(f"rows={pattern} is no regular expression: {error}", where=where) from error
+        raise ReportError(f"rows={pattern} is not a regular expression: {error}", where=where) from error
     if not rows:
         raise ReportError(
             f"rows={pattern} is found in the name of no row", where=where, hint="correct the marker"

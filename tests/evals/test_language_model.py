@@ -9,7 +9,7 @@ from gendistill_evals import PROTOCOLS, EvalError, HFModel, LanguageModel, evalu
 from gendistill_evals.decoding import greedy_decoding
 from gendistill_evals.model import Request
 from gendistill_evals.prompts import Prompter
-from gendistill_evals.protocols import Family, Generation, lead_protocols
+from gendistill_evals.protocols import Generation, ProtocolFamily, lead_protocols
 
 
 class Backwards:
@@ -80,10 +80,13 @@ def test_generation_holds_nothing_between_results(tiny_llama, chat_tokenizer):
 
 
 def test_the_leading_protocols_are_the_first_of_each_family(monkeypatch):
-    assert lead_protocols() == {Family.LIKELIHOOD: "likelihood", Family.GENERATION: "generation"}
+    assert lead_protocols() == {
+        ProtocolFamily.LIKELIHOOD: "likelihood",
+        ProtocolFamily.GENERATION: "generation",
+    }
     monkeypatch.setitem(PROTOCOLS, "again", Generation("again", "2"))
-    assert lead_protocols()[Family.GENERATION] == "generation"
-    assert lead_protocols(["again"]) == {Family.GENERATION: "again"}
+    assert lead_protocols()[ProtocolFamily.GENERATION] == "generation"
+    assert lead_protocols(["again"]) == {ProtocolFamily.GENERATION: "again"}
     assert lead_protocols([]) == {}
 
 

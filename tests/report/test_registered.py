@@ -20,16 +20,16 @@ from gendistill.report.write import gap_report
 from gendistill_evals import (
     JUDGES,
     PROTOCOLS,
-    Family,
     Judgement,
     LanguageModel,
     Likelihood,
+    ProtocolFamily,
     ProtocolRun,
     evaluate_model,
     load_task,
 )
 from gendistill_evals.decoding import greedy_decoding
-from gendistill_evals.model import Generated, Request, Setup
+from gendistill_evals.model import Generated, ModelSetup, Request
 from gendistill_evals.prompts import Prompter
 from gendistill_evals.task import Metric
 
@@ -62,7 +62,7 @@ class Sayer:
         return {"prefers": self.prefers, "says": self.says}
 
     def setup(self):
-        return Setup("paper", "float32", {"sayer": "1"}, None)
+        return ModelSetup("paper", "float32", {"sayer": "1"}, None)
 
     def log_probs(self, pairs):
         for index in reversed(range(len(pairs))):
@@ -83,7 +83,7 @@ class Shout:
 
     name = "shout"
     label = "!"
-    family = Family.GENERATION
+    family = ProtocolFamily.GENERATION
 
     def why_not(self, task):
         return None
