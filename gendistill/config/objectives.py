@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from gendistill.config.base import OneOf, Section
+from gendistill.config.base import OneSectionOf, Section
 
 
 class ObjectiveConfig(Section):
@@ -85,4 +85,4 @@ OBJECTIVES: dict[str, type[ObjectiveConfig]] = {
     "mixer_output": MixerOutputConfig,
     "block_output": BlockOutputConfig,
 }
-AnyObjective = Annotated[ObjectiveConfig, OneOf(OBJECTIVES)]
+AnyObjective = Annotated[ObjectiveConfig, OneSectionOf(OBJECTIVES)]

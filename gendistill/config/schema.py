@@ -8,12 +8,13 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
-from gendistill.config.base import Affects, Section
+from gendistill.config.base import Affects, OneWordOf, Section
 from gendistill.config.mixers import MixersConfig
 from gendistill.config.objectives import AnyObjective, KLConfig
 from gendistill.config.patterns import check_pattern
 from gendistill.errors import RecipeError
 from gendistill.types import ParamGroup, Placement, parse_token_count
+from gendistill_evals.protocols import PROTOCOLS, lead_protocols
 
 _MANY_LAYERS = 1000
 
@@ -217,12 +218,12 @@ class StageConfig(Section):
 
 
 class EvalConfig(Section):
-    """Score teacher and student on the same items under both protocols."""
+    """Score teacher and student on the same items under the same protocols."""
 
     tasks: Annotated[tuple[str, ...], Affects.CONTENT] = Field(
         default=(), description="built-in task names or task.yaml paths; see gendistill eval --list"
     )
-    protocols: tuple[Literal["likelihood", "generation"], ...] = ("likelihood", "generation")
+    protocols: tuple[Annotated[str, OneWordOf(PROTOCOLS)], ...] = tuple(lead_protocols().values())
     limit: int | None = Field(
         default=None, ge=1, le=10**9, description="items per task; tables carry the word LIMIT"
     )

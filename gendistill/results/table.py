@@ -69,7 +69,7 @@ class ResultRow(Section):
         return self.value <= self.bar if self.better == "lower" else self.value >= self.bar
 
 
-class Results(Section):
+class ResultsFile(Section):
     """One file of ``docs/results``."""
 
     version: Literal[1] = Field(alias="schema")
@@ -81,14 +81,14 @@ class Results(Section):
     rows: tuple[ResultRow, ...] = Field(min_length=1)
 
 
-def load_results(path: Path) -> Results:
+def load_results(path: Path) -> ResultsFile:
     """Read and validate one results file.
 
     Raises:
         ReportError: Missing, no JSON, or not of the schema; every problem is listed.
     """
     try:
-        return Results.model_validate_json(path.read_text(encoding="utf-8"), by_name=False, by_alias=True)
+        return ResultsFile.model_validate_json(path.read_text(encoding="utf-8"), by_name=False, by_alias=True)
     except (OSError, UnicodeDecodeError) as error:
         raise ReportError(f"cannot read the results: {error}", where=str(path)) from error
     except ValidationError as error:
@@ -104,7 +104,7 @@ def write_results_json(
     commit: str | None = None,
     date: str | None = None,
     versions: Mapping[str, str] | None = None,
-) -> Results:
+) -> ResultsFile:
     """Write measured rows as a results file.
 
     Args:
@@ -123,7 +123,7 @@ def write_results_json(
     if commit is None:
         raise ReportError("git does not know the commit of this code", hint="run inside the checkout")
     try:
-        results = Results(
+        results = ResultsFile(
             schema=1,
             command=command,
             commit=commit,
@@ -145,7 +145,7 @@ def _invalid(path: Path, error: ValidationError) -> ReportError:
     )
 
 
-def render_results(results: Results) -> str:
+def render_results(results: ResultsFile) -> str:
     """Lay out one results file as a markdown table with its origin underneath; empty columns are left out."""
     table = [_cells(row) for row in results.rows]
     used = [header for header in table[0] if any(cells[header] for cells in table)]
@@ -224,12 +224,12 @@ def _single(results: Results, match: re.Match[str], where: str) -> str:
     return f"{_number(100 * value)}%" if rows[0].unit == "share" else _number(value)
 
 
-def _selected(results: Results, pattern: str, where: str) -> Results:
+def _selected(results: ResultsFile, pattern: str, where: str) -> ResultsFile:
     """Take the rows in whose names a regular expression is found, without their notes."""
     try:
         rows = [row for row in results.rows if re.search(pattern, row.name)]
     except re.error as error:
-        raise ReportError(f"rows={pattern} is no regular expression: {error}", where=where) from error
+        raise ReportError(f"rows={pattern} is not a regular expression: {error}", where=where) from error
     if not rows:
         raise ReportError(
             f"rows={pattern} is found in the name of no row", where=where, hint="correct the marker"

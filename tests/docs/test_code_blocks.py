@@ -5,15 +5,17 @@ import inspect
 import math
 import re
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
 
 from gendistill import ops
 from gendistill.mixers import KDA
+from gendistill_evals import JUDGES, PROTOCOLS
 
 ROOT = Path(__file__).parents[2]
-PAGES = ("kernels.md",)
+PAGES = ("kernels.md", "extend-evals.md")
 
 
 def blocks(page: str, language: str) -> list[tuple[int, str]]:
@@ -32,8 +34,11 @@ def run(page: str) -> dict:
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_python_blocks_run_in_order(page):
-    assert run(page)
+def test_python_blocks_run_in_order(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    # what a page registers is for that page
+    with patch.dict(JUDGES), patch.dict(PROTOCOLS):
+        assert run(page)
 
 
 SHOWN = {

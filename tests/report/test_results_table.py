@@ -86,7 +86,7 @@ def test_a_block_may_choose_its_rows(folder, capsys):
     assert "15.2 %" in filled
     assert "decode" not in filled
     assert main([*arguments, "--check"]) == 0
-    for rows, problem in (("nothing", "found in the name of no row"), ("(", "no regular expression")):
+    for rows, problem in (("nothing", "found in the name of no row"), ("(", "not a regular expression")):
         path.write_text(chosen.replace("^held-out|^no such", rows))
         assert main(arguments) == 1
         assert problem in capsys.readouterr().err
