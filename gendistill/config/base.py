@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from enum import IntEnum
 from typing import Annotated, Any, Union
 
@@ -16,7 +17,7 @@ from pydantic import (
     ValidationInfo,
     ValidatorFunctionWrapHandler,
 )
-from pydantic_core import CoreSchema, core_schema
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 
 class Affects(IntEnum):
@@ -37,6 +38,32 @@ class Affects(IntEnum):
     RESULT = 3
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class OneWordOf:
+    """The words that a text may be, as a mark in its annotation.
+
+    A ``Literal`` whose words are looked up when a recipe is read: other packages may have added some by then.
+
+    Attributes:
+        words: Usually a mapping from the words to what they mean.
+    """
+
+    words: Collection[str]
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> CoreSchema:
+        return core_schema.no_info_plain_validator_function(self._checked)
+
+    def __get_pydantic_json_schema__(self, schema: Any, handler: Any) -> dict[str, Any]:
+        return {"type": "string", "enum": list(self.words)}
+
+    def _checked(self, value: Any) -> str:
+        if isinstance(value, str) and value in self.words:
+            return value
+        raise PydanticCustomError(
+            "literal_error", "Input should be {expected}", {"expected": " or ".join(map(repr, self.words))}
+        )
+
+
 class Section(BaseModel):
     """Reject unknown keys and stay unchanged once read."""
 
@@ -45,7 +72,7 @@ class Section(BaseModel):
     )
 
 
-class OneOf:
+class OneSectionOf:
     """Annotation of a setting that takes one of several sections, told apart by their ``kind``.
 
     A section that is added to the mapping later is accepted from then on.

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from gendistill.config.base import OneOf, Section
+from gendistill.config.base import OneSectionOf, Section
 
 
 class ObjectiveConfig(Section):
@@ -25,24 +25,28 @@ class KLConfig(ObjectiveConfig):
     direction: Literal["forward", "reverse"] = Field(
         default="forward", description="forward: KL(teacher || student)"
     )
-    temperature: float = Field(default=1.0, ge=1e-3, le=1e3)
-    weight: float = Field(default=1.0, ge=1e-9, le=1e9)
+    temperature: float = Field(
+        default=1.0, ge=1e-3, le=1e3, description="both models' logits are divided by it"
+    )
+    weight: float = Field(default=1.0, ge=1e-9, le=1e9, description="factor of this term")
 
 
 class JSDConfig(ObjectiveConfig):
     """Generalised Jensen-Shannon divergence; ``beta`` weighs the teacher in the mixture."""
 
     kind: Literal["jsd"] = "jsd"
-    beta: float = Field(default=0.5, gt=0, lt=1)
-    temperature: float = Field(default=1.0, ge=1e-3, le=1e3)
-    weight: float = Field(default=1.0, ge=1e-9, le=1e9)
+    beta: float = Field(default=0.5, gt=0, lt=1, description="share of the teacher in the mixture")
+    temperature: float = Field(
+        default=1.0, ge=1e-3, le=1e3, description="both models' logits are divided by it"
+    )
+    weight: float = Field(default=1.0, ge=1e-9, le=1e9, description="factor of this term")
 
 
 class CEConfig(ObjectiveConfig):
     """Cross-entropy on the next token of the data; needs no teacher."""
 
     kind: Literal["ce"] = "ce"
-    weight: float = Field(default=1.0, ge=1e-9, le=1e9)
+    weight: float = Field(default=1.0, ge=1e-9, le=1e9, description="factor of this term")
 
 
 LogitTerm = Annotated[KLConfig | JSDConfig | CEConfig, Field(discriminator="kind")]
@@ -52,7 +56,7 @@ class MixConfig(ObjectiveConfig):
     """A weighted sum of divergences and cross-entropy, in one pass over the vocabulary."""
 
     kind: Literal["mix"] = "mix"
-    terms: tuple[LogitTerm, ...] = Field(min_length=1)
+    terms: tuple[LogitTerm, ...] = Field(min_length=1, description="sections of kind kl, jsd and ce")
 
 
 class MixerOutputConfig(ObjectiveConfig):
@@ -69,7 +73,7 @@ class BlockOutputConfig(ObjectiveConfig):
     """Match each converted block's output with the teacher block's, on the teacher's own inputs."""
 
     kind: Literal["block_output"] = "block_output"
-    norm: Literal["mse", "l2", "relative"] = "relative"
+    norm: Literal["mse", "l2", "relative"] = Field(default="relative", description="as for mixer_output")
 
 
 # what a recipe may ask for; ``losses.build.OBJECTIVES`` says how each is built
@@ -81,4 +85,4 @@ OBJECTIVES: dict[str, type[ObjectiveConfig]] = {
     "mixer_output": MixerOutputConfig,
     "block_output": BlockOutputConfig,
 }
-AnyObjective = Annotated[ObjectiveConfig, OneOf(OBJECTIVES)]
+AnyObjective = Annotated[ObjectiveConfig, OneSectionOf(OBJECTIVES)]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from gendistill.errors import RecipeError
-from gendistill.ops import types as op_types
+from gendistill.ops import select
 from gendistill.types import Placement
 
 
@@ -53,7 +53,7 @@ def choose_impl(
     if not kinds:
         return ImplChoice(requested, None, "no linear layers")
     try:
-        impl = op_types.resolve_impl(requested, op=kinds[0].value, device=device)
+        impl = select.resolve(requested, op="delta_rule", device=device)
     except ValueError as error:
         raise RecipeError(
             str(error),
@@ -62,8 +62,8 @@ def choose_impl(
         ) from error
     if requested != "auto":
         return ImplChoice(requested, impl.value, "set by student.impl")
-    if impl is op_types.Impl.TRITON:
+    if impl is select.Impl.TRITON:
         return ImplChoice(requested, impl.value, f"auto; {device_name}")
     if device.type != "cuda":
         return ImplChoice(requested, impl.value, f"auto; no CUDA device, torch runs on {device.type}")
-    return ImplChoice(requested, impl.value, f"auto; {device_name}: {op_types.triton_obstacle(device)}")
+    return ImplChoice(requested, impl.value, f"auto; {device_name}: {select.obstacle('delta_rule', device)}")

@@ -12,7 +12,7 @@ from gendistill.data.batch import IGNORE, Batch, boundaries
 from gendistill.errors import RecipeError
 from gendistill.losses.base import LossTerm, mixer_kinds
 from gendistill.losses.student import StudentLike, output_head, run_mixer
-from gendistill.ops.linear_divergence import counted_positions
+from gendistill.ops.divergence import counted_positions
 from gendistill.teachers.base import ModuleIO, Needs, Teacher, TeacherFacts, TeacherSignals
 
 Norm = Literal["mse", "l2", "relative"]

@@ -10,7 +10,7 @@ from gendistill.config.objectives import CEConfig, JSDConfig, KLConfig, MixConfi
 from gendistill.data.batch import IGNORE, Batch
 from gendistill.losses.base import LossTerm
 from gendistill.losses.student import StudentLike, last_hidden, output_head
-from gendistill.ops.linear_divergence import Divergence, Term, linear_divergence
+from gendistill.ops.divergence import Divergence, Term, linear_divergence
 from gendistill.teachers.base import Needs, Teacher, TeacherFacts, TeacherSignals, check_vocabulary
 
 

@@ -218,12 +218,13 @@ def _opened(recipe: Recipe, command: str) -> Iterator[_Context]:
 
 def _check_questions(context: _Context) -> None:
     """Refuse what the evaluation could not ask, before hours of training."""
-    from gendistill_evals.evaluate import Limits, check_evaluation
+    from gendistill_evals.evaluate import check_evaluation
+    from gendistill_evals.model import Limits
 
     asked, config = context.recipe.eval, context.teacher.config
     if asked.tasks or asked.questions is not None:
         check_evaluation(
-            Limits(positions=config.get("max_position_embeddings"), embeddings=config.get("vocab_size")),
+            Limits(max_tokens=config.get("max_position_embeddings"), vocab_size=config.get("vocab_size")),
             context.tokenizer,
             tasks=asked.tasks,
             protocols=asked.protocols,

@@ -13,7 +13,7 @@ from torch import Tensor
 from gendistill.data.batch import IGNORE, Batch
 from gendistill.errors import DataError
 from gendistill.losses.student import StudentLike, last_hidden, output_head
-from gendistill.ops.linear_divergence import chunk_tokens, chunks, counted_positions
+from gendistill.ops.divergence import chunk_tokens, chunks, counted_positions
 from gendistill.teachers.base import Needs, Teacher, check_vocabulary
 from gendistill.training.parallel import Parallel
 

@@ -5,15 +5,17 @@ import inspect
 import math
 import re
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
 
 from gendistill import ops
 from gendistill.mixers import KDA
+from gendistill_evals import JUDGES, PROTOCOLS
 
 ROOT = Path(__file__).parents[2]
-PAGES = ("kernels.md",)
+PAGES = ("kernels.md", "extend-evals.md")
 
 
 def blocks(page: str, language: str) -> list[tuple[int, str]]:
@@ -32,16 +34,19 @@ def run(page: str) -> dict:
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_python_blocks_run_in_order(page):
-    assert run(page)
+def test_python_blocks_run_in_order(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    # what a page registers is for that page
+    with patch.dict(JUDGES), patch.dict(PROTOCOLS):
+        assert run(page)
 
 
 SHOWN = {
-    "gated_kda": ops.gated_kda,
-    "kda": ops.kda,
+    "chunk_kda": ops.chunk_kda,
+    "decode_delta_rule": ops.decode_delta_rule,
     "causal_conv": ops.causal_conv,
     "gated_rms_norm": ops.gated_rms_norm,
-    "gated_delta_rule": ops.gated_delta_rule,
+    "chunk_delta_rule": ops.chunk_delta_rule,
     "__init__": KDA.__init__,
     "forward": KDA.forward,
 }
@@ -64,7 +69,8 @@ def test_signatures_are_those_of_the_source():
 
 def test_saved_bytes_are_those_of_the_kernels():
     pytest.importorskip("triton", reason="triton is not installed")
-    from gendistill_kernels.delta_plan import Rule, Sizes, work_spaces
+    from gendistill_kernels.delta.layout import Sizes, work_spaces
+    from gendistill_kernels.delta.rule import Rule
 
     code = next(code for _, code in blocks("kernels.md", "python") if "saved = {" in code)
     page: dict = {}
@@ -77,7 +83,7 @@ def test_saved_bytes_are_those_of_the_kernels():
         torch.bfloat16,
         beta=True,
         scalar=False,
-        segments=0,
+        spans=0,
         save=True,
     )
     sizes = {

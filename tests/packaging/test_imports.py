@@ -76,7 +76,7 @@ LAYERS = {
         *("anatomy", "config"),
     },
 }
-ABOVE_ALL = {"gendistill.testing"}
+ABOVE_ALL = {"gendistill.api", "gendistill.testing"}
 
 
 def modules() -> dict[str, Path]:
