@@ -42,8 +42,10 @@ from gendistill.report import GapReport, compute_gap, tables
 from gendistill.runs import pipeline
 from gendistill.runs.advice import advise
 from gendistill.runs.scoring import resolve_dtype, score
+from gendistill.teachers.live import LiveTeacher
 from gendistill.training.console import TrainingConsole
-from gendistill.training.loop import StageResult, train_stage
+from gendistill.training.parallel import choose_parallel
+from gendistill.training.stage import StageJob, StageResult, train_stage
 from gendistill.types import Placement
 
 _SOURCE = "dataset"  # the name of the only source in the recipes made here
@@ -275,7 +277,7 @@ def probe(student: Model, teacher: Model, data: Dataset) -> dict[str, Any]:
     recipe = _recipe("gendistill.probe()", teacher, **_data_sections(data))
     device = student.model.device
     batches = [batch.to(device) for batch in heldout_batches(recipe, teacher.tokenizer)]
-    return probe_student(student._student(), teacher.model, batches)
+    return probe_student(student._student(), LiveTeacher(teacher.model), batches)
 
 
 def distill(
@@ -321,30 +323,20 @@ def distill(
         **settings,
     }
     recipe = _recipe("gendistill.distill()", teacher, seed=seed, **_data_sections(data), stages={name: stage})
-    accelerator = Accelerator()
-    console = TrainingConsole(main=accelerator.is_main_process and not quiet)
+    parallel = choose_parallel(Accelerator())
     for warning in advise(
         recipe, teacher.checkpoint.config, chat_template=bool(teacher.tokenizer.chat_template)
     ):
         warnings.warn(warning, stacklevel=2)
+    heldout = [batch.to(parallel.device) for batch in heldout_batches(recipe, teacher.tokenizer)]
     with _folder(folder) as place:
         return train_stage(
-            recipe.stages[name],
-            name=name,
+            StageJob(name=name, config=recipe.stages[name], folder=place, seed=seed, heldout=heldout),
             student=student._student(),
-            teacher=teacher.model,
-            stream=build_stream(
-                recipe,
-                name,
-                teacher.tokenizer,
-                rank=accelerator.process_index,
-                world=accelerator.num_processes,
-            ),
-            folder=place,
-            accelerator=accelerator,
-            heldout=[batch.to(accelerator.device) for batch in heldout_batches(recipe, teacher.tokenizer)],
-            seed=seed,
-            console=console,
+            teacher=LiveTeacher(teacher.model),
+            stream=build_stream(recipe, name, teacher.tokenizer, rank=parallel.rank, world=parallel.world),
+            parallel=parallel,
+            console=TrainingConsole(main=parallel.is_main and not quiet),
         )
 
 

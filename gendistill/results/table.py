@@ -211,7 +211,7 @@ def fill_document(text: str, *, folder: Path, where: str = "document") -> str:
     return _VALUE.sub(number, _BLOCK.sub(table, text))
 
 
-def _single(results: Results, match: re.Match[str], where: str) -> str:
+def _single(results: ResultsFile, match: re.Match[str], where: str) -> str:
     """Write the number of one row; shares as percent."""
     rows = [row for row in results.rows if row.name == match["row"]]
     value = None if len(rows) != 1 else rows[0].value if match["what"] == "value" else rows[0].peer_value
