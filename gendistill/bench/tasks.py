@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gendistill.data.batch import IGNORE, Batch
-from gendistill.ops.types import Segments
+from gendistill.ops import Segments
 
 START, SEPARATOR = 0, 1
 _FIRST, _SYMBOLS = 2, 32

@@ -27,9 +27,10 @@ from gendistill.paths import RunDir
 from gendistill.results.table import ResultRow
 from gendistill.teachers.live import LiveTeacher
 from gendistill.training.console import TrainingConsole
+from gendistill.training.job import StageJob, StageResult
 from gendistill.training.log import read_metrics
 from gendistill.training.parallel import choose_parallel
-from gendistill.training.stage import StageJob, StageResult, train_stage
+from gendistill.training.stage import train_stage
 from gendistill.types import ParamGroup
 
 Impl = Literal["auto", "reference", "triton"]

@@ -11,11 +11,11 @@ import torch
 from rich.console import Group
 from rich.table import Table
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from gendistill.data.batch import IGNORE, Batch, boundaries
 from gendistill.errors import CheckpointError
 from gendistill.mixers.init import half_lives
+from gendistill.models import HybridForCausalLM
 from gendistill.teachers.base import ModuleIO, Needs, Teacher
 from gendistill.training.heldout import score_heldout
 
@@ -43,7 +43,7 @@ class _LayerSums:
         self.squared_norm += float(wanted.square().sum())
 
 
-def probe_student(student: Any, teacher: Teacher, batches: Sequence[Batch]) -> dict[str, Any]:
+def probe_student(student: HybridForCausalLM, teacher: Teacher, batches: Sequence[Batch]) -> dict[str, Any]:
     """Compare a student with its teacher on held-out text.
 
     Args:
@@ -64,7 +64,7 @@ def probe_student(student: Any, teacher: Teacher, batches: Sequence[Batch]) -> d
             at_zero = [_half_lives_at_zero(student.model.layers[layer].self_attn) for layer in sums]
     finally:
         student.train(was_training)
-    kinds = student.config.mixers
+    kinds = student.config.mixers or []
     result["layers"] = [
         {
             "layer": layer,
@@ -81,12 +81,14 @@ def probe_student(student: Any, teacher: Teacher, batches: Sequence[Batch]) -> d
     return result
 
 
-def _describe_impl(student: PreTrainedModel) -> str:
+def _describe_impl(student: HybridForCausalLM) -> str:
     mixers = [student.model.layers[layer].self_attn for layer in student.config.linear_layers]
     return ", ".join(sorted({f"{mixer.kind}={mixer.impl}" for mixer in mixers})) or "no linear layers"
 
 
-def _compare_layers(student: Any, teacher: Teacher, batches: Sequence[Batch]) -> dict[int, _LayerSums]:
+def _compare_layers(
+    student: HybridForCausalLM, teacher: Teacher, batches: Sequence[Batch]
+) -> dict[int, _LayerSums]:
     sums = {layer: _LayerSums() for layer in student.config.linear_layers}
     facts, config = teacher.facts, student.config
     if (facts.num_layers, facts.hidden_size) != (config.num_hidden_layers, config.hidden_size):

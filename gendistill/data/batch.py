@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gendistill.mixers.base import SequenceInfo
-from gendistill.ops.types import Segments
+from gendistill.ops import Segments
 
 IGNORE = -100
 PADDING = 0

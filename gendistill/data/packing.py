@@ -10,7 +10,7 @@ import torch
 
 from gendistill.data.batch import IGNORE, PADDING, Batch
 from gendistill.data.render import TokenizedSample
-from gendistill.ops.types import Segments
+from gendistill.ops import Segments
 
 WINDOW = 64
 

@@ -46,8 +46,9 @@ from gendistill.teachers.base import Teacher, check_vocabulary
 from gendistill.teachers.live import LiveTeacher
 from gendistill.text import printable_lines
 from gendistill.training.console import TrainingConsole
+from gendistill.training.job import StageJob
 from gendistill.training.parallel import Parallel, choose_parallel
-from gendistill.training.stage import StageJob, train_stage
+from gendistill.training.stage import train_stage
 from gendistill.types import Placement
 
 if TYPE_CHECKING:

@@ -15,9 +15,10 @@ from gendistill.errors import TrainingError
 from gendistill.training.checkpoint import find_checkpoint
 from gendistill.training.diagnose import first_non_finite
 from gendistill.training.heldout import score_heldout
+from gendistill.training.job import StageJob
 
 if TYPE_CHECKING:
-    from gendistill.training.stage import StageJob, StageRun
+    from gendistill.training.stage import StageRun
 
 When = Literal["step", "log", "save", "end"]
 _EFFECTIVE = 0.99  # share of trained tensors that must have changed

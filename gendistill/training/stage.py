@@ -5,15 +5,14 @@ from __future__ import annotations
 import signal
 import time
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 from torch import nn
 
-from gendistill.config.schema import StageConfig
 from gendistill.data.batch import Batch
 from gendistill.errors import DataError
 from gendistill.losses.build import build_objective
@@ -31,7 +30,8 @@ from gendistill.training.checkpoint import (
 from gendistill.training.console import StageView, TrainingConsole
 from gendistill.training.freeze import apply_freeze
 from gendistill.training.interrupt import StageStopped, StopRequest, stop_on_signal
-from gendistill.training.left_out import HasRows, data_record, heavy_losses, left_out_lines
+from gendistill.training.job import StageJob, StageResult, Stream
+from gendistill.training.left_out import data_record, heavy_losses, left_out_lines
 from gendistill.training.lock import (
     StageLock,
     existing_lock,
@@ -52,74 +52,6 @@ from gendistill.training.optim import (
 )
 from gendistill.training.parallel import Parallel
 from gendistill.training.step import StepRunner, seed_step
-
-
-class Stream(HasRows, Protocol):
-    """Yield each global step's micro-batches of this process, without end, from any saved state.
-
-    The state is JSON and the same on every process.
-    """
-
-    def __next__(self) -> list[Batch]: ...
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: dict[str, Any], /) -> None: ...
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StageJob:
-    """What is to be done in a stage, and where.
-
-    Attributes:
-        name: Name of the stage.
-        config: Objective, groups, length, rates.
-        folder: The stage's own folder; what an interrupted attempt left is in it.
-        seed: The recipe's. Every step is seeded from it and its number.
-        heldout: Batches to score at the end, on every process the same.
-        heldout_every: Also score every so many steps.
-        lock: More settings that must not change before a resume (teacher, data), as JSON.
-    """
-
-    name: str
-    config: StageConfig
-    folder: Path
-    seed: int
-    heldout: Sequence[Batch]
-    heldout_every: int | None = None
-    lock: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def checkpoints(self) -> Path:
-        """Folder of the stage's checkpoints."""
-        return self.folder / "checkpoints"
-
-
-@dataclass(frozen=True, slots=True)
-class StageResult:
-    """How a stage ended; written as ``result.json``.
-
-    Attributes:
-        tokens: Without padding, over all processes.
-        seconds: Spent in steps, over all sessions.
-        loss_first, loss_last: Of the first and last log interval.
-        tensors_changed: Share of the trained tensors that differ from the start.
-        heldout: What ``score_heldout`` returns.
-        data: Rows read and left out of each source, and what is odd about them, as ``data_record`` returns.
-        monitors: What monitors found at the end, by name.
-    """
-
-    stage: str
-    objective: str
-    steps: int
-    tokens: int
-    seconds: float
-    loss_first: float
-    loss_last: float
-    tensors_changed: float
-    heldout: dict[str, float]
-    data: dict[str, Any]
-    monitors: dict[str, dict[str, float]]
 
 
 def train_stage(
@@ -237,10 +169,11 @@ class StageRun:
         )
 
     def _assemble(self, calibration: Batch) -> None:
-        """Freeze, shard, optimizer, load: each step looks at what those before it have made of the student."""
+        """Freeze, adapt, shard, optimizer, load: each looks at what those before it have made of the student."""
         job, stage, parallel = self.job, self.stage, self.parallel
         frozen = apply_freeze(self.module, stage, name=job.name, reaches=self.objective.reaches)
         self.console.say(f"{job.name}: {frozen}")
+        # adapters would be put in here: they learn where all else is frozen, and are sharded like it
         # float32 masters: bfloat16 weights would swallow most updates
         self.module.float().to(parallel.device).train()
         self.teacher.to(parallel.device)
@@ -248,7 +181,6 @@ class StageRun:
             recompute_activations(self.student, True)
         self.objective.calibrate(self.teacher, calibration.to(parallel.device))
         self.before = checksums(self.module.named_parameters())
-        # adapters belong here: behind freezing, as they learn where all else is frozen, and before sharding
         self.runner = StepRunner(self.module, self.objective, self.teacher, parallel)
         self.trained = {name: value for name, value in self.module.named_parameters() if value.requires_grad}
         self.optimizer = build_optimizer(self.module, stage)

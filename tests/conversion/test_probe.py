@@ -11,7 +11,7 @@ from gendistill.checkpoints.resolve import load_causal_lm
 from gendistill.conversion.probe import check_probe, probe_student, render_probe
 from gendistill.data.batch import IGNORE, Batch
 from gendistill.errors import CheckpointError
-from gendistill.ops.types import Segments
+from gendistill.ops import Segments
 from gendistill.teachers.live import LiveTeacher
 
 

@@ -17,7 +17,7 @@ from gendistill.config.objectives import (
 from gendistill.data.batch import IGNORE, Batch, model_inputs
 from gendistill.errors import RecipeError
 from gendistill.losses.build import build_objective
-from gendistill.ops.types import Segments
+from gendistill.ops import Segments
 from gendistill.teachers.base import Needs, check_vocabulary
 from gendistill.teachers.live import LiveTeacher
 from gendistill.testing import tiny_student, tiny_teacher

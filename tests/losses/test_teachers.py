@@ -5,7 +5,7 @@ import torch
 
 from gendistill.data.batch import IGNORE, Batch
 from gendistill.losses.student import run_mixer
-from gendistill.ops.types import Segments
+from gendistill.ops import Segments
 from gendistill.teachers.base import Needs
 from gendistill.teachers.live import LiveTeacher
 from gendistill.testing import FAMILIES, tiny_student, tiny_teacher

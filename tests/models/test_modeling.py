@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from gendistill.data.batch import IGNORE, Batch, model_inputs
 from gendistill.models import HybridConfig, HybridForCausalLM
 from gendistill.models.io import export_code, load_student, save_student
-from gendistill.ops.types import Segments
+from gendistill.ops import Segments
 from gendistill.testing import FAMILIES, tiny_student, tiny_teacher
 
 

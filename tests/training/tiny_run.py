@@ -15,12 +15,13 @@ from rich.console import Console
 from gendistill.config.schema import StageConfig
 from gendistill.data.batch import IGNORE, Batch
 from gendistill.errors import GendistillError
-from gendistill.ops.types import Segments
+from gendistill.ops import Segments
 from gendistill.teachers.live import LiveTeacher
 from gendistill.testing import tiny_student, tiny_teacher
 from gendistill.training.console import TrainingConsole
+from gendistill.training.job import StageJob
 from gendistill.training.parallel import choose_parallel
-from gendistill.training.stage import StageJob, train_stage
+from gendistill.training.stage import train_stage
 
 VOCAB, SEQ_LEN, BATCH_SIZE = 97, 16, 8
 STAGE = {
