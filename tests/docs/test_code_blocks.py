@@ -1,6 +1,7 @@
 """The pages' examples run, and what they say about signatures and saved tensors is so."""
 
 import ast
+import contextlib
 import inspect
 import math
 import re
@@ -11,11 +12,14 @@ import pytest
 import torch
 
 from gendistill import ops
+from gendistill.config import objectives
+from gendistill.losses import build
 from gendistill.mixers import KDA
+from gendistill.training.monitors import MONITORS
 from gendistill_evals import JUDGES, PROTOCOLS
 
 ROOT = Path(__file__).parents[2]
-PAGES = ("kernels.md", "extend-evals.md")
+PAGES = ("kernels.md", "extend-evals.md", "extend.md")
 
 
 def blocks(page: str, language: str) -> list[tuple[int, str]]:
@@ -37,7 +41,9 @@ def run(page: str) -> dict:
 def test_python_blocks_run_in_order(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     # what a page registers is for that page
-    with patch.dict(JUDGES), patch.dict(PROTOCOLS):
+    with contextlib.ExitStack() as stack:
+        for known in (JUDGES, PROTOCOLS, MONITORS, objectives.OBJECTIVES, build.OBJECTIVES):
+            stack.enter_context(patch.dict(known))
         assert run(page)
 
 
