@@ -74,7 +74,7 @@ class StepRunner:
             sum(batch.num_tokens for batch in micro_batches),
         ]
         # labels alone give the denominator, so it is known before the first forward pass
-        counts = self.parallel.sum(torch.tensor(local, device=self.device))
+        counts = self.parallel.sum(torch.tensor(local).to(self.device, non_blocking=True))
         num_labels = counts[0].clamp(min=1)
         # data parallelism averages gradients over processes: undo its division
         scale = self.parallel.world / num_labels
