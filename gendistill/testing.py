@@ -6,12 +6,13 @@ from typing import Any
 
 import torch
 
+from gendistill.anatomy.family import FAMILIES as _FAMILIES
 from gendistill.checkpoints.builtin import TINY_SIZES, save_tiny_checkpoint, tiny_teacher
 from gendistill.models import HybridConfig, HybridForCausalLM
 
 __all__ = ["FAMILIES", "PLACEMENTS", "save_tiny_checkpoint", "tiny_student", "tiny_teacher"]
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+FAMILIES = tuple(_FAMILIES)
 PLACEMENTS = {
     "mixed": ["kda", "full", "kda", "full"],
     "attention first": ["full", "kda", "kda", "full"],
@@ -45,7 +46,9 @@ def tiny_student(
         **TINY_SIZES,
         "base_model_type": family,
         "mixers": mixers,
-        "mixer_configs": {"kda": {"half_life": [1.0, 64.0], **(kda or {})}},
+        "mixer_configs": {
+            "kda": {"half_life": [1.0, 64.0], **(kda or {})},
+        },
         "sliding_window": 6 if "swa" in mixers else None,
         **overrides,
     }

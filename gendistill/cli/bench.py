@@ -272,6 +272,7 @@ def _commit(arguments: argparse.Namespace) -> str | None:
 def _check_device(action: str, *, smoke: bool = False) -> None:
     import torch
 
+    from gendistill.anatomy.kda import KDA
     from gendistill.ops import resolve_impl
 
     command = f"gendistill bench {action}"
@@ -286,7 +287,7 @@ def _check_device(action: str, *, smoke: bool = False) -> None:
             hint="gendistill doctor says why",
         )
     try:
-        resolve_impl("triton", op="kda", device=torch.device("cpu" if smoke else "cuda"))
+        resolve_impl("triton", op=KDA.kind, device=torch.device("cpu" if smoke else "cuda"))
     except ValueError as error:
         raise GendistillError(str(error)) from error
 

@@ -8,9 +8,8 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
+from gendistill.anatomy import geometry
 from gendistill.data.batch import Batch
-from gendistill.errors import RecipeError
-from gendistill.types import MixerKind
 
 
 class Signal(StrEnum):
@@ -100,24 +99,10 @@ class Objective(Protocol):
         ...
 
 
-def mixer_kinds(config: Any) -> tuple[MixerKind, ...]:
-    """Read each layer's mixer from a student's configuration; a stock transformer is all attention."""
-    if config.model_type == "gendistill":
-        return tuple(MixerKind(kind) for kind in config.mixers)
-    return (MixerKind.FULL,) * config.num_hidden_layers
-
-
 def check_vocabulary(teacher_config: Any, student_config: Any) -> None:
     """Reject a teacher whose distributions cannot be compared with the student's entry by entry.
 
     Raises:
         RecipeError: The vocabularies differ in size.
     """
-    teacher_size, student_size = teacher_config.vocab_size, student_config.vocab_size
-    if teacher_size != student_size:
-        raise RecipeError(
-            f"the teacher's vocabulary has {teacher_size:,} entries, the student's {student_size:,}; "
-            "the divergence compares them one by one",
-            where="teacher.model and student.from",
-            hint="choose a teacher with the student's tokenizer, or drop student.from",
-        )
+    geometry.check_vocabulary(teacher_config.vocab_size, student_config.vocab_size)

@@ -7,9 +7,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from gendistill.anatomy.placement import converted_layers, placed_kinds
 from gendistill.data.batch import IGNORE, Batch
 from gendistill.errors import RecipeError
-from gendistill.losses.base import LossTerm, ModuleIO, Signal, TeacherSignals, mixer_kinds
+from gendistill.losses.base import LossTerm, ModuleIO, Signal, TeacherSignals
 from gendistill.losses.signals import teacher_signals
 from gendistill.ops.linear_divergence import counted_positions
 
@@ -57,7 +58,7 @@ class LayerwiseObjective:
                     where="teacher.model and student.from",
                     hint="use objective: {kind: kl}, which compares outputs only",
                 )
-        self.layers = tuple(layer for layer, kind in enumerate(mixer_kinds(config)) if kind.is_linear)
+        self.layers = converted_layers(placed_kinds(config))
         if not self.layers:
             raise RecipeError(
                 "the objective aligns linear layers with the attention that they replace, but the placement has none",

@@ -6,9 +6,10 @@ from typing import Any, Literal, get_args, get_origin
 
 import pytest
 
+from gendistill.anatomy.mixers import MIXERS
 from gendistill.config.base import Affects, Section, affects, identity
 from gendistill.config.load import load_recipe
-from gendistill.config.mixers import KDAConfig, MixersConfig, SWAConfig
+from gendistill.config.mixers import MixersConfig, MixerSection, mixer_section, mixers_section
 from gendistill.config.objectives import (
     BlockOutputConfig,
     CEConfig,
@@ -29,6 +30,7 @@ from gendistill.config.schema import (
     TeacherConfig,
 )
 
+KDAConfig, SWAConfig = (mixer_section(MIXERS[kind].settings) for kind in ("kda", "swa"))
 TEACHER = {"model": "a"}
 STUDENT = {"placement": "kda full"}
 SOURCE = {"path": "a.jsonl"}
@@ -67,7 +69,7 @@ FLIPS: dict[type[Section], tuple[dict[str, Any], dict[str, Any]]] = {
         },
     ),
     SWAConfig: ({}, {"window": 64}),
-    MixersConfig: ({}, {"kda": {"conv_size": 3}, "swa": {"window": 64}}),
+    mixers_section(): ({}, {"kda": {"conv_size": 3}, "swa": {"window": 64}}),
     StudentConfig: (
         STUDENT,
         {"from": "b", "placement": "kda", "mixers": {"swa": {"window": 64}}, "impl": "reference"},
@@ -153,8 +155,7 @@ FLIPS: dict[type[Section], tuple[dict[str, Any], dict[str, Any]]] = {
 }
 # what holds sections is judged by their fields
 SECTIONS = {
-    (MixersConfig, "kda"),
-    (MixersConfig, "swa"),
+    *((mixers_section(), kind) for kind in ("kda", "swa")),
     (StudentConfig, "mixers"),
     (StageConfig, "objective"),
     (StageConfig, "schedule"),
@@ -166,7 +167,8 @@ SECTIONS = {
 def sections(section: type[Section] = Section) -> list[type[Section]]:
     found = [one for child in section.__subclasses__() for one in (child, *sections(child))]
     # the results files have sections of their own, once tests of the report are imported too
-    return [one for one in found if one.__module__.startswith("gendistill.config.")]
+    bases = (MixersConfig, MixerSection)  # what they stand for is made from the catalogue
+    return [one for one in found if one.__module__.startswith("gendistill.config.") and one not in bases]
 
 
 def names(section: type[Section]) -> dict[str, str]:
