@@ -18,6 +18,8 @@ PLACEMENTS = {
     "attention first": ["full", "kda", "kda", "full"],
     "pure": ["kda", "kda", "kda", "kda"],
     "window": ["swa", "kda", "full", "kda"],
+    "sinks": ["sink", "full", "sink", "kda"],
+    "sinks alone": ["sink", "sink", "sink", "sink"],
 }
 
 
@@ -48,6 +50,7 @@ def tiny_student(
         "mixers": mixers,
         "mixer_configs": {
             "kda": {"half_life": [1.0, 64.0], **(kda or {})},
+            **({"sink": {"window": 5, "sinks": 2}} if "sink" in mixers else {}),
         },
         "sliding_window": 6 if "swa" in mixers else None,
         **overrides,

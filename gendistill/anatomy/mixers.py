@@ -11,10 +11,11 @@ from typing import Any
 
 from gendistill.anatomy.full import FULL
 from gendistill.anatomy.kda import KDA
+from gendistill.anatomy.sink import SINK
 from gendistill.anatomy.spec import MixerSpec
 from gendistill.anatomy.swa import SWA
 
-MIXERS: dict[str, MixerSpec] = {spec.kind: spec for spec in (FULL, SWA, KDA)}
+MIXERS: dict[str, MixerSpec] = {spec.kind: spec for spec in (FULL, SWA, KDA, SINK)}
 
 
 def mixer_class(kind: str) -> Any:

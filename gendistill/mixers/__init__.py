@@ -3,6 +3,7 @@
 from gendistill.mixers.attention import FullAttention, SlidingWindowAttention
 from gendistill.mixers.base import Mixer, MixerState, SequenceInfo
 from gendistill.mixers.kda import KDA
+from gendistill.mixers.sink import SinkAttention, SinkState
 
 __all__ = [
     "KDA",
@@ -10,5 +11,7 @@ __all__ = [
     "Mixer",
     "MixerState",
     "SequenceInfo",
+    "SinkAttention",
+    "SinkState",
     "SlidingWindowAttention",
 ]

@@ -30,7 +30,7 @@ from gendistill.config.schema import (
     TeacherConfig,
 )
 
-KDAConfig, SWAConfig = (mixer_section(MIXERS[kind].settings) for kind in ("kda", "swa"))
+KDAConfig, SWAConfig, SinkConfig = (mixer_section(MIXERS[kind].settings) for kind in ("kda", "swa", "sink"))
 TEACHER = {"model": "a"}
 STUDENT = {"placement": "kda full"}
 SOURCE = {"path": "a.jsonl"}
@@ -69,7 +69,8 @@ FLIPS: dict[type[Section], tuple[dict[str, Any], dict[str, Any]]] = {
         },
     ),
     SWAConfig: ({}, {"window": 64}),
-    mixers_section(): ({}, {"kda": {"conv_size": 3}, "swa": {"window": 64}}),
+    SinkConfig: ({}, {"window": 64, "sinks": 1}),
+    mixers_section(): ({}, {"kda": {"conv_size": 3}, "swa": {"window": 64}, "sink": {"sinks": 1}}),
     StudentConfig: (
         STUDENT,
         {"from": "b", "placement": "kda", "mixers": {"swa": {"window": 64}}, "impl": "reference"},
@@ -155,7 +156,7 @@ FLIPS: dict[type[Section], tuple[dict[str, Any], dict[str, Any]]] = {
 }
 # what holds sections is judged by their fields
 SECTIONS = {
-    *((mixers_section(), kind) for kind in ("kda", "swa")),
+    *((mixers_section(), kind) for kind in ("kda", "swa", "sink")),
     (StudentConfig, "mixers"),
     (StageConfig, "objective"),
     (StageConfig, "schedule"),

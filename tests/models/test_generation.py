@@ -215,7 +215,7 @@ def test_reset_cache_starts_anew(student, tokens):
     torch.testing.assert_close(logits, student(tokens, use_cache=False).logits, rtol=0, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize(("placement", "kind"), [("pure", "kda")])
+@pytest.mark.parametrize(("placement", "kind"), [("pure", "kda"), ("sinks alone", "sink")])
 @torch.no_grad()
 def test_state_bytes_do_not_grow_where_attention_is_replaced(tokens, placement, kind):
     model = tiny_student("llama", placement)

@@ -165,7 +165,7 @@ def test_a_mixer_is_named_in_its_own_files_only():
 
 
 # modules of the standard library alone: they travel inside exported students
-TRAVELLING = ("family", "full", "kda", "mixers", "settings", "spec", "student", "swa")
+TRAVELLING = ("family", "full", "kda", "mixers", "settings", "sink", "spec", "student", "swa")
 
 
 @pytest.mark.parametrize("name", TRAVELLING)
