@@ -68,7 +68,7 @@ class KDASpec(MixerSpec):
     advice = "init: qkvo, half_life: [4, 512], conv_activation: identity, output_gate: silu"
     settings = KDASettings
     module = "gendistill.mixers.kda:KDA"
-    op = "kda"
+    op = "delta_rule"
     recurrent = True
     in_every_key = True
 

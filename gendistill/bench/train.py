@@ -28,9 +28,12 @@ from gendistill.data.batch import Batch
 from gendistill.models import HybridConfig, HybridForCausalLM
 from gendistill.paths import RunDir
 from gendistill.results.table import ResultRow
+from gendistill.teachers.live import LiveTeacher
 from gendistill.training.console import TrainingConsole
+from gendistill.training.job import StageJob, StageResult
 from gendistill.training.log import read_metrics
-from gendistill.training.loop import StageResult, train_stage
+from gendistill.training.parallel import choose_parallel
+from gendistill.training.stage import train_stage
 
 Impl = Literal["auto", "reference", "triton"]
 _STAGE = "train"
@@ -273,20 +276,23 @@ class TrainBench:
         # more seeds may be added to a folder; as JSON, in which it will be read back
         lock = {name: value for name, value in asdict(setup).items() if name != "seeds"}
         lock |= {"mixers": list(setup.mixers), "impl": impl, "commit": self.commit}
-        return train_stage(
-            setup.stage(),
+        job = StageJob(
             name=_STAGE,
-            student=setup.model(seed, setup.mixers, impl),
-            # cross-entropy asks it nothing; held-out scores put it beside the student
-            teacher=setup.model(seed, ["full"]),
-            stream=TaskStream(setup.rows, setup.tokens, seed=seed),
+            config=setup.stage(),
             folder=RunDir(self.folder / run_name(impl, seed)).stage(_STAGE),
-            accelerator=Accelerator(cpu=self.cpu),
-            heldout=heldout,
             seed=seed,
-            console=TrainingConsole(console=self.console),
+            heldout=heldout,
             heldout_every=max(1, setup.steps // 10),
             lock={"bench": lock},
+        )
+        return train_stage(
+            job,
+            student=setup.model(seed, setup.mixers, impl),
+            # cross-entropy asks it nothing; held-out scores put it beside the student
+            teacher=LiveTeacher(setup.model(seed, ["full"])),
+            stream=TaskStream(setup.rows, setup.tokens, seed=seed),
+            parallel=choose_parallel(Accelerator(cpu=self.cpu)),
+            console=TrainingConsole(console=self.console),
         )
 
 

@@ -195,14 +195,14 @@ def _run_tune(arguments: argparse.Namespace) -> int:
     _check_device("tune")
     import torch
 
+    from gendistill.bench.launches import PLACES
     from gendistill.bench.tune import Outcome, Tuner, make_jobs
     from gendistill.results.table import write_results_json
-    from gendistill_kernels.configs import KERNELS
 
-    kernels = arguments.kernels or list(KERNELS)
-    if unknown := [name for name in kernels if name not in KERNELS]:
+    kernels = arguments.kernels or list(PLACES)
+    if unknown := [name for name in kernels if name not in PLACES]:
         raise RecipeError(
-            f"no kernel {', '.join(unknown)} in the table; there are {', '.join(KERNELS)}", where="--kernels"
+            f"no kernel {', '.join(unknown)} in the table; there are {', '.join(PLACES)}", where="--kernels"
         )
     device = torch.cuda.get_device_name()
 
@@ -272,8 +272,7 @@ def _commit(arguments: argparse.Namespace) -> str | None:
 def _check_device(action: str, *, smoke: bool = False) -> None:
     import torch
 
-    from gendistill.anatomy.kda import KDA
-    from gendistill.ops import resolve_impl
+    from gendistill.ops import resolve
 
     command = f"gendistill bench {action}"
     if smoke and os.environ.get("TRITON_INTERPRET") != "1":
@@ -287,7 +286,7 @@ def _check_device(action: str, *, smoke: bool = False) -> None:
             hint="gendistill doctor says why",
         )
     try:
-        resolve_impl("triton", op=KDA.kind, device=torch.device("cpu" if smoke else "cuda"))
+        resolve("triton", op="delta_rule", device=torch.device("cpu" if smoke else "cuda"))
     except ValueError as error:
         raise GendistillError(str(error)) from error
 

@@ -210,7 +210,7 @@ def _is_distribution(folder: Path) -> bool:
 
 
 def check_ops() -> Check:
-    """The chunked KDA op agrees with the token-by-token definition, on the device that would be used."""
+    """The chunked delta rule agrees with the token-by-token definition, on the device that would be used."""
     import torch
 
     from gendistill.ops import chunk_delta_rule, l2norm, recurrent_delta_rule
@@ -224,12 +224,8 @@ def check_ops() -> Check:
 
     q, k = (l2norm(draw(batch, tokens, heads, channels)) for _ in range(2))
     v = draw(batch, tokens, heads, channels)
-    gates = {
-        "log_decay": -draw(batch, tokens, heads, channels).abs(),
-        "erase": draw(batch, tokens, heads).sigmoid(),
-        "write": draw(batch, tokens, heads).sigmoid(),
-    }
-    chunked, exact = chunk_delta_rule(q, k, v, **gates), recurrent_delta_rule(q, k, v, **gates)
+    decay, beta = -draw(batch, tokens, heads, channels).abs(), draw(batch, tokens, heads).sigmoid()
+    chunked, exact = (rule(q, k, v, decay, beta) for rule in (chunk_delta_rule, recurrent_delta_rule))
     error = float((chunked.out - exact.out).norm() / exact.out.norm())
     detail = f"chunked against token by token on {device}: relative error {error:.1e}"
     if not error < 1e-4:

@@ -10,7 +10,7 @@ import torch
 from gendistill.anatomy.mixers import MIXERS
 from gendistill.anatomy.placement import Placement
 from gendistill.errors import RecipeError
-from gendistill.ops import types as op_types
+from gendistill.ops import select
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,7 @@ def choose_impl(
         return ImplChoice(requested, None, "no linear layers")
     try:
         # every family has the same obstacles so far
-        impl = [op_types.resolve_impl(requested, op=op, device=device) for op in ops][-1]
+        impl = [select.resolve(requested, op=op, device=device) for op in ops][-1]
     except ValueError as error:
         raise RecipeError(
             str(error),
@@ -64,8 +64,8 @@ def choose_impl(
         ) from error
     if requested != "auto":
         return ImplChoice(requested, impl.value, "set by student.impl")
-    if impl is op_types.Impl.TRITON:
+    if impl is select.Impl.TRITON:
         return ImplChoice(requested, impl.value, f"auto; {device_name}")
     if device.type != "cuda":
         return ImplChoice(requested, impl.value, f"auto; no CUDA device, torch runs on {device.type}")
-    return ImplChoice(requested, impl.value, f"auto; {device_name}: {op_types.triton_obstacle(device)}")
+    return ImplChoice(requested, impl.value, f"auto; {device_name}: {select.obstacle('delta_rule', device)}")

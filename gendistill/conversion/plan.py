@@ -21,6 +21,7 @@ from gendistill.anatomy.spec import Init, ParameterSpec
 from gendistill.checkpoints.tensors import DTYPE_BYTES, NewTensor, TensorInfo
 from gendistill.config.mixers import MixersConfig
 from gendistill.errors import CheckpointError, RecipeError
+from gendistill.types import short_count
 
 _FLOATS = ("F32", "F16", "BF16")
 # facts about the teacher's own file and defaults of transformers, neither of which belong into a student
@@ -116,6 +117,15 @@ class ConversionPlan:
             origin: sum(step.num_parameters for step in self.steps if step.origin is origin)
             for origin in Origin
         }
+
+    def __str__(self) -> str:
+        lines = [f"{self.placement}; {short_count(self.num_parameters)} parameters"]
+        for origin, count in self.parameters_by_origin().items():
+            steps = [step for step in self.steps if step.origin is origin]
+            if steps:
+                lines.append(f"{origin:<12} {len(steps):>4} tensors  {short_count(count):>6} parameters")
+        lines += [f"dropped      {item.name}: {item.reason}" for item in self.dropped]
+        return "\n".join(lines)
 
     def to_json(self) -> dict[str, Any]:
         """Return the plan as plain data for plan.json."""

@@ -11,7 +11,8 @@ from gendistill.anatomy.family import Geometry, layer_geometry
 from gendistill.anatomy.settings import read_settings
 from gendistill.anatomy.spec import MixerSpec, ParameterSpec
 from gendistill.mixers.init import initial_value
-from gendistill.ops.types import Impl, Segments
+from gendistill.ops.select import Impl
+from gendistill.ops.types import Segments
 
 
 class MixerState(NamedTuple):

@@ -12,11 +12,12 @@ from gendistill.anatomy.kda import KDA as SPEC
 from gendistill.anatomy.kda import KDASettings
 from gendistill.mixers.base import Mixer, MixerState, SequenceInfo, rotate
 from gendistill.mixers.init import half_lives
-from gendistill.ops.gated_norm import gated_rms_norm
-from gendistill.ops.kda import gated_kda
-from gendistill.ops.reference.gates import bounded_log_decay, softplus_log_decay
-from gendistill.ops.short_conv import causal_conv
-from gendistill.ops.types import Impl, resolve_impl, triton_ops
+from gendistill.ops.conv import causal_conv
+from gendistill.ops.decode import decode_delta_rule
+from gendistill.ops.delta_rule import chunk_kda
+from gendistill.ops.gates import log_decay
+from gendistill.ops.norm import gated_rms_norm
+from gendistill.ops.select import Impl, resolve
 
 # up to this many tokens after the first ones are decoded in one launch
 _DECODE_TOKENS = 8
@@ -89,7 +90,7 @@ class KDA(Mixer):
         Raises:
             ValueError: ``triton`` was requested and cannot run there.
         """
-        return resolve_impl(self.requested_impl, op=SPEC.kind, device=self.A_log.device)
+        return resolve(self.requested_impl, op="delta_rule", device=self.A_log.device)
 
     def log_decay(self, hidden_states: Tensor) -> Tensor:
         """Compute the natural-log decay per key channel.
@@ -98,10 +99,7 @@ class KDA(Mixer):
             hidden_states: ``[B, T, hidden_size]``, the mixer's input.
         Returns: ``[B, T, H, K]`` float32, <= 0.
         """
-        raw = self._raw_decay(hidden_states)
-        if self.gate == "bounded":
-            return bounded_log_decay(raw, self.A_log, self.dt_bias, lower_bound=self.gate_lower_bound)
-        return softplus_log_decay(raw, self.A_log, self.dt_bias)
+        return log_decay(self._raw_decay(hidden_states), **self._gate)
 
     def diagnostics(self, hidden_states: Tensor) -> dict[str, Tensor]:
         """Compute the half-life of every key channel, ``[B, T, H, K]`` in tokens."""
@@ -128,7 +126,7 @@ class KDA(Mixer):
         impl = self.impl
         few = length <= _DECODE_TOKENS and sequences is None and not self.rope
         if impl is Impl.TRITON and few and state is not None and not torch.is_grad_enabled():
-            return self._decode(hidden_states, state)
+            return self._decode(hidden_states, state, impl)
         x = hidden_states if sequences is None else sequences.gather(hidden_states)
         q, k, v, conv_state = self._convolve(x, sequences, state, impl)
         if self.rope:
@@ -137,16 +135,13 @@ class KDA(Mixer):
             angles = tuple(part.expand(batch, -1, -1) for part in position_embeddings)
             cos, sin = angles if sequences is None else (sequences.gather(part) for part in angles)
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        out, memory = gated_kda(
+        out, memory = chunk_kda(
             q,
             k,
             v,
             self._raw_decay(x),
             self.b_proj(x),
-            gate=self.gate,
-            a_log=self.A_log,
-            dt_bias=self.dt_bias,
-            lower_bound=self.gate_lower_bound,
+            **self._gate,
             state=None if state is None else state.recurrent,
             segments=None if sequences is None else sequences.segments,
             impl=impl,
@@ -157,7 +152,7 @@ class KDA(Mixer):
             y = sequences.scatter(y, batch, length)
         return y, MixerState(conv_state, memory)
 
-    def _decode(self, x: Tensor, state: MixerState) -> tuple[Tensor, MixerState]:
+    def _decode(self, x: Tensor, state: MixerState, impl: Impl) -> tuple[Tensor, MixerState]:
         """Take a few more tokens in one launch between the projections."""
         conv, recurrent = state.conv, state.recurrent
         if not state.owned:
@@ -165,23 +160,24 @@ class KDA(Mixer):
             recurrent = recurrent.clone(memory_format=torch.contiguous_format)
             conv = None if conv is None else conv.clone(memory_format=torch.contiguous_format)
         norm_weight, output_gate = self._output_gate(x)
-        out = triton_ops().triton_kda_decode(
-            self._project(x),
+        (q, k, v), (conv_weight, conv_bias) = self._project(x), self._taps()
+        out = decode_delta_rule(
+            q,
+            k,
+            v,
             self._raw_decay(x),
             self.b_proj(x),
             recurrent,
-            self.A_log,
-            self.dt_bias,
-            *self._taps(),
-            conv,
-            norm_weight,
-            output_gate,
-            self.num_kv_heads,
-            self.gate,
-            self.gate_lower_bound,
-            self.conv_activation,
-            self.output_gate,
-            self._output_settings["eps"],
+            **self._gate,
+            conv_weight=conv_weight or None,
+            conv_bias=conv_bias or None,
+            conv_state=conv,
+            conv_activation=self.conv_activation,
+            norm_weight=norm_weight,
+            norm_eps=self._output_settings["eps"],
+            output_gate=output_gate,
+            output_activation=self.output_gate,
+            impl=impl,
         )
         return self.o_proj(out.flatten(-2)), MixerState(conv, recurrent)
 
@@ -221,6 +217,16 @@ class KDA(Mixer):
         """Return the output norm's weight and the raw gate, each None where the layer has none."""
         weight = self.o_norm.weight if "o_norm" in self._modules else None
         return weight, None if self.output_gate == "none" else self.g_b_proj(self.g_a_proj(x))
+
+    @property
+    def _gate(self) -> dict[str, Any]:
+        """What turns raw decays into decays, as ops take it."""
+        return {
+            "gate": self.gate,
+            "a_log": self.A_log,
+            "dt_bias": self.dt_bias,
+            "lower_bound": self.gate_lower_bound,
+        }
 
     @property
     def _output_settings(self) -> dict[str, Any]:

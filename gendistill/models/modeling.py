@@ -26,7 +26,7 @@ from gendistill.models.cache import HybridCache
 from gendistill.models.configuration import HybridConfig
 from gendistill.models.generation import HybridGeneration
 from gendistill.models.layers import make_mixer
-from gendistill.models.sequences import check_inputs, find_sequences, layer_masks
+from gendistill.models.sequences import check_inputs, check_sequences, find_sequences, layer_masks
 
 
 class HybridPreTrainedModel(PreTrainedModel):
@@ -98,7 +98,7 @@ class HybridModel(HybridPreTrainedModel):
             attention_mask: ``[B, past + T]``, zero at padding; or masks by layer type. Masked tokens change no state.
             position_ids: ``[B, T]`` or ``[1, T]``. Restarts separate packed documents; these come without mask and
                 cache (``use_cache=False``). ``cu_seq_lens_q`` and ``cu_seq_lens_k``, ``[N + 1]`` ends in the row-major
-                grid, may say the same without a search.
+                grid, may say the same without a search, and a ``SequenceInfo`` as ``sequences`` without the device.
             past_key_values: Cache to continue; made here when ``use_cache``.
             output_attentions: Also return the attentions of kept layers, ``[B, H, T, past + T]``, with None in place of
                 linear ones. Needs ``attn_implementation="eager"``.
@@ -142,7 +142,10 @@ class HybridModel(HybridPreTrainedModel):
             past_key_values = HybridCache(self.config)
         self._check(past_key_values, kwargs.get("output_attentions", self.config.output_attentions))
         layer_types = self.config.layer_types or []
-        masks, sequences = self._lay_out(inputs_embeds, attention_mask, position_ids, past_key_values, kwargs)
+        given: SequenceInfo | None = kwargs.pop("sequences", None)
+        masks, sequences = self._lay_out(
+            inputs_embeds, attention_mask, position_ids, past_key_values, kwargs, given
+        )
         if position_ids is None:
             seen = 0 if past_key_values is None else past_key_values.get_seq_length()
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen)[None]
@@ -171,6 +174,7 @@ class HybridModel(HybridPreTrainedModel):
         position_ids: Tensor | None,
         cache: Cache | None,
         kwargs: dict[str, Any],
+        given: SequenceInfo | None,
     ) -> tuple[dict[str, Any], SequenceInfo | None]:
         """Return the masks by layer type, and the sequences for all linear layers at once."""
         batch, length = inputs_embeds.shape[:2]
@@ -184,7 +188,10 @@ class HybridModel(HybridPreTrainedModel):
         elif attention_mask is not None:
             padding = attention_mask[:, -length:] if len(attention_mask.shape) == 2 else None
         ends = [kwargs[name] for name in ("cu_seq_lens_q", "cu_seq_lens_k") if kwargs.get(name) is not None]
-        sequences = find_sequences(padding, position_ids, ends, cache, batch=batch, length=length)
+        if given is None:
+            sequences = find_sequences(padding, position_ids, ends, cache, batch=batch, length=length)
+        else:
+            sequences = check_sequences(given, padding, cache, batch=batch, length=length)
         if isinstance(attention_mask, dict):
             return attention_mask, sequences
         return layer_masks(self.config, inputs_embeds, attention_mask, cache, position_ids), sequences

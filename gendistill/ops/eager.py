@@ -41,10 +41,11 @@ def _needs_grad(arguments: tuple[Any, ...]) -> bool:
 def quick(op: Any, launch: Any) -> Any:
     """Return what calls an op without derivative; eagerly, what it does itself, since its dispatch takes long."""
 
-    def call(*arguments: Any) -> Any:
-        if is_eager(arguments) and not _needs_grad(arguments):
-            return launch(*arguments)
-        return op(*arguments)
+    def call(*arguments: Any, **named: Any) -> Any:
+        values = (*arguments, *named.values())
+        if is_eager(values) and not _needs_grad(values):
+            return launch(*arguments, **named)
+        return op(*arguments, **named)
 
     return call
 

@@ -12,7 +12,7 @@ from gendistill.anatomy.mixers import MIXERS
 from gendistill.anatomy.placement import Placement
 from gendistill.errors import ReportError
 from gendistill.report.gap import GapReport
-from gendistill.report.run_files import PROTOCOLS, ROLES, RunFiles, StageFiles
+from gendistill.report.run_files import ROLES, RunFiles, StageFiles
 from gendistill.report.tables import signed
 from gendistill.text import printable
 
@@ -90,15 +90,15 @@ def _label(text: str) -> str:
 
 
 def plot_gap(report: GapReport) -> bytes | None:
-    """Draw the scores of both models under both protocols, with intervals and the gap beside them.
+    """Draw the scores of both models under every protocol, with intervals and the gap beside them.
 
     Of very many tasks the first are drawn, and the axis says so.
     """
     found = [
-        (task.task, protocol, scores, getattr(task.gap, protocol))
+        (task.task, protocol, scores, task.gap.get(protocol))
         for task in report.tasks
-        for protocol in PROTOCOLS
-        if any((scores := {role: getattr(getattr(task, role), protocol) for role in ROLES}).values())
+        for protocol in report.protocols
+        if any((scores := {role: getattr(task, role).get(protocol) for role in ROLES}).values())
     ]
     if not found:
         return None

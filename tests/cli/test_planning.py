@@ -174,8 +174,8 @@ def machine(monkeypatch):
 
     def pretend(*, cuda, obstacle=None):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
-        monkeypatch.setattr("gendistill.ops.types.triton_obstacle", lambda device: obstacle)
-        monkeypatch.setattr("gendistill.ops.types.triton_ops", lambda: None)
+        monkeypatch.setattr("gendistill.ops.select.obstacle", lambda op, device: obstacle)
+        monkeypatch.setattr("gendistill.ops.select.contract", lambda op: None)
 
     return pretend
 
@@ -204,7 +204,7 @@ def test_plan_says_what_the_linear_layers_run_on_and_why(
 def test_kernels_that_cannot_run_are_refused(teacher_folder, machine):
     machine(cuda=False, obstacle="our Triton kernels run on NVIDIA GPUs")
     with pytest.raises(
-        RecipeError, match="not available for kda on cpu: our Triton kernels run on"
+        RecipeError, match="not available for delta_rule on cpu: our Triton kernels run on"
     ) as caught:
         plan(teacher_folder, "student.impl=triton")
     assert caught.value.where == "student.impl"

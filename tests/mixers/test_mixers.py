@@ -187,7 +187,7 @@ def test_attention_layer_takes_pretrained_weights(family):
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted, Triton runs on the CPU")
 def test_triton_on_a_cpu_is_refused_when_it_would_run():
     layer = KDA(24, 4, impl="triton")
-    with pytest.raises(ValueError, match='impl "triton" is not available for kda on cpu'):
+    with pytest.raises(ValueError, match='impl "triton" is not available for delta_rule on cpu'):
         layer(torch.randn(1, 3, 24))
     assert KDA(24, 4).impl == "reference"
 

@@ -30,6 +30,7 @@ from gendistill.models.io import load_student, save_student
 from gendistill.report.plots import plot_placement
 from gendistill.runs.memory import Device
 from gendistill.runs.planning import plan_run
+from gendistill.teachers.live import LiveTeacher
 from gendistill.testing import tiny_teacher
 
 IDS = torch.randint(3, 97, (3, 12), generator=torch.Generator().manual_seed(1))
@@ -125,7 +126,7 @@ def test_the_probe_and_the_plots_know_it(student, teacher):
     positions = torch.arange(12).expand(3, -1).contiguous()
     ends = torch.tensor([0, 12, 24, 36], dtype=torch.int32)
     batch = Batch(IDS, IDS.roll(-1, 1), positions, ends, num_labels=36, num_tokens=36)
-    found = probe_student(student, tiny_teacher("llama"), [batch])
+    found = probe_student(student, LiveTeacher(tiny_teacher("llama")), [batch])
     assert [layer["kind"] for layer in found["layers"]] == ["leaky", "kda", "leaky"]
     assert found["impl"] == "kda=reference, leaky=reference"
     assert found["half_life"]["quantiles"]["5"] == pytest.approx(3.0, rel=1e-3)

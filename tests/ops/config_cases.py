@@ -11,26 +11,27 @@ from torch import Tensor
 
 from gendistill.bench.launches import PLACES
 from gendistill.ops import causal_conv, gated_rms_norm
-from gendistill_kernels import delta_chunk
-from gendistill_kernels.configs import Entry
-from gendistill_kernels.decode import Convolution, Heads, decode_step
-from gendistill_kernels.delta_chunk import Rule, chunk_forward
-from gendistill_kernels.gated_norm import gated_norm_backward, gated_norm_forward
-from gendistill_kernels.short_conv import conv_backward, conv_forward
+from gendistill_kernels.conv.causal import conv_backward, conv_forward
+from gendistill_kernels.delta import chunk, layout
+from gendistill_kernels.delta.chunk import chunk_forward
+from gendistill_kernels.delta.decode import decode_step
+from gendistill_kernels.delta.rule import Convolution, Heads, Rule
+from gendistill_kernels.norm.gated import gated_norm_backward, gated_norm_forward
+from gendistill_kernels.runtime.lookup import Row
 
-FORWARD = ("prepare", "prepare_wild", "scan", "summary", "carry")
+FORWARD = ("prepare", "prepare_levels", "scan", "summary", "carry")
 RULE = Rule("softplus")
 Call = Callable[[], dict[str, Tensor]]
 
 
-def saves(entry: Entry) -> list[bool]:
+def saves(entry: Row) -> list[bool]:
     """Say of which forward passes an entry is part."""
     if entry.kernel not in FORWARD:
         return [True]
     return [False, True] if entry.save is None else [entry.save]
 
 
-def make(cases: Any, entry: Entry, *, save: bool) -> tuple[Call, Call]:
+def make(cases: Any, entry: Row, *, save: bool) -> tuple[Call, Call]:
     """Return what calls the kernel at the largest sizes of an entry, and what computes that in float64.
 
     Args:
@@ -40,7 +41,7 @@ def make(cases: Any, entry: Entry, *, save: bool) -> tuple[Call, Call]:
     """
     dtype = torch.float32 if entry.size == 4 else torch.bfloat16
     K, V = min(entry.keys, 256), min(entry.values, 256)
-    if PLACES[entry.kernel].module is delta_chunk:
+    if PLACES[entry.kernel].module is chunk:
         if save and dtype == torch.float32:
             # what has a gradient
             V = min(V, 128)
@@ -74,7 +75,7 @@ def _chunks(
     state, grads = cases.normal(1, 2, K, V), cases.upstream(x)
 
     def call() -> dict[str, Tensor]:
-        with mock.patch.object(delta_chunk, "SEGMENT", 1 if cut else delta_chunk.SEGMENT):
+        with mock.patch.object(layout, "SPAN", 1 if cut else layout.SPAN):
             if save:
                 return cases.run(x, RULE, state, grads)
             return dict(zip(("out", "last"), chunk_forward(x, RULE, state=state), strict=False))

@@ -14,9 +14,9 @@ from gendistill.ops import (
     bounded_log_decay,
     causal_conv,
     l2norm,
-    recurrent_delta_rule,
     softplus_log_decay,
 )
+from gendistill.ops.reference.delta_rule import recurrent_delta_rule
 
 pytest.importorskip("triton", reason="the Triton kernels need triton")
 if os.environ.get("TRITON_INTERPRET") != "1":
@@ -24,9 +24,9 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 from triton.runtime.interpreter import interpreter_builder
 
-from gendistill_kernels import decode
-from gendistill_kernels.decode import Convolution, Finish, Heads, decode_step
-from gendistill_kernels.delta_chunk import Rule
+from gendistill_kernels.delta import decode
+from gendistill_kernels.delta.decode import decode_step
+from gendistill_kernels.delta.rule import Convolution, Finish, Heads, Rule
 
 pytestmark = pytest.mark.interpret
 TOLERANCE = 2e-6

@@ -25,8 +25,12 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from gendistill_kernels import decode, delta_chunk, gated_norm, launch, short_conv
-from gendistill_kernels.launch import Blocks, Fixed, Launcher, Part
+from gendistill_kernels.conv import causal
+from gendistill_kernels.delta import chunk, decode
+from gendistill_kernels.norm import gated
+from gendistill_kernels.runtime import launch
+from gendistill_kernels.runtime.launch import Blocks, Fixed, Launcher
+from gendistill_kernels.runtime.memory import Part
 
 if launch._VERSION not in launch._HEADS:
     pytest.skip("the launcher leaves this version of Triton alone", allow_module_level=True)
@@ -78,14 +82,14 @@ def test_work_starts_on_the_gpu_where_its_first_argument_is(monkeypatch):
 @pytest.mark.parametrize(
     "function",
     [
-        delta_chunk.chunk_forward,
-        delta_chunk.chunk_backward_scan,
-        delta_chunk.chunk_backward_local,
+        chunk.chunk_forward,
+        chunk.chunk_backward_scan,
+        chunk.chunk_backward_local,
         decode.decode_step,
-        short_conv.conv_forward,
-        short_conv.conv_backward,
-        gated_norm.gated_norm_forward,
-        gated_norm.gated_norm_backward,
+        causal.conv_forward,
+        causal.conv_backward,
+        gated.gated_norm_forward,
+        gated.gated_norm_backward,
     ],
 )
 def test_all_that_launches_starts_there(monkeypatch, function):
@@ -356,7 +360,7 @@ def _described(part, block_shape):
 
 
 def test_encoded_blocks_do_not_pile_up(recorder, monkeypatch):
-    monkeypatch.setattr(launch, "_PLACES", 3)
+    monkeypatch.setattr(launch, "_KEPT", 3)
     launcher = Launcher(block_kernel)
     store = torch.zeros(20, 64, 64, dtype=torch.float16)
     for part in store:

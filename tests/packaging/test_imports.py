@@ -41,12 +41,14 @@ LAYERS = {
     "mixers": {"ops", "anatomy"},
     "models": {"mixers", "ops", "anatomy"},
     "checkpoints": {"anatomy"},
-    "data": {"config"},
-    "losses": {"ops", "data", "anatomy", "config"},
-    "training": {"losses", "data", "models", "ops", "anatomy", "config"},
+    "data": {"mixers", "ops", "anatomy", "config"},
+    "teachers": {"data", "anatomy"},
+    "losses": {"teachers", "ops", "data", "anatomy", "config"},
+    "training": {"losses", "teachers", "data", "ops", "anatomy", "config"},
     "conversion": {
         "checkpoints",
         "training",
+        "teachers",
         "models",
         "mixers",
         "ops",
@@ -57,13 +59,24 @@ LAYERS = {
     },
     "report": {"anatomy", "config"},
     "results": {"report", "config"},
-    "bench": {"training", "models", "data", "ops", "report", "results", "anatomy", "config"},
+    "bench": {"training", "teachers", "models", "data", "ops", "report", "results", "anatomy", "config"},
     "runs": {
-        *("report", "conversion", "checkpoints", "training", "losses", "data", "models", "mixers", "ops"),
+        *(
+            "report",
+            "conversion",
+            "checkpoints",
+            "training",
+            "teachers",
+            "losses",
+            "data",
+            "models",
+            "mixers",
+            "ops",
+        ),
         *("anatomy", "config"),
     },
 }
-ABOVE_ALL = {"gendistill.testing"}
+ABOVE_ALL = {"gendistill.api", "gendistill.testing"}
 
 
 def modules() -> dict[str, Path]:
