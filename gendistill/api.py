@@ -21,6 +21,7 @@ from accelerate import Accelerator
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from gendistill.anatomy.placement import Placement
 from gendistill.checkpoints.resolve import (
     Checkpoint,
     load_causal_lm,
@@ -46,7 +47,6 @@ from gendistill.teachers.live import LiveTeacher
 from gendistill.training.console import TrainingConsole
 from gendistill.training.parallel import choose_parallel
 from gendistill.training.stage import StageJob, StageResult, train_stage
-from gendistill.types import Placement
 
 _SOURCE = "dataset"  # the name of the only source in the recipes made here
 _NO_DATA = {"data": {_SOURCE: {"path": "unused.jsonl"}}}

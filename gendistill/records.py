@@ -13,15 +13,17 @@ from typing import Annotated, Any, NotRequired, get_type_hints
 from pydantic import AfterValidator, Field, JsonValue, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
+from gendistill.anatomy.mixers import MIXERS
 from gendistill.errors import GendistillError
 from gendistill.paths import check_shape, parse_json, read_file
-from gendistill.types import MixerKind
 from gendistill_evals.protocols import PROTOCOLS, ProtocolFamily
 
 
 def _mixer_kind(word: str) -> str:
     """Accept the name of a mixer."""
-    return MixerKind(word).value
+    if word not in MIXERS:
+        raise ValueError(f"{word!r} is not a mixer; allowed: {', '.join(MIXERS)}")
+    return word
 
 
 # counts far above those of any run, and all that float32 holds: small enough to compute with

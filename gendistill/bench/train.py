@@ -18,6 +18,9 @@ from accelerate import Accelerator
 from rich.console import Console
 from rich.table import Table
 
+from gendistill.anatomy.full import FULL
+from gendistill.anatomy.groups import ParamGroup
+from gendistill.anatomy.kda import KDA
 from gendistill.bench.tasks import VOCABULARY, TaskStream, draw_batch
 from gendistill.config.objectives import CEConfig
 from gendistill.config.schema import ScheduleConfig, StageConfig
@@ -31,7 +34,6 @@ from gendistill.training.job import StageJob, StageResult
 from gendistill.training.log import read_metrics
 from gendistill.training.parallel import choose_parallel
 from gendistill.training.stage import train_stage
-from gendistill.types import ParamGroup
 
 Impl = Literal["auto", "reference", "triton"]
 _STAGE = "train"
@@ -62,7 +64,7 @@ class Setup:
     seeds: int = 10
     rows: int = 8
     tokens: int = 200
-    mixers: tuple[str, ...] = ("kda", "full", "kda", "full")
+    mixers: tuple[str, ...] = (KDA.kind, FULL.kind) * 2
     hidden_size: int = 256
     heads: int = 4
     kv_heads: int = 2

@@ -16,6 +16,7 @@ from pydantic_core import ErrorDetails
 
 from gendistill.config.base import OneSectionOf, OneWordOf, Section
 from gendistill.config.document import Node, Path, dotted, shortened
+from gendistill.config.mixers import MixersConfig, mixers_section
 from gendistill.config.problems import Problem
 from gendistill.config.schema import MixtureConfig, Recipe
 
@@ -64,7 +65,7 @@ def alternatives(annotation: Any) -> list[Any]:
         return alternatives(inner)
     if origin in (Union, types.UnionType):
         return [leaf for part in get_args(annotation) for leaf in alternatives(part)]
-    return [annotation]
+    return [mixers_section() if annotation is MixersConfig else annotation]
 
 
 def alternatives_of(field: FieldInfo) -> list[Any]:

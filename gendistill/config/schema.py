@@ -8,12 +8,14 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
+from gendistill.anatomy.groups import ParamGroup
+from gendistill.anatomy.placement import Placement
 from gendistill.config.base import Affects, OneWordOf, Section
 from gendistill.config.mixers import MixersConfig
 from gendistill.config.objectives import AnyObjective, KLConfig
 from gendistill.config.patterns import check_pattern
 from gendistill.errors import RecipeError
-from gendistill.types import ParamGroup, Placement, parse_token_count
+from gendistill.types import parse_token_count
 from gendistill_evals.protocols import PROTOCOLS, lead_protocols
 
 _MANY_LAYERS = 1000
@@ -42,6 +44,18 @@ class TeacherConfig(Section):
     )
 
 
+def teacher_dtype(requested: str, device: str) -> str:
+    """Turn ``teacher.dtype`` into ``float32`` or ``bfloat16``.
+
+    Args:
+        requested: ``auto``, ``float32`` or ``bfloat16``.
+        device: Kind of device: ``cpu``, ``cuda``, ...
+    """
+    if requested == "auto":
+        return "bfloat16" if device == "cuda" else "float32"
+    return requested
+
+
 class StudentConfig(Section):
     """The checkpoint that the student starts from, and what its layers become."""
 
@@ -51,7 +65,7 @@ class StudentConfig(Section):
     placement: Annotated[str | tuple[str, ...], Affects.CONTENT] = Field(
         description='"kda kda kda full", "full@3,7 kda", a list, or file.json'
     )
-    mixers: MixersConfig = MixersConfig()
+    mixers: MixersConfig = Field(default_factory=MixersConfig)
     impl: Annotated[Literal["auto", "reference", "triton"], Affects.ARITHMETIC] = Field(
         default="auto",
         description="of the linear mixers: eager torch, or our kernels; auto: the kernels where they run",

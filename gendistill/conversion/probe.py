@@ -12,9 +12,9 @@ from rich.console import Group
 from rich.table import Table
 from torch import Tensor
 
+from gendistill.anatomy.mixers import MIXERS
 from gendistill.data.batch import IGNORE, Batch, boundaries
 from gendistill.errors import CheckpointError
-from gendistill.mixers.init import half_lives
 from gendistill.models import HybridForCausalLM
 from gendistill.teachers.base import ModuleIO, Needs, Teacher
 from gendistill.training.heldout import score_heldout
@@ -76,20 +76,21 @@ def probe_student(student: HybridForCausalLM, teacher: Teacher, batches: Sequenc
         if total.positions
     ]
     real = [values for total in sums.values() for values in total.half_lives]
-    result["half_life"] = {"quantiles": _quantiles(at_zero), "on_text": _quantiles(real)}
+    zero = [found for found in at_zero if found is not None]
+    result["half_life"] = {"quantiles": _quantiles(zero), "on_text": _quantiles(real)}
     result["impl"] = _describe_impl(student)
     return result
 
 
 def _describe_impl(student: HybridForCausalLM) -> str:
-    mixers = [student.model.layers[layer].self_attn for layer in student.config.linear_layers]
+    mixers = [student.model.layers[layer].self_attn for layer in student.config.converted_layers]
     return ", ".join(sorted({f"{mixer.kind}={mixer.impl}" for mixer in mixers})) or "no linear layers"
 
 
 def _compare_layers(
     student: HybridForCausalLM, teacher: Teacher, batches: Sequence[Batch]
 ) -> dict[int, _LayerSums]:
-    sums = {layer: _LayerSums() for layer in student.config.linear_layers}
+    sums = {layer: _LayerSums() for layer in student.config.converted_layers}
     facts, config = teacher.facts, student.config
     if (facts.num_layers, facts.hidden_size) != (config.num_hidden_layers, config.hidden_size):
         return sums
@@ -113,17 +114,20 @@ def _compare_layers(
                 **boundaries(batch),
             )
             sums[layer].add(got[counts], io.output[counts].to(got))
-            values = half_lives(mixer.log_decay(hidden)[counts]).flatten()
-            sums[layer].half_lives.append(values[:: max(1, len(values) // _SAMPLES)].cpu())
+            found = mixer.diagnostics(hidden).get("half_life")
+            if found is not None:
+                values = found[counts].flatten()
+                sums[layer].half_lives.append(values[:: max(1, len(values) // _SAMPLES)].cpu())
 
         teacher.signals(batch, needs, take=compare)
         seen += batch.num_labels
     return sums
 
 
-def _half_lives_at_zero(mixer: Any) -> Tensor:
+def _half_lives_at_zero(mixer: Any) -> Tensor | None:
     weight = mixer.q_proj.weight
-    return half_lives(mixer.log_decay(weight.new_zeros(1, 1, weight.shape[1]))).flatten().cpu()
+    found = mixer.diagnostics(weight.new_zeros(1, 1, weight.shape[1])).get("half_life")
+    return None if found is None else found.flatten().cpu()
 
 
 def _quantiles(values: Sequence[Tensor]) -> dict[str, float]:
@@ -155,15 +159,18 @@ def check_probe(result: dict[str, Any]) -> str | None:
     worst = sorted(result["layers"], key=lambda layer: -_badness(layer["relative_error"]))[:3]
     named = ", ".join(f"{layer['layer']} (cosine {layer['cosine']:.2f})" for layer in worst)
     median = result["half_life"]["quantiles"].get("50")
-    message = (
-        f"the converted student has cross-entropy {student_ce:.2f}, guessing has {ln_vocab:.2f} (ln vocab); "
-        + (f"worst layers: {named}; " if named else "")
-        + (f"median half-life {median:.1f} tokens" if median is not None else "no linear layers")
-    )
-    hint = (
-        "keep more layers full in student.placement, or change student.mixers.kda: init: qkvo, "
-        "half_life: [4, 512], conv_activation: identity, output_gate: silu"
-    )
+    parts = [
+        f"the converted student has cross-entropy {student_ce:.2f}, guessing has {ln_vocab:.2f} (ln vocab)",
+        f"worst layers: {named}" if named else "no linear layers",
+    ]
+    if median is not None:
+        parts.append(f"median half-life {median:.1f} tokens")
+    message = "; ".join(parts)
+    advice = {
+        kind: MIXERS[kind].advice for kind in dict.fromkeys(layer["kind"] for layer in result["layers"])
+    }
+    ways = [f"change student.mixers.{kind}: {words}" for kind, words in advice.items() if words]
+    hint = ", or ".join(["keep more layers full in student.placement", *ways])
     if not math.isfinite(student_ce):
         raise CheckpointError(message, where="student", hint=hint)
     return f"{message}. Training starts from less than nothing: align before distilling, or {hint}"

@@ -9,7 +9,6 @@ from torch import Tensor
 from gendistill.data.batch import Batch
 from gendistill.losses.student import StudentLike
 from gendistill.teachers.base import Needs, Teacher, TeacherFacts, TeacherSignals
-from gendistill.types import MixerKind
 
 
 class LossTerm(NamedTuple):
@@ -58,10 +57,3 @@ class Objective(Protocol):
     def __call__(self, student: StudentLike, signals: TeacherSignals, batch: Batch) -> LossTerm:
         """Run the student on the batch and sum the loss over counted positions."""
         ...
-
-
-def mixer_kinds(config: Any) -> tuple[MixerKind, ...]:
-    """Read each layer's mixer from a student's configuration; a stock transformer is all attention."""
-    if config.model_type == "gendistill":
-        return tuple(MixerKind(kind) for kind in config.mixers)
-    return (MixerKind.FULL,) * config.num_hidden_layers

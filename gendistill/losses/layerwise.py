@@ -7,10 +7,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from gendistill.anatomy.placement import converted_layers, placed_kinds
 from gendistill.config.objectives import BlockOutputConfig, MixerOutputConfig
 from gendistill.data.batch import IGNORE, Batch, boundaries
 from gendistill.errors import RecipeError
-from gendistill.losses.base import LossTerm, mixer_kinds
+from gendistill.losses.base import LossTerm
 from gendistill.losses.student import StudentLike, output_head, run_mixer
 from gendistill.ops.divergence import counted_positions
 from gendistill.teachers.base import ModuleIO, Needs, Teacher, TeacherFacts, TeacherSignals
@@ -64,7 +65,7 @@ class LayerwiseObjective:
                     where="teacher.model and student.from",
                     hint="use objective: {kind: kl}, which compares outputs only",
                 )
-        self.layers = tuple(layer for layer, kind in enumerate(mixer_kinds(config)) if kind.is_linear)
+        self.layers = converted_layers(placed_kinds(config))
         if not self.layers:
             raise RecipeError(
                 "the objective aligns linear layers with the attention that they replace, but the placement has none",

@@ -18,13 +18,14 @@ from transformers.models.auto.modeling_auto import MODEL_MAPPING
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from gendistill.mixers.base import SequenceInfo
-from gendistill.mixers.init import initial_value
-from gendistill.mixers.kda import KDA
+from gendistill.anatomy.mixers import MIXERS
+from gendistill.anatomy.spec import float32_names
+from gendistill.anatomy.student import mixer_tables
+from gendistill.mixers.base import Mixer, SequenceInfo
 from gendistill.models.cache import HybridCache
 from gendistill.models.configuration import HybridConfig
 from gendistill.models.generation import HybridGeneration
-from gendistill.models.layers import LINEAR_LAYERS
+from gendistill.models.layers import make_mixer
 from gendistill.models.sequences import check_inputs, check_sequences, find_sequences, layer_masks
 
 
@@ -47,15 +48,17 @@ class HybridPreTrainedModel(PreTrainedModel):
         # by name: the families' attention modules have no class in common
         "attentions": OutputRecorder(None, index=1, class_name=".self_attn"),  # pyright: ignore[reportArgumentType]
     }
-    _keep_in_fp32_modules_strict = {"A_log", "dt_bias"}  # noqa: RUF012
+
+    def __init__(self, config: HybridConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        self._keep_in_fp32_modules_strict = float32_names(mixer_tables(config.to_dict()).values())
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, KDA):
+        if isinstance(module, Mixer):
             for name, parameter in module.named_parameters():
-                spec = module._table[name]
-                weight_init.copy_(parameter, initial_value(spec.init, spec.shape).to(parameter))
+                weight_init.copy_(parameter, module.initial(name).to(parameter))
 
 
 class HybridModel(HybridPreTrainedModel):
@@ -73,9 +76,8 @@ class HybridModel(HybridPreTrainedModel):
         self.norm = base.norm
         self.rotary_emb = base.rotary_emb
         self.gradient_checkpointing = False
-        for layer_idx in config.linear_layers:
-            assert config.mixers is not None
-            self.layers[layer_idx].self_attn = LINEAR_LAYERS[config.mixers[layer_idx]](config, layer_idx)
+        for layer_idx in config.converted_layers:
+            self.layers[layer_idx].self_attn = make_mixer(config, layer_idx)
         self.post_init()
 
     @can_return_tuple
@@ -207,12 +209,13 @@ class HybridModel(HybridPreTrainedModel):
                 "attention layers only; use HybridCache(model.config)"
             )
         kernel = self.config._attn_implementation
-        if output_attentions and len(self.config.linear_layers) < len(self.layers) and kernel != "eager":
+        if output_attentions and len(self.config.converted_layers) < len(self.layers) and kernel != "eager":
             raise ValueError(
                 f'output_attentions needs attention that keeps its weights, which "{kernel}" does not; load the '
                 'student with attn_implementation="eager"'
             )
-        windowed = "swa" in (self.config.mixers or ()) and self.config.base_model_type in ("llama", "mistral")
+        kinds = [MIXERS[kind].layer_type for kind in self.config.mixers or ()]
+        windowed = "sliding_attention" in kinds and self.config.base_model_type in ("llama", "mistral")
         if windowed and "flash" in (kernel or ""):
             raise ValueError(
                 f'{self.config.base_model_type} passes no per-layer window to "{kernel}"; '

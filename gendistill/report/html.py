@@ -11,9 +11,9 @@ from typing import Any
 
 import jinja2
 
+from gendistill.anatomy.mixers import MIXERS
 from gendistill.report import tables
 from gendistill.report.gap import GapReport
-from gendistill.report.plots import MIXER_COLOURS
 from gendistill.report.run_files import ROLES, RunFiles
 from gendistill_evals import PROTOCOLS, ProtocolFamily
 
@@ -46,7 +46,7 @@ def render_page(run: RunFiles, report: GapReport, figures: Mapping[str, bytes]) 
         warnings=tables.warnings(report),
         cards=summary_cards(run, report),
         layers=placement_layers(run),
-        mixer_colours=MIXER_COLOURS,
+        mixers=MIXERS,
         heldout=run.heldout,
         transcripts=paired_transcripts(run),
         answers=transcript_summary(run),

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gendistill.anatomy.placement import Placement
 from gendistill.config.document import parse_yaml
 from gendistill.config.problems import Problem, RecipeProblems
 from gendistill.errors import ReportError
@@ -28,7 +29,6 @@ from gendistill.records import (
     sample_row,
 )
 from gendistill.text import printable
-from gendistill.types import MixerKind, Placement
 from gendistill_evals import results
 
 ROLES = ("teacher", "student")
@@ -85,7 +85,7 @@ class RunFiles:
     def placement(self) -> Placement | None:
         """Mixer of every layer of the student."""
         kinds = (self.manifest.get("student") or {}).get("placement")
-        return Placement(tuple(MixerKind(kind) for kind in kinds)) if kinds else None
+        return Placement(tuple(kinds)) if kinds else None
 
     @property
     def resamples(self) -> int:

@@ -49,7 +49,7 @@ def run_rows(run: RunFiles) -> list[ResultRow]:
 def _conversion_rows(run: RunFiles) -> list[ResultRow]:
     rows = []
     if run.placement is not None:
-        share = len(run.placement.linear_layers) / len(run.placement.kinds)
+        share = len(run.placement.converted_layers) / len(run.placement.kinds)
         rows.append(_row("layers converted", share, "share", "higher", note=run.placement.counts))
     if run.plan is not None and "num_tensors" in (run.manifest.get("teacher") or {}):
         origins = Counter(tensor["origin"] for tensor in run.plan["tensors"])

@@ -18,6 +18,8 @@ from accelerate.utils import InitProcessGroupKwargs
 from rich.console import Console
 from rich.text import Text
 
+from gendistill.anatomy.cost import cache_bytes
+from gendistill.anatomy.placement import Placement
 from gendistill.checkpoints.resolve import (
     Checkpoint,
     is_hub_id,
@@ -38,7 +40,7 @@ from gendistill.provenance import installed_versions, source_commit, today
 from gendistill.report import clear_report, write_report
 from gendistill.runs.advice import advise
 from gendistill.runs.inputs import recipe_steps
-from gendistill.runs.memory import CACHE_LENGTHS, cache_bytes
+from gendistill.runs.memory import CACHE_LENGTHS
 from gendistill.runs.scoring import load_teacher, resolve_dtype, score
 from gendistill.runs.steps import BEFORE, CONVERT, ROLES, eval_step, stage_step
 from gendistill.runs.workspace import Workspace
@@ -49,7 +51,6 @@ from gendistill.training.console import TrainingConsole
 from gendistill.training.job import StageJob
 from gendistill.training.parallel import Parallel, choose_parallel
 from gendistill.training.stage import train_stage
-from gendistill.types import Placement
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -298,7 +299,7 @@ def _make_student(context: _Context, folder: Path) -> dict[str, Any]:
             "num_parameters": model.num_parameters(),
         },
         "student": {
-            "placement": [kind.value for kind in placement.kinds],
+            "placement": list(placement.kinds),
             "num_parameters": student.num_parameters(),
         },
         "cache_bytes": [

@@ -14,6 +14,7 @@ from rich.text import Text
 
 import gendistill_evals
 from gendistill.checkpoints.resolve import Checkpoint, load_causal_lm, load_tokenizer, resolve_checkpoint
+from gendistill.config.schema import teacher_dtype
 from gendistill.text import printable
 
 if TYPE_CHECKING:
@@ -132,7 +133,5 @@ def load_teacher(checkpoint: Checkpoint, dtype: str, device: torch.device) -> Pr
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Turn a recipe's dtype into torch's: ``auto`` is bfloat16 on a GPU, else float32."""
-    if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+    """Turn a recipe's dtype into torch's."""
+    return getattr(torch, teacher_dtype(name, device.type))

@@ -9,8 +9,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from gendistill.anatomy import geometry
 from gendistill.data.batch import Batch
-from gendistill.errors import RecipeError
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,10 +121,4 @@ def check_vocabulary(teacher: HasVocabulary, student: HasVocabulary) -> None:
     Raises:
         RecipeError: The vocabularies differ in size.
     """
-    if teacher.vocab_size != student.vocab_size:
-        raise RecipeError(
-            f"the teacher's vocabulary has {teacher.vocab_size:,} entries, the student's {student.vocab_size:,}; "
-            "the divergence compares them one by one",
-            where="teacher.model and student.from",
-            hint="choose a teacher with the student's tokenizer, or drop student.from",
-        )
+    geometry.check_vocabulary(teacher.vocab_size, student.vocab_size)

@@ -2,13 +2,13 @@
 
 import pytest
 
+from gendistill.anatomy.groups import ParamGroup
 from gendistill.config.schema import StageConfig
 from gendistill.errors import RecipeError
 from gendistill.losses.build import build_objective
 from gendistill.teachers.live import LiveTeacher
 from gendistill.testing import FAMILIES, tiny_student, tiny_teacher
 from gendistill.training.freeze import apply_freeze, param_group_of
-from gendistill.types import ParamGroup
 
 
 def stage(**changes):
