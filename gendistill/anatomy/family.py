@@ -1,16 +1,18 @@
-"""What the tensors of the supported families are, from the config alone. Imports no torch."""
+"""What the tensors of the supported families are, from the config alone.
+
+Standard library only: it travels inside exported students.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
-
-from gendistill.errors import CheckpointError
 
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """Say which optional tensors a family's layers have.
+    """The optional tensors that a family's layers have.
 
     Attributes:
         qkv_bias: Biases on q, k and v; None: as ``attention_bias`` says.
@@ -33,9 +35,10 @@ FAMILIES = {
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
-    """Hold the sizes that shapes follow from.
+    """The sizes that shapes follow from.
 
     Attributes:
+        norm_eps: Epsilon of every RMSNorm.
         sliding: Whether each layer of the teacher sees a window only.
         window: That window in tokens, or None.
     """
@@ -54,45 +57,31 @@ class Geometry:
     qk_norm: bool
     tied_head: bool
     initializer_range: float
+    norm_eps: float
     sliding: tuple[bool, ...]
     window: int | None
 
 
-def read_geometry(config: dict[str, Any], *, where: str = "student.from") -> Geometry:
-    """Read the geometry of a teacher, or of a student that still has all its attention.
+def family_of(config: Mapping[str, Any]) -> str:
+    """Name the family whose decoder layers a model uses: a student's is that of its teacher."""
+    return str(config.get("base_model_type" if config.get("model_type") == "gendistill" else "model_type"))
 
-    Raises:
-        CheckpointError: Unsupported family, converted layers, or heads that do not divide.
+
+def geometry_of(config: Mapping[str, Any]) -> Geometry:
+    """Read the geometry of any model of a supported family, converted or not.
+
+    Args:
+        config: A family's config, or a student's, whose ``base_model_type`` names the family. Its fields have been
+            checked.
     """
-    name = str(config.get("model_type"))
-    if name == "gendistill":
-        linear = [layer for layer, kind in enumerate(config.get("mixers") or ()) if kind != "full"]
-        if linear:
-            raise CheckpointError(
-                f"the checkpoint is a student whose layers {linear} are converted already",
-                where=where,
-                hint="convert from the pretrained teacher; a student may be the source while all layers are full",
-            )
-        name = str(config.get("base_model_type"))
-    if name not in FAMILIES:
-        raise CheckpointError(
-            f'the model family "{name}" cannot be converted; supported: {", ".join(FAMILIES)}',
-            where=where,
-            hint="choose a checkpoint of one of these families",
-        )
+    name = family_of(config)
     family = FAMILIES[name]
     attention_bias = bool(config.get("attention_bias", False))
     num_heads = int(config["num_attention_heads"])
     num_kv_heads = int(config.get("num_key_value_heads") or num_heads)
-    if num_heads % num_kv_heads:
-        raise CheckpointError(
-            f"{num_heads} query heads cannot share {num_kv_heads} key/value heads evenly",
-            where=where,
-            hint="check num_attention_heads and num_key_value_heads in config.json",
-        )
     num_layers = int(config["num_hidden_layers"])
     window = config.get("sliding_window")
-    sliding = _sliding_layers(config, num_layers, window)
+    sliding = _sliding_layers(config, name, num_layers, window)
     return Geometry(
         family=name,
         hidden_size=int(config["hidden_size"]),
@@ -108,18 +97,59 @@ def read_geometry(config: dict[str, Any], *, where: str = "student.from") -> Geo
         qk_norm=family.qk_norm,
         tied_head=bool(config.get("tie_word_embeddings", False)),
         initializer_range=float(config.get("initializer_range", 0.02)),
+        norm_eps=float(config.get("rms_norm_eps", 1e-6)),
         sliding=sliding,
         window=int(window) if window and any(sliding) else None,
     )
 
 
-def _sliding_layers(config: dict[str, Any], num_layers: int, window: int | None) -> tuple[bool, ...]:
+def layer_geometry(
+    hidden_size: int,
+    num_heads: int,
+    num_kv_heads: int | None = None,
+    head_dim: int | None = None,
+    *,
+    qkv_bias: bool = False,
+    output_bias: bool = False,
+    qk_norm: bool = False,
+    norm_eps: float = 1e-6,
+    initializer_range: float = 0.02,
+) -> Geometry:
+    """Make the geometry of a mixer that stands in no model: as many key/value heads as queries by default.
+
+    Args:
+        head_dim: Channels per head; ``hidden_size // num_heads`` by default.
+    """
+    return Geometry(
+        family="",
+        hidden_size=hidden_size,
+        intermediate_size=0,
+        vocab_size=0,
+        num_layers=1,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads or num_heads,
+        head_dim=head_dim or hidden_size // num_heads,
+        qkv_bias=qkv_bias,
+        output_bias=output_bias,
+        mlp_bias=False,
+        qk_norm=qk_norm,
+        tied_head=False,
+        initializer_range=initializer_range,
+        norm_eps=norm_eps,
+        sliding=(False,),
+        window=None,
+    )
+
+
+def _sliding_layers(
+    config: Mapping[str, Any], family: str, num_layers: int, window: int | None
+) -> tuple[bool, ...]:
     """Mistral windows every layer when ``sliding_window`` is set; the others say so layer by layer."""
     if not window:
         return (False,) * num_layers
     words = config.get("layer_types")
     if words is None:
-        return (config.get("model_type") == "mistral",) * num_layers
+        return (family == "mistral",) * num_layers
     return tuple(word == "sliding_attention" for word in words)
 
 

@@ -1,4 +1,4 @@
-"""Say which implementation a student's linear layers will use on a device, and why."""
+"""Which implementation a student's mixers will use on a device, and why."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
+from gendistill.anatomy.mixers import MIXERS
+from gendistill.anatomy.placement import Placement
 from gendistill.errors import RecipeError
 from gendistill.ops import select
-from gendistill.types import Placement
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +19,7 @@ class ImplChoice:
 
     Attributes:
         requested: ``auto``, ``reference`` or ``triton``.
-        impl: ``reference`` or ``triton``; None if the student has no linear layers.
+        impl: ``reference`` or ``triton``; None if no mixer of the student has a choice.
         reason: What decided.
     """
 
@@ -49,11 +50,12 @@ def choose_impl(
     Raises:
         RecipeError: The requested implementation cannot run there.
     """
-    kinds = [placement.kinds[layer] for layer in placement.linear_layers]
-    if not kinds:
+    ops = dict.fromkeys(spec.op for spec in map(MIXERS.__getitem__, placement.kinds) if spec.op is not None)
+    if not ops:
         return ImplChoice(requested, None, "no linear layers")
     try:
-        impl = select.resolve(requested, op="delta_rule", device=device)
+        # every family has the same obstacles so far
+        impl = [select.resolve(requested, op=op, device=device) for op in ops][-1]
     except ValueError as error:
         raise RecipeError(
             str(error),

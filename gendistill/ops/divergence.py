@@ -18,14 +18,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from gendistill.anatomy.cost import LOSS_CHUNK_BYTES
 from gendistill.ops.select import Impl, is_triton
-
-# One chunk's float32 logits. Small enough on CPU to stay in a last-level cache of 32 MiB: the element-wise part is
-# 2.4 times faster at 24 MiB than at 96 MiB (V = 49,152, two cores), and the matmuls are no slower. On GPU the choice
-# keeps 16k tokens of V = 151,936, D = 1,024 under 2 GiB even when the head trains (1.9 GiB; 1.3 GiB when it does not);
-# 1 GiB chunks would be 9% faster with a frozen head and take 6 GiB (one H200).
-CPU_CHUNK_BYTES = 24 * 2**20
-GPU_CHUNK_BYTES = 192 * 2**20
 
 
 class Divergence(StrEnum):
@@ -142,7 +136,7 @@ def counted_positions(labels: Tensor, num_labels: int | None = None, *, ignore_i
 
 def chunk_tokens(weight: Tensor) -> int:
     """Choose how many tokens' logits are in memory at a time."""
-    budget = CPU_CHUNK_BYTES if weight.device.type == "cpu" else GPU_CHUNK_BYTES
+    budget = LOSS_CHUNK_BYTES["cpu" if weight.device.type == "cpu" else "cuda"]
     return max(16, budget // (4 * weight.shape[0]))
 
 

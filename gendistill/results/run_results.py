@@ -14,7 +14,7 @@ from gendistill.report.gap import TaskGap
 from gendistill.report.html import paired_transcripts
 from gendistill.report.run_files import RunFiles, read_run
 from gendistill.report.write import gap_report
-from gendistill.results.table import ResultRow, Results, write_results_json
+from gendistill.results.table import ResultRow, ResultsFile, write_results_json
 
 # what the demo promises; other runs are written without bars
 DEMO = "smollm2-135m-kda-cpu"
@@ -49,7 +49,7 @@ def run_rows(run: RunFiles) -> list[ResultRow]:
 def _conversion_rows(run: RunFiles) -> list[ResultRow]:
     rows = []
     if run.placement is not None:
-        share = len(run.placement.linear_layers) / len(run.placement.kinds)
+        share = len(run.placement.converted_layers) / len(run.placement.kinds)
         rows.append(_row("layers converted", share, "share", "higher", note=run.placement.counts))
     if run.plan is not None and "num_tensors" in (run.manifest.get("teacher") or {}):
         origins = Counter(tensor["origin"] for tensor in run.plan["tensors"])
@@ -128,8 +128,8 @@ def _answer_rows(run: RunFiles) -> list[ResultRow]:
 
 def _task_rows(task: TaskGap) -> list[ResultRow]:
     rows = []
-    for protocol in ("likelihood", "generation"):
-        teacher, student = getattr(task.teacher, protocol), getattr(task.student, protocol)
+    for protocol, teacher in task.teacher.items():
+        student = task.student.get(protocol)
         if teacher is None or student is None:
             continue
         rows.append(
@@ -151,7 +151,7 @@ def _row(name: str, value: float, unit: str, better: Any, **more: Any) -> Result
     return ResultRow(name=name, value=float(value), unit=unit, better=better, **more)
 
 
-def _write(run_dir: Path, out: Path, *, commit: str | None) -> Results:
+def _write(run_dir: Path, out: Path, *, commit: str | None) -> ResultsFile:
     run = read_run(run_dir)
     manifest = run.manifest
     if missing := [key for key in ("command", "device", "date", "versions") if not manifest.get(key)]:

@@ -3,7 +3,8 @@
 ``python -m gendistill.results.table README.md docs/*.md`` fills every block between
 ``<!-- results:NAME -->`` and ``<!-- /results -->`` from ``docs/results/NAME.json``; ``--check`` only says which
 documents are out of date. ``<!-- results:NAME rows=REGEX -->`` takes the rows in whose names the regular expression is
-found, without their notes.
+found, without their notes. ``<!-- value:NAME ROW -->`` and ``<!-- /value -->`` stand around a single number inside a
+sentence, that of the row of exactly this name; ``peer:`` takes the peer's.
 """
 
 from __future__ import annotations
@@ -27,7 +28,13 @@ DEFAULT_FOLDER = Path("docs/results")
 _BLOCK = re.compile(
     r"(<!-- results:(?P<name>[\w.-]+)(?: rows=(?P<rows>[^\n]+?))? -->\n).*?(<!-- /results -->)", re.DOTALL
 )
-_MARKER = re.compile(r"<!-- /?results\b")
+_VALUE = re.compile(
+    r"(<!-- (?P<what>value|peer):(?P<name>[\w.-]+) (?P<row>[^\n]+?) -->)[^\n]*?(<!-- /value -->)"
+)
+_MARKERS = (
+    (_BLOCK, re.compile(r"<!-- /?results\b")),
+    (_VALUE, re.compile(r"<!-- (?:(?:value|peer):|/value\b)")),
+)
 
 Number = Annotated[float, Field(allow_inf_nan=False, strict=True)]
 
@@ -62,7 +69,7 @@ class ResultRow(Section):
         return self.value <= self.bar if self.better == "lower" else self.value >= self.bar
 
 
-class Results(Section):
+class ResultsFile(Section):
     """One file of ``docs/results``."""
 
     version: Literal[1] = Field(alias="schema")
@@ -74,14 +81,14 @@ class Results(Section):
     rows: tuple[ResultRow, ...] = Field(min_length=1)
 
 
-def load_results(path: Path) -> Results:
+def load_results(path: Path) -> ResultsFile:
     """Read and validate one results file.
 
     Raises:
         ReportError: Missing, no JSON, or not of the schema; every problem is listed.
     """
     try:
-        return Results.model_validate_json(path.read_text(encoding="utf-8"), by_name=False, by_alias=True)
+        return ResultsFile.model_validate_json(path.read_text(encoding="utf-8"), by_name=False, by_alias=True)
     except (OSError, UnicodeDecodeError) as error:
         raise ReportError(f"cannot read the results: {error}", where=str(path)) from error
     except ValidationError as error:
@@ -97,7 +104,7 @@ def write_results_json(
     commit: str | None = None,
     date: str | None = None,
     versions: Mapping[str, str] | None = None,
-) -> Results:
+) -> ResultsFile:
     """Write measured rows as a results file.
 
     Args:
@@ -116,7 +123,7 @@ def write_results_json(
     if commit is None:
         raise ReportError("git does not know the commit of this code", hint="run inside the checkout")
     try:
-        results = Results(
+        results = ResultsFile(
             schema=1,
             command=command,
             commit=commit,
@@ -138,7 +145,7 @@ def _invalid(path: Path, error: ValidationError) -> ReportError:
     )
 
 
-def render_results(results: Results) -> str:
+def render_results(results: ResultsFile) -> str:
     """Lay out one results file as a markdown table with its origin underneath; empty columns are left out."""
     table = [_cells(row) for row in results.rows]
     used = [header for header in table[0] if any(cells[header] for cells in table)]
@@ -175,7 +182,7 @@ def _number(value: float) -> str:
 
 
 def fill_document(text: str, *, folder: Path, where: str = "document") -> str:
-    """Replace the content of every results block of a document.
+    """Replace the content of every results block and of every single value of a document.
 
     Args:
         text: Markdown with zero or more blocks.
@@ -184,11 +191,12 @@ def fill_document(text: str, *, folder: Path, where: str = "document") -> str:
     Raises:
         ReportError: A results file is missing or invalid, or a marker has no partner.
     """
-    if len(_MARKER.findall(text)) != 2 * len(_BLOCK.findall(text)):
+    if any(len(marker.findall(text)) != 2 * len(whole.findall(text)) for whole, marker in _MARKERS):
         raise ReportError(
             "a results marker has no partner",
             where=where,
-            hint="write <!-- results:NAME --> and <!-- /results -->, each on its own line",
+            hint="write <!-- results:NAME --> and <!-- /results -->, each on its own line, or "
+            "<!-- value:NAME ROW --> and <!-- /value --> on one line",
         )
 
     def table(match: re.Match[str]) -> str:
@@ -197,15 +205,31 @@ def fill_document(text: str, *, folder: Path, where: str = "document") -> str:
             found = _selected(found, match["rows"], where)
         return match[1] + render_results(found) + match[4]
 
-    return _BLOCK.sub(table, text)
+    def number(match: re.Match[str]) -> str:
+        return match[1] + _single(load_results(folder / f"{match['name']}.json"), match, where) + match[5]
+
+    return _VALUE.sub(number, _BLOCK.sub(table, text))
 
 
-def _selected(results: Results, pattern: str, where: str) -> Results:
+def _single(results: ResultsFile, match: re.Match[str], where: str) -> str:
+    """Write the number of one row; shares as percent."""
+    rows = [row for row in results.rows if row.name == match["row"]]
+    value = None if len(rows) != 1 else rows[0].value if match["what"] == "value" else rows[0].peer_value
+    if value is None:
+        raise ReportError(
+            f'{match["name"]} has no single row "{match["row"]}" with such a number',
+            where=where,
+            hint="correct the marker",
+        )
+    return f"{_number(100 * value)}%" if rows[0].unit == "share" else _number(value)
+
+
+def _selected(results: ResultsFile, pattern: str, where: str) -> ResultsFile:
     """Take the rows in whose names a regular expression is found, without their notes."""
     try:
         rows = [row for row in results.rows if re.search(pattern, row.name)]
     except re.error as error:
-        raise ReportError(f"rows={pattern} is no regular expression: {error}", where=where) from error
+        raise ReportError(f"rows={pattern} is not a regular expression: {error}", where=where) from error
     if not rows:
         raise ReportError(
             f"rows={pattern} is found in the name of no row", where=where, hint="correct the marker"

@@ -1,4 +1,4 @@
-"""Predict the peak memory of a training stage, and the size of a cache. Imports no torch.
+"""Predict the peak memory of a training stage. Imports no torch.
 
 Weights, gradients and moments are exact. Activations are an estimate from the shapes that each block keeps for its
 backward pass; what the allocator wastes is not counted. Measured once: SmolLM2-135M with 8 KDA layers, end to end,
@@ -10,32 +10,34 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from gendistill.anatomy.family import Geometry, read_geometry
+from gendistill.anatomy.cost import LOSS_CHUNK_BYTES
+from gendistill.anatomy.family import Geometry
+from gendistill.anatomy.groups import ParamGroup
+from gendistill.anatomy.mixers import MIXERS
+from gendistill.anatomy.placement import Placement
+from gendistill.anatomy.spec import Kept
+from gendistill.config.mixers import MixersConfig
 from gendistill.config.objectives import BlockOutputConfig, MixerOutputConfig
 from gendistill.config.schema import StageConfig
-from gendistill.types import MixerKind, ParamGroup, Placement
 
 # lengths in tokens at which reports compare caches
 CACHE_LENGTHS = (512, 2048, 8192, 32768, 131072)
-# one chunk's float32 logits in the divergence, and how many buffers of that size live at once (both models'
-# logits, their log-probabilities, the gradient)
-_LOSS_CHUNK_BYTES = {"cpu": 24 * 2**20, "cuda": 256 * 2**20}
+# how many buffers of a chunk of the divergence's logits live at once (both models' logits, their log-probabilities,
+# the gradient)
 _LOSS_BUFFERS = 5
 # Python, torch and transformers on a CPU; the CUDA context and library workspaces on a GPU
 _RUNTIME_BYTES = 600_000_000
-# float32 numbers per token, head and channel that the eager chunked delta rule keeps for backward
-_DELTA_RULE_COPIES = 24
 _PATIENCE_S = 20
 
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """Describe where training would run.
+    """Where training would run.
 
     Attributes:
         kind: ``cpu`` or ``cuda``.
@@ -50,7 +52,7 @@ class Device:
 
 @dataclass(frozen=True, slots=True)
 class MemoryEstimate:
-    """Hold the parts of a stage's peak, in bytes per process."""
+    """The parts of a stage's peak, in bytes per process."""
 
     teacher: int
     student: int
@@ -106,6 +108,8 @@ def predict_memory(
     *,
     geometry: Geometry,
     placement: Placement,
+    mixers: MixersConfig,
+    impl: str | None,
     num_teacher: int,
     num_student: int,
     num_trained: int,
@@ -121,7 +125,9 @@ def predict_memory(
         stage: Batch, length and objective.
         geometry: Of the student.
         placement: Mixer of each layer.
-        num_teacher: Parameters of the teacher; 0 if the stage needs none.
+        mixers: Their settings.
+        impl: What the mixers run on: ``reference`` or ``triton``; None if they have no choice.
+        num_teacher: Parameters of the teacher.
         num_student: Parameters of the student.
         num_trained: Parameters that learn.
         teacher_bytes: Bytes per teacher parameter.
@@ -130,95 +136,55 @@ def predict_memory(
     tokens = stage.micro_batch_size * stage.seq_len
     width = 2 if device.kind == "cuda" else 4
     layerwise = isinstance(stage.objective, MixerOutputConfig | BlockOutputConfig)
-    kept = _layerwise_bytes if layerwise else _end_to_end_bytes
+    kept = {
+        kind: MIXERS[kind].kept(geometry, mixers.of(kind), impl) for kind in dict.fromkeys(placement.kinds)
+    }
+    parts = [kept[kind] for kind in placement.kinds]
+    if layerwise:
+        converted = [parts[layer] for layer in placement.converted_layers]
+        activations = _layerwise_bytes(stage, geometry, converted, tokens, width)
+    else:
+        activations = _end_to_end_bytes(stage, geometry, parts, tokens, width)
     return MemoryEstimate(
         teacher=teacher_bytes * num_teacher,
         student=(6 if device.kind == "cuda" else 4) * num_student,
         optimizer=12 * num_trained,
-        activations=kept(stage, geometry, placement, tokens, width),
+        activations=activations,
         loss=0 if layerwise else _loss_bytes(stage, geometry, tokens, device),
     )
 
 
-def _mixer_numbers(geometry: Geometry, kind: MixerKind) -> tuple[int, int]:
-    """Count what one mixer keeps per token: numbers in the compute dtype, and float32 numbers.
-
-    Attention keeps its input, q, k, v, the rotated q and k, and its output: ``2h + 3q + 3kv`` with
-    ``q = heads * head_dim`` and ``kv = kv_heads * head_dim``. KDA keeps its input, q, k, v before and after the
-    convolution, two gates and its output, ``2h + 6q + 4kv``, and the delta rule's float32 working set.
-    """
-    hidden, q = geometry.hidden_size, geometry.num_heads * geometry.head_dim
-    kv = geometry.num_kv_heads * geometry.head_dim
-    if kind.is_linear:
-        return 2 * hidden + 6 * q + 4 * kv, _DELTA_RULE_COPIES * q
-    return 2 * hidden + 3 * q + 3 * kv, 0
-
-
-def _block_numbers(geometry: Geometry, kind: MixerKind) -> tuple[int, int]:
-    """Add what norms and MLP keep: ``3h`` and four times the inner width."""
-    numbers, float32 = _mixer_numbers(geometry, kind)
-    return (
-        numbers + 3 * geometry.hidden_size + 4 * geometry.intermediate_size,
-        float32 + 2 * geometry.hidden_size,
-    )
+def _block(geometry: Geometry, mixer: Kept) -> Kept:
+    """Add what norms and MLP keep: ``3h`` and four times the inner width, and two float32 rows."""
+    hidden = geometry.hidden_size
+    return Kept(mixer.numbers + 3 * hidden + 4 * geometry.intermediate_size, mixer.float32 + 2 * hidden)
 
 
 def _end_to_end_bytes(
-    stage: StageConfig, geometry: Geometry, placement: Placement, tokens: int, width: int
+    stage: StageConfig, geometry: Geometry, mixers: Sequence[Kept], tokens: int, width: int
 ) -> int:
     """Sum what all blocks keep; with checkpointing, each block's input and the largest block."""
-    blocks = [_block_numbers(geometry, kind) for kind in placement.kinds]
-    sizes = [tokens * (width * numbers + 4 * float32) for numbers, float32 in blocks]
+    sizes = [tokens * _block(geometry, mixer).num_bytes(width) for mixer in mixers]
     if stage.gradient_checkpointing:
         return 4 * tokens * geometry.hidden_size * len(sizes) + max(sizes)
     return sum(sizes)
 
 
 def _layerwise_bytes(
-    stage: StageConfig, geometry: Geometry, placement: Placement, tokens: int, width: int
+    stage: StageConfig, geometry: Geometry, mixers: Sequence[Kept], tokens: int, width: int
 ) -> int:
     """Sum what the converted layers keep, and the teacher's recorded input and output of each of them."""
-    per_layer = _block_numbers if isinstance(stage.objective, BlockOutputConfig) else _mixer_numbers
-    total = 0
-    for layer in placement.linear_layers:
-        numbers, float32 = per_layer(geometry, placement.kinds[layer])
-        total += tokens * (width * (numbers + 2 * geometry.hidden_size) + 4 * float32)
-    return total
+    blocks = isinstance(stage.objective, BlockOutputConfig)
+    kept = [_block(geometry, mixer) if blocks else mixer for mixer in mixers]
+    recorded = 2 * geometry.hidden_size * width
+    return sum(tokens * (one.num_bytes(width) + recorded) for one in kept)
 
 
 def _loss_bytes(stage: StageConfig, geometry: Geometry, tokens: int, device: Device) -> int:
     """Sum the logits of one chunk, the gradient of the hidden states, and of the head where it learns."""
-    chunk = min(_LOSS_CHUNK_BYTES[device.kind], 4 * tokens * geometry.vocab_size)
+    chunk = min(LOSS_CHUNK_BYTES[device.kind], 4 * tokens * geometry.vocab_size)
     head = ParamGroup.HEAD in stage.train or (geometry.tied_head and ParamGroup.EMBED in stage.train)
     gradients = 4 * tokens * geometry.hidden_size + (
         4 * geometry.vocab_size * geometry.hidden_size if head else 0
     )
     return _LOSS_BUFFERS * chunk + gradients
-
-
-def cache_bytes(config: Mapping[str, Any], *, tokens: int, bytes_per_value: int = 2) -> int:
-    """Compute the bytes that one sequence occupies in the cache.
-
-    Args:
-        config: A family's config, or a student's with ``mixers`` and ``mixer_configs``.
-        tokens: Length of the sequence.
-        bytes_per_value: Of keys, values and convolution states; recurrent states are float32.
-    Source: per attention layer ``2 * kv_heads * head_dim`` values a token (at most a window of them); per KDA layer
-        ``heads * head_dim ** 2`` float32 numbers and ``conv_size - 1`` inputs of q, k and v.
-    """
-    teacher = {**config, "model_type": config.get("base_model_type", config["model_type"])}
-    geometry = read_geometry({name: value for name, value in teacher.items() if name != "layer_types"})
-    mixers = config.get("mixers") or ["full"] * geometry.num_layers
-    layer_types = config.get("layer_types") or ["full_attention"] * geometry.num_layers
-    window = config.get("sliding_window")
-    taps = (config.get("mixer_configs") or {}).get("kda", {}).get("conv_size", 4)
-    total = 0
-    for mixer, layer_type in zip(mixers, layer_types, strict=True):
-        if mixer == "kda":
-            channels = (geometry.num_heads + 2 * geometry.num_kv_heads) * geometry.head_dim
-            total += 4 * geometry.num_heads * geometry.head_dim**2
-            total += bytes_per_value * channels * max(taps - 1, 0)
-        else:
-            kept = min(tokens, window - 1) if layer_type == "sliding_attention" and window else tokens
-            total += bytes_per_value * 2 * geometry.num_kv_heads * geometry.head_dim * kept
-    return total

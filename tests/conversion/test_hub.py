@@ -11,7 +11,7 @@ import pytest
 from gendistill.checkpoints import hub
 from gendistill.checkpoints.resolve import resolve_checkpoint
 from gendistill.errors import CheckpointError, GendistillError
-from gendistill.runs.planning import read_source
+from gendistill.runs.planning import read_model
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +41,7 @@ def resolve(spec):
 
 
 def plan(spec):
-    return read_source(spec, revision="main", where="teacher.model")
+    return read_model(spec, revision="main", where="teacher.model")
 
 
 def fill_cache(home, folder, *, leave_out=()):

@@ -10,7 +10,8 @@ from rich.console import Console
 from safetensors.torch import save_file
 
 from gendistill.anatomy.family import FAMILIES
-from gendistill.anatomy.parameters import Init
+from gendistill.anatomy.placement import Placement
+from gendistill.anatomy.spec import Init
 from gendistill.checkpoints.resolve import read_tensor_index, resolve_checkpoint
 from gendistill.checkpoints.tensors import TensorInfo
 from gendistill.config.mixers import MixersConfig
@@ -18,8 +19,6 @@ from gendistill.conversion.plan import Origin, check_census, plan_conversion
 from gendistill.conversion.render import format_layers, render_plan
 from gendistill.errors import CheckpointError, RecipeError
 from gendistill.models import HybridConfig, HybridForCausalLM
-from gendistill.models.configuration import FAMILIES as MODEL_FAMILIES
-from gendistill.types import Placement
 
 MIXED = ["kda", "full", "swa", "kda"]
 
@@ -121,12 +120,6 @@ def test_weights_that_do_not_fit_the_config_are_refused(save_teacher, change, me
     config = resolve_checkpoint(str(folder)).config
     with pytest.raises(CheckpointError, match=message):
         plan_conversion(config, tensors, Placement.parse("kda", num_layers=4), MixersConfig())
-
-
-def test_families_here_and_in_the_model_agree():
-    assert {
-        name: (family.qkv_bias, family.output_bias) for name, family in FAMILIES.items()
-    } == MODEL_FAMILIES
 
 
 def test_other_families_are_refused_by_name(save_teacher, plan_for):

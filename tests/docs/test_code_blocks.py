@@ -1,19 +1,25 @@
 """The pages' examples run, and what they say about signatures and saved tensors is so."""
 
 import ast
+import contextlib
 import inspect
 import math
 import re
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
 
 from gendistill import ops
+from gendistill.config import objectives
+from gendistill.losses import build
 from gendistill.mixers import KDA
+from gendistill.training.monitors import MONITORS
+from gendistill_evals import JUDGES, PROTOCOLS
 
 ROOT = Path(__file__).parents[2]
-PAGES = ("kernels.md",)
+PAGES = ("kernels.md", "extend-evals.md", "extend.md")
 
 
 def blocks(page: str, language: str) -> list[tuple[int, str]]:
@@ -32,8 +38,13 @@ def run(page: str) -> dict:
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_python_blocks_run_in_order(page):
-    assert run(page)
+def test_python_blocks_run_in_order(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    # what a page registers is for that page
+    with contextlib.ExitStack() as stack:
+        for known in (JUDGES, PROTOCOLS, MONITORS, objectives.OBJECTIVES, build.OBJECTIVES):
+            stack.enter_context(patch.dict(known))
+        assert run(page)
 
 
 SHOWN = {

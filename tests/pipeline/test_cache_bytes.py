@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from gendistill.anatomy.cost import cache_bytes
 from gendistill.models import HybridCache
-from gendistill.runs.memory import cache_bytes
 from gendistill.testing import PLACEMENTS, tiny_student
 
 

@@ -9,9 +9,9 @@ import shutil
 import pytest
 from safetensors.torch import load_file, save_file
 
+from gendistill.anatomy.placement import Placement
 from gendistill.checkpoints.resolve import resolve_checkpoint
 from gendistill.runs.inputs import recipe_steps
-from gendistill.types import Placement
 
 ALL = ("convert", "stage block", "stage distill", "eval teacher", "eval student")
 AFTER_CONVERSION = ("convert", "stage block", "stage distill", "eval student")

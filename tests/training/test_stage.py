@@ -13,8 +13,8 @@ from accelerate.utils import DistributedType
 
 from gendistill.errors import CheckpointError, RecipeError, TrainingError
 from gendistill.testing import tiny_teacher
-from gendistill.training import session
-from gendistill.training.processes import check_accelerator
+from gendistill.training import stage
+from gendistill.training.parallel.ddp import check_accelerator
 
 
 def digest(parameter):
@@ -248,7 +248,7 @@ def test_ineffective_training_is_reported(tiny, tmp_path):
 
 def test_bfloat16_compute_keeps_float32_weights(tiny, tmp_path, monkeypatch):
     exact, _ = tiny.run_stage(tmp_path / "float32", steps=2)
-    monkeypatch.setattr(session, "choose_compute_dtype", None)
+    monkeypatch.setattr(stage, "choose_compute_dtype", None)
     result, student = tiny.run_stage(tmp_path / "bfloat16", steps=2, compute_dtype="bfloat16")
     assert {parameter.dtype for parameter in student.parameters()} == {torch.float32}
     assert result.loss_last != exact.loss_last

@@ -27,7 +27,7 @@ _PROBE_SECONDS = 10.0
 
 
 @with_config(ConfigDict(extra="forbid"))
-class _PlanFile(TypedDict):
+class _LockFile(TypedDict):
     steps: Positive
     compute_dtype: Literal["float32", "bfloat16"]
     seconds_per_step: Number | None
@@ -35,8 +35,8 @@ class _PlanFile(TypedDict):
 
 
 @dataclass(frozen=True, slots=True)
-class StagePlan:
-    """Hold the decisions.
+class StageLock:
+    """What is decided once; ``plan.json`` of the stage.
 
     Attributes:
         steps: Optimizer steps of the stage.
@@ -77,44 +77,44 @@ def locked_settings(
     }
 
 
-def existing_plan(path: Path, locked: dict[str, Any], checkpoint: Path | None) -> StagePlan | None:
-    """Read the plan of a stage that has begun, and refuse it if the recipe has changed since.
+def existing_lock(path: Path, locked: dict[str, Any], checkpoint: Path | None) -> StageLock | None:
+    """Read what was decided for a stage that has begun, and refuse it if the recipe has changed since.
 
     Args:
         path: ``plan.json``.
         locked: The settings as they are now.
-        checkpoint: Where the stage would resume; without one nothing is lost, and a plan of another recipe is
-            simply replaced.
+        checkpoint: Where the stage would resume; without one nothing is lost, and the decisions of another
+            recipe are simply replaced.
     Raises:
-        CheckpointError: There is a checkpoint, and a locked setting differs or the plan cannot be read.
+        CheckpointError: There is a checkpoint, and a locked setting differs or the file cannot be read.
     """
     if not path.exists() and checkpoint is None:
         return None
     hint = f"restore the recipe to resume, or delete {path.parent} to start this stage again"
     try:
-        plan = StagePlan(**read_json(path, shape=_PlanFile, error=CheckpointError))
+        lock = StageLock(**read_json(path, shape=_LockFile, error=CheckpointError))
     except CheckpointError as error:
         if checkpoint is None:
             return None
         message = f"cannot read the stage's plan: {error.message}"
         raise CheckpointError(message, where=str(path), hint=hint) from error
-    if plan.locked == locked:
-        return plan
+    if lock.locked == locked:
+        return lock
     if checkpoint is None:
         return None
     changed = [
-        f"{key}: {plan.locked.get(key, '(not set)')} -> {locked.get(key, '(not set)')}"
-        for key in sorted(set(plan.locked) | set(locked))
-        if key not in plan.locked or key not in locked or plan.locked[key] != locked[key]
+        f"{key}: {lock.locked.get(key, '(not set)')} -> {locked.get(key, '(not set)')}"
+        for key in sorted(set(lock.locked) | set(locked))
+        if key not in lock.locked or key not in locked or lock.locked[key] != locked[key]
     ]
     raise CheckpointError(
         f"the recipe has changed since this stage began: {'; '.join(changed)}", where=str(path), hint=hint
     )
 
 
-def write_plan(path: Path, plan: StagePlan) -> None:
+def write_lock(path: Path, lock: StageLock) -> None:
     """Write ``plan.json``."""
-    write_json(path, asdict(plan))
+    write_json(path, asdict(lock))
 
 
 def num_steps(stage: StageConfig, seconds_per_step: float | None, spent: float = 0.0) -> int:
