@@ -268,7 +268,7 @@ def test_a_fixed_launch_is_the_one_that_triton_makes(recorder, name):
     assert len({head[4] for head, *_ in expected}) == 2
     assert plain == 2
     assert found == expected
-    # nothing but places is read any more
+    # nothing but addresses is read any more
     launcher._known.clear()
     assert launch_all(lambda *arguments: launcher[fixed](*arguments)) == (expected, 1)
 

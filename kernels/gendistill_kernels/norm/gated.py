@@ -67,9 +67,9 @@ def backward_kernel(
     if NORM:
         w = tl.load(weight + column, mask=column < V, other=0.0).to(tl.float32)[None, :]
         d_weight = tl.zeros([ROWS, BV], tl.float32)
-    for turn in range(0, rounds):
+    for lap in range(0, rounds):
         # what runs at the same time lies side by side
-        first = (program + turn * programs) * ROWS
+        first = (program + lap * programs) * ROWS
         inside = (first + row < rows)[:, None] & (column < V)[None, :]
         value = tl.load(o + first * V + cells, mask=inside, other=0.0).to(tl.float32)
         grad = tl.load(grad_out + first * V + cells, mask=inside, other=0.0).to(tl.float32)

@@ -69,8 +69,8 @@ class Blocks(TensorDescriptor):
     def __init__(self, whole: Tensor | Part, block_shape: tuple[int, int]) -> None:
         self.whole = whole
         self.block_shape = [*block_shape]
-        # where the matrix is
-        self.place = whole.data_ptr()
+        # of the matrix
+        self.address = whole.data_ptr()
 
     @property
     def base(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -97,7 +97,7 @@ class Blocks(TensorDescriptor):
 class Fixed:
     """What does not change from one launch to the next: ``launcher[Fixed(grid, ...)](arguments)``.
 
-    Whoever makes one promises to hand it to one launcher only, with arguments that differ in nothing but the places of
+    Whoever makes one promises to hand it to one launcher only, with arguments that differ only in the addresses of
     tensors and blocks: not in classes, dtypes, devices, shapes of blocks, nor numbers.
 
     Args:
@@ -235,13 +235,13 @@ def _repeater(classes: tuple[type, ...], version: str) -> Callable[..., Callable
         lines.append(f"if ({' | '.join(pointers)}) & 15: return False")
     for name in blocks:
         lines += [
-            f"key = {name}.place, shape_{name}",
-            f"{name} = places_{name}.get(key) or encode(places_{name}, key, {name}, meta_{name})",
+            f"key = {name}.address, shape_{name}",
+            f"{name} = encoded_{name}.get(key) or encode(encoded_{name}, key, {name}, meta_{name})",
         ]
     values = ", ".join([*(f"*{name}" if name in blocks else name for name in names), "*tail"])
     values = values if version == "3.6" else f"[{values}]"
     lines += [f"start(*grid, stream, *head, {values})", "return True"]
-    known = "".join(f", places_{name}, shape_{name}, meta_{name}" for name in blocks)
+    known = "".join(f", encoded_{name}, shape_{name}, meta_{name}" for name in blocks)
     body = "".join(f"        {line}\n" for line in lines)
     return _function(
         f"def make(start, grid, head, tail, encode{known}):\n"
@@ -352,27 +352,27 @@ class _Compiled:
     ) -> None:
         self.start = start
         self.head = head
-        # the places of constants, which a kernel has no parameters for
+        # the slots of constants, which a kernel has no parameters for
         self.tail = [None] * tail
         # from the last to the first, since each becomes several values
         self.blocks = [(index, meta, {}) for index, meta in reversed(blocks)]
 
     def repeat(self, grid: tuple[int, ...], arguments: tuple[Any, ...]) -> Callable[..., bool]:
-        """Make what launches this on a stream, with arguments that differ from these in nothing but places.
+        """Make what launches this on a stream, with arguments that differ from these in nothing but addresses.
 
         It launches nothing and returns False if a tensor does not start at a multiple of 16 bytes.
         """
-        blocks = sorted((index, places, meta) for index, meta, places in self.blocks)
+        blocks = sorted((index, encoded, meta) for index, meta, encoded in self.blocks)
         make = _repeater(tuple(map(type, arguments)), _VERSION)
-        about = [(places, tuple(arguments[index].shape), meta) for index, places, meta in blocks]
+        about = [(encoded, tuple(arguments[index].shape), meta) for index, encoded, meta in blocks]
         return make(self.start, (*grid, 1, 1)[:3], self.head, self.tail, _encode, *itertools.chain(*about))
 
     def launch(self, grid: tuple[int, ...], stream: int, values: list[Any]) -> None:
         """Launch; ``values`` are as a reader returns them."""
-        for index, meta, places in self.blocks:
+        for index, meta, encoded in self.blocks:
             block = values[index]
-            key = block.place, tuple(block.shape)
-            values[index : index + 1] = places.get(key) or _encode(places, key, block, meta)
+            key = block.address, tuple(block.shape)
+            values[index : index + 1] = encoded.get(key) or _encode(encoded, key, block, meta)
         values += self.tail
         x, y, z = (*grid, 1, 1)[:3]
         if _VERSION == "3.6":
@@ -381,11 +381,11 @@ class _Compiled:
             self.start(x, y, z, stream, *self.head, values)
 
 
-def _encode(places: dict[Any, Any], key: Any, block: Blocks, meta: Any) -> Sequence[Any]:
+def _encode(encoded: dict[Any, Any], key: Any, block: Blocks, meta: Any) -> Sequence[Any]:
     """Encode a block's descriptor, and keep it."""
-    if len(places) >= _KEPT:
-        places.clear()
-    places[key] = found = nvidia.make_tensordesc_arg(block, meta)
+    if len(encoded) >= _KEPT:
+        encoded.clear()
+    encoded[key] = found = nvidia.make_tensordesc_arg(block, meta)
     return found
 
 
