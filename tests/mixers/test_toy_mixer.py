@@ -27,6 +27,7 @@ from gendistill.conversion.probe import probe_student, render_probe
 from gendistill.data.batch import Batch
 from gendistill.models import HybridCache
 from gendistill.models.io import load_student, save_student
+from gendistill.ops.types import Segments
 from gendistill.report.plots import plot_placement
 from gendistill.runs.memory import Device
 from gendistill.runs.planning import plan_run
@@ -124,8 +125,7 @@ def test_the_cache_contract_holds(student):
 @torch.no_grad()
 def test_the_probe_and_the_plots_know_it(student, teacher):
     positions = torch.arange(12).expand(3, -1).contiguous()
-    ends = torch.tensor([0, 12, 24, 36], dtype=torch.int32)
-    batch = Batch(IDS, IDS.roll(-1, 1), positions, ends, num_labels=36, num_tokens=36)
+    batch = Batch(IDS, IDS.roll(-1, 1), positions, Segments([12] * 3), num_labels=36, num_tokens=36)
     found = probe_student(student, LiveTeacher(tiny_teacher("llama")), [batch])
     assert [layer["kind"] for layer in found["layers"]] == ["leaky", "kda", "leaky"]
     assert found["impl"] == "kda=reference, leaky=reference"
