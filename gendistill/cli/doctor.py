@@ -233,6 +233,21 @@ def check_ops() -> Check:
     return Check("kda op", Status.PASS, detail)
 
 
+def check_launches() -> Check:
+    """Kernels are launched with little work on the host, or it says why not."""
+    version = _installed("triton")
+    if version is None:
+        return Check("launches", Status.PASS, "triton is not installed; every op runs on its reference")
+    from gendistill_kernels.runtime.launch import SWITCH, why_plain
+
+    reason = why_plain()
+    if reason is None:
+        return Check("launches", Status.PASS, f"triton {version}; kernels take the fast launcher")
+    detail = f"kernels are launched by Triton itself, 20 to 50 microseconds each: {reason}"
+    fix = f"unset {SWITCH}" if SWITCH in reason else 'pip install "triton==3.6.*"'
+    return Check("launches", Status.WARN, detail, fix)
+
+
 def check_disk() -> Check:
     """There is room for checkpoints here and for teachers in the cache folder."""
     places = {Path.cwd(): "here", _existing(cache_dir()): "in the cache folder"}
@@ -301,6 +316,7 @@ CHECKS: tuple[Callable[[], Check], ...] = (
     check_kernels_folder,
     check_accelerate,
     check_ops,
+    check_launches,
     check_disk,
     check_cache,
     check_hub,

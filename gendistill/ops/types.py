@@ -35,7 +35,8 @@ class Segments:
         self.num_tokens = sum(lengths)
         self.device = torch.device(device)
         ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-        self.cu_seqlens = ends.to(self.device)
+        # a plain copy to a GPU waits until it has done all its work
+        self.cu_seqlens = ends.to(self.device, non_blocking=True)
         self._layouts: dict[int, ChunkLayout] = {}
         self._taps: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
         self._tables: dict[Callable[..., Any], Any] = {}
@@ -80,7 +81,7 @@ class Segments:
                 torch.tensor(before).reshape(shape),
                 torch.tensor(last).reshape(shape),
             )
-            self._taps[history] = tuple(index.long().to(self.device) for index in indices)  # pyright: ignore
+            self._taps[history] = tuple(index.long().to(self.device, non_blocking=True) for index in indices)  # pyright: ignore
         return self._taps[history]
 
 
@@ -130,4 +131,7 @@ class ChunkLayout(NamedTuple):
         slot = torch.empty(total + 1, dtype=torch.int64)
         slot[flat] = torch.arange(flat.numel())
         rank = torch.argsort(order)
-        return cls(flat.to(device), slot[:total].to(device), active, order.to(device), rank.to(device))
+        source, slots, order, rank = (
+            part.to(device, non_blocking=True) for part in (flat, slot[:total], order, rank)
+        )
+        return cls(source, slots, active, order, rank)

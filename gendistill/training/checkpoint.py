@@ -94,15 +94,21 @@ class Tensors(NamedTuple):
     moments: dict[str, Tensor]
 
 
-def gather_tensors(student: nn.Module, optimizer: torch.optim.Optimizer, parallel: Parallel) -> Tensors:
+def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Name the parameters that learn, as the optimizer will have them: to be asked once, after sharding."""
+    return {name: value for name, value in module.named_parameters() if value.requires_grad}
+
+
+def gather_tensors(
+    trained: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, parallel: Parallel
+) -> Tensors:
     """Bring what a stage changes to the main process, which writes it. Collective.
 
     Args:
-        student: Its parameters that require gradients are taken.
+        trained: Parameters that learn. A sharded module may show others meanwhile, which the optimizer does not know.
         optimizer: AdamW over those parameters.
         parallel: How they are spread.
     """
-    trained = _trained(student)
     moments = {
         f"{name}.{key}": value
         for name, parameter in trained.items()
@@ -159,18 +165,18 @@ def find_checkpoint(folder: Path, say: Callable[[str], None]) -> Path | None:
 
 
 def load_checkpoint(
-    path: Path, *, student: nn.Module, optimizer: torch.optim.Optimizer, parallel: Parallel
+    path: Path, *, trained: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, parallel: Parallel
 ) -> dict[str, Any]:
     """Restore parameters and moments in place and return the rest of the state.
 
     Args:
         path: The checkpoint, which every process reads.
-        student, optimizer: As they were saved; already sharded.
+        trained, optimizer: As they were saved; already sharded.
         parallel: How they are spread.
     Raises:
         CheckpointError: It was written for other trained parameters, or is damaged.
     """
-    trained, state = _trained(student), _read_state(path)
+    state = _read_state(path)
     weights, moments = _read_tensors(path)
     if {name: value.shape for name, value in weights.items()} != {
         name: value.shape for name, value in trained.items()
@@ -200,10 +206,6 @@ def checksums(parameters: Iterable[tuple[str, Tensor]]) -> dict[str, int]:
         names.append(name)
         sums.append(bits.sum(dtype=torch.int64))
     return dict(zip(names, torch.stack(sums).tolist(), strict=True))
-
-
-def _trained(student: nn.Module) -> dict[str, Tensor]:
-    return {name: value for name, value in student.named_parameters() if value.requires_grad}
 
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:

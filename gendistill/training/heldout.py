@@ -5,16 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gendistill.data.batch import IGNORE, Batch
 from gendistill.errors import DataError
 from gendistill.losses.student import StudentLike, last_hidden, output_head
 from gendistill.ops.divergence import chunk_tokens, chunks, counted_positions
-from gendistill.teachers.base import Needs, Teacher, check_vocabulary
+from gendistill.teachers.base import Needs, Teacher, TeacherSignals, check_vocabulary
 from gendistill.training.parallel import Parallel
 
 _SUMS = ("teacher_ce", "student_ce", "kl", "top1_agreement")
@@ -28,6 +29,7 @@ def score_heldout(
     *,
     compute_dtype: torch.dtype | None = None,
     parallel: Parallel | None = None,
+    module: nn.Module | None = None,
 ) -> dict[str, float]:
     """Compare next-token distributions at every position whose label counts, a chunk of logits at a time.
 
@@ -37,6 +39,7 @@ def score_heldout(
         batches: On any device; the same list on every process.
         compute_dtype: Run the student under autocast to this dtype; None: in its own.
         parallel: Share the batches among its processes.
+        module: The ``DistillStep`` of a student in training, which is then run by way of it.
     Returns:
         ``teacher_ce``, ``student_ce`` and ``kl`` (teacher against student) in nats per token, ``top1_agreement``
         between 0 and 1, ``ln_vocab`` (the cross-entropy of knowing nothing) and ``num_tokens``, counted positions.
@@ -48,9 +51,12 @@ def score_heldout(
     device = output_head(student).device
     rank, world = (parallel.rank, parallel.world) if parallel else (0, 1)
     sums = torch.zeros(len(_SUMS) + 1, device=device)
+    measure = partial(_batch_sums, compute_dtype=compute_dtype)
     with _evaluating(student):
         for batch in batches[rank::world]:
-            sums += _batch_sums(student, teacher, batch.to(device), compute_dtype)
+            batch = batch.to(device)
+            signals = teacher.signals(batch, Needs(hidden=True))
+            sums += module(batch, signals, measure) if module else measure(student, signals, batch)
     if parallel:
         sums = parallel.sum(sums)
     *totals, count = sums.tolist()
@@ -71,7 +77,7 @@ def _evaluating(model: Any):
 
 
 def _batch_sums(
-    student: StudentLike, teacher: Teacher, batch: Batch, compute_dtype: torch.dtype | None
+    student: StudentLike, signals: TeacherSignals, batch: Batch, *, compute_dtype: torch.dtype | None
 ) -> Tensor:
     index = counted_positions(batch.labels, batch.num_labels, ignore_index=IGNORE)
     targets = batch.labels.flatten()[index]
@@ -80,7 +86,6 @@ def _batch_sums(
     with torch.autocast(batch.labels.device.type, dtype=dtype, enabled=dtype != weight.dtype):
         hidden = last_hidden(student, batch)
     hidden, head = hidden.flatten(0, 1)[index].to(dtype), weight.to(dtype)
-    signals = teacher.signals(batch, Needs(hidden=True))
     assert signals.hidden is not None
     assert signals.head is not None
     teacher_hidden, teacher_head = signals.hidden.flatten(0, 1)[index], signals.head

@@ -144,7 +144,12 @@ def heldout_scores(run: StageRun) -> dict[str, float]:
     """
     job = run.job
     scores = score_heldout(
-        run.student, run.teacher, job.heldout, compute_dtype=run.lock.dtype, parallel=run.parallel
+        run.student,
+        run.teacher,
+        job.heldout,
+        compute_dtype=run.lock.dtype,
+        parallel=run.parallel,
+        module=run.runner.plain_module,
     )
     if bad := [name for name, value in scores.items() if not math.isfinite(value)]:
         raise TrainingError(

@@ -26,6 +26,7 @@ from gendistill.training.checkpoint import (
     gather_tensors,
     load_checkpoint,
     save_checkpoint,
+    trained_parameters,
 )
 from gendistill.training.console import StageView, TrainingConsole
 from gendistill.training.freeze import apply_freeze
@@ -182,14 +183,14 @@ class StageRun:
         self.objective.calibrate(self.teacher, calibration.to(parallel.device))
         self.before = checksums(self.module.named_parameters())
         self.runner = StepRunner(self.module, self.objective, self.teacher, parallel)
-        self.trained = {name: value for name, value in self.module.named_parameters() if value.requires_grad}
+        self.trained = trained_parameters(self.module)
         self.optimizer = build_optimizer(self.module, stage)
         checkpoint = parallel.on_main(lambda: find_checkpoint(job.checkpoints, self.console.say))
         self.lock = self._decide(checkpoint)
         self.progress = Progress()
         if checkpoint is not None:
             state = load_checkpoint(
-                checkpoint, student=self.module, optimizer=self.optimizer, parallel=parallel
+                checkpoint, trained=self.trained, optimizer=self.optimizer, parallel=parallel
             )
             self.stream.load_state_dict(state["stream"])
             self.progress = Progress(**state["progress"])
@@ -332,7 +333,7 @@ class StageRun:
                 window=self.meter.window,
             )
             state = {"progress": asdict(progress), "stream": self.stream.state_dict()}
-            tensors = gather_tensors(self.module, self.optimizer, self.parallel)
+            tensors = gather_tensors(self.trained, self.optimizer, self.parallel)
             self.parallel.on_main(
                 lambda: save_checkpoint(
                     self.job.checkpoints,
@@ -401,7 +402,7 @@ class StageRun:
 
     def _finish(self) -> StageResult:
         """See what training has changed, score held-out text and write the result."""
-        after = checksums(self.parallel.gather(dict(self.module.named_parameters())))
+        after = checksums(self.parallel.gather(self.trained))
         self.unchanged = self.parallel.on_main(
             lambda: [name for name in self.trained if after[name] == self.before[name]]
         )

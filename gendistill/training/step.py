@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,15 +15,20 @@ from gendistill.training.parallel import Parallel
 
 
 class DistillStep(nn.Module):
-    """Student and objective as one module, so that parallelism also covers loss code that reads the student's head."""
+    """Student and objective as one module, so that parallelism also covers loss code that reads the student's head.
+
+    ``module(batch, signals, measure)`` runs something else than the objective, such as held-out scores.
+    """
 
     def __init__(self, student: nn.Module, objective: Objective) -> None:
         super().__init__()
         self.student: Any = student
         self.objective = objective
 
-    def forward(self, batch: Batch, signals: TeacherSignals) -> LossTerm:
-        return self.objective(self.student, signals, batch)
+    def forward(
+        self, batch: Batch, signals: TeacherSignals, measure: Callable[..., Any] | None = None
+    ) -> Any:
+        return (measure or self.objective)(self.student, signals, batch)
 
 
 class StepRunner:
@@ -69,7 +74,7 @@ class StepRunner:
             sum(batch.num_tokens for batch in micro_batches),
         ]
         # labels alone give the denominator, so it is known before the first forward pass
-        counts = self.parallel.sum(torch.tensor(local, device=self.device))
+        counts = self.parallel.sum(torch.tensor(local).to(self.device, non_blocking=True))
         num_labels = counts[0].clamp(min=1)
         # data parallelism averages gradients over processes: undo its division
         scale = self.parallel.world / num_labels

@@ -27,7 +27,7 @@ from gendistill.conversion.probe import probe_student, render_probe
 from gendistill.data.batch import Batch
 from gendistill.models import HybridCache
 from gendistill.models.io import load_student, save_student
-from gendistill.ops.types import Segments
+from gendistill.ops import Segments
 from gendistill.report.plots import plot_placement
 from gendistill.runs.memory import Device
 from gendistill.runs.planning import plan_run
@@ -40,7 +40,7 @@ IDS = torch.randint(3, 97, (3, 12), generator=torch.Generator().manual_seed(1))
 @pytest.fixture
 def leaky(monkeypatch):
     """Add the mixer of ``toy_mixer.py`` to the catalogue."""
-    monkeypatch.syspath_prepend(Path(__file__).parent)
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "outside")
     module = importlib.import_module("toy_mixer")
     monkeypatch.setitem(MIXERS, "leaky", module.LEAKY)
     yield module

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -376,6 +378,35 @@ def test_a_tensor_of_the_host_never_becomes_a_bare_address(recorder, monkeypatch
     for _ in range(3):
         call(launcher, x=X, y=Y)
     assert recorder.plain == 3
+
+
+def test_the_switch_leaves_every_launch_to_triton(recorder, monkeypatch):
+    """And so changes nothing about any of them, ours or its own."""
+    pairs = [(X, Y), (STORE[8:], Y), (STORE[1:], Y), (X, Y)]
+    rounds = []
+    for is_plain in (False, True):
+        monkeypatch.setattr(launch, "_PLAIN", is_plain)
+        launcher, fixed = Launcher(kernel), Fixed((3,), N=4, KIND="a", num_warps=4)
+        start, before = len(recorder.launches), recorder.plain
+        for changes in CASES.values():
+            call(launcher, **{"x": X, "y": Y, **changes})
+        for pair in pairs:
+            launcher[fixed](*pair, 5, 7, 0.5)
+        rounds.append((recorder.launches[start:], recorder.plain - before))
+    (ours, some), (theirs, every) = rounds
+    assert ours == theirs
+    assert every == len(theirs) == len(CASES) + len(pairs)
+    assert some < every
+
+
+def test_the_switch_is_read_from_the_environment():
+    code = "from gendistill_kernels.runtime import launch; print(launch.why_plain())"
+    for value, expected in (("1", "GENDISTILL_PLAIN_LAUNCH=1 is set"), ("0", "None")):
+        environment = {**os.environ, launch.SWITCH: value}
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+        )
+        assert done.stdout.strip() == expected
 
 
 @pytest.mark.parametrize("is_fixed", [False, True])

@@ -16,7 +16,13 @@ from safetensors.torch import load_file, save_file
 from gendistill.config.schema import StageConfig
 from gendistill.errors import CheckpointError, OutputError, TrainingError
 from gendistill.training import monitors
-from gendistill.training.checkpoint import find_checkpoint, gather_tensors, load_checkpoint, save_checkpoint
+from gendistill.training.checkpoint import (
+    find_checkpoint,
+    gather_tensors,
+    load_checkpoint,
+    save_checkpoint,
+    trained_parameters,
+)
 from gendistill.training.freeze import apply_freeze
 from gendistill.training.lock import existing_lock
 from gendistill.training.meter import Meter
@@ -56,7 +62,11 @@ def save(folder, trained, step, **changes):
     state = {"progress": {**PROGRESS, "step": step}, "stream": {"row": step}, **changes}
     student, optimizer = trained
     return save_checkpoint(
-        folder, step=step, keep=9, tensors=gather_tensors(student, optimizer, ALONE), state=state
+        folder,
+        step=step,
+        keep=9,
+        tensors=gather_tensors(trained_parameters(student), optimizer, ALONE),
+        state=state,
     )
 
 
@@ -99,7 +109,9 @@ def test_whole_checkpoints_are_found_with_and_without_a_checksum_of_the_state(fo
     assert newest(folder) == ("step-000005", [])
     rewrite_state(folder, lambda content: None, checksum=False)
     assert newest(folder) == ("step-000005", [])
-    state = load_checkpoint(folder / "step-000005", student=trained[0], optimizer=trained[1], parallel=ALONE)
+    state = load_checkpoint(
+        folder / "step-000005", trained=trained_parameters(trained[0]), optimizer=trained[1], parallel=ALONE
+    )
     assert (state["progress"], state["stream"]) == (PROGRESS, {"row": 5})
 
 
@@ -192,7 +204,9 @@ def test_tensors_that_save_never_writes_are_passed_over_and_refused(folder, trai
     student, optimizer = trained
     before = {key: value.clone() for key, value in student.named_parameters()}
     with pytest.raises(CheckpointError) as caught:
-        load_checkpoint(folder / "step-000005", student=student, optimizer=optimizer, parallel=ALONE)
+        load_checkpoint(
+            folder / "step-000005", trained=trained_parameters(student), optimizer=optimizer, parallel=ALONE
+        )
     assert caught.value.where == str(folder / "step-000005")
     assert caught.value.hint
     assert all(torch.equal(value, before[key]) for key, value in student.named_parameters())
@@ -319,7 +333,7 @@ def test_a_parameter_that_no_gradient_has_reached_is_saved_and_restored(tiny, tm
     path = save(tmp_path, (student, optimizer), 5)
     assert newest(tmp_path) == ("step-000005", [])
     other, other_optimizer = make(tiny, seed=9)
-    load_checkpoint(path, student=other, optimizer=other_optimizer, parallel=ALONE)
+    load_checkpoint(path, trained=trained_parameters(other), optimizer=other_optimizer, parallel=ALONE)
     restored = other_optimizer.state[dict(other.named_parameters())[name]]
     assert restored["step"] == 0
     assert not restored["exp_avg"].any()

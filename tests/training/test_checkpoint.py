@@ -13,6 +13,7 @@ from gendistill.training.checkpoint import (
     gather_tensors,
     load_checkpoint,
     save_checkpoint,
+    trained_parameters,
 )
 from gendistill.training.freeze import apply_freeze
 from gendistill.training.optim import build_optimizer
@@ -39,14 +40,18 @@ def make(tiny, groups, seed=3):
 
 def save(folder, student, optimizer, **changes):
     settings = {"step": 5, "keep": 1, "state": {"stream": {"row": 3}}, **changes}
-    return save_checkpoint(folder, tensors=gather_tensors(student, optimizer, ALONE), **settings)
+    return save_checkpoint(
+        folder, tensors=gather_tensors(trained_parameters(student), optimizer, ALONE), **settings
+    )
 
 
 def test_what_is_loaded_is_what_was_saved(tiny, trained, tmp_path):
     student, optimizer = trained
     path = save(tmp_path, student, optimizer)
     other, other_optimizer = make(tiny, ["mixer", "norm"], seed=9)
-    state = load_checkpoint(path, student=other, optimizer=other_optimizer, parallel=ALONE)
+    state = load_checkpoint(
+        path, trained=trained_parameters(other), optimizer=other_optimizer, parallel=ALONE
+    )
     assert (state["step"], state["stream"]) == (5, {"row": 3})
     mine, theirs = dict(student.named_parameters()), dict(other.named_parameters())
     for name, value in mine.items():
@@ -76,7 +81,7 @@ def test_a_checkpoint_of_other_parameters_is_refused(tiny, trained, tmp_path):
     path = save(tmp_path, *trained)
     student, optimizer = make(tiny, ["mixer"])
     with pytest.raises(CheckpointError, match="other parameters"):
-        load_checkpoint(path, student=student, optimizer=optimizer, parallel=ALONE)
+        load_checkpoint(path, trained=trained_parameters(student), optimizer=optimizer, parallel=ALONE)
 
 
 def test_rotation_keeps_the_newest_and_drops_what_was_damaged_ahead(trained, tmp_path):

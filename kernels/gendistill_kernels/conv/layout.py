@@ -34,7 +34,12 @@ class Tiles(NamedTuple):
             owners.extend([sequence] * len(parts))
             firsts.extend(parts)
             ends.append(ends[-1] + length)
-        return cls(*(torch.tensor(part, dtype=torch.int32, device=device) for part in (ends, owners, firsts)))
+        return cls(
+            *(
+                torch.tensor(part, dtype=torch.int32).to(device, non_blocking=True)
+                for part in (ends, owners, firsts)
+            )
+        )
 
 
 class Gradients(NamedTuple):

@@ -397,35 +397,11 @@ def _pairs_by_level(
 
 
 @triton.jit
-def _keys(
-    chunk, head, part,
-    q, k, decay, A_log, dt_bias, sums, later, total, norms, rows_in, d_scores, d_lower, units, strength, d_residuals,
-    grad_out, h, dh, v_new,
-    dq, dk, dg, d_bias, d_rate,
-    chunk_starts, chunk_lengths, tokens, scale, lower_bound, erase, d_erase,
-    H: tl.constexpr, HQ: tl.constexpr, HK: tl.constexpr, SQ: tl.constexpr, SK: tl.constexpr, K: tl.constexpr,
-    V: tl.constexpr, BK: tl.constexpr,
-    BV: tl.constexpr, C: tl.constexpr, GATE: tl.constexpr, NORM: tl.constexpr, PACKED: tl.constexpr,
-    DOT: tl.constexpr, LEVELS: tl.constexpr, WHOLE: tl.constexpr, W: tl.constexpr, SIGMOID: tl.constexpr,
-    ERASE: tl.constexpr, SCALAR: tl.constexpr, RANGE: tl.constexpr, BY_LEVEL: tl.constexpr, all_levels,
+def _load_gate(
+    decay, A_log, dt_bias, token, at, head, channels, live, inside,
+    H: tl.constexpr, K: tl.constexpr, GATE: tl.constexpr, SCALAR: tl.constexpr,
 ):  # fmt: skip
-    start, length = chunk_bounds(chunk, tokens, chunk_starts, chunk_lengths, C, PACKED)
-    rows = tl.arange(0, C)
-    channels = part * W + tl.arange(0, W)
-    i = rows[:, None]
-    live = rows < length
-    token = start + rows
-    tile = chunk * H + head
-    inside = live[:, None] & (channels < K)[None, :]
-    # everything is asked for before anything is waited for
-    at = (token * H + head)[:, None] * K + channels[None, :]
-    at_q = token[:, None] * SQ + (head // (H // HQ)) * K + channels[None, :]
-    at_k = token[:, None] * SK + (head // (H // HK)) * K + channels[None, :]
-    squares = tile * C * C + i * C + rows[None, :]
-    scores = tl.load(d_scores + squares)
-    lower = scores
-    if ERASE != "none":
-        lower = tl.load(d_lower + squares)
+    """Return what the decays of a chunk are made of: raw values, the gate's bias and its rate."""
     bias = 0.0
     rate = 0.0
     if SCALAR:
@@ -439,107 +415,29 @@ def _keys(
             bias = tl.load(dt_bias + head * K + channels, mask=channels < K, other=0.0).to(tl.float32)
             bias = bias[None, :]
             rate = tl.load(A_log + head).to(tl.float32)
-    x_q = tl.load(q + at_q, mask=inside, other=0.0)
-    x_k = tl.load(k + at_k, mask=inside, other=0.0)
-    norm_q = tl.load(norms + tile * 2 * C + rows)
-    norm_k = tl.load(norms + tile * 2 * C + C + rows)
-    amount = norm_k
-    if ERASE == "tied" or ERASE == "scalar":
-        amount = tl.load(strength + tile * C + rows)
-    if ERASE == "channel":
-        gate = tl.load(erase + at, mask=inside, other=0.0).to(tl.float32)
-    gain = tl.load(total + tile * BK + channels)
-    inverse_unit = tl.load(units + tile)
-    unit = _inverse_power_of_2(inverse_unit)
-    columns = tl.arange(0, BV)
-    full = (columns < V)[None, :]
-    wide = live[:, None] & full
-    at_out = (token * H + head)[:, None] * V + columns[None, :]
-    flat = tile * C * V + i * V + columns[None, :]
-    cells = tile * BK * V + columns[:, None] * BK + channels[None, :]
-    high = (columns < V)[:, None]
-    if not BY_LEVEL:
-        upstream = tl.load(grad_out + at_out, mask=wide, other=0.0)
-        d_residual = tl.load(d_residuals + flat, mask=full, other=0.0)
-        new = tl.load(v_new + flat, mask=full, other=0.0)
-        state = tl.load(h + cells, mask=high, other=0.0)
-        grad = tl.load(dh + cells, mask=high, other=0.0)
+    return raw, bias, rate
 
-    if SCALAR:
-        g = decay_of_tokens(raw, live, A_log, dt_bias, head, lower_bound, GATE)
-    else:
-        g = tl.maximum(tl.where(inside, log2_decay(raw, rate, bias, lower_bound, GATE), 0.0), -30000.0)
-        log_decay = narrow(g, DOT)
-        if q.dtype.element_ty == tl.float32:
-            # only then is the saved total not that of rounded log-decays, which have to cancel against it
-            gain = tl.sum(log_decay.to(tl.float32), 0)
-    x_q = narrow(x_q.to(tl.float32) * norm_q[:, None], DOT)
-    x_k = narrow(x_k.to(tl.float32) * norm_k[:, None], DOT)
-    x_a = x_k
-    if ERASE == "scalar":
-        gate = amount[:, None]
-        x_a = (x_k.to(tl.float32) * gate).to(DOT)
-    elif ERASE == "channel":
-        if SIGMOID:
-            gate = sigmoid(gate)
-        x_a = (x_k.to(tl.float32) * gate).to(DOT)
-    if SCALAR:
-        upto = tl.sum(tl.where(rows[:, None] >= rows[None, :], g[None, :], 0.0), 1)
-    else:
-        upto = tl.dot(tl.where(rows[:, None] >= rows[None, :], 1.0, 0.0).to(DOT), log_decay)
-    # Of what follows, the order keeps apart in shared memory what is multiplied with different halves of the chunk:
-    # ptxas 12.8 loses the address of a right factor that takes the chunk_bounds of an earlier left one.
-    # A pair of tokens adds to d_sum of the later one what it takes from that of the earlier one, and a write what it
-    # adds to the decay after it: the same rounded factors on both sides keep that exact.
-    if SCALAR:
-        d_query, d_read, d_key, d_sum, both = _pairs_of_tokens(
-            scores, lower, upstream, d_residual, new, state, grad, x_q, x_k, x_a, amount, gain, upto, inverse_unit,
-            C, ERASE,
-        )  # fmt: skip
-    elif BY_LEVEL:
-        d_query, d_read, d_key, d_sum, both = _pairs_by_level(
-            scores, lower, grad_out + at_out, wide, d_residuals + flat, v_new + flat, full, h + cells, dh + cells,
-            high, x_q, x_k, x_a, log_decay, amount, gain, upto, inverse_unit, sums, all_levels,
-            C, LEVELS, WHOLE, ERASE, RANGE,
-        )  # fmt: skip
-    else:
-        d_query, d_read, d_key, d_sum, both = _pairs_in_range(
-            scores, lower, upstream, d_residual, new, state, grad, x_q, x_k, x_a, amount, gain, upto, inverse_unit,
-            ERASE, RANGE,
-        )  # fmt: skip
 
-    if ERASE == "scalar" or ERASE == "channel":
-        d_key += gate * d_read
-        d_gate = x_k.to(tl.float32) * d_read * unit
-        if ERASE == "channel":
-            if SIGMOID:
-                d_gate *= gate * (1.0 - gate)
-            tl.store(d_erase + at, d_gate.to(d_erase.dtype.element_ty), mask=inside)
-        else:
-            d_amount = tl.sum(d_gate, 1)
-            if SIGMOID:
-                d_amount *= amount * (1.0 - amount)
-            # one number per part of the channels, which are added up outside
-            tl.store(d_erase + (token * H + head) * (BK // W) + part, d_amount, mask=live)
-    # a token's own score is not decayed: it is added after that
-    diagonal = tl.load(rows_in + tile * 3 * C + rows) * inverse_unit
-    d_query += diagonal[:, None] * x_k.to(tl.float32)
-    d_key += diagonal[:, None] * x_q.to(tl.float32)
-    if NORM:
-        # x_q is s times a unit vector, s the scale; its product with its gradient is <dO, O>
-        along_q = tl.load(rows_in + tile * 3 * C + C + rows) * inverse_unit
-        along_k = tl.load(rows_in + tile * 3 * C + 2 * C + rows) * inverse_unit
-        d_query -= (along_q / (scale * scale))[:, None] * x_q.to(tl.float32)
-        d_key -= along_k[:, None] * x_k.to(tl.float32)
-    tl.store(dq + at, ((norm_q * unit)[:, None] * d_query).to(dq.dtype.element_ty), mask=inside)
-    tl.store(dk + at, ((norm_k * unit)[:, None] * d_key).to(dk.dtype.element_ty), mask=inside)
+@triton.jit
+def _log_decay(raw, rate, bias, inside, lower_bound, GATE: tl.constexpr):
+    """Return base-2 log-decays of some channels; as ``forward`` computes them."""
+    return tl.maximum(tl.where(inside, log2_decay(raw, rate, bias, lower_bound, GATE), 0.0), -30000.0)
 
-    # Every later token of the chunk depends on this log-decay, and so does the state after it. The sum over them is a
-    # product with a 0/1 matrix, in two halves that together hold 16 bits; a scan where ptxas would lose that matrix.
+
+@triton.jit
+def _sum_of_later(d_sum, both, later, C: tl.constexpr, SCALAR: tl.constexpr, BY_LEVEL: tl.constexpr):
+    """Return the gradients of log-decays, on which every later token of the chunk depends, and the state after it.
+
+    The sum over tokens is a product with a 0/1 matrix, in two halves that together hold 16 bits; a scan where ptxas
+    would lose that matrix.
+    """
     if SCALAR:
         # of this part's channels alone: they are added up outside
-        sums_of_tokens = tl.sum(d_sum, 1)
-        d_decay = tl.sum(tl.where(i >= rows[None, :], sums_of_tokens[:, None], 0.0), 0) + tl.sum(both, 0)
+        rows = tl.arange(0, C)
+        of_token = tl.sum(d_sum, 1)
+        d_decay = tl.sum(tl.where(rows[:, None] >= rows[None, :], of_token[:, None], 0.0), 0) + tl.sum(
+            both, 0
+        )
     elif BY_LEVEL:
         d_decay = tl.cumsum(d_sum, 0, reverse=True) + both[None, :]
     else:
@@ -547,11 +445,12 @@ def _keys(
         first = narrow(d_sum, later.dtype)
         d_decay = tl.dot(table, first)
         d_decay = tl.dot(table, narrow(d_sum - first.to(tl.float32), later.dtype), d_decay) + both[None, :]
-    d_decay *= unit
-    if BY_LEVEL:
-        # not kept: there are too few registers
-        raw = tl.load(decay + at, mask=inside, other=0.0).to(tl.float32)
-        g = tl.maximum(tl.where(inside, log2_decay(raw, rate, bias, lower_bound, GATE), 0.0), -30000.0)
+    return d_decay
+
+
+@triton.jit
+def _through_gate(d_decay, raw, bias, rate, g, lower_bound, GATE: tl.constexpr):
+    """Return the gradients of a gate's raw values, and of the logarithm of its rate token by token."""
     if GATE == "bounded":
         s = sigmoid(tl.exp(rate) * (raw + bias))
         d_raw = d_decay * lower_bound * s * (1.0 - s) * tl.exp(rate)
@@ -562,21 +461,14 @@ def _keys(
     else:
         d_raw = d_decay
         d_log = d_decay
-    if SCALAR:
-        d_raw = tl.where(live, d_raw, 0.0)
-        tl.store(dg + (token * H + head) * (BK // W) + part, d_raw, mask=live)
-        if GATE != "none":
-            tl.store(d_bias + tile * (BK // W) + part, tl.sum(d_raw, 0))
-            tl.store(d_rate + tile * (BK // W) + part, tl.sum(tl.where(live, d_log, 0.0), 0))
-    else:
-        d_raw = tl.where(inside, d_raw, 0.0)
-        tl.store(dg + at, d_raw.to(dg.dtype.element_ty), mask=inside)
-        if GATE != "none":
-            tl.store(d_bias + tile * K + channels, tl.sum(d_raw, 0), mask=channels < K)
-            tl.store(d_rate + tile * (BK // W) + part, tl.sum(tl.sum(tl.where(inside, d_log, 0.0), 1), 0))
+    return d_raw, d_log
 
 
-@triton.jit
+def _name_of_keys(specialization):
+    return "keys_levels_kernel" if specialization.constants["BY_LEVEL"] else "keys_kernel"
+
+
+@triton.jit(repr=_name_of_keys)
 def keys_kernel(
     q, k, decay, A_log, dt_bias, sums, later, total, norms, rows_in, d_scores, d_lower, units, strength, d_residuals,
     grad_out, h, dh, v_new, marks,
@@ -586,49 +478,161 @@ def keys_kernel(
     V: tl.constexpr, BK: tl.constexpr,
     BV: tl.constexpr, C: tl.constexpr, GATE: tl.constexpr, NORM: tl.constexpr, PACKED: tl.constexpr,
     DOT: tl.constexpr, LEVELS: tl.constexpr, WHOLE: tl.constexpr, W: tl.constexpr, SIGMOID: tl.constexpr,
-    ERASE: tl.constexpr, SCALAR: tl.constexpr, RANGE: tl.constexpr,
+    ERASE: tl.constexpr, SCALAR: tl.constexpr, RANGE: tl.constexpr, BY_LEVEL: tl.constexpr,
 ):  # fmt: skip
-    """Do what belongs to ``W`` key channels: dq, dk, and the gradients of their decays."""
-    PARTS: tl.constexpr = BK // W
+    """Do what belongs to ``W`` key channels of a chunk: dq, dk, and the gradients of their decays.
+
+    Of chunks in range; with ``BY_LEVEL`` of the others, in blocks of 16 tokens or, where marked so, less.
+    """
     # the parts of one chunk are neighbours: they read the same tiles
-    part, chunk, head = tl.program_id(0) % PARTS, (tl.program_id(0) // PARTS).to(tl.int64), tl.program_id(1)
-    # one decay per head has no chunk out of range; the compiler looks at nothing after a constant that decides
-    if SCALAR or tl.load(marks + chunk * H + head) == 0:
-        _keys(
-            chunk, head, part,
-            q, k, decay, A_log, dt_bias, sums, later, total, norms, rows_in, d_scores, d_lower, units, strength,
-            d_residuals, grad_out, h, dh, v_new, dq, dk, dg, d_bias, d_rate,
-            chunk_starts, chunk_lengths, tokens, scale, lower_bound, erase, d_erase,
-            H, HQ, HK, SQ, SK, K, V, BK, BV, C, GATE, NORM, PACKED, DOT, LEVELS, WHOLE, W, SIGMOID, ERASE, SCALAR,
-            RANGE, False, False,
-        )  # fmt: skip
-
-
-@triton.jit
-def keys_levels_kernel(
-    q, k, decay, A_log, dt_bias, sums, later, total, norms, rows_in, d_scores, d_lower, units, strength, d_residuals,
-    grad_out, h, dh, v_new, marks,
-    dq, dk, dg, d_bias, d_rate,
-    chunk_starts, chunk_lengths, tokens, scale, lower_bound, erase, d_erase,
-    H: tl.constexpr, HQ: tl.constexpr, HK: tl.constexpr, SQ: tl.constexpr, SK: tl.constexpr, K: tl.constexpr,
-    V: tl.constexpr, BK: tl.constexpr,
-    BV: tl.constexpr, C: tl.constexpr, GATE: tl.constexpr, NORM: tl.constexpr, PACKED: tl.constexpr,
-    DOT: tl.constexpr, LEVELS: tl.constexpr, WHOLE: tl.constexpr, W: tl.constexpr, SIGMOID: tl.constexpr,
-    ERASE: tl.constexpr, SCALAR: tl.constexpr, RANGE: tl.constexpr,
-):  # fmt: skip
-    """Do the same for chunks whose decay is out of range, in blocks of 16 tokens or, where marked so, less."""
     PARTS: tl.constexpr = BK // W
     part, chunk, head = tl.program_id(0) % PARTS, (tl.program_id(0) // PARTS).to(tl.int64), tl.program_id(1)
-    mark = tl.load(marks + chunk * H + head)
-    if mark != 0:
-        _keys(
-            chunk, head, part,
-            q, k, decay, A_log, dt_bias, sums, later, total, norms, rows_in, d_scores, d_lower, units, strength,
-            d_residuals, grad_out, h, dh, v_new, dq, dk, dg, d_bias, d_rate,
-            chunk_starts, chunk_lengths, tokens, scale, lower_bound, erase, d_erase,
-            H, HQ, HK, SQ, SK, K, V, BK, BV, C, GATE, NORM, PACKED, DOT, LEVELS, WHOLE, W, SIGMOID, ERASE, SCALAR,
-            RANGE, True, mark == 2,
-        )  # fmt: skip
+    if not SCALAR:
+        mark = tl.load(marks + chunk * H + head)
+        mine = mark != 0 if BY_LEVEL else mark == 0
+    # one decay per head has no chunk out of range; the compiler looks at nothing after a constant that decides
+    if SCALAR or mine:
+        if BY_LEVEL:
+            all_levels = mark == 2
+        start, length = chunk_bounds(chunk, tokens, chunk_starts, chunk_lengths, C, PACKED)
+        rows = tl.arange(0, C)
+        channels = part * W + tl.arange(0, W)
+        i = rows[:, None]
+        live = rows < length
+        token = start + rows
+        tile = chunk * H + head
+        inside = live[:, None] & (channels < K)[None, :]
+        at = (token * H + head)[:, None] * K + channels[None, :]
+
+        # everything is asked for before anything is waited for
+        at_q = token[:, None] * SQ + (head // (H // HQ)) * K + channels[None, :]
+        at_k = token[:, None] * SK + (head // (H // HK)) * K + channels[None, :]
+        squares = tile * C * C + i * C + rows[None, :]
+        scores = tl.load(d_scores + squares)
+        lower = scores
+        if ERASE != "none":
+            lower = tl.load(d_lower + squares)
+        raw, bias, rate = _load_gate(
+            decay, A_log, dt_bias, token, at, head, channels, live, inside, H, K, GATE, SCALAR
+        )
+        x_q = tl.load(q + at_q, mask=inside, other=0.0)
+        x_k = tl.load(k + at_k, mask=inside, other=0.0)
+        norm_q = tl.load(norms + tile * 2 * C + rows)
+        norm_k = tl.load(norms + tile * 2 * C + C + rows)
+        amount = norm_k
+        if ERASE == "tied" or ERASE == "scalar":
+            amount = tl.load(strength + tile * C + rows)
+        if ERASE == "channel":
+            gate = tl.load(erase + at, mask=inside, other=0.0).to(tl.float32)
+        gain = tl.load(total + tile * BK + channels)
+        inverse_unit = tl.load(units + tile)
+        unit = _inverse_power_of_2(inverse_unit)
+        columns = tl.arange(0, BV)
+        full = (columns < V)[None, :]
+        wide = live[:, None] & full
+        at_out = (token * H + head)[:, None] * V + columns[None, :]
+        flat = tile * C * V + i * V + columns[None, :]
+        cells = tile * BK * V + columns[:, None] * BK + channels[None, :]
+        high = (columns < V)[:, None]
+        if not BY_LEVEL:
+            upstream = tl.load(grad_out + at_out, mask=wide, other=0.0)
+            d_residual = tl.load(d_residuals + flat, mask=full, other=0.0)
+            new = tl.load(v_new + flat, mask=full, other=0.0)
+            state = tl.load(h + cells, mask=high, other=0.0)
+            grad = tl.load(dh + cells, mask=high, other=0.0)
+
+        # what the forward pass multiplied
+        if SCALAR:
+            g = decay_of_tokens(raw, live, A_log, dt_bias, head, lower_bound, GATE)
+        else:
+            g = _log_decay(raw, rate, bias, inside, lower_bound, GATE)
+            log_decay = narrow(g, DOT)
+            if q.dtype.element_ty == tl.float32:
+                # only then is the saved total not that of rounded log-decays, which have to cancel against it
+                gain = tl.sum(log_decay.to(tl.float32), 0)
+        x_q = narrow(x_q.to(tl.float32) * norm_q[:, None], DOT)
+        x_k = narrow(x_k.to(tl.float32) * norm_k[:, None], DOT)
+        x_a = x_k
+        if ERASE == "scalar":
+            gate = amount[:, None]
+            x_a = (x_k.to(tl.float32) * gate).to(DOT)
+        elif ERASE == "channel":
+            if SIGMOID:
+                gate = sigmoid(gate)
+            x_a = (x_k.to(tl.float32) * gate).to(DOT)
+        if SCALAR:
+            upto = tl.sum(tl.where(rows[:, None] >= rows[None, :], g[None, :], 0.0), 1)
+        else:
+            upto = tl.dot(tl.where(rows[:, None] >= rows[None, :], 1.0, 0.0).to(DOT), log_decay)
+
+        # The order of what follows keeps apart in shared memory what is multiplied with different halves of the
+        # chunk: ptxas 12.8 loses the address of a right factor that takes the place of an earlier left one.
+        # A pair of tokens adds to d_sum of the later one what it takes from that of the earlier one, and a write what
+        # it adds to the decay after it: the same rounded factors on both sides keep that exact.
+        if SCALAR:
+            d_query, d_read, d_key, d_sum, both = _pairs_of_tokens(
+                scores, lower, upstream, d_residual, new, state, grad, x_q, x_k, x_a, amount, gain, upto,
+                inverse_unit, C, ERASE,
+            )  # fmt: skip
+        elif BY_LEVEL:
+            d_query, d_read, d_key, d_sum, both = _pairs_by_level(
+                scores, lower, grad_out + at_out, wide, d_residuals + flat, v_new + flat, full,
+                h + cells, dh + cells, high, x_q, x_k, x_a, log_decay, amount, gain, upto, inverse_unit, sums,
+                all_levels, C, LEVELS, WHOLE, ERASE, RANGE,
+            )  # fmt: skip
+        else:
+            d_query, d_read, d_key, d_sum, both = _pairs_in_range(
+                scores, lower, upstream, d_residual, new, state, grad, x_q, x_k, x_a, amount, gain, upto,
+                inverse_unit, ERASE, RANGE,
+            )  # fmt: skip
+
+        # the strength that erases
+        if ERASE == "scalar" or ERASE == "channel":
+            d_key += gate * d_read
+            d_gate = x_k.to(tl.float32) * d_read * unit
+            if ERASE == "channel":
+                if SIGMOID:
+                    d_gate *= gate * (1.0 - gate)
+                tl.store(d_erase + at, d_gate.to(d_erase.dtype.element_ty), mask=inside)
+            else:
+                d_amount = tl.sum(d_gate, 1)
+                if SIGMOID:
+                    d_amount *= amount * (1.0 - amount)
+                # one number per part of the channels, which are added up outside
+                tl.store(d_erase + (token * H + head) * PARTS + part, d_amount, mask=live)
+
+        # q and k; a token's own score is not decayed: it is added only now
+        diagonal = tl.load(rows_in + tile * 3 * C + rows) * inverse_unit
+        d_query += diagonal[:, None] * x_k.to(tl.float32)
+        d_key += diagonal[:, None] * x_q.to(tl.float32)
+        if NORM:
+            # x_q is s times a unit vector, s the scale; its product with its gradient is <dO, O>
+            along_q = tl.load(rows_in + tile * 3 * C + C + rows) * inverse_unit
+            along_k = tl.load(rows_in + tile * 3 * C + 2 * C + rows) * inverse_unit
+            d_query -= (along_q / (scale * scale))[:, None] * x_q.to(tl.float32)
+            d_key -= along_k[:, None] * x_k.to(tl.float32)
+        tl.store(dq + at, ((norm_q * unit)[:, None] * d_query).to(dq.dtype.element_ty), mask=inside)
+        tl.store(dk + at, ((norm_k * unit)[:, None] * d_key).to(dk.dtype.element_ty), mask=inside)
+
+        # the decay, and through its gate
+        d_decay = _sum_of_later(d_sum, both, later, C, SCALAR, BY_LEVEL) * unit
+        if BY_LEVEL:
+            # not kept: there are too few registers
+            raw = tl.load(decay + at, mask=inside, other=0.0).to(tl.float32)
+            g = _log_decay(raw, rate, bias, inside, lower_bound, GATE)
+        d_raw, d_log = _through_gate(d_decay, raw, bias, rate, g, lower_bound, GATE)
+        if SCALAR:
+            d_raw = tl.where(live, d_raw, 0.0)
+            tl.store(dg + (token * H + head) * PARTS + part, d_raw, mask=live)
+            if GATE != "none":
+                tl.store(d_bias + tile * PARTS + part, tl.sum(d_raw, 0))
+                tl.store(d_rate + tile * PARTS + part, tl.sum(tl.where(live, d_log, 0.0), 0))
+        else:
+            d_raw = tl.where(inside, d_raw, 0.0)
+            tl.store(dg + at, d_raw.to(dg.dtype.element_ty), mask=inside)
+            if GATE != "none":
+                tl.store(d_bias + tile * K + channels, tl.sum(d_raw, 0), mask=channels < K)
+                tl.store(d_rate + tile * PARTS + part, tl.sum(tl.sum(tl.where(inside, d_log, 0.0), 1), 0))
 
 
 @triton.jit

@@ -21,7 +21,6 @@ from torch import Tensor
 from gendistill_kernels.delta import layout
 from gendistill_kernels.delta.backward import (
     keys_kernel,
-    keys_levels_kernel,
     reverse_scan_kernel,
     sum_chunks_kernel,
     sum_heads_kernel,
@@ -47,7 +46,7 @@ _carry = Launcher(carry_kernel)
 _reverse_scan = Launcher(reverse_scan_kernel)
 _values = Launcher(values_kernel)
 _keys = Launcher(keys_kernel)
-_keys_levels = Launcher(keys_levels_kernel)
+_keys_levels = Launcher(keys_kernel)
 _sum_heads = Launcher(sum_heads_kernel)
 _sum_chunks = Launcher(sum_chunks_kernel)
 

@@ -112,6 +112,46 @@ def _add_three(a0, a1, a2, b0, b1, b2):
 
 
 @triton.jit
+def _apply_rule(
+    memory, q, k, v, forget, strength, scale, NORM: tl.constexpr, ROWS: tl.constexpr, M: tl.constexpr
+):  # fmt: skip
+    """Take the state one token further; returns it and the output."""
+    # lengths and angle in one sum; q and k meet the state as they are, and what they make is scaled
+    scale_q, scale_k = scale, 1.0
+    square_q, square_k, cross = tl.reduce((q * q, k * k, q * k), ROWS, _add_three)
+    if NORM:
+        scale_q = _each(scale * tl.rsqrt(square_q + 1e-6), M)
+        scale_k = _each(tl.rsqrt(square_k + 1e-6), M)
+
+    memory *= _down(forget, M)
+    # q meets the state before the update, which adds <q, k> times the new value: one sum over rows, not two
+    both = tl.join(memory * _down(k, M), memory * _down(q, M))
+    recalled, y = tl.split(tl.sum(both, ROWS))
+    v_new = _each(strength, M) * (v - recalled * scale_k)
+    y = (y + _each(cross, M) * scale_k * v_new) * scale_q
+    memory += _down(k, M) * _across(v_new * scale_k, M)
+    return memory, y
+
+
+@triton.jit
+def _finish_last(
+    out, norm_weight, gate, sequence, head, gate_row, gate_token, eps,
+    T: tl.constexpr, H: tl.constexpr, V: tl.constexpr, OUT_GATE: tl.constexpr,
+):  # fmt: skip
+    """Normalise and gate the outputs of a head, all blocks of which have been stored."""
+    tl.debug_barrier()
+    wide = tl.arange(0, triton.next_power_of_2(V))
+    for token in range(T):
+        at_out = out + ((sequence * T + token) * H + head) * V + wide
+        y = _load(at_out, wide < V)
+        y *= tl.rsqrt(tl.sum(y * y, 0) / V + eps) * _load(norm_weight + wide, wide < V)
+        if gate is not None:
+            at_gate = gate + sequence * gate_row + token * gate_token + head * V + wide
+            y *= _activate(_load(at_gate, wide < V), OUT_GATE)
+        tl.store(at_out, y.to(out.dtype.element_ty), mask=wide < V)
+
+
+@triton.jit
 def decode_kernel(
     q_in, k_in, v_in, decay, beta, state, out, A_log, dt_bias,
     weight_q, weight_k, weight_v, bias_q, bias_k, bias_v, history, norm_weight, gate,
@@ -126,7 +166,7 @@ def decode_kernel(
     GROUP: tl.constexpr = H // GROUPS
     BLOCKS: tl.constexpr = (V + BV - 1) // BV
     # the norm of an output that is computed in blocks waits for the last one
-    LATE: tl.constexpr = (BLOCKS > 1) & (norm_weight is not None)
+    NORM_LAST: tl.constexpr = (BLOCKS > 1) & (norm_weight is not None)
     sequence, group = (tl.program_id(0) // GROUPS).to(tl.int64), tl.program_id(0) % GROUPS
     past = history
     if W > 1:
@@ -215,7 +255,7 @@ def decode_kernel(
                 else:
                     strength = _load(at_beta, exists)
                 end = gain
-                if gate is not None and not LATE:
+                if gate is not None and not NORM_LAST:
                     at_gate = (
                         gate
                         + sequence * gate_row
@@ -241,21 +281,8 @@ def decode_kernel(
                 q, forget = tl.split(even)
                 k, _ = tl.split(odd)
                 v, end = tl.split(ends)
-                # lengths and angle in one sum; q and k meet the state as they are, and what they make is scaled
-                scale_q, scale_k = scale, 1.0
-                square_q, square_k, cross = tl.reduce((q * q, k * k, q * k), ROWS, _add_three)
-                if NORM:
-                    scale_q = _each(scale * tl.rsqrt(square_q + 1e-6), M)
-                    scale_k = _each(tl.rsqrt(square_k + 1e-6), M)
-
-                memory *= _down(forget, M)
-                # q meets the state before the update, which adds <q, k> times the new value: one sum over rows, not two
-                both = tl.join(memory * _down(k, M), memory * _down(q, M))
-                recalled, y = tl.split(tl.sum(both, ROWS))
-                new = _each(strength, M) * (v - recalled * scale_k)
-                y = (y + _each(cross, M) * scale_k * new) * scale_q
-                memory += _down(k, M) * _across(new * scale_k, M)
-                if not LATE:
+                memory, y = _apply_rule(memory, q, k, v, forget, strength, scale, NORM, ROWS, M)
+                if not NORM_LAST:
                     if norm_weight is not None:
                         y *= _each(tl.rsqrt(tl.sum(y * y, ROWS) / V + eps), M)
                     if norm_weight is not None or gate is not None:
@@ -269,17 +296,8 @@ def decode_kernel(
                 _store_window(at_qk, window_qk, is_qk & moves, W)
                 _store_window(at_v, window_v, is_v & ((head_column + 1) % (H // HV) == 0), W)
             tl.store(state + cells, memory, mask=inside, eviction_policy=EVICTION)
-        if LATE:
-            tl.debug_barrier()
-            wide = tl.arange(0, triton.next_power_of_2(V))
-            for token in range(T):
-                at_out = out + ((sequence * T + token) * H + head) * V + wide
-                y = _load(at_out, wide < V)
-                y *= tl.rsqrt(tl.sum(y * y, 0) / V + eps) * _load(norm_weight + wide, wide < V)
-                if gate is not None:
-                    at_gate = gate + sequence * gate_row + token * gate_token + head * V + wide
-                    y *= _activate(_load(at_gate, wide < V), OUT_GATE)
-                tl.store(at_out, y.to(out.dtype.element_ty), mask=wide < V)
+        if NORM_LAST:
+            _finish_last(out, norm_weight, gate, sequence, head, gate_row, gate_token, eps, T, H, V, OUT_GATE)
 
 
 _decode = Launcher(decode_kernel)

@@ -287,102 +287,6 @@ def _add_level(
 
 
 @triton.jit
-def _prepare_again(
-    chunk, head, q, k, decay, beta, A_log, dt_bias, sums, kt, A_qk, inverse_out, marks,
-    chunk_starts, chunk_lengths, tokens, scale, lower_bound, erase,
-    H: tl.constexpr, HQ: tl.constexpr, HK: tl.constexpr, SQ: tl.constexpr, SK: tl.constexpr, K: tl.constexpr,
-    BK: tl.constexpr, C: tl.constexpr,
-    GATE: tl.constexpr, NORM: tl.constexpr, SIGMOID: tl.constexpr, PACKED: tl.constexpr, DOT: tl.constexpr,
-    LEVELS: tl.constexpr, WHOLE: tl.constexpr, W: tl.constexpr, SAVE: tl.constexpr, PRECISION: tl.constexpr,
-    RANGE: tl.constexpr, WIDE: tl.constexpr, ERASE: tl.constexpr,
-):  # fmt: skip
-    start, length = chunk_bounds(chunk, tokens, chunk_starts, chunk_lengths, C, PACKED)
-    rows, part = tl.arange(0, C), tl.arange(0, W)
-    i, j = rows[:, None], rows[None, :]
-    live = rows < length
-    token = start + rows
-    tile = chunk * H + head
-    at_q = q + token[:, None] * SQ + (head // (H // HQ)) * K
-    at_k = k + token[:, None] * SK + (head // (H // HK)) * K
-    at_g = decay + (token * H + head)[:, None] * K
-    if beta is not None:
-        strength = _strength(beta, token * H + head, live, SIGMOID, SAVE and ERASE == "tied")
-    norm_q, norm_k = _norms(at_q, at_k, live, scale, K, BK, C, NORM)
-
-    row = (tile * C).to(tl.int32)
-    attention = tl.zeros([C, C], tl.float32)
-    lower = tl.zeros([C, C], tl.float32)
-    from_start = tl.zeros([C], tl.float32)
-    from_block = tl.zeros([C], tl.float32)
-    SHIFT: tl.constexpr = -RANGE / 2
-    for first in tl.range(0, BK, W):
-        channels = first + part
-        xq, xk, log_decay = _operands(
-            at_q, at_k, at_g, norm_q, norm_k, live, A_log, dt_bias, channels, head, lower_bound, K, GATE, DOT
-        )
-        xa = _eraser(xk, erase, token * H + head, live, channels, K, SIGMOID, ERASE)
-        upto = tl.dot(sums.load([(LEVELS + 1) * C, 0]), log_decay, input_precision=PRECISION)
-        from_start = tl.minimum(from_start, tl.min(upto, 1))
-        after = tl.dot(sums.load([LEVELS * C, 0]), log_decay, input_precision=PRECISION)
-        kt.store([row, first], (xk.to(tl.float32) * exp2(after)).to(kt.dtype))
-        upto = tl.dot(sums.load([(LEVELS + 2) * C, 0]), log_decay, input_precision=PRECISION)
-        from_block = tl.minimum(from_block, tl.min(upto, 1))
-        factor = exp2(upto + SHIFT)
-        write = tl.trans((xk.to(tl.float32) * exp2(-SHIFT - upto)).to(WIDE))
-        near = (i ^ j) < (1 << WHOLE)
-        scores = tl.dot((xq.to(tl.float32) * factor).to(WIDE), write, input_precision=PRECISION)
-        attention += tl.where(near & (i >= j), scores, 0.0)
-        scores = tl.dot((xa.to(tl.float32) * factor).to(WIDE), write, input_precision=PRECISION)
-        lower += tl.where(near & (i > j), scores, 0.0)
-        for level in tl.range(WHOLE, LEVELS):
-            attention, lower = _add_level(
-                attention,
-                lower,
-                level,
-                meet(rows, level),
-                xq,
-                xk,
-                xa,
-                log_decay,
-                sums,
-                C,
-                DOT,
-                PRECISION,
-                ERASE,
-            )
-
-    all_levels = from_block < RANGE
-    if tl.max(all_levels.to(tl.int32), 0) != 0:
-        tl.store(marks + tile, 2)
-        attention = tl.where(all_levels[:, None], 0.0, attention)
-        lower = tl.where(all_levels[:, None], 0.0, lower)
-        for first in tl.range(0, BK, W):
-            channels = first + part
-            xq, xk, log_decay = _operands(
-                at_q, at_k, at_g, norm_q, norm_k, live, A_log, dt_bias, channels, head, lower_bound, K, GATE, DOT,
-            )  # fmt: skip
-            xa = _eraser(xk, erase, token * H + head, live, channels, K, SIGMOID, ERASE)
-            own = tl.sum(xq.to(tl.float32) * xk.to(tl.float32), 1)
-            attention += tl.where((i == j) & all_levels[:, None], own[:, None], 0.0)
-            for level in tl.range(0, LEVELS):
-                attention, lower = _add_level(
-                    attention, lower, level, meet(rows, level) & all_levels[:, None], xq, xk, xa, log_decay, sums,
-                    C, DOT, PRECISION, ERASE,
-                )  # fmt: skip
-
-    # only rows that are out of range themselves
-    out = (from_start < RANGE)[:, None]
-    if ERASE == "tied" or ERASE == "scalar":
-        lower *= strength[:, None]
-    if ERASE != "none":
-        inverse = _invert(lower, rows, DOT, LEVELS, PRECISION)
-    at = tile * C * C + i * C + j
-    tl.store(A_qk + at, attention.to(A_qk.dtype.element_ty), mask=out)
-    if ERASE != "none":
-        tl.store(inverse_out + at, inverse.to(A_qk.dtype.element_ty), mask=out)
-
-
-@triton.jit
 def prepare_levels_kernel(
     q, k, decay, beta, A_log, dt_bias, sums, kt, A_qk, inverse_out, marks,
     chunk_starts, chunk_lengths, tokens, scale, lower_bound, erase,
@@ -395,12 +299,103 @@ def prepare_levels_kernel(
     """Prepare the marked chunks again; mark with two those with rows that go through all levels."""
     chunk, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     if tl.load(marks + chunk * H + head) != 0:
-        _prepare_again(
-            chunk, head, q, k, decay, beta, A_log, dt_bias, sums,
-            kt, A_qk, inverse_out, marks, chunk_starts, chunk_lengths, tokens, scale, lower_bound, erase,
-            H, HQ, HK, SQ, SK, K, BK, C, GATE, NORM, SIGMOID, PACKED, DOT, LEVELS, WHOLE, W, SAVE, PRECISION, RANGE,
-            WIDE, ERASE,
-        )  # fmt: skip
+        start, length = chunk_bounds(chunk, tokens, chunk_starts, chunk_lengths, C, PACKED)
+        rows, part = tl.arange(0, C), tl.arange(0, W)
+        i, j = rows[:, None], rows[None, :]
+        live = rows < length
+        token = start + rows
+        tile = chunk * H + head
+        at_q = q + token[:, None] * SQ + (head // (H // HQ)) * K
+        at_k = k + token[:, None] * SK + (head // (H // HK)) * K
+        at_g = decay + (token * H + head)[:, None] * K
+        if beta is not None:
+            strength = _strength(beta, token * H + head, live, SIGMOID, SAVE and ERASE == "tied")
+        norm_q, norm_k = _norms(at_q, at_k, live, scale, K, BK, C, NORM)
+
+        row = (tile * C).to(tl.int32)
+        attention = tl.zeros([C, C], tl.float32)
+        lower = tl.zeros([C, C], tl.float32)
+        from_start = tl.zeros([C], tl.float32)
+        from_block = tl.zeros([C], tl.float32)
+        SHIFT: tl.constexpr = -RANGE / 2
+        for first in tl.range(0, BK, W):
+            channels = first + part
+            xq, xk, log_decay = _operands(
+                at_q,
+                at_k,
+                at_g,
+                norm_q,
+                norm_k,
+                live,
+                A_log,
+                dt_bias,
+                channels,
+                head,
+                lower_bound,
+                K,
+                GATE,
+                DOT,
+            )
+            xa = _eraser(xk, erase, token * H + head, live, channels, K, SIGMOID, ERASE)
+            upto = tl.dot(sums.load([(LEVELS + 1) * C, 0]), log_decay, input_precision=PRECISION)
+            from_start = tl.minimum(from_start, tl.min(upto, 1))
+            after = tl.dot(sums.load([LEVELS * C, 0]), log_decay, input_precision=PRECISION)
+            kt.store([row, first], (xk.to(tl.float32) * exp2(after)).to(kt.dtype))
+            upto = tl.dot(sums.load([(LEVELS + 2) * C, 0]), log_decay, input_precision=PRECISION)
+            from_block = tl.minimum(from_block, tl.min(upto, 1))
+            factor = exp2(upto + SHIFT)
+            write = tl.trans((xk.to(tl.float32) * exp2(-SHIFT - upto)).to(WIDE))
+            near = (i ^ j) < (1 << WHOLE)
+            scores = tl.dot((xq.to(tl.float32) * factor).to(WIDE), write, input_precision=PRECISION)
+            attention += tl.where(near & (i >= j), scores, 0.0)
+            scores = tl.dot((xa.to(tl.float32) * factor).to(WIDE), write, input_precision=PRECISION)
+            lower += tl.where(near & (i > j), scores, 0.0)
+            for level in tl.range(WHOLE, LEVELS):
+                attention, lower = _add_level(
+                    attention,
+                    lower,
+                    level,
+                    meet(rows, level),
+                    xq,
+                    xk,
+                    xa,
+                    log_decay,
+                    sums,
+                    C,
+                    DOT,
+                    PRECISION,
+                    ERASE,
+                )
+
+        all_levels = from_block < RANGE
+        if tl.max(all_levels.to(tl.int32), 0) != 0:
+            tl.store(marks + tile, 2)
+            attention = tl.where(all_levels[:, None], 0.0, attention)
+            lower = tl.where(all_levels[:, None], 0.0, lower)
+            for first in tl.range(0, BK, W):
+                channels = first + part
+                xq, xk, log_decay = _operands(
+                    at_q, at_k, at_g, norm_q, norm_k, live, A_log, dt_bias, channels, head, lower_bound, K, GATE, DOT,
+                )  # fmt: skip
+                xa = _eraser(xk, erase, token * H + head, live, channels, K, SIGMOID, ERASE)
+                own = tl.sum(xq.to(tl.float32) * xk.to(tl.float32), 1)
+                attention += tl.where((i == j) & all_levels[:, None], own[:, None], 0.0)
+                for level in tl.range(0, LEVELS):
+                    attention, lower = _add_level(
+                        attention, lower, level, meet(rows, level) & all_levels[:, None], xq, xk, xa, log_decay, sums,
+                        C, DOT, PRECISION, ERASE,
+                    )  # fmt: skip
+
+        # only rows that are out of range themselves
+        out = (from_start < RANGE)[:, None]
+        if ERASE == "tied" or ERASE == "scalar":
+            lower *= strength[:, None]
+        if ERASE != "none":
+            inverse = _invert(lower, rows, DOT, LEVELS, PRECISION)
+        at = tile * C * C + i * C + j
+        tl.store(A_qk + at, attention.to(A_qk.dtype.element_ty), mask=out)
+        if ERASE != "none":
+            tl.store(inverse_out + at, inverse.to(A_qk.dtype.element_ty), mask=out)
 
 
 @triton.jit

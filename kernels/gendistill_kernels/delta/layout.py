@@ -154,14 +154,17 @@ class Chunks(NamedTuple):
                 sizes.append(min(CHUNK, length - first))
             end += length
         parts = (_longest_first(sequences), starts, sizes, *_spans(lengths))
-        return cls(*(torch.tensor(part, dtype=torch.int32, device=device) for part in parts))
+        return cls(*(torch.tensor(part, dtype=torch.int32).to(device, non_blocking=True) for part in parts))
 
     @classmethod
     def of_rows(cls, rows: int, tokens: int, device: torch.device) -> Chunks:
         """Say only what the spans of equally long, unpacked rows are."""
         parts = _spans([tokens] * rows)
         return cls(
-            None, None, None, *(torch.tensor(part, dtype=torch.int32, device=device) for part in parts)
+            None,
+            None,
+            None,
+            *(torch.tensor(part, dtype=torch.int32).to(device, non_blocking=True) for part in parts),
         )
 
 

@@ -378,12 +378,15 @@ class LaunchPlan:
             "V": n.V, "BK": n.BK, "BV": max(n.wide, 128), "C": CHUNK,
             "GATE": rule.gate, "NORM": rule.norm, "PACKED": self.packed, "DOT": tl.float16, "LEVELS": LEVELS,
             "WHOLE": WHOLE, "W": W, "SIGMOID": rule.sigmoid, "ERASE": self.erase, "SCALAR": self.scalar,
-            "RANGE": self.range,
+            "RANGE": self.range, "BY_LEVEL": False,
         }  # fmt: skip
         again = None
         if not self._always_in_range:
             config = self._config("keys_levels")
-            again = Fixed(grid, **settings | {"BV": n.wide}, num_warps=config.warps, num_stages=config.stages)
+            again = Fixed(
+                grid, **settings | {"BV": n.wide, "BY_LEVEL": True},
+                num_warps=config.warps, num_stages=config.stages,
+            )  # fmt: skip
         results = [
             per_head(n.HQ, n.K, self.dtypes[0]),
             per_head(n.HK, n.K, self.dtypes[1]),

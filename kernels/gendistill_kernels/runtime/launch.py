@@ -5,8 +5,9 @@ tensor descriptor: 20 to 50 microseconds a launch. A ``Launcher`` lets Triton do
 it compiles for, keeps the compiled kernel, and hands later calls of the same combination to its C launcher. Of a
 ``Fixed`` launch even the combination is known: only addresses are left to read.
 
-It reaches into Triton below its public functions, in the versions of ``_HEADS`` only. Elsewhere, and for whatever
-it does not know, every call is the plain ``kernel[grid](...)``, which differs in nothing but time.
+It reaches into Triton below its public functions, in the versions of ``_HEADS`` only. Elsewhere, for whatever it does
+not know, and with ``GENDISTILL_PLAIN_LAUNCH=1`` in the environment when Python starts, every call is the plain
+``kernel[grid](...)``, which differs in nothing but time.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import functools
 import inspect
 import itertools
 import math
+import os
 import types
 import warnings
 from collections.abc import Callable, Sequence
@@ -35,6 +37,9 @@ from gendistill_kernels.runtime.memory import Part
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 _VERSION = ".".join(triton.__version__.split(".")[:2])
+# the switch that leaves every launch to Triton
+SWITCH = "GENDISTILL_PLAIN_LAUNCH"
+_PLAIN = os.environ.get(SWITCH) == "1"
 # what the C launcher gets between the stream and the arguments: no scratch memory, no hooks
 _HEADS: dict[str, Callable[[Any, Any], tuple[Any, ...]]] = {
     "3.6": lambda kernel, run: (
@@ -174,6 +179,15 @@ def _warn(reason: str) -> None:
     )
 
 
+def why_plain() -> str | None:
+    """Say why launches are left to Triton; None if they are ours."""
+    if _PLAIN:
+        return f"{SWITCH}=1 is set"
+    if _VERSION not in _HEADS:
+        return f"triton {triton.__version__} is not one of {', '.join(_HEADS)}"
+    return None
+
+
 def _is_hooked(hook: Any) -> bool:
     return hook is not None and (type(hook) is not knobs.HookChain or bool(hook.calls))
 
@@ -263,13 +277,13 @@ class Launcher:
         is_fixed = type(grid) is Fixed
         if is_fixed and grid.call is not None:
             return grid.call
-        if type(self.function) is JITFunction and _VERSION in _HEADS:
+        if type(self.function) is JITFunction and why_plain() is None:
             call = functools.partial(self._repeat if is_fixed else self._launch, grid)
             if is_fixed:
                 grid.call = call
             return call
-        if type(self.function) is JITFunction:
-            _warn(f"triton {triton.__version__} is not one of {', '.join(_HEADS)}")
+        if type(self.function) is JITFunction and not _PLAIN:
+            _warn(why_plain() or "")
         if is_fixed:
             return functools.partial(self._plainly, grid.grid, **grid.constants)
         return functools.partial(self._plainly, grid)
