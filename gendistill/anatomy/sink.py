@@ -8,11 +8,15 @@ and never padding, and every model may have its own window beside the one that t
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from gendistill.anatomy.family import Geometry, attention_shapes
 from gendistill.anatomy.settings import setting
 from gendistill.anatomy.spec import Init, Kept, MixerSpec, ParameterSpec, StateSpec, attention_kept
+
+# queries that share one product and one mask; their keys are themselves, the window before them and the first tokens
+BLOCK = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +57,9 @@ class SinkSpec(MixerSpec):
         return {"keys": cells, "values": cells, "seen": StateSpec((), "int64")}
 
     def kept(self, geometry: Geometry, settings: SinkSettings, impl: str | None) -> Kept:
-        """Count what softmax attention keeps, and the keys and values of a block of queries and the window before."""
-        attention = attention_kept(geometry)
-        return Kept(attention.numbers + 4 * geometry.num_kv_heads * geometry.head_dim)
+        """Count what softmax attention keeps, and per head the keys and values of a block and the window before it."""
+        q = geometry.num_heads * geometry.head_dim
+        return Kept(attention_kept(geometry).numbers + 2 * q * math.ceil(1 + settings.window / BLOCK))
 
 
 SINK = SinkSpec()

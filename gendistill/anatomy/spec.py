@@ -126,7 +126,7 @@ class MixerSpec:
         return self.module is not None
 
     def parameters(self, geometry: Geometry, settings: Any) -> dict[str, ParameterSpec]:
-        """List the parameters of the module, by name relative to it and in its order."""
+        """List the parameters of the module, by name relative to it."""
         raise NotImplementedError(f"{type(self).__name__} does not list its parameters")
 
     def state(self, geometry: Geometry, settings: Any) -> dict[str, StateSpec]:

@@ -126,7 +126,7 @@ class Mixer(nn.Module):
         self.reset_parameters()
 
     def build(self, geometry: Geometry, settings: Any) -> None:
-        """Make the parameters that :attr:`table` lists, under their names and in its order; their values follow."""
+        """Make the parameters that :attr:`table` lists, under their names; their values follow."""
         raise NotImplementedError(f"{type(self).__name__} makes no parameters")
 
     @property

@@ -64,7 +64,7 @@ class KDA(Mixer):
     dt_bias: nn.Parameter
 
     def build(self, geometry: Geometry, settings: KDASettings) -> None:
-        """Make one module per entry of the parameter table, in its order."""
+        """Make one module per entry of the parameter table."""
         self.conv_size, self.conv_activation = settings.conv_size, settings.conv_activation
         self.gate, self.gate_lower_bound = settings.gate, settings.gate_lower_bound
         self.output_gate, self.rope = settings.output_gate, settings.rope

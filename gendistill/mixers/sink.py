@@ -15,11 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gendistill.anatomy.family import Geometry
-from gendistill.anatomy.sink import SINK, SinkSettings
+from gendistill.anatomy.sink import BLOCK, SINK, SinkSettings
 from gendistill.mixers.base import Mixer, SequenceInfo, rotate
-
-# queries that share one product and one mask; their keys are themselves, the window before them and the first tokens
-_BLOCK = 512
 
 
 class SinkState(NamedTuple):
@@ -182,8 +179,8 @@ class SinkAttention(Mixer):
             found += [first, recent]
             states.append(torch.cat([first, _pick(recent, kept)], dim=1))
         parts = []
-        for start in range(0, length, _BLOCK):
-            stop = min(start + _BLOCK, length)
+        for start in range(0, length, BLOCK):
+            stop = min(start + BLOCK, length)
             query = torch.arange(start, stop, device=q.device)[:, None]
             # cell e of the recent ones is the token seen - past + e, query t the token seen + t
             at = torch.arange(start, past + stop, device=q.device)
@@ -200,14 +197,11 @@ class SinkAttention(Mixer):
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor) -> Tensor:
     """Attend; q ``[N, T, H, D]``, k and v ``[N, K, Hkv, D]``, ``allowed`` bool that spreads to ``[N, 1, T, K]``."""
-    out = F.scaled_dot_product_attention(
-        q.transpose(1, 2),
-        k.transpose(1, 2),
-        v.transpose(1, 2),
-        attn_mask=allowed,
-        enable_gqa=q.shape[2] != k.shape[2],
-    )
-    return out.transpose(1, 2)
+    groups = q.shape[2] // k.shape[2]
+    if groups > 1:  # on a GPU, kernels that keep no scores take as many key as query heads
+        k, v = k.repeat_interleave(groups, dim=2), v.repeat_interleave(groups, dim=2)
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed).transpose(1, 2)
 
 
 def _pick(cells: Tensor, index: Tensor) -> Tensor:
@@ -248,8 +242,8 @@ def _blocks(window: int, sinks: int) -> Callable[[list[int], torch.device], list
     def build(lengths: list[int], device: torch.device) -> list[Block]:
         starts, count, document, position = _places(lengths, torch.device("cpu"))
         blocks = []
-        for start in range(0, len(document), _BLOCK):
-            stop = min(start + _BLOCK, len(document))
+        for start in range(0, len(document), BLOCK):
+            stop = min(start + BLOCK, len(document))
             first, last = int(document[start]), int(document[stop - 1])
             heads = [
                 torch.arange(begin, begin + min(sinks, size))

@@ -25,10 +25,11 @@ MIXED = ["kda", "full", "swa", "kda"]
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("family", list(FAMILIES))
-def test_plan_names_exactly_the_tensors_of_the_model(save_teacher, plan_for, family, tied):
+@pytest.mark.parametrize("placement", [MIXED, ["sink", "full", "kda", "sink"]], ids="-".join)
+def test_plan_names_exactly_the_tensors_of_the_model(save_teacher, plan_for, family, tied, placement):
     """Oracle: the model that transformers builds from the planned config."""
     _, folder = save_teacher(family, tie_word_embeddings=tied, max_shard_size="20KB")
-    plan = plan_for(folder, MIXED)
+    plan = plan_for(folder, placement)
     model = HybridForCausalLM(HybridConfig.from_dict(plan.student_config))
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     if tied:

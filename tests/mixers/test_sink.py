@@ -50,7 +50,7 @@ def oracle(layer, x, positions):
 @pytest.fixture(params=[512, 7], ids=["one block", "blocks of 7"])
 def block(request, monkeypatch):
     """Cut queries into blocks, as long rows are."""
-    monkeypatch.setattr("gendistill.mixers.sink._BLOCK", request.param)
+    monkeypatch.setattr("gendistill.mixers.sink.BLOCK", request.param)
     from gendistill.mixers.sink import _blocks
 
     _blocks.cache_clear()
