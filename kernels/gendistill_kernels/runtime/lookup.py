@@ -1,8 +1,8 @@
 """How kernels are launched: a table of plain rows for every family, one lookup. Nothing is tuned at run time.
 
-``gendistill bench tune`` times the rows beside other candidates and prints rows to paste; docs/kernels/tuning.md says how.
-tests/ops/test_configs.py compiles every row at the largest sizes that it covers and holds it against the limits of its
-architecture, tests/ops/test_gpu_configs.py runs every row of the architecture it is on.
+``gendistill bench tune`` times the rows beside other candidates and prints rows to paste; docs/kernels/tuning.md says
+how. tests/ops/test_configs.py compiles every row at the largest sizes that it covers and holds it against the limits of
+its architecture, tests/ops/test_gpu_configs.py runs every row of the architecture it is on.
 """
 
 from __future__ import annotations
