@@ -64,12 +64,12 @@ test-oldest: $(VENV)/.stamp-dev $(VENV)/.stamp-oldest
 lint: $(VENV)/.stamp-dev  ## check style, formatting and that the generated parts of the documents are up to date
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m gendistill.results.table README.md docs/*.md --check
+	$(BIN)/python -m gendistill.results.table README.md docs/*.md docs/*/*.md --check
 	$(BIN)/python -m gendistill.results.index docs/results/README.md --check
 	$(BIN)/python -m gendistill.config.reference docs/recipes.md --check
 
 docs: $(VENV)/.stamp-dev  ## fill the generated parts of the documents: measured tables, their index, the recipe reference
-	$(BIN)/python -m gendistill.results.table README.md docs/*.md
+	$(BIN)/python -m gendistill.results.table README.md docs/*.md docs/*/*.md
 	$(BIN)/python -m gendistill.results.index docs/results/README.md
 	$(BIN)/python -m gendistill.config.reference docs/recipes.md
 

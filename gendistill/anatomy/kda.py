@@ -132,7 +132,7 @@ class KDASpec(MixerSpec):
 
         Around the rule: its input, q, k, v before and after the convolution, two gates and its output, which are
         ``2h + 6q + 4kv``. Inside it: in eager torch the float32 working set of all chunks; in our kernels, per head of
-        D channels, ``4D + 128 + D**2 / 64`` numbers and ``D / 64 + 3`` float32 numbers (docs/kernels.md, what memory
+        D channels, ``4D + 128 + D**2 / 64`` numbers and ``D / 64 + 3`` float32 numbers (docs/kernels/how.md, what memory
         holds when).
         """
         heads, head_dim = geometry.num_heads, geometry.head_dim

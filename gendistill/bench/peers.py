@@ -17,7 +17,7 @@ from gendistill.ops import Impl, OpOutput, chunk_kda, decode_delta_rule
 
 
 class Contestant(Protocol):
-    """Run the two ops under test."""
+    """Who runs the two ops under test."""
 
     label: str
 
@@ -34,7 +34,7 @@ class Contestant(Protocol):
 
 
 class Ours:
-    """Run our Triton kernels."""
+    """Our Triton kernels."""
 
     label = "gendistill"
 
@@ -68,7 +68,7 @@ class Ours:
 
 
 class FlaCore:
-    """Run the KDA ops of fla-core, with Triton kernels only and every fusion that they offer.
+    """The KDA ops of fla-core, with Triton kernels only and every fusion that they offer.
 
     Raises:
         PackageNotFoundError: It is not installed.

@@ -22,7 +22,7 @@ _PLAIN = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measurement:
-    """Hold one quantity of one case, ours and the peer's.
+    """One quantity of one case, ours and the peer's.
 
     Attributes:
         case: Name of the case.
@@ -65,7 +65,7 @@ class Measurement:
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """Hold how far one geometry is from float64.
+    """How far one geometry is from float64.
 
     Attributes:
         case: Name of the first case that has it.

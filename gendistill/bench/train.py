@@ -47,7 +47,7 @@ MOST_SEEDS = len(_T)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setup:
-    """Say what is trained.
+    """What is trained.
 
     Attributes:
         steps: Optimizer steps of every run.
@@ -115,7 +115,7 @@ class Setup:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Hold where every run ended.
+    """Where every run ended.
 
     Attributes:
         ours, reference: Held-out cross-entropy by seed, in nats per token.

@@ -64,24 +64,28 @@ def decode_delta_rule(
     Raises:
         ValueError: Shapes disagree, or a state cannot be changed in place.
     """
-    settings = {
-        "gate": gate,
-        "a_log": a_log,
-        "dt_bias": dt_bias,
-        "lower_bound": lower_bound,
-        "scale": scale,
-        "conv_weight": conv_weight,
-        "conv_bias": conv_bias,
-        "conv_state": conv_state,
-        "conv_activation": conv_activation,
-        "norm_weight": norm_weight,
-        "norm_eps": norm_eps,
-        "output_gate": output_gate,
-        "output_activation": output_activation,
-    }
-    if is_triton(impl):
-        return _contract().decode_delta_rule(q, k, v, decay, beta, state, **settings)
-    return reference_decode(q, k, v, decay, beta, state, **settings)
+    step = _contract().decode_delta_rule if is_triton(impl) else reference_decode
+    return step(
+        q,
+        k,
+        v,
+        decay,
+        beta,
+        state,
+        gate=gate,
+        a_log=a_log,
+        dt_bias=dt_bias,
+        lower_bound=lower_bound,
+        scale=scale,
+        conv_weight=conv_weight,
+        conv_bias=conv_bias,
+        conv_state=conv_state,
+        conv_activation=conv_activation,
+        norm_weight=norm_weight,
+        norm_eps=norm_eps,
+        output_gate=output_gate,
+        output_activation=output_activation,
+    )
 
 
 def _contract():

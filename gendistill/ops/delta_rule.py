@@ -189,8 +189,20 @@ def chunk_kda(
     Source: arXiv 2510.26692.
     """
     _check_axes("chunk_kda", decay, 4)
-    gates = {"gate": gate, "a_log": a_log, "dt_bias": dt_bias, "lower_bound": lower_bound}
-    return chunk_delta_rule(q, k, v, decay, beta, **gates, state=state, segments=segments, impl=impl)
+    return chunk_delta_rule(
+        q,
+        k,
+        v,
+        decay,
+        beta,
+        gate=gate,
+        a_log=a_log,
+        dt_bias=dt_bias,
+        lower_bound=lower_bound,
+        state=state,
+        segments=segments,
+        impl=impl,
+    )
 
 
 def recurrent_kda(
@@ -209,8 +221,19 @@ def recurrent_kda(
 ) -> OpOutput:
     """Apply Kimi Delta Attention token by token: :func:`recurrent_delta_rule` with a decay per key channel."""
     _check_axes("recurrent_kda", decay, 4)
-    gates = {"gate": gate, "a_log": a_log, "dt_bias": dt_bias, "lower_bound": lower_bound}
-    return recurrent_delta_rule(q, k, v, decay, beta, **gates, state=state, impl=impl)
+    return recurrent_delta_rule(
+        q,
+        k,
+        v,
+        decay,
+        beta,
+        gate=gate,
+        a_log=a_log,
+        dt_bias=dt_bias,
+        lower_bound=lower_bound,
+        state=state,
+        impl=impl,
+    )
 
 
 def chunk_gdn(
@@ -233,8 +256,20 @@ def chunk_gdn(
     Source: arXiv 2412.06464.
     """
     _check_axes("chunk_gdn", decay, 3)
-    gates = {"gate": gate, "a_log": a_log, "dt_bias": dt_bias, "lower_bound": lower_bound}
-    return chunk_delta_rule(q, k, v, decay, beta, **gates, state=state, segments=segments, impl=impl)
+    return chunk_delta_rule(
+        q,
+        k,
+        v,
+        decay,
+        beta,
+        gate=gate,
+        a_log=a_log,
+        dt_bias=dt_bias,
+        lower_bound=lower_bound,
+        state=state,
+        segments=segments,
+        impl=impl,
+    )
 
 
 def recurrent_gdn(
@@ -253,8 +288,19 @@ def recurrent_gdn(
 ) -> OpOutput:
     """Apply Gated DeltaNet token by token: :func:`recurrent_delta_rule` with one decay per head."""
     _check_axes("recurrent_gdn", decay, 3)
-    gates = {"gate": gate, "a_log": a_log, "dt_bias": dt_bias, "lower_bound": lower_bound}
-    return recurrent_delta_rule(q, k, v, decay, beta, **gates, state=state, impl=impl)
+    return recurrent_delta_rule(
+        q,
+        k,
+        v,
+        decay,
+        beta,
+        gate=gate,
+        a_log=a_log,
+        dt_bias=dt_bias,
+        lower_bound=lower_bound,
+        state=state,
+        impl=impl,
+    )
 
 
 def _contract():
@@ -272,6 +318,7 @@ def _zeros(beta: Tensor | None, *strengths: Tensor | str | None) -> Tensor:
 
 
 # ----- what is refused; the kernels would read past the ends of tensors that do not fit -----
+# A short call on a GPU waits for all that happens here: shapes are read once, and words are made for errors only.
 
 
 def _check(
@@ -289,94 +336,104 @@ def _check(
     segments: Segments | None,
 ) -> None:
     """Refuse what does not belong together."""
-    _check_gate(decay, gate, a_log, dt_bias)
-    # what says how many rows, tokens and heads there are
-    like, counted = decay, "decay"
-    for name, part in (("write", write), ("erase", erase), ("beta", beta)):
-        if isinstance(part, Tensor):
-            like, counted = part, name
-    if like is None:
-        raise ValueError("beta must be given, or erase and write per channel, got none of them; pass beta")
-    _check_shapes(q, k, v, decay, like, counted, state, segments)
-    rows = tuple(like.shape[:3])
-    for name, strength, others in (("erase", erase, ("beta", None)), ("write", write, ("beta",))):
-        if not isinstance(strength, Tensor) and strength not in others:
-            choices = " or ".join('"beta"' if other else "None" for other in others)
-            raise ValueError(f"{name} must be a tensor, {choices}, got {strength!r}; pass one of them")
-    is_read = isinstance(erase, str) or isinstance(write, str)
-    reason = 'where erase or write is "beta"' if is_read else 'where neither erase nor write is "beta"'
-    _check_shape("beta", beta, rows if is_read else None, reason)
-    if isinstance(erase, Tensor):
-        _check_shape("erase", erase, (*rows, q.shape[-1]), "per key channel")
-    if isinstance(write, Tensor):
-        _check_shape("write", write, (*rows, v.shape[-1]), "per value channel")
-
-
-def _check_gate(decay: Tensor | None, gate: str, a_log: Tensor | None, dt_bias: Tensor | None) -> None:
     if gate not in GATES:
         raise ValueError(f'gate must be none, softplus or bounded, got "{gate}"; choose one of them')
-    if decay is None:
-        if gate != "none":
-            raise ValueError(f'gate "{gate}" needs a decay, got None; pass its raw values')
-        return
-    if decay.ndim not in (3, 4):
-        raise ValueError(
-            f"decay must be [B, T, H] per head or [B, T, H, K] per key channel, got {list(decay.shape)}; reshape it"
-        )
-    heads = rows = None
-    if gate != "none":
-        heads, rows = tuple(decay.shape[2:3]), (decay.shape[2:].numel(),)
-    _check_shape("a_log", a_log, heads, "with gate", gate)
-    _check_shape("dt_bias", dt_bias, rows, "with gate", gate)
-
-
-def _check_shapes(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    decay: Tensor | None,
-    like: Tensor,
-    counted: str,
-    state: Tensor | None,
-    segments: Segments | None,
-) -> None:
-    """Compare rows, heads and channels with those of ``like``, whose name is ``counted``."""
-    batch, length, heads = like.shape[:3]
-    keys, values = q.shape[-1], v.shape[-1]
-    parts = [("q", q, keys), ("k", k, keys), ("v", v, values)]
     if decay is not None:
-        parts.append(
-            ("decay", decay if decay.ndim == 4 else decay[..., None], 1 if decay.ndim == 3 else keys)
-        )
-    for name, part, channels in parts:
-        # its shape is read once: a short call on a GPU waits for all that happens here
+        given = decay.shape
+        if len(given) not in (3, 4):
+            raise ValueError(
+                f"decay must be [B, T, H] per head or [B, T, H, K] per key channel, got {list(given)}; reshape it"
+            )
+        heads = biases = None
+        if gate != "none":
+            heads, biases = (given[2],), (given[2] if len(given) == 3 else given[2] * given[3],)
+        if (a_log if a_log is None else a_log.shape) != heads:
+            _refuse("a_log", a_log, heads, f'with gate "{gate}"')
+        if (dt_bias if dt_bias is None else dt_bias.shape) != biases:
+            _refuse("dt_bias", dt_bias, biases, f'with gate "{gate}"')
+    elif gate != "none":
+        raise ValueError(f'gate "{gate}" needs a decay, got None; pass its raw values')
+    # what says how many rows, tokens and heads there are
+    counted, like = _first_tensor(beta, erase, write, decay)
+    batch, length, number = rows = tuple(like.shape[:3])
+    keys, values = q.shape[-1], v.shape[-1]
+    for name, part, channels in (("q", q, keys), ("k", k, keys), ("v", v, values)):
         shape = part.shape
         if len(shape) != 4 or shape[0] != batch or shape[1] != length or shape[3] != channels:
+            _refuse_shape(name, part, batch, length, channels)
+        if number % shape[2]:
+            raise ValueError(f"{number} heads of {counted} do not fit {shape[2]} heads of {name}")
+    if decay is not None and decay.shape != (rows if len(given) == 3 else (*rows, keys)):
+        if decay.shape[2] != number:
+            raise ValueError(f"{number} heads of {counted} do not fit {decay.shape[2]} heads of decay")
+        _refuse_shape("decay", decay, batch, length, keys)
+    _check_strengths(beta, erase, write, rows, keys, values)
+    sequences = batch
+    if segments is not None:
+        sequences = len(segments.lengths)
+        if batch != 1 or segments.num_tokens != length:
             raise ValueError(
-                f"{name} must have shape {[batch, length, 'heads', channels]}, got {list(shape)}"
+                f"packed input must be one row of {segments.num_tokens} tokens, got {batch} rows of {length}"
             )
-        if heads % shape[2] or (name == "decay" and shape[2] != heads):
-            raise ValueError(f"{heads} heads of {counted} do not fit {shape[2]} heads of {name}")
-    number = batch if segments is None else len(segments.lengths)
-    if segments is not None and (batch != 1 or segments.num_tokens != length):
+    if state is not None and state.shape != (sequences, number, keys, values):
         raise ValueError(
-            f"packed input must be one row of {segments.num_tokens} tokens, got {batch} rows of {length}"
+            f"state must have shape {[sequences, number, keys, values]}, got {list(state.shape)}"
         )
-    if state is not None and state.shape != (number, heads, keys, values):
-        raise ValueError(f"state must have shape {[number, heads, keys, values]}, got {list(state.shape)}")
 
 
-def _check_shape(
-    name: str, part: Tensor | None, shape: tuple[int, ...] | None, reason: str, word: str | None = None
+def _first_tensor(
+    beta: Tensor | None, erase: Tensor | str | None, write: Tensor | str | None, decay: Tensor | None
+) -> tuple[str, Tensor]:
+    if beta is not None:
+        return "beta", beta
+    if isinstance(erase, Tensor):
+        return "erase", erase
+    if isinstance(write, Tensor):
+        return "write", write
+    if decay is None:
+        raise ValueError("beta must be given, or erase and write per channel, got none of them; pass beta")
+    return "decay", decay
+
+
+def _check_strengths(
+    beta: Tensor | None,
+    erase: Tensor | str | None,
+    write: Tensor | str | None,
+    rows: tuple[int, ...],
+    keys: int,
+    values: int,
 ) -> None:
-    if (None if part is None else part.shape) == shape:
-        return
+    is_read = False
+    if isinstance(erase, Tensor):
+        if erase.shape != (*rows, keys):
+            _refuse("erase", erase, (*rows, keys), "per key channel")
+    elif erase == "beta":
+        is_read = True
+    elif erase is not None:
+        raise ValueError(f'erase must be a tensor, "beta" or None, got {erase!r}; pass one of them')
+    if isinstance(write, Tensor):
+        if write.shape != (*rows, values):
+            _refuse("write", write, (*rows, values), "per value channel")
+    elif write == "beta":
+        is_read = True
+    else:
+        raise ValueError(f'write must be a tensor, "beta", got {write!r}; pass one of them')
+    if is_read and (beta is None or beta.shape != rows):
+        _refuse("beta", beta, rows, 'where erase or write is "beta"')
+    if not is_read and beta is not None:
+        _refuse("beta", beta, None, 'where neither erase nor write is "beta"')
+
+
+def _refuse(name: str, part: Tensor | None, shape: tuple[int, ...] | None, reason: str) -> None:
     got, wanted = (
         None if each is None else list(each) for each in (part if part is None else part.shape, shape)
     )
-    because = reason if word is None else f'{reason} "{word}"'
     fix = "leave it out" if shape is None else "pass that"
-    raise ValueError(f"{name} must be {wanted} {because}, got {got}; {fix}")
+    raise ValueError(f"{name} must be {wanted} {reason}, got {got}; {fix}")
+
+
+def _refuse_shape(name: str, part: Tensor, batch: int, length: int, channels: int) -> None:
+    raise ValueError(f"{name} must have shape {[batch, length, 'heads', channels]}, got {list(part.shape)}")
 
 
 def _check_axes(op: str, decay: Tensor, axes: int) -> None:

@@ -78,3 +78,19 @@ class StageResult:
     heldout: dict[str, float]
     data: dict[str, Any]
     monitors: dict[str, dict[str, float]]
+
+
+@dataclass(frozen=True, slots=True)
+class Due:
+    """What is to be done between two steps, alike on every process.
+
+    Attributes:
+        log, save: Whether a line and a checkpoint are to be written.
+        stop: Whether somebody asked to stop.
+        waits: Whether the device is waited for.
+    """
+
+    log: bool
+    save: bool
+    stop: bool
+    waits: bool

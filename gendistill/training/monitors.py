@@ -9,16 +9,24 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import Literal, Protocol
 
+import torch
+from torch import nn
+
+from gendistill.data.batch import Batch
 from gendistill.errors import TrainingError
-from gendistill.training.checkpoint import find_checkpoint
+from gendistill.losses.student import StudentLike
+from gendistill.teachers.base import Teacher
+from gendistill.training.checkpoint import Progress, find_checkpoint
+from gendistill.training.console import TrainingConsole
 from gendistill.training.diagnose import first_non_finite
 from gendistill.training.heldout import score_heldout
-from gendistill.training.job import StageJob
-
-if TYPE_CHECKING:
-    from gendistill.training.stage import StageRun
+from gendistill.training.job import Due, StageJob
+from gendistill.training.lock import StageLock
+from gendistill.training.meter import Meter
+from gendistill.training.parallel import Parallel
+from gendistill.training.step import StepRunner
 
 When = Literal["step", "log", "save", "end"]
 _EFFECTIVE = 0.99  # share of trained tensors that must have changed
@@ -35,6 +43,52 @@ class Stop:
     reason: str
 
 
+class StageInProgress(Protocol):
+    """What a monitor may look at, and must not change; ``training.stage.StageRun`` is one.
+
+    Attributes:
+        job: What the stage was asked to do.
+        student, module: The model that learns, as losses see it and as a module.
+        teacher: Whose signals it learns from.
+        parallel: The processes that share the stage.
+        console: Where to speak.
+        runner, optimizer: What computes gradients and what applies them.
+        micro_batches: Of the step that was taken last.
+        trained: Parameters that learn, by name.
+        unchanged: At the end, names of those that are as they were.
+        lock: Number of steps and dtype of the arithmetic, fixed when the stage began.
+        progress: Steps, tokens and losses so far.
+        meter: Sums since the last log line; to read it waits for the device.
+        due: What is done between these two steps.
+    """
+
+    job: StageJob
+    student: StudentLike
+    module: nn.Module
+    teacher: Teacher
+    parallel: Parallel
+    console: TrainingConsole
+    runner: StepRunner
+    optimizer: torch.optim.AdamW
+    micro_batches: list[Batch]
+    trained: dict[str, nn.Parameter]
+    unchanged: list[str]
+    lock: StageLock
+    progress: Progress
+    meter: Meter
+    due: Due
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the last step has been taken."""
+        ...
+
+    @property
+    def tensors_changed(self) -> float:
+        """At the end, share of the trained tensors that differ from the start."""
+        ...
+
+
 class Monitor(Protocol):
     """Something that looks at a stage. It is asked on every process, and its answer must be the same on each."""
 
@@ -48,7 +102,7 @@ class Monitor(Protocol):
         """Ask only after so many steps; None: every time. Steps at which a ``log`` monitor is asked are logged."""
         ...
 
-    def __call__(self, run: StageRun) -> Mapping[str, float] | Stop | None:
+    def __call__(self, run: StageInProgress) -> Mapping[str, float] | Stop | None:
         """Look at the stage between two steps.
 
         At ``step``, waiting for the device slows training down; ``run.due`` says whether it is waited for anyway.
@@ -67,7 +121,7 @@ class NonFinite:
     def __init__(self, job: StageJob) -> None:
         self.job = job
 
-    def __call__(self, run: StageRun) -> None:
+    def __call__(self, run: StageInProgress) -> None:
         """Raise TrainingError if something was not finite."""
         if not run.due.waits:
             return
@@ -99,7 +153,7 @@ class HeldOut:
     def __init__(self, every: int) -> None:
         self.every = every
 
-    def __call__(self, run: StageRun) -> dict[str, float] | None:
+    def __call__(self, run: StageInProgress) -> dict[str, float] | None:
         """Return what ``score_heldout`` does."""
         return None if run.is_over else heldout_scores(run)
 
@@ -113,7 +167,7 @@ class Effect:
     def __init__(self, job: StageJob) -> None:
         self.name = job.name
 
-    def __call__(self, run: StageRun) -> None:
+    def __call__(self, run: StageInProgress) -> None:
         """Count the tensors that did not change."""
         if run.tensors_changed < _EFFECTIVE:
             run.console.warn(
@@ -136,7 +190,7 @@ MONITORS: dict[str, Callable[[StageJob], Monitor | None]] = {
 }
 
 
-def heldout_scores(run: StageRun) -> dict[str, float]:
+def heldout_scores(run: StageInProgress) -> dict[str, float]:
     """Score the stage's student as it is.
 
     Raises:

@@ -6,7 +6,7 @@ import signal
 import time
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,7 +31,7 @@ from gendistill.training.checkpoint import (
 from gendistill.training.console import StageView, TrainingConsole
 from gendistill.training.freeze import apply_freeze
 from gendistill.training.interrupt import StageStopped, StopRequest, stop_on_signal
-from gendistill.training.job import StageJob, StageResult, Stream
+from gendistill.training.job import Due, StageJob, StageResult, Stream
 from gendistill.training.left_out import data_record, heavy_losses, left_out_lines
 from gendistill.training.lock import (
     StageLock,
@@ -91,22 +91,6 @@ def train_stage(
         if job.config.gradient_checkpointing:
             recompute_activations(student, False)
         parallel.close()
-
-
-@dataclass(frozen=True, slots=True)
-class Due:
-    """What is to be done between two steps, alike on every process.
-
-    Attributes:
-        log, save: Whether a line and a checkpoint are to be written.
-        stop: Whether somebody asked to stop.
-        waits: Whether the device is waited for.
-    """
-
-    log: bool
-    save: bool
-    stop: bool
-    waits: bool
 
 
 class StageRun:

@@ -19,7 +19,7 @@ from gendistill.training.monitors import MONITORS
 from gendistill_evals import JUDGES, PROTOCOLS
 
 ROOT = Path(__file__).parents[2]
-PAGES = ("kernels.md", "extend-evals.md", "extend.md")
+PAGES = ("kda.md", "kernels/how.md", "extend-evals.md", "extend.md")
 
 
 def blocks(page: str, language: str) -> list[tuple[int, str]]:
@@ -59,7 +59,7 @@ SHOWN = {
 
 
 def test_signatures_are_those_of_the_source():
-    texts = [code for _, code in blocks("kernels.md", "text") if re.search(r"^ *def ", code, re.MULTILINE)]
+    texts = [code for _, code in blocks("kda.md", "text") if re.search(r"^ *def ", code, re.MULTILINE)]
     shown = [
         node for text in texts for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef)
     ]
@@ -78,7 +78,7 @@ def test_saved_bytes_are_those_of_the_kernels():
     from gendistill_kernels.delta.layout import Sizes, work_spaces
     from gendistill_kernels.delta.rule import Rule
 
-    code = next(code for _, code in blocks("kernels.md", "python") if "saved = {" in code)
+    code = next(code for _, code in blocks("kernels/how.md", "python") if "saved = {" in code)
     page: dict = {}
     exec(code, page)
     tokens, heads, channels = 128, 2, 128

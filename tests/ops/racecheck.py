@@ -65,8 +65,8 @@ def chunks(
     return [out, last, *cases.run(x, rule, state, cases.upstream(x, number), table).values()]
 
 
-def segments(rule: Rule, dtype: torch.dtype, **sizes: int) -> list[Tensor]:
-    """Cut sequences into segments of one chunk: one of two, and one of three between others of one or none."""
+def spans(rule: Rule, dtype: torch.dtype, **sizes: int) -> list[Tensor]:
+    """Cut sequences into spans of one chunk: one of two, and one of three between others of one or none."""
     before, layout.SPAN = layout.SPAN, 1
     try:
         cut = [3, 0, 130, 64]
@@ -129,7 +129,7 @@ def make_cases() -> dict[str, Callable[[], Sequence[Tensor]]]:
                 found[f"chunks-{K}-{gate}-{word}"] = lambda K=K, gate=gate, dtype=dtype: chunks(
                     Rule(gate), dtype, K=K
                 )
-            found[f"segments-{K}-{word}"] = lambda K=K, dtype=dtype: segments(Rule("bounded"), dtype, K=K)
+            found[f"spans-{K}-{word}"] = lambda K=K, dtype=dtype: spans(Rule("bounded"), dtype, K=K)
             found[f"packed-{K}-{word}"] = lambda K=K, dtype=dtype: chunks(
                 Rule("none", sigmoid=False), dtype, lengths=LENGTHS, K=K
             )

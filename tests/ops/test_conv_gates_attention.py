@@ -61,7 +61,7 @@ def test_identity_taps_return_the_input():
     assert torch.equal(causal_conv(x, weight, torch.zeros(5)).out, x)
 
 
-def test_bounded_gate_stays_above_its_bound_and_softplus_follows_its_formula():
+def test_gates_follow_their_formulas_and_bounds():
     raw, a_log, bias = torch.randn(2, 3, 4, 8) * 50, torch.randn(4), torch.randn(32)
     decay = bounded_log_decay(raw, a_log, bias, lower_bound=-5.0)
     assert decay.dtype == torch.float32

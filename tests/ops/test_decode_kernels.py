@@ -273,11 +273,11 @@ def test_q_k_and_v_may_be_tensors_of_their_own(taps, bias):
 
 
 def test_tensors_on_several_devices_are_refused():
-    kinds = [(torch.float32, 0)] * 18
-    kinds[15] = (torch.float32, 1)
+    about = [(torch.float32, 0, (2, 1, 16), (16, 16, 1))] * 18
+    about[15] = (torch.float32, 1, (2, 1, 16), (16, 16, 1))
     settings = (Heads(2, 2, 2), Rule("bounded"), torch.device("cuda:0"), "silu", "silu", 1e-6)
     with pytest.raises(ValueError, match="the convolution's state is on cuda:1 and q on cuda:0"):
-        decode._plan(tuple(kinds), (None,) * 18, *settings)
+        decode._plan(tuple(about), *settings)
 
 
 SHAPES = {

@@ -151,7 +151,7 @@ def test_packed_documents_match_the_reference(decay, erase, write):
 
 
 @pytest.mark.parametrize(("decay", "erase", "write"), FAMILY)
-def test_long_sequences_in_segments_match_the_reference(monkeypatch, decay, erase, write):
+def test_long_sequences_in_spans_match_the_reference(monkeypatch, decay, erase, write):
     monkeypatch.setattr("gendistill_kernels.delta.layout.SPAN", 1)
     rule = Rule("bounded", erase=erase, write=write)
     check(make(decay, rule, T=130, H=1), rule, with_state=True)

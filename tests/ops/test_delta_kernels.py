@@ -196,7 +196,7 @@ def test_chunks_partly_out_of_range_match_the_reference(cases, which):
         assert distance(getattr(found, field), gradient) < TOLERANCE, field
 
 
-def test_the_longest_sequences_and_segments_are_walked_first(monkeypatch):
+def test_the_longest_sequences_and_spans_are_scanned_first(monkeypatch):
     monkeypatch.setattr("gendistill_kernels.delta.layout.SPAN", 1)
     chunks = Chunks.of([3, 0, 130, 64], "cpu")
     # number, first token, tokens, first chunk, kind, sequence
@@ -206,7 +206,7 @@ def test_the_longest_sequences_and_segments_are_walked_first(monkeypatch):
         [0, 0, 3, 0, 1, 0],
         [1, 3, 0, 1, 1, 1],
     ]
-    assert chunks.segments.tolist() == [
+    assert chunks.spans.tolist() == [
         [2, 3, 64, 1, 3, 2],
         [3, 67, 64, 2, 0, 2],
         [5, 133, 64, 4, 1, 3],
@@ -214,12 +214,12 @@ def test_the_longest_sequences_and_segments_are_walked_first(monkeypatch):
         [4, 131, 2, 3, 2, 2],
         [1, 3, 0, 1, 1, 1],
     ]
-    assert chunks.first_segments.tolist() == [0, 1, 2, 5, 6]
+    assert chunks.first_spans.tolist() == [0, 1, 2, 5, 6]
 
 
 @pytest.mark.parametrize("has_state", [True, False])
 @pytest.mark.parametrize("packed", [False, True])
-def test_long_sequences_in_segments_are_as_in_one(cases, monkeypatch, packed, has_state):
+def test_long_sequences_in_spans_are_as_in_one(cases, monkeypatch, packed, has_state):
     monkeypatch.setattr("gendistill_kernels.delta.layout.SPAN", 1)
     rule, lengths = Rule("bounded"), [70, 0, 150, 30] if packed else [140, 140]
     x = make(B=1 if packed else 2, T=sum(lengths) if packed else 140, rule=rule)
@@ -361,7 +361,7 @@ def test_every_result_is_right_with_extreme_gates(cases, name, keys):
 
 @pytest.mark.parametrize("size", [1e-24, 1e-14, 1e20])
 @pytest.mark.parametrize("decay", [-97, -197, -201, -790, -810])
-def test_gradients_of_any_size_come_through_chunks_at_the_edge_of_their_range(cases, decay, size):
+def test_gradients_of_any_size_come_through_chunks_at_the_edge_of_range(cases, decay, size):
     """Of a chunk that decays by ``2**decay``, with gradients of this size."""
     rule = Rule("none", sigmoid=False)
     x = make(T=128, H=1, rule=rule)

@@ -32,10 +32,10 @@ def make(*, B=8, T=4096, H=16, K=128, V=128, rule=BOUNDED, packed=None, span=128
         (T * shape[2] * shape[3], shape[2] * shape[3], shape[3], 1)
         for shape in (shapes["q"], shapes["k"], shapes["v"])
     )
-    kinds = (usual | kinds).values()
-    return plan_launches(
-        tuple(shapes.values()), strides, tuple(kinds), torch.device("cpu"), rule, packed, span, BF16, True
+    about = tuple(
+        None if shape is None else (*(usual | kinds)[name], shape) for name, shape in shapes.items()
     )
+    return plan_launches(about, strides, torch.device("cpu"), rule, packed, span, BF16, True)
 
 
 def test_equal_calls_share_a_plan():

@@ -283,12 +283,12 @@ def test_grouped_heads_packed_and_cut_repeat_bitwise(cases, monkeypatch, kv):
     cases.check_repeats(lambda: cases.run(x, rule, state, grads, chunks).values())
 
 
-@pytest.mark.parametrize("segment", [1, 128])
+@pytest.mark.parametrize("span", [1, 128])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("gate", ["none", "bounded"])
-def test_the_past_is_bitwise_independent_of_the_future(monkeypatch, gate, dtype, segment):
-    """Cut into segments of one chunk, too, whose summaries are made before what is before them is known."""
-    monkeypatch.setattr("gendistill_kernels.delta.layout.SPAN", segment)
+def test_the_past_is_bitwise_independent_of_the_future(monkeypatch, gate, dtype, span):
+    """Cut into spans of one chunk, too, whose summaries are made before what is before them is known."""
+    monkeypatch.setattr("gendistill_kernels.delta.layout.SPAN", span)
     rule = Rule(gate, sigmoid=gate == "bounded")
     x = make(T=200, rule=rule, dtype=dtype)
     out = chunk_forward(x, rule)[0]
@@ -317,7 +317,7 @@ def test_a_sequence_may_be_cut_where_chunks_end():
 
 @pytest.mark.parametrize("has_state", [True, False])
 @pytest.mark.parametrize("packed", [False, True])
-def test_a_long_sequence_in_segments_is_as_in_one(cases, monkeypatch, packed, has_state):
+def test_a_long_sequence_in_spans_is_as_in_one(cases, monkeypatch, packed, has_state):
     rule, lengths = Rule("softplus"), [500, 0, 40, 200] if packed else [370, 370]
     x = make(B=1 if packed else 2, T=sum(lengths) if packed else 370, rule=rule)
     state = torch.randn(len(lengths), 3, 128, 128, device="cuda") if has_state else None

@@ -380,7 +380,7 @@ def check_replays(step, inputs):
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("T", [150, 8300])
 def test_forward_and_backward_replay_in_a_cuda_graph(cases, packed, T):
-    """A sequence longer than 8,192 tokens is walked in segments."""
+    """A sequence longer than 8,192 tokens is scanned in spans."""
     rule = Rule("bounded")
     lengths = [T - 67, 0, 1, 66]
     x = cases.draw(rule, B=1, T=T, H=2, K=128)

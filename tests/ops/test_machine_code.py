@@ -150,7 +150,7 @@ def test_a_register_that_nothing_wrote_is_seen(machine_code):
 
 
 def test_a_state_of_16_bits_is_carried(machine_code, monkeypatch):
-    """Over the segments of a long sequence; the interpreter does not mind what the compiler refuses."""
+    """Over the spans of a long sequence; the interpreter does not mind what the compiler refuses."""
     calls, K = [], 64
     monkeypatch.setattr("gendistill_kernels.delta.layout.SPAN", 1)
     for name in ("_prepare", "_prepare_levels", "_scan"):

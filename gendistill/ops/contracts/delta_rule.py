@@ -112,7 +112,7 @@ def _contiguous(part: Tensor | None) -> Tensor | None:
 
 
 def _check_device(q: Tensor) -> None:
-    if q.device.type != "cuda" and not hardware.INTERPRETED:
+    if not q.is_cuda and not hardware.INTERPRETED:
         raise ValueError(
             f'impl "triton" needs tensors on an NVIDIA GPU, q is on {q.device}; or use "reference"'
         )
@@ -161,9 +161,13 @@ def chunk_delta_rule(
     write_by = "scalar" if write is None else "channel"
     rule = Rule(gate, lower_bound, raw, raw, scale, erase_by, write_by)  # pyright: ignore[reportArgumentType]
     needs_grad = torch.is_grad_enabled() and any(
-        part is not None and part.requires_grad for part in (*x, state)
+        [part is not None and part.requires_grad for part in (*x, state)]
     )
-    out, last, _ = _chunk(*x, state, *chunks, *rule, needs_grad)
+    arguments = (*x, state, *chunks, *rule, needs_grad)
+    if needs_grad or not is_eager(arguments):
+        out, last, _ = _chunk(*arguments)
+    else:
+        out, last, _ = chunk_kernels().chunk_forward(x, rule, state=state, chunks=_given(chunks), save=False)
     return OpOutput(out, last)
 
 
@@ -220,6 +224,11 @@ def _rule(*settings: Any) -> Rule:
     return Rule(*settings)
 
 
+# where the state is among the arguments, and how many of them are tensors, which come first
+_STATE = len(Inputs._fields)
+_TENSORS = _STATE + 1 + len(Chunks._fields)
+
+
 class _Call(NamedTuple):
     """The arguments of the forward op."""
 
@@ -232,9 +241,8 @@ class _Call(NamedTuple):
     @classmethod
     def of(cls, arguments: Sequence[Any]) -> _Call:
         """Read them in the order of the schema."""
-        inputs, tables = len(Inputs._fields), len(Chunks._fields)
-        x, state, rest = Inputs(*arguments[:inputs]), arguments[inputs], arguments[inputs + 1 :]
-        return cls(x, state, Chunks(*rest[:tables]), Rule(*rest[tables:-1]), rest[-1])
+        x, chunks = Inputs(*arguments[:_STATE]), Chunks(*arguments[_STATE + 1 : _TENSORS])
+        return cls(x, arguments[_STATE], chunks, Rule(*arguments[_TENSORS:-1]), arguments[-1])
 
 
 delta_rule_forward = custom_op("gendistill::delta_rule_forward", _launch_forward, mutates_args=())
@@ -338,18 +346,21 @@ _forward = quick(delta_rule_forward, _launch_forward)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, list[Tensor]]) -> None:
-    call = _Call.of(inputs)
-    ctx.rule = call.rule
-    ctx.save_for_backward(*call.x, call.state, *call.chunks, output[0])
+    ctx.rule = Rule(*inputs[_TENSORS:-1])
+    ctx.save_for_backward(*inputs[:_TENSORS], output[0])
     # Not through save_for_backward, so that the backward pass can free half of it on the way. Bytes are not part of the
     # graph, which must not hold itself.
     ctx.saved = output[2]
 
 
-def _differentiate(ctx: Any, grad_out: Tensor, grad_state: Tensor | None, _: Any) -> tuple[Any, ...]:
+def _differentiate(ctx: Any, grad_out: Tensor, grad_state: Tensor | None, _saved: Any) -> tuple[Any, ...]:
     *tensors, out = ctx.saved_tensors
-    call = _Call.of((*tensors, *ctx.rule, True))
-    x, state, chunks, rule = call.x, call.state, call.chunks, call.rule
+    x, state, chunks, rule = (
+        Inputs(*tensors[:_STATE]),
+        tensors[_STATE],
+        Chunks(*tensors[_STATE + 1 :]),
+        ctx.rule,
+    )
     saved, ctx.saved = ctx.saved, None
     if not saved:
         # a second backward pass through the same graph
@@ -357,7 +368,7 @@ def _differentiate(ctx: Any, grad_out: Tensor, grad_state: Tensor | None, _: Any
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out.contiguous()
     if grad_state is not None:
         grad_state = grad_state.contiguous()
-    want_state = state is not None and ctx.needs_input_grad[len(Inputs._fields)]
+    want_state = state is not None and ctx.needs_input_grad[_STATE]
     # with gradients of gradients asked for, the ops have to see it: they refuse it
     if not torch.is_grad_enabled() and is_eager((grad_out, grad_state, list(x), saved)):
         # it empties ``saved``, and so frees half of it on the way
@@ -378,7 +389,7 @@ def _differentiate(ctx: Any, grad_out: Tensor, grad_state: Tensor | None, _: Any
 
 
 # tables, settings, and whether to save
-_NOT_DIFFERENTIATED = (None,) * (len(Chunks._fields) + len(Rule._fields) + 1)
+_NOT_DIFFERENTIATED = (None,) * (_TENSORS - _STATE + len(Rule._fields))
 _chunk = differentiable(delta_rule_forward, _launch_forward, _keep, _differentiate)
 
 
@@ -462,22 +473,19 @@ def decode_delta_rule(
 ) -> Tensor:
     """Run the decode kernel; arguments as :func:`gendistill.ops.decode_delta_rule`."""
     _check_device(q)
-    return _decode(
-        qkv=[q, k, v],
-        decay=decay,
-        beta=beta,
-        state=state,
-        a_log=a_log,
-        dt_bias=dt_bias,
-        conv_weights=list(conv_weight or ()),
-        conv_biases=list(conv_bias or ()),
-        conv_state=conv_state,
-        norm_weight=norm_weight,
-        output_gate=output_gate,
-        gate=gate,
-        lower_bound=lower_bound,
-        scale=scale,
-        conv_activation=conv_activation,
-        output_activation=output_activation,
-        norm_eps=norm_eps,
+    weights, biases = list(conv_weight or ()), list(conv_bias or ())
+    # in the order of the schema
+    tensors = (
+        [q, k, v],
+        decay,
+        beta,
+        state,
+        a_log,
+        dt_bias,
+        weights,
+        biases,
+        conv_state,
+        norm_weight,
+        output_gate,
     )
+    return _decode(*tensors, gate, lower_bound, scale, conv_activation, output_activation, norm_eps)

@@ -1,4 +1,7 @@
-"""The gated delta rule: chunked kernels forwards and backwards, and a decode step in one launch. README.md explains."""
+"""The gated delta rule: chunked kernels forwards and backwards, and a decode step in one launch.
+
+README.md beside this file, in the repository, has the formulas and a glossary.
+"""
 
 from __future__ import annotations
 

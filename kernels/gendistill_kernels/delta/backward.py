@@ -1,37 +1,12 @@
 """Chunked gated delta rule, backward: a scan from the last chunk to the first, then one kernel per chunk.
 
-With dS' the gradient of the state after a chunk (see ``forward`` for the other names)::
+``reverse_scan`` carries the gradient of the state and stores it after every chunk (``dh``), and the gradients of what
+was left to write (``d_residuals``). ``values`` and ``keys`` then need nothing but their chunk; ``keys`` runs once more,
+level by level, for chunks that are out of range. The sums add up heads that share keys or values, and the gate's
+parameters over chunks.
 
-    dN = P^T dO + kt dS'      dXb = T^T dN      dX = beta dXb      dS = e^G_C dS' + qd^T dO - kd^T dX
-
-``reverse_scan`` carries dS and stores dXb and dS'. ``values`` and ``keys`` then need nothing but their chunk;
-``keys_levels`` takes those that are out of range::
-
-    dP = tril(dO N^T)         dM = -stril(dX N^T)         M = L / beta, the products of decayed keys
-    dq = e^G (dO S^T) + sum_j dP_ij k_j e^(G_i - G_j)                        (q with its scale)
-    dk = e^G (-dX S^T) + sum_j dM_ij k_j e^(G_i - G_j)                       as the key that reads: dk+
-       + e^(G_C - G) (N dS'^T) + sum_i (dP_ij q_i + dM_ij k_i) e^(G_i - G_j)  as the key that writes: dk-
-    dG = q dq + k dk+ - k dk-        dG_C += sum_t kt (N dS'^T) + e^G_C rowsum(S dS')
-    dbeta_i = <dXb_i, N_i> / beta_i        dv = dX
-
-Terms with i = j leave dG alone, because their decay is one; they are added to dq and dk afterwards. The products of
-L2-normalised q and k with their gradients, which the normalisation's backward needs, are ``<dO_i, O_i>`` and
-``<dXb_i, 2 N_i - beta_i v_i>``: the output is linear in q_i, and the key acts once through what it writes, N_i, and
-once through what it reads, beta_i v_i - N_i.
-
-Where one strength does not both erase and write (see ``forward``), dX is ``T^T dN``, with a the key that
-erases and u what is written::
-
-    dL = -stril(dX N^T)       dv = write dX                 dwrite = v dX
-    da = e^G (-dX S^T) + sum_j dL_ij k_j e^(G_i - G_j)      derase = k da      dk+ = erase da      dG takes a da
-    dk- = e^(G_C - G) (N dS'^T) + sum_i (dP_ij q_i + dL_ij a_i) e^(G_i - G_j)
-
-and ``<k_i, dk_i> = <dX_i, 2 N_i - u_i>``, whatever erases: ``<k_i, erase_i da_i> = <a_i, da_i>`` is
-``<dX_i, N_i - u_i>``, since N_i is u_i less what a_i reads, and ``<k_i, dk-_i>`` is ``<N_i, dX_i>``, since dX is the
-gradient of what is written. Without erase dX is dN. With ``SCALAR`` decay ``e^(G_i - G_j)`` is a factor on dP and dL,
-and dG is summed over channels.
-
-Source: derived in the project's notes and checked against float64 autograd of the reference.
+The formulas and the words are in README.md, beside this file in the repository. Source: derived by hand, and checked
+against float64 autograd of the reference.
 """
 
 # pyright: reportGeneralTypeIssues=false

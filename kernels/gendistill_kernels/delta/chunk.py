@@ -71,9 +71,8 @@ def _plan(x: Inputs, rule: Rule, chunks: Chunks | None) -> tuple[Inputs, LaunchP
         spans = 0 if chunks.spans is None else chunks.spans.shape[0]
         packed = chunks.starts.shape[0], chunks.sequences.shape[0], spans, chunks.starts.get_device()
     found = plan_launches(
-        tuple([None if part is None else part.shape for part in x]),
+        tuple([None if part is None else (part.dtype, part.get_device(), part.shape) for part in x]),
         (x.q.stride(), x.k.stride(), x.v.stride()),
-        kinds_of(x),
         x.q.device,
         rule,
         packed,

@@ -29,7 +29,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from gendistill_kernels.delta.device import log2_decay
 from gendistill_kernels.delta.rows import TABLE
 from gendistill_kernels.delta.rule import Convolution, Finish, Heads, Rule, check_gate
-from gendistill_kernels.runtime.launch import Fixed, Kind, Launcher, check_devices, kinds_of, on_its_device
+from gendistill_kernels.runtime.launch import Fixed, Kind, Launcher, check_devices, on_its_device
 from gendistill_kernels.runtime.lookup import cached
 
 _TENSORS = (
@@ -380,8 +380,12 @@ def decode_step(
         q, k, v, decay, beta, state, out, A_log, dt_bias, *weights, *biases, past, finish.norm_weight, finish.gate
     )  # fmt: skip
     launch, numbers = _plan(
-        kinds_of(tensors),
-        tuple([None if part is None else (part.shape, part.stride()) for part in tensors]),
+        tuple(
+            [
+                None if part is None else (part.dtype, part.get_device(), part.shape, part.stride())
+                for part in tensors
+            ]
+        ),
         heads,
         rule,
         q.device,
@@ -399,8 +403,7 @@ Layout = tuple[Sequence[int], tuple[int, ...]]
 
 @cached(256)
 def _plan(
-    kinds: tuple[Kind | None, ...],
-    layouts: tuple[Layout | None, ...],
+    about: tuple[tuple[torch.dtype, int, Sequence[int], tuple[int, ...]] | None, ...],
     heads: Heads,
     rule: Rule,
     device: torch.device,
@@ -408,12 +411,14 @@ def _plan(
     gate_activation: str,
     norm_eps: float,
 ) -> tuple[Fixed, tuple[float, ...]]:
-    """Plan steps of the same sizes; all that is given here is what they share.
+    """Plan steps of the same sizes; all that is given here is what they share, of tensors dtype, device and layout.
 
     Raises:
         ValueError: Tensors are on several devices, do not fit together, or are not laid out as the kernel reads them.
     Returns: The launch, and the numbers that it takes after the tensors.
     """
+    kinds: list[Kind | None] = [part and part[:2] for part in about]
+    layouts: list[Layout | None] = [part and part[2:] for part in about]
     first = kinds[0]
     check_devices(_TENSORS, kinds, first=first)
     W = 0 if layouts[9] is None else layouts[9][0][1]

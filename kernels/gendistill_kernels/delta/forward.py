@@ -1,34 +1,11 @@
 """Chunked gated delta rule, forward: kernels with no global synchronisation in between but the launch order.
 
 ``prepare`` works on every chunk of every head at once: normalises q and k, turns raw gates into decays, and solves the
-chunk's unit lower-triangular system. ``scan`` scans the chunks of one head in order and carries the state.
+chunk's unit lower-triangular system. ``prepare_levels`` does chunks again whose decay is out of range. ``scan`` walks
+the chunks of a sequence, or span of one, in order and carries the state; ``carry`` joins spans.
 
-Inside a chunk of C tokens, with G the inclusive sum of log-decays from the chunk's first token (per key channel)::
-
-    kd = k e^G      qd = scale q e^G      kt = k e^(G_C - G)
-    L_ij = beta_i <k_i e^G_i, k_j e^-G_j>  (i > j)       P_ij = scale <q_i e^G_i, k_j e^-G_j>  (i >= j)
-    X = V - kd S        N = T diag(beta) X, T = (I + L)^-1        O = qd S + P N        S <- diag(e^G_C) S + kt^T N
-
-``e^-G`` alone may overflow. ``prepare`` multiplies ``2^s e^G`` with ``2^-s e^-G`` all the same, and marks chunks whose
-decay leaves the range that this allows, 2^(-2s) in any channel. ``prepare_levels`` does these again. At
-level b, rows in the right half of a block of 2b tokens meet columns in its left half, and both exponents are taken from
-the boundary between the halves. Each of them is a sum of log-decays over tokens on one side of it, hence never
-positive, whatever the gate. Levels 32 and 16 leave blocks of 16 tokens, of which each takes one product as above. Rows
-whose decay from the start of their block is out of range, too, go through all levels down to 1: every pair i > j is in
-exactly one. A row is done again only if its own decay from the start of the chunk is out of range, so that no row
-depends on later ones. The inverse grows along the same levels: ``T <- T - T L_b T``.
-
-That is Kimi Delta Attention, ``ERASE == "tied"``: one strength both erases and writes. In the other cases a key erases
-as ``a = erase k`` and writes ``u = write v``, and ``kd`` and L hold all of the erase strength::
-
-    kd = a e^G      L_ij = <a_i e^G_i, k_j e^-G_j>  (i > j)      X = diag(write) V - kd S      N = T X
-
-with ``erase`` one number per token or one per key channel, ``write`` one per token or one per value channel. Without
-erase, L is zero and N = diag(write) V: kd, L and T do not exist. With ``SCALAR`` decay, one per token and head,
-``e^(G_i - G_j)`` is a factor on ``<k_i, k_j>``: the exponent is masked first and then never positive, so that no chunk
-is out of range.
-
-Source: the general rule of ``gendistill.ops.recurrent_delta_rule``, cut into chunks; checked against it in float64.
+The formulas and the words are in README.md, beside this file in the repository. Source: the general rule of
+``gendistill.ops.recurrent_delta_rule``, cut into chunks; checked against it in float64.
 
 Legend: C tokens of a chunk, K key channels, V value channels, H heads of the state.
 """

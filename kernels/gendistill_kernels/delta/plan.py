@@ -103,7 +103,7 @@ class LaunchPlan:
     """What calls of the same sizes share; made by ``plan_launches``.
 
     Args:
-        shapes, kinds: Of ``Inputs``, in their order; None where there is no tensor.
+        about: Dtypes, numbers of the device and shapes of ``Inputs``, in their order; None where there is no tensor.
         strides: Of q, k and v.
         device: Of q.
         rule: What the inputs mean.
@@ -126,9 +126,8 @@ class LaunchPlan:
 
     def __init__(
         self,
-        shapes: tuple[Shape | None, ...],
+        about: tuple[tuple[torch.dtype, int, Shape] | None, ...],
         strides: tuple[Shape, ...],
-        kinds: tuple[Kind | None, ...],
         device: torch.device,
         rule: Rule,
         packed: tuple[int, int, int, int] | None,
@@ -136,6 +135,9 @@ class LaunchPlan:
         wide_any: torch.dtype,
         keep_float16: bool,
     ) -> None:
+        # of one pass over the tensors, since a short call waits for it
+        kinds: list[Kind | None] = [part and part[:2] for part in about]
+        shapes = tuple([part and part[2] for part in about])
         q, k, v, decay, beta, rate, bias, erase, write = shapes
         assert q is not None
         assert k is not None

@@ -1,6 +1,6 @@
 """How kernels are launched: a table of plain rows for every family, one lookup. Nothing is tuned at run time.
 
-``gendistill bench tune`` times the rows beside other candidates and prints rows to paste; docs/kernels.md says how.
+``gendistill bench tune`` times the rows beside other candidates and prints rows to paste; docs/kernels/tuning.md says how.
 tests/ops/test_configs.py compiles every row at the largest sizes that it covers and holds it against the limits of its
 architecture, tests/ops/test_gpu_configs.py runs every row of the architecture it is on.
 """
