@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from gendistill.anatomy.family import Geometry, layer_geometry
-from gendistill.anatomy.settings import read_settings
+from gendistill.anatomy.settings import read_settings, rules
 from gendistill.anatomy.spec import MixerSpec, ParameterSpec
 from gendistill.mixers.init import initial_value
 from gendistill.ops.select import Impl
@@ -93,9 +93,7 @@ class Mixer(nn.Module):
             norm_eps=norm_eps,
             initializer_range=initializer_range,
         )
-        kind = self.spec.settings
-        read = None if kind is None else read_settings(kind, settings, where=type(self).__name__)
-        self._set_up(geometry, read, impl)
+        self._set_up(geometry, self._read(settings), impl)
 
     @classmethod
     def of(cls, geometry: Geometry, settings: Any, *, impl: str = "auto") -> Self:
@@ -110,6 +108,20 @@ class Mixer(nn.Module):
         nn.Module.__init__(layer)
         layer._set_up(geometry, settings, impl)
         return layer
+
+    def _read(self, given: dict[str, Any]) -> Any:
+        """Make settings from keywords; how a mixer starts from attention has no meaning for one that stands alone."""
+        name, settings = type(self).__name__, self.spec.settings
+        if settings is None:
+            if given:
+                raise ValueError(f"{name} has no settings, got {', '.join(given)}")
+            return None
+        for field, rule in rules(settings).items():
+            if rule.conversion_only and field in given:
+                raise ValueError(
+                    f"{name}.{field} says how a conversion starts; a layer alone takes no {field}"
+                )
+        return read_settings(settings, given, where=name)
 
     def _set_up(self, geometry: Geometry, settings: Any, impl: str) -> None:
         if geometry.num_heads % geometry.num_kv_heads:

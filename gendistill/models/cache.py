@@ -128,7 +128,7 @@ def read_state(cache: Cache | None, layer_idx: int, state_type: type[S]) -> S | 
     if not isinstance(layer, LinearAttentionLayer):
         kind = "no layer" if layer is None else type(layer).__name__
         raise ValueError(
-            f"layer {layer_idx} is linear and needs a recurrent state, but this {type(cache).__name__} has {kind} "
+            f"layer {layer_idx} has a mixer with a state of its own, but this {type(cache).__name__} has {kind} "
             "there; make the cache with HybridCache(model.config)"
         )
     if not layer.has_previous_state[0]:

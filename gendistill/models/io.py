@@ -58,6 +58,12 @@ def export_code(folder: Path, *, base_model: str | None = None) -> list[Path]:
     written = []
     for module, source in _needed_modules(_ENTRY, {_CATALOGUE: catalogue}).items():
         path = folder / f"{_flat_name(module)}.py"
+        if path in written:
+            raise OutputError(
+                f"two modules would be saved as {path.name}, one of them {module}",
+                where=module,
+                hint="give the package of the mixer another name",
+            )
         write_text(path, _flatten(source, module))
         written.append(path)
     config["auto_map"] = _AUTO_MAP
@@ -218,15 +224,15 @@ def _catalogue(kinds: Iterable[str]) -> str:
         "MIXERS, _CLASSES = {}, {}",
         "",
     ]
-    for kind in sorted({FULL.kind, *kinds}):
+    for number, kind in enumerate(sorted({FULL.kind, *kinds} & MIXERS.keys())):
         spec = MIXERS[kind]
         home, name = _home(spec)
-        lines += [f"from {home} import {name} as _{kind}  # noqa: E402", f'MIXERS["{kind}"] = _{kind}']
+        lines += [f"from {home} import {name} as _spec_{number}", f"MIXERS[{kind!r}] = _spec_{number}"]
         if spec.module is not None:
             module, _, name = spec.module.partition(":")
             lines += [
-                f"from {module} import {name} as _{kind}_class  # noqa: E402",
-                f'_CLASSES["{kind}"] = _{kind}_class',
+                f"from {module} import {name} as _class_{number}",
+                f"_CLASSES[{kind!r}] = _class_{number}",
             ]
     lines += ["", "", "def mixer_class(kind):", "    return _CLASSES[kind]", ""]
     return "\n".join(lines)

@@ -199,6 +199,8 @@ def test_bad_settings_are_named():
         ({"impl": "cuda"}, "auto, reference or triton"),
         ({"num_kv_heads": 3}, "no multiple"),
         ({"decay_init": "g6"}, "log_uniform"),
+        ({"init": "vo"}, "how a conversion starts"),
+        ({"taps": 3}, "among conv_activation"),
     ):
         with pytest.raises(ValueError, match=message):
             KDA(24, 4, **{"num_kv_heads": 2, **settings})
