@@ -20,7 +20,7 @@ _CHUNK = 64
 
 @dataclass(frozen=True, slots=True)
 class KDASettings:
-    """Shape Kimi Delta Attention (arXiv 2510.26692) and say how it starts from attention.
+    """Kimi Delta Attention (arXiv 2510.26692): its shape, and how it starts from attention.
 
     The geometry (heads, key/value heads, head_dim) is the teacher's. ``gate: bounded`` computes
     ``log_decay = lower_bound * sigmoid(exp(A_log) * (raw + dt_bias))``; ``softplus`` computes
@@ -132,8 +132,8 @@ class KDASpec(MixerSpec):
 
         Around the rule: its input, q, k, v before and after the convolution, two gates and its output, which are
         ``2h + 6q + 4kv``. Inside it: in eager torch the float32 working set of all chunks; in our kernels, per head of
-        D channels, ``4D + 128 + D**2 / 64`` numbers and ``D / 64 + 3`` float32 numbers (docs/kernels/how.md, what memory
-        holds when).
+        D channels, ``4D + 128 + D**2 / 64`` numbers and ``D / 64 + 3`` float32 numbers (docs/kernels/how.md: what
+        memory holds when).
         """
         heads, head_dim = geometry.num_heads, geometry.head_dim
         q, kv = heads * head_dim, geometry.num_kv_heads * head_dim

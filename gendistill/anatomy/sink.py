@@ -21,7 +21,7 @@ BLOCK = 512
 
 @dataclass(frozen=True, slots=True)
 class SinkSettings:
-    """Shape attention to the last tokens and the first ones (arXiv 2309.17453); its weights are the teacher's."""
+    """Attention to the last tokens and the first ones (arXiv 2309.17453): its shape; its weights are the teacher's."""
 
     window: int = setting(512, "tokens a query sees, itself included", ge=1, le=2**20)
     sinks: int = setting(4, "first tokens of its document that it sees as well", ge=0, le=2**10)

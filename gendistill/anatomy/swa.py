@@ -12,7 +12,7 @@ from gendistill.anatomy.spec import Kept, MixerSpec, attention_kept
 
 @dataclass(frozen=True, slots=True)
 class SWASettings:
-    """Shape sliding-window attention; its weights are the teacher's."""
+    """Sliding-window attention: its shape; its weights are the teacher's."""
 
     window: int = setting(512, "tokens a query sees, itself included", ge=1, le=2**30)
 

@@ -15,7 +15,7 @@ from gendistill.ops import select
 
 @dataclass(frozen=True, slots=True)
 class ImplChoice:
-    """Say what a recipe's ``student.impl`` means on one machine.
+    """What a recipe's ``student.impl`` means on one machine.
 
     Attributes:
         requested: ``auto``, ``reference`` or ``triton``.

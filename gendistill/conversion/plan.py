@@ -34,7 +34,7 @@ _NOT_INHERITED = (
 
 
 class Origin(StrEnum):
-    """Say how a tensor of the student comes about."""
+    """How a tensor of the student comes about."""
 
     COPIED = "copied"
     TRANSFORMED = "transformed"
@@ -43,7 +43,7 @@ class Origin(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class TensorStep:
-    """Make one tensor of the student.
+    """The making of one tensor of the student.
 
     Attributes:
         name: In the student.
@@ -79,7 +79,7 @@ class TensorStep:
 
 @dataclass(frozen=True, slots=True)
 class DroppedTensor:
-    """Name a teacher tensor that the student does not have, and why."""
+    """A teacher tensor that the student does not have, and why."""
 
     name: str
     reason: str
@@ -87,7 +87,7 @@ class DroppedTensor:
 
 @dataclass(frozen=True, slots=True)
 class ConversionPlan:
-    """Say what becomes of every tensor.
+    """What becomes of every tensor.
 
     Attributes:
         steps: One per tensor of the student, in the order of the model.

@@ -26,7 +26,7 @@ _LAYER_POSITIONS = 2_048  # enough for two digits of a mean cosine; every mixer 
 
 @dataclass(slots=True)
 class _LayerSums:
-    """Add up how far one mixer's output is from the attention output it replaces."""
+    """How far one mixer's output is from the attention output it replaces."""
 
     cosine: float = 0.0
     positions: int = 0

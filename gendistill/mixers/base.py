@@ -126,7 +126,7 @@ class Mixer(nn.Module):
     def _set_up(self, geometry: Geometry, settings: Any, impl: str) -> None:
         if geometry.num_heads % geometry.num_kv_heads:
             raise ValueError(
-                f"{geometry.num_heads} query heads are no multiple of {geometry.num_kv_heads} key/value heads"
+                f"{geometry.num_heads} query heads are not a multiple of {geometry.num_kv_heads} key/value heads"
             )
         if impl not in ("auto", "reference", "triton"):
             raise ValueError(f'impl must be auto, reference or triton, got "{impl}"')
@@ -193,7 +193,7 @@ class Mixer(nn.Module):
 
 
 class SequenceInfo:
-    """Say which cells of a ``[B, T]`` grid are tokens and which tokens belong together.
+    """Which cells of a ``[B, T]`` grid are tokens, and which tokens belong together.
 
     Args:
         segments: The sequences, in row-major order of their tokens.

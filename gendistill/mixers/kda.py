@@ -24,7 +24,7 @@ _DECODE_TOKENS = 8
 
 
 class ShortConv(nn.Module):
-    """Hold the taps of a depthwise convolution: ``weight`` ``[C, 1, W]`` and ``bias`` ``[C]``."""
+    """The taps of a depthwise convolution: ``weight`` ``[C, 1, W]`` and ``bias`` ``[C]``."""
 
     def __init__(self, channels: int, taps: int, *, bias: bool) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class ShortConv(nn.Module):
 
 
 class KDA(Mixer):
-    """Mix tokens with Kimi Delta Attention.
+    """Kimi Delta Attention as a layer.
 
     Queries, keys and values are projected, passed through a short causal convolution and L2-normalised (q, k); a
     low-rank projection gates the decay of every key channel, another one the output. Keys and values may have

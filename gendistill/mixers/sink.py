@@ -50,7 +50,7 @@ class Block(NamedTuple):
 
 
 class SinkAttention(Mixer):
-    """Mix tokens with softmax attention to the last ``window`` tokens, itself included, and the first ``sinks``.
+    """Softmax attention of every token to the last ``window``, itself included, and the first ``sinks``.
 
     It has the parameters of the attention that it replaces. Arguments are those of
     :class:`~gendistill.mixers.base.Mixer`; settings are the fields of :class:`~gendistill.anatomy.sink.SinkSettings`.

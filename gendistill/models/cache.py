@@ -60,7 +60,7 @@ class RecurrentLayer(LinearAttentionLayer):
 
 
 class HybridCache(DynamicCache):
-    """Cache any placement of mixers, pure-linear ones included.
+    """A cache for any placement of mixers, pure-linear ones included.
 
     Args:
         config: The student's configuration.

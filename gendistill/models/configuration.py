@@ -31,7 +31,7 @@ LAYER_TYPES = ("full_attention", "sliding_attention", "linear_attention")
 
 @strict
 class HybridConfig(PreTrainedConfig):
-    """Describe a hybrid student.
+    """The configuration of a hybrid student.
 
     One flat object serves the family's modules, the cache and the masks. Fields of the family that are not declared
     here survive as attributes.

@@ -21,7 +21,7 @@ _Base = Mixer if TYPE_CHECKING else object
 
 
 class AttentionCall(_Base):
-    """Answer the call that a decoder layer makes to its attention, with the mixer that it is mixed into.
+    """The answer of a mixer to the call that a decoder layer makes to its attention.
 
     Adds no level to parameter names: ``layers.3.self_attn.q_proj.weight`` stays what it was in the teacher.
     """

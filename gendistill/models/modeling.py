@@ -30,7 +30,7 @@ from gendistill.models.sequences import check_inputs, check_sequences, find_sequ
 
 
 class HybridPreTrainedModel(PreTrainedModel):
-    """Hold what transformers needs to know about every hybrid student."""
+    """What transformers needs to know about every hybrid student."""
 
     config: HybridConfig  # pyright: ignore[reportIncompatibleVariableOverride]
     config_class = HybridConfig
@@ -62,7 +62,7 @@ class HybridPreTrainedModel(PreTrainedModel):
 
 
 class HybridModel(HybridPreTrainedModel):
-    """Run the decoder: embeddings, the family's layers with their mixers, the final norm."""
+    """The decoder: embeddings, the family's layers with their mixers, the final norm."""
 
     def __init__(self, config: HybridConfig) -> None:
         super().__init__(config)
@@ -225,7 +225,7 @@ class HybridModel(HybridPreTrainedModel):
 
 # transformers looks for GenerationMixin among the direct bases
 class GendistillForCausalLM(HybridPreTrainedModel, HybridGeneration, GenerationMixin):
-    """Predict the next token with a hybrid student."""
+    """A hybrid student that predicts the next token."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
 

@@ -197,7 +197,7 @@ def test_bad_settings_are_named():
         ({"gate": "tanh"}, "bounded or softplus"),
         ({"output_gate": "relu"}, "silu, sigmoid or none"),
         ({"impl": "cuda"}, "auto, reference or triton"),
-        ({"num_kv_heads": 3}, "no multiple"),
+        ({"num_kv_heads": 3}, "not a multiple"),
         ({"decay_init": "g6"}, "log_uniform"),
         ({"init": "vo"}, "how a conversion starts"),
         ({"taps": 3}, "among conv_activation"),
