@@ -18,7 +18,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.t
 export PYTHONSAFEPATH := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-main test-oldest lint types interpret gpu racecheck wheel-check clean
+.PHONY: help setup demo test test-main test-oldest lint docs types interpret gpu racecheck wheel-check clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*##/\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -61,10 +61,17 @@ test-oldest: $(VENV)/.stamp-dev $(VENV)/.stamp-oldest
 		"import transformers; v = transformers.__version__; print('transformers', v); assert v.startswith('5.17.')"
 	OMP_NUM_THREADS=1 PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest -n 2 -q $(PYTEST_FLAGS) tests/models tests/mixers
 
-lint: $(VENV)/.stamp-dev  ## check style, formatting and that the documents' tables are those of docs/results
+lint: $(VENV)/.stamp-dev  ## check style, formatting and that the generated parts of the documents are up to date
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m gendistill.report.results_table README.md docs/*.md --check
+	$(BIN)/python -m gendistill.results.table README.md docs/*.md docs/*/*.md --check
+	$(BIN)/python -m gendistill.results.index docs/results/README.md --check
+	$(BIN)/python -m gendistill.config.reference docs/recipes.md --check
+
+docs: $(VENV)/.stamp-dev  ## fill the generated parts of the documents: measured tables, their index, the recipe reference
+	$(BIN)/python -m gendistill.results.table README.md docs/*.md docs/*/*.md
+	$(BIN)/python -m gendistill.results.index docs/results/README.md
+	$(BIN)/python -m gendistill.config.reference docs/recipes.md
 
 types: $(VENV)/.stamp-dev  ## check types
 	$(BIN)/pyright --pythonpath $(BIN)/python

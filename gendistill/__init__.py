@@ -5,24 +5,58 @@ Importing this package imports no torch; the names below load what they need whe
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from gendistill.api import (
+        Dataset,
+        Evaluation,
+        Model,
+        Run,
+        convert,
+        dataset,
+        distill,
+        evaluate,
+        load,
+        probe,
+        run,
+    )
     from gendistill.config.load import dump_recipe, load_recipe
-    from gendistill.planning import plan_run
+    from gendistill.runs.planning import plan_run
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__", "dump_recipe", "load_recipe", "plan_run"]
+_HOMES = {
+    "gendistill.api": (
+        *("Dataset", "Evaluation", "Model", "Run"),
+        *("convert", "dataset", "distill", "evaluate", "load", "probe", "run"),
+    ),
+    "gendistill.config.load": ("dump_recipe", "load_recipe"),
+    "gendistill.runs.planning": ("plan_run",),
+}
+
+__all__ = [
+    "Dataset",
+    "Evaluation",
+    "Model",
+    "Run",
+    "__version__",
+    "convert",
+    "dataset",
+    "distill",
+    "dump_recipe",
+    "evaluate",
+    "load",
+    "load_recipe",
+    "plan_run",
+    "probe",
+    "run",
+]
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("dump_recipe", "load_recipe"):
-        from gendistill.config import load
-
-        return getattr(load, name)
-    if name == "plan_run":
-        from gendistill.planning import plan_run
-
-        return plan_run
+    for module, names in _HOMES.items():
+        if name in names:
+            return getattr(importlib.import_module(module), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

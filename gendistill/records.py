@@ -5,21 +5,25 @@ Keys that nobody reads may be there and may hold anything.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NotRequired
+from typing import Annotated, Any, NotRequired, get_type_hints
 
 from pydantic import AfterValidator, Field, JsonValue, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
+from gendistill.anatomy.mixers import MIXERS
 from gendistill.errors import GendistillError
 from gendistill.paths import check_shape, parse_json, read_file
-from gendistill.types import MixerKind
+from gendistill_evals.protocols import PROTOCOLS, ProtocolFamily
 
 
 def _mixer_kind(word: str) -> str:
     """Accept the name of a mixer."""
-    return MixerKind(word).value
+    if word not in MIXERS:
+        raise ValueError(f"{word!r} is not a mixer; allowed: {', '.join(MIXERS)}")
+    return word
 
 
 # counts far above those of any run, and all that float32 holds: small enough to compute with
@@ -187,7 +191,7 @@ class GenerationScore(Score):
 
 
 class TaskRecord(TypedDict):
-    """A task in ``results.json``."""
+    """A task in ``results.json``, without its scores and the reasons for those that it lacks."""
 
     task: str
     kind: str
@@ -196,17 +200,6 @@ class TaskRecord(TypedDict):
     prompt_sha256: str
     n: Positive
     limit: NotRequired[Positive | None]
-    likelihood: NotRequired[Score | None]
-    likelihood_reason: NotRequired[str | None]
-    generation: NotRequired[GenerationScore | None]
-
-
-class ResultsRecord(TypedDict):
-    """A model's ``results.json``."""
-
-    model: str
-    settings: NotRequired[dict[str, JsonValue] | None]
-    tasks: list[TaskRecord]
 
 
 class Judged(TypedDict):
@@ -222,16 +215,67 @@ class JudgedAnswer(Judged):
     extracted: str | None
 
 
+class TurnRecord(TypedDict):
+    """A message of a prompt."""
+
+    role: str
+    content: str
+
+
 class SampleRow(TypedDict):
-    """A line of ``samples.jsonl``."""
+    """A line of ``samples.jsonl``, without the entries of the protocols."""
 
     task: str
     id: str | int
-    prompt: str
+    prompt: str | list[TurnRecord]
     gold: JsonValue
     options: NotRequired[list[str] | None]
-    likelihood: NotRequired[Judged | None]
-    generation: NotRequired[JudgedAnswer | None]
+
+
+_SCORES = {ProtocolFamily.LIKELIHOOD: Score, ProtocolFamily.GENERATION: GenerationScore}
+_JUDGED = {ProtocolFamily.LIKELIHOOD: Judged, ProtocolFamily.GENERATION: JudgedAnswer}
+
+
+def results_record() -> Any:
+    """Return the shape of a model's ``results.json``: each task has an entry and a reason per protocol."""
+    return _results_record(_families())
+
+
+def sample_row() -> Any:
+    """Return the shape of a line of ``samples.jsonl``: the item, and an entry per protocol."""
+    return _sample_row(_families())
+
+
+def _families() -> tuple[tuple[str, ProtocolFamily], ...]:
+    return tuple((name, protocol.family) for name, protocol in PROTOCOLS.items())
+
+
+# One shape per set of protocols, because what checks a shape is built once for each.
+@functools.cache
+def _results_record(families: tuple[tuple[str, ProtocolFamily], ...]) -> Any:
+    entries: dict[str, Any] = {}
+    for name, family in families:
+        entries[name] = NotRequired[_SCORES[family] | None]
+        entries[f"{name}_reason"] = NotRequired[str | None]
+    task = _typed_dict("ScoredTask", {**_annotations(TaskRecord), **entries})
+    settings = NotRequired[dict[str, JsonValue] | None]
+    return _typed_dict("ResultsRecord", {"model": str, "settings": settings, "tasks": list[task]})
+
+
+@functools.cache
+def _sample_row(families: tuple[tuple[str, ProtocolFamily], ...]) -> Any:
+    entries = {name: NotRequired[_JUDGED[family] | None] for name, family in families}
+    return _typed_dict("ScoredSample", {**_annotations(SampleRow), **entries})
+
+
+def _typed_dict(name: str, fields: dict[str, Any]) -> Any:
+    # Type checkers only know fields that are written out.
+    make: Any = TypedDict
+    return make(name, fields)
+
+
+def _annotations(record: Any) -> dict[str, Any]:
+    return get_type_hints(record, include_extras=True)
 
 
 class TranscriptRow(TypedDict):

@@ -6,17 +6,20 @@ from typing import Any
 
 import torch
 
-from gendistill.conversion.builtin import TINY_SIZES, save_tiny_checkpoint, tiny_teacher
+from gendistill.anatomy.family import FAMILIES as _FAMILIES
+from gendistill.checkpoints.builtin import TINY_SIZES, save_tiny_checkpoint, tiny_teacher
 from gendistill.models import HybridConfig, HybridForCausalLM
 
 __all__ = ["FAMILIES", "PLACEMENTS", "save_tiny_checkpoint", "tiny_student", "tiny_teacher"]
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+FAMILIES = tuple(_FAMILIES)
 PLACEMENTS = {
     "mixed": ["kda", "full", "kda", "full"],
     "attention first": ["full", "kda", "kda", "full"],
     "pure": ["kda", "kda", "kda", "kda"],
     "window": ["swa", "kda", "full", "kda"],
+    "sinks": ["sink", "full", "sink", "kda"],
+    "sinks alone": ["sink", "sink", "sink", "sink"],
 }
 
 
@@ -45,7 +48,10 @@ def tiny_student(
         **TINY_SIZES,
         "base_model_type": family,
         "mixers": mixers,
-        "mixer_configs": {"kda": {"half_life": [1.0, 64.0], **(kda or {})}},
+        "mixer_configs": {
+            "kda": {"half_life": [1.0, 64.0], **(kda or {})},
+            **({"sink": {"window": 5, "sinks": 2}} if "sink" in mixers else {}),
+        },
         "sliding_window": 6 if "swa" in mixers else None,
         **overrides,
     }

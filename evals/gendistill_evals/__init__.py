@@ -1,6 +1,6 @@
-"""Score any Hugging Face causal language model by log-likelihood and by generation on the same items.
+"""Score any causal language model by log-likelihood and by generation on the same items.
 
-Importing this package imports no torch; ``evaluate_model`` does when it is first used.
+Importing this package imports no torch; ``HFModel`` does when it is first used, by itself or by ``evaluate_model``.
 """
 
 from __future__ import annotations
@@ -8,8 +8,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from gendistill_evals.errors import EvalError
+from gendistill_evals.evaluate import evaluate_model
+from gendistill_evals.items import Item, Message
+from gendistill_evals.judges import JUDGES, Judgement
+from gendistill_evals.model import LanguageModel
+from gendistill_evals.protocols import (
+    PROTOCOLS,
+    EvalProtocol,
+    Generation,
+    Likelihood,
+    ProtocolFamily,
+    ProtocolRun,
+)
 from gendistill_evals.task import (
-    Item,
     Question,
     Questions,
     Task,
@@ -23,11 +34,22 @@ from gendistill_evals.task import (
 )
 
 if TYPE_CHECKING:
-    from gendistill_evals.evaluate import evaluate_model
+    from gendistill_evals.hf import HFModel
 
 __all__ = [
+    "JUDGES",
+    "PROTOCOLS",
     "EvalError",
+    "EvalProtocol",
+    "Generation",
+    "HFModel",
     "Item",
+    "Judgement",
+    "LanguageModel",
+    "Likelihood",
+    "Message",
+    "ProtocolFamily",
+    "ProtocolRun",
     "Question",
     "Questions",
     "Task",
@@ -43,8 +65,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "evaluate_model":
-        from gendistill_evals.evaluate import evaluate_model
+    if name == "HFModel":
+        from gendistill_evals.hf import HFModel
 
-        return evaluate_model
+        return HFModel
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class EvalError(Exception):
-    """Report a task, a file or a model that cannot be evaluated as asked.
+    """A task, a file or a model that cannot be evaluated as asked.
 
     Args:
         message: What is wrong, what was given and what is allowed.

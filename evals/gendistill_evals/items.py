@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypedDict
 
 from gendistill_evals.errors import EvalError
 from gendistill_evals.extract import normalise, parse_number
@@ -20,7 +20,7 @@ _NAMED = "put the .jsonl file there; a task file names it relative to itself"
 
 
 class Kind(StrEnum):
-    """Name how a generated answer is judged."""
+    """The form of a task's rows; unless the task names a judge, it decides how generated answers are judged."""
 
     MULTIPLE_CHOICE = "multiple_choice"
     NUMERIC = "numeric"
@@ -28,18 +28,41 @@ class Kind(StrEnum):
 
 
 class AnswerForm(StrEnum):
-    """Name what answers a multiple-choice item: an option's text or its letter."""
+    """The answer to a multiple-choice item: an option's text or its letter."""
 
     TEXT = "text"
     LETTER = "letter"
 
 
 class GoldForm(StrEnum):
-    """Name what the gold column of a multiple-choice row holds: the text, its index from 0, or its letter."""
+    """The content of the gold column of a multiple-choice row: the text, its index from 0, or its letter."""
 
     TEXT = "text"
     INDEX = "index"
     LETTER = "letter"
+
+
+class Message(TypedDict):
+    """One turn of a conversation, as chat templates take it: ``role`` is system, user or assistant."""
+
+    role: str
+    content: str
+
+
+# The user's message, or the turns before the answer.
+Prompt = str | tuple[Message, ...]
+
+
+def messages_of(prompt: Prompt) -> list[Message]:
+    """Return the turns of a prompt; a text is one turn of the user's."""
+    return [Message(role="user", content=prompt)] if isinstance(prompt, str) else list(prompt)
+
+
+class TurnTemplate(NamedTuple):
+    """A turn of a prompt whose content is a template."""
+
+    role: str
+    template: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +71,7 @@ class Item:
 
     Attributes:
         id: Unique in its task.
-        prompt: The user's message, the same under both protocols.
+        prompt: The user's message or the turns before the answer, the same under every protocol.
         gold: The right answer; one of ``options`` where there are any.
         options: Answers that log-likelihood ranks, or None.
         texts: What the options say, where it is known: ``options`` itself, or the texts behind letters; empty
@@ -56,22 +79,28 @@ class Item:
     """
 
     id: str
-    prompt: str
+    prompt: Prompt
     gold: str
     options: tuple[str, ...] | None
     texts: tuple[str, ...] | None
 
+    @property
+    def messages(self) -> list[Message]:
+        """The turns before the answer."""
+        return messages_of(self.prompt)
+
 
 @dataclass(frozen=True, slots=True)
 class ItemFormat:
-    """Say how a row becomes an item.
+    """The way from a row to an item.
 
     Attributes:
-        kind: How a generated answer is judged.
+        kind: What the rows hold.
         answer: What answers a multiple-choice item.
         gold: What its gold column holds.
         gold_after: What stands before the answer in the gold column; empty if nothing does.
-        template: The prompt with ``{name}`` for columns, and ``{options}`` for the options as a list.
+        template: The prompt with ``{name}`` for columns, and ``{options}`` for the options as a list; or turns of
+            such texts.
         fields: Column of each name: dotted paths; ``options`` may be several columns.
         options: Options of every item; empty where each row has its own.
     """
@@ -80,7 +109,7 @@ class ItemFormat:
     answer: AnswerForm
     gold: GoldForm
     gold_after: str
-    template: str
+    template: str | tuple[TurnTemplate, ...]
     fields: Mapping[str, str | list[str]]
     options: tuple[str, ...] = ()
 
@@ -94,19 +123,27 @@ class ItemFormat:
         Raises:
             EvalError: Anything else in braces.
         """
-        try:
-            parts = list(string.Formatter().parse(self.template))
-        except ValueError as error:
+        turns = (
+            [self.template] if isinstance(self.template, str) else [turn.template for turn in self.template]
+        )
+        for template in turns:
+            _check_template(template, where)
+
+
+def _check_template(template: str, where: str) -> None:
+    try:
+        parts = list(string.Formatter().parse(template))
+    except ValueError as error:
+        raise EvalError(
+            f'"prompt" is not a template: {error}', where=where, hint="write {{ for a brace"
+        ) from error
+    for _, name, code, conversion in parts:
+        if name is not None and (not name.isidentifier() or code or conversion):
             raise EvalError(
-                f'"prompt" is no template: {error}', where=where, hint="write {{ for a brace"
-            ) from error
-        for _, name, code, conversion in parts:
-            if name is not None and (not name.isidentifier() or code or conversion):
-                raise EvalError(
-                    f'"prompt" has "{{{name}}}"; only plain names of columns may stand in braces',
-                    where=where,
-                    hint="write {{ for a brace, and reach inside columns with fields: {name: a.b}",
-                )
+                f'"prompt" has "{{{name}}}"; only plain names of columns may stand in braces',
+                where=where,
+                hint="write {{ for a brace, and reach inside columns with fields: {name: a.b}",
+            )
 
 
 def read_rows(path: Path, *, what: str = "the file of items") -> list[tuple[int, dict[str, Any]]]:
@@ -187,7 +224,7 @@ def _item(row: Mapping[str, Any], index: int, form: ItemFormat, where: str) -> I
     shown = {**row, **variables, "options": _shown(texts or options, form.answer)}
     return Item(
         id=identity_of(variables["id"], index, where),
-        prompt=_render(form.template, shown, where),
+        prompt=_prompt(form.template, shown, where),
         gold=answer,
         options=options,
         texts=texts,
@@ -258,7 +295,7 @@ def _texts(values: Any, where: str) -> tuple[str, ...]:
 def _text(value: Any, what: str, where: str) -> str:
     """Read a text, a number or a truth value as it is shown to a model."""
     if isinstance(value, float):
-        # Plain digits: "1e+20" is no number that an answer is compared with.
+        # Plain digits: "1e+20" is not a number that an answer is compared with.
         return format(Decimal(repr(value)), "f")
     if not isinstance(value, (str, int)):
         raise EvalError(
@@ -335,6 +372,14 @@ def _shown(texts: Sequence[str] | None, answer: AnswerForm) -> str | None:
     if answer is AnswerForm.LETTER:
         return "\n".join(f"{_LETTERS[index]}. {text}" for index, text in enumerate(texts))
     return f"{', '.join(texts[:-1])} or {texts[-1]}"
+
+
+def _prompt(template: str | tuple[TurnTemplate, ...], variables: Mapping[str, Any], where: str) -> Prompt:
+    if isinstance(template, str):
+        return _render(template, variables, where)
+    return tuple(
+        Message(role=turn.role, content=_render(turn.template, variables, where)) for turn in template
+    )
 
 
 def _render(template: str, variables: Mapping[str, Any], where: str) -> str:

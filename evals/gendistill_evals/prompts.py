@@ -1,27 +1,25 @@
-"""Render a user's message and an answer as token ids: by the chat template, or as plain text without one."""
+"""Render messages and an answer as token ids: by the chat template, or as plain text without one. Imports no torch."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import Any
-
-import jinja2
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from gendistill_evals.errors import EvalError
+from gendistill_evals.items import Message, Prompt, messages_of
 from gendistill_evals.reading import shorten
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 PLAIN_TEMPLATE = "Question: {message}\nAnswer:"
+# Between earlier turns and the question, where there is no chat template.
+_BETWEEN_TURNS = "\n\n"
 # A model without a chat template goes on with a question of its own instead of ending its answer.
 PLAIN_STOP = "\nQuestion:"
 # Answers are short, so templates that can open a reasoning block are asked not to; others ignore it.
 TEMPLATE_SETTINGS: dict[str, Any] = {"enable_thinking": False}
-# What a template, which is a program of the checkpoint's, may raise.
-_TEMPLATE_ERRORS = (
-    jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError,
-    ValueError,
-)  # fmt: skip
 _OTHER_TEMPLATE = (
     "correct chat_template.jinja, or chat_template in tokenizer_config.json, of a copy of the model; "
     "delete it to ask in plain text"
@@ -30,10 +28,10 @@ _PROBE = "What is 4821?"
 
 
 class Prompter:
-    """Turn messages into token ids, the same way for every protocol.
+    """Prompts as token ids, made the same way for every protocol.
 
     Args:
-        tokenizer: Tokenizer of the model. With a chat template, a message is one user turn and the answer is the
+        tokenizer: Tokenizer of the model. With a chat template, a text is one user turn and the answer is the
             start of the assistant's; the template alone places special tokens. Without one, both are plain text
             after the tokenizer's BOS, if it adds one.
     Raises:
@@ -69,39 +67,40 @@ class Prompter:
             "plain_template": None if self.template else PLAIN_TEMPLATE,
         }
 
-    def prompt_ids(self, message: str) -> list[int]:
-        """Tokenize a message up to where the answer begins.
+    def prompt_ids(self, prompt: Prompt) -> list[int]:
+        """Tokenize a prompt up to where the answer begins.
 
         Raises:
-            EvalError: The tokenizer has no token for any of it.
+            EvalError: The tokenizer has no token for any of it, or the chat template cannot render its turns.
         """
-        ids = self._ids(self._prompt(message))
+        ids = self._ids(self._prompt(prompt))
         if not ids:
             raise EvalError(
-                f"the tokenizer makes no token of the prompt {shorten(message)}",
+                f"the tokenizer makes no token of the prompt {shorten(prompt)}",
                 hint="score the model with the tokenizer it was trained with",
             )
         return ids
 
-    def split(self, message: str, options: Sequence[str]) -> tuple[list[int], list[list[int]]]:
-        """Tokenize a message with each possible answer, and split them at one place.
+    def split(self, prompt: Prompt, options: Sequence[str]) -> tuple[list[int], list[list[int]]]:
+        """Tokenize a prompt with each possible answer, and split them at one place.
 
         The last characters of the prompt and the first of an answer may share a token. The split is therefore
         the longest beginning that the prompt and all the tokenized answers have in common; what follows it is
         scored for every option, so that their totals compare the same text.
 
         Args:
-            message: The user's message.
+            prompt: The user's message, or the turns before the answer.
             options: Possible answers.
         Returns: Token ids of the common beginning, and for each option the ids that follow it, at least one.
         Raises:
-            EvalError: Nothing is common, so that the first token would have no context.
+            EvalError: Nothing is common, so that the first token would have no context, or the chat template cannot
+                render the turns.
         """
-        prompt = self._prompt(message)
+        text = self._prompt(prompt)
         lead = "" if self.template else " "
-        whole = [self._ids(f"{prompt}{lead}{option}") for option in options]
+        whole = [self._ids(f"{text}{lead}{option}") for option in options]
         # The shortest answer may not be swallowed whole: every one keeps a token to score.
-        length = min(_common_length([self._ids(prompt), *whole]), min(map(len, whole)) - 1)
+        length = min(_common_length([self._ids(text), *whole]), min(map(len, whole)) - 1)
         if length < 1:
             raise EvalError(
                 "the prompt and its options have no first token in common",
@@ -109,25 +108,75 @@ class Prompter:
             )
         return whole[0][:length], [ids[length:] for ids in whole]
 
-    def _prompt(self, message: str) -> str:
+    def _prompt(self, prompt: Prompt) -> str:
+        messages = messages_of(prompt)
         if self.template is None:
-            return PLAIN_TEMPLATE.format(message=message)
-        turn = [{"role": "user", "content": message}]
+            return _plain_text(messages)
+        alone = len(messages) == 1
         try:
             text = self.tokenizer.apply_chat_template(
-                turn, tokenize=False, add_generation_prompt=True, **TEMPLATE_SETTINGS
+                [{"role": each["role"], "content": each["content"]} for each in messages],
+                tokenize=False,
+                add_generation_prompt=True,
+                **TEMPLATE_SETTINGS,
             )
-        except _TEMPLATE_ERRORS as error:
+        except _template_errors() as error:
+            turns = "a question without a system message" if alone else f"the turns {_roles(messages)}"
             raise EvalError(
-                f"the tokenizer's chat template cannot render a question without a system message: {error}",
+                f"the tokenizer's chat template cannot render {turns}: {error}",
                 where=_template_of(self.tokenizer),
                 hint=_OTHER_TEMPLATE,
             ) from error
         assert isinstance(text, str)
+        # One turn is tried when the prompter is made; what becomes of several depends on which they are.
+        if not alone and (
+            lost := next((each for each in messages if each["content"].strip() not in text), None)
+        ):
+            raise EvalError(
+                f"the tokenizer's chat template leaves a turn out: it renders {_roles(messages)} without the "
+                f"{lost['role']}'s {shorten(lost['content'])}",
+                where=_template_of(self.tokenizer),
+                hint="write the prompt of the task as one text, or score a model whose template takes such turns",
+            )
         return text
 
     def _ids(self, text: str) -> list[int]:
         return self._bos + list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _template_errors() -> tuple[type[Exception], ...]:
+    """What a template, which is a program of the checkpoint's, may raise."""
+    # Imported here: recipes are read without it.
+    from jinja2 import TemplateError
+
+    return (
+        *(
+            TemplateError,
+            ArithmeticError,
+            AttributeError,
+            LookupError,
+            MemoryError,
+            RecursionError,
+            TypeError,
+        ),
+        ValueError,
+    )
+
+
+def _plain_text(messages: Sequence[Message]) -> str:
+    """Write turns as questions and answers, up to where the last answer begins."""
+    parts: list[str] = []
+    for message in messages:
+        content = message["content"]
+        if message["role"] == "assistant":
+            parts[-1] += f" {content}"
+        else:
+            parts.append(PLAIN_TEMPLATE.format(message=content) if message["role"] == "user" else content)
+    return _BETWEEN_TURNS.join(parts)
+
+
+def _roles(messages: Sequence[Message]) -> str:
+    return ", ".join(message["role"] for message in messages)
 
 
 def _chat_template(tokenizer: PreTrainedTokenizerBase) -> str | None:

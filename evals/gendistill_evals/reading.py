@@ -5,13 +5,19 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from gendistill_evals.errors import EvalError
 
 _SHOWN = 80
 _DEEPEST = 100
 _TYPES = {str: "a text", int: "a whole number", float: "a number", bool: "true or false", type(None): "null"}
+
+
+class Maybe(NamedTuple):
+    """The shape of a key that may be absent."""
+
+    shape: Any
 
 
 def read_text(path: Path, *, what: str, hint: str) -> str:
@@ -67,7 +73,7 @@ def check_shape(content: Any, shape: Any, *, where: str, hint: str) -> Any:
     Args:
         content: Parsed JSON.
         shape: A type or a tuple of types; a list of one shape, for a list; or a dict of shapes, for an object that
-            has at least these keys.
+            has at least these keys, apart from those whose shape is a ``Maybe``.
         where: Its place, for errors.
         hint: What to do if it has another shape.
     Raises:
@@ -132,10 +138,16 @@ def _misfit(content: Any, shape: Any, place: str) -> str | None:
     if isinstance(shape, dict):
         if not isinstance(content, dict):
             return f"{place or 'it'} must be an object, got {shorten(content)}"
-        lacking = next((key for key in shape if key not in content), None)
+        lacking = next(
+            (key for key, inner in shape.items() if key not in content and not isinstance(inner, Maybe)), None
+        )
         if lacking is not None:
             return f"{place or 'it'} lacks {lacking}"
-        steps = ((key, content[key], inner) for key, inner in shape.items())
+        steps = (
+            (key, content[key], inner.shape if isinstance(inner, Maybe) else inner)
+            for key, inner in shape.items()
+            if key in content
+        )
     elif isinstance(shape, list):
         if not isinstance(content, list):
             return f"{place or 'it'} must be a list, got {shorten(content)}"

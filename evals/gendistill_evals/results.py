@@ -12,15 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from gendistill_evals.errors import EvalError
-from gendistill_evals.reading import check_shape, parse_json, read_text
+from gendistill_evals.protocols import PROTOCOLS
+from gendistill_evals.reading import Maybe, check_shape, parse_json, read_text
 
 SCHEMA = 1
 _NUMBER = (float, int)
 _SCORE = ({"value": _NUMBER, "n": int}, type(None))
-# What readers rely on; files may hold more.
-_RESULTS = {"tasks": [{"task": str, "n": int, "likelihood": _SCORE, "generation": _SCORE}]}
 _CORRECT = ({"correct": (bool, *_NUMBER)}, type(None))
-_SAMPLE = {"task": str, "id": str, "likelihood": _CORRECT, "generation": _CORRECT}
+# What readers rely on; files may hold more.
 _TRANSCRIPT = {
     "id": str,
     "question": str,
@@ -59,7 +58,8 @@ def read_results(folder: Path) -> dict[str, Any]:
             where=str(path),
             hint=_AGAIN,
         )
-    return check_shape(content, _RESULTS, where=str(path), hint=_AGAIN)
+    task = {"task": str, "n": int, **_by_protocol(_SCORE)}
+    return check_shape(content, {"tasks": [task]}, where=str(path), hint=_AGAIN)
 
 
 def write_samples(folder: Path, samples: Iterable[Mapping[str, Any]]) -> Path:
@@ -73,7 +73,7 @@ def read_samples(folder: Path) -> list[dict[str, Any]]:
     Raises:
         EvalError: The file is missing, or a line is not JSON of its shape.
     """
-    return _read_lines(folder / "samples.jsonl", _SAMPLE)
+    return _read_lines(folder / "samples.jsonl", {"task": str, "id": str, **_by_protocol(_CORRECT)})
 
 
 def write_transcripts(folder: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
@@ -91,7 +91,7 @@ def read_transcripts(folder: Path) -> list[dict[str, Any]]:
 
 
 def write_json(path: Path, content: Any) -> Path:
-    """Write JSON under a temporary name, then rename it. NaN and infinities are rejected: they are no JSON."""
+    """Write JSON under a temporary name, then rename it. NaN and infinities are rejected: they are not JSON."""
     return _write(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
@@ -106,6 +106,11 @@ def read_json(path: Path, *, hint: str = _AGAIN) -> Any:
         EvalError: The file is missing, is not JSON, or holds a number that is not finite.
     """
     return parse_json(_read(path), where=str(path), hint=hint)
+
+
+def _by_protocol(shape: Any) -> dict[str, Maybe]:
+    """Return the shape of each protocol's entry; files of before a protocol was added lack it."""
+    return {name: Maybe(shape) for name in PROTOCOLS}
 
 
 def _write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> Path:

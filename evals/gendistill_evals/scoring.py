@@ -1,21 +1,19 @@
-"""Log-probabilities of continuations, without logits for positions that nobody asks about."""
+"""Log-probabilities by a Hugging Face model, without logits for positions that nobody asks about."""
 
 from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from gendistill_evals.errors import EvalError
-
-Pair = tuple[Sequence[int], Sequence[int]]
+from gendistill_evals.model import Pair
 
 
 @dataclass(slots=True)
@@ -27,13 +25,8 @@ class _Row:
 
 
 def continuation_log_probs(
-    model: PreTrainedModel,
-    pairs: Sequence[Pair],
-    *,
-    batch_size: int = 8,
-    names: Sequence[str] = (),
-    progress: Callable[[int], None] | None = None,
-) -> list[list[float]]:
+    model: PreTrainedModel, pairs: Sequence[Pair], *, batch_size: int = 8
+) -> Iterator[tuple[int, list[float]]]:
     """Compute the log-probability of every token of each continuation after its context.
 
     The last token of a continuation is predicted, never read, so pairs that share a prompt often share a
@@ -41,33 +34,26 @@ def continuation_log_probs(
 
     Args:
         model: Causal language model; runs without its cache.
-        pairs: Token ids of context and continuation, both at least one token.
+        pairs: Contexts and continuations.
         batch_size: Rows per forward.
-        names: What each pair is called in errors; empty for their numbers.
-        progress: Called with the number of pairs done.
-    Returns: For each pair, natural-log probabilities of its continuation's tokens, in float32.
+    Yields: Index of each pair, and natural-log probabilities of its continuation's tokens, in float32.
     Raises:
         EvalError: A sequence longer than the model's positions, or a probability that is not a number.
     """
     rows = _rows(pairs)
     check_length(model, max((len(row.ids) for row in rows), default=0))
-    results: list[list[float]] = [[] for _ in pairs]
-    done = 0
-    with inference(model):
-        for start in range(0, len(rows), batch_size):
-            batch = rows[start : start + batch_size]
-            for index, values in _score_batch(model, batch, pairs):
-                if not all(map(math.isfinite, values)):
-                    raise EvalError(
-                        "the model gives log-probabilities that are not finite",
-                        where=names[index] if names else f"pair {index}",
-                        hint="check its weights, or load it in float32",
-                    )
-                results[index] = values
-                done += 1
-            if progress:
-                progress(done)
-    return results
+    for start in range(0, len(rows), batch_size):
+        # Left before the numbers are handed out: whoever takes them may train.
+        with inference(model):
+            scored = list(_score_batch(model, rows[start : start + batch_size], pairs))
+        for index, values in scored:
+            if not all(map(math.isfinite, values)):
+                raise EvalError(
+                    "the model gives log-probabilities that are not finite",
+                    where=pairs[index].name or f"pair {index}",
+                    hint="check its weights, or load it in float32",
+                )
+            yield index, values
 
 
 def check_length(model: nn.Module, num_tokens: int) -> None:
@@ -77,50 +63,6 @@ def check_length(model: nn.Module, num_tokens: int) -> None:
         raise EvalError(
             f"a sequence of {num_tokens:,} tokens exceeds the model's {limit:,} positions",
             hint="use shorter items or fewer new tokens",
-        )
-
-
-class Limits(NamedTuple):
-    """What a model can read: so many positions, so many tokens; None is no limit that it declares."""
-
-    positions: int | None
-    embeddings: int | None
-
-    @classmethod
-    def of(cls, model: nn.Module) -> Limits:
-        """Read a model's limits."""
-        return cls(num_positions(model), num_embeddings(model))
-
-
-def check_fits(
-    model: nn.Module | Limits, sequences: Sequence[Sequence[int]], *, where: str, num_new_tokens: int = 0
-) -> None:
-    """Check that a model can read sequences, before any of them is run.
-
-    Args:
-        model: Causal language model, or what is known of one that is not loaded.
-        sequences: Token ids of each item.
-        where: Task and protocol, for errors.
-        num_new_tokens: Tokens that are generated after each.
-    Raises:
-        EvalError: Sequences longer than the model's positions, or tokens that it has no embeddings for.
-    """
-    positions, known = model if isinstance(model, Limits) else Limits.of(model)
-    lengths = [len(ids) + num_new_tokens for ids in sequences]
-    if positions is not None and (too_long := [length for length in lengths if length > positions]):
-        new = f", {num_new_tokens:,} new ones included," if num_new_tokens else ""
-        raise EvalError(
-            f"{len(too_long):,} of {len(lengths):,} items are too long for the model: they have up to "
-            f"{max(too_long):,} tokens{new} and it has {positions:,} positions",
-            where=where,
-            hint="use shorter items, a lower max_new_tokens, or a model with more positions",
-        )
-    largest = max((max(ids, default=0) for ids in sequences), default=0)
-    if known is not None and largest >= known:
-        raise EvalError(
-            f"the tokenizer makes token {largest:,} of an item, and the model has embeddings for {known:,} tokens",
-            where=where,
-            hint="score the model with its own tokenizer, or resize its embeddings",
         )
 
 
@@ -166,7 +108,7 @@ def device_of(model: PreTrainedModel) -> torch.device:
 
 def _rows(pairs: Sequence[Pair]) -> list[_Row]:
     """Merge inputs that begin other inputs, longest rows first."""
-    inputs = [(*context, *continuation[:-1]) for context, continuation in pairs]
+    inputs = [(*pair.context, *pair.continuation[:-1]) for pair in pairs]
     rows: list[_Row] = []
     # In descending order an input comes right after those that it begins.
     for index in sorted(range(len(pairs)), key=inputs.__getitem__, reverse=True):
@@ -193,15 +135,15 @@ def _score_batch(
     for place, row in enumerate(batch):
         for index in row.pairs:
             columns = [column[at] for at in _positions(pairs[index])]
-            targets = torch.tensor(list(pairs[index][1]), device=device)
+            targets = torch.tensor(list(pairs[index].continuation), device=device)
             log_probs = logits[place, columns].float().log_softmax(-1)
             yield index, log_probs.gather(-1, targets[:, None])[:, 0].tolist()
 
 
 def _positions(pair: Pair) -> range:
     """Positions whose logits predict the continuation."""
-    context, continuation = pair
-    return range(len(context) - 1, len(context) + len(continuation) - 1)
+    first = len(pair.context) - 1
+    return range(first, first + len(pair.continuation))
 
 
 def _logits_at(model: PreTrainedModel, input_ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Tasks: items that one prompt asks and two protocols score. Imports no torch."""
+"""Tasks: items that one prompt asks and several protocols score. Imports no torch."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from gendistill_evals.items import (
     read_rows,
     reject_repeated_ids,
 )
+from gendistill_evals.judges import JUDGES, check_judge, default_judge
 from gendistill_evals.reading import shorten
 from gendistill_evals.task_file import LONGEST_NAME, TaskKeys, read_task_yaml
 
@@ -32,7 +33,7 @@ _QUESTIONS = Path(__file__).parent / "questions"
 
 
 class Metric(StrEnum):
-    """Name what log-likelihood ranks options by: their total, or their mean per token."""
+    """The quantity that log-likelihood ranks options by: their total, or their mean per token."""
 
     ACCURACY = "accuracy"
     ACCURACY_PER_TOKEN = "accuracy_per_token"
@@ -45,7 +46,8 @@ class Task:
     Attributes:
         name: Name in tables.
         description: One line for people.
-        kind: How a generated answer is judged.
+        kind: What its rows hold.
+        judge: Name in ``JUDGES`` of what judges generated answers.
         metric: What log-likelihood ranks by.
         answer: What answers a multiple-choice item.
         max_new_tokens: Longest generated answer, in tokens.
@@ -58,6 +60,7 @@ class Task:
     name: str
     description: str
     kind: Kind
+    judge: str
     metric: Metric
     answer: AnswerForm
     max_new_tokens: int
@@ -65,13 +68,6 @@ class Task:
     items: tuple[Item, ...] = field(repr=False)
     items_sha256: str
     prompt_sha256: str
-
-    @property
-    def likelihood_reason(self) -> str | None:
-        """Why log-likelihood cannot score this task; None if it can."""
-        if self.items[0].options:
-            return None
-        return "the items have no distractors that the gold answer could be ranked against"
 
     def cut_at(self, limit: int | None) -> int | None:
         """Return a limit that leaves items out, or None: one of at least as many items as there are does not."""
@@ -232,7 +228,7 @@ def _task(keys: TaskKeys, path: Path) -> Task:
         answer=keys.choice("answer", AnswerForm, default=AnswerForm.TEXT),
         gold=keys.choice("gold", GoldForm, default=GoldForm.TEXT),
         gold_after=keys.text("gold_after", default=""),
-        template=keys.text("prompt"),
+        template=keys.prompt(),
         fields=keys.fields(),
         options=keys.options(),
     )
@@ -250,6 +246,8 @@ def _task(keys: TaskKeys, path: Path) -> Task:
             hint="remove the key, or change kind",
         )
     form.check(str(path))
+    usual = default_judge(form.kind, form.answer)
+    judge = keys.one_of("judge", JUDGES, default=usual)
     metric = keys.choice("metric", Metric, default=Metric.ACCURACY)
     max_new_tokens = keys.positive("max_new_tokens")
     stop = keys.texts("stop")
@@ -263,16 +261,21 @@ def _task(keys: TaskKeys, path: Path) -> Task:
     source = path.parent / keys.text("items")
     rows = read_rows(source)
     shape = [form.kind, form.answer, form.gold, form.gold_after, form.template, form.fields, metric]
+    # What a task does not use leaves its hash as it was before there was such a thing.
     shape += [form.options] if form.options else []
+    shape += [{"judge": judge}] if judge != usual else []
+    items = build_items(rows, form, source)
+    check_judge(judge, items, str(path))
     return Task(
         name=name,
         description=keys.text("description", default=""),
         kind=form.kind,
+        judge=judge,
         metric=metric,
         answer=form.answer,
         max_new_tokens=max_new_tokens,
         stop=stop,
-        items=build_items(rows, form, source),
+        items=items,
         items_sha256=sha256_of([row for _, row in rows]),
         prompt_sha256=sha256_of([*shape, max_new_tokens, stop]),
     )

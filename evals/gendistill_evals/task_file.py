@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, TypeGuard, TypeVar
@@ -12,14 +12,16 @@ from typing import Any, TypeGuard, TypeVar
 import yaml
 
 from gendistill_evals.errors import EvalError
+from gendistill_evals.items import TurnTemplate
 from gendistill_evals.reading import is_well_formed, read_text, shorten
 
 LONGEST_NAME = 100
 _KEYS = (
-    "name", "description", "kind", "items", "fields", "prompt", "answer", "gold", "gold_after", "metric",
+    "name", "description", "kind", "judge", "items", "fields", "prompt", "answer", "gold", "gold_after", "metric",
     "max_new_tokens", "options", "stop",
 )  # fmt: skip
 _COLUMNS = {"id": "id", "gold": "gold", "options": "options", "distractors": "distractors"}
+_ROLES = ("system", "user", "assistant")
 _FORMAT = "the README of gendistill_evals shows task files"
 # A task file has a few dozen values; aliases of aliases could stand for billions.
 _MOST_VALUES = 10_000
@@ -102,6 +104,50 @@ class TaskKeys:
             raise self._error(key, "a list of texts", hint="put words such as yes, no and 1 in quotes")
         return tuple(value)
 
+    def prompt(self) -> str | tuple[TurnTemplate, ...]:
+        """Read the prompt: a text, or turns of ``{role, content}``.
+
+        Raises:
+            EvalError: Neither, or turns that do not lead up to an answer.
+        """
+        value = self.content.get("prompt")
+        if not isinstance(value, list):
+            return self.text("prompt")
+        turns = tuple(self._turn(turn, number) for number, turn in enumerate(value))
+        roles = [turn.role for turn in turns]
+        spoken = roles[1:] if roles[:1] == ["system"] else roles
+        if len(spoken) % 2 == 0 or spoken != ["user", "assistant"] * (len(spoken) // 2) + ["user"]:
+            raise EvalError(
+                f'the turns of "prompt" must be of user and assistant in turn, user first and last, after at most one '
+                f"of system; got {', '.join(roles) or 'none'}",
+                where=self.where,
+                hint="leave the last answer out: it is what the model gives",
+            )
+        return turns
+
+    def _turn(self, turn: Any, number: int) -> TurnTemplate:
+        place = f"prompt.{number}"
+        if not isinstance(turn, dict) or set(turn) != {"role", "content"}:
+            raise EvalError(
+                f'"{place}" must hold role and content, got {shorten(turn)}',
+                where=self.where,
+                hint='write - {role: user, content: "..."}',
+            )
+        role, content = turn["role"], turn["content"]
+        if role not in _ROLES:
+            raise EvalError(
+                f'"{place}.role" must be one of {", ".join(_ROLES)}, got {shorten(role)}',
+                where=self.where,
+                hint='write - {role: user, content: "..."}',
+            )
+        if not _is_text(content) or not content.strip():
+            raise EvalError(
+                f'"{place}.content" must be a text, got {shorten(content)}',
+                where=self.where,
+                hint="put words such as yes, no and 1 in quotes",
+            )
+        return TurnTemplate(role, content)
+
     def options(self) -> tuple[str, ...]:
         if "options" not in self.content:
             return ()
@@ -127,6 +173,14 @@ class TaskKeys:
         if value not in list(kinds):
             raise self._error(key, f"one of {', '.join(kinds)}", hint=f"write {key}: {next(iter(kinds))}")
         return kinds(value)
+
+    def one_of(self, key: str, words: Collection[str], default: str) -> str:
+        value = self.content.get(key, default)
+        if not isinstance(value, str) or value not in words:
+            close = difflib.get_close_matches(str(value)[:LONGEST_NAME], list(words), n=1)
+            hint = f'did you mean "{close[0]}"?' if close else f"write {key}: {default}, or leave it out"
+            raise self._error(key, f"one of {', '.join(words)}", hint=hint)
+        return value
 
     def fields(self) -> dict[str, str | list[str]]:
         value = self.content.get("fields", {})

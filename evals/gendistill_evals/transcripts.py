@@ -1,71 +1,71 @@
-"""Greedy answers to open questions, and two numbers that catch degenerate ones."""
+"""Greedy answers to open questions, and two numbers that catch degenerate ones. Imports no torch."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-from gendistill_evals.decoding import generate_greedily, greedy_decoding
+from gendistill_evals.decoding import greedy_decoding
 from gendistill_evals.errors import EvalError
+from gendistill_evals.model import Generated, LanguageModel, Limits, Pair, Request, check_fits
 from gendistill_evals.prompts import Prompter
-from gendistill_evals.protocol import OnProgress
-from gendistill_evals.scoring import Limits, check_fits, continuation_log_probs, num_embeddings
+from gendistill_evals.protocols import OnProgress
 from gendistill_evals.task import Questions
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def write_answers(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    model: LanguageModel,
     questions: Questions,
     *,
     max_new_tokens: int = 64,
-    batch_size: int = 8,
-    teacher: PreTrainedModel | None = None,
+    teacher: LanguageModel | None = None,
     progress: OnProgress | None = None,
 ) -> list[dict[str, Any]]:
     """Answer open questions greedily.
 
     Args:
-        model: Causal language model that answers.
-        tokenizer: Its tokenizer, which the teacher shares.
+        model: The model that answers.
         questions: What to ask.
         max_new_tokens: Longest answer, in tokens.
-        batch_size: Questions per batch.
-        teacher: Model that scores the answers; None leaves ``teacher_nll`` null.
+        teacher: Model of the same tokenizer that scores the answers; None leaves ``teacher_nll`` null.
         progress: Called with questions answered and questions in all.
     Returns: One row per question, as in ``transcripts.jsonl``.
     """
-    prompter = Prompter(tokenizer)
-    prompts = [prompter.prompt_ids(question.question) for question in questions.items]
-    names = [f"{questions.name}, question {question.id}" for question in questions.items]
-    answers = generate_greedily(
-        model,
-        tokenizer,
-        prompts,
-        greedy_decoding(model, prompter),
-        max_new_tokens=max_new_tokens,
-        stop=prompter.stop,
-        batch_size=batch_size,
-        names=names,
-        progress=(lambda done: progress(done, len(prompts))) if progress else None,
-    )
-    nlls: list[float | None] = [None] * len(prompts)
+    prompter = Prompter(model.tokenizer)
+    requests = [
+        Request(
+            prompter.prompt_ids(question.question),
+            max_new_tokens=max_new_tokens,
+            stop=prompter.stop,
+            name=f"{questions.name}, question {question.id}",
+        )
+        for question in questions.items
+    ]
+    found: dict[int, Generated] = {}
+    for index, answer in model.generate(requests, greedy_decoding(model, prompter)):
+        found[index] = answer
+        if progress:
+            progress(len(found), len(requests))
+    answers = [found[index] for index in range(len(requests))]
+    nlls: list[float | None] = [None] * len(requests)
     # An empty answer has no tokens to score.
     scored = [place for place, answer in enumerate(answers) if answer.token_ids]
     if teacher is not None and scored:
-        pairs = [(prompts[place], answers[place].token_ids) for place in scored]
-        _check_vocabulary(teacher, [ids for _, ids in pairs])
-        log_probs = continuation_log_probs(
-            teacher,
-            pairs,
-            batch_size=batch_size,
-            names=[f"{names[place]}, scored by the teacher" for place in scored],
-        )
-        for place, values in zip(scored, log_probs, strict=True):
-            nlls[place] = -math.fsum(values) / len(values)
+        _check_vocabulary(teacher, [answers[place].token_ids for place in scored])
+        pairs = [
+            Pair(
+                requests[place].prompt,
+                answers[place].token_ids,
+                f"{requests[place].name}, scored by the teacher",
+            )
+            for place in scored
+        ]
+        for index, values in teacher.log_probs(pairs):
+            nlls[scored[index]] = -math.fsum(values) / len(values)
     return [
         {
             "id": question.id,
@@ -81,12 +81,12 @@ def write_answers(
 
 
 def check_questions(
-    model: PreTrainedModel | Limits,
+    model: LanguageModel | Limits,
     tokenizer: PreTrainedTokenizerBase,
     questions: Questions,
     *,
     max_new_tokens: int,
-    teacher: PreTrainedModel | None = None,
+    teacher: LanguageModel | None = None,
 ) -> None:
     """Check that a model can answer open questions and its teacher can score answers; arguments as above.
 
@@ -100,14 +100,11 @@ def check_questions(
             check_fits(reader, prompts, where=f"{questions.name}, {role}", num_new_tokens=max_new_tokens)
 
 
-def answer_nll(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, question: str, answer_ids: Sequence[int]
-) -> float:
+def answer_nll(model: LanguageModel, question: str, answer_ids: Sequence[int]) -> float:
     """Compute how surprised a model is by an answer.
 
     Args:
-        model: Causal language model that judges, often the teacher of the one that answered.
-        tokenizer: Its tokenizer.
+        model: The model that judges, often the teacher of the one that answered.
         question: The user's message.
         answer_ids: Tokens of the answer.
     Returns: Negative log-likelihood in nats, averaged over the answer's tokens.
@@ -117,8 +114,8 @@ def answer_nll(
     if not answer_ids:
         raise EvalError("an empty answer has no negative log-likelihood per token")
     _check_vocabulary(model, [answer_ids])
-    prompt = Prompter(tokenizer).prompt_ids(question)
-    values = continuation_log_probs(model, [(prompt, answer_ids)])[0]
+    prompt = Prompter(model.tokenizer).prompt_ids(question)
+    ((_, values),) = model.log_probs([Pair(prompt, answer_ids)])
     return -math.fsum(values) / len(values)
 
 
@@ -133,8 +130,8 @@ def repeated_ngram_share(tokens: Sequence[int], n: int = 4) -> float:
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
-def _check_vocabulary(model: PreTrainedModel, answers: Sequence[Sequence[int]]) -> None:
-    size = num_embeddings(model)
+def _check_vocabulary(model: LanguageModel, answers: Sequence[Sequence[int]]) -> None:
+    size = model.vocab_size
     largest = max(max(ids) for ids in answers)
     if size is not None and largest >= size:
         raise EvalError(

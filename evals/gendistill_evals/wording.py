@@ -84,7 +84,7 @@ _STATED_AFTER = re.compile(
 
 
 class Said(IntEnum):
-    """What a text says of a word: not this one, nothing, that it exists, or that it is the answer."""
+    """The sense in which a text names a word: not this one, nothing, that it exists, or that it is the answer."""
 
     DENIED = 0
     NOTHING = 1

@@ -16,7 +16,7 @@ COLD_QUANTITIES = ("empty cache", "warm cache")
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """Describe one call on whole sequences.
+    """One call on whole sequences.
 
     Attributes:
         name: What ``--cases`` calls it.
@@ -69,7 +69,7 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class DecodeCase:
-    """Describe one decode step: everything between the projections of a layer, for one token per sequence."""
+    """One decode step: everything between the projections of a layer, for one token per sequence."""
 
     name: str
     batch: int

@@ -48,10 +48,10 @@ def main(who: str) -> float:
     from gendistill.bench.inputs import draw_sequence
     from gendistill.bench.measure import train
     from gendistill.bench.peers import FlaCore, Ours
-    from gendistill.ops.types import triton_ops
+    from gendistill_kernels.delta import chunk
 
     contestant = FlaCore() if who == "peer" else Ours()
-    triton_ops()
+    assert chunk
     start = time.perf_counter()
     x = draw_sequence(COLD_CASE, "bounded", device="cuda", dtype=torch.bfloat16)
     train(contestant, x)()

@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from gendistill.bench.cases import LOWER_BOUND, Case, DecodeCase
 from gendistill.ops import (
     OpOutput,
     Segments,
-    bounded_log_decay,
-    l2norm,
-    recurrent_delta_rule,
-    softplus_log_decay,
+    decode_delta_rule,
+    recurrent_kda,
 )
 
 NORM_EPS = 1e-6
 
 
 class SequenceInputs(NamedTuple):
-    """Hold the arguments of :func:`gendistill.ops.gated_kda`.
+    """The arguments of :func:`gendistill.ops.chunk_kda`.
 
     Attributes:
         q, k, v, decay, beta, a_log, dt_bias, state: The tensors; ``state`` may be None.
@@ -51,7 +48,7 @@ class SequenceInputs(NamedTuple):
 
 
 class DecodeInputs(NamedTuple):
-    """Hold what a decode step reads, and the states before it.
+    """What a decode step reads, and the states before it.
 
     Attributes:
         qkv: ``[N, 1, (H + 2 Hkv) K]`` before the convolution.
@@ -132,27 +129,17 @@ def exact_sequence(x: SequenceInputs) -> tuple[SequenceInputs, OpOutput]:
     """Apply the definition in float64; returns the inputs that its gradients are taken of, and its result."""
     names = [name for name in x._fields[:8] if getattr(x, name) is not None]
     exact = x._replace(**{name: getattr(x, name).detach().double().requires_grad_() for name in names})
-    if x.gate == "bounded":
-        log_decay = bounded_log_decay(exact.decay, exact.a_log, exact.dt_bias, lower_bound=LOWER_BOUND)
-    else:
-        log_decay = softplus_log_decay(exact.decay, exact.a_log, exact.dt_bias)
-    q, k, v, beta = l2norm(exact.q), l2norm(exact.k), exact.v, exact.beta.sigmoid()
+    gates = {"gate": x.gate, "a_log": exact.a_log, "dt_bias": exact.dt_bias, "lower_bound": LOWER_BOUND}
     if x.segments is None:
-        return exact, _recurrent(q, k, v, log_decay, beta, exact.state)
-    documents = [part.split(x.segments.lengths, dim=1) for part in (q, k, v, log_decay, beta)]
+        return exact, recurrent_kda(*exact[:5], **gates, state=exact.state)
+    documents = [part.split(x.segments.lengths, dim=1) for part in exact[:5]]
     states = [None] * len(x.segments.lengths) if exact.state is None else exact.state.split(1)
     results = [
-        _recurrent(*document, state)  # pyright: ignore[reportCallIssue]
+        recurrent_kda(*document, **gates, state=state)
         for *document, state in zip(*documents, states, strict=True)
     ]
     outs, states = zip(*results, strict=True)
     return exact, OpOutput(torch.cat(outs, 1), torch.cat(states))
-
-
-def _recurrent(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, state: Tensor | None
-) -> OpOutput:
-    return recurrent_delta_rule(q, k, v, log_decay=log_decay, erase=beta, write=beta, state=state)
 
 
 def draw_decode(case: DecodeCase, *, device: str, dtype: torch.dtype, seed: int = 0) -> DecodeInputs:
@@ -180,14 +167,27 @@ def draw_decode(case: DecodeCase, *, device: str, dtype: torch.dtype, seed: int 
     )
 
 
+def decode_settings(x: DecodeInputs) -> dict[str, Any]:
+    """Say what :func:`gendistill.ops.decode_delta_rule` is told of a step, but for its tokens and states."""
+    return {
+        "gate": "bounded",
+        "a_log": x.a_log,
+        "dt_bias": x.dt_bias,
+        "lower_bound": LOWER_BOUND,
+        "conv_weight": x.split(x.conv_weight, 0),
+        "conv_bias": x.split(x.conv_bias, 0),
+        "norm_weight": x.norm_weight,
+        "norm_eps": NORM_EPS,
+        "output_gate": x.output_gate,
+        "output_activation": "silu",
+    }
+
+
 def exact_decode(x: DecodeInputs) -> OpOutput:
     """Apply the definition in float64; ``out`` is ``[N, 1, H, K]``."""
     tensors = {name: part.double() for name, part in x._asdict().items() if isinstance(part, Tensor)}
     exact = x._replace(**tensors)
-    window = torch.cat([exact.conv_state, exact.qkv.transpose(1, 2)], dim=2)
-    mixed = ((window * exact.conv_weight).sum(2) + exact.conv_bias)[:, None]
-    q, k, v = (part.unflatten(-1, (-1, x.decay.shape[-1])) for part in exact.split(mixed, 2))
-    log_decay = bounded_log_decay(exact.decay, exact.a_log, exact.dt_bias, lower_bound=LOWER_BOUND)
-    out, state = _recurrent(l2norm(q), l2norm(k), v, log_decay, exact.beta.sigmoid(), exact.state)
-    out = out * torch.rsqrt(out.square().mean(-1, keepdim=True) + NORM_EPS) * exact.norm_weight
-    return OpOutput(out * F.silu(exact.output_gate.view_as(out)), state)
+    (q, k, v), state = exact.split(exact.qkv, 2), exact.state
+    settings = decode_settings(exact)
+    out = decode_delta_rule(q, k, v, exact.decay, exact.beta, state, conv_state=exact.conv_state, **settings)
+    return OpOutput(out, state)

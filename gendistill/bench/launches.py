@@ -6,12 +6,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-from gendistill_kernels import decode, delta_chunk, gated_norm, short_conv
-from gendistill_kernels.launch import Fixed
+from gendistill_kernels.conv import causal
+from gendistill_kernels.conv import rows as conv_rows
+from gendistill_kernels.delta import chunk, decode
+from gendistill_kernels.delta import rows as delta_rows
+from gendistill_kernels.norm import gated
+from gendistill_kernels.norm import rows as norm_rows
+from gendistill_kernels.runtime.launch import Fixed
+from gendistill_kernels.runtime.lookup import Table
 
 
 class Place(NamedTuple):
-    """Say where a kernel is launched.
+    """Where a kernel is launched.
 
     Attributes:
         module, launcher: Whose attribute the launcher is.
@@ -24,29 +30,37 @@ class Place(NamedTuple):
 
 
 PLACES = {
-    "prepare": Place(delta_chunk, "_prepare"),
-    "prepare_wild": Place(delta_chunk, "_prepare_wild"),
-    "scan": Place(delta_chunk, "_scan", False),
-    "summary": Place(delta_chunk, "_scan", True),
-    "carry": Place(delta_chunk, "_carry"),
-    "reverse_scan": Place(delta_chunk, "_reverse_scan", False),
-    "reverse_summary": Place(delta_chunk, "_reverse_scan", True),
-    "values": Place(delta_chunk, "_values"),
-    "keys": Place(delta_chunk, "_keys"),
-    "keys_wild": Place(delta_chunk, "_keys_wild"),
-    "sum_heads": Place(delta_chunk, "_sum_heads"),
-    "sum_chunks": Place(delta_chunk, "_sum_chunks"),
-    "conv_forward": Place(short_conv, "_forward"),
-    "conv_backward": Place(short_conv, "_backward"),
-    "norm_forward": Place(gated_norm, "_forward"),
-    "norm_backward": Place(gated_norm, "_backward"),
+    "prepare": Place(chunk, "_prepare"),
+    "prepare_levels": Place(chunk, "_prepare_levels"),
+    "scan": Place(chunk, "_scan", False),
+    "summary": Place(chunk, "_scan", True),
+    "carry": Place(chunk, "_carry"),
+    "reverse_scan": Place(chunk, "_reverse_scan", False),
+    "reverse_summary": Place(chunk, "_reverse_scan", True),
+    "values": Place(chunk, "_values"),
+    "keys": Place(chunk, "_keys"),
+    "keys_levels": Place(chunk, "_keys_levels"),
+    "sum_heads": Place(chunk, "_sum_heads"),
+    "sum_chunks": Place(chunk, "_sum_chunks"),
+    "conv_forward": Place(causal, "_forward"),
+    "conv_backward": Place(causal, "_backward"),
+    "norm_forward": Place(gated, "_forward"),
+    "norm_backward": Place(gated, "_backward"),
     "decode": Place(decode, "_decode"),
     "decode_group": Place(decode, "_decode"),
 }
 
 
+TABLES: tuple[Table[Any], ...] = (delta_rows.TABLE, conv_rows.TABLE, norm_rows.TABLE)
+
+
+def table_of(kernel: str) -> Table[Any]:
+    """Return the table that has the rows of a kernel."""
+    return next(table for table in TABLES if kernel in table.kernels)
+
+
 class Launch(NamedTuple):
-    """Hold what a launcher was told; ``launcher[grid](*arguments, **settings)`` does it again."""
+    """What a launcher was told; ``launcher[grid](*arguments, **settings)`` does it again."""
 
     launcher: Any
     grid: Any

@@ -25,7 +25,7 @@ _REPEATS = 3
 
 
 class Timing(NamedTuple):
-    """Hold milliseconds of a call.
+    """Milliseconds of a call.
 
     Attributes:
         median: Of the rounds' medians.
@@ -57,7 +57,7 @@ def relative_error(found: Tensor, exact: Tensor) -> float:
 
 
 class Expected(NamedTuple):
-    """Hold a small problem and its float64 answer, by name; ``step`` runs a contestant on it."""
+    """A small problem and its float64 answer, by name; ``step`` runs a contestant on it."""
 
     step: Callable[[Contestant], dict[str, Tensor]]
     answer: dict[str, Tensor]

@@ -21,7 +21,7 @@ _PLACE = re.compile(r"[A-Z0-9]{52}/\w+\.autotune\.json")
 
 
 class PeerTuning:
-    """Hold a file of choices, and put them where Triton looks for them, but for those that are there.
+    """A file of choices, put where Triton looks for them, but for those that are there.
 
     Args:
         path: The file; one that does not exist has none.

@@ -12,13 +12,12 @@ import torch
 from torch import Tensor
 
 from gendistill.bench.cases import LOWER_BOUND
-from gendistill.bench.inputs import NORM_EPS, DecodeInputs, SequenceInputs
-from gendistill.ops import OpOutput, gated_kda
-from gendistill.ops.types import Impl, triton_ops
+from gendistill.bench.inputs import NORM_EPS, DecodeInputs, SequenceInputs, decode_settings
+from gendistill.ops import Impl, OpOutput, chunk_kda, decode_delta_rule
 
 
 class Contestant(Protocol):
-    """Run the two ops under test."""
+    """Who runs the two ops under test."""
 
     label: str
 
@@ -35,13 +34,13 @@ class Contestant(Protocol):
 
 
 class Ours:
-    """Run our Triton kernels."""
+    """Our Triton kernels."""
 
     label = "gendistill"
 
     def sequence(self, x: SequenceInputs) -> OpOutput:
         """As :class:`Contestant` says."""
-        return gated_kda(
+        return chunk_kda(
             x.q,
             x.k,
             x.v,
@@ -58,21 +57,18 @@ class Ours:
 
     def decode(self, x: DecodeInputs) -> Callable[[], OpOutput]:
         """As :class:`Contestant` says; the state changes in place."""
-        state, conv_state, run = x.state.clone(), x.conv_state.clone(), triton_ops().triton_kda_decode
-        qkv, *taps = (
-            list(x.split(part, dim)) for part, dim in ((x.qkv, 2), (x.conv_weight, 0), (x.conv_bias, 0))
-        )
-        finish = (x.norm_weight, x.output_gate, x.kv_heads, "bounded", LOWER_BOUND, "identity", "silu")
+        state, conv_state = x.state.clone(), x.conv_state.clone()
+        q, k, v = x.split(x.qkv, 2)
+        settings = {**decode_settings(x), "conv_state": conv_state, "impl": Impl.TRITON}
 
         def step() -> OpOutput:
-            given = (qkv, x.decay, x.beta, state, x.a_log, x.dt_bias, *taps, conv_state)
-            return OpOutput(run(*given, *finish, NORM_EPS), state)
+            return OpOutput(decode_delta_rule(q, k, v, x.decay, x.beta, state, **settings), state)
 
         return step
 
 
 class FlaCore:
-    """Run the KDA ops of fla-core, with Triton kernels only and every fusion that they offer.
+    """The KDA ops of fla-core, with Triton kernels only and every fusion that they offer.
 
     Raises:
         PackageNotFoundError: It is not installed.

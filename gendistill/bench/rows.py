@@ -13,7 +13,7 @@ from rich.table import Table
 
 from gendistill.bench.cases import ERROR_BAR, ERROR_BARS, ERROR_RATIO_BAR, FORWARD, STEP, TRAIN
 from gendistill.report.plots import COLOURS, INK, MUTED
-from gendistill.report.results_table import ResultRow
+from gendistill.results.table import ResultRow
 
 NOT_MEASURED = "–"  # noqa: RUF001 an en dash is what tables use for an empty cell
 # keeps numbers apart from the lines behind them
@@ -22,7 +22,7 @@ _PLAIN = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measurement:
-    """Hold one quantity of one case, ours and the peer's.
+    """One quantity of one case, ours and the peer's.
 
     Attributes:
         case: Name of the case.
@@ -65,7 +65,7 @@ class Measurement:
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """Hold how far one geometry is from float64.
+    """How far one geometry is from float64.
 
     Attributes:
         case: Name of the first case that has it.

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from gendistill.data.batch import IGNORE, Batch
+from gendistill.ops import Segments
 
 START, SEPARATOR = 0, 1
 _FIRST, _SYMBOLS = 2, 32
@@ -100,7 +101,7 @@ def draw_batch(rows: int, tokens: int, *, seed: Sequence[int]) -> Batch:
         input_ids=whole[:, :-1].contiguous(),
         labels=whole[:, 1:].masked_fill(~counted, IGNORE),
         position_ids=torch.arange(tokens).expand(rows, tokens).contiguous(),
-        cu_seqlens=torch.arange(rows + 1, dtype=torch.int32) * tokens,
+        segments=Segments([tokens] * rows),
         num_labels=int(counted.sum()),
         num_tokens=rows * tokens,
     )

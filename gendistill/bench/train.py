@@ -18,17 +18,22 @@ from accelerate import Accelerator
 from rich.console import Console
 from rich.table import Table
 
+from gendistill.anatomy.full import FULL
+from gendistill.anatomy.groups import ParamGroup
+from gendistill.anatomy.kda import KDA
 from gendistill.bench.tasks import VOCABULARY, TaskStream, draw_batch
 from gendistill.config.objectives import CEConfig
 from gendistill.config.schema import ScheduleConfig, StageConfig
 from gendistill.data.batch import Batch
 from gendistill.models import HybridConfig, HybridForCausalLM
 from gendistill.paths import RunDir
-from gendistill.report.results_table import ResultRow
+from gendistill.results.table import ResultRow
+from gendistill.teachers.live import LiveTeacher
 from gendistill.training.console import TrainingConsole
+from gendistill.training.job import StageJob, StageResult
 from gendistill.training.log import read_metrics
-from gendistill.training.loop import StageResult, train_stage
-from gendistill.types import ParamGroup
+from gendistill.training.parallel import choose_parallel
+from gendistill.training.stage import train_stage
 
 Impl = Literal["auto", "reference", "triton"]
 _STAGE = "train"
@@ -42,7 +47,7 @@ MOST_SEEDS = len(_T)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setup:
-    """Say what is trained.
+    """What is trained.
 
     Attributes:
         steps: Optimizer steps of every run.
@@ -59,7 +64,7 @@ class Setup:
     seeds: int = 10
     rows: int = 8
     tokens: int = 200
-    mixers: tuple[str, ...] = ("kda", "full", "kda", "full")
+    mixers: tuple[str, ...] = (KDA.kind, FULL.kind) * 2
     hidden_size: int = 256
     heads: int = 4
     kv_heads: int = 2
@@ -110,7 +115,7 @@ class Setup:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Hold where every run ended.
+    """Where every run ended.
 
     Attributes:
         ours, reference: Held-out cross-entropy by seed, in nats per token.
@@ -271,20 +276,23 @@ class TrainBench:
         # more seeds may be added to a folder; as JSON, in which it will be read back
         lock = {name: value for name, value in asdict(setup).items() if name != "seeds"}
         lock |= {"mixers": list(setup.mixers), "impl": impl, "commit": self.commit}
-        return train_stage(
-            setup.stage(),
+        job = StageJob(
             name=_STAGE,
-            student=setup.model(seed, setup.mixers, impl),
-            # cross-entropy asks it nothing; held-out scores put it beside the student
-            teacher=setup.model(seed, ["full"]),
-            stream=TaskStream(setup.rows, setup.tokens, seed=seed),
+            config=setup.stage(),
             folder=RunDir(self.folder / run_name(impl, seed)).stage(_STAGE),
-            accelerator=Accelerator(cpu=self.cpu),
-            heldout=heldout,
             seed=seed,
-            console=TrainingConsole(console=self.console),
+            heldout=heldout,
             heldout_every=max(1, setup.steps // 10),
             lock={"bench": lock},
+        )
+        return train_stage(
+            job,
+            student=setup.model(seed, setup.mixers, impl),
+            # cross-entropy asks it nothing; held-out scores put it beside the student
+            teacher=LiveTeacher(setup.model(seed, ["full"])),
+            stream=TaskStream(setup.rows, setup.tokens, seed=seed),
+            parallel=choose_parallel(Accelerator(cpu=self.cpu)),
+            console=TrainingConsole(console=self.console),
         )
 
 

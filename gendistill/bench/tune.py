@@ -10,7 +10,7 @@ import functools
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -21,16 +21,19 @@ from torch import Tensor
 from gendistill.bench import measure
 from gendistill.bench.cases import GATES, LOWER_BOUND, Case, DecodeCase
 from gendistill.bench.inputs import DecodeInputs, SequenceInputs, draw_decode, draw_sequence
-from gendistill.bench.launches import Launch, watch
+from gendistill.bench.launches import PLACES, Launch, table_of, watch
 from gendistill.bench.measure import attempt, relative_error
-from gendistill.report.results_table import ResultRow
-from gendistill_kernels import configs
-from gendistill_kernels.configs import Config, Entry
-from gendistill_kernels.decode import Convolution, Finish, Heads, decode_step
-from gendistill_kernels.delta_chunk import Chunks, Inputs, Rule, chunk_backward, chunk_forward
-from gendistill_kernels.delta_plan import power_of_2
-from gendistill_kernels.gated_norm import gated_norm_backward, gated_norm_forward
-from gendistill_kernels.short_conv import Tiles, conv_backward, conv_forward
+from gendistill.results.table import ResultRow
+from gendistill_kernels.conv.causal import conv_backward, conv_forward
+from gendistill_kernels.conv.layout import Tiles
+from gendistill_kernels.delta.chunk import chunk_backward, chunk_forward
+from gendistill_kernels.delta.decode import decode_step
+from gendistill_kernels.delta.layout import Chunks, power_of_2
+from gendistill_kernels.delta.rows import ANY, is_many
+from gendistill_kernels.delta.rule import Convolution, Finish, Heads, Inputs, Rule
+from gendistill_kernels.norm.gated import gated_norm_backward, gated_norm_forward
+from gendistill_kernels.runtime.hardware import architecture
+from gendistill_kernels.runtime.lookup import Config, Row, forced
 
 # a candidate must save this part of the time to be called better: rounds differ by a percent or two
 MARGIN = 0.03
@@ -45,7 +48,7 @@ _SCANS = tuple(
 )
 CANDIDATES: dict[str, tuple[Config, ...]] = {
     "prepare": tuple(Config(block, warps) for block in (32, 64, 128) for warps in (4, 8)),
-    "prepare_wild": tuple(Config(block, warps) for block in (32, 64, 128) for warps in (4, 8)),
+    "prepare_levels": tuple(Config(block, warps) for block in (32, 64, 128) for warps in (4, 8)),
     "scan": _SCANS,
     "summary": _SCANS,
     "reverse_scan": _SCANS,
@@ -53,7 +56,7 @@ CANDIDATES: dict[str, tuple[Config, ...]] = {
     "carry": tuple(Config(block, warps) for block in (16, 32, 64) for warps in (4, 8)),
     "values": tuple(Config(256, warps) for warps in (4, 8)),
     "keys": tuple(Config(block, warps) for block in (16, 32, 64) for warps in (4, 8)),
-    "keys_wild": tuple(Config(1, warps) for warps in (4, 8)),
+    "keys_levels": tuple(Config(1, warps) for warps in (4, 8)),
     "sum_heads": tuple(Config(block, warps) for block in (512, 1024, 2048) for warps in (4, 8)),
     "sum_chunks": tuple(Config(block, warps) for block in (1024, 4096, 8192) for warps in (4, 8)),
     "conv_forward": tuple(
@@ -85,7 +88,7 @@ CANDIDATES: dict[str, tuple[Config, ...]] = {
 # kernels of the chunked rule, and whether states are kept; only the scan is launched both ways
 _CHUNKED = (
     ("prepare", False),
-    ("prepare_wild", False),
+    ("prepare_levels", False),
     ("scan", False),
     ("scan", True),
     ("summary", False),
@@ -94,56 +97,47 @@ _CHUNKED = (
     ("reverse_summary", True),
     ("values", True),
     ("keys", True),
-    ("keys_wild", True),
+    ("keys_levels", True),
     ("sum_heads", True),
     ("sum_chunks", True),
 )
 # whose block the table takes from elsewhere
-_NO_BLOCK = ("keys_wild", "values")
+_NO_BLOCK = ("keys_levels", "values")
 
 
 class Job(NamedTuple):
-    """Say what to tune, and how to reach it.
+    """What to tune, and how to reach it.
 
     Attributes:
         kernel: Its name in the table.
         case: Name of the case.
-        keys, values, size, many, save: Of :class:`Entry`.
+        key: What the kernel's table is asked for besides; jobs that share both are one.
         step: Runs the pass that the kernel is part of; returns its results by name.
     """
 
     kernel: str
     case: str
-    keys: int
-    values: int
-    size: int
-    many: bool
-    save: bool
+    key: tuple[Any, ...]
     step: Callable[[], dict[str, Tensor]]
 
     @property
     def shape(self) -> str:
         """What tables call it."""
-        words = [
-            f"K {self.keys}, V {self.values}, {self.size} bytes",
-            "many chains" if self.many else "few chains",
-        ]
-        return ", ".join([*words, "saving"] if self.save else words)
+        if len(self.key) == 1:
+            return f"{self.key[0]} bytes"
+        keys, values, size, many, save = self.key
+        words = [f"K {keys}, V {values}, {size} bytes", "many chains" if many else "few chains"]
+        return ", ".join([*words, "saving"] if save else words)
 
     @property
-    def entry(self) -> Entry:
+    def row(self) -> Row:
         """The row that the running GPU's part of the table has for it."""
-        where = configs.architecture(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-        return configs.find(where, *self.key)
-
-    @property
-    def key(self) -> tuple[str, int, int, int, bool, bool]:
-        """What the table is asked; jobs that share it are one."""
-        return self.kernel, self.keys, self.values, self.size, self.many, self.save
+        where = architecture(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        return table_of(self.kernel).find(where, self.kernel, *self.key)
 
 
 class Trial(NamedTuple):
-    """Hold what was found out about a configuration.
+    """What was found out about a configuration.
 
     Attributes:
         config: It.
@@ -158,7 +152,7 @@ class Trial(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """Hold the trials of one job; the first is the configuration in the table."""
+    """The trials of one job; the first is the configuration in the table."""
 
     job: Job
     trials: Sequence[Trial]
@@ -181,17 +175,11 @@ class Outcome:
 
     def paste(self) -> str:
         """Write the best as a row for the table, covering this job's sizes and those below."""
-        job, row = self.job, self.job.entry
-        keys, values = (
-            "ANY" if bound == configs.ANY else str(size)
-            for bound, size in ((row.keys, job.keys), (row.values, job.values))
-        )
-        many, save = (
-            None if bound is None else value for bound, value in ((row.many, job.many), (row.save, job.save))
-        )
-        sizes = f"{keys}, {values}, {job.size}, {many}, {save}"
+        row: Any = self.job.row.narrowed(self.best.config, *self.job.key)
+        kernel, *sizes, config = row
+        words = [f'"{kernel}"', *("ANY" if size == ANY else str(size) for size in sizes), code(config)]
         # two cases may ask for different rows of the same sizes
-        return f'Entry("{job.kernel}", {sizes}, {code(self.best.config)}),  # {job.case}'
+        return f"{type(row).__name__}({', '.join(words)}),  # {self.job.case}"
 
     def rows(self) -> list[ResultRow]:
         """Return the times as rows of a results file."""
@@ -226,9 +214,9 @@ def code(config: Config) -> str:
 
 def candidates(job: Job, now: Config) -> list[Config]:
     """Return what the table has, then what else to try: no block larger than what there is, nothing twice."""
-    most = job.keys if job.kernel in ("prepare", "prepare_wild", "keys") else job.values
-    if job.kernel.startswith(("norm", "conv", "decode", "sum_")):
-        most = configs.ANY
+    most = ANY
+    if not job.kernel.startswith(("norm", "conv", "decode", "sum_")):
+        most = job.key[0] if job.kernel in ("prepare", "prepare_levels", "keys") else job.key[1]
     others = CANDIDATES[job.kernel]
     if job.kernel in _NO_BLOCK:
         others = tuple(other._replace(block=now.block) for other in others)
@@ -292,9 +280,9 @@ class Tuner:
         found: list[Outcome] = []
         seen, start = set(), time.monotonic()
         for job in self.jobs:
-            if job.key in seen:
+            if (job.kernel, job.key) in seen:
                 continue
-            seen.add(job.key)
+            seen.add((job.kernel, job.key))
             spent = time.monotonic() - start
             if self.budget_s is not None and spent > self.budget_s:
                 self.console.print(
@@ -312,10 +300,10 @@ class Tuner:
         better = [outcome for outcome in found if outcome.best is not outcome.now]
         if better:
             self.console.print(
-                "rows to put above those of the same kernel in kernels/gendistill_kernels/configs.py:"
+                "rows to put above those of the same kernel in its family's rows.py in kernels/gendistill_kernels:"
             )
             # a row covers smaller sizes, too, and the first that covers a call is taken
-            for outcome in sorted(better, key=lambda one: one.job.key):
+            for outcome in sorted(better, key=lambda one: (one.job.kernel, one.job.key)):
                 self.console.print(f"    {outcome.paste()}", markup=False, soft_wrap=True)
         else:
             self.console.print(f"nothing is faster by {MARGIN:.0%} than what the table has")
@@ -323,8 +311,8 @@ class Tuner:
 
     def tune(self, job: Job) -> Outcome | None:
         """Try a job's candidates; None if its pass does not launch the kernel."""
-        now = job.entry.config
-        with configs.forced(job.kernel, now), watch(job.kernel) as launches:
+        now = job.row.config
+        with forced(job.kernel, now), watch(job.kernel) as launches:
             expected = {name: part.clone() for name, part in job.step().items()}
         if not launches:
             return None
@@ -332,7 +320,7 @@ class Tuner:
 
     def _try(self, job: Job, config: Config, expected: dict[str, Tensor]) -> Trial:
         def check() -> Launch:
-            with configs.forced(job.kernel, config), watch(job.kernel) as launches:
+            with forced(job.kernel, config), watch(job.kernel) as launches:
                 found = job.step()
             if reason := difference(found, expected):
                 raise ValueError(reason)
@@ -350,7 +338,7 @@ def make_jobs(
     *,
     dtype: torch.dtype,
     device: str = "cuda",
-    kernels: Collection[str] = configs.KERNELS,
+    kernels: Collection[str] = tuple(PLACES),
 ) -> Iterator[Job]:
     """Make what to tune for some cases, one after the other: the tensors of one part of a layer at a time."""
     for case in cases:
@@ -362,15 +350,15 @@ def _chunked(case: Case, dtype: torch.dtype, device: str) -> Iterator[Job]:
     """Go over the kernels of the chunked rule, with each gate; that which starts wildest has chunks out of range."""
     rows = case.batch if case.lengths is None else len(case.lengths)
     wide = power_of_2(case.channels)
-    many = configs.is_many(rows * case.heads, wide, packed=case.lengths is not None)
+    many = is_many(rows * case.heads, wide, packed=case.lengths is not None)
     chunks = None if case.lengths is None else Chunks.of(case.lengths, device)
     for gate in GATES:
         drawn = draw_sequence(case, gate, device=device, dtype=dtype)
         step = _chunked_step(drawn, Rule(gate, LOWER_BOUND), chunks)  # pyright: ignore[reportArgumentType]
         for kernel, save in _CHUNKED:
-            if kernel.endswith("_wild") == (gate == "softplus"):
-                sizes = (case.name, wide, wide, dtype.itemsize, many, save)
-                yield Job(kernel, *sizes, step=functools.partial(step, save))
+            if kernel.endswith("_levels") == (gate == "softplus"):
+                key = (wide, wide, dtype.itemsize, many, save)
+                yield Job(kernel, case.name, key, step=functools.partial(step, save))
 
 
 def _chunked_step(
@@ -406,7 +394,7 @@ def _convolution(case: Case, dtype: torch.dtype, device: str) -> Iterator[Job]:
         return {"out": out, "state": state, "d x": grads.x, "d weight": grads.weight}
 
     for kernel in ("conv_forward", "conv_backward"):
-        yield Job(kernel, case.name, 1, 1, dtype.itemsize, many=False, save=False, step=step)
+        yield Job(kernel, case.name, (dtype.itemsize,), step=step)
 
 
 def _norm(case: Case, dtype: torch.dtype, device: str) -> Iterator[Job]:
@@ -420,7 +408,7 @@ def _norm(case: Case, dtype: torch.dtype, device: str) -> Iterator[Job]:
         return {"out": gated_norm_forward(o, gain, gate), **found}
 
     for kernel in ("norm_forward", "norm_backward"):
-        yield Job(kernel, case.name, 1, 1, dtype.itemsize, many=False, save=False, step=step)
+        yield Job(kernel, case.name, (dtype.itemsize,), step=step)
 
 
 def _decoding(case: Case, dtype: torch.dtype, device: str) -> Iterator[Job]:
@@ -430,7 +418,7 @@ def _decoding(case: Case, dtype: torch.dtype, device: str) -> Iterator[Job]:
     for kernel, batch, kv_heads in (("decode", 64, case.heads), ("decode_group", 1, shared)):
         sizes = DecodeCase("step", batch, case.heads, case.channels, kv_heads)
         step = _decode_step(draw_decode(sizes, device=device, dtype=dtype))
-        yield Job(kernel, case.name, wide, wide, dtype.itemsize, many=False, save=False, step=step)
+        yield Job(kernel, case.name, (wide, wide, dtype.itemsize, False, False), step=step)
 
 
 def _decode_step(x: DecodeInputs) -> Callable[[], dict[str, Tensor]]:

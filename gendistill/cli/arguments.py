@@ -93,12 +93,12 @@ def all_overrides(arguments: argparse.Namespace) -> list[str]:
 
 def pipeline_module() -> ModuleType:
     """Import the pipeline, with torch and all."""
-    return _quietly("gendistill.pipeline")
+    return _quietly("gendistill.runs.pipeline")
 
 
 def scoring_module() -> ModuleType:
     """Import what scores models, with torch and all."""
-    return _quietly("gendistill.scoring")
+    return _quietly("gendistill.runs.scoring")
 
 
 def _quietly(name: str) -> ModuleType:

@@ -182,7 +182,7 @@ def _run_train(arguments: argparse.Namespace) -> int:
         if arguments.plot:
             save_plot(arguments.plot, arguments.output)
     if arguments.json:
-        from gendistill.report.results_table import write_results_json
+        from gendistill.results.table import write_results_json
 
         device, rows = torch.cuda.get_device_name(), found.rows(bench.impls)
         write_results_json(arguments.json, command=command_line(), device=device, rows=rows, commit=commit)
@@ -195,14 +195,14 @@ def _run_tune(arguments: argparse.Namespace) -> int:
     _check_device("tune")
     import torch
 
+    from gendistill.bench.launches import PLACES
     from gendistill.bench.tune import Outcome, Tuner, make_jobs
-    from gendistill.report.results_table import write_results_json
-    from gendistill_kernels.configs import KERNELS
+    from gendistill.results.table import write_results_json
 
-    kernels = arguments.kernels or list(KERNELS)
-    if unknown := [name for name in kernels if name not in KERNELS]:
+    kernels = arguments.kernels or list(PLACES)
+    if unknown := [name for name in kernels if name not in PLACES]:
         raise RecipeError(
-            f"no kernel {', '.join(unknown)} in the table; there are {', '.join(KERNELS)}", where="--kernels"
+            f"no kernel {', '.join(unknown)} in the table; there are {', '.join(PLACES)}", where="--kernels"
         )
     device = torch.cuda.get_device_name()
 
@@ -272,7 +272,7 @@ def _commit(arguments: argparse.Namespace) -> str | None:
 def _check_device(action: str, *, smoke: bool = False) -> None:
     import torch
 
-    from gendistill.ops import resolve_impl
+    from gendistill.ops import resolve
 
     command = f"gendistill bench {action}"
     if smoke and os.environ.get("TRITON_INTERPRET") != "1":
@@ -286,7 +286,7 @@ def _check_device(action: str, *, smoke: bool = False) -> None:
             hint="gendistill doctor says why",
         )
     try:
-        resolve_impl("triton", op="kda", device=torch.device("cpu" if smoke else "cuda"))
+        resolve("triton", op="delta_rule", device=torch.device("cpu" if smoke else "cuda"))
     except ValueError as error:
         raise GendistillError(str(error)) from error
 
@@ -314,7 +314,7 @@ def _saver(
 ) -> Callable[[Sequence[Measurement]], None]:
     """Return what writes a results file of everything measured so far."""
     from gendistill.provenance import installed_versions
-    from gendistill.report.results_table import write_results_json
+    from gendistill.results.table import write_results_json
 
     label = peer.label if peer else None
     versions = installed_versions() | (dict([label.split()]) if label else {})

@@ -28,7 +28,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise RecipeError(f"--num-rows must be at least 1, got {arguments.num_rows}", where="--num-rows")
     from rich.console import Console
 
-    from gendistill.data.preview import render_preview
+    from gendistill.runs.preview import render_preview
 
     Console(highlight=False, soft_wrap=True).print(render_preview(recipe, stage, arguments.num_rows))
     return 0

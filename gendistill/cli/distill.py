@@ -32,7 +32,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         return print_plan(recipe, arguments)
     if arguments.num_processes > 1 and not is_launched():
-        from gendistill.advice import check_batches
+        from gendistill.runs.advice import check_batches
 
         check_batches(recipe, arguments.num_processes)
         return launch(arguments.num_processes)

@@ -210,7 +210,7 @@ def _is_distribution(folder: Path) -> bool:
 
 
 def check_ops() -> Check:
-    """The chunked KDA op agrees with the token-by-token definition, on the device that would be used."""
+    """The chunked delta rule agrees with the token-by-token definition, on the device that would be used."""
     import torch
 
     from gendistill.ops import chunk_delta_rule, l2norm, recurrent_delta_rule
@@ -224,17 +224,28 @@ def check_ops() -> Check:
 
     q, k = (l2norm(draw(batch, tokens, heads, channels)) for _ in range(2))
     v = draw(batch, tokens, heads, channels)
-    gates = {
-        "log_decay": -draw(batch, tokens, heads, channels).abs(),
-        "erase": draw(batch, tokens, heads).sigmoid(),
-        "write": draw(batch, tokens, heads).sigmoid(),
-    }
-    chunked, exact = chunk_delta_rule(q, k, v, **gates), recurrent_delta_rule(q, k, v, **gates)
+    decay, beta = -draw(batch, tokens, heads, channels).abs(), draw(batch, tokens, heads).sigmoid()
+    chunked, exact = (rule(q, k, v, decay, beta) for rule in (chunk_delta_rule, recurrent_delta_rule))
     error = float((chunked.out - exact.out).norm() / exact.out.norm())
     detail = f"chunked against token by token on {device}: relative error {error:.1e}"
     if not error < 1e-4:
         return Check("kda op", Status.FAIL, detail, "reinstall torch; if it stays, report this line")
     return Check("kda op", Status.PASS, detail)
+
+
+def check_launches() -> Check:
+    """Kernels are launched with little work on the host, or it says why not."""
+    version = _installed("triton")
+    if version is None:
+        return Check("launches", Status.PASS, "triton is not installed; every op runs on its reference")
+    from gendistill_kernels.runtime.launch import SWITCH, why_plain
+
+    reason = why_plain()
+    if reason is None:
+        return Check("launches", Status.PASS, f"triton {version}; kernels take the fast launcher")
+    detail = f"kernels are launched by Triton itself, 20 to 50 microseconds each: {reason}"
+    fix = f"unset {SWITCH}" if SWITCH in reason else 'pip install "triton==3.6.*"'
+    return Check("launches", Status.WARN, detail, fix)
 
 
 def check_disk() -> Check:
@@ -305,6 +316,7 @@ CHECKS: tuple[Callable[[], Check], ...] = (
     check_kernels_folder,
     check_accelerate,
     check_ops,
+    check_launches,
     check_disk,
     check_cache,
     check_hub,

@@ -27,7 +27,7 @@ def print_plan(recipe: Recipe, arguments: argparse.Namespace, *, stages: bool = 
         arguments: Parsed command line; ``num_processes`` is read where the command has it.
         stages: Whether stages and memory belong to the command.
     """
-    from gendistill.planning import plan_run
+    from gendistill.runs.planning import plan_run
 
     plan = plan_run(recipe, num_processes=getattr(arguments, "num_processes", 1))
     if arguments.json:

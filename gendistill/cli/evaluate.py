@@ -17,12 +17,18 @@ from gendistill.cli.arguments import (
     scoring_module,
 )
 from gendistill.errors import RecipeError
+from gendistill_evals import (
+    PROTOCOLS,
+    list_questions,
+    list_tasks,
+    load_questions,
+    load_task,
+    load_tasks,
+)
+from gendistill_evals.protocols import lead_protocols
 
-_PROTOCOLS = {
-    "both": ("likelihood", "generation"),
-    "likelihood": ("likelihood",),
-    "generation": ("generation",),
-}
+# The first protocol of each family, which is what the hidden gap compares.
+_BOTH = "both"
 _PATHS = ("model", "out", "teacher", "questions")
 # The longest name that every file system takes leaves room for what is written beside the folder.
 _LONGEST_NAME = 100
@@ -36,7 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="changes, where MODEL is a recipe")
     parser.add_argument("--tasks", metavar="A,B", help="task names or task.yaml files, separated by commas")
-    parser.add_argument("--protocols", choices=sorted(_PROTOCOLS), default=None, help="both unless given")
+    parser.add_argument(
+        "--protocols", choices=sorted([_BOTH, *PROTOCOLS]), default=None, help=f"{_BOTH} unless given"
+    )
     parser.add_argument(
         "--limit", type=_positive, metavar="N", help="first N items per task; marked in tables"
     )
@@ -70,7 +78,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _positive(text: str) -> int:
     # isdigit() takes superscripts and digits of other scripts too, and int() refuses thousands of digits.
     if not (text.isascii() and text.isdigit()) or len(text) > 18 or int(text) < 1:
-        raise argparse.ArgumentTypeError(f'"{text[:_LONGEST_NAME]}" is no number above 0')
+        raise argparse.ArgumentTypeError(f'"{text[:_LONGEST_NAME]}" is not a number above 0')
     return int(text)
 
 
@@ -101,8 +109,6 @@ def _score_recipe(arguments: argparse.Namespace) -> int:
 
 
 def _score_model(arguments: argparse.Namespace) -> int:
-    from gendistill_evals import load_questions, load_tasks
-
     tasks = tuple(name.strip() for name in (arguments.tasks or "").split(",") if name.strip())
     if not tasks and not arguments.questions:
         raise RecipeError(
@@ -118,10 +124,10 @@ def _score_model(arguments: argparse.Namespace) -> int:
         load_questions(arguments.questions)
     out = Path(arguments.out) if arguments.out else Path("evals") / _folder_name(arguments.model)
     _check_out(out)
-    results = scoring_module().evaluate_model(
+    results = scoring_module().score_checkpoint(
         arguments.model,
         tasks=tasks,
-        protocols=_PROTOCOLS[arguments.protocols or "both"],
+        protocols=_protocols(arguments.protocols or _BOTH),
         limit=arguments.limit,
         batch_size=arguments.batch_size or 8,
         out=out,
@@ -134,6 +140,10 @@ def _score_model(arguments: argparse.Namespace) -> int:
     _print_scores(results)
     print(f"ok        {out}")
     return 0
+
+
+def _protocols(given: str) -> tuple[str, ...]:
+    return tuple(lead_protocols().values()) if given == _BOTH else (given,)
 
 
 def _check_path(flag: str, text: str | None) -> None:
@@ -172,10 +182,12 @@ def _check_out(out: Path) -> None:
 
 
 def _print_scores(results: dict[str, Any]) -> None:
-    """Print both protocols side by side, in percent."""
-    rows: list[tuple[str, ...]] = [("task", "likelihood", "generation", "n", "")]
+    """Print the protocols side by side, in percent: both, and others that anything was scored by."""
+    leads = lead_protocols().values()
+    shown = [name for name in PROTOCOLS if name in leads or any(task.get(name) for task in results["tasks"])]
+    rows: list[tuple[str, ...]] = [("task", *shown, "n", "")]
     for task in results["tasks"]:
-        scores = [task[protocol] for protocol in ("likelihood", "generation")]
+        scores = [task.get(protocol) for protocol in shown]
         cells = ["-" if score is None else f"{100 * score['value']:.1f}" for score in scores]
         rows.append(
             (task["task"], *cells, f"{task['n']:,}", f"LIMIT {task['limit']}" if task["limit"] else "")
@@ -187,8 +199,6 @@ def _print_scores(results: dict[str, Any]) -> None:
 
 
 def _list(arguments: argparse.Namespace) -> int:
-    from gendistill_evals import list_questions, list_tasks, load_task
-
     tasks = [load_task(name) for name in list_tasks()]
     if arguments.json:
         content = [

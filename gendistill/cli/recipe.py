@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 from dataclasses import asdict
@@ -11,21 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gendistill.cli.arguments import Parser, add_json, add_recipe, find_tasks, print_json
-from gendistill.config.base import Affects
 from gendistill.errors import RecipeError
 from gendistill.text import printable
 
 if TYPE_CHECKING:
     from gendistill.config.load import LoadedRecipe
     from gendistill.config.schema import Recipe
-
-
-_AFFECTS = {
-    Affects.RESULT: "the result",
-    Affects.ARITHMETIC: "rounding",
-    Affects.CONTENT: "the result, if it holds something else",
-    Affects.NOTHING: "nothing that is finished",
-}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -163,8 +153,8 @@ def _target(text: str, source: Path) -> Path:
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    from gendistill.advice import advise, known_teacher
     from gendistill.config.load import read_recipe
+    from gendistill.runs.advice import advise, known_teacher
 
     loaded = read_recipe(arguments.recipe, arguments.overrides)
     recipe = loaded.recipe
@@ -190,6 +180,7 @@ def _summary(recipe: Recipe) -> str:
 def _schema(arguments: argparse.Namespace) -> int:
     from gendistill.config.document import shortened
     from gendistill.config.explain import annotations_at, closest, is_section, settings, words_at
+    from gendistill.config.reference import type_words
 
     path = tuple(step for step in arguments.at.split(".") if step)
     found = annotations_at(path)
@@ -211,7 +202,7 @@ def _schema(arguments: argparse.Namespace) -> int:
         print_json(schemas[0] if len(schemas) == 1 else {"anyOf": schemas})
         return 0
     if not sections:
-        print(f"{arguments.at}: {_type_words(found)}")
+        print(f"{arguments.at}: {type_words(found)}")
         words = words_at(path)
         if words:
             print(f"  allowed: {', '.join(words)}")
@@ -221,46 +212,20 @@ def _schema(arguments: argparse.Namespace) -> int:
 
 
 def _print_section(section: Any) -> None:
-    from gendistill.config.explain import alternatives, is_section, settings
+    from gendistill.config.explain import alternatives_of, is_section, settings
+    from gendistill.config.reference import default_words, type_words
 
     print(f"{section.__name__}: {(section.__doc__ or '').strip().splitlines()[0]}")
     for name, field in settings(section).items():
-        types = alternatives(field.annotation)
-        default = (
-            "required" if field.is_required() else _default(field.get_default(call_default_factory=True))
-        )
+        types = alternatives_of(field)
         about = f"  {field.description}" if field.description else ""
-        kind = "section" if any(is_section(one) for one in types) else _type_words(types)
-        print(f"  {name:24} {kind:28} {default:16}{about}".rstrip())
-
-
-def _default(value: Any) -> str:
-    if hasattr(value, "model_dump"):
-        return "{}"
-    return json.dumps(value, default=str)
-
-
-def _type_words(types: list[Any]) -> str:
-    """Name types as people write them."""
-    from typing import Literal, get_args, get_origin
-
-    names = {str: "text", int: "whole number", float: "number", bool: "true/false", type(None): "null"}
-    words = []
-    for one in types:
-        origin, arguments = get_origin(one), get_args(one)
-        if origin is Literal:
-            words.append(" | ".join(str(word) for word in arguments))
-        elif origin in (tuple, list):
-            words.append("list")
-        elif origin is dict or getattr(one, "__pydantic_fields__", None):
-            words.append("section")
-        else:
-            words.append(names.get(one, getattr(one, "__name__", str(one))))
-    return " | ".join(dict.fromkeys(words))
+        kind = "section" if any(is_section(one) for one in types) else type_words(types)
+        print(f"  {name:24} {kind:28} {default_words(field):16}{about}".rstrip())
 
 
 def _diff(arguments: argparse.Namespace) -> int:
     from gendistill.config.load import diff_recipes, load_recipe
+    from gendistill.config.reference import AFFECTED
 
     rows = diff_recipes(load_recipe(arguments.recipe), load_recipe(arguments.other))
     if arguments.json:
@@ -268,7 +233,7 @@ def _diff(arguments: argparse.Namespace) -> int:
         return 0
     for row in rows:
         change = f"{_one_line(row.first)}  ->  {_one_line(row.second)}"
-        print(f"{row.setting:40} {change:32} affects {_AFFECTS[row.affects]}")
+        print(f"{row.setting:40} {change:32} affects {AFFECTED[row.affects]}")
     if not rows:
         print("the two recipes are equal")
     return 0

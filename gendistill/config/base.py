@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any
+from typing import Annotated, Any, Union
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    TypeAdapter,
+    ValidationInfo,
+    ValidatorFunctionWrapHandler,
+)
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 
 class Affects(IntEnum):
@@ -27,12 +38,72 @@ class Affects(IntEnum):
     RESULT = 3
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class OneWordOf:
+    """The words that a text may be, as a mark in its annotation.
+
+    A ``Literal`` whose words are looked up when a recipe is read: other packages may have added some by then.
+
+    Attributes:
+        words: Usually a mapping from the words to what they mean.
+    """
+
+    words: Collection[str]
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> CoreSchema:
+        return core_schema.no_info_plain_validator_function(self._checked)
+
+    def __get_pydantic_json_schema__(self, schema: Any, handler: Any) -> dict[str, Any]:
+        return {"type": "string", "enum": list(self.words)}
+
+    def _checked(self, value: Any) -> str:
+        if isinstance(value, str) and value in self.words:
+            return value
+        raise PydanticCustomError(
+            "literal_error", "Input should be {expected}", {"expected": " or ".join(map(repr, self.words))}
+        )
+
+
 class Section(BaseModel):
     """Reject unknown keys and stay unchanged once read."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, populate_by_name=True, allow_inf_nan=False, defer_build=True
     )
+
+
+class OneSectionOf:
+    """Annotation of a setting that takes one of several sections, told apart by their ``kind``.
+
+    A section that is added to the mapping later is accepted from then on.
+
+    Args:
+        sections: Kind to section; each has ``kind: Literal[...]`` of its own.
+    """
+
+    def __init__(self, sections: Mapping[str, type[Section]]) -> None:
+        self.sections = sections
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        known = dict(self.sections)
+
+        def read(value: Any, read_known: ValidatorFunctionWrapHandler, info: ValidationInfo) -> Any:
+            kind = value.get("kind") if isinstance(value, dict) else getattr(value, "kind", None)
+            if self.sections.get(str(kind)) is known.get(str(kind)):
+                return read_known(value)
+            late = TypeAdapter(_union(self.sections))
+            # recipes are read from strict JSON, of which only the values arrive here
+            if info.mode == "json":
+                return late.validate_json(json.dumps(value), strict=True)
+            return late.validate_python(value)
+
+        return core_schema.with_info_wrap_validator_function(
+            read, handler.generate_schema(_union(known)), serialization=core_schema.simple_ser_schema("any")
+        )
+
+
+def _union(sections: Mapping[str, type[Section]]) -> Any:
+    return Annotated[Union[tuple(sections.values())], Field(discriminator="kind")]  # noqa: UP007
 
 
 def affects(section: type[Section], name: str) -> Affects:

@@ -20,6 +20,7 @@ Path = tuple[str | int, ...]
 Scalar = str | int | float | bool | None
 
 COMMAND_LINE = "command line"
+CALL = "()"  # how the place of a value that was written in Python ends
 # far above any recipe, far below what slows the reader down or exhausts its stack
 MOST_CHARACTERS = 1_000_000
 MOST_VALUES = 100_000
@@ -32,7 +33,7 @@ class Node:
 
     Attributes:
         content: Scalar, ``dict`` of nodes, or ``list`` of nodes.
-        place: File name, or ``command line``.
+        place: File name, ``command line``, or a function of gendistill, as in ``gendistill.distill()``.
         line: Line of the key or value, from 1; None on the command line.
         written: Text of an unquoted scalar, before it was read as a number, boolean or null.
     """

@@ -11,10 +11,12 @@ from enum import Enum
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from gendistill.config.base import Section
+from gendistill.config.base import OneSectionOf, OneWordOf, Section
 from gendistill.config.document import Node, Path, dotted, shortened
+from gendistill.config.mixers import MixersConfig, mixers_section
 from gendistill.config.problems import Problem
 from gendistill.config.schema import MixtureConfig, Recipe
 
@@ -56,10 +58,22 @@ def alternatives(annotation: Any) -> list[Any]:
     """Flatten an annotation into the plain types it allows."""
     origin = get_origin(annotation)
     if origin is Annotated:
-        return alternatives(get_args(annotation)[0])
+        inner, *marks = get_args(annotation)
+        for mark in marks:
+            if isinstance(mark, OneWordOf):
+                return [Literal[tuple(mark.words)]]  # pyright: ignore[reportInvalidTypeForm]
+        return alternatives(inner)
     if origin in (Union, types.UnionType):
         return [leaf for part in get_args(annotation) for leaf in alternatives(part)]
-    return [annotation]
+    return [mixers_section() if annotation is MixersConfig else annotation]
+
+
+def alternatives_of(field: FieldInfo) -> list[Any]:
+    """List the plain types that a setting allows."""
+    for mark in field.metadata:
+        if isinstance(mark, OneSectionOf):
+            return list(mark.sections.values())
+    return alternatives(field.annotation)
 
 
 def is_section(annotation: Any) -> bool:
@@ -90,7 +104,7 @@ def annotations_at(path: Path, root: Node | None = None) -> list[Any]:
 def _step(annotation: Any, step: str | int) -> list[Any]:
     if is_section(annotation):
         field = settings(annotation).get(str(step)) or annotation.model_fields.get(str(step))
-        return alternatives(field.annotation) if field else []
+        return alternatives_of(field) if field else []
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is dict:
         return alternatives(arguments[1])
@@ -293,6 +307,17 @@ def bounds_at(path: Path, root: Node | None = None) -> str:
             _collect_bounds([*field.metadata, field.annotation] if field else [], found)
         else:
             _collect_bounds(get_args(section)[1:], found)
+    return _range(found)
+
+
+def bounds_of(field: Any) -> str:
+    """Describe the numbers that a pydantic field allows, as ``bounds_at`` does."""
+    found: dict[str, float] = {}
+    _collect_bounds([*field.metadata, field.annotation], found)
+    return _range(found)
+
+
+def _range(found: dict[str, float]) -> str:
     low, high = found.get("ge", found.get("gt")), found.get("le", found.get("lt"))
     if low is None or high is None:
         return ""

@@ -8,9 +8,10 @@ unsurprising: another ``kind`` replaces the whole section, a stage length replac
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path as FilePath
 from typing import Any
@@ -132,8 +133,46 @@ def read_recipe(path_or_name: str | FilePath, overrides: Sequence[str] = ()) -> 
     root = _apply_extends(root, file, problems)
     for override in overrides:
         root = _apply_override(root, override, problems)
-    root = _without_nulls(root)
-    problems += none_words(root)
+    recipe, root = _validated(_without_nulls(root), problems)
+    return LoadedRecipe(recipe=recipe, file=file, written=root)
+
+
+def build_recipe(content: Mapping[str, Any], *, caller: str) -> Recipe:
+    """Validate a recipe that was written in Python; relative paths start from the current folder.
+
+    Args:
+        content: Sections as in YAML; tuples count as lists, paths as text.
+        caller: Where it was written, for errors.
+    Raises:
+        RecipeError: Everything that is wrong in it.
+    """
+    problems: list[Problem] = []
+    root = _node(content, (), caller, problems)
+    return _validated(root, problems)[0]
+
+
+def _node(value: Any, path: Path, caller: str, problems: list[Problem]) -> Node:
+    """Turn plain data into a tree whose every value was written by ``caller``."""
+    if isinstance(value, Mapping):
+        children = {str(key): _node(each, (*path, str(key)), caller, problems) for key, each in value.items()}
+        return Node(children, caller)
+    if isinstance(value, list | tuple):
+        return Node([_node(each, (*path, at), caller, problems) for at, each in enumerate(value)], caller)
+    if isinstance(value, FilePath):
+        value = str(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        problems.append(Problem(caller, dotted(path), f"{value} is no finite number", "give a number"))
+        value = 0
+    elif value is not None and not isinstance(value, bool | int | float | str):
+        allowed = "numbers, texts, true and false, None, lists and dictionaries"
+        problems.append(Problem(caller, dotted(path), f"a {type(value).__name__} is not a setting", allowed))
+        value = None
+    return Node(value, caller)
+
+
+def _validated(root: Node, problems: list[Problem]) -> tuple[Recipe, Node]:
+    """Return the recipe that a tree describes, and the tree with absolute paths; or raise all its problems."""
+    problems = problems + none_words(root)
     if bad := unprintable(root):
         raise RecipeProblems([*problems, *bad])
     root = with_absolute_paths(root, problems)
@@ -146,7 +185,7 @@ def read_recipe(path_or_name: str | FilePath, overrides: Sequence[str] = ()) -> 
         raise RecipeProblems(problems) from error
     if problems:
         raise RecipeProblems(problems)
-    return LoadedRecipe(recipe=recipe, file=file, written=root)
+    return recipe, root
 
 
 def _with_bounds(problem: Problem, root: Node) -> Problem:
@@ -216,13 +255,18 @@ def _apply_extends(root: Node, file: FilePath, problems: list[Problem]) -> Node:
         )
         return rest
     try:
-        found = FilePath(resolve(name, ("extends",), folders_of(extends, ("extends",))))
+        found = asset_dir("recipes") / f"{name}.yaml"
+        if name not in recipe_names():
+            found = FilePath(resolve(name, ("extends",), folders_of(extends, ("extends",))))
     except ValueError as error:
         problems.append(Problem(extends.origin, "extends", str(error), "write base/qwen3.yaml"))
         return rest
     if not (exists(found) and found.is_file()):
-        bases = sorted(f"base/{path.name}" for path in (asset_dir("recipes") / "base").glob("*.yaml"))
-        message = f'there is no file "{shortened(name)}"{closest(name, bases)}\nbuilt in: {", ".join(bases)}'
+        known = [
+            *recipe_names(),
+            *(f"base/{each.name}" for each in sorted(asset_dir("recipes").glob("base/*"))),
+        ]
+        message = f'there is no file "{shortened(name)}"{closest(name, known)}\nbuilt in: {", ".join(known)}'
         problems.append(Problem(extends.origin, "extends", message, "correct the path, or delete the line"))
         return rest
     base = _read_file(found, problems)

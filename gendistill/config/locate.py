@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from glob import has_magic
 from pathlib import Path as FilePath
 
-from gendistill.config.document import COMMAND_LINE, Node, Path, dotted, shortened
+from gendistill.config.document import CALL, COMMAND_LINE, Node, Path, dotted, shortened
 from gendistill.config.problems import Problem
 from gendistill.config.schema import Recipe
 from gendistill.paths import asset_dir
@@ -62,7 +62,7 @@ def may_be_path(path: Path) -> bool:
 
 def folders_of(node: Node, path: Path) -> tuple[FilePath, ...]:
     """List the folders that a relative path may start from, the first choice first."""
-    if path == ("output",) or node.place in (COMMAND_LINE, DEFAULT):
+    if path == ("output",) or node.place in (COMMAND_LINE, DEFAULT) or node.place.endswith(CALL):
         return (FilePath.cwd(),)
     return _absolute(FilePath(node.place)).parent, asset_dir("recipes")
 

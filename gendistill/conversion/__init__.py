@@ -1,1 +1,1 @@
-"""Turn a pretrained checkpoint into a hybrid student: resolve, plan, execute, probe."""
+"""Turn a pretrained model into a hybrid student: plan, execute, probe."""

@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gendistill.conversion.checkpoint import Checkpoint
+from gendistill.checkpoints.progress import byte_progress
+from gendistill.checkpoints.resolve import Checkpoint
+from gendistill.checkpoints.tensors import NewTensor, TensorInfo, read_tensor_index, write_shards
 from gendistill.conversion.plan import ConversionPlan, Origin, TensorStep
-from gendistill.conversion.progress import byte_progress
-from gendistill.conversion.tensors import NewTensor, TensorInfo, read_tensor_index, write_shards
 from gendistill.errors import CheckpointError, OutputError
 from gendistill.mixers.init import initial_value
 from gendistill.models.io import copy_companions

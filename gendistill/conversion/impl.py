@@ -1,4 +1,4 @@
-"""Say which implementation a student's linear layers will use on a device, and why."""
+"""Which implementation a student's mixers will use on a device, and why."""
 
 from __future__ import annotations
 
@@ -7,18 +7,19 @@ from typing import Any
 
 import torch
 
+from gendistill.anatomy.mixers import MIXERS
+from gendistill.anatomy.placement import Placement
 from gendistill.errors import RecipeError
-from gendistill.ops import types as op_types
-from gendistill.types import Placement
+from gendistill.ops import select
 
 
 @dataclass(frozen=True, slots=True)
 class ImplChoice:
-    """Say what a recipe's ``student.impl`` means on one machine.
+    """What a recipe's ``student.impl`` means on one machine.
 
     Attributes:
         requested: ``auto``, ``reference`` or ``triton``.
-        impl: ``reference`` or ``triton``; None if the student has no linear layers.
+        impl: ``reference`` or ``triton``; None if no mixer of the student has a choice.
         reason: What decided.
     """
 
@@ -49,11 +50,12 @@ def choose_impl(
     Raises:
         RecipeError: The requested implementation cannot run there.
     """
-    kinds = [placement.kinds[layer] for layer in placement.linear_layers]
-    if not kinds:
+    ops = dict.fromkeys(spec.op for spec in map(MIXERS.__getitem__, placement.kinds) if spec.op is not None)
+    if not ops:
         return ImplChoice(requested, None, "no linear layers")
     try:
-        impl = op_types.resolve_impl(requested, op=kinds[0].value, device=device)
+        # every family has the same obstacles so far
+        impl = [select.resolve(requested, op=op, device=device) for op in ops][-1]
     except ValueError as error:
         raise RecipeError(
             str(error),
@@ -62,8 +64,8 @@ def choose_impl(
         ) from error
     if requested != "auto":
         return ImplChoice(requested, impl.value, "set by student.impl")
-    if impl is op_types.Impl.TRITON:
+    if impl is select.Impl.TRITON:
         return ImplChoice(requested, impl.value, f"auto; {device_name}")
     if device.type != "cuda":
         return ImplChoice(requested, impl.value, f"auto; no CUDA device, torch runs on {device.type}")
-    return ImplChoice(requested, impl.value, f"auto; {device_name}: {op_types.triton_obstacle(device)}")
+    return ImplChoice(requested, impl.value, f"auto; {device_name}: {select.obstacle('delta_rule', device)}")

@@ -11,12 +11,17 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any
 
-from gendistill.config.mixers import KDAConfig, MixersConfig
-from gendistill.conversion.family import Geometry, attention_shapes, block_shapes, outer_shapes, read_geometry
-from gendistill.conversion.tensors import DTYPE_BYTES, NewTensor, TensorInfo
+from gendistill.anatomy.family import Geometry, attention_shapes, block_shapes, outer_shapes
+from gendistill.anatomy.geometry import read_geometry
+from gendistill.anatomy.groups import layer_part
+from gendistill.anatomy.mixers import MIXERS
+from gendistill.anatomy.placement import Placement
+from gendistill.anatomy.settings import to_plain
+from gendistill.anatomy.spec import Init, ParameterSpec
+from gendistill.checkpoints.tensors import DTYPE_BYTES, NewTensor, TensorInfo
+from gendistill.config.mixers import MixersConfig
 from gendistill.errors import CheckpointError, RecipeError
-from gendistill.parameters import Init, ParameterSpec, kda_parameters
-from gendistill.types import MixerKind, Placement
+from gendistill.types import short_count
 
 _FLOATS = ("F32", "F16", "BF16")
 # facts about the teacher's own file and defaults of transformers, neither of which belong into a student
@@ -29,7 +34,7 @@ _NOT_INHERITED = (
 
 
 class Origin(StrEnum):
-    """Say how a tensor of the student comes about."""
+    """How a tensor of the student comes about."""
 
     COPIED = "copied"
     TRANSFORMED = "transformed"
@@ -38,7 +43,7 @@ class Origin(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class TensorStep:
-    """Make one tensor of the student.
+    """The making of one tensor of the student.
 
     Attributes:
         name: In the student.
@@ -74,7 +79,7 @@ class TensorStep:
 
 @dataclass(frozen=True, slots=True)
 class DroppedTensor:
-    """Name a teacher tensor that the student does not have, and why."""
+    """A teacher tensor that the student does not have, and why."""
 
     name: str
     reason: str
@@ -82,7 +87,7 @@ class DroppedTensor:
 
 @dataclass(frozen=True, slots=True)
 class ConversionPlan:
-    """Say what becomes of every tensor.
+    """What becomes of every tensor.
 
     Attributes:
         steps: One per tensor of the student, in the order of the model.
@@ -113,6 +118,15 @@ class ConversionPlan:
             for origin in Origin
         }
 
+    def __str__(self) -> str:
+        lines = [f"{self.placement}; {short_count(self.num_parameters)} parameters"]
+        for origin, count in self.parameters_by_origin().items():
+            steps = [step for step in self.steps if step.origin is origin]
+            if steps:
+                lines.append(f"{origin:<12} {len(steps):>4} tensors  {short_count(count):>6} parameters")
+        lines += [f"dropped      {item.name}: {item.reason}" for item in self.dropped]
+        return "\n".join(lines)
+
     def to_json(self) -> dict[str, Any]:
         """Return the plan as plain data for plan.json."""
         steps = []
@@ -129,7 +143,7 @@ class ConversionPlan:
                 entry["how"] = step.describe()
             steps.append(entry)
         return {
-            "placement": [kind.value for kind in self.placement.kinds],
+            "placement": list(self.placement.kinds),
             "parameters": {"total": self.num_parameters, **self.parameters_by_origin()},
             "bytes": self.num_bytes,
             "student_config": self.student_config,
@@ -161,8 +175,9 @@ def plan_conversion(
         )
     student_config = _student_config(config, geometry, placement, mixers)
     _check_teacher(geometry, tensors)
-    steps = tuple(_steps(geometry, tensors, placement, mixers.kda))
-    plan = ConversionPlan(steps, student_config, placement, _dropped(geometry, tensors, steps, mixers.kda))
+    steps = tuple(_steps(geometry, tensors, placement, mixers))
+    dropped = _dropped(geometry, tensors, steps, placement, mixers)
+    plan = ConversionPlan(steps, student_config, placement, dropped)
     check_census(plan, tensors)
     return plan
 
@@ -240,14 +255,15 @@ def _superfluous(name: str, geometry: Geometry) -> str | None:
 
 
 def _steps(
-    geometry: Geometry, tensors: Mapping[str, TensorInfo], placement: Placement, settings: KDAConfig
+    geometry: Geometry, tensors: Mapping[str, TensorInfo], placement: Placement, mixers: MixersConfig
 ) -> Iterator[TensorStep]:
     outer = list(outer_shapes(geometry))
     yield _copy(outer[0], tensors)
     for layer, kind in enumerate(placement.kinds):
-        prefix = f"model.layers.{layer}."
-        if kind is MixerKind.KDA:
-            yield from _kda_steps(f"{prefix}self_attn.", geometry, tensors, settings)
+        prefix, spec = f"model.layers.{layer}.", MIXERS[kind]
+        if spec.replaces_attention:
+            table = spec.parameters(geometry, mixers.of(kind))
+            yield from _mixer_steps(f"{prefix}self_attn.", table, tensors)
         else:
             for name in attention_shapes(geometry):
                 yield _copy(f"{prefix}self_attn.{name}", tensors)
@@ -261,47 +277,36 @@ def _copy(name: str, tensors: Mapping[str, TensorInfo]) -> TensorStep:
     return TensorStep(name, tensors[name].shape, tensors[name].dtype, Origin.COPIED, (name,))
 
 
-def _kda_steps(
-    prefix: str, geometry: Geometry, tensors: Mapping[str, TensorInfo], settings: KDAConfig
+def _mixer_steps(
+    prefix: str, table: Mapping[str, ParameterSpec], tensors: Mapping[str, TensorInfo]
 ) -> Iterator[TensorStep]:
     dtype = tensors[f"{prefix}q_proj.weight"].dtype  # new tensors follow the layer they replace
-    for name, spec in _kda_table(geometry, settings).items():
+    for name, spec in table.items():
         if spec.from_attention is None:
             kept = "F32" if spec.float32 else dtype
             yield TensorStep(prefix + name, spec.shape, kept, Origin.INITIALISED, init=spec.init)
             continue
         source = prefix + spec.from_attention
-        projection = spec.from_attention.split("_")[0]
-        if geometry.qk_norm and settings.qk_norm == "fold" and projection in ("q", "k"):
-            norm = f"{projection}_norm.weight"
+        kept = "F32" if spec.float32 else tensors[source].dtype
+        if spec.scaled_by is not None:
             yield TensorStep(
                 prefix + name,
                 spec.shape,
-                tensors[source].dtype,
+                kept,
                 Origin.TRANSFORMED,
-                (source, prefix + norm),
-                f"each head's rows of {spec.from_attention} times {norm}",
+                (source, prefix + spec.scaled_by),
+                f"each head's rows of {spec.from_attention} times {spec.scaled_by}",
             )
         else:
-            yield TensorStep(prefix + name, spec.shape, tensors[source].dtype, Origin.COPIED, (source,))
-
-
-def _kda_table(geometry: Geometry, settings: KDAConfig) -> dict[str, ParameterSpec]:
-    fields = settings.model_dump(exclude={"conv_activation", "rope", "qk_norm"})
-    return kda_parameters(
-        hidden_size=geometry.hidden_size,
-        num_heads=geometry.num_heads,
-        num_kv_heads=geometry.num_kv_heads,
-        head_dim=geometry.head_dim,
-        qkv_bias=geometry.qkv_bias,
-        output_bias=geometry.output_bias,
-        initializer_range=geometry.initializer_range,
-        **fields,
-    )
+            yield TensorStep(prefix + name, spec.shape, kept, Origin.COPIED, (source,))
 
 
 def _dropped(
-    geometry: Geometry, tensors: Mapping[str, TensorInfo], steps: tuple[TensorStep, ...], settings: KDAConfig
+    geometry: Geometry,
+    tensors: Mapping[str, TensorInfo],
+    steps: tuple[TensorStep, ...],
+    placement: Placement,
+    mixers: MixersConfig,
 ) -> tuple[DroppedTensor, ...]:
     used = {source for step in steps for source in step.sources}
     found = []
@@ -309,14 +314,11 @@ def _dropped(
         if name in used:
             continue
         reason = _superfluous(name, geometry)
-        if reason is None and name.endswith(("q_norm.weight", "k_norm.weight")):
-            reason = (
-                "qk_norm: drop"
-                if settings.qk_norm == "drop"
-                else f"q and k start new (init: {settings.init})"
-            )
-        elif reason is None and ".self_attn." in name:
-            reason = f"starts new (init: {settings.init})"
+        layer, part = layer_part(name) or (0, "")
+        if reason is None and part == "self_attn":
+            kind = placement.kinds[layer]
+            local = name.partition(".self_attn.")[2]
+            reason = MIXERS[kind].not_used(local, mixers.of(kind))
         if reason is not None:
             found.append(DroppedTensor(name, reason))
     return tuple(found)
@@ -329,11 +331,10 @@ def _student_config(
     kept = {key: value for key, value in config.items() if key not in _NOT_INHERITED}
     layer_types = []
     for kind, sliding in zip(kinds, geometry.sliding, strict=True):
-        windowed = kind is MixerKind.SWA or (kind is MixerKind.FULL and sliding)
-        layer_types.append(
-            "linear_attention" if kind.is_linear else "sliding_attention" if windowed else "full_attention"
-        )
-    settings = {MixerKind.KDA: mixers.kda, MixerKind.SWA: mixers.swa}
+        spec = MIXERS[kind]
+        windowed = sliding and not spec.replaces_attention
+        layer_types.append("sliding_attention" if windowed else spec.layer_type)
+    settings = {kind: mixers.of(kind) for kind in MIXERS if kind in kinds}
     student = {
         **kept,
         "model_type": "gendistill",
@@ -343,10 +344,8 @@ def _student_config(
         "head_dim": geometry.head_dim,
         "num_key_value_heads": geometry.num_kv_heads,
         "layer_types": layer_types,
-        "mixers": [kind.value for kind in kinds],
-        "mixer_configs": {
-            kind.value: section.model_dump(mode="json") for kind, section in settings.items() if kind in kinds
-        },
+        "mixers": list(kinds),
+        "mixer_configs": {kind: to_plain(one) for kind, one in settings.items() if one is not None},
     }
     if "sliding_attention" in layer_types:
         student["sliding_window"] = _window(geometry, placement, mixers)
@@ -355,14 +354,17 @@ def _student_config(
 
 def _window(geometry: Geometry, placement: Placement, mixers: MixersConfig) -> int:
     """All sliding layers of a model share one window."""
-    own, chosen = geometry.window, mixers.swa.window
-    if MixerKind.SWA not in placement.kinds:
+    own = geometry.window
+    sliding = [kind for kind in placement.kinds if MIXERS[kind].layer_type == "sliding_attention"]
+    if not sliding:
         assert own is not None
         return own
+    kind = sliding[0]
+    chosen = mixers.of(kind).window
     if own is not None and own != chosen:
         raise RecipeError(
-            f"mixers.swa.window is {chosen}, but the checkpoint has sliding layers of {own}; a model has one window",
-            where="student.mixers.swa.window",
+            f"mixers.{kind}.window is {chosen}, but the checkpoint has sliding layers of {own}; a model has one window",
+            where=f"student.mixers.{kind}.window",
             hint=f'set it to {own}, or place "full", which keeps the checkpoint\'s own window',
         )
     return chosen

@@ -11,11 +11,12 @@ import torch
 from rich.console import Group
 from rich.table import Table
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from gendistill.data.batch import IGNORE, Batch, model_inputs
+from gendistill.anatomy.mixers import MIXERS
+from gendistill.data.batch import IGNORE, Batch, boundaries
 from gendistill.errors import CheckpointError
-from gendistill.mixers.init import half_lives
+from gendistill.models import HybridForCausalLM
+from gendistill.teachers.base import ModuleIO, Needs, Teacher
 from gendistill.training.heldout import score_heldout
 
 _QUANTILES = (5, 25, 50, 75, 95)
@@ -25,7 +26,7 @@ _LAYER_POSITIONS = 2_048  # enough for two digits of a mean cosine; every mixer 
 
 @dataclass(slots=True)
 class _LayerSums:
-    """Add up how far one mixer's output is from the attention output it replaces."""
+    """How far one mixer's output is from the attention output it replaces."""
 
     cosine: float = 0.0
     positions: int = 0
@@ -42,9 +43,7 @@ class _LayerSums:
         self.squared_norm += float(wanted.square().sum())
 
 
-def probe_student(
-    student: PreTrainedModel, teacher: PreTrainedModel, batches: Sequence[Batch]
-) -> dict[str, Any]:
+def probe_student(student: HybridForCausalLM, teacher: Teacher, batches: Sequence[Batch]) -> dict[str, Any]:
     """Compare a student with its teacher on held-out text.
 
     Args:
@@ -57,17 +56,15 @@ def probe_student(
         ``half_life`` (quantiles in tokens, at zero input and on the text) and ``impl`` (what the mixers ran on).
     """
     result: dict[str, Any] = dict(score_heldout(student, teacher, batches))
-    was_training = student.training, teacher.training
+    was_training = student.training
     student.eval()
-    teacher.eval()
     try:
         with torch.no_grad():
             sums = _compare_layers(student, teacher, batches)
             at_zero = [_half_lives_at_zero(student.model.layers[layer].self_attn) for layer in sums]
     finally:
-        student.train(was_training[0])
-        teacher.train(was_training[1])
-    kinds = student.config.mixers
+        student.train(was_training)
+    kinds = student.config.mixers or []
     result["layers"] = [
         {
             "layer": layer,
@@ -79,69 +76,58 @@ def probe_student(
         if total.positions
     ]
     real = [values for total in sums.values() for values in total.half_lives]
-    result["half_life"] = {"quantiles": _quantiles(at_zero), "on_text": _quantiles(real)}
+    zero = [found for found in at_zero if found is not None]
+    result["half_life"] = {"quantiles": _quantiles(zero), "on_text": _quantiles(real)}
     result["impl"] = _describe_impl(student)
     return result
 
 
-def _describe_impl(student: PreTrainedModel) -> str:
-    mixers = [student.model.layers[layer].self_attn for layer in student.config.linear_layers]
+def _describe_impl(student: HybridForCausalLM) -> str:
+    mixers = [student.model.layers[layer].self_attn for layer in student.config.converted_layers]
     return ", ".join(sorted({f"{mixer.kind}={mixer.impl}" for mixer in mixers})) or "no linear layers"
 
 
 def _compare_layers(
-    student: PreTrainedModel, teacher: PreTrainedModel, batches: Sequence[Batch]
+    student: HybridForCausalLM, teacher: Teacher, batches: Sequence[Batch]
 ) -> dict[int, _LayerSums]:
-    sums = {layer: _LayerSums() for layer in student.config.linear_layers}
-    same = all(
-        getattr(student.config, name) == getattr(teacher.config, name)
-        for name in ("num_hidden_layers", "hidden_size")
-    )
-    if not same:
+    sums = {layer: _LayerSums() for layer in student.config.converted_layers}
+    facts, config = teacher.facts, student.config
+    if (facts.num_layers, facts.hidden_size) != (config.num_hidden_layers, config.hidden_size):
         return sums
-    current: list[Batch] = []
+    needs = Needs(mixer_io=tuple(sums))
+    seen = 0
+    for batch in batches:
+        if seen >= _LAYER_POSITIONS:
+            break
+        batch = batch.to(student.device)
+        counts = batch.labels != IGNORE
 
-    def watch(layer: int) -> Any:
-        mixer = student.model.layers[layer].self_attn
-        weight = mixer.q_proj.weight
-
-        def hook(_: Any, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> None:
-            # the mixer runs as soon as its input is known, so that no layer's activations are kept
-            batch = current[0]
-            given = arguments[0] if arguments else keywords["hidden_states"]
-            hidden = given.to(weight)
-            cosines_and_sines = tuple(part.to(weight) for part in keywords["position_embeddings"])
+        def compare(layer: int, io: ModuleIO, batch: Batch = batch, counts: Tensor = counts) -> None:
+            # as soon as the mixer's input is known, so that no layer's activations are kept
+            mixer = student.model.layers[layer].self_attn
+            weight = mixer.q_proj.weight
+            hidden = io.hidden_states.to(weight)
             got, _unused = mixer(
                 hidden_states=hidden,
-                position_embeddings=cosines_and_sines,
+                position_embeddings=tuple(part.to(weight) for part in io.position_embeddings),
                 position_ids=batch.position_ids,
-                cu_seq_lens_q=batch.cu_seqlens,
+                **boundaries(batch),
             )
-            counts = batch.labels != IGNORE
-            sums[layer].add(got[counts], output[0][counts].to(got))
-            values = half_lives(mixer.log_decay(hidden)[counts]).flatten()
-            sums[layer].half_lives.append(values[:: max(1, len(values) // _SAMPLES)].cpu())
+            sums[layer].add(got[counts], io.output[counts].to(got))
+            found = mixer.diagnostics(hidden).get("half_life")
+            if found is not None:
+                values = found[counts].flatten()
+                sums[layer].half_lives.append(values[:: max(1, len(values) // _SAMPLES)].cpu())
 
-        return teacher.model.layers[layer].self_attn.register_forward_hook(hook, with_kwargs=True)
-
-    handles = [watch(layer) for layer in sums]
-    try:
-        seen = 0
-        for batch in batches:
-            if seen >= _LAYER_POSITIONS:
-                break
-            current[:] = [batch.to(teacher.device)]
-            teacher.model(**model_inputs(current[0]))
-            seen += batch.num_labels
-    finally:
-        for handle in handles:
-            handle.remove()
+        teacher.signals(batch, needs, take=compare)
+        seen += batch.num_labels
     return sums
 
 
-def _half_lives_at_zero(mixer: Any) -> Tensor:
+def _half_lives_at_zero(mixer: Any) -> Tensor | None:
     weight = mixer.q_proj.weight
-    return half_lives(mixer.log_decay(weight.new_zeros(1, 1, weight.shape[1]))).flatten().cpu()
+    found = mixer.diagnostics(weight.new_zeros(1, 1, weight.shape[1])).get("half_life")
+    return None if found is None else found.flatten().cpu()
 
 
 def _quantiles(values: Sequence[Tensor]) -> dict[str, float]:
@@ -173,15 +159,18 @@ def check_probe(result: dict[str, Any]) -> str | None:
     worst = sorted(result["layers"], key=lambda layer: -_badness(layer["relative_error"]))[:3]
     named = ", ".join(f"{layer['layer']} (cosine {layer['cosine']:.2f})" for layer in worst)
     median = result["half_life"]["quantiles"].get("50")
-    message = (
-        f"the converted student has cross-entropy {student_ce:.2f}, guessing has {ln_vocab:.2f} (ln vocab); "
-        + (f"worst layers: {named}; " if named else "")
-        + (f"median half-life {median:.1f} tokens" if median is not None else "no linear layers")
-    )
-    hint = (
-        "keep more layers full in student.placement, or change student.mixers.kda: init: qkvo, "
-        "half_life: [4, 512], conv_activation: identity, output_gate: silu"
-    )
+    parts = [
+        f"the converted student has cross-entropy {student_ce:.2f}, guessing has {ln_vocab:.2f} (ln vocab)",
+        f"worst layers: {named}" if named else "no linear layers",
+    ]
+    if median is not None:
+        parts.append(f"median half-life {median:.1f} tokens")
+    message = "; ".join(parts)
+    advice = {
+        kind: MIXERS[kind].advice for kind in dict.fromkeys(layer["kind"] for layer in result["layers"])
+    }
+    ways = [f"change student.mixers.{kind}: {words}" for kind, words in advice.items() if words]
+    hint = ", or ".join(["keep more layers full in student.placement", *ways])
     if not math.isfinite(student_ce):
         raise CheckpointError(message, where="student", hint=hint)
     return f"{message}. Training starts from less than nothing: align before distilling, or {hint}"

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from gendistill.mixers.base import SequenceInfo
+from gendistill.ops import Segments
+
 IGNORE = -100
+PADDING = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,39 +24,55 @@ class Batch:
         labels: ``[B, T]`` int64, already shifted: ``labels[b, t]`` is the token that position ``t`` must
             predict, or ``IGNORE``. The last token of a document predicts nothing.
         position_ids: ``[B, T]`` int64, restarting at 0 with every document.
-        cu_seqlens: ``[N + 1]`` int32, document ends in the row-major ``[B * T]`` order, from 0 to ``B * T``.
-            Row starts and the padding at a row's end are boundaries too.
+        segments: The documents in the row-major ``[B * T]`` order, their lengths known on the host. Row starts and
+            the padding at a row's end are boundaries too.
         num_labels: Labels that count. Known without asking the device.
-        num_tokens: Tokens that are no padding.
+        num_tokens: Tokens that are not padding.
+        document_ids: A number for every segment that its tokens alone decide (``document_id``), or ``PADDING``.
+            What a teacher says about a document depends on nothing else. Empty for a batch made by hand.
     """
 
     input_ids: Tensor
     labels: Tensor
     position_ids: Tensor
-    cu_seqlens: Tensor
+    segments: Segments
     num_labels: int
     num_tokens: int
+    document_ids: tuple[int, ...] = ()
+
+    @property
+    def cu_seqlens(self) -> Tensor:
+        """``[N + 1]`` int32, document ends from 0 to ``B * T``."""
+        return self.segments.cu_seqlens
 
     def to(self, device: torch.device | str) -> Batch:
-        """Copy the tensors to a device."""
-        move = {
-            name: getattr(self, name).to(device, non_blocking=True)
-            for name in ("input_ids", "labels", "position_ids", "cu_seqlens")
-        }
-        return Batch(**move, num_labels=self.num_labels, num_tokens=self.num_tokens)
+        """Copy the tensors to a device; a batch that is there already stays as it is, with its index tables."""
+        names = ("input_ids", "labels", "position_ids")
+        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
+        if all(moved[name] is getattr(self, name) for name in names):
+            return self
+        return replace(self, **moved, segments=Segments(self.segments.lengths, device=device))
 
 
-def model_inputs(batch: Batch) -> dict[str, Tensor | bool | None]:
+def model_inputs(batch: Batch) -> dict[str, Any]:
     """Build the keyword arguments that isolate packed documents in teacher and student alike.
 
     Stock attention keeps packed documents apart only when positions restart, no attention mask is given and
-    no cache is used; linear mixers read the same boundaries from ``cu_seq_lens_q``.
+    no cache is used; linear mixers take the same boundaries from ``sequences``, which no device has to be asked for.
     """
     return {
         "input_ids": batch.input_ids,
         "position_ids": batch.position_ids,
         "attention_mask": None,
         "use_cache": False,
+        **boundaries(batch),
+    }
+
+
+def boundaries(batch: Batch) -> dict[str, Any]:
+    """Build the keyword arguments that tell every kind of layer where documents end."""
+    return {
         "cu_seq_lens_q": batch.cu_seqlens,
         "cu_seq_lens_k": batch.cu_seqlens,
+        "sequences": SequenceInfo(batch.segments),
     }

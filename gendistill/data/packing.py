@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
 
-from gendistill.data.batch import IGNORE, Batch
+from gendistill.data.batch import IGNORE, PADDING, Batch
 from gendistill.data.render import TokenizedSample
+from gendistill.ops import Segments
 
 WINDOW = 64
 
@@ -49,7 +51,8 @@ def build_batch(rows: Sequence[Sequence[TokenizedSample]], *, seq_len: int, pad_
     input_ids = np.full(shape, pad_id, dtype=np.int64)
     labels = np.full(shape, IGNORE, dtype=np.int64)
     position_ids = np.zeros(shape, dtype=np.int64)
-    ends = [0]
+    lengths: list[int] = []
+    document_ids: list[int] = []
     num_tokens = 0
     for index, row in enumerate(rows):
         start = 0
@@ -58,20 +61,33 @@ def build_batch(rows: Sequence[Sequence[TokenizedSample]], *, seq_len: int, pad_
             input_ids[index, start:end] = sample.ids
             labels[index, start : end - 1] = np.where(sample.counted[1:], sample.ids[1:], IGNORE)
             position_ids[index, start:end] = np.arange(len(sample))
-            ends.append(index * seq_len + end)
+            lengths.append(len(sample))
+            document_ids.append(document_id(sample.ids))
             start = end
         num_tokens += start
         if start < seq_len:
             position_ids[index, start:] = np.arange(seq_len - start)
-            ends.append((index + 1) * seq_len)
+            lengths.append(seq_len - start)
+            document_ids.append(PADDING)
     return Batch(
         input_ids=torch.from_numpy(input_ids),
         labels=torch.from_numpy(labels),
         position_ids=torch.from_numpy(position_ids),
-        cu_seqlens=torch.tensor(ends, dtype=torch.int32),
+        segments=Segments(lengths),
         num_labels=int((labels != IGNORE).sum()),
         num_tokens=num_tokens,
+        document_ids=tuple(document_ids),
     )
+
+
+def document_id(ids: np.ndarray) -> int:
+    """Name a document by its tokens: 63 bits, never ``PADDING``, the same in every run and on every machine.
+
+    Args:
+        ids: ``[T]`` token ids.
+    """
+    digest = hashlib.blake2b(ids.astype("<i8").tobytes(), digest_size=8).digest()
+    return max(int.from_bytes(digest, "little") >> 1, PADDING + 1)
 
 
 def pack(

@@ -2,57 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from enum import StrEnum
 from typing import Any, NamedTuple, Protocol
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from gendistill.data.batch import Batch
-from gendistill.errors import RecipeError
-from gendistill.types import MixerKind
-
-
-class Signal(StrEnum):
-    """Name what an objective needs to see of the teacher."""
-
-    HIDDEN = "hidden"
-    MIXER_IO = "mixer_io"
-    BLOCK_IO = "block_io"
-
-
-@dataclass(frozen=True, slots=True)
-class ModuleIO:
-    """Hold what went into a teacher module and what came out.
-
-    Attributes:
-        hidden_states: ``[B, T, D]`` input.
-        position_embeddings: Cosines and sines that the module got.
-        output: ``[B, T, D]``.
-    """
-
-    hidden_states: Tensor
-    position_embeddings: tuple[Tensor, Tensor]
-    output: Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class TeacherSignals:
-    """Hold what the teacher said about one batch; only what the objective needs is there.
-
-    Attributes:
-        hidden: ``[B, T, E]`` last hidden states.
-        head: ``[V, E]`` output embedding.
-        modules: Layer index to the input and output of its attention or of the whole block.
-    """
-
-    hidden: Tensor | None = None
-    head: Tensor | None = None
-    modules: dict[int, ModuleIO] = field(default_factory=dict)
+from gendistill.losses.student import StudentLike
+from gendistill.teachers.base import Needs, Teacher, TeacherFacts, TeacherSignals
 
 
 class LossTerm(NamedTuple):
-    """Hold one micro-batch's loss, before any division.
+    """One micro-batch's loss, before any division.
 
     Attributes:
         total: Float32 scalar, summed over counted positions; differentiable.
@@ -66,24 +26,27 @@ class LossTerm(NamedTuple):
 
 
 class Objective(Protocol):
-    """Say what a stage minimises."""
+    """What a stage minimises. For every batch it is told what the teacher said, as far as it needs it."""
 
-    needs: frozenset[Signal]
+    @property
+    def needs(self) -> Needs:
+        """What it must see of the teacher for every batch; known once it is bound."""
+        ...
 
     @property
     def part_names(self) -> tuple[str, ...]:
         """Keys of ``LossTerm.parts``, in order."""
         ...
 
-    def bind(self, config: Any, teacher_config: Any) -> None:
-        """Learn the student's placement and check that the teacher fits.
+    def bind(self, config: Any, teacher: TeacherFacts) -> None:
+        """Learn the student's placement from its configuration, and check that the teacher fits.
 
         Raises:
             RecipeError: The student has nothing that this objective could train, or the teacher another shape.
         """
         ...
 
-    def calibrate(self, teacher: nn.Module, batch: Batch) -> None:
+    def calibrate(self, teacher: Teacher, batch: Batch) -> None:
         """Measure the teacher once, before training, where the objective has a scale that must stay fixed."""
         ...
 
@@ -91,33 +54,6 @@ class Objective(Protocol):
         """Whether a gradient can flow to the named parameter of the student."""
         ...
 
-    def observe(self, teacher: nn.Module, batch: Batch) -> TeacherSignals:
-        """Run the teacher, without gradients, and keep what ``needs`` names."""
-        ...
-
-    def __call__(self, student: nn.Module, signals: TeacherSignals, batch: Batch) -> LossTerm:
+    def __call__(self, student: StudentLike, signals: TeacherSignals, batch: Batch) -> LossTerm:
         """Run the student on the batch and sum the loss over counted positions."""
         ...
-
-
-def mixer_kinds(config: Any) -> tuple[MixerKind, ...]:
-    """Read each layer's mixer from a student's configuration; a stock transformer is all attention."""
-    if config.model_type == "gendistill":
-        return tuple(MixerKind(kind) for kind in config.mixers)
-    return (MixerKind.FULL,) * config.num_hidden_layers
-
-
-def check_vocabulary(teacher_config: Any, student_config: Any) -> None:
-    """Reject a teacher whose distributions cannot be compared with the student's entry by entry.
-
-    Raises:
-        RecipeError: The vocabularies differ in size.
-    """
-    teacher_size, student_size = teacher_config.vocab_size, student_config.vocab_size
-    if teacher_size != student_size:
-        raise RecipeError(
-            f"the teacher's vocabulary has {teacher_size:,} entries, the student's {student_size:,}; "
-            "the divergence compares them one by one",
-            where="teacher.model and student.from",
-            hint="choose a teacher with the student's tokenizer, or drop student.from",
-        )

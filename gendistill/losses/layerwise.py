@@ -5,15 +5,19 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from gendistill.data.batch import IGNORE, Batch
+from gendistill.anatomy.placement import converted_layers, placed_kinds
+from gendistill.config.objectives import BlockOutputConfig, MixerOutputConfig
+from gendistill.data.batch import IGNORE, Batch, boundaries
 from gendistill.errors import RecipeError
-from gendistill.losses.base import LossTerm, ModuleIO, Signal, TeacherSignals, mixer_kinds
-from gendistill.losses.signals import teacher_signals
-from gendistill.ops.linear_divergence import counted_positions
+from gendistill.losses.base import LossTerm
+from gendistill.losses.student import StudentLike, output_head, run_mixer
+from gendistill.ops.divergence import counted_positions
+from gendistill.teachers.base import ModuleIO, Needs, Teacher, TeacherFacts, TeacherSignals
 
 Norm = Literal["mse", "l2", "relative"]
+Part = Literal["mixer", "block"]
 
 
 class LayerwiseObjective:
@@ -26,14 +30,13 @@ class LayerwiseObjective:
     output, and ``relative`` is not drowned by the residual stream.
 
     Args:
-        signal: ``MIXER_IO`` or ``BLOCK_IO``.
+        part: What is aligned: the mixer alone or the whole block.
         norm: How an error is measured.
     """
 
-    def __init__(self, signal: Signal, norm: Norm) -> None:
-        self.needs = frozenset({signal})
-        self.signal = signal
-        self.norm = norm
+    def __init__(self, part: Part, norm: Norm) -> None:
+        self.part: Part = part
+        self.norm: Norm = norm
         self.layers: tuple[int, ...] = ()
         self.target_energy: dict[int, Tensor] = {}
 
@@ -42,14 +45,19 @@ class LayerwiseObjective:
         """One part per linear layer."""
         return tuple(f"layer_{layer}" for layer in self.layers)
 
-    def bind(self, config: Any, teacher_config: Any) -> None:
+    @property
+    def needs(self) -> Needs:
+        """Inputs and outputs of the layers to align."""
+        return Needs(mixer_io=self.layers) if self.part == "mixer" else Needs(block_io=self.layers)
+
+    def bind(self, config: Any, teacher: TeacherFacts) -> None:
         """Find the linear layers.
 
         Raises:
             RecipeError: There are none, or the teacher's layers do not correspond to the student's.
         """
-        for size in ("num_hidden_layers", "hidden_size"):
-            ours, theirs = getattr(config, size), getattr(teacher_config, size)
+        for size, theirs in (("num_hidden_layers", teacher.num_layers), ("hidden_size", teacher.hidden_size)):
+            ours = getattr(config, size)
             if ours != theirs:
                 raise RecipeError(
                     f"layer by layer, the student can only follow a teacher of its own shape: {size} is {ours} in the "
@@ -57,7 +65,7 @@ class LayerwiseObjective:
                     where="teacher.model and student.from",
                     hint="use objective: {kind: kl}, which compares outputs only",
                 )
-        self.layers = tuple(layer for layer, kind in enumerate(mixer_kinds(config)) if kind.is_linear)
+        self.layers = converted_layers(placed_kinds(config))
         if not self.layers:
             raise RecipeError(
                 "the objective aligns linear layers with the attention that they replace, but the placement has none",
@@ -65,38 +73,37 @@ class LayerwiseObjective:
                 hint="convert a layer to kda, or use objective: {kind: kl} or {kind: ce}",
             )
 
-    def calibrate(self, teacher: nn.Module, batch: Batch) -> None:
+    def calibrate(self, teacher: Teacher, batch: Batch) -> None:
         """Measure each layer's mean squared target, for ``relative``."""
         if self.norm != "relative":
             return
         index = counted_positions(batch.labels, batch.num_labels, ignore_index=IGNORE)
-        for layer, io in self.observe(teacher, batch).modules.items():
+        for layer, io in self._io(teacher.signals(batch, self.needs)).items():
             target = _rows(io.output, index)
-            if self.signal is Signal.BLOCK_IO:
+            if self.part == "block":
                 target -= _rows(io.hidden_states, index)
             self.target_energy[layer] = target.square().sum(-1).mean()
 
     def reaches(self, parameter: str) -> bool:
         """Whether the parameter is part of an aligned mixer or block."""
-        inside = "self_attn." if self.signal is Signal.MIXER_IO else ""
+        inside = "self_attn." if self.part == "mixer" else ""
         return any(parameter.startswith(f"model.layers.{layer}.{inside}") for layer in self.layers)
 
-    def observe(self, teacher: nn.Module, batch: Batch) -> TeacherSignals:
-        """Run the teacher and record the inputs and outputs of the layers to align."""
-        return teacher_signals(teacher, batch, self.needs, self.layers)
-
-    def __call__(self, student: Any, signals: TeacherSignals, batch: Batch) -> LossTerm:
+    def __call__(self, student: StudentLike, signals: TeacherSignals, batch: Batch) -> LossTerm:
         """Run each linear layer on the teacher's input and sum the errors over counted positions."""
         index = counted_positions(batch.labels, batch.num_labels, ignore_index=IGNORE)
-        dtype = student.lm_head.weight.dtype
+        dtype = output_head(student).dtype
         errors = []
-        for layer in self.layers:
-            io = signals.modules[layer]
+        for layer, io in self._io(signals).items():
             output = self._run(student.model.layers[layer], io, batch, dtype)
             errors.append(self._measure(layer, _rows(output, index) - _rows(io.output, index)))
         parts = torch.stack(errors)
         count = torch.full((), index.numel(), dtype=torch.int64, device=parts.device)
         return LossTerm(parts.mean(), count, dict(zip(self.part_names, parts.detach(), strict=True)))
+
+    def _io(self, signals: TeacherSignals) -> dict[int, ModuleIO]:
+        found = signals.mixers if self.part == "mixer" else signals.blocks
+        return {layer: found[layer] for layer in self.layers}
 
     def _run(self, block: Any, io: ModuleIO, batch: Batch, dtype: torch.dtype) -> Tensor:
         inputs = {
@@ -105,10 +112,9 @@ class LayerwiseObjective:
             "position_ids": batch.position_ids,
             "attention_mask": None,
             "past_key_values": None,
-            "cu_seq_lens_q": batch.cu_seqlens,
-            "cu_seq_lens_k": batch.cu_seqlens,
+            **boundaries(batch),
         }
-        return block.self_attn(**inputs)[0] if self.signal is Signal.MIXER_IO else block(**inputs)
+        return run_mixer(block, **inputs) if self.part == "mixer" else block(**inputs)
 
     def _measure(self, layer: int, error: Tensor) -> Tensor:
         if self.norm == "mse":
@@ -116,6 +122,16 @@ class LayerwiseObjective:
         if self.norm == "l2":
             return torch.linalg.vector_norm(error, dim=-1).sum()
         return error.square().sum() / self.target_energy[layer]
+
+
+def align_mixers(config: MixerOutputConfig) -> LayerwiseObjective:
+    """Build the objective that aligns mixers."""
+    return LayerwiseObjective("mixer", config.norm)
+
+
+def align_blocks(config: BlockOutputConfig) -> LayerwiseObjective:
+    """Build the objective that aligns whole blocks."""
+    return LayerwiseObjective("block", config.norm)
 
 
 def _rows(hidden: Tensor, index: Tensor) -> Tensor:

@@ -6,13 +6,12 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from torch import nn
-
-from gendistill.config.objectives import CEConfig, JSDConfig, KLConfig
-from gendistill.data.batch import IGNORE, Batch, model_inputs
-from gendistill.losses.base import LossTerm, Signal, TeacherSignals, check_vocabulary
-from gendistill.losses.signals import teacher_signals
-from gendistill.ops.linear_divergence import Divergence, Term, linear_divergence
+from gendistill.config.objectives import CEConfig, JSDConfig, KLConfig, MixConfig
+from gendistill.data.batch import IGNORE, Batch
+from gendistill.losses.base import LossTerm
+from gendistill.losses.student import StudentLike, last_hidden, output_head
+from gendistill.ops.divergence import Divergence, Term, linear_divergence
+from gendistill.teachers.base import Needs, Teacher, TeacherFacts, TeacherSignals, check_vocabulary
 
 
 class LogitObjective:
@@ -20,8 +19,7 @@ class LogitObjective:
 
     def __init__(self, terms: Sequence[Term]) -> None:
         self.terms = tuple(terms)
-        uses_teacher = any(term.kind is not Divergence.CE for term in self.terms)
-        self.needs = frozenset({Signal.HIDDEN} if uses_teacher else ())
+        self.needs = Needs(hidden=any(term.kind is not Divergence.CE for term in self.terms))
         seen: Counter[Divergence] = Counter()
         names = []
         for term in self.terms:
@@ -29,31 +27,26 @@ class LogitObjective:
             names.append(term.kind.value if seen[term.kind] == 1 else f"{term.kind.value}_{seen[term.kind]}")
         self.part_names = tuple(names)
 
-    def bind(self, config: Any, teacher_config: Any) -> None:
+    def bind(self, config: Any, teacher: TeacherFacts) -> None:
         """Check that distributions can be compared.
 
         Raises:
             RecipeError: The vocabularies differ in size.
         """
-        check_vocabulary(teacher_config, config)
+        check_vocabulary(teacher, config)
 
-    def calibrate(self, teacher: nn.Module, batch: Batch) -> None:
+    def calibrate(self, teacher: Teacher, batch: Batch) -> None:
         """Do nothing: nats need no scale."""
 
     def reaches(self, parameter: str) -> bool:
         """Return True: the whole student is run."""
         return True
 
-    def observe(self, teacher: nn.Module, batch: Batch) -> TeacherSignals:
-        """Run the teacher up to its last hidden states, unless only the data matters."""
-        return teacher_signals(teacher, batch, self.needs)
-
-    def __call__(self, student: Any, signals: TeacherSignals, batch: Batch) -> LossTerm:
+    def __call__(self, student: StudentLike, signals: TeacherSignals, batch: Batch) -> LossTerm:
         """Run the student and sum the terms in nats."""
-        hidden = student.model(**model_inputs(batch)).last_hidden_state
         output = linear_divergence(
-            hidden,
-            student.lm_head.weight,
+            last_hidden(student, batch),
+            output_head(student),
             batch.labels,
             terms=self.terms,
             teacher_hidden=signals.hidden,
@@ -62,6 +55,16 @@ class LogitObjective:
             ignore_index=IGNORE,
         )
         return LossTerm(output.total, output.count, dict(zip(self.part_names, output.parts, strict=True)))
+
+
+def compare_logits(config: KLConfig | JSDConfig | CEConfig) -> LogitObjective:
+    """Build the objective of a single term."""
+    return LogitObjective([term_of(config)])
+
+
+def mix_logits(config: MixConfig) -> LogitObjective:
+    """Build a weighted sum."""
+    return LogitObjective([term_of(term) for term in config.terms])
 
 
 def term_of(config: KLConfig | JSDConfig | CEConfig) -> Term:

@@ -1,9 +1,17 @@
 """Token mixers as plain modules, usable in any model."""
 
 from gendistill.mixers.attention import FullAttention, SlidingWindowAttention
-from gendistill.mixers.base import MixerState, SequenceInfo
+from gendistill.mixers.base import Mixer, MixerState, SequenceInfo
 from gendistill.mixers.kda import KDA
+from gendistill.mixers.sink import SinkAttention, SinkState
 
-MIXERS = {"full": FullAttention, "swa": SlidingWindowAttention, "kda": KDA}
-
-__all__ = ["KDA", "MIXERS", "FullAttention", "MixerState", "SequenceInfo", "SlidingWindowAttention"]
+__all__ = [
+    "KDA",
+    "FullAttention",
+    "Mixer",
+    "MixerState",
+    "SequenceInfo",
+    "SinkAttention",
+    "SinkState",
+    "SlidingWindowAttention",
+]

@@ -9,7 +9,7 @@ from gendistill.ops.reference.attention import sliding_window_attention
 
 
 class FullAttention(nn.Module):
-    """Mix tokens with causal softmax attention and grouped key/value heads.
+    """Causal softmax attention with grouped key/value heads, as a layer.
 
     A converted student keeps its family's own attention modules; this layer has the same parameter names, so their
     weights load here.
@@ -46,7 +46,7 @@ class FullAttention(nn.Module):
         self.head_dim = head_dim or hidden_size // num_heads
         if num_heads % self.num_kv_heads:
             raise ValueError(
-                f"{num_heads} query heads are no multiple of {self.num_kv_heads} key/value heads"
+                f"{num_heads} query heads are not a multiple of {self.num_kv_heads} key/value heads"
             )
         kv_size = self.num_kv_heads * self.head_dim
         self.q_proj = nn.Linear(hidden_size, num_heads * self.head_dim, bias=qkv_bias)
@@ -88,7 +88,7 @@ class FullAttention(nn.Module):
 
 
 class SlidingWindowAttention(FullAttention):
-    """Mix tokens with attention to the last ``window`` tokens, the current one included."""
+    """Attention to the last ``window`` tokens, the current one included, as a layer."""
 
     kind = "swa"
 

@@ -1,17 +1,25 @@
-"""What a mixer needs to know about its input, and what it remembers between calls."""
+"""What a mixer is, what it needs to know about its input, and what it remembers between calls."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from gendistill.anatomy.family import Geometry, layer_geometry
+from gendistill.anatomy.settings import read_settings, rules
+from gendistill.anatomy.spec import MixerSpec, ParameterSpec
+from gendistill.mixers.init import initial_value
+from gendistill.ops.select import Impl
 from gendistill.ops.types import Segments
 
 
 class MixerState(NamedTuple):
-    """Hold what a linear mixer remembers of ``N`` sequences.
+    """What a recurrent mixer remembers of ``N`` sequences.
+
+    A mixer with another memory has a named tuple of its own: tensors whose first size is ``N``, or None, under the
+    names that its spec lists as its state, and ``owned`` at the end.
 
     Attributes:
         conv: ``[N, C, W - 1]`` last inputs of the short convolution, or None for a mixer without one.
@@ -25,8 +33,167 @@ class MixerState(NamedTuple):
     owned: bool = False
 
 
+class Mixer(nn.Module):
+    """A layer that mixes tokens, in the place of a model's attention.
+
+    A subclass names its spec, makes its modules in :meth:`build` and mixes in :meth:`forward`. What is not a token,
+    which :class:`SequenceInfo` says, must change nothing. This constructor makes a layer that stands in no model;
+    :meth:`of` makes a model's.
+
+    Args:
+        hidden_size: Width of the input.
+        num_heads: Query heads.
+        num_kv_heads: Key/value heads; as many as queries by default.
+        head_dim: Channels per head; ``hidden_size // num_heads`` by default.
+        qkv_bias: Biases on the q, k and v projections.
+        output_bias: Bias on the output projection.
+        norm_eps: Epsilon of norms.
+        initializer_range: Standard deviation of new projections.
+        impl: ``auto``, ``reference`` or ``triton``; :attr:`impl` says what it means where the weights are.
+        settings: Fields of the settings that the spec names.
+
+    Attributes:
+        spec: What the catalogue knows of it.
+        state_type: Named tuple of what it remembers.
+        requested_impl: As given.
+        table: What its parameters are and how they start.
+    """
+
+    spec: ClassVar[MixerSpec]
+    state_type: ClassVar[type[Any]] = MixerState
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    requested_impl: str
+    table: dict[str, ParameterSpec]
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        *,
+        qkv_bias: bool = False,
+        output_bias: bool = False,
+        norm_eps: float = 1e-6,
+        initializer_range: float = 0.02,
+        impl: str = "auto",
+        **settings: Any,
+    ) -> None:
+        super().__init__()
+        geometry = layer_geometry(
+            hidden_size,
+            num_heads,
+            num_kv_heads,
+            head_dim,
+            qkv_bias=qkv_bias,
+            output_bias=output_bias,
+            norm_eps=norm_eps,
+            initializer_range=initializer_range,
+        )
+        self._set_up(geometry, self._read(settings), impl)
+
+    @classmethod
+    def of(cls, geometry: Geometry, settings: Any, *, impl: str = "auto") -> Self:
+        """Make the mixer of a layer of a model.
+
+        Args:
+            geometry: Of the model.
+            settings: Of the class that the spec names, or None if it names none.
+            impl: ``auto``, ``reference`` or ``triton``.
+        """
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer._set_up(geometry, settings, impl)
+        return layer
+
+    def _read(self, given: dict[str, Any]) -> Any:
+        """Make settings from keywords; how a mixer starts from attention has no meaning for one that stands alone."""
+        name, settings = type(self).__name__, self.spec.settings
+        if settings is None:
+            if given:
+                raise ValueError(f"{name} has no settings, got {', '.join(given)}")
+            return None
+        for field, rule in rules(settings).items():
+            if rule.conversion_only and field in given:
+                raise ValueError(
+                    f"{name}.{field} says how a conversion starts; a layer alone takes no {field}"
+                )
+        return read_settings(settings, given, where=name)
+
+    def _set_up(self, geometry: Geometry, settings: Any, impl: str) -> None:
+        if geometry.num_heads % geometry.num_kv_heads:
+            raise ValueError(
+                f"{geometry.num_heads} query heads are not a multiple of {geometry.num_kv_heads} key/value heads"
+            )
+        if impl not in ("auto", "reference", "triton"):
+            raise ValueError(f'impl must be auto, reference or triton, got "{impl}"')
+        self.num_heads, self.num_kv_heads = geometry.num_heads, geometry.num_kv_heads
+        self.head_dim = geometry.head_dim
+        self.requested_impl = impl
+        self.table = self.spec.parameters(geometry, settings)
+        self.build(geometry, settings)
+        self.reset_parameters()
+
+    def build(self, geometry: Geometry, settings: Any) -> None:
+        """Make the parameters that :attr:`table` lists, under their names; their values follow."""
+        raise NotImplementedError(f"{type(self).__name__} makes no parameters")
+
+    @property
+    def kind(self) -> str:
+        """Its name in the catalogue."""
+        return self.spec.kind
+
+    @property
+    def impl(self) -> Impl:
+        """The implementation that runs on the weights' device; eager torch, unless a subclass has kernels."""
+        return Impl.REFERENCE
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Fill every parameter with its starting value from the table."""
+        for name, parameter in self.named_parameters():
+            if not parameter.is_meta:
+                parameter.copy_(self.initial(name, generator=generator))
+
+    def initial(self, name: str, *, generator: torch.Generator | None = None) -> Tensor:
+        """Make the starting value of a parameter."""
+        spec = self.table[name]
+        return initial_value(spec.init, spec.shape, generator=generator)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        *,
+        sequences: SequenceInfo | None = None,
+        state: Any = None,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Any]:
+        """Mix a batch of sequences.
+
+        Args:
+            hidden_states: ``[B, T, hidden_size]``.
+            sequences: Padding or packed documents; None when every row is one sequence without padding.
+            state: What was remembered of the ``N`` sequences, or None. ``N`` is B, or the number of segments.
+            position_embeddings: ``cos`` and ``sin`` ``[B or 1, T, head_dim]``.
+        Returns: ``[B, T, hidden_size]``, zero at padding, and the new state.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not mix")
+
+    def diagnostics(self, hidden_states: Tensor) -> dict[str, Tensor]:
+        """Compute what is worth watching, per token: the probe reads ``half_life``, in tokens.
+
+        Args:
+            hidden_states: ``[B, T, hidden_size]``, the mixer's input.
+        Returns: ``[B, T, ...]`` by name; empty if there is nothing.
+        """
+        return {}
+
+
 class SequenceInfo:
-    """Say which cells of a ``[B, T]`` grid are tokens and which tokens belong together.
+    """Which cells of a ``[B, T]`` grid are tokens, and which tokens belong together.
 
     Args:
         segments: The sequences, in row-major order of their tokens.

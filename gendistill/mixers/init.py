@@ -1,4 +1,4 @@
-"""Fill new tensors by the schemes named in the parameter table, and read half-lives back."""
+"""Fill new tensors by the schemes that a mixer's table names, and read half-lives back."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from gendistill.parameters import Init, half_life_grid
+from gendistill.anatomy.spec import Init
 
 
 def initial_value(init: Init, shape: tuple[int, ...], *, generator: torch.Generator | None = None) -> Tensor:
@@ -61,6 +61,14 @@ def _spread_half_lives(
     count = math.prod(shape)
     grid = torch.tensor(half_life_grid(count, low, high), dtype=torch.float64)
     return grid[torch.randperm(count, generator=generator)].reshape(shape).float()
+
+
+def half_life_grid(count: int, low: float, high: float) -> list[float]:
+    """Space ``count`` half-lives evenly in log over [low, high] tokens."""
+    if count == 1:
+        return [math.sqrt(low * high)]
+    step = math.log(high / low) / (count - 1)
+    return [low * math.exp(step * index) for index in range(count)]
 
 
 def half_lives(log_decay: Tensor) -> Tensor:

@@ -7,21 +7,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gendistill.mixers.base import MixerState, SequenceInfo, rotate
-from gendistill.mixers.init import initial_value
-from gendistill.ops.gated_norm import gated_rms_norm
-from gendistill.ops.kda import gated_kda
-from gendistill.ops.reference.gates import bounded_log_decay, softplus_log_decay
-from gendistill.ops.short_conv import causal_conv
-from gendistill.ops.types import Impl, resolve_impl, triton_ops
-from gendistill.parameters import ParameterSpec, kda_parameters
+from gendistill.anatomy.family import Geometry
+from gendistill.anatomy.kda import KDA as SPEC
+from gendistill.anatomy.kda import KDASettings
+from gendistill.mixers.base import Mixer, MixerState, SequenceInfo, rotate
+from gendistill.mixers.init import half_lives
+from gendistill.ops.conv import causal_conv
+from gendistill.ops.decode import decode_delta_rule
+from gendistill.ops.delta_rule import chunk_kda
+from gendistill.ops.gates import log_decay
+from gendistill.ops.norm import gated_rms_norm
+from gendistill.ops.select import Impl, resolve
 
 # up to this many tokens after the first ones are decoded in one launch
 _DECODE_TOKENS = 8
 
 
 class ShortConv(nn.Module):
-    """Hold the taps of a depthwise convolution: ``weight`` ``[C, 1, W]`` and ``bias`` ``[C]``."""
+    """The taps of a depthwise convolution: ``weight`` ``[C, 1, W]`` and ``bias`` ``[C]``."""
 
     def __init__(self, channels: int, taps: int, *, bias: bool) -> None:
         super().__init__()
@@ -29,41 +32,20 @@ class ShortConv(nn.Module):
         self.register_parameter("bias", nn.Parameter(torch.empty(channels)) if bias else None)
 
 
-class KDA(nn.Module):
-    """Mix tokens with Kimi Delta Attention.
+class KDA(Mixer):
+    """Kimi Delta Attention as a layer.
 
     Queries, keys and values are projected, passed through a short causal convolution and L2-normalised (q, k); a
     low-rank projection gates the decay of every key channel, another one the output. Keys and values may have
     fewer heads than queries; decay, write strength and memory are per query head.
 
-    Args:
-        hidden_size: Width of the input.
-        num_heads: Query heads.
-        num_kv_heads: Key/value heads; as many as queries by default.
-        head_dim: Channels per head; ``hidden_size // num_heads`` by default.
-        qkv_bias: Biases on the q, k and v projections.
-        output_bias: Bias on the output projection.
-        conv_size: Taps of the convolution; 0 has none.
-        conv_activation: ``identity`` or ``silu``.
-        conv_bias: Bias of the convolution.
-        gate: ``bounded``: ``log_decay = gate_lower_bound * sigmoid(exp(A_log) * (raw + dt_bias))``; ``softplus``:
-            ``-exp(A_log) * softplus(raw + dt_bias)``.
-        gate_lower_bound: Most negative log-decay per token of the bounded gate.
-        gate_rank: Rank of the decay projection; ``head_dim`` by default.
-        decay_init: ``log_uniform`` spreads half-lives over ``half_life``; ``mamba``, ``slow`` and ``g6`` are published
-            starts for the softplus gate.
-        half_life: Tokens, shortest and longest, for ``log_uniform``.
-        output_gate: ``silu``, ``sigmoid`` or ``none``.
-        output_gate_rank: Rank of the output gate; ``head_dim`` by default.
-        output_norm: RMSNorm over every head's output, before the gate.
-        rope: Rotate q and k by ``position_embeddings``.
-        norm_eps: Epsilon of the output norm.
-        impl: ``auto``, ``reference`` or ``triton``; :attr:`impl` says what it means where the weights are.
-        initializer_range: Standard deviation of new projections.
+    Arguments are those of :class:`~gendistill.mixers.base.Mixer`; settings are the fields of
+    :class:`~gendistill.anatomy.kda.KDASettings`, such as ``gate="softplus"``.
+
     Source: arXiv 2510.26692; grouped heads and the identity convolution as in arXiv 2603.26556.
     """
 
-    kind = "kda"
+    spec = SPEC
 
     q_proj: nn.Linear
     k_proj: nn.Linear
@@ -81,73 +63,12 @@ class KDA(nn.Module):
     A_log: nn.Parameter
     dt_bias: nn.Parameter
 
-    def __init__(
-        self,
-        hidden_size: int,
-        num_heads: int,
-        num_kv_heads: int | None = None,
-        head_dim: int | None = None,
-        *,
-        qkv_bias: bool = False,
-        output_bias: bool = False,
-        conv_size: int = 4,
-        conv_activation: str = "identity",
-        conv_bias: bool = True,
-        gate: str = "bounded",
-        gate_lower_bound: float = -5.0,
-        gate_rank: int | None = None,
-        decay_init: str = "log_uniform",
-        half_life: tuple[float, float] = (4.0, 512.0),
-        output_gate: str = "silu",
-        output_gate_rank: int | None = None,
-        output_norm: bool = False,
-        rope: bool = False,
-        norm_eps: float = 1e-6,
-        impl: str = "auto",
-        initializer_range: float = 0.02,
-    ) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.num_kv_heads = num_kv_heads or num_heads
-        self.head_dim = head_dim or hidden_size // num_heads
-        if num_heads % self.num_kv_heads:
-            raise ValueError(
-                f"{num_heads} query heads are no multiple of {self.num_kv_heads} key/value heads"
-            )
-        if gate not in ("bounded", "softplus"):
-            raise ValueError(f'gate must be bounded or softplus, got "{gate}"')
-        if output_gate not in ("silu", "sigmoid", "none"):
-            raise ValueError(f'output_gate must be silu, sigmoid or none, got "{output_gate}"')
-        self.conv_size, self.conv_activation = conv_size, conv_activation
-        self.gate, self.gate_lower_bound = gate, gate_lower_bound
-        self.output_gate, self.rope = output_gate, rope
-        self.requested_impl = impl
-        if impl not in ("auto", "reference", "triton"):
-            raise ValueError(f'impl must be auto, reference or triton, got "{impl}"')
-        self._table = kda_parameters(
-            hidden_size=hidden_size,
-            num_heads=num_heads,
-            num_kv_heads=self.num_kv_heads,
-            head_dim=self.head_dim,
-            conv_size=conv_size,
-            conv_bias=conv_bias,
-            gate=gate,
-            gate_lower_bound=gate_lower_bound,
-            gate_rank=gate_rank,
-            decay_init=decay_init,
-            half_life=(half_life[0], half_life[1]),
-            output_gate=output_gate,
-            output_gate_rank=output_gate_rank,
-            output_norm=output_norm,
-            qkv_bias=qkv_bias,
-            output_bias=output_bias,
-            initializer_range=initializer_range,
-        )
-        self._build(self._table, norm_eps)
-        self.reset_parameters()
-
-    def _build(self, table: dict[str, ParameterSpec], norm_eps: float) -> None:
-        """Make one module per entry of the parameter table, in its order."""
+    def build(self, geometry: Geometry, settings: KDASettings) -> None:
+        """Make one module per entry of the parameter table."""
+        self.conv_size, self.conv_activation = settings.conv_size, settings.conv_activation
+        self.gate, self.gate_lower_bound = settings.gate, settings.gate_lower_bound
+        self.output_gate, self.rope = settings.output_gate, settings.rope
+        table = self.table
         for name, spec in table.items():
             owner, _, leaf = name.rpartition(".")
             if not owner:
@@ -157,18 +78,10 @@ class KDA(nn.Module):
             elif owner.endswith("_conv1d"):
                 self.add_module(owner, ShortConv(spec.shape[0], spec.shape[2], bias=f"{owner}.bias" in table))
             elif owner == "o_norm":
-                self.add_module(owner, nn.RMSNorm(spec.shape[0], eps=norm_eps))
+                self.add_module(owner, nn.RMSNorm(spec.shape[0], eps=geometry.norm_eps))
             else:
                 rows, columns = spec.shape
                 self.add_module(owner, nn.Linear(columns, rows, bias=f"{owner}.bias" in table))
-
-    @torch.no_grad()
-    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Fill every parameter with its starting value from the table."""
-        for name, parameter in self.named_parameters():
-            if not parameter.is_meta:
-                spec = self._table[name]
-                parameter.copy_(initial_value(spec.init, spec.shape, generator=generator))
 
     @property
     def impl(self) -> Impl:
@@ -177,14 +90,7 @@ class KDA(nn.Module):
         Raises:
             ValueError: ``triton`` was requested and cannot run there.
         """
-        return resolve_impl(self.requested_impl, op="kda", device=self.A_log.device)
-
-    @property
-    def state_shapes(self) -> tuple[tuple[int, int] | None, tuple[int, int, int]]:
-        """Shapes per sequence of the convolution state (or None) and of the memory."""
-        channels = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
-        conv = (channels, self.conv_size - 1) if self.conv_size else None
-        return conv, (self.num_heads, self.head_dim, self.head_dim)
+        return resolve(self.requested_impl, op="delta_rule", device=self.A_log.device)
 
     def log_decay(self, hidden_states: Tensor) -> Tensor:
         """Compute the natural-log decay per key channel.
@@ -193,10 +99,11 @@ class KDA(nn.Module):
             hidden_states: ``[B, T, hidden_size]``, the mixer's input.
         Returns: ``[B, T, H, K]`` float32, <= 0.
         """
-        raw = self._raw_decay(hidden_states)
-        if self.gate == "bounded":
-            return bounded_log_decay(raw, self.A_log, self.dt_bias, lower_bound=self.gate_lower_bound)
-        return softplus_log_decay(raw, self.A_log, self.dt_bias)
+        return log_decay(self._raw_decay(hidden_states), **self._gate)
+
+    def diagnostics(self, hidden_states: Tensor) -> dict[str, Tensor]:
+        """Compute the half-life of every key channel, ``[B, T, H, K]`` in tokens."""
+        return {"half_life": half_lives(self.log_decay(hidden_states))}
 
     def forward(
         self,
@@ -219,7 +126,7 @@ class KDA(nn.Module):
         impl = self.impl
         few = length <= _DECODE_TOKENS and sequences is None and not self.rope
         if impl is Impl.TRITON and few and state is not None and not torch.is_grad_enabled():
-            return self._decode(hidden_states, state)
+            return self._decode(hidden_states, state, impl)
         x = hidden_states if sequences is None else sequences.gather(hidden_states)
         q, k, v, conv_state = self._convolve(x, sequences, state, impl)
         if self.rope:
@@ -228,16 +135,13 @@ class KDA(nn.Module):
             angles = tuple(part.expand(batch, -1, -1) for part in position_embeddings)
             cos, sin = angles if sequences is None else (sequences.gather(part) for part in angles)
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        out, memory = gated_kda(
+        out, memory = chunk_kda(
             q,
             k,
             v,
             self._raw_decay(x),
             self.b_proj(x),
-            gate=self.gate,
-            a_log=self.A_log,
-            dt_bias=self.dt_bias,
-            lower_bound=self.gate_lower_bound,
+            **self._gate,
             state=None if state is None else state.recurrent,
             segments=None if sequences is None else sequences.segments,
             impl=impl,
@@ -248,7 +152,7 @@ class KDA(nn.Module):
             y = sequences.scatter(y, batch, length)
         return y, MixerState(conv_state, memory)
 
-    def _decode(self, x: Tensor, state: MixerState) -> tuple[Tensor, MixerState]:
+    def _decode(self, x: Tensor, state: MixerState, impl: Impl) -> tuple[Tensor, MixerState]:
         """Take a few more tokens in one launch between the projections."""
         conv, recurrent = state.conv, state.recurrent
         if not state.owned:
@@ -256,23 +160,24 @@ class KDA(nn.Module):
             recurrent = recurrent.clone(memory_format=torch.contiguous_format)
             conv = None if conv is None else conv.clone(memory_format=torch.contiguous_format)
         norm_weight, output_gate = self._output_gate(x)
-        out = triton_ops().triton_kda_decode(
-            self._project(x),
+        (q, k, v), (conv_weight, conv_bias) = self._project(x), self._taps()
+        out = decode_delta_rule(
+            q,
+            k,
+            v,
             self._raw_decay(x),
             self.b_proj(x),
             recurrent,
-            self.A_log,
-            self.dt_bias,
-            *self._taps(),
-            conv,
-            norm_weight,
-            output_gate,
-            self.num_kv_heads,
-            self.gate,
-            self.gate_lower_bound,
-            self.conv_activation,
-            self.output_gate,
-            self._output_settings["eps"],
+            **self._gate,
+            conv_weight=conv_weight or None,
+            conv_bias=conv_bias or None,
+            conv_state=conv,
+            conv_activation=self.conv_activation,
+            norm_weight=norm_weight,
+            norm_eps=self._output_settings["eps"],
+            output_gate=output_gate,
+            output_activation=self.output_gate,
+            impl=impl,
         )
         return self.o_proj(out.flatten(-2)), MixerState(conv, recurrent)
 
@@ -312,6 +217,16 @@ class KDA(nn.Module):
         """Return the output norm's weight and the raw gate, each None where the layer has none."""
         weight = self.o_norm.weight if "o_norm" in self._modules else None
         return weight, None if self.output_gate == "none" else self.g_b_proj(self.g_a_proj(x))
+
+    @property
+    def _gate(self) -> dict[str, Any]:
+        """What turns raw decays into decays, as ops take it."""
+        return {
+            "gate": self.gate,
+            "a_log": self.A_log,
+            "dt_bias": self.dt_bias,
+            "lower_bound": self.gate_lower_bound,
+        }
 
     @property
     def _output_settings(self) -> dict[str, Any]:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, LinearAttentionLayer
 
-from gendistill.mixers.base import MixerState
 from gendistill.models.configuration import HybridConfig
+
+S = TypeVar("S", bound=Any)
 
 
 class RecurrentLayer(LinearAttentionLayer):
-    """Hold one linear layer's state and count its tokens, so that a cache without attention knows its length."""
+    """The state of one mixer of ours and its count of tokens: a cache without attention still knows its length."""
 
     # transformers would otherwise compile the decoding of pure-linear students without being asked
     is_compileable = False
@@ -35,20 +36,22 @@ class RecurrentLayer(LinearAttentionLayer):
 
     def tensors(self) -> list[Tensor]:
         """The tensors that the layer owns now."""
-        states = (self.conv_states[0], self.recurrent_states[0])
+        states = (*self.conv_states.values(), *self.recurrent_states.values())
         return [state for state in states if state is not None]
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the given rows."""
         for states in (self.conv_states, self.recurrent_states):
-            if states[0] is not None:
-                states[0] = states[0][indices.to(states[0].device)]
+            for at, state in states.items():
+                if state is not None:
+                    states[at] = state[indices.to(state.device)]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row."""
         for states in (self.conv_states, self.recurrent_states):
-            if states[0] is not None:
-                states[0] = states[0].repeat_interleave(repeats, dim=0)
+            for at, state in states.items():
+                if state is not None:
+                    states[at] = state.repeat_interleave(repeats, dim=0)
 
     def reset(self) -> None:
         """Forget everything."""
@@ -57,7 +60,7 @@ class RecurrentLayer(LinearAttentionLayer):
 
 
 class HybridCache(DynamicCache):
-    """Cache any placement of mixers, pure-linear ones included.
+    """A cache for any placement of mixers, pure-linear ones included.
 
     Args:
         config: The student's configuration.
@@ -79,7 +82,7 @@ class HybridCache(DynamicCache):
         return self.layers[layer_idx].get_mask_sizes(query_length)  # pyright: ignore[reportAttributeAccessIssue]
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Refuse: a recurrent state cannot forget its last tokens."""
+        """Refuse: a state of fixed size cannot forget its last tokens."""
         raise ValueError(
             f"cannot remove {tokens_to_remove} tokens: a linear mixer's state cannot be cropped; take a snapshot() "
             "before the tokens and restore() it"
@@ -109,11 +112,15 @@ class HybridCache(DynamicCache):
         return total
 
 
-def read_state(cache: Cache | None, layer_idx: int) -> MixerState | None:
-    """Fetch a linear layer's state from any of transformers' caches; None before the first token.
+# transformers keeps inputs of a convolution apart from other tensors of fixed size
+_CONV = "conv"
+
+
+def read_state(cache: Cache | None, layer_idx: int, state_type: type[S]) -> S | None:
+    """Fetch a mixer's state from any of transformers' caches; None before the first token.
 
     Raises:
-        ValueError: The cache has no recurrent state at that layer.
+        ValueError: The cache keeps no state at that layer.
     """
     if cache is None:
         return None
@@ -121,26 +128,48 @@ def read_state(cache: Cache | None, layer_idx: int) -> MixerState | None:
     if not isinstance(layer, LinearAttentionLayer):
         kind = "no layer" if layer is None else type(layer).__name__
         raise ValueError(
-            f"layer {layer_idx} is linear and needs a recurrent state, but this {type(cache).__name__} has {kind} "
+            f"layer {layer_idx} has a mixer with a state of its own, but this {type(cache).__name__} has {kind} "
             "there; make the cache with HybridCache(model.config)"
         )
     if not layer.has_previous_state[0]:
         return None
-    recurrent = layer.recurrent_states[0]
-    assert recurrent is not None
-    return MixerState(layer.conv_states[0], recurrent, owned=True)
+    names = _names(state_type)
+    found: dict[str, Any] = {name: layer.recurrent_states[at] for at, name in enumerate(names)}
+    if _CONV in state_type._fields:
+        found[_CONV] = layer.conv_states[0]
+    return state_type(**found, owned=True)
 
 
-def write_state(cache: Cache | None, layer_idx: int, state: MixerState, num_positions: int) -> None:
-    """Store a linear layer's new state after ``num_positions`` more positions."""
+def write_state(cache: Cache | None, layer_idx: int, state: Any, num_positions: int) -> None:
+    """Store a mixer's new state after ``num_positions`` more positions."""
     if cache is None:
         return
     layer: Any = cache.layers[layer_idx]
-    if state.conv is not None:
-        cache.update_conv_state(state.conv, layer_idx)
+    conv, names = getattr(state, _CONV, None), _names(type(state))
+    _make_room(layer, len(names))
+    if conv is not None:
+        cache.update_conv_state(conv, layer_idx)
     else:  # only the convolution's update marks the layer as used
         layer.has_previous_state[0] = True
-        layer.device = state.recurrent.device
-    cache.update_recurrent_state(state.recurrent, layer_idx)
+        layer.device = getattr(state, names[0]).device
+    for at, name in enumerate(names):
+        cache.update_recurrent_state(getattr(state, name), layer_idx, at)
+        if at:
+            layer.has_previous_state[at] = True
     if isinstance(layer, RecurrentLayer):
         layer.num_tokens += num_positions
+
+
+def _names(state_type: type[Any]) -> list[str]:
+    """Name the tensors of a state that are no inputs of a convolution, in order."""
+    return [name for name in state_type._fields if name not in (_CONV, "owned")]
+
+
+def _make_room(layer: LinearAttentionLayer, number: int) -> None:
+    """Let a layer hold so many tensors: configurations can ask transformers for one only."""
+    for at in range(layer.number_of_states, number):
+        for states in (layer.conv_states, layer.recurrent_states, layer.conv_kernel_size):
+            states[at] = None
+        for marks in (layer.is_conv_states_initialized, layer.is_recurrent_states_initialized):
+            marks[at] = False
+    layer.number_of_states = max(layer.number_of_states, number)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+import textwrap
+from collections import Counter
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from gendistill.anatomy.mixers import MIXERS
 from gendistill.errors import CheckpointError
 from gendistill.models.configuration import LEAST_TRANSFORMERS
 from gendistill.paths import read_file, read_json, write_text
@@ -64,7 +67,7 @@ def write_card(folder: Path, *, base_model: str | None = None) -> None:
     front["tags"] = [
         "gendistill",
         "hybrid",
-        "linear-attention",
+        *(["linear-attention"] if any(MIXERS[kind].recurrent for kind in config.get("mixers") or ()) else []),
         "distillation",
         str(config["base_model_type"]),
     ]
@@ -140,16 +143,26 @@ def _placement(mixers: list[str]) -> str:
     return ", ".join(groups)
 
 
+def _made_of(mixers: list[str], origin: str) -> str:
+    """Say in one paragraph what mixes the tokens."""
+    counts = Counter(kind for kind in mixers if MIXERS[kind].replaces_attention)
+    parts = [
+        f"{count} of its {len(mixers)} layers mix tokens by {MIXERS[kind].about}"
+        for kind, count in counts.items()
+    ]
+    rest = ["the others keep softmax attention" if parts else "all its layers keep softmax attention"]
+    text = f"A hybrid language model made from {origin} with gendistill: {', '.join(parts + rest)}."
+    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
+
+
 def _body(config: dict[str, Any], base: str | None, licence: str) -> str:
     mixers = list(config.get("mixers") or [])
-    linear = sum(word == "linear_attention" for word in config.get("layer_types") or [])
     origin = base or f"a checkpoint of the {config['base_model_type']} family"
     name = base.rpartition("/")[2] if base else str(config["base_model_type"]).capitalize()
     return f"""
 # {name}, hybrid student
 
-A hybrid language model made from {origin} with gendistill: {linear} of its {len(mixers)} layers mix tokens by linear
-attention with a state of fixed size, the others keep softmax attention.
+{_made_of(mixers, origin)}
 
 - Base model: {base or "not named"}
 - Placement: {_placement(mixers)}

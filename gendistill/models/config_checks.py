@@ -6,6 +6,9 @@ import math
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from gendistill.anatomy.mixers import MIXERS
+from gendistill.anatomy.settings import read_settings
+
 # far above any model; keeps a wrong number from filling the memory
 _MOST_LAYERS, _LARGEST_SIZE = 1000, 2**31 - 1
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "max_position_embeddings")
@@ -13,18 +16,6 @@ _OPTIONAL_SIZES = ("num_key_value_heads", "head_dim", "sliding_window")
 _FLAGS = ("use_cache", "tie_word_embeddings", "attention_bias", "mlp_bias")
 _WORDS = ("base_model_type", "hidden_act", "impl")
 _IMPLS = ("auto", "reference", "triton")
-_GATES = {"bounded": ("log_uniform",), "softplus": ("log_uniform", "mamba", "slow", "g6")}
-_CHOICES = {
-    "conv_activation": ("identity", "silu"),
-    "gate": tuple(_GATES),
-    "decay_init": _GATES["softplus"],
-    "output_gate": ("silu", "sigmoid", "none"),
-    "qk_norm": ("fold", "drop"),
-    "init": ("qkvo", "vo", "random"),
-}
-_KDA_FLAGS = ("conv_bias", "output_norm", "rope")
-_KDA_RANKS = ("gate_rank", "output_gate_rank")
-_KDA_SETTINGS = (*_CHOICES, *_KDA_FLAGS, *_KDA_RANKS, "conv_size", "gate_lower_bound", "half_life")
 
 
 def check_fields(config: Any) -> None:
@@ -87,44 +78,15 @@ def _check_mixer_configs(configs: Any) -> None:
     _require(
         configs is None or isinstance(configs, Mapping), "mixer_configs", configs, "a dictionary by mixer"
     )
-    for mixer, settings in (configs or {}).items():
-        place = f"mixer_configs.{mixer}"
-        _require(mixer in ("kda", "swa"), "mixer_configs", mixer, "settings of kda or swa")
-        _require(isinstance(settings, Mapping), place, settings, "a dictionary of settings")
-        if mixer == "kda":
-            _check_kda(place, settings)
-            continue
-        for name, value in settings.items():
-            _require(name == "window", place, name, "window")
-            _integer(f"{place}.{name}", value, 1, _LARGEST_SIZE)
-
-
-def _check_kda(place: str, settings: Mapping[str, Any]) -> None:
-    for name, value in settings.items():
-        where = f"{place}.{name}"
-        _require(name in _KDA_SETTINGS, place, name, "settings among " + ", ".join(sorted(_KDA_SETTINGS)))
-        if name in _CHOICES:
-            _require(
-                isinstance(value, str) and value in _CHOICES[name], where, value, " or ".join(_CHOICES[name])
+    kinds = {kind: spec.settings for kind, spec in MIXERS.items() if spec.settings is not None}
+    for kind, given in (configs or {}).items():
+        place, settings = f"mixer_configs.{kind}", kinds.get(kind)
+        if settings is None:
+            raise ValueError(
+                f"mixer_configs must be settings of {' or '.join(sorted(kinds))}, got {kind!r:.77}"
             )
-        elif name in _KDA_FLAGS:
-            _require(isinstance(value, bool), where, value, "true or false")
-        elif name in _KDA_RANKS:
-            if value is not None:
-                _integer(where, value, 1, _LARGEST_SIZE)
-        elif name == "conv_size":
-            _integer(where, value, 0, 16)
-        elif name == "gate_lower_bound":
-            _require(_is_number(value) and -20 <= value < 0, where, value, "a number from -20 to below 0")
-        else:
-            pair = isinstance(value, list | tuple) and len(value) == 2 and all(map(_is_number, value))
-            _require(
-                pair and 0 < value[0] <= value[1], where, value, "[low, high] in tokens, 0 < low <= high"
-            )
-    gate, start = settings.get("gate", "bounded"), settings.get("decay_init", "log_uniform")
-    _require(
-        start in _GATES[gate], f"{place}.decay_init", start, f"{' or '.join(_GATES[gate])} with gate {gate}"
-    )
+        _require(isinstance(given, Mapping), place, given, "a dictionary of settings")
+        read_settings(settings, given, where=place)
 
 
 def _integer(name: str, value: Any, low: int, high: int) -> None:

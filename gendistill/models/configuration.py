@@ -21,33 +21,27 @@ from huggingface_hub.dataclasses import strict  # noqa: E402
 from transformers.configuration_utils import PreTrainedConfig  # noqa: E402
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters  # noqa: E402
 
+from gendistill.anatomy.family import FAMILIES  # noqa: E402
+from gendistill.anatomy.full import FULL  # noqa: E402
+from gendistill.anatomy.mixers import MIXERS  # noqa: E402
 from gendistill.models.config_checks import check_fields, check_rope  # noqa: E402
 
-# family -> whether (q, k, v) and the output projection carry biases; None: as config.attention_bias says
-FAMILIES: dict[str, tuple[bool | None, bool | None]] = {
-    "llama": (None, None),
-    "mistral": (False, False),
-    "qwen2": (True, False),
-    "qwen3": (None, None),
-}
-LINEAR_MIXERS = ("kda",)
-ATTENTION_MIXERS = ("full", "swa")
 LAYER_TYPES = ("full_attention", "sliding_attention", "linear_attention")
 
 
 @strict
 class HybridConfig(PreTrainedConfig):
-    """Describe a hybrid student.
+    """The configuration of a hybrid student.
 
     One flat object serves the family's modules, the cache and the masks. Fields of the family that are not declared
     here survive as attributes.
 
     Attributes:
         base_model_type: Family whose decoder layers are used: llama, mistral, qwen2 or qwen3.
-        mixers: Kind of every layer: ``full``, ``swa`` or ``kda``.
+        mixers: Kind of every layer, by its name in the catalogue of mixers: ``full``, ``swa``, ...
         mixer_configs: Settings per kind, as in the recipe's ``student.mixers``.
         layer_types: Transformers' word for every layer; follows from ``mixers`` when absent.
-        impl: Implementation of the linear mixers: ``auto``, ``reference`` or ``triton``.
+        impl: Implementation of the mixers that have several: ``auto``, ``reference`` or ``triton``.
     """
 
     model_type = "gendistill"
@@ -88,12 +82,13 @@ class HybridConfig(PreTrainedConfig):
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.mixers is None:
-            self.mixers = ["full"] * self.num_hidden_layers
+            self.mixers = [FULL.kind] * self.num_hidden_layers
         if self.mixer_configs is None:
             self.mixer_configs = {}
         if self.layer_types is None:
-            words = {"full": "full_attention", "swa": "sliding_attention"}
-            self.layer_types = [words.get(mixer, "linear_attention") for mixer in self.mixers]
+            # what is unknown is refused below
+            known = [MIXERS.get(mixer, FULL) for mixer in self.mixers]
+            self.layer_types = [spec.layer_type for spec in known]
         self.validate_architecture()
         try:
             super().__post_init__(**kwargs)
@@ -119,7 +114,7 @@ class HybridConfig(PreTrainedConfig):
                 f'base_model_type "{self.base_model_type}" is not supported; allowed: {", ".join(FAMILIES)}'
             )
         for name, values, allowed in (
-            ("mixers", self.mixers, LINEAR_MIXERS + ATTENTION_MIXERS),
+            ("mixers", self.mixers, tuple(MIXERS)),
             ("layer_types", self.layer_types, LAYER_TYPES),
         ):
             if len(values or ()) != self.num_hidden_layers:
@@ -130,19 +125,12 @@ class HybridConfig(PreTrainedConfig):
             if unknown:
                 raise ValueError(f"{name} holds {unknown}; allowed: {', '.join(allowed)}")
         for layer, (mixer, word) in enumerate(zip(self.mixers or (), self.layer_types or (), strict=True)):
-            if (mixer in LINEAR_MIXERS) != (word == "linear_attention"):
+            if MIXERS[mixer].replaces_attention != (word == "linear_attention"):
                 raise ValueError(f'layer {layer} is "{mixer}" in mixers but "{word}" in layer_types')
         if "sliding_attention" in (self.layer_types or ()) and not self.sliding_window:
             raise ValueError("a sliding_attention layer needs sliding_window")
 
     @property
-    def linear_layers(self) -> list[int]:
-        """Indices of the layers with a recurrent state."""
-        return [index for index, mixer in enumerate(self.mixers or ()) if mixer in LINEAR_MIXERS]
-
-    @property
-    def attention_biases(self) -> tuple[bool, bool]:
-        """Whether the family puts biases on q, k, v and on the output projection."""
-        qkv, output = FAMILIES[self.base_model_type]
-        default = bool(self.attention_bias)
-        return (default if qkv is None else qkv), (default if output is None else output)
+    def converted_layers(self) -> list[int]:
+        """Indices of the layers whose attention is replaced by a mixer of ours."""
+        return [index for index, kind in enumerate(self.mixers or ()) if MIXERS[kind].replaces_attention]

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import json
 import shutil
+import sys
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +16,11 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
-import gendistill
+from gendistill.anatomy.full import FULL
+from gendistill.anatomy.mixers import MIXERS
+from gendistill.anatomy.spec import MixerSpec
 from gendistill.companions import companion_files
-from gendistill.errors import CheckpointError
+from gendistill.errors import CheckpointError, OutputError
 from gendistill.models.card import inherit_card, read_object, write_card
 from gendistill.models.configuration import HybridConfig
 from gendistill.models.modeling import GendistillForCausalLM
@@ -23,6 +28,7 @@ from gendistill.paths import library_writing, new_folder, write_text
 
 _PACKAGE = "gendistill"
 _ENTRY = "gendistill.models.modeling"
+_CATALOGUE = "gendistill.anatomy.mixers"
 _AUTO_MAP = {
     "AutoConfig": "models_configuration.HybridConfig",
     "AutoModel": "models_modeling.HybridModel",
@@ -36,20 +42,30 @@ def export_code(folder: Path, *, base_model: str | None = None) -> list[Path]:
     """Write the student's modules and its model card into its folder and name the modules in ``config.json``.
 
     Every module that the model needs becomes one file beside the weights, with imports made relative, which is what
-    ``trust_remote_code=True`` can follow.
+    ``trust_remote_code=True`` can follow. Of the mixers come those that the student has, also where they are modules
+    of another package than ours; what these import from their own package comes too.
 
     Args:
         folder: A saved student.
         base_model: The teacher's name on the hub, for the card; None keeps what the card says.
     Returns: The modules written.
+    Raises:
+        OutputError: The code of a mixer is in no file.
     """
-    written = []
-    for module in _needed_modules(_ENTRY):
-        path = folder / f"{_flat_name(module)}.py"
-        write_text(path, _flatten(_source(module)))
-        written.append(path)
     config_path = folder / "config.json"
     config = read_object(config_path)
+    catalogue = _catalogue({*(config.get("mixers") or ()), *(config.get("mixer_configs") or ())})
+    written = []
+    for module, source in _needed_modules(_ENTRY, {_CATALOGUE: catalogue}).items():
+        path = folder / f"{_flat_name(module)}.py"
+        if path in written:
+            raise OutputError(
+                f"two modules would be saved as {path.name}, one of them {module}",
+                where=module,
+                hint="give the package of the mixer another name",
+            )
+        write_text(path, _flatten(source, module))
+        written.append(path)
     config["auto_map"] = _AUTO_MAP
     write_text(config_path, json.dumps(config, indent=2, sort_keys=True) + "\n")
     write_card(folder, base_model=base_model)
@@ -199,36 +215,110 @@ def _check_student(folder: Path) -> None:
         )
 
 
+def _catalogue(kinds: Iterable[str]) -> str:
+    """Write the catalogue of a student's own mixers, which imports their modules by name."""
+    lines = [
+        '"""The mixers of this student."""',
+        "",
+        "# what defines a mixer may ask for the catalogue, so it is here first",
+        "MIXERS, _CLASSES = {}, {}",
+        "",
+    ]
+    for number, kind in enumerate(sorted({FULL.kind, *kinds} & MIXERS.keys())):
+        spec = MIXERS[kind]
+        home, name = _home(spec)
+        lines += [f"from {home} import {name} as _spec_{number}", f"MIXERS[{kind!r}] = _spec_{number}"]
+        if spec.module is not None:
+            module, _, name = spec.module.partition(":")
+            lines += [
+                f"from {module} import {name} as _class_{number}",
+                f"_CLASSES[{kind!r}] = _class_{number}",
+            ]
+    lines += ["", "", "def mixer_class(kind):", "    return _CLASSES[kind]", ""]
+    return "\n".join(lines)
+
+
+def _home(spec: MixerSpec) -> tuple[str, str]:
+    """Name the module that holds a spec, and its name there."""
+    module = type(spec).__module__
+    for name, value in vars(sys.modules[module]).items():
+        if value is spec:
+            return module, name
+    raise OutputError(
+        f'the spec of the mixer "{spec.kind}" has no name in {module}, where its class is defined',
+        where=f"mixer {spec.kind}",
+        hint=f"write there: {spec.kind.upper()} = {type(spec).__name__}()",
+    )
+
+
 def _source(module: str) -> str:
-    relative = Path(*module.split(".")[1:])
-    return (Path(gendistill.__file__).parent / relative).with_suffix(".py").read_text(encoding="utf-8")
+    try:
+        found = importlib.util.find_spec(module) if module != "__main__" else None
+    except ValueError:  # a module that was made by hand
+        found = None
+    if found is None or not found.origin or not found.origin.endswith(".py"):
+        raise OutputError(
+            f"the code of {module} is in no file that could be saved with the student",
+            where=module,
+            hint="define the mixer in a module of its own, and import that",
+        )
+    return Path(found.origin).read_text(encoding="utf-8")
 
 
-def _imports(source: str) -> list[ast.ImportFrom]:
-    found = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom)]
-    return [node for node in found if (node.module or "").split(".")[0] == _PACKAGE]
+def _imports(source: str, module: str, packages: Collection[str]) -> list[tuple[ast.ImportFrom, str]]:
+    """List a module's imports from the given packages, each with the full name of the module that it names."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Import | ast.ImportFrom):
+            continue
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        ours = module.split(".")[0] == _PACKAGE  # which has some where nothing runs, for type checkers
+        whole = not ours and any(name.split(".")[0] in packages for name in names)
+        if whole or (isinstance(node, ast.ImportFrom) and node.level and not node.module):
+            raise OutputError(
+                f"{module} imports whole modules, which cannot be saved with the student",
+                where=f"{module}, line {node.lineno}",
+                hint="write: from package.module import name",
+            )
+        if not isinstance(node, ast.ImportFrom) or not node.module:
+            continue
+        name = node.module
+        if node.level:
+            name = ".".join([*module.split(".")[: -node.level], name])
+        if name.split(".")[0] in packages:
+            found.append((node, name))
+    return found
 
 
-def _needed_modules(entry: str) -> list[str]:
-    seen: dict[str, None] = {}
+def _needed_modules(entry: str, written: Mapping[str, str]) -> dict[str, str]:
+    """Map each module that another needs, itself included, to its source, or to what is written in its place."""
+    packages = _packages()
+    sources: dict[str, str] = {}
     waiting = [entry]
     while waiting:
         module = waiting.pop()
-        if module not in seen:
-            seen[module] = None
-            waiting.extend(node.module for node in _imports(_source(module)) if node.module)
-    return sorted(seen)
+        if module not in sources:
+            sources[module] = written[module] if module in written else _source(module)
+            waiting.extend(name for _, name in _imports(sources[module], module, packages))
+    return dict(sorted(sources.items()))
+
+
+def _packages() -> set[str]:
+    """Name the top packages whose code is saved: ours, and those of other mixers in the catalogue."""
+    homes = {type(spec).__module__ for spec in MIXERS.values()}
+    modules = {spec.module.partition(":")[0] for spec in MIXERS.values() if spec.module is not None}
+    return {_PACKAGE, *(module.split(".")[0] for module in homes | modules)}
 
 
 def _flat_name(module: str) -> str:
-    return "_".join(module.split(".")[1:])
+    """Name the file of a module: the path of ours without the package's name."""
+    return module.removeprefix(f"{_PACKAGE}.").replace(".", "_")
 
 
-def _flatten(source: str) -> str:
+def _flatten(source: str, module: str) -> str:
     """Rewrite ``from gendistill.a.b import c`` to ``from .a_b import c``, leaving everything else as it is."""
     lines = source.splitlines(keepends=True)
-    for node in _imports(source):
-        assert node.module
-        line = lines[node.lineno - 1]
-        lines[node.lineno - 1] = line.replace(f"from {node.module} ", f"from .{_flat_name(node.module)} ", 1)
+    for node, name in _imports(source, module, _packages()):
+        line, written = lines[node.lineno - 1], "." * node.level + str(node.module)
+        lines[node.lineno - 1] = line.replace(f"from {written} ", f"from .{_flat_name(name)} ", 1)
     return "".join(lines)

@@ -1,47 +1,32 @@
-"""The linear mixers as a decoder layer calls its attention."""
+"""The mixers of ours as a decoder layer calls its attention."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import functools
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from gendistill.mixers.base import MixerState, SequenceInfo
-from gendistill.mixers.kda import KDA
+from gendistill.anatomy.family import geometry_of
+from gendistill.anatomy.mixers import mixer_class
+from gendistill.anatomy.student import mixer_settings
+from gendistill.mixers.base import Mixer, SequenceInfo
 from gendistill.models.cache import read_state, write_state
 from gendistill.models.configuration import HybridConfig
 from gendistill.models.sequences import find_sequences
 
-# settings that say how a mixer was converted, not how it computes
-_CONVERSION_ONLY = ("init", "qk_norm")
+_Base = Mixer if TYPE_CHECKING else object
 
 
-class HybridKDA(KDA):
-    """Answer the call that a decoder layer makes to its attention, with Kimi Delta Attention.
+class AttentionCall(_Base):
+    """The answer of a mixer to the call that a decoder layer makes to its attention.
 
     Adds no level to parameter names: ``layers.3.self_attn.q_proj.weight`` stays what it was in the teacher.
     """
 
-    def __init__(self, config: HybridConfig, layer_idx: int) -> None:
-        settings = dict((config.mixer_configs or {}).get("kda", {}))
-        for name in _CONVERSION_ONLY:
-            settings.pop(name, None)
-        qkv_bias, output_bias = config.attention_biases
-        super().__init__(
-            config.hidden_size,
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            config.head_dim,
-            qkv_bias=qkv_bias,
-            output_bias=output_bias,
-            norm_eps=config.rms_norm_eps,
-            impl=config.impl,
-            initializer_range=config.initializer_range,
-            **settings,
-        )
-        self.layer_idx = layer_idx
+    layer_idx: int
 
     def forward(  # the decoder layer's protocol instead of the plain mixer's
         self,
@@ -65,7 +50,7 @@ class HybridKDA(KDA):
             sequences = find_sequences(
                 attention_mask, position_ids, ends, past_key_values, batch=batch, length=length
             )
-        state = read_state(past_key_values, self.layer_idx)
+        state = read_state(past_key_values, self.layer_idx, self.state_type)
         settings = {"state": state, "position_embeddings": position_embeddings}
         if sequences is None:
             out, state = super().forward(hidden_states, **settings)
@@ -76,8 +61,22 @@ class HybridKDA(KDA):
 
     # lengths of documents differ from batch to batch, and a compiler would compile the layer anew for each
     @torch.compiler.disable(reason="padding and packed documents are laid out on the host")
-    def _mix_eagerly(self, *args: Any, **kwargs: Any) -> tuple[Tensor, MixerState]:
+    def _mix_eagerly(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
         return super().forward(*args, **kwargs)
 
 
-LINEAR_LAYERS = {"kda": HybridKDA}
+@functools.cache
+def _in_a_decoder(mixer: type[Mixer]) -> type[Any]:
+    """Return the class of a mixer that answers a decoder layer's call."""
+    return type(f"Hybrid{mixer.__name__}", (AttentionCall, mixer), {"__module__": __name__})
+
+
+def make_mixer(config: HybridConfig, layer_idx: int) -> Mixer:
+    """Make the mixer of a layer that does not keep its attention."""
+    assert config.mixers is not None
+    kind, plain = config.mixers[layer_idx], config.to_dict()
+    layer = _in_a_decoder(mixer_class(kind)).of(
+        geometry_of(plain), mixer_settings(plain, kind), impl=config.impl
+    )
+    layer.layer_idx = layer_idx
+    return layer

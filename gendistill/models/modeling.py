@@ -18,18 +18,19 @@ from transformers.models.auto.modeling_auto import MODEL_MAPPING
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from gendistill.mixers.base import SequenceInfo
-from gendistill.mixers.init import initial_value
-from gendistill.mixers.kda import KDA
+from gendistill.anatomy.mixers import MIXERS
+from gendistill.anatomy.spec import float32_names
+from gendistill.anatomy.student import mixer_tables
+from gendistill.mixers.base import Mixer, SequenceInfo
 from gendistill.models.cache import HybridCache
 from gendistill.models.configuration import HybridConfig
 from gendistill.models.generation import HybridGeneration
-from gendistill.models.layers import LINEAR_LAYERS
-from gendistill.models.sequences import check_inputs, find_sequences, layer_masks
+from gendistill.models.layers import make_mixer
+from gendistill.models.sequences import check_inputs, check_sequences, find_sequences, layer_masks
 
 
 class HybridPreTrainedModel(PreTrainedModel):
-    """Hold what transformers needs to know about every hybrid student."""
+    """What transformers needs to know about every hybrid student."""
 
     config: HybridConfig  # pyright: ignore[reportIncompatibleVariableOverride]
     config_class = HybridConfig
@@ -47,19 +48,21 @@ class HybridPreTrainedModel(PreTrainedModel):
         # by name: the families' attention modules have no class in common
         "attentions": OutputRecorder(None, index=1, class_name=".self_attn"),  # pyright: ignore[reportArgumentType]
     }
-    _keep_in_fp32_modules_strict = {"A_log", "dt_bias"}  # noqa: RUF012
+
+    def __init__(self, config: HybridConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        self._keep_in_fp32_modules_strict = float32_names(mixer_tables(config.to_dict()).values())
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, KDA):
+        if isinstance(module, Mixer):
             for name, parameter in module.named_parameters():
-                spec = module._table[name]
-                weight_init.copy_(parameter, initial_value(spec.init, spec.shape).to(parameter))
+                weight_init.copy_(parameter, module.initial(name).to(parameter))
 
 
 class HybridModel(HybridPreTrainedModel):
-    """Run the decoder: embeddings, the family's layers with their mixers, the final norm."""
+    """The decoder: embeddings, the family's layers with their mixers, the final norm."""
 
     def __init__(self, config: HybridConfig) -> None:
         super().__init__(config)
@@ -73,9 +76,8 @@ class HybridModel(HybridPreTrainedModel):
         self.norm = base.norm
         self.rotary_emb = base.rotary_emb
         self.gradient_checkpointing = False
-        for layer_idx in config.linear_layers:
-            assert config.mixers is not None
-            self.layers[layer_idx].self_attn = LINEAR_LAYERS[config.mixers[layer_idx]](config, layer_idx)
+        for layer_idx in config.converted_layers:
+            self.layers[layer_idx].self_attn = make_mixer(config, layer_idx)
         self.post_init()
 
     @can_return_tuple
@@ -96,7 +98,7 @@ class HybridModel(HybridPreTrainedModel):
             attention_mask: ``[B, past + T]``, zero at padding; or masks by layer type. Masked tokens change no state.
             position_ids: ``[B, T]`` or ``[1, T]``. Restarts separate packed documents; these come without mask and
                 cache (``use_cache=False``). ``cu_seq_lens_q`` and ``cu_seq_lens_k``, ``[N + 1]`` ends in the row-major
-                grid, may say the same without a search.
+                grid, may say the same without a search, and a ``SequenceInfo`` as ``sequences`` without the device.
             past_key_values: Cache to continue; made here when ``use_cache``.
             output_attentions: Also return the attentions of kept layers, ``[B, H, T, past + T]``, with None in place of
                 linear ones. Needs ``attn_implementation="eager"``.
@@ -140,7 +142,10 @@ class HybridModel(HybridPreTrainedModel):
             past_key_values = HybridCache(self.config)
         self._check(past_key_values, kwargs.get("output_attentions", self.config.output_attentions))
         layer_types = self.config.layer_types or []
-        masks, sequences = self._lay_out(inputs_embeds, attention_mask, position_ids, past_key_values, kwargs)
+        given: SequenceInfo | None = kwargs.pop("sequences", None)
+        masks, sequences = self._lay_out(
+            inputs_embeds, attention_mask, position_ids, past_key_values, kwargs, given
+        )
         if position_ids is None:
             seen = 0 if past_key_values is None else past_key_values.get_seq_length()
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen)[None]
@@ -169,6 +174,7 @@ class HybridModel(HybridPreTrainedModel):
         position_ids: Tensor | None,
         cache: Cache | None,
         kwargs: dict[str, Any],
+        given: SequenceInfo | None,
     ) -> tuple[dict[str, Any], SequenceInfo | None]:
         """Return the masks by layer type, and the sequences for all linear layers at once."""
         batch, length = inputs_embeds.shape[:2]
@@ -182,7 +188,10 @@ class HybridModel(HybridPreTrainedModel):
         elif attention_mask is not None:
             padding = attention_mask[:, -length:] if len(attention_mask.shape) == 2 else None
         ends = [kwargs[name] for name in ("cu_seq_lens_q", "cu_seq_lens_k") if kwargs.get(name) is not None]
-        sequences = find_sequences(padding, position_ids, ends, cache, batch=batch, length=length)
+        if given is None:
+            sequences = find_sequences(padding, position_ids, ends, cache, batch=batch, length=length)
+        else:
+            sequences = check_sequences(given, padding, cache, batch=batch, length=length)
         if isinstance(attention_mask, dict):
             return attention_mask, sequences
         return layer_masks(self.config, inputs_embeds, attention_mask, cache, position_ids), sequences
@@ -200,12 +209,13 @@ class HybridModel(HybridPreTrainedModel):
                 "attention layers only; use HybridCache(model.config)"
             )
         kernel = self.config._attn_implementation
-        if output_attentions and len(self.config.linear_layers) < len(self.layers) and kernel != "eager":
+        if output_attentions and len(self.config.converted_layers) < len(self.layers) and kernel != "eager":
             raise ValueError(
                 f'output_attentions needs attention that keeps its weights, which "{kernel}" does not; load the '
                 'student with attn_implementation="eager"'
             )
-        windowed = "swa" in (self.config.mixers or ()) and self.config.base_model_type in ("llama", "mistral")
+        kinds = [MIXERS[kind].layer_type for kind in self.config.mixers or ()]
+        windowed = "sliding_attention" in kinds and self.config.base_model_type in ("llama", "mistral")
         if windowed and "flash" in (kernel or ""):
             raise ValueError(
                 f'{self.config.base_model_type} passes no per-layer window to "{kernel}"; '
@@ -215,7 +225,7 @@ class HybridModel(HybridPreTrainedModel):
 
 # transformers looks for GenerationMixin among the direct bases
 class GendistillForCausalLM(HybridPreTrainedModel, HybridGeneration, GenerationMixin):
-    """Predict the next token with a hybrid student."""
+    """A hybrid student that predicts the next token."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
 

@@ -150,6 +150,25 @@ def _read(
     return None if mask is None or is_whole else SequenceInfo.from_mask(mask)
 
 
+def check_sequences(
+    sequences: SequenceInfo, mask: Tensor | None, cache: Cache | None, *, batch: int, length: int
+) -> SequenceInfo:
+    """Take documents whose lengths the caller knows on the host, which the device then need not be asked for.
+
+    Args:
+        sequences: The documents of the ``[batch, length]`` grid; ``position_ids`` must restart where they do.
+    Raises:
+        ValueError: They come beside a mask or a cache, or do not fill the grid.
+    """
+    _refuse_company(mask, cache, "sequences say that documents are packed")
+    if sequences.tokens is not None or sequences.segments.num_tokens != batch * length:
+        raise ValueError(
+            f"sequences must cover the {batch * length} cells of {batch} rows of {length}, got "
+            f"{sequences.segments.num_tokens} tokens"
+        )
+    return sequences
+
+
 def _restarts(mask: Tensor | None, position_ids: Tensor) -> Tensor:
     """Say whether a token's position does not lie behind those of all tokens before it in the row."""
     position_ids = position_ids.long()

@@ -1,28 +1,43 @@
 """Public maths on ``[B, T, H, D]`` tensors; ``reference`` defines every op in eager torch."""
 
-from gendistill.ops.gated_delta_rule import gated_delta_rule
-from gendistill.ops.gated_norm import gated_rms_norm
-from gendistill.ops.kda import gated_kda, kda
+from gendistill.ops.conv import causal_conv
+from gendistill.ops.decode import decode_delta_rule
+from gendistill.ops.delta_rule import (
+    chunk_delta_rule,
+    chunk_gdn,
+    chunk_kda,
+    recurrent_delta_rule,
+    recurrent_gdn,
+    recurrent_kda,
+)
+from gendistill.ops.divergence import Divergence, DivergenceOutput, Term, linear_divergence
+from gendistill.ops.gates import bounded_log_decay, l2norm, log_decay, softplus_log_decay
+from gendistill.ops.norm import gated_rms_norm
 from gendistill.ops.reference.attention import sliding_window_attention
-from gendistill.ops.reference.delta_rule import chunk_delta_rule, recurrent_delta_rule
-from gendistill.ops.reference.gates import bounded_log_decay, l2norm, softplus_log_decay
-from gendistill.ops.short_conv import causal_conv
-from gendistill.ops.types import Impl, OpOutput, Segments, resolve_impl
+from gendistill.ops.select import Impl, resolve
+from gendistill.ops.types import OpOutput, Segments
 
 __all__ = [
+    "Divergence",
+    "DivergenceOutput",
     "Impl",
     "OpOutput",
     "Segments",
+    "Term",
     "bounded_log_decay",
     "causal_conv",
     "chunk_delta_rule",
-    "gated_delta_rule",
-    "gated_kda",
+    "chunk_gdn",
+    "chunk_kda",
+    "decode_delta_rule",
     "gated_rms_norm",
-    "kda",
     "l2norm",
+    "linear_divergence",
+    "log_decay",
     "recurrent_delta_rule",
-    "resolve_impl",
+    "recurrent_gdn",
+    "recurrent_kda",
+    "resolve",
     "sliding_window_attention",
     "softplus_log_decay",
 ]

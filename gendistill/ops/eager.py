@@ -21,11 +21,14 @@ def is_eager(arguments: tuple[Any, ...]) -> bool:
         or is_in_torch_dispatch_mode()
         or torch._C._are_functorch_transforms_active()
         or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
-        or not _PLAIN.issuperset(map(type, arguments))
     ):
         return False
-    lists = [part for part in arguments if type(part) is list]
-    return all(_PLAIN.issuperset(map(type, part)) for part in lists)
+    kinds = set(map(type, arguments))
+    if list in kinds:
+        for part in arguments:
+            if type(part) is list:
+                kinds.update(map(type, part))
+    return kinds <= _PLAIN
 
 
 def _needs_grad(arguments: tuple[Any, ...]) -> bool:

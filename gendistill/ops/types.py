@@ -1,13 +1,8 @@
-"""What every op returns, which implementation runs, and how packed documents are described."""
+"""What every op returns, and how packed documents are described."""
 
 from __future__ import annotations
 
-import functools
-import importlib
-import importlib.util
-import os
 from collections.abc import Callable
-from enum import StrEnum
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
@@ -15,91 +10,15 @@ import torch
 from torch import Tensor
 
 
-class Impl(StrEnum):
-    """Name the implementation of an op: eager torch that defines it, or our Triton kernels."""
-
-    REFERENCE = "reference"
-    TRITON = "triton"
-
-
-def is_triton(impl: Impl | str) -> bool:
-    """Say whether an op shall run on our kernels; a ValueError says that there is no such implementation."""
-    # torch 2.11 cannot trace the class called with one of its members
-    chosen = impl if isinstance(impl, Impl) else Impl(impl)
-    return chosen is Impl.TRITON
-
-
 class OpOutput(NamedTuple):
-    """Hold an op's output and the state after the last token."""
+    """An op's output and the state after the last token."""
 
     out: Tensor
     state: Tensor
 
 
-def resolve_impl(requested: str, *, op: str, device: torch.device) -> Impl:
-    """Turn a recipe's ``impl`` into one implementation.
-
-    ``auto`` is Triton on the GPUs on which our kernels are tested (NVIDIA, compute capability 9.x), and the reference
-    elsewhere.
-
-    Args:
-        requested: ``auto``, ``reference`` or ``triton``.
-        op: Name of the op, for the error.
-        device: Where the op will run.
-    Raises:
-        ValueError: The requested implementation cannot run there.
-    """
-    if requested == "reference" or (requested == "auto" and device.type != "cuda"):
-        return Impl.REFERENCE
-    obstacle = _load_triton(device)
-    if obstacle is None:
-        return Impl.TRITON
-    if requested == "auto":
-        return Impl.REFERENCE
-    raise ValueError(
-        f'impl "{requested}" is not available for {op} on {device}: {obstacle}; use "auto" or "reference"'
-    )
-
-
-# Of what happens here a compiler can trace nothing. It may keep the result, but only one that ends before its next
-# graph break: torch cannot hand such a constant on.
-@torch.compiler.assume_constant_result
-def _load_triton(device: torch.device) -> str | None:
-    """Import the Triton ops, which a compiler must find imported, or say what keeps them from running there."""
-    obstacle = triton_obstacle(device)
-    if obstacle is None:
-        triton_ops()
-    return obstacle
-
-
-@functools.cache
-def triton_obstacle(device: torch.device) -> str | None:
-    """Say what keeps our Triton kernels from running there; None if nothing does."""
-    for package in ("triton", "gendistill_kernels"):
-        if importlib.util.find_spec(package) is None:
-            return f"the package {package} is not installed"
-    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
-        return None
-    if device.type != "cuda" or torch.version.hip is not None:
-        return "our Triton kernels run on NVIDIA GPUs"
-    major, minor = torch.cuda.get_device_capability(device)
-    if major != 9:
-        return f"our Triton kernels are tested on compute capability 9.x, this GPU has {major}.{minor}"
-    return None
-
-
-_triton_ops: list[Any] = []
-
-
-def triton_ops() -> Any:
-    """Import the Triton ops of the installed package; a student's exported code carries none of its own."""
-    if not _triton_ops:
-        _triton_ops.append(importlib.import_module("gendistill.ops.triton_ops"))
-    return _triton_ops[0]
-
-
 class Segments:
-    """Describe independent sequences laid end to end on one token axis.
+    """Independent sequences laid end to end on one token axis.
 
     Args:
         lengths: Tokens of each sequence; zero is allowed.
@@ -116,7 +35,8 @@ class Segments:
         self.num_tokens = sum(lengths)
         self.device = torch.device(device)
         ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-        self.cu_seqlens = ends.to(self.device)
+        # a plain copy to a GPU waits until it has done all its work
+        self.cu_seqlens = ends.to(self.device, non_blocking=True)
         self._layouts: dict[int, ChunkLayout] = {}
         self._taps: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
         self._tables: dict[Callable[..., Any], Any] = {}
@@ -161,12 +81,12 @@ class Segments:
                 torch.tensor(before).reshape(shape),
                 torch.tensor(last).reshape(shape),
             )
-            self._taps[history] = tuple(index.long().to(self.device) for index in indices)  # pyright: ignore
+            self._taps[history] = tuple(index.long().to(self.device, non_blocking=True) for index in indices)  # pyright: ignore
         return self._taps[history]
 
 
 class ChunkLayout(NamedTuple):
-    """Say where chunk-padded tokens come from, with the chunks of one step side by side.
+    """Where chunk-padded tokens come from, with the chunks of one step side by side.
 
     Sequences are sorted by length, longest first; step ``s`` holds the ``s``-th chunk of every sequence that
     has one. The scan then runs over steps and each step works on a prefix of the sequences.
@@ -211,4 +131,7 @@ class ChunkLayout(NamedTuple):
         slot = torch.empty(total + 1, dtype=torch.int64)
         slot[flat] = torch.arange(flat.numel())
         rank = torch.argsort(order)
-        return cls(flat.to(device), slot[:total].to(device), active, order.to(device), rank.to(device))
+        source, slots, order, rank = (
+            part.to(device, non_blocking=True) for part in (flat, slot[:total], order, rank)
+        )
+        return cls(source, slots, active, order, rank)

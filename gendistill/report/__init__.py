@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from gendistill.report.gap import GapReport, Inversion, TaskGap, compute_gap, rank_inversions
 from gendistill.report.write import (
-    Comparison,
     ReportPaths,
+    RunComparison,
     clear_report,
     compare_reports,
     render_terminal,
@@ -13,10 +13,10 @@ from gendistill.report.write import (
 )
 
 __all__ = [
-    "Comparison",
     "GapReport",
     "Inversion",
     "ReportPaths",
+    "RunComparison",
     "TaskGap",
     "clear_report",
     "compare_reports",

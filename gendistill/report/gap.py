@@ -1,4 +1,4 @@
-"""The gap between teacher and student under both protocols, and how much of it log-likelihood hides."""
+"""The gap between teacher and student under every protocol, and how much of it log-likelihood hides."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from gendistill.errors import ReportError
-from gendistill.report.run_files import PROTOCOLS, ROLES
+from gendistill.report.run_files import ROLES
 from gendistill.text import printable
-from gendistill_evals import stats
+from gendistill_evals import PROTOCOLS, ProtocolFamily, stats
+from gendistill_evals.protocols import lead_protocols
 
-SCHEMA = 1
+SCHEMA = 2
 _TASK_FIELDS = ("kind", "metric", "items_sha256", "prompt_sha256", "limit", "n")
 # Neither changes what is asked: the batch size is a matter of memory, and `overrode` lists what each model's
 # own generation defaults would have been.
@@ -42,17 +43,22 @@ class Estimate:
         return self.low > 0 or self.high < 0
 
 
-@dataclass(frozen=True, slots=True)
-class ByProtocol:
-    """The same quantity under both protocols; None was not measured."""
-
-    likelihood: Estimate | None = None
-    generation: Estimate | None = None
+# The same quantity under every protocol; None was not measured.
+ByProtocol = dict[str, Estimate | None]
 
 
 @dataclass(frozen=True, slots=True)
 class TaskGap:
-    """Scores of one task. ``gap`` is student minus teacher; ``hidden`` is generation gap minus likelihood gap."""
+    """Scores of one task.
+
+    Attributes:
+        task, kind, metric, n, limit, items_sha256, prompt_sha256: As in ``results.json``.
+        reasons: Why a protocol has no score, where that is known.
+        teacher, student: Their scores.
+        gap: Student minus teacher.
+        hidden: The gap under the report's leading generation protocol minus that under its leading likelihood
+            protocol.
+    """
 
     task: str
     kind: str
@@ -61,7 +67,7 @@ class TaskGap:
     limit: int | None
     items_sha256: str
     prompt_sha256: str
-    likelihood_reason: str | None
+    reasons: dict[str, str]
     teacher: ByProtocol
     student: ByProtocol
     gap: ByProtocol
@@ -70,22 +76,42 @@ class TaskGap:
 
 @dataclass(frozen=True, slots=True)
 class GapReport:
-    """All tasks of one run."""
+    """All tasks of one run.
+
+    Attributes:
+        name: Of the run.
+        teacher, student: What was scored; None was not.
+        placement: Of the student, for people.
+        settings: How both were scored.
+        leads: The protocols that the hidden gap compares: by family, the first that anything was scored under.
+        tasks: Their scores.
+    """
 
     name: str
     teacher: str | None
     student: str | None
     placement: str | None
     settings: dict[str, Any]
+    leads: dict[ProtocolFamily, str]
     tasks: tuple[TaskGap, ...]
+
+    @property
+    def protocols(self) -> tuple[str, ...]:
+        """The protocols that tables show: the leading ones, and others that a model was scored under."""
+        return tuple(
+            name
+            for name in PROTOCOLS
+            if name in self.leads.values()
+            or any(scores.get(name) for task in self.tasks for scores in (task.teacher, task.student))
+        )
 
     def mean_gap(self, protocol: str) -> Estimate | None:
         """Average the gap over the tasks measured under one protocol."""
-        return _mean([getattr(task.gap, protocol) for task in self.tasks])
+        return _mean([task.gap.get(protocol) for task in self.tasks])
 
     @property
     def mean_hidden(self) -> Estimate | None:
-        """Average the hidden gap over the tasks measured under both protocols."""
+        """Average the hidden gap over the tasks measured under both leading protocols."""
         return _mean([task.hidden for task in self.tasks])
 
     def to_json(self) -> dict[str, Any]:
@@ -122,13 +148,19 @@ class GapReport:
 
 @dataclass(frozen=True, slots=True)
 class Inversion:
-    """Two runs that one protocol ranks one way and the other protocol the other way."""
+    """Two runs that log-likelihood ranks one way and generation the other way.
+
+    Attributes:
+        task: Where; ``mean`` is over all tasks.
+        best: The run that is better, by the family of the protocol.
+        margin: By how many percentage points, by family.
+        protocols: The protocols that disagree, by family.
+    """
 
     task: str
-    best_by_likelihood: str
-    best_by_generation: str
-    likelihood_margin: float
-    generation_margin: float
+    best: dict[ProtocolFamily, str]
+    margin: dict[ProtocolFamily, float]
+    protocols: dict[ProtocolFamily, str]
 
 
 def compute_gap(
@@ -169,14 +201,23 @@ def compute_gap(
         for role, content in results.items()
     }
     names = list(dict.fromkeys(task for found in tasks.values() for task in found))
+    entries = [entry for found in tasks.values() for entry in found.values()]
+    leads = _leads(name for name in PROTOCOLS if any(entry.get(name) for entry in entries))
     return GapReport(
         name=name,
         teacher=(teacher_results or {}).get("model"),
         student=(student_results or {}).get("model"),
         placement=placement,
         settings=dict(next(iter(results.values()), {}).get("settings") or {}),
+        leads=leads,
         tasks=tuple(
-            _task_gap(task, {role: by[task] for role, by in tasks.items() if task in by}, samples, resamples)
+            _task_gap(
+                task,
+                {role: by[task] for role, by in tasks.items() if task in by},
+                samples,
+                leads=leads,
+                resamples=resamples,
+            )
             for task in names
         ),
     )
@@ -185,20 +226,22 @@ def compute_gap(
 def rank_inversions(reports: Sequence[GapReport]) -> list[Inversion]:
     """List the pairs of runs that log-likelihood orders differently from generation.
 
-    Compares the students' scores per task, and their mean over the tasks that every run has under both
-    protocols. Ties invert nothing.
+    Compares the students' scores per task, and their mean over the tasks that every run has under both leading
+    protocols, the first of each family that a student was scored under. Ties invert nothing.
 
     Raises:
         ReportError: The runs were not scored on the same items, prompts and settings.
     """
     for left, right in combinations(reports, 2):
         _check_rankable(left, right)
+    students = [task.student for report in reports for task in report.tasks]
+    leads = _leads(name for name in PROTOCOLS if any(scores.get(name) for scores in students))
     scores: dict[str, dict[str, tuple[float, float]]] = {}
     for report in reports:
         for task in report.tasks:
-            if task.student.likelihood and task.student.generation:
-                pair = (task.student.likelihood.value, task.student.generation.value)
-                scores.setdefault(task.task, {})[report.name] = pair
+            ranked, written = (task.student.get(leads[family]) for family in ProtocolFamily)
+            if ranked and written:
+                scores.setdefault(task.task, {})[report.name] = (ranked.value, written.value)
     shared = [by_run for by_run in scores.values() if len(by_run) == len(reports)]
     if len(shared) > 1:
         scores["mean"] = {
@@ -208,12 +251,22 @@ def rank_inversions(reports: Sequence[GapReport]) -> list[Inversion]:
             )
             for report in reports
         }
-    return [
-        Inversion(task, *((a, b) if by_likelihood > 0 else (b, a)), abs(by_likelihood), abs(by_generation))
-        for task, by_run in scores.items()
-        for a, b in combinations(by_run, 2)
-        if (by_likelihood := by_run[a][0] - by_run[b][0]) * (by_generation := by_run[a][1] - by_run[b][1]) < 0
-    ]
+    found = []
+    for task, by_run in scores.items():
+        for a, b in combinations(by_run, 2):
+            ahead = dict(
+                zip(ProtocolFamily, (by_run[a][0] - by_run[b][0], by_run[a][1] - by_run[b][1]), strict=True)
+            )
+            if math.prod(ahead.values()) < 0:
+                best = {family: a if points > 0 else b for family, points in ahead.items()}
+                margin = {family: abs(points) for family, points in ahead.items()}
+                found.append(Inversion(task, best, margin, leads))
+    return found
+
+
+def _leads(measured: Iterable[str]) -> dict[ProtocolFamily, str]:
+    """Choose the protocols that a hidden gap compares: those measured first, else the first there are."""
+    return lead_protocols() | lead_protocols(measured)
 
 
 def _differences(left: Mapping[str, Any], right: Mapping[str, Any], keys: Iterable[str]) -> str:
@@ -251,7 +304,14 @@ def _limit(task: Mapping[str, Any]) -> int | None:
     return limit if limit is not None and task["n"] >= limit else None
 
 
-def _task_gap(task: str, found: Mapping[str, Any], samples: Mapping[str, Rows], resamples: int) -> TaskGap:
+def _task_gap(
+    task: str,
+    found: Mapping[str, Any],
+    samples: Mapping[str, Rows],
+    *,
+    leads: Mapping[ProtocolFamily, str],
+    resamples: int,
+) -> TaskGap:
     if len(found) == 2 and (different := _differences(found["teacher"], found["student"], _TASK_FIELDS)):
         raise ReportError(
             f"teacher and student were not scored on the same items: {different} (teacher / student)",
@@ -266,9 +326,6 @@ def _task_gap(task: str, found: Mapping[str, Any], samples: Mapping[str, Rows], 
     }
     vectors = _align(task, correct)
     entry = next(iter(found.values()))
-    teacher_ll, teacher_gen, student_ll, student_gen = (
-        vectors.get((role, protocol)) for role in ROLES for protocol in PROTOCOLS
-    )
 
     def score(correct: list[float] | None) -> Estimate | None:
         return _points(stats.accuracy(correct, resamples=resamples)) if correct else None
@@ -276,23 +333,38 @@ def _task_gap(task: str, found: Mapping[str, Any], samples: Mapping[str, Rows], 
     def gap(teacher: list[float] | None, student: list[float] | None) -> Estimate | None:
         return _points(stats.gap(teacher, student, resamples=resamples)) if teacher and student else None
 
-    hidden = None
-    if teacher_ll and teacher_gen and student_ll and student_gen:
-        hidden = stats.hidden_gap(
-            teacher_likelihood=teacher_ll,
-            student_likelihood=student_ll,
-            teacher_generation=teacher_gen,
-            student_generation=student_gen,
-            resamples=resamples,
-        )
+    by_role = {role: {name: vectors.get((role, name)) for name in PROTOCOLS} for role in ROLES}
+    teacher, student = (by_role[role] for role in ROLES)
     return TaskGap(
         task=task,
         **{field: entry.get(field) for field in _TASK_FIELDS},
-        likelihood_reason=entry.get("likelihood_reason"),
-        teacher=ByProtocol(score(teacher_ll), score(teacher_gen)),
-        student=ByProtocol(score(student_ll), score(student_gen)),
-        gap=ByProtocol(gap(teacher_ll, student_ll), gap(teacher_gen, student_gen)),
-        hidden=_points(hidden) if hidden else None,
+        reasons={name: reason for name in PROTOCOLS if (reason := entry.get(f"{name}_reason"))},
+        teacher={name: score(correct) for name, correct in teacher.items()},
+        student={name: score(correct) for name, correct in student.items()},
+        gap={name: gap(teacher[name], student[name]) for name in PROTOCOLS},
+        hidden=_hidden(teacher, student, leads, resamples),
+    )
+
+
+def _hidden(
+    teacher: Mapping[str, list[float] | None],
+    student: Mapping[str, list[float] | None],
+    leads: Mapping[ProtocolFamily, str],
+    resamples: int,
+) -> Estimate | None:
+    ranked, written = leads[ProtocolFamily.LIKELIHOOD], leads[ProtocolFamily.GENERATION]
+    teacher_ranked, student_ranked = teacher[ranked], student[ranked]
+    teacher_written, student_written = teacher[written], student[written]
+    if not (teacher_ranked and student_ranked and teacher_written and student_written):
+        return None
+    return _points(
+        stats.hidden_gap(
+            teacher_likelihood=teacher_ranked,
+            student_likelihood=student_ranked,
+            teacher_generation=teacher_written,
+            student_generation=student_written,
+            resamples=resamples,
+        )
     )
 
 

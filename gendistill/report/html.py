@@ -11,12 +11,17 @@ from typing import Any
 
 import jinja2
 
+from gendistill.anatomy.mixers import MIXERS
 from gendistill.report import tables
 from gendistill.report.gap import GapReport
-from gendistill.report.plots import MIXER_COLOURS
 from gendistill.report.run_files import ROLES, RunFiles
+from gendistill_evals import PROTOCOLS, ProtocolFamily
 
 REPETITION_LIMIT = 0.2
+_DOES = {
+    ProtocolFamily.LIKELIHOOD: "ranks the options by log-likelihood",
+    ProtocolFamily.GENERATION: "lets the model write and reads its answer",
+}
 _SHOWN_SAMPLES = 10
 
 
@@ -29,25 +34,26 @@ def render_page(run: RunFiles, report: GapReport, figures: Mapping[str, bytes]) 
         figures: PNG bytes by name: ``gap``, ``heldout``, ``cache`` and ``loss-<stage>``.
     Returns: HTML. Every text that a model or a dataset produced is escaped.
     """
-    samples, num_lost = worst_samples(run)
+    samples, num_lost = worst_samples(run, report.leads)
     return _template().render(
         run=run,
         report=report,
         figures=figures,
-        headers=tables.HEADERS,
-        table=tables.cell_rows(report),
+        headers=tables.headers(report.protocols),
+        table=tables.cell_rows(report, report.protocols),
+        legend=legend(report),
         verdict=tables.verdict(report),
         warnings=tables.warnings(report),
         cards=summary_cards(run, report),
         layers=placement_layers(run),
-        mixer_colours=MIXER_COLOURS,
+        mixers=MIXERS,
         heldout=run.heldout,
         transcripts=paired_transcripts(run),
         answers=transcript_summary(run),
         repetition_limit=REPETITION_LIMIT,
         samples=samples,
         num_lost=num_lost,
-        counts=generation_counts(run),
+        counts=generation_counts(run, report),
     )
 
 
@@ -66,10 +72,21 @@ def _template() -> jinja2.Template:
     return environment.get_template("page.html.j2")
 
 
+def legend(report: GapReport) -> str:
+    """Say what the heads of the table mean."""
+    does = "; ".join(f"{PROTOCOLS[name].label} {_DOES[PROTOCOLS[name].family]}" for name in report.protocols)
+    ranked, written = (PROTOCOLS[report.leads[family]].label for family in ProtocolFamily)
+    return (
+        f"{does}. Same items, scores in percent. Gap is student minus teacher in percentage points, hidden gap is "
+        f"{written} gap minus {ranked} gap"
+    )
+
+
 def summary_cards(run: RunFiles, report: GapReport) -> list[tuple[str, str, str]]:
     """List the headline numbers as label, value and context; those not measured are left out."""
     cards = []
-    for label, gap in (("generation gap", report.mean_gap("generation")), ("hidden gap", report.mean_hidden)):
+    written = report.leads[ProtocolFamily.GENERATION]
+    for label, gap in ((f"{written} gap", report.mean_gap(written)), ("hidden gap", report.mean_hidden)):
         if gap:
             interval = f"95% interval {tables.signed(gap.low)} to {tables.signed(gap.high)}"
             cards.append((label, f"{tables.signed(gap.value)} pp", interval))
@@ -115,24 +132,43 @@ def transcript_summary(run: RunFiles) -> dict[str, float] | None:
     return {**nll, "repetition": max(pair["student"]["repeated_4gram_share"] for pair in pairs)}
 
 
-def worst_samples(run: RunFiles) -> tuple[list[dict[str, Any]], int]:
+def worst_samples(run: RunFiles, leads: Mapping[ProtocolFamily, str]) -> tuple[list[dict[str, Any]], int]:
     """Pick items whose generated answer the teacher gets right and the student does not.
 
+    Args:
+        run: The run's files.
+        leads: The protocols that the hidden gap compares.
     Returns: The first ten, those that likelihood counts as right first, and how many such items there are.
     """
+    ranked, written = leads[ProtocolFamily.LIKELIHOOD], leads[ProtocolFamily.GENERATION]
     teacher = {(row["task"], row["id"]): row for row in run.samples["teacher"]}
     lost = []
     for row in run.samples["student"]:
         right = teacher.get((row["task"], row["id"]))
-        if right and _correct(right, "generation") and _correct(row, "generation") is False:
-            hidden = bool(_correct(row, "likelihood"))
-            lost.append({"teacher": right, "student": row, "hidden": hidden, "gold": gold_text(row)})
+        if right and _correct(right, written) and _correct(row, written) is False:
+            lost.append(
+                {
+                    "task": row["task"],
+                    "id": row["id"],
+                    "prompt": prompt_text(row["prompt"]),
+                    "gold": gold_text(row),
+                    "answers": {"teacher": right[written], "student": row[written]},
+                    "hidden": bool(_correct(row, ranked)),
+                }
+            )
     lost.sort(key=lambda pair: not pair["hidden"])
     return lost[:_SHOWN_SAMPLES], len(lost)
 
 
 def _correct(row: Mapping[str, Any], protocol: str) -> bool | None:
     return bool(row[protocol]["correct"]) if row.get(protocol) else None
+
+
+def prompt_text(prompt: Any) -> str:
+    """Write a prompt for reading: a text as it is, turns with who speaks."""
+    if isinstance(prompt, str):
+        return prompt
+    return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
 
 
 def gold_text(row: Mapping[str, Any]) -> str:
@@ -143,13 +179,15 @@ def gold_text(row: Mapping[str, Any]) -> str:
     return str(gold)
 
 
-def generation_counts(run: RunFiles) -> list[dict[str, Any]]:
-    """List what generation did besides being right or wrong, per task and model."""
+def generation_counts(run: RunFiles, report: GapReport) -> list[dict[str, Any]]:
+    """List what generation did besides being right or wrong, per task, protocol and model."""
+    lead = report.leads[ProtocolFamily.GENERATION]
     return [
-        {"task": task["task"], "role": role, **task["generation"]}
+        {"task": task["task"] if name == lead else f"{task['task']}, {name}", "role": role, **task[name]}
         for role in ROLES
         for task in run.results.get(role, {}).get("tasks", [])
-        if task.get("generation")
+        for name in report.protocols
+        if PROTOCOLS[name].family is ProtocolFamily.GENERATION and task.get(name)
     ]
 
 

@@ -8,12 +8,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from gendistill.anatomy.mixers import MIXERS
+from gendistill.anatomy.placement import Placement
 from gendistill.errors import ReportError
 from gendistill.report.gap import GapReport
-from gendistill.report.run_files import PROTOCOLS, ROLES, RunFiles, StageFiles
+from gendistill.report.run_files import ROLES, RunFiles, StageFiles
 from gendistill.report.tables import signed
 from gendistill.text import printable
-from gendistill.types import Placement
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
 
 INK, MUTED, RULE = "#1b2430", "#5f6b7a", "#d9dee5"
 COLOURS = {"teacher": "#6b7685", "student": "#0072b2", "accent": "#d55e00"}
-# Fill and text: every pair has a contrast of at least 4.5.
-MIXER_COLOURS = {"full": ("#e69f00", INK), "swa": ("#007d5a", "white"), "kda": ("#0072b2", "white")}
 # about 40 tasks; a figure has at most 65,536 rows of pixels
 _MOST_BARS = 80
 _STYLE: dict[Any, Any] = {
@@ -91,15 +90,15 @@ def _label(text: str) -> str:
 
 
 def plot_gap(report: GapReport) -> bytes | None:
-    """Draw the scores of both models under both protocols, with intervals and the gap beside them.
+    """Draw the scores of both models under every protocol, with intervals and the gap beside them.
 
     Of very many tasks the first are drawn, and the axis says so.
     """
     found = [
-        (task.task, protocol, scores, getattr(task.gap, protocol))
+        (task.task, protocol, scores, task.gap.get(protocol))
         for task in report.tasks
-        for protocol in PROTOCOLS
-        if any((scores := {role: getattr(getattr(task, role), protocol) for role in ROLES}).values())
+        for protocol in report.protocols
+        if any((scores := {role: getattr(task, role).get(protocol) for role in ROLES}).values())
     ]
     if not found:
         return None
@@ -146,16 +145,18 @@ def plot_placement(placement: Placement) -> bytes:
     with _figure(7.2, 1.15) as (figure, png):
         axes = figure.subplots()
         for layer, kind in enumerate(placement.kinds):
-            fill, ink = MIXER_COLOURS[kind]
+            fill, ink = MIXERS[kind].colour
             axes.bar(layer, 1, width=0.9, color=fill)
-            axes.text(layer, 0.5, kind.letter, ha="center", va="center", color=ink, weight="bold", size=8)
+            axes.text(
+                layer, 0.5, MIXERS[kind].letter, ha="center", va="center", color=ink, weight="bold", size=8
+            )
         axes.set_xlim(-0.6, max(num_layers, 12) - 0.4)
         axes.set_yticks([])
         axes.set_xticks(range(0, num_layers, 1 if num_layers < 40 else 4))
         axes.tick_params(axis="x", length=0, labelsize=7.5)
         axes.spines[:].set_visible(False)
         axes.grid(visible=False)
-        _legend(figure, [(str(kind), MIXER_COLOURS[kind][0]) for kind in dict.fromkeys(placement.kinds)])
+        _legend(figure, [(kind, MIXERS[kind].colour[0]) for kind in dict.fromkeys(placement.kinds)])
     return png[0]
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gendistill.anatomy.placement import Placement
 from gendistill.config.document import parse_yaml
 from gendistill.config.problems import Problem, RecipeProblems
 from gendistill.errors import ReportError
@@ -19,20 +20,18 @@ from gendistill.records import (
     PlanRecord,
     ProbeRecord,
     RecipeRecord,
-    ResultsRecord,
-    SampleRow,
     StageRecord,
     TranscriptRow,
     read_bytes,
     read_metrics_file,
     read_rows,
+    results_record,
+    sample_row,
 )
 from gendistill.text import printable
-from gendistill.types import MixerKind, Placement
 from gendistill_evals import results
 
 ROLES = ("teacher", "student")
-PROTOCOLS = ("likelihood", "generation")
 
 _RUN_AGAIN = "delete the file and run the command that made the run again: it writes the file anew"
 _SCORE_AGAIN = (
@@ -86,7 +85,7 @@ class RunFiles:
     def placement(self) -> Placement | None:
         """Mixer of every layer of the student."""
         kinds = (self.manifest.get("student") or {}).get("placement")
-        return Placement(tuple(MixerKind(kind) for kind in kinds)) if kinds else None
+        return Placement(tuple(kinds)) if kinds else None
 
     @property
     def resamples(self) -> int:
@@ -140,7 +139,7 @@ def read_run(run_dir: Path) -> RunFiles:
         probe=_json(run.probe, ProbeRecord),
         stages=_stages(run, recipe),
         results={role: content for role, content in scores.items() if content is not None},
-        samples={role: _rows(folder / "samples.jsonl", SampleRow) for role, folder in folders.items()},
+        samples={role: _rows(folder / "samples.jsonl", sample_row()) for role, folder in folders.items()},
         transcripts={
             role: _rows(folder / "transcripts.jsonl", TranscriptRow) for role, folder in folders.items()
         },
@@ -255,7 +254,7 @@ def _scores(path: Path) -> dict[str, Any] | None:
             where=str(path),
             hint=_SCORE_AGAIN,
         )
-    check_shape(content, ResultsRecord, error=ReportError, where=str(path), hint=_SCORE_AGAIN)
+    check_shape(content, results_record(), error=ReportError, where=str(path), hint=_SCORE_AGAIN)
     names = [task["task"] for task in content["tasks"]]
     if repeated := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
         raise ReportError(

@@ -13,9 +13,11 @@ from rich.text import Text
 from gendistill.report.gap import ByProtocol, Estimate, GapReport, Inversion
 from gendistill.report.run_files import ROLES
 from gendistill.text import printable
+from gendistill_evals import PROTOCOLS, ProtocolFamily
 
 NOT_MEASURED = "–"  # noqa: RUF001 an en dash is what tables use for an empty cell
-HEADERS = ("task", "teacher ll / gen", "student ll / gen", "gap ll", "gap gen", "hidden gap", "n")
+# How a model is scored, as the verdict says it, most important first.
+_HOW = {ProtocolFamily.GENERATION: "Writing its answers", ProtocolFamily.LIKELIHOOD: "By log-likelihood"}
 
 
 class Cell(NamedTuple):
@@ -25,14 +27,29 @@ class Cell(NamedTuple):
     detail: str = ""
 
 
-def raw_rows(report: GapReport) -> list[dict[str, Any]]:
+def shown_protocols(reports: Sequence[GapReport]) -> tuple[str, ...]:
+    """List the protocols that a table of several reports shows, in the order of ``PROTOCOLS``."""
+    wanted = {name for report in reports for name in report.protocols}
+    return tuple(name for name in PROTOCOLS if name in wanted)
+
+
+def headers(protocols: Sequence[str]) -> list[str]:
+    """List the heads of the columns of ``cell_rows``."""
+    labels = [PROTOCOLS[name].label for name in protocols]
+    scores = " / ".join(labels)
+    roles = [f"{role} {scores}" for role in ROLES]
+    return ["task", *roles, *(f"gap {label}" for label in labels), "hidden gap", "n"]
+
+
+def raw_rows(report: GapReport, protocols: Sequence[str]) -> list[dict[str, Any]]:
     """List one flat row per task; percent and percentage points, None where not measured."""
     rows = []
     for task in report.tasks:
         row: dict[str, Any] = {"run": report.name, "task": task.task, "metric": task.metric}
         row |= {"n": task.n, "limit": task.limit}
         for name, pair in (("teacher", task.teacher), ("student", task.student), ("gap", task.gap)):
-            row |= _flat(f"{name}_likelihood", pair.likelihood) | _flat(f"{name}_generation", pair.generation)
+            for protocol in protocols:
+                row |= _flat(f"{name}_{protocol}", pair.get(protocol))
         rows.append(row | _flat("hidden_gap", task.hidden))
     return rows
 
@@ -43,18 +60,17 @@ def _flat(name: str, estimate: Estimate | None) -> dict[str, float | None]:
     return {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
 
 
-def cell_rows(report: GapReport) -> list[list[Cell]]:
-    """Lay out the table for people: one list of cells per task, in the order of ``HEADERS``."""
+def cell_rows(report: GapReport, protocols: Sequence[str]) -> list[list[Cell]]:
+    """Lay out the table for people: one list of cells per task, in the order of ``headers``."""
     return [
         [
             Cell(
                 printable(task.task),
                 ", ".join([printable(task.metric), *([f"LIMIT {task.limit}"] if task.limit else [])]),
             ),
-            _scores(task.teacher),
-            _scores(task.student),
-            _difference(task.gap.likelihood),
-            _difference(task.gap.generation),
+            _scores(task.teacher, protocols),
+            _scores(task.student, protocols),
+            *(_difference(task.gap.get(protocol)) for protocol in protocols),
             _difference(task.hidden, mark=" !!"),
             Cell(f"{task.n:,}"),
         ]
@@ -62,9 +78,9 @@ def cell_rows(report: GapReport) -> list[list[Cell]]:
     ]
 
 
-def _scores(pair: ByProtocol) -> Cell:
-    shown = [f"{score.value:.1f}" if score else NOT_MEASURED for score in (pair.likelihood, pair.generation)]
-    return Cell(" / ".join(shown))
+def _scores(scores: ByProtocol, protocols: Sequence[str]) -> Cell:
+    found = [scores.get(protocol) for protocol in protocols]
+    return Cell(" / ".join(f"{score.value:.1f}" if score else NOT_MEASURED for score in found))
 
 
 def _difference(estimate: Estimate | None, *, mark: str = "") -> Cell:
@@ -83,9 +99,9 @@ def signed(points: float) -> str:
 def render_rich(report: GapReport) -> Table:
     """Lay out the table for a terminal, intervals under their values so that it fits 80 columns."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for index, header in enumerate(HEADERS):
+    for index, header in enumerate(headers(report.protocols)):
         table.add_column(header, justify="right" if index else "left")
-    for cells in cell_rows(report):
+    for cells in cell_rows(report, report.protocols):
         details = [("\n" + cell.detail, "dim") if cell.detail else "" for cell in cells]
         table.add_row(
             *(Text.assemble(cell.main, detail) for cell, detail in zip(cells, details, strict=True))
@@ -96,24 +112,26 @@ def render_rich(report: GapReport) -> Table:
 def render_markdown(reports: Sequence[GapReport]) -> str:
     """Lay out one markdown table; with several runs, each row begins with its run."""
     several = len(reports) > 1
-    headers = (["run"] if several else []) + list(HEADERS)
-    lines = ["| " + " | ".join(headers) + " |", "|---" * len(headers) + "|"]
+    protocols = shown_protocols(reports)
+    heads = (["run"] if several else []) + headers(protocols)
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for report in reports:
-        for cells in cell_rows(report):
+        for cells in cell_rows(report, protocols):
             texts = ([report.name] if several else []) + [" ".join(filter(None, cell)) for cell in cells]
             lines.append("| " + " | ".join(markdown_cell(text) for text in texts) + " |")
     return "\n".join(lines) + "\n"
 
 
 def markdown_cell(text: str) -> str:
-    """Write a text so that it stays inside its cell and is no HTML."""
+    """Write a text so that it stays inside its cell and is not HTML."""
     shown = printable(text, longest=1000)
     return shown.replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|")
 
 
 def render_csv(reports: Sequence[GapReport]) -> str:
     """Write every number unrounded, one line per run and task; empty where not measured."""
-    rows = [row for report in reports for row in raw_rows(report)]
+    protocols = shown_protocols(reports)
+    rows = [row for report in reports for row in raw_rows(report, protocols)]
     if not rows:
         return ""
     out = io.StringIO()
@@ -127,12 +145,13 @@ def render_csv(reports: Sequence[GapReport]) -> str:
 def verdict(report: GapReport) -> str:
     """Say in two sentences what the conversion cost, by generation and by log-likelihood."""
     sentences = []
-    for protocol, how in (("generation", "Writing its answers"), ("likelihood", "By log-likelihood")):
+    for family, how in _HOW.items():
+        protocol = report.leads[family]
         gap = report.mean_gap(protocol)
         if gap is None:
             sentences.append(f"The {protocol} gap is not measured.")
             continue
-        num_tasks = sum(getattr(task.gap, protocol) is not None for task in report.tasks)
+        num_tasks = sum(task.gap.get(protocol) is not None for task in report.tasks)
         over = "1 task" if num_tasks == 1 else f"mean of {num_tasks} tasks"
         side = "below" if gap.value < 0 else "above"
         same = not round(gap.value, 1)
@@ -146,30 +165,35 @@ def verdict(report: GapReport) -> str:
 def warnings(report: GapReport) -> list[str]:
     """List what a reader of the table must not miss, most important first."""
     found = []
+    ranked, written = report.leads[ProtocolFamily.LIKELIHOOD], report.leads[ProtocolFamily.GENERATION]
     for task in report.tasks:
         if task.hidden and task.hidden.high < 0:
             found.append(
-                f"{printable(task.task)}: likelihood hides {-task.hidden.value:.1f} pp of the generation gap; "
-                'rank runs by "gap gen"'
+                f"{printable(task.task)}: {ranked} hides {-task.hidden.value:.1f} pp of the {written} gap; "
+                f'rank runs by "gap {PROTOCOLS[written].label}"'
             )
         elif task.hidden and task.hidden.low > 0:
             found.append(
-                f"{printable(task.task)}: likelihood overstates the generation gap by {task.hidden.value:.1f} pp"
+                f"{printable(task.task)}: {ranked} overstates the {written} gap by {task.hidden.value:.1f} pp"
             )
     found += [
-        f"{printable(task.task)}: the teacher writes no correct answer, so the generation gap says nothing about "
+        f"{printable(task.task)}: the teacher writes no correct answer, so the {name} gap says nothing about "
         "the student"
         for task in report.tasks
-        if task.teacher.generation and not task.teacher.generation.value
+        for name in report.protocols
+        if PROTOCOLS[name].family is ProtocolFamily.GENERATION
+        and (score := task.teacher.get(name))
+        and not score.value
     ]
     limits = sorted({task.limit for task in report.tasks if task.limit})
     if limits:
         shown = ", ".join(str(limit) for limit in limits)
         found.append(f"LIMIT {shown}: scored on the first items only; not comparable with published numbers")
     found += [
-        f"{printable(task.task)}: no likelihood score ({printable(task.likelihood_reason)})"
+        f"{printable(task.task)}: no {name} score ({printable(task.reasons[name])})"
         for task in report.tasks
-        if task.likelihood_reason
+        for name in report.protocols
+        if name in task.reasons
     ]
     absent = [role for role in ROLES if getattr(report, role) is None]
     found += [f"{role}: not measured; score it with gendistill eval" for role in absent]
@@ -179,8 +203,10 @@ def warnings(report: GapReport) -> list[str]:
 def inversion_lines(inversions: Sequence[Inversion]) -> list[str]:
     """Say every rank inversion in one line."""
     return [
-        f"{printable(found.task)}: likelihood prefers {printable(found.best_by_likelihood)} "
-        f"(by {found.likelihood_margin:.1f} pp), generation prefers {printable(found.best_by_generation)} "
-        f"(by {found.generation_margin:.1f} pp)"
+        f"{printable(found.task)}: "
+        + ", ".join(
+            f"{found.protocols[family]} prefers {printable(found.best[family])} (by {found.margin[family]:.1f} pp)"
+            for family in ProtocolFamily
+        )
         for found in inversions
     ]

@@ -36,8 +36,8 @@ class ReportPaths:
 
 
 @dataclass(frozen=True, slots=True)
-class Comparison:
-    """Several runs' reports, and where the two protocols disagree on their order."""
+class RunComparison:
+    """Several runs' reports, and where log-likelihood and generation disagree on their order."""
 
     reports: tuple[GapReport, ...]
     inversions: tuple[Inversion, ...]
@@ -159,7 +159,7 @@ def render_terminal(run_dir: Path, *, console: Console | None = None) -> GapRepo
     return report
 
 
-def compare_reports(run_dirs: Sequence[Path]) -> Comparison:
+def compare_reports(run_dirs: Sequence[Path]) -> RunComparison:
     """Compare the students of several runs that were scored on the same items.
 
     Args:
@@ -183,4 +183,4 @@ def compare_reports(run_dirs: Sequence[Path]) -> Comparison:
         reports = [
             replace(report, name=str(run_dir)) for run_dir, report in zip(run_dirs, reports, strict=True)
         ]
-    return Comparison(tuple(reports), tuple(rank_inversions(reports)))
+    return RunComparison(tuple(reports), tuple(rank_inversions(reports)))

@@ -1,1 +1,1 @@
-"""Where the steps of runs live, and what a run folder shows of them."""
+"""From a recipe to a report: the steps of a run, where they live, their plan beforehand. Top of the house."""

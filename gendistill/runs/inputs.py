@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from gendistill.anatomy.mixers import MIXERS
+from gendistill.anatomy.placement import Placement
+from gendistill.checkpoints.resolve import Checkpoint
 from gendistill.config.base import identity
 from gendistill.config.schema import MixtureConfig, Recipe, SourceConfig
-from gendistill.conversion.checkpoint import Checkpoint
 from gendistill.data.identity import source_identity
 from gendistill.errors import DataError
 from gendistill.runs.steps import ASKED, BEFORE, CONVERT, Step, eval_step, stage_step
-from gendistill.types import Placement
 from gendistill_evals import questions_identity, task_identity
 from gendistill_evals.parts import RULES
 
@@ -55,8 +56,8 @@ def recipe_steps(
             "teacher": {**_model(teacher), **identity(recipe.teacher)},
             "student": {
                 "from": _model(source),
-                "placement": [kind.value for kind in placement.kinds],
-                **identity(recipe.student),
+                "placement": list(placement.kinds),
+                **_student(recipe, placement),
             },
             "heldout": identity(recipe.heldout),
             "data": data(held, CONVERT),
@@ -78,6 +79,17 @@ def recipe_steps(
         )
         steps.append(Step(eval_step("student"), {**trained, ASKED: asked}))
     return steps
+
+
+def _student(recipe: Recipe, placement: Placement) -> dict[str, Any]:
+    """Describe the student's section: of the mixers, those that are placed, and those that every key has held."""
+    found = identity(recipe.student)
+    found["mixers"] = {
+        kind: settings
+        for kind, settings in found["mixers"].items()
+        if kind in placement.kinds or MIXERS[kind].in_every_key
+    }
+    return found
 
 
 def _model(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -12,9 +12,10 @@ import os
 import re
 import shutil
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NotRequired
+from typing import Any, NamedTuple, NotRequired
 
 import torch
 from pydantic import ConfigDict, with_config
@@ -26,6 +27,8 @@ from typing_extensions import TypedDict
 from gendistill.errors import CheckpointError
 from gendistill.paths import clear_remains, library_writing, new_folder, read_json, write_json, writing
 from gendistill.records import Count, Number
+from gendistill.training.parallel import Parallel
+from gendistill.training.parallel.base import gather_on_main
 
 _NAME = re.compile(r"step-([0-9]+)")
 _WEIGHTS = "trained.safetensors"
@@ -59,40 +62,80 @@ class _State(TypedDict):
     stream: NotRequired[dict[str, Any]]
 
 
-def save_checkpoint(
-    folder: Path,
-    *,
-    step: int,
-    keep: int,
-    student: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    state: dict[str, Any],
-) -> Path:
+@dataclass(slots=True)
+class Progress:
+    """What a checkpoint remembers of the past.
+
+    Attributes:
+        step: Optimizer steps finished.
+        tokens: Tokens seen, without padding, over all processes.
+        seconds: Time spent in steps, over all sessions.
+        loss_first, loss_last: Of the first and the last log interval.
+        window: The meter's sums since the last log line.
+    """
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    loss_first: float | None = None
+    loss_last: float | None = None
+    window: list[float] = field(default_factory=list)
+
+
+class Tensors(NamedTuple):
+    """The tensors of a checkpoint, whole; empty where they are not written.
+
+    Attributes:
+        weights: Trained parameters by name.
+        moments: Their moments in the optimizer, ``<name>.<moment>``.
+    """
+
+    weights: dict[str, Tensor]
+    moments: dict[str, Tensor]
+
+
+def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Name the parameters that learn, as the optimizer will have them: to be asked once, after sharding."""
+    return {name: value for name, value in module.named_parameters() if value.requires_grad}
+
+
+def gather_tensors(
+    trained: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, parallel: Parallel
+) -> Tensors:
+    """Bring what a stage changes to the main process, which writes it. Collective.
+
+    Args:
+        trained: Parameters that learn. A sharded module may show others meanwhile, which the optimizer does not know.
+        optimizer: AdamW over those parameters.
+        parallel: How they are spread.
+    """
+    moments = {
+        f"{name}.{key}": value
+        for name, parameter in trained.items()
+        for key, value in _moments(optimizer, parameter).items()
+    }
+    return Tensors(gather_on_main(parallel, trained), gather_on_main(parallel, moments))
+
+
+def save_checkpoint(folder: Path, *, step: int, keep: int, tensors: Tensors, state: dict[str, Any]) -> Path:
     """Write ``folder/step-000050`` and delete all but the newest ``keep``.
 
     Args:
         folder: Folder of the stage's checkpoints.
         step: Steps finished.
         keep: Checkpoints to keep, this one included.
-        student: Its parameters that require gradients are saved.
-        optimizer: AdamW over those parameters.
+        tensors: What the stage has changed.
         state: JSON: everything else that a resumed stage needs, under ``progress`` and ``stream``.
     Raises:
         OutputError: The disk is full or the folder cannot be written.
     """
-    trained = _trained(student)
-    moments = {
-        f"{name}.{key}": value
-        for name, parameter in trained.items()
-        for key, value in _moments(optimizer, parameter).items()
-    }
     path = folder / f"step-{step:06d}"
     with writing(path):
         if path.is_symlink():
             path.unlink()
     with new_folder(path) as partial:
-        _write_tensors(partial / _WEIGHTS, trained)
-        _write_tensors(partial / _MOMENTS, moments)
+        _write_tensors(partial / _WEIGHTS, tensors.weights)
+        _write_tensors(partial / _MOMENTS, tensors.moments)
         files = {name: _fingerprint(partial / name) for name in (_WEIGHTS, _MOMENTS)}
         # as it will be read: keys of dictionaries become text
         content = json.loads(json.dumps({"step": step, "files": files, **state}))
@@ -121,13 +164,19 @@ def find_checkpoint(folder: Path, say: Callable[[str], None]) -> Path | None:
     return None
 
 
-def load_checkpoint(path: Path, *, student: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def load_checkpoint(
+    path: Path, *, trained: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, parallel: Parallel
+) -> dict[str, Any]:
     """Restore parameters and moments in place and return the rest of the state.
 
+    Args:
+        path: The checkpoint, which every process reads.
+        trained, optimizer: As they were saved; already sharded.
+        parallel: How they are spread.
     Raises:
         CheckpointError: It was written for other trained parameters, or is damaged.
     """
-    trained, state = _trained(student), _read_state(path)
+    state = _read_state(path)
     weights, moments = _read_tensors(path)
     if {name: value.shape for name, value in weights.items()} != {
         name: value.shape for name, value in trained.items()
@@ -140,25 +189,23 @@ def load_checkpoint(path: Path, *, student: nn.Module, optimizer: torch.optim.Op
         )
     with torch.no_grad():
         for name, parameter in trained.items():
-            parameter.copy_(weights[name])
-            optimizer.state[parameter] = {
-                key: moments[f"{name}.{key}"].to(parameter.device) for key in _MOMENT_KEYS
-            }
+            parameter.copy_(parallel.part(weights[name], parameter))
+            exp_avg, exp_avg_sq = (
+                parallel.part(moments[f"{name}.{key}"], parameter) for key in ("exp_avg", "exp_avg_sq")
+            )
+            step = moments[f"{name}.step"].to(parameter.device)
+            optimizer.state[parameter] = {"step": step, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
     return state
 
 
-def checksums(module: nn.Module) -> dict[str, int]:
+def checksums(parameters: Iterable[tuple[str, Tensor]]) -> dict[str, int]:
     """Sum every parameter's bits, to see which tensors changed at all."""
     names, sums = [], []
-    for name, parameter in module.named_parameters():
+    for name, parameter in parameters:
         bits = parameter.detach().view(torch.int32 if parameter.element_size() == 4 else torch.int16)
         names.append(name)
         sums.append(bits.sum(dtype=torch.int64))
     return dict(zip(names, torch.stack(sums).tolist(), strict=True))
-
-
-def _trained(student: nn.Module) -> dict[str, Tensor]:
-    return {name: value for name, value in student.named_parameters() if value.requires_grad}
 
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:

@@ -10,44 +10,20 @@ from typing import Any
 
 from torch import nn
 
+from gendistill.anatomy.groups import ParamGroup, param_group
+from gendistill.anatomy.placement import placed_kinds
 from gendistill.config.schema import StageConfig
 from gendistill.errors import RecipeError
-from gendistill.losses.base import mixer_kinds
-from gendistill.types import ParamGroup, short_count
-
-_LAYER = re.compile(r"model\.layers\.(\d+)\.(\w+)\.")
+from gendistill.types import short_count
 
 
 def param_group_of(name: str, config: Any) -> ParamGroup:
-    """Say which group a parameter belongs to.
+    """Say which group a parameter of a model belongs to, given its configuration.
 
-    A tied head is the embedding, so its name gives ``embed``. The QK-norms of kept attention belong to
-    ``attention``, everything inside a linear layer's ``self_attn`` to ``mixer``.
-
-    Args:
-        name: Name in ``student.named_parameters()``.
-        config: The student's configuration.
     Raises:
         RecipeError: The name fits no group.
     """
-    if name.startswith("model.embed_tokens."):
-        return ParamGroup.EMBED
-    if name.startswith("lm_head."):
-        return ParamGroup.EMBED if config.tie_word_embeddings else ParamGroup.HEAD
-    if name.startswith("model.norm."):
-        return ParamGroup.NORM
-    match = _LAYER.match(name)
-    if match and match[2] == "self_attn":
-        linear = mixer_kinds(config)[int(match[1])].is_linear
-        return ParamGroup.MIXER if linear else ParamGroup.ATTENTION
-    if match and match[2] == "mlp":
-        return ParamGroup.MLP
-    if match and match[2].endswith("layernorm"):
-        return ParamGroup.NORM
-    raise RecipeError(
-        f'parameter "{name}" belongs to none of the groups {", ".join(ParamGroup)}',
-        hint="this model family is not supported for training",
-    )
+    return param_group(name, placed_kinds(config), tied_head=config.tie_word_embeddings)
 
 
 @dataclass(frozen=True, slots=True)

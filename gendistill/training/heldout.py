@@ -5,36 +5,41 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from gendistill.data.batch import IGNORE, Batch, model_inputs
+from gendistill.data.batch import IGNORE, Batch
 from gendistill.errors import DataError
-from gendistill.losses.base import check_vocabulary
-from gendistill.ops.linear_divergence import chunk_tokens, chunks, counted_positions
+from gendistill.losses.student import StudentLike, last_hidden, output_head
+from gendistill.ops.divergence import chunk_tokens, chunks, counted_positions
+from gendistill.teachers.base import Needs, Teacher, TeacherSignals, check_vocabulary
+from gendistill.training.parallel import Parallel
 
 _SUMS = ("teacher_ce", "student_ce", "kl", "top1_agreement")
 
 
 @torch.no_grad()
 def score_heldout(
-    student: Any,
-    teacher: Any,
+    student: StudentLike,
+    teacher: Teacher,
     batches: Sequence[Batch],
     *,
     compute_dtype: torch.dtype | None = None,
-    accelerator: Any = None,
+    parallel: Parallel | None = None,
+    module: nn.Module | None = None,
 ) -> dict[str, float]:
     """Compare next-token distributions at every position whose label counts, a chunk of logits at a time.
 
     Args:
-        student, teacher: Hugging Face causal language models with one vocabulary, on one device; both are run
-            without dropout.
+        student: Run without dropout.
+        teacher: With the student's vocabulary, on its device.
         batches: On any device; the same list on every process.
         compute_dtype: Run the student under autocast to this dtype; None: in its own.
-        accelerator: Share the batches among its processes.
+        parallel: Share the batches among its processes.
+        module: The ``DistillStep`` of a student in training, which is then run by way of it.
     Returns:
         ``teacher_ce``, ``student_ce`` and ``kl`` (teacher against student) in nats per token, ``top1_agreement``
         between 0 and 1, ``ln_vocab`` (the cross-entropy of knowing nothing) and ``num_tokens``, counted positions.
@@ -42,15 +47,18 @@ def score_heldout(
         DataError: No label counts.
         RecipeError: The vocabularies differ.
     """
-    check_vocabulary(teacher.config, student.config)
-    device = student.lm_head.weight.device
-    rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
+    check_vocabulary(teacher.facts, student.config)
+    device = output_head(student).device
+    rank, world = (parallel.rank, parallel.world) if parallel else (0, 1)
     sums = torch.zeros(len(_SUMS) + 1, device=device)
-    with _evaluating(student), _evaluating(teacher):
+    measure = partial(_batch_sums, compute_dtype=compute_dtype)
+    with _evaluating(student):
         for batch in batches[rank::world]:
-            sums += _batch_sums(student, teacher, batch.to(device), compute_dtype)
-    if world > 1:
-        sums = accelerator.reduce(sums, "sum")
+            batch = batch.to(device)
+            signals = teacher.signals(batch, Needs(hidden=True))
+            sums += module(batch, signals, measure) if module else measure(student, signals, batch)
+    if parallel:
+        sums = parallel.sum(sums)
     *totals, count = sums.tolist()
     if count == 0:
         raise DataError("no held-out position has a label", where="heldout", hint="raise heldout.rows")
@@ -68,16 +76,19 @@ def _evaluating(model: Any):
         model.train(training)
 
 
-def _batch_sums(student: Any, teacher: Any, batch: Batch, compute_dtype: torch.dtype | None) -> Tensor:
+def _batch_sums(
+    student: StudentLike, signals: TeacherSignals, batch: Batch, *, compute_dtype: torch.dtype | None
+) -> Tensor:
     index = counted_positions(batch.labels, batch.num_labels, ignore_index=IGNORE)
     targets = batch.labels.flatten()[index]
-    dtype = compute_dtype or student.lm_head.weight.dtype
-    low_precision = dtype != student.lm_head.weight.dtype
-    with torch.autocast(batch.labels.device.type, dtype=torch.bfloat16, enabled=low_precision):
-        hidden = student.model(**model_inputs(batch)).last_hidden_state
-    hidden = hidden.flatten(0, 1)[index].to(dtype)
-    teacher_hidden = teacher.model(**model_inputs(batch)).last_hidden_state.flatten(0, 1)[index]
-    head, teacher_head = student.lm_head.weight.to(dtype), teacher.lm_head.weight
+    weight = output_head(student)
+    dtype = compute_dtype or weight.dtype
+    with torch.autocast(batch.labels.device.type, dtype=dtype, enabled=dtype != weight.dtype):
+        hidden = last_hidden(student, batch)
+    hidden, head = hidden.flatten(0, 1)[index].to(dtype), weight.to(dtype)
+    assert signals.hidden is not None
+    assert signals.head is not None
+    teacher_hidden, teacher_head = signals.hidden.flatten(0, 1)[index], signals.head
     sums = torch.zeros(len(_SUMS) + 1, device=hidden.device)
     for rows in chunks(len(targets), chunk_tokens(head)):
         log_q = (hidden[rows] @ head.T).float().log_softmax(-1)

@@ -15,7 +15,7 @@ from gendistill.errors import CheckpointError
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """Hold what the meter says at one step.
+    """What the meter says at one step.
 
     Attributes:
         losses: Loss and parts, averaged over the steps since the last reset.

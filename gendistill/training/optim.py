@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from gendistill.anatomy.groups import ParamGroup, undecayed
 from gendistill.config.schema import ScheduleConfig, StageConfig
 from gendistill.training.freeze import param_group_of
-from gendistill.types import ParamGroup
 
 # narrower layers spend longer casting their weights than multiplying
 _MIN_WIDTH = 256
-_NEVER_DECAYED = ("A_log", "dt_bias", "conv")
 
 
-def decays(name: str, parameter: Tensor, config: Any) -> bool:
-    """Whether weight decay applies: to matrices only, never to norms, biases, gates, convolutions, embeddings."""
-    if parameter.dim() < 2 or any(word in name for word in _NEVER_DECAYED):
+def decays(name: str, parameter: Tensor, group: ParamGroup, exempt: Collection[str]) -> bool:
+    """Whether weight decay applies: to matrices only, never to norms, embeddings and what a mixer's table exempts."""
+    if parameter.dim() < 2 or group in (ParamGroup.NORM, ParamGroup.EMBED):
         return False
-    return param_group_of(name, config) not in (ParamGroup.NORM, ParamGroup.EMBED)
+    return group is not ParamGroup.MIXER or name.partition(".self_attn.")[2] not in exempt
 
 
 def build_optimizer(student: nn.Module, stage: StageConfig) -> torch.optim.AdamW:
@@ -33,11 +33,13 @@ def build_optimizer(student: nn.Module, stage: StageConfig) -> torch.optim.AdamW
         student: Float32 model, after ``apply_freeze``.
         stage: Rates, betas and weight decay.
     """
+    config: Any = student.config
+    exempt = undecayed(config.to_dict())
     buckets: dict[tuple[ParamGroup, bool], list[Tensor]] = {}
     for name, parameter in student.named_parameters():
         if parameter.requires_grad:
-            key = (param_group_of(name, student.config), decays(name, parameter, student.config))
-            buckets.setdefault(key, []).append(parameter)
+            group = param_group_of(name, config)
+            buckets.setdefault((group, decays(name, parameter, group, exempt)), []).append(parameter)
     groups = []
     for (group, decayed), parameters in buckets.items():
         rate = stage.lr[group] if isinstance(stage.lr, dict) else stage.lr

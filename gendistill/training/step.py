@@ -2,38 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 
 from gendistill.data.batch import Batch
-from gendistill.losses.base import LossTerm, Objective, TeacherSignals
+from gendistill.losses.base import LossTerm, Objective
+from gendistill.teachers.base import Teacher, TeacherSignals
+from gendistill.training.parallel import Parallel
 
 
 class DistillStep(nn.Module):
-    """Wrap student and objective, so that data parallelism also covers loss code that reads the student's weights."""
+    """Student and objective as one module, so that parallelism also covers loss code that reads the student's head.
+
+    ``module(batch, signals, measure)`` runs something else than the objective, such as held-out scores.
+    """
 
     def __init__(self, student: nn.Module, objective: Objective) -> None:
         super().__init__()
-        self.student = student
+        self.student: Any = student
         self.objective = objective
 
-    def forward(self, batch: Batch, signals: TeacherSignals) -> LossTerm:
-        return self.objective(self.student, signals, batch)
+    def forward(
+        self, batch: Batch, signals: TeacherSignals, measure: Callable[..., Any] | None = None
+    ) -> Any:
+        return (measure or self.objective)(self.student, signals, batch)
 
 
 class StepRunner:
     """Compute gradients of a step's mean loss, whatever its split into micro-batches and processes.
 
     Args:
-        student: On the accelerator's device, with ``requires_grad`` already set: it is wrapped here.
-        teacher: On the same device, or unused by the objective.
+        student: With ``requires_grad`` already set: it is sharded here.
         objective: What to minimise.
-        accelerator: Decides device and number of processes.
+        teacher: Asked for what the objective needs.
+        parallel: Decides device and number of processes.
 
     Attributes:
         compute_dtype: Float32, or the dtype of autocast: of matmuls and activations, never of weights.
@@ -44,16 +49,16 @@ class StepRunner:
     def __init__(
         self,
         student: nn.Module,
-        teacher: nn.Module,
         objective: Objective,
-        accelerator: Accelerator,
+        teacher: Teacher,
+        parallel: Parallel,
     ) -> None:
         self.plain_module = DistillStep(student, objective)
-        self.module = accelerator.prepare_model(self.plain_module)
+        self.module = parallel.shard(self.plain_module)
         self.teacher = teacher
         self.objective = objective
-        self.accelerator = accelerator
-        self.device = accelerator.device
+        self.parallel = parallel
+        self.device = parallel.device
 
     def accumulate(self, micro_batches: Sequence[Batch]) -> tuple[Tensor, Tensor]:
         """Add the gradients of the step's mean loss to ``grad``.
@@ -68,25 +73,24 @@ class StepRunner:
             sum(batch.num_labels for batch in micro_batches),
             sum(batch.num_tokens for batch in micro_batches),
         ]
-        counts: Any = torch.tensor(local, device=self.device)
         # labels alone give the denominator, so it is known before the first forward pass
-        counts = self.accelerator.reduce(counts, "sum")
+        counts = self.parallel.sum(torch.tensor(local).to(self.device, non_blocking=True))
         num_labels = counts[0].clamp(min=1)
         # data parallelism averages gradients over processes: undo its division
-        scale = self.accelerator.num_processes / num_labels
-        sums: Any = torch.zeros(1 + len(self.objective.part_names), device=self.device)
+        scale = self.parallel.world / num_labels
+        sums = torch.zeros(1 + len(self.objective.part_names), device=self.device)
         for number, batch in enumerate(micro_batches):
             last = number == len(micro_batches) - 1
-            with nullcontext() if last else self.accelerator.no_sync(self.module):
+            with self.parallel.accumulating(self.module, last=last):
                 term = self._forward(self.module, batch)
-                self.accelerator.backward(term.total * scale)
+                (term.total * scale).backward()
             sums += torch.stack([term.total.detach(), *term.parts.values()])
-        return self.accelerator.reduce(sums, "sum") / num_labels, counts[1]
+        return self.parallel.sum(sums) / num_labels, counts[1]
 
     def rehearse(self, batch: Batch) -> None:
         """Run forward and backward once, for timing; no process waits for another, gradients are left behind."""
-        with self.accelerator.no_sync(self.module):
-            self.accelerator.backward(self._forward(self.module, batch).total)
+        with self.parallel.accumulating(self.module, last=False):
+            self._forward(self.module, batch).total.backward()
 
     @torch.no_grad()
     def loss(self, batch: Batch) -> Tensor:
@@ -95,7 +99,19 @@ class StepRunner:
 
     def _forward(self, module: nn.Module, batch: Batch) -> LossTerm:
         batch = batch.to(self.device)
-        signals = self.objective.observe(self.teacher, batch)
+        signals = self.teacher.signals(batch, self.objective.needs)
         autocast = self.compute_dtype is not torch.float32
         with torch.autocast(self.device.type, dtype=self.compute_dtype, enabled=autocast):
             return module(batch, signals)
+
+
+def seed_step(parallel: Parallel, seed: int, step: int) -> None:
+    """Seed this process for one step: a pure function, so that resuming needs no random state.
+
+    Args:
+        parallel: Its processes draw different numbers.
+        seed: The recipe's.
+        step: Steps finished before this one.
+    """
+    stream = (seed * 1_000_003 + step) * parallel.world + parallel.rank
+    torch.manual_seed(stream % 2**63)

@@ -24,8 +24,8 @@ from gendistill.bench.measure import Timing, summarise
 from gendistill.bench.rows import Check, Measurement, check_table, plot_measurements
 from gendistill.cli import bench as command
 from gendistill.cli.main import main
-from gendistill.ops import OpOutput, gated_kda
-from gendistill.report.results_table import load_results
+from gendistill.ops import OpOutput, chunk_kda
+from gendistill.results.table import load_results
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="the refusal is for machines without one")
 
@@ -41,7 +41,7 @@ class Reference:
     def sequence(self, x):
         settings = {"gate": x.gate, "a_log": x.a_log, "dt_bias": x.dt_bias}
         settings |= {"state": x.state, "segments": x.segments}
-        out, state = gated_kda(x.q, x.k, x.v, x.decay, x.beta, **settings)
+        out, state = chunk_kda(x.q, x.k, x.v, x.decay, x.beta, **settings)
         return OpOutput(out * self.off, state)
 
     def decode(self, x):

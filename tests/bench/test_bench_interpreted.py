@@ -24,12 +24,12 @@ def test_our_kernels_are_green(capsys):
 
 
 def test_a_broken_op_is_red(capsys, monkeypatch):
-    real = peers.gated_kda
+    real = peers.chunk_kda
 
     def broken(*tensors, **settings):
         result = real(*tensors, **settings)
         return OpOutput(result.out, result.state * float("nan"))
 
-    monkeypatch.setattr(peers, "gated_kda", broken)
+    monkeypatch.setattr(peers, "chunk_kda", broken)
     assert main(["bench", "ops", "--interpret-smoke", "--gate", "softplus"]) == 1
     assert "RED" in capsys.readouterr().out

@@ -13,7 +13,7 @@ from gendistill.bench.train import Comparison, Setup, TrainBench, save_plot
 from gendistill.cli.main import main
 from gendistill.data.batch import IGNORE
 from gendistill.errors import CheckpointError
-from gendistill.report.results_table import load_results, write_results_json
+from gendistill.results.table import load_results, write_results_json
 
 NAMES = ("triton", "reference")
 TINY = Setup(
@@ -78,7 +78,7 @@ def test_a_difference_is_held_against_the_spread_of_the_reference():
 
 def test_equal_implementations_end_equal_and_a_second_call_continues(tmp_path, capsys, monkeypatch):
     # otherwise every run decides by a stopwatch
-    monkeypatch.setattr("gendistill.training.session.choose_compute_dtype", lambda *_: torch.float32)
+    monkeypatch.setattr("gendistill.training.stage.choose_compute_dtype", lambda *_: torch.float32)
     settings = {"folder": tmp_path, "setup": TINY, "impls": ("auto", "reference"), "cpu": True}
     found = TrainBench(**settings, commit="0123abc").run()
     assert found.differences == (0.0, 0.0)

@@ -10,23 +10,26 @@ import torch
 from rich.console import Console
 
 from gendistill.cli.main import main
-from gendistill.report.results_table import load_results, write_results_json
+from gendistill.results.table import load_results, write_results_json
 
 pytest.importorskip("triton", reason="the Triton kernels need triton")
 
 from gendistill.bench import tune
 from gendistill.bench.cases import CASES, TUNE_NAMES, Case
-from gendistill.bench.launches import watch
+from gendistill.bench.launches import PLACES, TABLES, watch
 from gendistill.bench.tune import CANDIDATES, Job, Outcome, Trial, Tuner, candidates, code, make_jobs
-from gendistill_kernels import configs
-from gendistill_kernels.configs import KERNELS, Config, lookup
+from gendistill_kernels.delta import layout
+from gendistill_kernels.delta import rows as delta_rows
+from gendistill_kernels.delta.rows import TABLE, is_many
+from gendistill_kernels.runtime.lookup import Config, forced
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="the refusal is for machines without one")
 TINY = Case("tiny", 1, 65, 2, 16, kv_heads=1)
 
 
 def job(kernel="scan", keys=128, values=128, *, many=True, save=False, step=dict):
-    return Job(kernel, "a case", keys, values, 2, many, save, step)
+    key = (keys, values, 2, many, save) if kernel in TABLE.kernels else (2,)
+    return Job(kernel, "a case", key, step)
 
 
 def outcome(*milliseconds):
@@ -54,12 +57,12 @@ def test_the_best_is_the_fastest_if_it_is_faster_than_noise(milliseconds, best):
     assert found.best is found.trials[best]
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", PLACES)
 @pytest.mark.parametrize("channels", [64, 128])
 def test_candidates_start_with_the_table_and_are_few_and_different(kernel, channels):
     one = job(kernel, channels, channels, many=channels == 128, save=True)
-    tried = candidates(one, one.entry.config)
-    assert tried[0] == one.entry.config
+    tried = candidates(one, one.row.config)
+    assert tried[0] == one.row.config
     assert 2 <= len(tried) == len(set(tried)) <= 13
     if kernel in ("scan", "summary", "reverse_scan", "reverse_summary", "carry", "keys", "prepare"):
         assert all(config.block <= channels for config in tried[1:])
@@ -70,15 +73,15 @@ def test_candidates_start_with_the_table_and_are_few_and_different(kernel, chann
 
 
 def test_configurations_and_rows_are_written_as_in_the_table():
-    for rows in configs.TABLE.values():
+    for rows in (rows for table in TABLES for rows in table.rows.values()):
         for row in rows:
             assert eval(code(row.config), {"Config": Config}) == row.config
     found = outcome(1.0, 0.5).paste()
-    assert found == 'Entry("scan", 128, 128, 2, True, False, Config(4, 4)),  # a case'
-    (row,) = eval(found, vars(configs))
+    assert found == 'Row("scan", 128, 128, 2, True, False, Config(4, 4)),  # a case'
+    (row,) = eval(found, vars(delta_rows))
     assert row.config == Config(4, 4)
-    norm = Outcome(job("norm_forward", 1, 1, many=False), [Trial(Config(4096, 4), 1.0)])
-    assert norm.paste() == 'Entry("norm_forward", ANY, ANY, 2, None, None, Config(4096, 4)),  # a case'
+    norm = Outcome(job("norm_forward"), [Trial(Config(4096, 4), 1.0)])
+    assert norm.paste() == 'ByBytes("norm_forward", 2, Config(4096, 4)),  # a case'
 
 
 def written(tuner):
@@ -102,7 +105,7 @@ class Steps:
         return Watch()
 
     def __call__(self):
-        config = lookup(torch.device("cpu"), "scan", 128, 128, 2, True)
+        config = TABLE.lookup(torch.device("cpu"), "scan", 128, 128, 2, True)
         self.asked.append(config)
         if config.stages == 1:
             raise RuntimeError("out of resource: shared memory\nand more")
@@ -125,7 +128,7 @@ def test_wrong_and_failing_candidates_are_dropped_with_their_reason(monkeypatch,
     assert all(config.block != 32 and config.stages > 1 for config in timed)
     assert found.now.config == Config(128, 8, stages=3)
     assert found.best.config == Config(128, 4, 2)
-    assert 'Entry("scan", 128, 128, 2, True, False, Config(128, 4, stages=2)),' in text
+    assert 'Row("scan", 128, 128, 2, True, False, Config(128, 4, stages=2)),' in text
     for words in (
         "scan: K 128, V 128, 2 bytes, many chains",
         "chosen now?",
@@ -136,7 +139,7 @@ def test_wrong_and_failing_candidates_are_dropped_with_their_reason(monkeypatch,
         assert words in text
     # a second job of the same sizes is the same job; nothing stays forced
     assert len(saved) == 1
-    assert lookup(torch.device("cpu"), "scan", 128, 128, 2, True) == found.now.config
+    assert TABLE.lookup(torch.device("cpu"), "scan", 128, 128, 2, True) == found.now.config
     path = tmp_path / "tune.json"
     write_results_json(path, command="x", device="a GPU", rows=found.rows(), commit="0123abc")
     rows = {row.name: row for row in load_results(path).rows}
@@ -148,7 +151,7 @@ def test_wrong_and_failing_candidates_are_dropped_with_their_reason(monkeypatch,
 def test_where_nothing_is_faster_it_says_so(monkeypatch):
     _, text = written(Tuner(jobs=[job(step=Steps(monkeypatch))], clock=lambda config: 1.0))
     assert "nothing is faster by 3% than what the table has" in text
-    assert "Entry(" not in text
+    assert "Row(" not in text
 
 
 def test_a_spent_budget_starts_no_job(monkeypatch):
@@ -168,10 +171,10 @@ def test_a_pass_without_the_kernel_is_left_out(monkeypatch):
 def test_the_cases_reach_every_kernel_and_shape_class():
     cases = [case for case in CASES if case.name in TUNE_NAMES]
     assert len(cases) == len(TUNE_NAMES)
-    chains = {configs.is_many(case.batch * case.heads, case.channels, packed=False) for case in cases}
+    chains = {is_many(case.batch * case.heads, case.channels, packed=False) for case in cases}
     assert chains == {True, False}
-    assert any(case.tokens > 64 * configs.SEGMENT for case in cases)
-    assert set(CANDIDATES) == set(KERNELS)
+    assert any(case.tokens > 64 * layout.SPAN for case in cases)
+    assert set(CANDIDATES) == set(PLACES)
 
 
 @pytest.mark.skipif(
@@ -179,17 +182,17 @@ def test_the_cases_reach_every_kernel_and_shape_class():
 )
 def test_every_job_launches_its_kernel_with_what_is_forced(monkeypatch):
     """Recorded on the CPU, in segments of one chunk; no kernel runs."""
-    monkeypatch.setattr("gendistill_kernels.delta_chunk.SEGMENT", 1)
+    monkeypatch.setattr("gendistill_kernels.delta.layout.SPAN", 1)
     names = []
     for one in make_jobs([TINY], dtype=torch.float32, device="cpu"):
         names.append(one.kernel)
-        now = one.entry.config
-        with configs.forced(one.kernel, now._replace(warps=2)), watch(one.kernel, run=False) as launches:
+        now = one.row.config
+        with forced(one.kernel, now._replace(warps=2)), watch(one.kernel, run=False) as launches:
             one.step()
         assert launches, one.kernel
         if not one.kernel.startswith("decode"):
             assert launches[-1].settings["num_warps"] == 2
-    assert set(names) == set(KERNELS)
+    assert set(names) == set(PLACES)
 
 
 @no_gpu
@@ -217,7 +220,7 @@ def test_wrong_arguments_are_named(words, message, capsys):
 )
 def test_interpreted_candidates_agree_with_the_table(monkeypatch):
     """The whole way but for the clock: real passes, of a sequence in segments."""
-    monkeypatch.setattr("gendistill_kernels.delta_chunk.SEGMENT", 1)
+    monkeypatch.setattr("gendistill_kernels.delta.layout.SPAN", 1)
     kernels = ("reverse_scan", "keys", "norm_backward")
     jobs = make_jobs([TINY], dtype=torch.float32, device="cpu", kernels=kernels)
     found, _ = written(Tuner(jobs=jobs, clock=lambda launch: float(launch.grid[0])))

@@ -6,9 +6,9 @@ import json
 
 import pytest
 
-from gendistill.advice import advise, check_batches, known_teacher
 from gendistill.config.load import load_recipe
 from gendistill.errors import RecipeError
+from gendistill.runs.advice import advise, check_batches, known_teacher
 from gendistill.testing import save_tiny_checkpoint
 
 

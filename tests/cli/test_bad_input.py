@@ -102,10 +102,10 @@ def test_vocabularies_that_differ(run, workspace, teacher):
 
 
 def test_kernels_that_cannot_run_here(run, workspace, monkeypatch):
-    monkeypatch.setattr("gendistill.ops.types.triton_obstacle", lambda device: "no kernels on this one")
+    monkeypatch.setattr("gendistill.ops.select.obstacle", lambda op, device: "no kernels on this one")
     code, err = run("student.impl=triton")
     assert code == 2
-    explained(err, "student.impl", '"triton" is not available for kda', "no kernels on this one")
+    explained(err, "student.impl", '"triton" is not available for delta_rule', "no kernels on this one")
     assert not (workspace / "runs").exists()
 
 

@@ -14,8 +14,8 @@ import torch.distributed.run
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-import gendistill.pipeline as pipeline
-import gendistill.scoring as scoring
+import gendistill.runs.pipeline as pipeline
+import gendistill.runs.scoring as scoring
 from gendistill.cli.arguments import with_dashes
 from gendistill.cli.launch import _exit_code as exit_code_of
 from gendistill.cli.launch import is_launched, launcher_flags
@@ -43,7 +43,7 @@ def calls(monkeypatch, tmp_path):
     scores = {
         "tasks": [{"task": "copy", "n": 5, "limit": 5, "likelihood": None, "generation": {"value": 0.4}}]
     }
-    monkeypatch.setattr(scoring, "evaluate_model", recorder("evaluate_model", scores))
+    monkeypatch.setattr(scoring, "score_checkpoint", recorder("score_checkpoint", scores))
     return recorded
 
 
@@ -80,7 +80,7 @@ def test_every_command_has_help(cli, command):
         (["eval", "some/model"], "nothing to score"),
         (["eval", "some/model", "seed=3", "--tasks", "copy"], "changes a recipe"),
         (["eval", "tiny", "--limit", "5"], "eval.limit=..."),
-        (["eval", "some/model", "--limit", "0", "--tasks", "copy"], "no number above 0"),
+        (["eval", "some/model", "--limit", "0", "--tasks", "copy"], "not a number above 0"),
         (["recipe", "schema", "--at", "stages.x.mak"], 'did you mean "mask"?'),
         (["recipe"], "ACTION"),
     ],

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from gendistill import scoring
+from gendistill.runs import scoring
 from gendistill.testing import save_tiny_checkpoint
 
 TASK = 'kind: exact_match\nitems: rows.jsonl\nprompt: "{question}"\nmax_new_tokens: 2\n'
@@ -23,7 +23,7 @@ def asked(monkeypatch):
         calls.append({"model": model, **settings})
         return {"tasks": []}
 
-    monkeypatch.setattr(scoring, "evaluate_model", record)
+    monkeypatch.setattr(scoring, "score_checkpoint", record)
     return calls
 
 
@@ -65,11 +65,11 @@ def task(workspace) -> Path:
         (["x", "--tasks", "copy", "--out", "mine.yaml"], "is not a folder", 2),
         (["x", "--tasks", "copy", "--out", "mine.yaml/inner"], "is not a folder", 2),
         (["x", "--tasks", "copy", "--out", "a\0b"], "NUL", 2),
-        (["x", "--tasks", "copy", "--limit", "\u00b2"], "no number above 0", 2),
-        (["x", "--tasks", "copy", "--limit", "9" * 5_000], "no number above 0", 2),
-        (["x", "--tasks", "copy", "--limit", "-1"], "no number above 0", 2),
-        (["x", "--tasks", "copy", "--batch-size", "0"], "no number above 0", 2),
-        (["x", "--tasks", "copy", "--batch-size", "1.5"], "no number above 0", 2),
+        (["x", "--tasks", "copy", "--limit", "\u00b2"], "not a number above 0", 2),
+        (["x", "--tasks", "copy", "--limit", "9" * 5_000], "not a number above 0", 2),
+        (["x", "--tasks", "copy", "--limit", "-1"], "not a number above 0", 2),
+        (["x", "--tasks", "copy", "--batch-size", "0"], "not a number above 0", 2),
+        (["x", "--tasks", "copy", "--batch-size", "1.5"], "not a number above 0", 2),
         (["tiny", "eval.tasks=[copy, copy]"], "two tasks have the name copy", 2),
     ],
     ids=lambda value: repr(value)[:60],

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-import gendistill.pipeline as pipeline
+import gendistill.runs.pipeline as pipeline
 from gendistill.cli.arguments import with_dashes
 from gendistill.config.load import recipe_file
 from gendistill.text import printable_lines

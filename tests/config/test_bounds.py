@@ -8,12 +8,13 @@ import time
 
 import pytest
 
+from gendistill.anatomy.placement import Placement
 from gendistill.config.document import MOST_CHARACTERS
 from gendistill.config.load import load_recipe
 from gendistill.config.patterns import check_pattern
 from gendistill.config.problems import RecipeProblems
 from gendistill.errors import RecipeError
-from gendistill.types import Placement, parse_token_count
+from gendistill.types import parse_token_count
 
 NO_NAMES = ["../../../x", "..", "a/b", "/x", "a b", ".x", "", "x" * 101, "é", "[red]x[/red]"]
 

@@ -6,9 +6,10 @@ from typing import Any, Literal, get_args, get_origin
 
 import pytest
 
+from gendistill.anatomy.mixers import MIXERS
 from gendistill.config.base import Affects, Section, affects, identity
 from gendistill.config.load import load_recipe
-from gendistill.config.mixers import KDAConfig, MixersConfig, SWAConfig
+from gendistill.config.mixers import MixersConfig, MixerSection, mixer_section, mixers_section
 from gendistill.config.objectives import (
     BlockOutputConfig,
     CEConfig,
@@ -29,6 +30,7 @@ from gendistill.config.schema import (
     TeacherConfig,
 )
 
+KDAConfig, SWAConfig, SinkConfig = (mixer_section(MIXERS[kind].settings) for kind in ("kda", "swa", "sink"))
 TEACHER = {"model": "a"}
 STUDENT = {"placement": "kda full"}
 SOURCE = {"path": "a.jsonl"}
@@ -67,7 +69,8 @@ FLIPS: dict[type[Section], tuple[dict[str, Any], dict[str, Any]]] = {
         },
     ),
     SWAConfig: ({}, {"window": 64}),
-    MixersConfig: ({}, {"kda": {"conv_size": 3}, "swa": {"window": 64}}),
+    SinkConfig: ({}, {"window": 64, "sinks": 1}),
+    mixers_section(): ({}, {"kda": {"conv_size": 3}, "swa": {"window": 64}, "sink": {"sinks": 1}}),
     StudentConfig: (
         STUDENT,
         {"from": "b", "placement": "kda", "mixers": {"swa": {"window": 64}}, "impl": "reference"},
@@ -153,8 +156,7 @@ FLIPS: dict[type[Section], tuple[dict[str, Any], dict[str, Any]]] = {
 }
 # what holds sections is judged by their fields
 SECTIONS = {
-    (MixersConfig, "kda"),
-    (MixersConfig, "swa"),
+    *((mixers_section(), kind) for kind in ("kda", "swa", "sink")),
     (StudentConfig, "mixers"),
     (StageConfig, "objective"),
     (StageConfig, "schedule"),
@@ -166,7 +168,14 @@ SECTIONS = {
 def sections(section: type[Section] = Section) -> list[type[Section]]:
     found = [one for child in section.__subclasses__() for one in (child, *sections(child))]
     # the results files have sections of their own, once tests of the report are imported too
-    return [one for one in found if one.__module__.startswith("gendistill.config.")]
+    # what these stand for is made from the catalogue, also from that of other tests
+    made = {mixers_section(), KDAConfig, SWAConfig, SinkConfig}
+    return [
+        one
+        for one in found
+        if one.__module__.startswith("gendistill.config.")
+        and (one in made or not issubclass(one, MixersConfig | MixerSection))
+    ]
 
 
 def names(section: type[Section]) -> dict[str, str]:

@@ -203,6 +203,13 @@ def test_extends_merges_section_by_section(recipe, tmp_path):
     assert loaded.origin(("output",)) == "default"
 
 
+def test_extends_takes_the_name_of_a_shipped_recipe(tmp_path):
+    child = tmp_path / "child.yaml"
+    child.write_text("extends: tiny\nname: child\nstages: {block: null}\n")
+    recipe = load_recipe(child)
+    assert (recipe.name, list(recipe.stages), recipe.teacher.model) == ("child", ["distill"], "builtin:tiny")
+
+
 def test_extends_is_one_level_deep_and_its_file_must_exist(recipe, tmp_path):
     (tmp_path / "child.yaml").write_text("extends: small.yaml\nname: child\n")
     grandchild = tmp_path / "grandchild.yaml"

@@ -5,8 +5,9 @@ import os
 
 import pytest
 
+from gendistill.anatomy.placement import Placement
 from gendistill.errors import RecipeError
-from gendistill.types import MixerKind, Placement, short_count
+from gendistill.types import short_count
 
 KINDS = ["kda", "full", "swa", "kda"]
 
@@ -42,7 +43,7 @@ def test_a_placement_is_read_from_a_file(tmp_path, monkeypatch, content):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "placement.json").write_text(json.dumps(content))
     for spec in (str(tmp_path / "placement.json"), "~/placement.json"):
-        assert Placement.parse(spec, num_layers=4) == Placement(tuple(MixerKind(kind) for kind in KINDS))
+        assert Placement.parse(spec, num_layers=4) == Placement(tuple(KINDS))
 
 
 BROKEN = [

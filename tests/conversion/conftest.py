@@ -9,12 +9,12 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from gendistill.anatomy.placement import Placement
+from gendistill.checkpoints.resolve import Checkpoint, read_tensor_index, resolve_checkpoint
 from gendistill.config.mixers import MixersConfig
-from gendistill.conversion.checkpoint import Checkpoint, read_tensor_index, resolve_checkpoint
 from gendistill.conversion.execute import apply_plan
 from gendistill.conversion.plan import ConversionPlan, plan_conversion
 from gendistill.testing import tiny_teacher
-from gendistill.types import Placement
 
 
 @pytest.fixture(autouse=True)

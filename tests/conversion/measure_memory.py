@@ -8,13 +8,14 @@ import resource
 import sys
 from pathlib import Path
 
+from gendistill.anatomy.family import attention_shapes, block_shapes, outer_shapes
+from gendistill.anatomy.geometry import read_geometry
+from gendistill.anatomy.placement import Placement
+from gendistill.checkpoints.resolve import Checkpoint
+from gendistill.checkpoints.tensors import NewTensor, read_tensor_index, write_shards
 from gendistill.config.mixers import MixersConfig
-from gendistill.conversion.checkpoint import Checkpoint
 from gendistill.conversion.execute import apply_plan
-from gendistill.conversion.family import attention_shapes, block_shapes, outer_shapes, read_geometry
 from gendistill.conversion.plan import plan_conversion
-from gendistill.conversion.tensors import NewTensor, read_tensor_index, write_shards
-from gendistill.types import Placement
 
 SIZES = {
     "small": {

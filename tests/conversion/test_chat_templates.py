@@ -7,7 +7,7 @@ import signal
 import pytest
 
 from gendistill import chat_templates
-from gendistill.conversion.checkpoint import load_tokenizer
+from gendistill.checkpoints.resolve import load_tokenizer
 from gendistill.errors import CheckpointError
 from gendistill.testing import save_tiny_checkpoint
 

@@ -12,14 +12,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from gendistill.conversion.checkpoint import load_causal_lm, load_tokenizer, resolve_checkpoint
+from gendistill.checkpoints.resolve import load_causal_lm, load_tokenizer, resolve_checkpoint
 from gendistill.errors import CheckpointError
 from gendistill.models.io import copy_companions
 
 
 def test_planning_and_resolving_import_no_torch():
     code = (
-        "import sys, gendistill.conversion.checkpoint, gendistill.conversion.plan, gendistill.conversion.render\n"
+        "import sys, gendistill.checkpoints.resolve, gendistill.conversion.plan, gendistill.conversion.render\n"
         "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

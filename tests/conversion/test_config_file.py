@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from gendistill.conversion.checkpoint import load_causal_lm, resolve_checkpoint
+from gendistill.checkpoints.resolve import load_causal_lm, resolve_checkpoint
 from gendistill.conversion.execute import apply_plan
 from gendistill.errors import CheckpointError, GendistillError
 

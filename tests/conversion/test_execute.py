@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from gendistill.conversion.checkpoint import load_causal_lm, read_tensor_index, resolve_checkpoint
+from gendistill.checkpoints.resolve import load_causal_lm, read_tensor_index, resolve_checkpoint
 from gendistill.conversion.execute import apply_plan, fold_head_scale
 from gendistill.conversion.plan import Origin
 from gendistill.errors import OutputError
@@ -241,7 +241,7 @@ def test_failure_half_way_leaves_the_old_student_and_no_debris(
             raise error
         return b""
 
-    monkeypatch.setattr("gendistill.conversion.tensors._write_values", fail)
+    monkeypatch.setattr("gendistill.checkpoints.tensors._write_values", fail)
     with pytest.raises(expected, match=message):
         convert(folder, "full kda")
     assert content(tmp_path / "student") == old
@@ -275,3 +275,16 @@ def test_plan_and_folder_agree_on_bytes(save_teacher, plan_for, convert):
     _, folder = save_teacher("qwen2")
     index = read_tensor_index(convert(folder, "kda full"))
     assert sum(info.num_bytes for info in index.values()) == plan_for(folder, "kda full").num_bytes
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_attention_with_sinks_is_the_teacher_s_until_the_window_slides(save_teacher, convert, family):
+    teacher, folder = save_teacher(family, attention_bias=family == "qwen3")
+    out = convert(folder, "sink full", mixers={"sink": {"window": 6, "sinks": 2}})
+    student = load_causal_lm(out)
+    ids = torch.randint(3, 97, (2, 12), generator=torch.Generator().manual_seed(1))
+    found, expected = student(ids).logits, teacher(ids).logits
+    # a token at position 7 sees 2 to 7, and the sinks 0 and 1
+    torch.testing.assert_close(found[:, :8], expected[:, :8], rtol=0, atol=1e-4)
+    assert not torch.allclose(found[:, 8:], expected[:, 8:], rtol=0, atol=1e-3)

@@ -11,13 +11,13 @@ from tokenizers.models import BPE
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from gendistill.conversion.checkpoint import (
+from gendistill.checkpoints.gguf_file import read_gguf_header
+from gendistill.checkpoints.resolve import (
     load_causal_lm,
     load_tokenizer,
     read_tensor_index,
     resolve_checkpoint,
 )
-from gendistill.conversion.gguf_file import read_gguf_header
 from gendistill.errors import CheckpointError
 
 HIDDEN, INNER, HEADS, KV_HEADS, HEAD_DIM, LAYERS = 64, 96, 4, 2, 16, 2
@@ -208,7 +208,7 @@ def test_second_resolution_reads_the_cache(tmp_path, cache, monkeypatch):
     def fail(*_):
         raise AssertionError("converted twice")
 
-    monkeypatch.setattr("gendistill.conversion.gguf_import.convert_gguf", fail)
+    monkeypatch.setattr("gendistill.checkpoints.gguf_import.convert_gguf", fail)
     assert resolve_checkpoint(str(path)) == first
     path.rename(tmp_path / "moved.gguf")
     moved = resolve_checkpoint(str((tmp_path / "moved.gguf").rename(tmp_path / "sub.gguf").rename(path)))
@@ -223,7 +223,7 @@ def test_interrupted_conversion_leaves_nothing_behind(tmp_path, cache, monkeypat
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("gendistill.conversion.gguf_import.dequantize", stop)
+        patch.setattr("gendistill.checkpoints.gguf_import.dequantize", stop)
         with pytest.raises(KeyboardInterrupt):
             resolve_checkpoint(str(path))
     assert list((cache / "gguf").iterdir()) == []
@@ -271,6 +271,6 @@ def test_header_matches_the_gguf_package(tmp_path):
 
 
 def test_families_that_gguf_becomes_exist_in_transformers():
-    from gendistill.conversion.gguf_import import _FAMILIES
+    from gendistill.checkpoints.gguf_import import _FAMILIES
 
     assert all(family in CONFIG_MAPPING for family, _ in _FAMILIES.values())

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tokenizers import pre_tokenizers
 
-from gendistill.conversion.checkpoint import load_causal_lm, load_tokenizer, resolve_checkpoint
+from gendistill.checkpoints.resolve import load_causal_lm, load_tokenizer, resolve_checkpoint
 from gendistill.errors import CheckpointError
 
 U8, I8, U16, I16, U32, I32, F32, BOOL, STRING, ARRAY, U64, I64, F64 = range(13)

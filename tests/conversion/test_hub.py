@@ -8,10 +8,10 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
-from gendistill.conversion import hub
-from gendistill.conversion.checkpoint import resolve_checkpoint
+from gendistill.checkpoints import hub
+from gendistill.checkpoints.resolve import resolve_checkpoint
 from gendistill.errors import CheckpointError, GendistillError
-from gendistill.planning import read_source
+from gendistill.runs.planning import read_model
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +41,7 @@ def resolve(spec):
 
 
 def plan(spec):
-    return read_source(spec, revision="main", where="teacher.model")
+    return read_model(spec, revision="main", where="teacher.model")
 
 
 def fill_cache(home, folder, *, leave_out=()):
@@ -172,7 +172,7 @@ def test_unreadable_files_are_named(save_teacher, monkeypatch):
     def refuse(path):
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr("gendistill.conversion.checkpoint.file_digest", refuse)
+    monkeypatch.setattr("gendistill.checkpoints.resolve.file_digest", refuse)
     with pytest.raises(CheckpointError, match=r"config\.json cannot be read: Permission denied") as caught:
         resolve(str(folder))
     assert "permissions" in (caught.value.hint or "")

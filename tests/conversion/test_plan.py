@@ -9,27 +9,27 @@ import torch
 from rich.console import Console
 from safetensors.torch import save_file
 
+from gendistill.anatomy.family import FAMILIES
+from gendistill.anatomy.placement import Placement
+from gendistill.anatomy.spec import Init
+from gendistill.checkpoints.resolve import read_tensor_index, resolve_checkpoint
+from gendistill.checkpoints.tensors import TensorInfo
 from gendistill.config.mixers import MixersConfig
-from gendistill.conversion.checkpoint import read_tensor_index, resolve_checkpoint
-from gendistill.conversion.family import FAMILIES
 from gendistill.conversion.plan import Origin, check_census, plan_conversion
 from gendistill.conversion.render import format_layers, render_plan
-from gendistill.conversion.tensors import TensorInfo
 from gendistill.errors import CheckpointError, RecipeError
 from gendistill.models import HybridConfig, HybridForCausalLM
-from gendistill.models.configuration import FAMILIES as MODEL_FAMILIES
-from gendistill.parameters import Init
-from gendistill.types import Placement
 
 MIXED = ["kda", "full", "swa", "kda"]
 
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("family", list(FAMILIES))
-def test_plan_names_exactly_the_tensors_of_the_model(save_teacher, plan_for, family, tied):
+@pytest.mark.parametrize("placement", [MIXED, ["sink", "full", "kda", "sink"]], ids="-".join)
+def test_plan_names_exactly_the_tensors_of_the_model(save_teacher, plan_for, family, tied, placement):
     """Oracle: the model that transformers builds from the planned config."""
     _, folder = save_teacher(family, tie_word_embeddings=tied, max_shard_size="20KB")
-    plan = plan_for(folder, MIXED)
+    plan = plan_for(folder, placement)
     model = HybridForCausalLM(HybridConfig.from_dict(plan.student_config))
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     if tied:
@@ -121,12 +121,6 @@ def test_weights_that_do_not_fit_the_config_are_refused(save_teacher, change, me
     config = resolve_checkpoint(str(folder)).config
     with pytest.raises(CheckpointError, match=message):
         plan_conversion(config, tensors, Placement.parse("kda", num_layers=4), MixersConfig())
-
-
-def test_families_here_and_in_the_model_agree():
-    assert {
-        name: (family.qkv_bias, family.output_bias) for name, family in FAMILIES.items()
-    } == MODEL_FAMILIES
 
 
 def test_other_families_are_refused_by_name(save_teacher, plan_for):

@@ -7,10 +7,12 @@ import pytest
 import torch
 from rich.console import Console
 
-from gendistill.conversion.checkpoint import load_causal_lm
+from gendistill.checkpoints.resolve import load_causal_lm
 from gendistill.conversion.probe import check_probe, probe_student, render_probe
 from gendistill.data.batch import IGNORE, Batch
 from gendistill.errors import CheckpointError
+from gendistill.ops import Segments
+from gendistill.teachers.live import LiveTeacher
 
 
 def batch_of(lengths, *, rows=2, ignored=0, seed=0):
@@ -22,9 +24,8 @@ def batch_of(lengths, *, rows=2, ignored=0, seed=0):
     positions = torch.cat([torch.arange(length) for length in lengths]).expand(rows, -1).contiguous()
     labels[positions.roll(-1, dims=1) == 0] = IGNORE
     labels[:, :ignored] = IGNORE
-    ends = torch.tensor([length for _ in range(rows) for length in lengths]).cumsum(0)
-    cu_seqlens = torch.cat([torch.zeros(1, dtype=torch.int64), ends]).int()
-    return Batch(ids, labels, positions, cu_seqlens, int((labels != IGNORE).sum()), ids.numel())
+    segments = Segments(list(lengths) * rows)
+    return Batch(ids, labels, positions, segments, int((labels != IGNORE).sum()), ids.numel())
 
 
 @pytest.fixture
@@ -38,7 +39,7 @@ def test_layer_errors_match_running_each_document_alone(pair):
     """Oracle: every document by itself, on the inputs that the teacher's hidden states record."""
     teacher, student = pair
     batch = batch_of([9, 14], ignored=3)
-    result = probe_student(student, teacher, [batch])
+    result = probe_student(student, LiveTeacher(teacher), [batch])
     assert [layer["layer"] for layer in result["layers"]] == [0, 1, 3]
     dots, norms, errors = [], 0.0, 0.0
     for row in range(2):
@@ -64,7 +65,7 @@ def test_layer_errors_match_running_each_document_alone(pair):
 
 def test_half_lives_at_zero_input_are_those_asked_for(pair):
     teacher, student = pair
-    quantiles = probe_student(student, teacher, [batch_of([12])])["half_life"]["quantiles"]
+    quantiles = probe_student(student, LiveTeacher(teacher), [batch_of([12])])["half_life"]["quantiles"]
     assert list(quantiles) == ["5", "25", "50", "75", "95"]
     for name, value in quantiles.items():
         assert value == pytest.approx(4 * 16 ** (int(name) / 100), rel=0.1)
@@ -72,7 +73,8 @@ def test_half_lives_at_zero_input_are_those_asked_for(pair):
 
 def test_teacher_against_itself_is_perfect(save_teacher, convert):
     teacher, folder = save_teacher()
-    result = probe_student(load_causal_lm(convert(folder, "full")), teacher, [batch_of([10, 6])])
+    student = load_causal_lm(convert(folder, "full"))
+    result = probe_student(student, LiveTeacher(teacher), [batch_of([10, 6])])
     assert result["kl"] == pytest.approx(0, abs=1e-6)
     assert result["student_ce"] == result["teacher_ce"]
     assert result["top1_agreement"] == 1.0
@@ -85,7 +87,7 @@ def test_probe_changes_nothing(pair):
     teacher, student = pair
     student.train()
     before = {name: value.clone() for name, value in student.state_dict().items()}
-    probe_student(student, teacher, [batch_of([8])])
+    probe_student(student, LiveTeacher(teacher), [batch_of([8])])
     assert student.training
     assert not teacher.training
     assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
@@ -95,16 +97,16 @@ def test_probe_changes_nothing(pair):
 def test_layers_are_compared_on_the_first_positions_only(pair, monkeypatch):
     teacher, student = pair
     first, second = batch_of([8]), batch_of([8], seed=1)
-    alone = probe_student(student, teacher, [first])["layers"]
-    assert probe_student(student, teacher, [first, second])["layers"] != alone
+    alone = probe_student(student, LiveTeacher(teacher), [first])["layers"]
+    assert probe_student(student, LiveTeacher(teacher), [first, second])["layers"] != alone
     monkeypatch.setattr("gendistill.conversion.probe._LAYER_POSITIONS", first.num_labels)
-    assert probe_student(student, teacher, [first, second])["layers"] == alone
+    assert probe_student(student, LiveTeacher(teacher), [first, second])["layers"] == alone
 
 
 def test_teacher_of_another_depth_is_scored_without_layers(pair, save_teacher):
     _, student = pair
     other, _ = save_teacher(num_hidden_layers=2, name="other")
-    result = probe_student(student, other, [batch_of([8])])
+    result = probe_student(student, LiveTeacher(other), [batch_of([8])])
     assert result["layers"] == []
     assert math.isfinite(result["kl"])
     assert set(result["half_life"]["quantiles"]) == {"5", "25", "50", "75", "95"}

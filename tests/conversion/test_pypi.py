@@ -8,7 +8,7 @@ import zipfile
 import pytest
 
 from gendistill import packages
-from gendistill.conversion.checkpoint import resolve_checkpoint
+from gendistill.checkpoints.resolve import resolve_checkpoint
 from gendistill.data.packages import package_file
 from gendistill.errors import CheckpointError, DataError
 from gendistill.packages import is_package_name, is_version, package_files

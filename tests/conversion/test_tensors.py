@@ -10,7 +10,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from gendistill.conversion.tensors import NewTensor, read_tensor_index, split_into_shards, write_shards
+from gendistill.checkpoints.tensors import NewTensor, read_tensor_index, split_into_shards, write_shards
 from gendistill.errors import CheckpointError, OutputError
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from gendistill.conversion.checkpoint import load_causal_lm, read_tensor_index
-from gendistill.conversion.tensors import have_same_values
+from gendistill.checkpoints.resolve import load_causal_lm, read_tensor_index
+from gendistill.checkpoints.tensors import have_same_values
 from gendistill.errors import CheckpointError
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3"]
@@ -108,7 +108,7 @@ def test_an_untied_config_needs_its_head(save_teacher, plan_for, family, said):
 
 def test_values_are_compared_to_the_last_one(tmp_path, monkeypatch):
     """Pieces of 3 numbers: a difference in the last piece must be found, in either dtype."""
-    monkeypatch.setattr("gendistill.conversion.tensors._COMPARED_ELEMENTS", 3)
+    monkeypatch.setattr("gendistill.checkpoints.tensors._COMPARED_ELEMENTS", 3)
     one = torch.arange(10.0)
     other = one.clone()
     other[-1] = 5

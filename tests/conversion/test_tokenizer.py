@@ -6,8 +6,8 @@ import json
 import pytest
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
+from gendistill.checkpoints.resolve import check_tokenizer, load_tokenizer
 from gendistill.cli.main import main
-from gendistill.conversion.checkpoint import check_tokenizer, load_tokenizer
 from gendistill.data.stream import pad_id
 from gendistill.errors import CheckpointError
 from gendistill.testing import save_tiny_checkpoint

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from gendistill.data.batch import IGNORE, Batch
-from gendistill.data.packing import build_batch, choose_row, pack
+from gendistill.data.batch import IGNORE, PADDING, Batch
+from gendistill.data.packing import build_batch, choose_row, document_id, pack
 from gendistill.data.render import TokenizedSample
 
 PAD = 2
@@ -87,6 +87,29 @@ def test_padding_is_a_segment_of_its_own_in_every_row():
     assert batch.labels[1].tolist() == [6, IGNORE, IGNORE, 6, IGNORE, IGNORE, IGNORE, IGNORE]
     assert batch.position_ids[1].tolist() == [0, 1, 2, 0, 1, 2, 0, 1]
     assert (batch.num_tokens, batch.num_labels) == (9, 3)
+
+
+def test_documents_are_named_by_their_tokens_wherever_they_lie():
+    first = TokenizedSample(np.array([5, 6, 7]), np.array([True, True, False]))
+    second = TokenizedSample(np.array([5, 6, 8]), np.ones(3, dtype=bool))
+    masked = TokenizedSample(np.array([5, 6, 7], dtype=np.int32), np.zeros(3, dtype=bool))
+    one = build_batch([[first], [second, first]], seq_len=8, pad_id=PAD)
+    other = build_batch([[masked, second]], seq_len=6, pad_id=PAD)
+    a, b = one.document_ids[0], one.document_ids[2]
+    assert one.document_ids == (a, PADDING, b, a, PADDING)
+    assert other.document_ids == (a, b)
+    assert len({a, b, PADDING}) == 3
+    # the key of what was kept: it must not change with a version of anything
+    assert a == document_id(np.array([5, 6, 7])) == 4_230_528_644_636_332_576
+
+
+def test_a_batch_moves_with_its_segments_and_stays_where_it_is():
+    batch = build_batch([[TokenizedSample(np.arange(5), np.ones(5, dtype=bool))]], seq_len=8, pad_id=PAD)
+    assert batch.to("cpu") is batch
+    moved = batch.to("meta")
+    assert moved.segments.lengths == batch.segments.lengths == [5, 3]
+    assert {moved.input_ids.device.type, moved.cu_seqlens.device.type} == {"meta"}
+    assert moved.document_ids == batch.document_ids
 
 
 def test_full_row_has_no_padding_segment():

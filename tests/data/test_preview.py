@@ -7,9 +7,9 @@ import re
 import pytest
 from rich.console import Console
 
-from gendistill.data import preview
-from gendistill.data.preview import preview_stream, split_rows
 from gendistill.data.stream import build_stream
+from gendistill.runs import preview
+from gendistill.runs.preview import preview_stream, split_rows
 from gendistill.text import printable
 
 

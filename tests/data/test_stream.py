@@ -46,7 +46,8 @@ def _steps(stream, count: int) -> list[list[dict]]:
 def _plain(batch: Batch) -> dict:
     names = ("input_ids", "labels", "position_ids", "cu_seqlens")
     return {name: getattr(batch, name).tolist() for name in names} | {
-        "counts": (batch.num_labels, batch.num_tokens)
+        "counts": (batch.num_labels, batch.num_tokens),
+        "documents": batch.document_ids,
     }
 
 

@@ -1,19 +1,25 @@
 """The pages' examples run, and what they say about signatures and saved tensors is so."""
 
 import ast
+import contextlib
 import inspect
 import math
 import re
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
 
 from gendistill import ops
+from gendistill.config import objectives
+from gendistill.losses import build
 from gendistill.mixers import KDA
+from gendistill.training.monitors import MONITORS
+from gendistill_evals import JUDGES, PROTOCOLS
 
 ROOT = Path(__file__).parents[2]
-PAGES = ("kernels.md",)
+PAGES = ("kda.md", "kernels/how.md", "extend-evals.md", "extend.md")
 
 
 def blocks(page: str, language: str) -> list[tuple[int, str]]:
@@ -32,23 +38,28 @@ def run(page: str) -> dict:
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_python_blocks_run_in_order(page):
-    assert run(page)
+def test_python_blocks_run_in_order(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    # what a page registers is for that page
+    with contextlib.ExitStack() as stack:
+        for known in (JUDGES, PROTOCOLS, MONITORS, objectives.OBJECTIVES, build.OBJECTIVES):
+            stack.enter_context(patch.dict(known))
+        assert run(page)
 
 
 SHOWN = {
-    "gated_kda": ops.gated_kda,
-    "kda": ops.kda,
+    "chunk_kda": ops.chunk_kda,
+    "decode_delta_rule": ops.decode_delta_rule,
     "causal_conv": ops.causal_conv,
     "gated_rms_norm": ops.gated_rms_norm,
-    "gated_delta_rule": ops.gated_delta_rule,
+    "chunk_delta_rule": ops.chunk_delta_rule,
     "__init__": KDA.__init__,
     "forward": KDA.forward,
 }
 
 
 def test_signatures_are_those_of_the_source():
-    texts = [code for _, code in blocks("kernels.md", "text") if re.search(r"^ *def ", code, re.MULTILINE)]
+    texts = [code for _, code in blocks("kda.md", "text") if re.search(r"^ *def ", code, re.MULTILINE)]
     shown = [
         node for text in texts for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef)
     ]
@@ -64,9 +75,10 @@ def test_signatures_are_those_of_the_source():
 
 def test_saved_bytes_are_those_of_the_kernels():
     pytest.importorskip("triton", reason="triton is not installed")
-    from gendistill_kernels.delta_plan import Rule, Sizes, work_spaces
+    from gendistill_kernels.delta.layout import Sizes, work_spaces
+    from gendistill_kernels.delta.rule import Rule
 
-    code = next(code for _, code in blocks("kernels.md", "python") if "saved = {" in code)
+    code = next(code for _, code in blocks("kernels/how.md", "python") if "saved = {" in code)
     page: dict = {}
     exec(code, page)
     tokens, heads, channels = 128, 2, 128
@@ -77,7 +89,7 @@ def test_saved_bytes_are_those_of_the_kernels():
         torch.bfloat16,
         beta=True,
         scalar=False,
-        segments=0,
+        spans=0,
         save=True,
     )
     sizes = {

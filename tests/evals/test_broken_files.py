@@ -83,7 +83,7 @@ def refused(call, *given, code=1):
         (TASK.replace("rows.jsonl", "/dev/zero"), "not a regular file"),
         (TASK.replace("rows.jsonl", "n" * 300), "cannot read"),
         (TASK.replace("{question}", "\\ud800"), '"prompt" must be a text'),
-        (TASK.replace("{question}", "{" * 50_001), "no template"),
+        (TASK.replace("{question}", "{" * 50_001), "not a template"),
         (TASK.replace("{question}", "{a:{b:{c}}}"), "only plain names"),
     ],
     ids=lambda value: repr(value)[:40],

@@ -9,8 +9,7 @@ import pytest
 import yaml
 
 import gendistill_evals
-from gendistill_evals import EvalError, evaluate_model, load_task
-from gendistill_evals.protocol import judge
+from gendistill_evals import JUDGES, PROTOCOLS, EvalError, evaluate_model, load_task
 
 ROWS = [
     {"subject": "maths", "input": "2 + 2?\nA. 3\nB. 4\nC. 5\nD. 6\nAnswer:", "output": "B"},
@@ -33,7 +32,7 @@ def test_letters_that_the_prompt_explains_are_ranked_and_read(write_task, gold, 
     assert [(item.options, item.gold) for item in task.items] == [
         (("A", "B", "C", "D"), gold) for gold in "BD"
     ]
-    assert task.likelihood_reason is None
+    assert PROTOCOLS["likelihood"].why_not(task) is None
     for text, found in (
         ("B", "B"),
         ("The answer is (b) 4.", "B"),
@@ -41,7 +40,7 @@ def test_letters_that_the_prompt_explains_are_ranked_and_read(write_task, gold, 
         ("a number", None),
         ("A or B", None),
     ):
-        assert judge(task, task.items[0], text) == (found, found == "B")
+        assert JUDGES[task.judge](task.items[0], text) == (found, found == "B")
 
 
 def test_gold_may_be_an_index(write_task):
@@ -56,7 +55,7 @@ def test_words_may_be_options_too(write_task):
         write_task(rows, kind="multiple_choice", options=["yes", "no"], prompt="{question} {options}?")
     )
     assert [item.prompt for item in task.items] == ["Is fire cold? yes or no?", "Is ice cold? yes or no?"]
-    assert judge(task, task.items[1], "Yes, it is.") == ("yes", True)
+    assert JUDGES[task.judge](task.items[1], "Yes, it is.") == ("yes", True)
     lettered = load_task(
         write_task(
             rows,
@@ -67,7 +66,7 @@ def test_words_may_be_options_too(write_task):
         )
     )
     assert lettered.items[0].prompt == "Is fire cold?\nA. yes\nB. no"
-    assert judge(lettered, lettered.items[1], "yes") == ("A", True)
+    assert JUDGES[lettered.judge](lettered.items[1], "yes") == ("A", True)
 
 
 def test_options_enter_the_hash_of_the_prompt(write_task):

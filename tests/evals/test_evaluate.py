@@ -58,11 +58,12 @@ def test_files_have_exactly_the_documented_fields(evaluate, tiny_llama, question
     assert results["transcripts"] == {"n": 1, "max_new_tokens": 5}
     colors, numbers = results["tasks"]
     assert colors.keys() == {
-        "task", "kind", "metric", "items_sha256", "prompt_sha256", "n", "limit", "likelihood",
-        "likelihood_reason", "generation",
+        "task", "kind", "judge", "metric", "items_sha256", "prompt_sha256", "n", "limit", "likelihood",
+        "likelihood_reason", "generation", "generation_reason",
     }  # fmt: skip
     assert (colors["task"], colors["kind"], colors["metric"]) == ("colors", "multiple_choice", "accuracy")
-    assert (colors["n"], colors["limit"], colors["likelihood_reason"]) == (2, 2, None)
+    assert (colors["n"], colors["limit"], colors["judge"]) == (2, 2, "option")
+    assert (colors["likelihood_reason"], colors["generation_reason"]) == (None, None)
     assert colors["likelihood"].keys() == {"value", "n", "seconds"}
     assert colors["generation"].keys() == {
         "value", "n", "extraction_failures", "truncated", "eos_rate", "mean_new_tokens", "seconds"

@@ -6,10 +6,12 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from gendistill_evals import EvalError, load_task
-from gendistill_evals.decoding import generate_greedily, greedy_decoding
+from gendistill_evals import PROTOCOLS, EvalError, HFModel, load_task
+from gendistill_evals.decoding import greedy_decoding
+from gendistill_evals.model import Request
 from gendistill_evals.prompts import Prompter
-from gendistill_evals.protocol import run_generation
+
+GENERATION = PROTOCOLS["generation"]
 
 MESSAGES = [
     "What color is a ripe banana?",
@@ -20,16 +22,14 @@ MESSAGES = [
 
 
 def answers(model, tokenizer, messages=MESSAGES, *, max_new_tokens=8, stop=(), batch_size=4):
-    prompter = Prompter(tokenizer)
-    return generate_greedily(
-        model,
-        tokenizer,
-        [prompter.prompt_ids(message) for message in messages],
-        greedy_decoding(model, prompter),
-        max_new_tokens=max_new_tokens,
-        stop=stop,
-        batch_size=batch_size,
-    )
+    prompter, wrapped = Prompter(tokenizer), HFModel(model, tokenizer, batch_size=batch_size)
+    requests = [Request(prompter.prompt_ids(message), max_new_tokens, tuple(stop)) for message in messages]
+    found = dict(wrapped.generate(requests, greedy_decoding(wrapped, prompter)))
+    return [found[index] for index in range(len(requests))]
+
+
+def decoding_of(model, tokenizer):
+    return greedy_decoding(HFModel(model, tokenizer), Prompter(tokenizer))
 
 
 def naive_greedy(model, prompt: list[int], ends: tuple[int, ...], max_new_tokens: int) -> list[int]:
@@ -47,7 +47,7 @@ def naive_greedy(model, prompt: list[int], ends: tuple[int, ...], max_new_tokens
 @pytest.mark.parametrize("batch_size", [1, 3, 4])
 def test_padded_batches_say_what_each_prompt_says_alone(tiny_llama, chat_tokenizer, batch_size):
     prompter = Prompter(chat_tokenizer)
-    ends = greedy_decoding(tiny_llama, prompter).eos_token_ids
+    ends = decoding_of(tiny_llama, chat_tokenizer).eos_token_ids
     for message, answer in zip(
         MESSAGES, answers(tiny_llama, chat_tokenizer, batch_size=batch_size), strict=True
     ):
@@ -74,12 +74,12 @@ def test_nothing_in_the_checkpoint_changes_greedy_decoding(tiny_llama, chat_toke
     tiny_llama.generation_config = changed
     torch.manual_seed(1)
     assert answers(tiny_llama, chat_tokenizer) == plain
-    assert greedy_decoding(tiny_llama, Prompter(chat_tokenizer)).overrode == theirs
+    assert decoding_of(tiny_llama, chat_tokenizer).overrode == theirs
     assert tiny_llama.generation_config is changed
 
 
 def test_every_field_that_decides_a_token_is_recorded(tiny_llama, chat_tokenizer):
-    settings = greedy_decoding(tiny_llama, Prompter(chat_tokenizer)).settings()
+    settings = decoding_of(tiny_llama, chat_tokenizer).settings()
     expected = {
         "do_sample": False,
         "num_beams": 1,
@@ -96,7 +96,7 @@ def test_every_field_that_decides_a_token_is_recorded(tiny_llama, chat_tokenizer
 def test_pad_is_an_end_token_where_the_tokenizer_has_none(tiny_llama, plain_tokenizer):
     tokenizer = copy.deepcopy(plain_tokenizer)
     tokenizer.pad_token = None
-    decoding = greedy_decoding(tiny_llama, Prompter(tokenizer))
+    decoding = decoding_of(tiny_llama, tokenizer)
     assert decoding.pad_token_id == decoding.eos_token_ids[0]
 
 
@@ -125,7 +125,7 @@ def test_an_end_token_as_the_last_allowed_token_is_no_truncation(speaker, chat_t
 def test_counts_add_up(speaker, chat_tokenizer, colors):
     replies = {"banana": "It is yellow", "sky": "blue", "grass": "0", "Blood": "red or green"}
     model = speaker(lambda prompt: next(reply for word, reply in replies.items() if word in prompt))
-    run = run_generation(model, chat_tokenizer, load_task(colors), batch_size=3)
+    run = GENERATION.run(HFModel(model, chat_tokenizer, batch_size=3), load_task(colors))
     assert [sample["extracted"] for sample in run.samples] == ["yellow", "blue", None, None]
     assert run.score["value"] == 0.5
     assert run.score["n"] == 4
@@ -145,7 +145,7 @@ def test_a_model_that_always_says_a_scores_the_share_of_a(speaker, chat_tokenize
             rows, kind="multiple_choice", answer="letter", gold="index", prompt="{question}\n{options}"
         )
     )
-    run = run_generation(speaker(lambda prompt: "A"), chat_tokenizer, task)
+    run = GENERATION.run(HFModel(speaker(lambda prompt: "A"), chat_tokenizer), task)
     assert run.score["value"] == 1 / 3
     assert run.score["extraction_failures"] == 0
 

@@ -8,8 +8,9 @@ import torch
 from tokenizers import AddedToken
 
 from gendistill_evals import EvalError, evaluate_model, load_task, questions_identity, task_identity
-from gendistill_evals.fingerprint import tokenizer_fingerprint, weights_fingerprint
+from gendistill_evals.fingerprint import tokenizer_fingerprint
 from gendistill_evals.results import read_samples, read_transcripts
+from gendistill_evals.weights import weights_fingerprint
 
 ALL = {("colors", "likelihood"), ("colors", "generation")}
 

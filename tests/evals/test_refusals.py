@@ -6,7 +6,7 @@ import copy
 
 import pytest
 
-from gendistill_evals import EvalError, evaluate_model, load_tasks
+from gendistill_evals import EvalError, HFModel, evaluate_model, load_tasks
 from gendistill_evals.decoding import greedy_decoding
 from gendistill_evals.prompts import Prompter
 
@@ -144,7 +144,7 @@ def test_models_and_tokenizers_without_end_or_pad_tokens_are_scored(evaluate, ti
     tokenizer = with_template(chat_tokenizer, "{{ messages[0]['content'] }}")
     tokenizer.eos_token = tokenizer.pad_token = None
     tiny_llama.generation_config = None
-    decoding = greedy_decoding(tiny_llama, Prompter(tokenizer))
+    decoding = greedy_decoding(HFModel(tiny_llama, tokenizer), Prompter(tokenizer))
     assert (decoding.eos_token_ids, decoding.pad_token_id) == ((), 0)
     assert evaluate(tiny_llama, tokenizer)["tasks"][0]["generation"]["eos_rate"] == 0
 

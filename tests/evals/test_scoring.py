@@ -6,10 +6,18 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
-from gendistill_evals import EvalError, load_task
+from gendistill_evals import PROTOCOLS, EvalError, HFModel, load_task
+from gendistill_evals.model import Pair
 from gendistill_evals.prompts import Prompter
-from gendistill_evals.protocol import run_likelihood
 from gendistill_evals.scoring import continuation_log_probs
+
+LIKELIHOOD = PROTOCOLS["likelihood"]
+
+
+def log_probs(model, pairs, **settings) -> list[list[float]]:
+    """Score pairs and put them back in order."""
+    found = dict(continuation_log_probs(model, pairs, **settings))
+    return [found[index] for index in range(len(pairs))]
 
 
 def naive_log_probs(model, context, continuation) -> list[float]:
@@ -22,27 +30,27 @@ def naive_log_probs(model, context, continuation) -> list[float]:
 
 
 @pytest.fixture
-def pairs() -> list[tuple[list[int], list[int]]]:
+def pairs() -> list[Pair]:
     generator = torch.Generator().manual_seed(5)
     draw = lambda n: torch.randint(3, 300, (n,), generator=generator).tolist()  # noqa: E731
     prompt, other = draw(7), draw(23)
     return [
-        (prompt, [5]),
-        (prompt, [9]),
-        (prompt, [5, 6, 7]),
-        (prompt, [5, 6, 8]),
-        (other, draw(4)),
-        (draw(1), draw(1)),
-        (other[:3], other[3:6]),
-        (prompt, [5]),
+        Pair(prompt, [5]),
+        Pair(prompt, [9]),
+        Pair(prompt, [5, 6, 7]),
+        Pair(prompt, [5, 6, 8]),
+        Pair(other, draw(4)),
+        Pair(draw(1), draw(1)),
+        Pair(other[:3], other[3:6]),
+        Pair(prompt, [5]),
     ]
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 16])
 def test_log_probs_match_one_full_forward_per_continuation(tiny_llama, pairs, batch_size):
-    found = continuation_log_probs(tiny_llama, pairs, batch_size=batch_size)
+    found = log_probs(tiny_llama, pairs, batch_size=batch_size)
     for pair, values in zip(pairs, found, strict=True):
-        assert values == pytest.approx(naive_log_probs(tiny_llama, *pair), abs=2e-5)
+        assert values == pytest.approx(naive_log_probs(tiny_llama, pair.context, pair.continuation), abs=2e-5)
 
 
 def test_models_that_cannot_restrict_logits_are_scored_alike(tiny_llama, pairs):
@@ -55,8 +63,8 @@ def test_models_that_cannot_restrict_logits_are_scored_alike(tiny_llama, pairs):
         def forward(self, input_ids, attention_mask, use_cache):
             return self.inner(input_ids, attention_mask=attention_mask, use_cache=use_cache)
 
-    expected = continuation_log_probs(tiny_llama, pairs)
-    for values, wanted in zip(continuation_log_probs(Plain(tiny_llama), pairs), expected, strict=True):
+    expected = log_probs(tiny_llama, pairs)
+    for values, wanted in zip(log_probs(Plain(tiny_llama), pairs), expected, strict=True):
         assert values == pytest.approx(wanted, abs=1e-5)
 
 
@@ -66,27 +74,28 @@ def test_options_of_one_token_share_a_forward_row(tiny_llama, monkeypatch):
     monkeypatch.setattr(type(tiny_llama), "forward", lambda self, input_ids, logits_to_keep, **inputs: (
         rows.append(tuple(input_ids.shape)) or forward(input_ids, logits_to_keep=logits_to_keep, **inputs)
     ))  # fmt: skip
-    continuation_log_probs(tiny_llama, [([4, 5, 6], [option]) for option in (7, 8, 9, 10)], batch_size=8)
+    log_probs(tiny_llama, [Pair([4, 5, 6], [option]) for option in (7, 8, 9, 10)], batch_size=8)
     assert rows == [(1, 3)]
 
 
 def test_gradients_and_training_mode_are_left_alone(tiny_llama):
+    """Between two results the caller may train: nothing is held over a yield."""
     tiny_llama.train()
-    continuation_log_probs(tiny_llama, [([4, 5], [6])])
-    assert tiny_llama.training
-    assert tiny_llama(torch.tensor([[4, 5]])).logits.requires_grad
+    for _ in continuation_log_probs(tiny_llama, [Pair([4, 5], [6]), Pair([7, 8], [9])], batch_size=1):
+        assert tiny_llama.training
+        assert tiny_llama(torch.tensor([[4, 5]])).logits.requires_grad
 
 
 def test_numbers_that_are_not_finite_stop_the_evaluation(tiny_llama):
     with torch.no_grad():
         tiny_llama.model.norm.weight.fill_(float("nan"))
     with pytest.raises(EvalError, match="not finite"):
-        continuation_log_probs(tiny_llama, [([4, 5], [6])])
+        log_probs(tiny_llama, [Pair([4, 5], [6])])
 
 
 def test_a_sequence_longer_than_the_model_is_refused(tiny_llama):
     with pytest.raises(EvalError, match="512 positions"):
-        continuation_log_probs(tiny_llama, [([4] * 600, [6])])
+        log_probs(tiny_llama, [Pair([4] * 600, [6])])
 
 
 @pytest.mark.parametrize("chat", [True, False])
@@ -140,7 +149,7 @@ def test_a_template_that_writes_bos_gets_no_second_one():
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_the_choice_is_the_option_of_highest_log_likelihood(tiny_llama, chat_tokenizer, colors, batch_size):
     task = load_task(colors)
-    run = run_likelihood(tiny_llama, chat_tokenizer, task, batch_size=batch_size)
+    run = LIKELIHOOD.run(HFModel(tiny_llama, chat_tokenizer, batch_size=batch_size), task)
     prompter = Prompter(chat_tokenizer)
     for item, sample in zip(task.items, run.samples, strict=True):
         prompt = prompter.prompt_ids(item.prompt)
@@ -160,10 +169,9 @@ def test_the_metric_decides_between_total_and_mean(tiny_llama, chat_tokenizer, w
         {"question": f"{n}?", "options": ["red", "a very long and odd answer"], "gold": "red"}
         for n in range(6)
     ]
+    model = HFModel(tiny_llama, chat_tokenizer)
     total, mean = (
-        run_likelihood(
-            tiny_llama, chat_tokenizer, load_task(write_task(rows, kind="multiple_choice", metric=metric))
-        )
+        LIKELIHOOD.run(model, load_task(write_task(rows, kind="multiple_choice", metric=metric)))
         for metric in ("accuracy", "accuracy_per_token")
     )
     for key, run in (("scores", total), ("scores_per_token", mean)):
@@ -174,4 +182,4 @@ def test_the_metric_decides_between_total_and_mean(tiny_llama, chat_tokenizer, w
 def test_a_task_without_options_says_why_likelihood_cannot_score_it(tiny_llama, chat_tokenizer, write_task):
     task = load_task(write_task([{"question": "a?", "gold": "1"}], kind="numeric"))
     with pytest.raises(EvalError, match="no distractors"):
-        run_likelihood(tiny_llama, chat_tokenizer, task)
+        LIKELIHOOD.run(HFModel(tiny_llama, chat_tokenizer), task)

@@ -5,10 +5,17 @@ from collections import Counter
 
 import pytest
 
-from gendistill_evals import EvalError, list_questions, list_tasks, load_questions, load_task
+from gendistill_evals import (
+    JUDGES,
+    PROTOCOLS,
+    EvalError,
+    list_questions,
+    list_tasks,
+    load_questions,
+    load_task,
+)
 from gendistill_evals.extract import find_option
 from gendistill_evals.items import Kind
-from gendistill_evals.protocol import judge
 
 
 @pytest.mark.parametrize("name", list_tasks())
@@ -17,7 +24,7 @@ def test_every_built_in_task_is_right_when_answered_with_its_gold(name):
     assert task.name == name
     assert task.description
     for item in task.items:
-        assert judge(task, item, f"{item.gold}.")[1], item
+        assert JUDGES[task.judge](item, f"{item.gold}.").correct, item
 
 
 @pytest.mark.parametrize("name", list_tasks())
@@ -62,9 +69,9 @@ def test_gsm8k_rows_need_only_a_short_task_file(write_task):
     assert [item.gold for item in task.items] == ["4", "1,001"]
     assert [item.id for item in task.items] == ["0", "1"]
     assert task.items[0].options is None
-    assert "distractors" in task.likelihood_reason
-    assert judge(task, task.items[1], "So there are 1001.") == ("1001", True)
-    assert judge(task, task.items[1], "Many.") == (None, False)
+    assert "distractors" in PROTOCOLS["likelihood"].why_not(task)
+    assert JUDGES[task.judge](task.items[1], "So there are 1001.") == ("1001", True)
+    assert JUDGES[task.judge](task.items[1], "Many.") == (None, False)
 
 
 def test_mmlu_rows_are_asked_and_answered_by_letter(write_task):
@@ -143,7 +150,7 @@ ROW = {"question": "a?", "gold": "b", "options": ["b", "c"]}
         pytest.param([ROW], {"items": "gone.jsonl"}, "file of items is missing", id="missing items"),
         pytest.param([ROW], {"prompt": "{question.__class__}"}, "only plain names", id="attribute"),
         pytest.param([ROW], {"prompt": "{question!r}"}, "only plain names", id="conversion"),
-        pytest.param([ROW], {"prompt": "{question"}, "no template", id="brace"),
+        pytest.param([ROW], {"prompt": "{question"}, "not a template", id="brace"),
         pytest.param([ROW], {"prompt": "{topic}"}, "which the row lacks", id="unknown column"),
         pytest.param([ROW], {"kind": "exact_match", "answer": "letter"}, "only fit", id="letters for text"),
         pytest.param([ROW], {"gold_after": "#"}, "does not fit", id="gold_after for options"),

@@ -23,7 +23,7 @@ def make(root: Path, run_child: Callable[[Callable[[], None], Path], int]) -> ar
     base = areas.Base(root)
     # as the program does before it imports anything
     importlib.import_module("gendistill.cli.main")._quiet_libraries()
-    for name in ("gendistill.pipeline", "gendistill.testing", "gendistill.report"):
+    for name in ("gendistill.runs.pipeline", "gendistill.testing", "gendistill.report"):
         importlib.import_module(name)
     for work in (_files, _finished, _stopped):
         status = run_child(lambda work=work: work(base), root)

@@ -38,7 +38,7 @@ os.environ.setdefault("DATASETS_VERBOSITY", "critical")
 import areas
 import base as making
 
-from gendistill.data import preview
+from gendistill.runs import preview
 
 CPU_SECONDS, WALL_SECONDS, MEMORY_BYTES = 20, 90, 4 << 30
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND

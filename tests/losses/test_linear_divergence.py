@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from gendistill.ops.linear_divergence import Divergence, Term, chunks, linear_divergence
+from gendistill.ops.divergence import Divergence, Term, chunks, linear_divergence
 
 IGNORE = -100
 KL, REVERSE, JSD, CE = Divergence.FORWARD_KL, Divergence.REVERSE_KL, Divergence.JSD, Divergence.CE

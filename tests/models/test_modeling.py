@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from gendistill.data.batch import IGNORE, Batch, model_inputs
 from gendistill.models import HybridConfig, HybridForCausalLM
 from gendistill.models.io import export_code, load_student, save_student
+from gendistill.ops import Segments
 from gendistill.testing import FAMILIES, tiny_student, tiny_teacher
 
 
@@ -24,9 +25,8 @@ def make_batch(lengths_by_row, *, seed=0):
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, 97, (len(lengths_by_row), width), generator=generator)
     positions = torch.stack([torch.cat([torch.arange(n) for n in lengths]) for lengths in lengths_by_row])
-    flat = [0, *[n for lengths in lengths_by_row for n in lengths]]
-    ends = torch.tensor(flat).cumsum(0).int()
-    return Batch(ids, torch.full_like(ids, IGNORE), positions, ends, num_labels=0, num_tokens=ids.numel())
+    segments = Segments([n for lengths in lengths_by_row for n in lengths])
+    return Batch(ids, torch.full_like(ids, IGNORE), positions, segments, num_labels=0, num_tokens=ids.numel())
 
 
 @pytest.mark.parametrize("family", FAMILIES)

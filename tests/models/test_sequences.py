@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from gendistill.models import HybridCache
+from gendistill.models.cache import RecurrentLayer
 from gendistill.testing import FAMILIES, PLACEMENTS, tiny_student
 
 LENGTHS = [10, 8, 4]
@@ -122,9 +123,8 @@ def left_padded(rows):
 
 
 def states(cache):
-    """What linear layers remember, row by row."""
-    layers = [layer for layer in cache.layers if hasattr(layer, "recurrent_states")]
-    return [part for layer in layers for part in (layer.conv_states[0], layer.recurrent_states[0])]
+    """What mixers of ours remember, row by row."""
+    return [part for layer in cache.layers if isinstance(layer, RecurrentLayer) for part in layer.tensors()]
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 64])

@@ -1,4 +1,4 @@
-"""The largest call that an entry of the kernels' table covers: its inputs, the call, and the right answer."""
+"""The largest call that a row of the kernels' table covers: its inputs, the call, and the right answer."""
 
 from __future__ import annotations
 
@@ -11,36 +11,40 @@ from torch import Tensor
 
 from gendistill.bench.launches import PLACES
 from gendistill.ops import causal_conv, gated_rms_norm
-from gendistill_kernels import delta_chunk
-from gendistill_kernels.configs import Entry
-from gendistill_kernels.decode import Convolution, Heads, decode_step
-from gendistill_kernels.delta_chunk import Rule, chunk_forward
-from gendistill_kernels.gated_norm import gated_norm_backward, gated_norm_forward
-from gendistill_kernels.short_conv import conv_backward, conv_forward
+from gendistill_kernels.conv.causal import conv_backward, conv_forward
+from gendistill_kernels.delta import chunk, layout
+from gendistill_kernels.delta.chunk import chunk_forward
+from gendistill_kernels.delta.decode import decode_step
+from gendistill_kernels.delta.rows import TABLE, Row
+from gendistill_kernels.delta.rule import Convolution, Heads, Rule
+from gendistill_kernels.norm.gated import gated_norm_backward, gated_norm_forward
+from gendistill_kernels.runtime.lookup import ByBytes
 
-FORWARD = ("prepare", "prepare_wild", "scan", "summary", "carry")
+FORWARD = ("prepare", "prepare_levels", "scan", "summary", "carry")
 RULE = Rule("softplus")
 Call = Callable[[], dict[str, Tensor]]
 
 
-def saves(entry: Entry) -> list[bool]:
-    """Say of which forward passes an entry is part."""
-    if entry.kernel not in FORWARD:
+def saves(row: Row | ByBytes) -> list[bool]:
+    """Say of which forward passes a row is part."""
+    if row.kernel not in FORWARD:
         return [True]
-    return [False, True] if entry.save is None else [entry.save]
+    return [False, True] if row.save is None else [row.save]
 
 
-def make(cases: Any, entry: Entry, *, save: bool) -> tuple[Call, Call]:
-    """Return what calls the kernel at the largest sizes of an entry, and what computes that in float64.
+def make(cases: Any, row: Row | ByBytes, *, save: bool) -> tuple[Call, Call]:
+    """Return what calls the kernel at the largest sizes of a row, and what computes that in float64.
 
     Args:
         cases: The module ``gpu_cases``.
-        entry: To be forced by the caller.
+        row: To be forced by the caller.
         save: Differentiate, too.
     """
-    dtype = torch.float32 if entry.size == 4 else torch.bfloat16
-    K, V = min(entry.keys, 256), min(entry.values, 256)
-    if PLACES[entry.kernel].module is delta_chunk:
+    dtype = torch.float32 if row.size == 4 else torch.bfloat16
+    if row.kernel not in TABLE.kernels:
+        return {"conv": _convolution, "norm": _norm}[row.kernel.split("_")[0]](cases, dtype)
+    K, V = min(row.keys, 256), min(row.values, 256)
+    if PLACES[row.kernel].module is chunk:
         if save and dtype == torch.float32:
             # what has a gradient
             V = min(V, 128)
@@ -50,12 +54,10 @@ def make(cases: Any, entry: Entry, *, save: bool) -> tuple[Call, Call]:
             V,
             dtype,
             save=save,
-            cut=entry.kernel in ("summary", "carry", "reverse_summary"),
-            heads=(2, 1, 1) if entry.kernel == "sum_heads" else None,
+            cut=row.kernel in ("summary", "carry", "reverse_summary"),
+            heads=(2, 1, 1) if row.kernel == "sum_heads" else None,
         )
-    if entry.kernel in ("decode", "decode_group"):
-        return _decode(cases, dtype, min(entry.keys, 128), shared=4 if entry.kernel == "decode_group" else 1)
-    return {"conv": _convolution, "norm": _norm}[entry.kernel.split("_")[0]](cases, dtype)
+    return _decode(cases, dtype, min(row.keys, 128), shared=4 if row.kernel == "decode_group" else 1)
 
 
 def _chunks(
@@ -74,7 +76,7 @@ def _chunks(
     state, grads = cases.normal(1, 2, K, V), cases.upstream(x)
 
     def call() -> dict[str, Tensor]:
-        with mock.patch.object(delta_chunk, "SEGMENT", 1 if cut else delta_chunk.SEGMENT):
+        with mock.patch.object(layout, "SPAN", 1 if cut else layout.SPAN):
             if save:
                 return cases.run(x, RULE, state, grads)
             return dict(zip(("out", "last"), chunk_forward(x, RULE, state=state), strict=False))

@@ -10,9 +10,13 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from gendistill.ops import bounded_log_decay, l2norm, recurrent_delta_rule, softplus_log_decay
-from gendistill_kernels import delta_chunk, delta_plan
-from gendistill_kernels.delta_chunk import Chunks, Inputs, Rule, Saved, chunk_backward, chunk_forward
+from gendistill.ops import bounded_log_decay, l2norm, softplus_log_decay
+from gendistill.ops.reference.delta_rule import recurrent_delta_rule
+from gendistill_kernels.delta import chunk, plan
+from gendistill_kernels.delta.chunk import chunk_backward, chunk_forward
+from gendistill_kernels.delta.layout import Chunks
+from gendistill_kernels.delta.rule import Inputs, Rule, Saved
+from gendistill_kernels.runtime import memory
 
 DEVICE = "cuda"
 BF16, FP16 = torch.bfloat16, torch.float16
@@ -124,10 +128,10 @@ def run(
 
 def saved_tensors(x: Inputs, rule: Rule, saved: Saved, chunks: Chunks | None = None) -> dict[str, Tensor]:
     """Name what a forward pass saved; only what there is."""
-    at = delta_chunk._plan(x, rule, chunks)[1]
+    at = chunk._plan(x, rule, chunks)[1]
     found = {}
-    for work, memory in zip(at.saved, saved, strict=True):
-        parts = zip(work.names, work.parts(memory), strict=True)
+    for work, whole in zip(at.saved, saved, strict=True):
+        parts = zip(work.names, work.parts(whole), strict=True)
         found |= {name: part.tensor for name, part in parts if part is not None}
     return found
 
@@ -242,32 +246,32 @@ class Guards:
     @contextmanager
     def apart(self) -> Iterator[None]:
         """Leave as much between tensors that share a piece of memory, in what is planned within."""
-        with mock.patch.object(delta_plan, "_GAP", GUARD):
-            delta_plan.plan.cache_clear()
+        with mock.patch.object(memory, "_GAP", GUARD):
+            plan.plan_launches.cache_clear()
             try:
                 yield
             finally:
-                delta_plan.plan.cache_clear()
+                plan.plan_launches.cache_clear()
 
     @contextmanager
     def everywhere(self) -> Iterator[None]:
         """Guard whatever is allocated, too; what shares a piece of memory must have been planned ``apart``."""
-        allocate = delta_plan.Workspace.allocate
+        allocate = memory.Workspace.allocate
 
         def guard(made: Tensor) -> Tensor:
             if made.device.type != torch.device(DEVICE).type or not made.is_contiguous():
                 return made
             return self.room(tuple(made.shape), made.dtype, made.device)
 
-        def guard_parts(work: delta_plan.Workspace) -> Tensor:
-            memory = allocate(work)
-            for part in work.parts(memory):
+        def guard_parts(work: memory.Workspace) -> Tensor:
+            made = allocate(work)
+            for part in work.parts(made):
                 if part is not None:
                     size = part.tensor.nbytes
-                    aligned = -(-size // delta_plan._ALIGNMENT) * delta_plan._ALIGNMENT
-                    whole = memory[part.offset - GUARD : part.offset + aligned + GUARD]
+                    aligned = -(-size // memory._ALIGNMENT) * memory._ALIGNMENT
+                    whole = made[part.offset - GUARD : part.offset + aligned + GUARD]
                     self.buffers.append((whole, size, f"{part.dtype} {part.shape}"))
-            return memory
+            return made
 
-        with every_new_tensor(guard), mock.patch.object(delta_plan.Workspace, "allocate", guard_parts):
+        with every_new_tensor(guard), mock.patch.object(memory.Workspace, "allocate", guard_parts):
             yield

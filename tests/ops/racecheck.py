@@ -17,11 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gendistill_kernels import configs, delta_chunk
-from gendistill_kernels.decode import Convolution, Finish, Heads, decode_step
-from gendistill_kernels.delta_chunk import Chunks, Rule
-from gendistill_kernels.gated_norm import gated_norm_backward, gated_norm_forward
-from gendistill_kernels.short_conv import Tiles, conv_backward, conv_forward
+from gendistill_kernels.conv.causal import conv_backward, conv_forward
+from gendistill_kernels.conv.layout import Tiles
+from gendistill_kernels.delta import chunk, layout, rows
+from gendistill_kernels.delta.decode import decode_step
+from gendistill_kernels.delta.layout import Chunks
+from gendistill_kernels.delta.rule import Convolution, Finish, Heads, Rule
+from gendistill_kernels.norm.gated import gated_norm_backward, gated_norm_forward
 
 LENGTHS = [1, 0, 66, 13]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -59,18 +61,18 @@ def chunks(
         x.decay[:, 64:, :, 5] = -20.0
     state = cases.normal(number, x.decay.shape[2], x.k.shape[3], x.v.shape[3]) if has_state else None
     table = None if lengths is None else Chunks.of(lengths, cases.DEVICE)
-    out, last, _ = delta_chunk.chunk_forward(x, rule, state=state, chunks=table)
+    out, last, _ = chunk.chunk_forward(x, rule, state=state, chunks=table)
     return [out, last, *cases.run(x, rule, state, cases.upstream(x, number), table).values()]
 
 
-def segments(rule: Rule, dtype: torch.dtype, **sizes: int) -> list[Tensor]:
-    """Cut sequences into segments of one chunk: one of two, and one of three between others of one or none."""
-    before, delta_chunk.SEGMENT = delta_chunk.SEGMENT, 1
+def spans(rule: Rule, dtype: torch.dtype, **sizes: int) -> list[Tensor]:
+    """Cut sequences into spans of one chunk: one of two, and one of three between others of one or none."""
+    before, layout.SPAN = layout.SPAN, 1
     try:
         cut = [3, 0, 130, 64]
         return [*chunks(rule, dtype, **sizes), *chunks(rule, dtype, lengths=cut, has_state=False, **sizes)]
     finally:
-        delta_chunk.SEGMENT = before
+        layout.SPAN = before
 
 
 def convolution(dtype: torch.dtype, *, packed: bool) -> list[Tensor]:
@@ -127,7 +129,7 @@ def make_cases() -> dict[str, Callable[[], Sequence[Tensor]]]:
                 found[f"chunks-{K}-{gate}-{word}"] = lambda K=K, gate=gate, dtype=dtype: chunks(
                     Rule(gate), dtype, K=K
                 )
-            found[f"segments-{K}-{word}"] = lambda K=K, dtype=dtype: segments(Rule("bounded"), dtype, K=K)
+            found[f"spans-{K}-{word}"] = lambda K=K, dtype=dtype: spans(Rule("bounded"), dtype, K=K)
             found[f"packed-{K}-{word}"] = lambda K=K, dtype=dtype: chunks(
                 Rule("none", sigmoid=False), dtype, lengths=LENGTHS, K=K
             )
@@ -157,7 +159,7 @@ def make_cases() -> dict[str, Callable[[], Sequence[Tensor]]]:
         Rule("softplus"), torch.bfloat16, H=4, K=64, heads=(4, 2, 1)
     )
     # as many chains as have the scans take other rows of the table
-    found["many-heads-128-bf16"] = lambda: chunks(Rule("bounded"), torch.bfloat16, H=configs.MANY, K=128)
+    found["many-heads-128-bf16"] = lambda: chunks(Rule("bounded"), torch.bfloat16, H=rows.MANY, K=128)
     return found
 
 

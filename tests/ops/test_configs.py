@@ -10,17 +10,21 @@ import torch
 
 pytest.importorskip("triton", reason="the Triton kernels need triton")
 
-from gendistill.bench.launches import PLACES, watch
-from gendistill_kernels import configs
-from gendistill_kernels.configs import KERNELS, SHARED_BYTES, TABLE, Config, Entry, find, forced, lookup
-from gendistill_kernels.delta_chunk import Inputs, Rule, chunk_forward
+from gendistill.bench.launches import PLACES, TABLES, table_of, watch
+from gendistill_kernels.delta.chunk import chunk_forward
+from gendistill_kernels.delta.rows import TABLE
+from gendistill_kernels.delta.rule import Inputs, Rule
+from gendistill_kernels.runtime import hardware
+from gendistill_kernels.runtime.hardware import SHARED_BYTES
+from gendistill_kernels.runtime.lookup import Config, Row, forced
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 CAPABILITIES = {"sm_90": 90, "sm_80": 80, "any": 86}
 SIZES = (16, 32, 64, 128, 256)
 ENTRIES = [
     pytest.param(where, row, id=f"{where}-{row.kernel}-{number}")
-    for where, rows in TABLE.items()
+    for table in TABLES
+    for where, rows in table.rows.items()
     for number, row in enumerate(rows)
 ]
 # What compiles within seconds. The rows of prepare, keys and values on sm_90 are held against its limit in
@@ -37,31 +41,35 @@ QUICK = {
 
 @pytest.mark.parametrize(("where", "row"), ENTRIES)
 def test_every_entry_is_well_formed_and_reached(where, row):
-    assert row.kernel in KERNELS
+    assert row.kernel in table_of(row.kernel).kernels
     assert row.kernel in PLACES
     assert row.config.block & (row.config.block - 1) == 0
     assert row.config.warps in (1, 2, 4, 8)
     # of registers 64 Ki on a processor
     assert row.config.warps * 32 * (row.config.registers or 255) <= 65536
-    size = min(row.keys, 256), min(row.values, 256), row.size, bool(row.many), bool(row.save)
-    assert find(where, row.kernel, *size) == row
+    if row.kernel in TABLE.kernels:
+        key = min(row.keys, 256), min(row.values, 256), row.size, bool(row.many), bool(row.save)
+    else:
+        key = (row.size,)
+    assert table_of(row.kernel).find(where, row.kernel, *key) == row
+    assert row.narrowed(row.config, *key).covers(*key)
 
 
-@pytest.mark.parametrize("where", TABLE)
+@pytest.mark.parametrize("where", TABLE.rows)
 def test_kernels_that_share_workspaces_agree(where):
     for keys, values, size in itertools.product(SIZES, SIZES, (2, 4)):
         sizes = keys, values, size, False, True
 
         def found(kernel, sizes=sizes):
-            return find(where, kernel, *sizes).config
+            return TABLE.find(where, kernel, *sizes).config
 
         try:
-            found("prepare"), found("prepare_wild")
+            found("prepare"), found("prepare_levels")
             block = found("keys").block
         except ValueError:
             continue
         # what is saved for the backward pass gets one
-        assert found("keys_wild").block == block
+        assert found("keys_levels").block == block
         for kernel in (
             "scan",
             "values",
@@ -105,24 +113,24 @@ def test_float32_keys_of_256_channels_are_accepted():
 
 def test_a_forced_configuration_is_taken_and_forgotten():
     device, mine = torch.device("cpu"), Config(32, 2)
-    usual = lookup(device, "scan", 128, 128)
+    usual = TABLE.lookup(device, "scan", 128, 128)
     with forced("scan", mine):
-        assert lookup(device, "scan", 128, 128) == mine
-        assert lookup(device, "scan", 64, 16, 4) == mine
+        assert TABLE.lookup(device, "scan", 128, 128) == mine
+        assert TABLE.lookup(device, "scan", 64, 16, 4) == mine
         with forced("keys", mine):
-            assert lookup(device, "keys", 128, 128) == lookup(device, "scan", 128, 128) == mine
-        assert lookup(device, "keys", 128, 128) != mine
-    assert lookup(device, "scan", 128, 128) == usual
+            assert TABLE.lookup(device, "keys", 128, 128) == TABLE.lookup(device, "scan", 128, 128) == mine
+        assert TABLE.lookup(device, "keys", 128, 128) != mine
+    assert TABLE.lookup(device, "scan", 128, 128) == usual
 
 
 def test_another_architecture_reads_its_own_rows(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, device.index))
-    found = [configs.architecture(torch.device("cuda", minor)) for minor in (0, 6, 7, 9)]
-    configs.architecture.cache_clear()
+    found = [hardware.architecture(torch.device("cuda", minor)) for minor in (0, 6, 7, 9)]
+    hardware.architecture.cache_clear()
     assert found == ["sm_80", "any", "sm_80", "any"]
 
 
-def fits(machine_code, cases, config_cases, where, row: Entry):
+def fits(machine_code, cases, config_cases, where, row: Row):
     """Compile the launches of an entry for its architecture, and hold them against its limits."""
     for save in config_cases.saves(row):
         # recorded on a CPU, which allows what sm_90 does
@@ -142,7 +150,7 @@ def fits(machine_code, cases, config_cases, where, row: Entry):
             # what a pipelined loop reads lies at a place that turns with the loop; see test_machine_code.py
             products = machine_code.products(machine_code.code(kernel))
             lost = [product for product in products if None in product[1:]]
-            assert len(lost) <= (4 if row.kernel == "keys_wild" else 0)
+            assert len(lost) <= (4 if row.kernel == "keys_levels" else 0)
             assert all(product.right is not None for product in lost)
 
 

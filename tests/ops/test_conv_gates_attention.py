@@ -10,10 +10,10 @@ from gendistill.ops import (
     Segments,
     bounded_log_decay,
     causal_conv,
-    gated_kda,
+    chunk_kda,
     gated_rms_norm,
     l2norm,
-    resolve_impl,
+    resolve,
     sliding_window_attention,
     softplus_log_decay,
 )
@@ -61,7 +61,7 @@ def test_identity_taps_return_the_input():
     assert torch.equal(causal_conv(x, weight, torch.zeros(5)).out, x)
 
 
-def test_bounded_gate_stays_above_its_bound_and_softplus_follows_its_formula():
+def test_gates_follow_their_formulas_and_bounds():
     raw, a_log, bias = torch.randn(2, 3, 4, 8) * 50, torch.randn(4), torch.randn(32)
     decay = bounded_log_decay(raw, a_log, bias, lower_bound=-5.0)
     assert decay.dtype == torch.float32
@@ -118,11 +118,11 @@ def test_ops_are_traced_without_a_break():
     weight, a_log, dt_bias = torch.randn(24, 4), torch.rand(2), torch.randn(8)
 
     def step(x, gate, decay, beta):
-        impl = resolve_impl("auto", op="kda", device=x.device)
+        impl = resolve("auto", op="delta_rule", device=x.device)
         qkv = causal_conv(x, weight, None, activation="silu", impl=impl)[0]
         q, k, v = qkv.unflatten(-1, (6, 4)).split(2, dim=2)
         settings = {"gate": "bounded", "a_log": a_log, "dt_bias": dt_bias}
-        out = gated_kda(q, k, v, decay, beta, **settings, impl=impl)[0]
+        out = chunk_kda(q, k, v, decay, beta, **settings, impl=impl)[0]
         return gated_rms_norm(out, torch.ones(4), gate, eps=1e-6, activation="silu", impl=impl)
 
     given = torch.randn(1, 5, 24), torch.randn(1, 5, 8), torch.randn(1, 5, 2, 4), torch.randn(1, 5, 2)

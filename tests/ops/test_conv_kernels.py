@@ -7,15 +7,16 @@ import os
 import pytest
 import torch
 
-from gendistill.ops.reference.short_conv import causal_conv
+from gendistill.ops.reference.conv import causal_conv
 from gendistill.ops.types import Segments
 
 pytest.importorskip("triton", reason="the Triton kernels need triton")
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("the interpreter is off: make interpret", allow_module_level=True)
 
-from gendistill_kernels.configs import Config, forced
-from gendistill_kernels.short_conv import Tiles, conv_backward, conv_forward
+from gendistill_kernels.conv.causal import conv_backward, conv_forward
+from gendistill_kernels.conv.layout import Tiles
+from gendistill_kernels.runtime.lookup import Config, forced
 
 pytestmark = pytest.mark.interpret
 EXACT = {torch.float32: 2e-6, torch.bfloat16: 4e-3}

@@ -14,9 +14,9 @@ from gendistill.ops import (
     bounded_log_decay,
     causal_conv,
     l2norm,
-    recurrent_delta_rule,
     softplus_log_decay,
 )
+from gendistill.ops.reference.delta_rule import recurrent_delta_rule
 
 pytest.importorskip("triton", reason="the Triton kernels need triton")
 if os.environ.get("TRITON_INTERPRET") != "1":
@@ -24,9 +24,9 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 from triton.runtime.interpreter import interpreter_builder
 
-from gendistill_kernels import decode
-from gendistill_kernels.decode import Convolution, Finish, Heads, decode_step
-from gendistill_kernels.delta_chunk import Rule
+from gendistill_kernels.delta import decode
+from gendistill_kernels.delta.decode import decode_step
+from gendistill_kernels.delta.rule import Convolution, Finish, Heads, Rule
 
 pytestmark = pytest.mark.interpret
 TOLERANCE = 2e-6
@@ -273,11 +273,11 @@ def test_q_k_and_v_may_be_tensors_of_their_own(taps, bias):
 
 
 def test_tensors_on_several_devices_are_refused():
-    kinds = [(torch.float32, 0)] * 18
-    kinds[15] = (torch.float32, 1)
+    about = [(torch.float32, 0, (2, 1, 16), (16, 16, 1))] * 18
+    about[15] = (torch.float32, 1, (2, 1, 16), (16, 16, 1))
     settings = (Heads(2, 2, 2), Rule("bounded"), torch.device("cuda:0"), "silu", "silu", 1e-6)
     with pytest.raises(ValueError, match="the convolution's state is on cuda:1 and q on cuda:0"):
-        decode._plan(tuple(kinds), (None,) * 18, *settings)
+        decode._plan(tuple(about), *settings)
 
 
 SHAPES = {

@@ -9,14 +9,16 @@ import os
 import pytest
 import torch
 
-from gendistill.ops import bounded_log_decay, l2norm, recurrent_delta_rule, softplus_log_decay
+from gendistill.ops import bounded_log_decay, l2norm, softplus_log_decay
+from gendistill.ops.reference.delta_rule import recurrent_delta_rule
 
 pytest.importorskip("triton", reason="the Triton kernels need triton")
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("the interpreter is off: make interpret", allow_module_level=True)
 
-from gendistill_kernels import delta_chunk
-from gendistill_kernels.delta_chunk import Chunks, Inputs, Rule, chunk_backward, chunk_forward
+from gendistill_kernels.delta.chunk import chunk_backward, chunk_forward
+from gendistill_kernels.delta.layout import Chunks
+from gendistill_kernels.delta.rule import Inputs, Rule
 
 pytestmark = pytest.mark.interpret
 # the products of a chunk run in float16: ten bits of mantissa
@@ -149,8 +151,8 @@ def test_packed_documents_match_the_reference(decay, erase, write):
 
 
 @pytest.mark.parametrize(("decay", "erase", "write"), FAMILY)
-def test_long_sequences_in_segments_match_the_reference(monkeypatch, decay, erase, write):
-    monkeypatch.setattr(delta_chunk, "SEGMENT", 1)
+def test_long_sequences_in_spans_match_the_reference(monkeypatch, decay, erase, write):
+    monkeypatch.setattr("gendistill_kernels.delta.layout.SPAN", 1)
     rule = Rule("bounded", erase=erase, write=write)
     check(make(decay, rule, T=130, H=1), rule, with_state=True)
 

@@ -8,14 +8,17 @@ import os
 import pytest
 import torch
 
-from gendistill.ops import bounded_log_decay, l2norm, recurrent_delta_rule, softplus_log_decay
+from gendistill.ops import bounded_log_decay, l2norm, softplus_log_decay
+from gendistill.ops.reference.delta_rule import recurrent_delta_rule
 
 pytest.importorskip("triton", reason="the Triton kernels need triton")
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("the interpreter is off: make interpret", allow_module_level=True)
 
-from gendistill_kernels import delta_chunk
-from gendistill_kernels.delta_chunk import Chunks, Inputs, Rule, chunk_backward, chunk_forward
+from gendistill_kernels.delta.chunk import chunk_backward, chunk_forward
+from gendistill_kernels.delta.layout import Chunks
+from gendistill_kernels.delta.rule import Inputs, Rule
+from gendistill_kernels.runtime import hardware
 
 pytestmark = [pytest.mark.interpret, pytest.mark.usefixtures("poisoned")]
 # the products of a chunk run in float16: ten bits of mantissa
@@ -158,8 +161,8 @@ def test_the_past_does_not_depend_on_the_future(cases, decay, mark):
         later[name][:, 21:] = value
     again, _, kept = chunk_forward(x._replace(**later), rule, save=True)
     assert torch.equal(again[:, :21], out[:, :21])
-    assert (cases.saved_tensors(x, rule, saved)["wild"] == 0).all()
-    assert (cases.saved_tensors(x, rule, kept)["wild"][0] == mark).all()
+    assert (cases.saved_tensors(x, rule, saved)["marks"] == 0).all()
+    assert (cases.saved_tensors(x, rule, kept)["marks"][0] == mark).all()
 
 
 @pytest.mark.parametrize("which", ["one channel", "some tokens", "every other head"])
@@ -182,7 +185,7 @@ def test_chunks_partly_out_of_range_match_the_reference(cases, which):
     out, last, saved = chunk_forward(x, rule, save=True)
     d_out, d_last = torch.randn_like(out), torch.randn_like(last)
     found = chunk_backward(d_out, d_last, x, rule, out, saved)
-    assert cases.saved_tensors(x, rule, saved)["wild"].unique().tolist() == [0, 1, 2]
+    assert cases.saved_tensors(x, rule, saved)["marks"].unique().tolist() == [0, 1, 2]
     exact = Inputs(*(None if part is None else part.double().requires_grad_() for part in x))
     expected, final = reference(exact, rule)
     loss = (expected * d_out.double()).sum() + (final * d_last.double()).sum()
@@ -193,8 +196,8 @@ def test_chunks_partly_out_of_range_match_the_reference(cases, which):
         assert distance(getattr(found, field), gradient) < TOLERANCE, field
 
 
-def test_the_longest_sequences_and_segments_are_walked_first(monkeypatch):
-    monkeypatch.setattr(delta_chunk, "SEGMENT", 1)
+def test_the_longest_sequences_and_spans_are_scanned_first(monkeypatch):
+    monkeypatch.setattr("gendistill_kernels.delta.layout.SPAN", 1)
     chunks = Chunks.of([3, 0, 130, 64], "cpu")
     # number, first token, tokens, first chunk, kind, sequence
     assert chunks.sequences.tolist() == [
@@ -203,7 +206,7 @@ def test_the_longest_sequences_and_segments_are_walked_first(monkeypatch):
         [0, 0, 3, 0, 1, 0],
         [1, 3, 0, 1, 1, 1],
     ]
-    assert chunks.segments.tolist() == [
+    assert chunks.spans.tolist() == [
         [2, 3, 64, 1, 3, 2],
         [3, 67, 64, 2, 0, 2],
         [5, 133, 64, 4, 1, 3],
@@ -211,13 +214,13 @@ def test_the_longest_sequences_and_segments_are_walked_first(monkeypatch):
         [4, 131, 2, 3, 2, 2],
         [1, 3, 0, 1, 1, 1],
     ]
-    assert chunks.first_segments.tolist() == [0, 1, 2, 5, 6]
+    assert chunks.first_spans.tolist() == [0, 1, 2, 5, 6]
 
 
 @pytest.mark.parametrize("has_state", [True, False])
 @pytest.mark.parametrize("packed", [False, True])
-def test_long_sequences_in_segments_are_as_in_one(cases, monkeypatch, packed, has_state):
-    monkeypatch.setattr(delta_chunk, "SEGMENT", 1)
+def test_long_sequences_in_spans_are_as_in_one(cases, monkeypatch, packed, has_state):
+    monkeypatch.setattr("gendistill_kernels.delta.layout.SPAN", 1)
     rule, lengths = Rule("bounded"), [70, 0, 150, 30] if packed else [140, 140]
     x = make(B=1 if packed else 2, T=sum(lengths) if packed else 140, rule=rule)
     state = torch.randn(len(lengths), 2, 16, 16) if has_state else None
@@ -228,7 +231,7 @@ def test_long_sequences_in_segments_are_as_in_one(cases, monkeypatch, packed, ha
     found = chunk_backward(d_out, d_last, x, rule, out, saved, chunks=chunks, want_state=has_state)
     matrices = cases.saved_tensors(x, rule, saved, chunks)["matrices"]
     assert matrices.shape[0] == (7 if packed else 6)
-    monkeypatch.setattr(delta_chunk, "SEGMENT", 100)
+    monkeypatch.setattr("gendistill_kernels.delta.layout.SPAN", 100)
     chunks = Chunks.of(lengths, "cpu") if packed else None
     whole, end, kept = chunk_forward(x, rule, state=state, chunks=chunks, save=True)
     expected = chunk_backward(d_out, d_last, x, rule, whole, kept, chunks=chunks, want_state=has_state)
@@ -303,7 +306,7 @@ def test_gradients_of_states_may_be_much_larger_than_those_of_pairs(name):
 @pytest.mark.parametrize("gate", ["bounded", "none"])
 def test_float16_inputs_are_differentiated_in_float16(cases, monkeypatch, gate):
     """As on a GPU; interpreted, other tests take float32, which the range of 2^-12 does not need."""
-    monkeypatch.setattr(delta_chunk, "_INTERPRETED", False)
+    monkeypatch.setattr(hardware, "INTERPRETED", False)
     rule = Rule(gate, sigmoid=gate != "none")
     x = make(T=140, H=2, rule=rule, dtype=torch.float16)
     decay = x.decay.clone()
@@ -312,7 +315,7 @@ def test_float16_inputs_are_differentiated_in_float16(cases, monkeypatch, gate):
     out, last, saved = chunk_forward(x, rule, save=True)
     d_out, d_last = torch.randn_like(out), torch.randn_like(last)
     found = chunk_backward(d_out, d_last, x, rule, out, saved)
-    assert (cases.saved_tensors(x, rule, saved)["wild"] == 0).any() == (gate == "none")
+    assert (cases.saved_tensors(x, rule, saved)["marks"] == 0).any() == (gate == "none")
     exact = Inputs(*(None if part is None else part.double().requires_grad_() for part in x))
     expected, final = reference(exact, rule)
     loss = (expected * d_out.double()).sum() + (final * d_last.double()).sum()
@@ -358,7 +361,7 @@ def test_every_result_is_right_with_extreme_gates(cases, name, keys):
 
 @pytest.mark.parametrize("size", [1e-24, 1e-14, 1e20])
 @pytest.mark.parametrize("decay", [-97, -197, -201, -790, -810])
-def test_gradients_of_any_size_come_through_chunks_at_the_edge_of_their_range(cases, decay, size):
+def test_gradients_of_any_size_come_through_chunks_at_the_edge_of_range(cases, decay, size):
     """Of a chunk that decays by ``2**decay``, with gradients of this size."""
     rule = Rule("none", sigmoid=False)
     x = make(T=128, H=1, rule=rule)
@@ -370,7 +373,7 @@ def test_gradients_of_any_size_come_through_chunks_at_the_edge_of_their_range(ca
     expected, final = reference(exact, rule)
     loss = (expected * d_out.double()).sum() + (final * d_last.double()).sum()
     gradients = torch.autograd.grad(loss, exact[:5])
-    wild = cases.saved_tensors(x, rule, saved)["wild"]
+    wild = cases.saved_tensors(x, rule, saved)["marks"]
     assert (wild == (decay < -200) + (decay < 4 * -200)).all()
     for field, gradient in zip(Inputs._fields, gradients, strict=False):
         assert distance(getattr(found, field).double() / size, gradient) < TOLERANCE, field

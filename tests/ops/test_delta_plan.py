@@ -7,16 +7,18 @@ import torch
 
 pytest.importorskip("triton", reason="the Triton kernels need triton")
 
-from gendistill_kernels import delta_plan
-from gendistill_kernels.configs import Config, forced
-from gendistill_kernels.delta_plan import Results, Rule, Workspace, plan, token_stride
-from gendistill_kernels.launch import Fixed
+from gendistill_kernels.delta.plan import plan_launches, token_stride
+from gendistill_kernels.delta.rule import Rule
+from gendistill_kernels.runtime import memory
+from gendistill_kernels.runtime.launch import Fixed
+from gendistill_kernels.runtime.lookup import Config, forced
+from gendistill_kernels.runtime.memory import Results, Workspace
 
 F32, BF16 = torch.float32, torch.bfloat16
 BOUNDED = Rule("bounded")
 
 
-def make(*, B=8, T=4096, H=16, K=128, V=128, rule=BOUNDED, packed=None, segment=128, changes=None, **kinds):
+def make(*, B=8, T=4096, H=16, K=128, V=128, rule=BOUNDED, packed=None, span=128, changes=None, **kinds):
     shapes = {
         "q": (B, T, H, K),
         "k": (B, T, H, K),
@@ -30,16 +32,16 @@ def make(*, B=8, T=4096, H=16, K=128, V=128, rule=BOUNDED, packed=None, segment=
         (T * shape[2] * shape[3], shape[2] * shape[3], shape[3], 1)
         for shape in (shapes["q"], shapes["k"], shapes["v"])
     )
-    kinds = (usual | kinds).values()
-    return plan(
-        tuple(shapes.values()), strides, tuple(kinds), torch.device("cpu"), rule, packed, segment, BF16, True
+    about = tuple(
+        None if shape is None else (*(usual | kinds)[name], shape) for name, shape in shapes.items()
     )
+    return plan_launches(about, strides, torch.device("cpu"), rule, packed, span, BF16, True)
 
 
 def test_equal_calls_share_a_plan():
     assert make() is make()
     assert make().forward(save=True, state=None) is make().forward(save=True, state=None)
-    others = [make(T=4095), make(rule=Rule("softplus")), make(q=(torch.float16, 0)), make(segment=8)]
+    others = [make(T=4095), make(rule=Rule("softplus")), make(q=(torch.float16, 0)), make(span=8)]
     assert len({make(), *others}) == 5
     one = make()
     states = [one.forward(save=False, state=state) for state in (None, (F32, 0), (BF16, 0))]
@@ -90,7 +92,7 @@ def test_numbers_are_of_one_class():
 def test_packed_sequences_are_walked_by_more_programs():
     whole, packed = (
         make(**sizes).forward(save=False, state=None).scan
-        for sizes in ({}, {"B": 1, "T": 8 * 4096, "packed": (512, 8, 0, 0), "segment": 1000})
+        for sizes in ({}, {"B": 1, "T": 8 * 4096, "packed": (512, 8, 0, 0), "span": 1000})
     )
     assert (whole.grid, whole.constants["BV"]) == ((1 * 128,), 128)
     assert (packed.grid, packed.constants["BV"]) == ((2 * 128,), 64)
@@ -98,9 +100,9 @@ def test_packed_sequences_are_walked_by_more_programs():
 
 def test_any_number_of_rows_fits_on_a_grid():
     """The second and the third axis of a grid hold no more than 65,535 programs."""
-    plan = make(B=4096, T=1, segment=1)
+    plan = make(B=4096, T=1, span=1)
     back = plan.reverse_scan(None, None, want_state=True)
-    long = make(B=4096, T=65, segment=1)
+    long = make(B=4096, T=65, span=1)
     launches = [
         *plan.forward(save=True, state=None), *plan.local(None), *back,
         *long.forward(save=True, state=None), *long.reverse_scan(None, None, want_state=True),
@@ -111,14 +113,16 @@ def test_any_number_of_rows_fits_on_a_grid():
 
 
 def test_long_sequences_are_cut():
-    todo = make(B=1, T=32768).forward(save=True, state=None)
-    assert todo.summary is not None
+    launches = make(B=1, T=32768).forward(save=True, state=None)
+    assert launches.summary is not None
     # the end of a segment and its matrix; below two halves of the values
-    assert todo.summary.grid == (2 * 64,)
-    assert todo.scan.grid == (2 * 64,)
-    assert todo.scan.constants["HAS_STATE"]
-    assert todo.late.parts(todo.late.allocate())[5].shape == (4, 16, 128, 128)
-    assert [part.shape for part in todo.between.parts(todo.between.allocate())] == [(4, 16, 128, 128)] * 2
+    assert launches.summary.grid == (2 * 64,)
+    assert launches.scan.grid == (2 * 64,)
+    assert launches.scan.constants["HAS_STATE"]
+    assert launches.late.parts(launches.late.allocate())[5].shape == (4, 16, 128, 128)
+    assert [part.shape for part in launches.span_states.parts(launches.span_states.allocate())] == [
+        (4, 16, 128, 128)
+    ] * 2
     assert make(B=1, T=8192).forward(save=True, state=None).summary is None
 
 
@@ -146,32 +150,32 @@ def test_results_are_new_and_contiguous():
 
 @pytest.mark.parametrize("gap", [0, 4096])
 def test_parts_of_a_workspace_are_aligned_and_apart(monkeypatch, gap):
-    monkeypatch.setattr(delta_plan, "_GAP", gap)
+    monkeypatch.setattr(memory, "_GAP", gap)
     kinds = [BF16, torch.float32, BF16, torch.int32, torch.float32]
     spaces = {
         "nothing": None,
         **{str(shape): (shape, kind) for shape, kind in zip(SPACES, kinds, strict=True)},
     }
     work = Workspace(spaces, torch.device("cpu"))
-    memory = work.allocate().zero_()
-    assert memory.data_ptr() != work.allocate().data_ptr()
-    nothing, *parts = work.parts(memory)
+    whole = work.allocate().zero_()
+    assert whole.data_ptr() != work.allocate().data_ptr()
+    nothing, *parts = work.parts(whole)
     assert nothing is None
     # each is written whole, and only that changes
     for number, (part, shape, kind) in enumerate(zip(parts, SPACES, kinds, strict=True), 1):
         assert (part.shape, part.dtype, part.get_device()) == (shape, kind, -1)
-        assert (part.data_ptr() - memory.data_ptr()) % 512 == 0
+        assert (part.data_ptr() - whole.data_ptr()) % 512 == 0
         tensor = part.tensor
         assert (tensor.shape, tensor.dtype, tensor.is_contiguous()) == (shape, kind, True)
         assert tensor.numel() == 0 or tensor.data_ptr() == part.data_ptr()
         tensor.view(torch.uint8).fill_(number)
     sizes = [tensor.numel() * kind.itemsize for tensor, kind in ((part.tensor, part.dtype) for part in parts)]
-    assert memory.bincount(minlength=6).tolist() == [memory.numel() - sum(sizes), *sizes]
+    assert whole.bincount(minlength=6).tolist() == [whole.numel() - sum(sizes), *sizes]
     places = sorted((part.data_ptr(), size) for part, size in zip(parts, sizes, strict=True))
     edges = [
-        memory.data_ptr(),
+        whole.data_ptr(),
         *(edge for at, size in places for edge in (at, at + size)),
-        memory.data_ptr() + memory.numel(),
+        whole.data_ptr() + whole.numel(),
     ]
     assert all(after - before >= gap for before, after in zip(edges[::2], edges[1::2], strict=True))
 

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from gendistill.ops import Segments, chunk_delta_rule, kda, l2norm, recurrent_delta_rule
+from gendistill.ops import Impl, Segments, chunk_kda, gated_rms_norm, l2norm
+from gendistill.ops.reference.delta_rule import chunk_delta_rule, recurrent_delta_rule
 
 LENGTHS = [1, 15, 16, 17, 63, 64, 65, 130]
 
@@ -192,7 +193,7 @@ def test_kda_matches_the_one_in_transformers(length):
 
     inputs = make_inputs(length=length, heads=4, key_heads=4, value_heads=4, values=8, dtype=torch.float32)
     q, k, v, decay, beta = (inputs[name] for name in ("q", "k", "v", "log_decay", "write"))
-    ours = kda(q, k, v, decay, beta, state=inputs["state"])
+    ours = chunk_kda(q, k, v, decay, beta, state=inputs["state"])
     expected, state = theirs.recurrent_kimi_delta_attention(
         q, k, v, g=decay, beta=beta, initial_state=inputs["state"], output_final_state=True
     )
@@ -211,25 +212,23 @@ def test_wrong_shapes_are_named():
 
 
 def test_tensors_that_do_not_fit_are_named():
-    from gendistill.ops import Impl, Segments, gated_kda, gated_rms_norm, kda
-
     q, k, v, decay = torch.rand(4, 1, 6, 2, 8)
     beta = torch.rand(1, 6, 2)
-    good = {"q": q, "k": k, "v": v, "log_decay": -decay, "beta": beta}
+    good = {"q": q, "k": k, "v": v, "decay": -decay, "beta": beta}
     for changed, message in (
         ({"k": k[:, :5]}, "k must have shape"),
-        ({"log_decay": -decay[:, :, :1]}, "2 heads of beta do not fit 1 heads of decay"),
+        ({"decay": -decay[:, :, :1]}, "2 heads of beta do not fit 1 heads of decay"),
         ({"v": torch.rand(1, 6, 3, 8)}, "do not fit 3 heads of v"),
         ({"state": torch.rand(1, 2, 8, 4)}, "state must have shape"),
         ({"segments": Segments([4, 4])}, "one row of 8 tokens"),
         ({"impl": "fast"}, "not a valid Impl"),
     ):
         with pytest.raises(ValueError, match=message):
-            kda(**{**good, **changed})
-    assert kda(**good, impl="reference").out.shape == (1, 6, 2, 8)
+            chunk_kda(**{**good, **changed})
+    assert chunk_kda(**good, impl="reference").out.shape == (1, 6, 2, 8)
     gates = {"a_log": torch.zeros(2), "dt_bias": torch.zeros(16)}
     with pytest.raises(ValueError, match='got "Bounded"'):
-        gated_kda(q, k, v, decay, beta, gate="Bounded", **gates)
+        chunk_kda(q, k, v, decay, beta, gate="Bounded", **gates)
     for activation, gate in (("relu", beta), ("none", beta), ("silu", None)):
         with pytest.raises(ValueError, match="activation must be silu or sigmoid with a gate"):
             gated_rms_norm(v, None, gate, activation=activation, impl=Impl.REFERENCE)

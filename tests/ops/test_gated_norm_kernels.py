@@ -12,8 +12,8 @@ pytest.importorskip("triton", reason="the Triton kernels need triton")
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("the interpreter is off: make interpret", allow_module_level=True)
 
-from gendistill_kernels.configs import Config, forced
-from gendistill_kernels.gated_norm import gated_norm_backward, gated_norm_forward
+from gendistill_kernels.norm.gated import gated_norm_backward, gated_norm_forward
+from gendistill_kernels.runtime.lookup import Config, forced
 
 pytestmark = pytest.mark.interpret
 EXACT = {torch.float32: 2e-6, torch.bfloat16: 4e-3}

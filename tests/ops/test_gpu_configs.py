@@ -11,15 +11,16 @@ import torch
 if not torch.cuda.is_available():
     pytest.skip("torch sees no CUDA device", allow_module_level=True)
 
-from gendistill.bench.launches import watch
-from gendistill_kernels.configs import TABLE, architecture, forced
+from gendistill.bench.launches import TABLES, watch
+from gendistill_kernels.runtime.hardware import architecture
+from gendistill_kernels.runtime.lookup import forced
 
 pytestmark = pytest.mark.gpu
 # relative rms error; rounding the output alone costs 1.7e-3 in bfloat16; the gate has chunks that go level by level
 TOLERANCE = {2: 6e-3, 4: 2e-3}
 # sums over all tokens, in which most of the gradient cancels
 SUMMED = {"d A_log": 5e-2, "d dt_bias": 2e-2}
-ROWS = TABLE[architecture(torch.device("cuda", 0))]
+ROWS = [row for table in TABLES for row in table.rows[architecture(torch.device("cuda", 0))]]
 
 
 @pytest.mark.parametrize("row", [pytest.param(row, id=f"{row.kernel}-{n}") for n, row in enumerate(ROWS)])

@@ -11,16 +11,17 @@ from gendistill.ops import (
     Segments,
     bounded_log_decay,
     l2norm,
-    recurrent_delta_rule,
     softplus_log_decay,
 )
+from gendistill.ops.reference.delta_rule import recurrent_delta_rule
 
 if not torch.cuda.is_available():
     pytest.skip("torch sees no CUDA device", allow_module_level=True)
 
-from gendistill.ops import triton_ops
-from gendistill_kernels import delta_chunk
-from gendistill_kernels.delta_chunk import Chunks, Inputs, Rule, chunk_backward, chunk_forward
+from gendistill.ops import chunk_kda
+from gendistill_kernels.delta.chunk import chunk_backward, chunk_forward
+from gendistill_kernels.delta.layout import Chunks
+from gendistill_kernels.delta.rule import Inputs, Rule
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned")]
 # relative rms error; rounding the output alone costs 1.7e-3 in bfloat16 and 2.1e-4 in float16
@@ -176,8 +177,8 @@ def test_output_state_and_every_gradient_match_float64(name):
 
 
 def run(x, rule, segments=None, state=None):
-    gates = {"gate": rule.gate, "a_log": x.A_log, "dt_bias": x.dt_bias, "raw": True}
-    return triton_ops.triton_kda(*x[:5], **gates, segments=segments, state=state)
+    gates = {"gate": rule.gate, "a_log": x.A_log, "dt_bias": x.dt_bias}
+    return chunk_kda(*x[:5], **gates, segments=segments, state=state, impl="triton")
 
 
 KDA, GDN = ("channel", "scalar", "scalar"), ("scalar", "scalar", "scalar")
@@ -209,7 +210,7 @@ def test_packed_and_cut_sequences_match_float64(cases, monkeypatch, name):
     rule = Rule(gate, sigmoid=gate != "none", erase=erase, write=write)
     if "cut" in layout:
         # a sequence of 200 tokens, which are four chunks, is cut in two
-        monkeypatch.setattr(delta_chunk, "SEGMENT", 2)
+        monkeypatch.setattr("gendistill_kernels.delta.layout.SPAN", 2)
     lengths = [0, 15, 200, 1, 65] if "packed" in layout else None
     x = cases.draw(
         rule, B=1, T=sum(lengths or [330]), H=2, K=64, heads=(2, 1, 1), decay_per=decay_per, dtype=dtype
@@ -274,7 +275,7 @@ def test_a_row_does_not_depend_on_its_batch_and_repeats_are_bitwise_equal():
 @pytest.mark.parametrize("kv", [2, 1])
 def test_grouped_heads_packed_and_cut_repeat_bitwise(cases, monkeypatch, kv):
     """Gradients of shared keys and values are summed over heads, those of the gate over chunks of all sequences."""
-    monkeypatch.setattr(delta_chunk, "SEGMENT", 2)
+    monkeypatch.setattr("gendistill_kernels.delta.layout.SPAN", 2)
     rule, lengths = Rule("softplus"), [300, 0, 1, 65]
     x = cases.draw(rule, B=1, T=sum(lengths), H=4, K=64, heads=(4, kv, kv))
     state, grads = cases.normal(4, 4, 64, 64), cases.upstream(x, 4)
@@ -282,12 +283,12 @@ def test_grouped_heads_packed_and_cut_repeat_bitwise(cases, monkeypatch, kv):
     cases.check_repeats(lambda: cases.run(x, rule, state, grads, chunks).values())
 
 
-@pytest.mark.parametrize("segment", [1, 128])
+@pytest.mark.parametrize("span", [1, 128])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("gate", ["none", "bounded"])
-def test_the_past_is_bitwise_independent_of_the_future(monkeypatch, gate, dtype, segment):
-    """Cut into segments of one chunk, too, whose summaries are made before what is before them is known."""
-    monkeypatch.setattr(delta_chunk, "SEGMENT", segment)
+def test_the_past_is_bitwise_independent_of_the_future(monkeypatch, gate, dtype, span):
+    """Cut into spans of one chunk, too, whose summaries are made before what is before them is known."""
+    monkeypatch.setattr("gendistill_kernels.delta.layout.SPAN", span)
     rule = Rule(gate, sigmoid=gate == "bounded")
     x = make(T=200, rule=rule, dtype=dtype)
     out = chunk_forward(x, rule)[0]
@@ -316,13 +317,13 @@ def test_a_sequence_may_be_cut_where_chunks_end():
 
 @pytest.mark.parametrize("has_state", [True, False])
 @pytest.mark.parametrize("packed", [False, True])
-def test_a_long_sequence_in_segments_is_as_in_one(cases, monkeypatch, packed, has_state):
+def test_a_long_sequence_in_spans_is_as_in_one(cases, monkeypatch, packed, has_state):
     rule, lengths = Rule("softplus"), [500, 0, 40, 200] if packed else [370, 370]
     x = make(B=1 if packed else 2, T=sum(lengths) if packed else 370, rule=rule)
     state = torch.randn(len(lengths), 3, 128, 128, device="cuda") if has_state else None
     results = []
     for chunks_of_a_segment in (2, 128):
-        monkeypatch.setattr(delta_chunk, "SEGMENT", chunks_of_a_segment)
+        monkeypatch.setattr("gendistill_kernels.delta.layout.SPAN", chunks_of_a_segment)
         chunks = Chunks.of(lengths, "cuda") if packed else None
         out, last, saved = chunk_forward(x, rule, state=state, chunks=chunks, save=True)
         torch.manual_seed(1)

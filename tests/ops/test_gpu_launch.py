@@ -7,15 +7,15 @@ import functools
 import pytest
 import torch
 
-from gendistill.ops import causal_conv, gated_kda
-from gendistill.ops.types import Impl
+from gendistill.ops import causal_conv, chunk_kda
+from gendistill.ops.select import Impl
 
 if not torch.cuda.is_available():
     pytest.skip("torch sees no CUDA device", allow_module_level=True)
 
 from triton.runtime.jit import JITFunction
 
-from gendistill_kernels.launch import Fixed, Launcher
+from gendistill_kernels.runtime.launch import Fixed, Launcher
 
 pytestmark = pytest.mark.gpu
 
@@ -35,7 +35,7 @@ def draw(B, T, H, K, *, offset):
 def run(parts):
     q, k, v, decay, beta, a_log, dt_bias = parts
     settings = {"gate": "softplus", "a_log": a_log, "dt_bias": dt_bias, "impl": Impl.TRITON}
-    out, state = gated_kda(q, k, v, decay, beta, **settings)
+    out, state = chunk_kda(q, k, v, decay, beta, **settings)
     mixed = causal_conv(
         q.flatten(2),
         torch.ones(q.shape[2] * q.shape[3], 4, device=q.device),
@@ -103,12 +103,12 @@ def test_a_launch_goes_to_the_current_stream(plain):
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
     with torch.no_grad():
         settings = {"gate": "softplus", "a_log": parts[5], "dt_bias": parts[6], "impl": Impl.TRITON}
-        gated_kda(*parts[:5], **settings)
+        chunk_kda(*parts[:5], **settings)
         plain.clear()
         stream.wait_stream(torch.cuda.current_stream())
         # a launch to any other stream would not be captured
         with torch.cuda.graph(graph, stream=stream):
-            out, _ = gated_kda(*parts[:5], **settings)
+            out, _ = chunk_kda(*parts[:5], **settings)
         graph.replay()
     assert not plain
     assert torch.equal(out, expected[0])

@@ -12,15 +12,15 @@ from gendistill.ops import (
     causal_conv,
     gated_rms_norm,
     l2norm,
-    recurrent_delta_rule,
 )
-from gendistill.ops.types import Impl
+from gendistill.ops.reference.delta_rule import recurrent_delta_rule
+from gendistill.ops.select import Impl
 
 if not torch.cuda.is_available():
     pytest.skip("torch sees no CUDA device", allow_module_level=True)
 
-from gendistill_kernels.decode import Convolution, Finish, Heads, decode_step
-from gendistill_kernels.delta_chunk import Rule
+from gendistill_kernels.delta.decode import decode_step
+from gendistill_kernels.delta.rule import Convolution, Finish, Heads, Rule
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned")]
 # of one rounding; float16 has three bits more

@@ -9,17 +9,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from gendistill.ops import Segments, causal_conv, gated_kda, gated_rms_norm
-from gendistill.ops.types import Impl
+from gendistill.ops import Segments, causal_conv, chunk_kda, decode_delta_rule, gated_rms_norm
+from gendistill.ops.select import Impl
 
 if not torch.cuda.is_available():
     pytest.skip("torch sees no CUDA device", allow_module_level=True)
 
-from gendistill.ops import triton_ops
-from gendistill_kernels.decode import Convolution, Finish, Heads, decode_step
-from gendistill_kernels.delta_chunk import Chunks, Inputs, Rule
-from gendistill_kernels.gated_norm import gated_norm_backward, gated_norm_forward
-from gendistill_kernels.short_conv import Tiles, conv_backward, conv_forward
+from gendistill_kernels.conv.causal import conv_backward, conv_forward
+from gendistill_kernels.conv.layout import Tiles
+from gendistill_kernels.delta.decode import decode_step
+from gendistill_kernels.delta.layout import Chunks
+from gendistill_kernels.delta.rule import Convolution, Finish, Heads, Inputs, Rule
+from gendistill_kernels.norm.gated import gated_norm_backward, gated_norm_forward
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"
@@ -213,7 +214,7 @@ def test_packed_tokens_that_belong_to_no_document_are_refused(cases, impl):
     x = cases.draw(rule, B=1, T=100)
     segments = Segments([30, 60], device=DEVICE)
     with pytest.raises(ValueError, match="90 tokens"):
-        gated_kda(*x[:5], gate="bounded", a_log=x.A_log, dt_bias=x.dt_bias, segments=segments, impl=impl)
+        chunk_kda(*x[:5], gate="bounded", a_log=x.A_log, dt_bias=x.dt_bias, segments=segments, impl=impl)
 
 
 def test_a_thousand_documents_of_one_token(cases):
@@ -379,7 +380,7 @@ def check_replays(step, inputs):
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("T", [150, 8300])
 def test_forward_and_backward_replay_in_a_cuda_graph(cases, packed, T):
-    """A sequence longer than 8,192 tokens is walked in segments."""
+    """A sequence longer than 8,192 tokens is scanned in spans."""
     rule = Rule("bounded")
     lengths = [T - 67, 0, 1, 66]
     x = cases.draw(rule, B=1, T=T, H=2, K=128)
@@ -391,7 +392,7 @@ def test_forward_and_backward_replay_in_a_cuda_graph(cases, packed, T):
     gates = {"gate": "bounded", "a_log": x.A_log, "dt_bias": x.dt_bias}
 
     def step():
-        result = gated_kda(*x[:5], **gates, state=state, segments=segments, impl=Impl.TRITON)
+        result = chunk_kda(*x[:5], **gates, state=state, segments=segments, impl=Impl.TRITON)
         return [part.detach() for part in result] + list(torch.autograd.grad(list(result), leaves, grads))
 
     check_replays(step, [*x[:5], state])
@@ -421,17 +422,24 @@ class Decoding:
         self.inputs = [cases.normal(N, T, *sizes, dtype=BF16) for sizes in ((C,), (H, K), (H,), (H * K,))]
         self.sizes = [H * K, kv * K, kv * K]
         taps = [[*cases.normal(C, *width).split(self.sizes)] for width in ((4,), ())]
-        self.fixed = (cases.normal(H) * 0.3, cases.normal(H * K) - 2, *taps)
-        self.finish = (kv, "bounded", -5.0, "silu", "sigmoid", 1e-6)
+        self.settings = {
+            **{"gate": "bounded", "a_log": cases.normal(H) * 0.3, "dt_bias": cases.normal(H * K) - 2},
+            **{"conv_weight": taps[0], "conv_bias": taps[1], "conv_activation": "silu"},
+            **{"output_activation": "sigmoid", "impl": "triton"},
+        }
         self.gain = cases.normal(K)
         self.states = [cases.normal(N, H, K, K), cases.normal(N, C, 3, dtype=BF16)]
 
     def step(self, state, past):
         qkv, decay, beta, gate = self.inputs
         with torch.no_grad():
-            return triton_ops.triton_kda_decode(
-                [*qkv.split(self.sizes, 2)],
-                *(decay, beta, state, *self.fixed, past, self.gain, gate, *self.finish),
+            return decode_delta_rule(
+                *qkv.split(self.sizes, 2),
+                *(decay, beta, state),
+                **self.settings,
+                conv_state=past,
+                norm_weight=self.gain,
+                output_gate=gate,
             )
 
 

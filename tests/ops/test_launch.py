@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -25,8 +27,12 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from gendistill_kernels import decode, delta_chunk, gated_norm, launch, short_conv
-from gendistill_kernels.launch import Blocks, Fixed, Launcher, Part
+from gendistill_kernels.conv import causal
+from gendistill_kernels.delta import chunk, decode
+from gendistill_kernels.norm import gated
+from gendistill_kernels.runtime import launch
+from gendistill_kernels.runtime.launch import Blocks, Fixed, Launcher
+from gendistill_kernels.runtime.memory import Part
 
 if launch._VERSION not in launch._HEADS:
     pytest.skip("the launcher leaves this version of Triton alone", allow_module_level=True)
@@ -78,14 +84,14 @@ def test_work_starts_on_the_gpu_where_its_first_argument_is(monkeypatch):
 @pytest.mark.parametrize(
     "function",
     [
-        delta_chunk.chunk_forward,
-        delta_chunk.chunk_backward_scan,
-        delta_chunk.chunk_backward_local,
+        chunk.chunk_forward,
+        chunk.chunk_backward_scan,
+        chunk.chunk_backward_local,
         decode.decode_step,
-        short_conv.conv_forward,
-        short_conv.conv_backward,
-        gated_norm.gated_norm_forward,
-        gated_norm.gated_norm_backward,
+        causal.conv_forward,
+        causal.conv_backward,
+        gated.gated_norm_forward,
+        gated.gated_norm_backward,
     ],
 )
 def test_all_that_launches_starts_there(monkeypatch, function):
@@ -262,7 +268,7 @@ def test_a_fixed_launch_is_the_one_that_triton_makes(recorder, name):
     assert len({head[4] for head, *_ in expected}) == 2
     assert plain == 2
     assert found == expected
-    # nothing but places is read any more
+    # nothing but addresses is read any more
     launcher._known.clear()
     assert launch_all(lambda *arguments: launcher[fixed](*arguments)) == (expected, 1)
 
@@ -356,7 +362,7 @@ def _described(part, block_shape):
 
 
 def test_encoded_blocks_do_not_pile_up(recorder, monkeypatch):
-    monkeypatch.setattr(launch, "_PLACES", 3)
+    monkeypatch.setattr(launch, "_KEPT", 3)
     launcher = Launcher(block_kernel)
     store = torch.zeros(20, 64, 64, dtype=torch.float16)
     for part in store:
@@ -372,6 +378,35 @@ def test_a_tensor_of_the_host_never_becomes_a_bare_address(recorder, monkeypatch
     for _ in range(3):
         call(launcher, x=X, y=Y)
     assert recorder.plain == 3
+
+
+def test_the_switch_leaves_every_launch_to_triton(recorder, monkeypatch):
+    """And so changes nothing about any of them, ours or its own."""
+    pairs = [(X, Y), (STORE[8:], Y), (STORE[1:], Y), (X, Y)]
+    rounds = []
+    for is_plain in (False, True):
+        monkeypatch.setattr(launch, "_PLAIN", is_plain)
+        launcher, fixed = Launcher(kernel), Fixed((3,), N=4, KIND="a", num_warps=4)
+        start, before = len(recorder.launches), recorder.plain
+        for changes in CASES.values():
+            call(launcher, **{"x": X, "y": Y, **changes})
+        for pair in pairs:
+            launcher[fixed](*pair, 5, 7, 0.5)
+        rounds.append((recorder.launches[start:], recorder.plain - before))
+    (ours, some), (theirs, every) = rounds
+    assert ours == theirs
+    assert every == len(theirs) == len(CASES) + len(pairs)
+    assert some < every
+
+
+def test_the_switch_is_read_from_the_environment():
+    code = "from gendistill_kernels.runtime import launch; print(launch.why_plain())"
+    for value, expected in (("1", "GENDISTILL_PLAIN_LAUNCH=1 is set"), ("0", "None")):
+        environment = {**os.environ, launch.SWITCH: value}
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+        )
+        assert done.stdout.strip() == expected
 
 
 @pytest.mark.parametrize("is_fixed", [False, True])

@@ -20,41 +20,63 @@ TORCH_FREE = (
     *("gendistill", "gendistill.config", "gendistill.cli", "gendistill.report", "gendistill.errors"),
     *(
         "gendistill.types",
-        "gendistill.advice",
+        "gendistill.runs.advice",
         "gendistill.paths",
         "gendistill.records",
         "gendistill.text",
         "gendistill.packages",
         "gendistill.provenance",
-        "gendistill.parameters",
-        "gendistill.planning",
-        "gendistill.memory",
+        "gendistill.anatomy",
+        "gendistill.runs.planning",
+        "gendistill.runs.memory",
     ),
-    *("gendistill.conversion.plan", "gendistill.conversion.family", "gendistill.conversion.tensors"),
+    *("gendistill.conversion.plan", "gendistill.checkpoints.tensors"),
     *("gendistill.conversion.render", "gendistill_evals"),
 )
 # folder: folders it may import, at any depth; modules directly in gendistill/ are words for everybody
 LAYERS = {
-    "config": set(),
-    "ops": set(),
-    "mixers": {"ops", "config"},
-    "models": {"mixers", "ops", "config"},
-    "conversion": {"training", "models", "mixers", "ops", "config", "data", "losses"},
-    "data": {"config", "conversion"},
-    "losses": {"ops", "data", "config"},
-    "training": {"losses", "data", "models", "ops", "config"},
-    "report": {"config"},
-    "runs": {"conversion", "data", "config"},
-    "bench": {"training", "models", "data", "ops", "report", "config"},
+    "anatomy": set(),
+    "config": {"anatomy"},
+    "ops": {"anatomy"},
+    "mixers": {"ops", "anatomy"},
+    "models": {"mixers", "ops", "anatomy"},
+    "checkpoints": {"anatomy"},
+    "data": {"mixers", "ops", "anatomy", "config"},
+    "teachers": {"data", "anatomy"},
+    "losses": {"teachers", "ops", "data", "anatomy", "config"},
+    "training": {"losses", "teachers", "data", "ops", "anatomy", "config"},
+    "conversion": {
+        "checkpoints",
+        "training",
+        "teachers",
+        "models",
+        "mixers",
+        "ops",
+        "anatomy",
+        "config",
+        "data",
+        "losses",
+    },
+    "report": {"anatomy", "config"},
+    "results": {"report", "config"},
+    "bench": {"training", "teachers", "models", "data", "ops", "report", "results", "anatomy", "config"},
+    "runs": {
+        *(
+            "report",
+            "conversion",
+            "checkpoints",
+            "training",
+            "teachers",
+            "losses",
+            "data",
+            "models",
+            "mixers",
+            "ops",
+        ),
+        *("anatomy", "config"),
+    },
 }
-ABOVE_ALL = {
-    "gendistill.advice",
-    "gendistill.pipeline",
-    "gendistill.scoring",
-    "gendistill.planning",
-    "gendistill.memory",
-    "gendistill.testing",
-}
+ABOVE_ALL = {"gendistill.api", "gendistill.testing"}
 
 
 def modules() -> dict[str, Path]:
@@ -132,6 +154,38 @@ def test_evaluation_knows_no_gendistill_and_kernels_know_only_torch_and_triton()
         if name.startswith("gendistill_kernels"):
             allowed = {"torch", "triton", "gendistill_kernels", "__future__", *sys.stdlib_module_names}
             assert roots <= allowed, f"{name} imports {roots - allowed}"
+
+
+# what only a mixer's own files may name, and what tests and documents name
+NAMED = {
+    "gendistill.anatomy.kda",
+    "gendistill.mixers.kda",
+    "gendistill.mixers.published",
+    "gendistill.testing",
+    "gendistill.ops",  # the name of a function in __all__
+}
+
+
+def test_a_mixer_is_named_in_its_own_files_only():
+    """Whoever needs to know kinds asks the catalogue, so that a new one is an addition."""
+    found = {
+        name
+        for name, path in MODULES.items()
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Constant) and node.value == "kda"
+    }
+    assert found <= NAMED, found - NAMED
+
+
+# modules of the standard library alone: they travel inside exported students
+TRAVELLING = ("family", "full", "kda", "mixers", "settings", "sink", "spec", "student", "swa")
+
+
+@pytest.mark.parametrize("name", TRAVELLING)
+def test_what_travels_in_exports_needs_the_standard_library_alone(name):
+    for target in closure(f"gendistill.anatomy.{name}"):
+        known = {f"gendistill.anatomy.{one}" for one in TRAVELLING} | {"gendistill", "gendistill.anatomy"}
+        assert target in known or target.split(".")[0] in sys.stdlib_module_names, f"{name} imports {target}"
 
 
 READ_ONLY = """

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from gendistill import pipeline
 from gendistill.config.load import load_recipe
 from gendistill.config.schema import Recipe
 from gendistill.paths import RunDir, read_json
+from gendistill.runs import pipeline
 from gendistill.testing import save_tiny_checkpoint
 
 

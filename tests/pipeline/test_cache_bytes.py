@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gendistill.memory import cache_bytes
+from gendistill.anatomy.cost import cache_bytes
 from gendistill.models import HybridCache
 from gendistill.testing import PLACEMENTS, tiny_student
 

@@ -6,9 +6,9 @@ import re
 
 import pytest
 
-from gendistill import pipeline
 from gendistill.errors import OutputError, RecipeError, TrainingError
 from gendistill.paths import RunDir, read_json
+from gendistill.runs import pipeline
 
 
 def listing(run: RunDir) -> dict[str, bytes | str]:

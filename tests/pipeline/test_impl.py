@@ -7,9 +7,9 @@ import json
 import pytest
 import torch
 
-from gendistill import pipeline
 from gendistill.config.load import load_recipe
-from gendistill.planning import plan_run
+from gendistill.runs import pipeline
+from gendistill.runs.planning import plan_run
 from gendistill.testing import save_tiny_checkpoint
 
 pytest.importorskip("triton", reason="the Triton kernels need triton")

@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from gendistill import pipeline
 from gendistill.paths import read_json
+from gendistill.runs import pipeline
 from gendistill_evals.errors import EvalError
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from gendistill import pipeline
 from gendistill.errors import GendistillError
 from gendistill.paths import read_json
+from gendistill.runs import pipeline
 
 
 def test_nothing_is_trained_or_scored_again_under_another_name(shared_place, monkeypatch, steps_of):

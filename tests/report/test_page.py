@@ -146,10 +146,25 @@ def test_equal_runs_give_equal_reports(make_run):
 
 def test_hidden_losses_come_first(make_run):
     """Items 8 to 11 are right by likelihood, 12 to 15 are not; the student writes all eight wrongly."""
-    shown, num_lost = worst_samples(read_run(make_run()))
+    run = read_run(make_run())
+    shown, num_lost = worst_samples(run, gap_report(run).leads)
     assert num_lost == 9
     assert [pair["hidden"] for pair in shown] == [True] * 4 + [False] * 5
-    assert [pair["student"]["id"] for pair in shown[:4]] == ["008", "009", "010", "011"]
+    assert [pair["id"] for pair in shown[:4]] == ["008", "009", "010", "011"]
+
+
+def test_a_prompt_of_turns_is_shown_with_who_speaks(make_run):
+    run_dir = make_run()
+    for role in ("teacher", "student"):
+        path = run_dir / f"eval/{role}/samples.jsonl"
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        for row in rows:
+            row["prompt"] = [
+                {"role": "system", "content": "Be <b>short</b>."},
+                {"role": "user", "content": "A?"},
+            ]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert "<pre>system: Be &lt;b&gt;short&lt;/b&gt;.\n\nuser: A?</pre>" in page_without_figures(run_dir)
 
 
 @pytest.mark.parametrize(
@@ -198,7 +213,7 @@ def test_an_unwritable_report_folder_is_named(make_run):
 def test_reporting_imports_no_torch_and_tables_no_matplotlib():
     code = (
         "import sys, gendistill.report; early = 'matplotlib' in sys.modules;"
-        "import gendistill.report.html, gendistill.report.plots, gendistill.report.results_table;"
+        "import gendistill.report.html, gendistill.report.plots, gendistill.results.table;"
         "print(early, 'torch' in sys.modules, 'transformers' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

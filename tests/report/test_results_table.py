@@ -8,8 +8,8 @@ import re
 import pytest
 
 from gendistill.errors import ReportError
-from gendistill.report import results_table
-from gendistill.report.results_table import ResultRow, load_results, main, render_results, write_results_json
+from gendistill.results import table as results_table
+from gendistill.results.table import ResultRow, load_results, main, render_results, write_results_json
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 ROWS = (
@@ -86,7 +86,7 @@ def test_a_block_may_choose_its_rows(folder, capsys):
     assert "15.2 %" in filled
     assert "decode" not in filled
     assert main([*arguments, "--check"]) == 0
-    for rows, problem in (("nothing", "found in the name of no row"), ("(", "no regular expression")):
+    for rows, problem in (("nothing", "found in the name of no row"), ("(", "not a regular expression")):
         path.write_text(chosen.replace("^held-out|^no such", rows))
         assert main(arguments) == 1
         assert problem in capsys.readouterr().err
@@ -97,6 +97,27 @@ def test_a_marker_without_partner_is_refused(folder, capsys):
     path.write_text(path.read_text().replace("<!-- /results -->", ""))
     assert main([str(path), "--folder", str(folder)]) == 1
     assert "no partner" in capsys.readouterr().err
+
+
+def test_single_numbers_stand_in_sentences(folder, capsys):
+    page = folder / "page.md"
+    page.write_text(
+        "Left: <!-- value:demo held-out KL left -->?<!-- /value -->%,\n"
+        "and <!-- peer:demo speed | decode --> <!-- /value -->.\n"
+    )
+    words = [str(page), "--folder", str(folder)]
+    assert main([*words, "--check"]) == 1
+    assert main(words) == 0
+    text = page.read_text()
+    assert "-->15.2<!-- /value -->%" in text
+    assert "-->900<!-- /value -->." in text
+    assert main([*words, "--check"]) == 0
+    page.write_text("<!-- value:demo nothing -->1<!-- /value -->\n")
+    assert main(words) == 1
+    assert 'has no single row "nothing"' in capsys.readouterr().err
+    page.write_text("<!-- value:demo held-out KL left -->1\n")
+    assert main(words) == 1
+    assert "has no partner" in capsys.readouterr().err
 
 
 def test_a_missing_results_file_is_named(folder, capsys):

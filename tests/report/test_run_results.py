@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from gendistill.report.run_results import DEMO, main
+from gendistill.results.run_results import DEMO, main
 
 
 def rows_of(run_dir, tmp_path):

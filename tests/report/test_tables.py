@@ -44,7 +44,7 @@ def terminal(*content, width=120):
 
 
 def test_every_form_shows_the_same_numbers(limited):
-    quiz = limited.tasks[0].gap.generation
+    quiz = limited.tasks[0].gap["generation"]
     for text in (render_markdown([limited]), terminal(render_rich(limited))):
         for shown in (
             "60.0 / 80.0",
@@ -64,7 +64,7 @@ def test_limit_is_on_every_row(limited):
     lines = render_markdown([limited]).splitlines()[2:]
     assert [("LIMIT 20" in line, "LIMIT 4" in line) for line in lines] == [(True, False), (False, True)]
     assert any(line.startswith("LIMIT 4, 20") for line in warnings(limited))
-    assert [row["limit"] for row in raw_rows(limited)] == [20, 4]
+    assert [row["limit"] for row in raw_rows(limited, limited.protocols)] == [20, 4]
 
 
 def test_hidden_gap_is_said_in_words_and_missing_likelihood_has_its_reason(limited):

@@ -15,14 +15,22 @@ from safetensors.torch import load_file, save_file
 
 from gendistill.config.schema import StageConfig
 from gendistill.errors import CheckpointError, OutputError, TrainingError
-from gendistill.training import loop
-from gendistill.training.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
+from gendistill.training import monitors
+from gendistill.training.checkpoint import (
+    find_checkpoint,
+    gather_tensors,
+    load_checkpoint,
+    save_checkpoint,
+    trained_parameters,
+)
 from gendistill.training.freeze import apply_freeze
+from gendistill.training.lock import existing_lock
 from gendistill.training.meter import Meter
 from gendistill.training.optim import build_optimizer
-from gendistill.training.plan import existing_plan
+from gendistill.training.parallel import Single
 
 PROGRESS = {"step": 5, "tokens": 9, "seconds": 1.5, "loss_first": 2.0, "loss_last": 1, "window": [1.0, 2.0]}
+ALONE = Single(torch.device("cpu"))
 FILES = ("trained.safetensors", "optimizer.safetensors")
 
 
@@ -53,7 +61,13 @@ def folder(trained, tmp_path):
 def save(folder, trained, step, **changes):
     state = {"progress": {**PROGRESS, "step": step}, "stream": {"row": step}, **changes}
     student, optimizer = trained
-    return save_checkpoint(folder, step=step, keep=9, student=student, optimizer=optimizer, state=state)
+    return save_checkpoint(
+        folder,
+        step=step,
+        keep=9,
+        tensors=gather_tensors(trained_parameters(student), optimizer, ALONE),
+        state=state,
+    )
 
 
 def newest(folder):
@@ -95,7 +109,9 @@ def test_whole_checkpoints_are_found_with_and_without_a_checksum_of_the_state(fo
     assert newest(folder) == ("step-000005", [])
     rewrite_state(folder, lambda content: None, checksum=False)
     assert newest(folder) == ("step-000005", [])
-    state = load_checkpoint(folder / "step-000005", student=trained[0], optimizer=trained[1])
+    state = load_checkpoint(
+        folder / "step-000005", trained=trained_parameters(trained[0]), optimizer=trained[1], parallel=ALONE
+    )
     assert (state["progress"], state["stream"]) == (PROGRESS, {"row": 5})
 
 
@@ -188,7 +204,9 @@ def test_tensors_that_save_never_writes_are_passed_over_and_refused(folder, trai
     student, optimizer = trained
     before = {key: value.clone() for key, value in student.named_parameters()}
     with pytest.raises(CheckpointError) as caught:
-        load_checkpoint(folder / "step-000005", student=student, optimizer=optimizer)
+        load_checkpoint(
+            folder / "step-000005", trained=trained_parameters(student), optimizer=optimizer, parallel=ALONE
+        )
     assert caught.value.where == str(folder / "step-000005")
     assert caught.value.hint
     assert all(torch.equal(value, before[key]) for key, value in student.named_parameters())
@@ -315,7 +333,7 @@ def test_a_parameter_that_no_gradient_has_reached_is_saved_and_restored(tiny, tm
     path = save(tmp_path, (student, optimizer), 5)
     assert newest(tmp_path) == ("step-000005", [])
     other, other_optimizer = make(tiny, seed=9)
-    load_checkpoint(path, student=other, optimizer=other_optimizer)
+    load_checkpoint(path, trained=trained_parameters(other), optimizer=other_optimizer, parallel=ALONE)
     restored = other_optimizer.state[dict(other.named_parameters())[name]]
     assert restored["step"] == 0
     assert not restored["exp_avg"].any()
@@ -364,11 +382,11 @@ def test_a_plan_of_other_types_is_refused_only_if_there_is_something_to_lose(tmp
     path = tmp_path / "plan.json"
     plan = {"steps": 4, "compute_dtype": "float32", "seconds_per_step": None, "locked": {"seed": 1}}
     path.write_text(json.dumps(plan))
-    assert existing_plan(path, {"seed": 1}, tmp_path).steps == 4
+    assert existing_lock(path, {"seed": 1}, tmp_path).steps == 4
     path.write_text(json.dumps({**plan, **change}))
-    assert existing_plan(path, {"seed": 1}, None) is None
+    assert existing_lock(path, {"seed": 1}, None) is None
     with pytest.raises(CheckpointError, match="cannot read the stage's plan") as caught:
-        existing_plan(path, {"seed": 1}, tmp_path)
+        existing_lock(path, {"seed": 1}, tmp_path)
     assert caught.value.where == str(path)
 
 
@@ -389,8 +407,10 @@ def test_a_stage_resumes_beside_broken_metrics_and_a_broken_checkpoint(tiny, tmp
 
 
 def test_heldout_scores_that_are_not_finite_stop_the_stage_by_name(tiny, tmp_path, monkeypatch):
-    real = loop.score_heldout
-    monkeypatch.setattr(loop, "score_heldout", lambda *args, **more: {**real(*args, **more), "kl": math.nan})
+    real = monitors.score_heldout
+    monkeypatch.setattr(
+        monitors, "score_heldout", lambda *args, **more: {**real(*args, **more), "kl": math.nan}
+    )
     with pytest.raises(TrainingError, match="held-out kl is not finite at step 1 of 1") as caught:
         tiny.run_stage(tmp_path, steps=1)
     assert caught.value.hint

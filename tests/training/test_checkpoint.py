@@ -7,9 +7,19 @@ from safetensors import SafetensorError
 from gendistill.config.schema import StageConfig
 from gendistill.errors import CheckpointError, OutputError
 from gendistill.training import checkpoint
-from gendistill.training.checkpoint import checksums, find_checkpoint, load_checkpoint, save_checkpoint
+from gendistill.training.checkpoint import (
+    checksums,
+    find_checkpoint,
+    gather_tensors,
+    load_checkpoint,
+    save_checkpoint,
+    trained_parameters,
+)
 from gendistill.training.freeze import apply_freeze
 from gendistill.training.optim import build_optimizer
+from gendistill.training.parallel import Single
+
+ALONE = Single(torch.device("cpu"))
 
 
 @pytest.fixture
@@ -30,14 +40,18 @@ def make(tiny, groups, seed=3):
 
 def save(folder, student, optimizer, **changes):
     settings = {"step": 5, "keep": 1, "state": {"stream": {"row": 3}}, **changes}
-    return save_checkpoint(folder, student=student, optimizer=optimizer, **settings)
+    return save_checkpoint(
+        folder, tensors=gather_tensors(trained_parameters(student), optimizer, ALONE), **settings
+    )
 
 
 def test_what_is_loaded_is_what_was_saved(tiny, trained, tmp_path):
     student, optimizer = trained
     path = save(tmp_path, student, optimizer)
     other, other_optimizer = make(tiny, ["mixer", "norm"], seed=9)
-    state = load_checkpoint(path, student=other, optimizer=other_optimizer)
+    state = load_checkpoint(
+        path, trained=trained_parameters(other), optimizer=other_optimizer, parallel=ALONE
+    )
     assert (state["step"], state["stream"]) == (5, {"row": 3})
     mine, theirs = dict(student.named_parameters()), dict(other.named_parameters())
     for name, value in mine.items():
@@ -67,7 +81,7 @@ def test_a_checkpoint_of_other_parameters_is_refused(tiny, trained, tmp_path):
     path = save(tmp_path, *trained)
     student, optimizer = make(tiny, ["mixer"])
     with pytest.raises(CheckpointError, match="other parameters"):
-        load_checkpoint(path, student=student, optimizer=optimizer)
+        load_checkpoint(path, trained=trained_parameters(student), optimizer=optimizer, parallel=ALONE)
 
 
 def test_rotation_keeps_the_newest_and_drops_what_was_damaged_ahead(trained, tmp_path):
@@ -79,8 +93,8 @@ def test_rotation_keeps_the_newest_and_drops_what_was_damaged_ahead(trained, tmp
 
 def test_checksums_see_a_single_bit():
     module = torch.nn.Linear(7, 5)
-    before = checksums(module)
+    before = checksums(module.named_parameters())
     module.weight.data.view(torch.int32)[3, 3] ^= 1
-    after = checksums(module)
+    after = checksums(module.named_parameters())
     assert after["weight"] != before["weight"]
     assert after["bias"] == before["bias"]

@@ -2,12 +2,13 @@
 
 import pytest
 
+from gendistill.anatomy.groups import ParamGroup
 from gendistill.config.schema import StageConfig
 from gendistill.errors import RecipeError
 from gendistill.losses.build import build_objective
+from gendistill.teachers.live import LiveTeacher
 from gendistill.testing import FAMILIES, tiny_student, tiny_teacher
 from gendistill.training.freeze import apply_freeze, param_group_of
-from gendistill.types import ParamGroup
 
 
 def stage(**changes):
@@ -85,7 +86,7 @@ def test_what_the_objective_cannot_reach_stays_frozen_or_is_refused():
     student = tiny_student()
     config = stage(objective={"kind": "block_output"}, train=["mixer", "mlp"])
     objective = build_objective(config.objective)
-    objective.bind(student.config, student.config)
+    objective.bind(student.config, LiveTeacher(student).facts)
     report = apply_freeze(student, config, reaches=objective.reaches)
     assert {name.split(".")[2] for name in report.names} == {"0", "2"}
     assert "6 tensors outside the converted layers stay frozen" in str(report)

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from gendistill.errors import DataError, RecipeError
+from gendistill.teachers.live import LiveTeacher
 from gendistill.testing import tiny_student, tiny_teacher
 from gendistill.training.heldout import score_heldout
 
@@ -14,7 +15,7 @@ from gendistill.training.heldout import score_heldout
 def test_scores_match_dense_logits(tiny):
     student, teacher = tiny.make_student(), tiny.make_teacher()
     batches = tiny.heldout()
-    scores = score_heldout(student, teacher, batches)
+    scores = score_heldout(student, LiveTeacher(teacher), batches)
     sums = dict.fromkeys(("teacher_ce", "student_ce", "kl", "top1_agreement"), 0.0)
     count = 0
     for batch in batches:
@@ -36,20 +37,21 @@ def test_scores_match_dense_logits(tiny):
 
 def test_a_teacher_against_itself_has_no_gap(tiny):
     teacher = tiny.make_teacher()
-    scores = score_heldout(teacher, teacher, tiny.heldout())
+    scores = score_heldout(teacher, LiveTeacher(teacher), tiny.heldout())
     assert scores["kl"] == 0.0
     assert scores["top1_agreement"] == 1.0
     assert scores["student_ce"] == scores["teacher_ce"]
 
 
 def test_scoring_leaves_the_model_in_training_mode(tiny):
-    student = tiny.make_student().train()
-    score_heldout(student, tiny.make_teacher(), tiny.heldout())
+    student, teacher = tiny.make_student().train(), tiny.make_teacher().train()
+    score_heldout(student, LiveTeacher(teacher), tiny.heldout())
     assert student.training
+    assert teacher.training
 
 
 def test_nothing_to_score_and_other_vocabularies_are_refused(tiny):
     with pytest.raises(DataError, match="no held-out position"):
-        score_heldout(tiny.make_student(), tiny.make_teacher(), [])
+        score_heldout(tiny.make_student(), LiveTeacher(tiny.make_teacher()), [])
     with pytest.raises(RecipeError, match=r"98.*97"):
-        score_heldout(tiny_student(), tiny_teacher(vocab_size=98), tiny.heldout())
+        score_heldout(tiny_student(), LiveTeacher(tiny_teacher(vocab_size=98)), tiny.heldout())

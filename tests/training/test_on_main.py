@@ -3,10 +3,16 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from gendistill.errors import DataError
-from gendistill.training import processes
+from gendistill.training.parallel import DataParallel, ddp
 from gendistill_evals.errors import EvalError
+
+
+def process(rank):
+    facts = {"process_index": rank, "num_processes": 2, "is_main_process": rank == 0}
+    return DataParallel(SimpleNamespace(**facts, device=torch.device("cpu")))
 
 
 @pytest.mark.parametrize(
@@ -14,18 +20,18 @@ from gendistill_evals.errors import EvalError
 )
 def test_an_error_of_the_main_process_reaches_the_others(monkeypatch, error):
     sent = []
-    monkeypatch.setattr(processes, "broadcast_object_list", lambda outcome: sent.append(list(outcome)))
+    monkeypatch.setattr(ddp, "broadcast_object_list", lambda outcome: sent.append(list(outcome)))
 
     def fail():
         raise error
 
     with pytest.raises(type(error)):
-        processes.on_main(SimpleNamespace(num_processes=2, is_main_process=True), fail)
+        process(0).on_main(fail)
 
     def receive(outcome):
         outcome[:] = sent[0]
 
-    monkeypatch.setattr(processes, "broadcast_object_list", receive)
+    monkeypatch.setattr(ddp, "broadcast_object_list", receive)
     with pytest.raises(type(error)) as caught:
-        processes.on_main(SimpleNamespace(num_processes=2, is_main_process=False), fail)
+        process(1).on_main(fail)
     assert caught.value.where == error.where

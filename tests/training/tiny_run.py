@@ -15,9 +15,13 @@ from rich.console import Console
 from gendistill.config.schema import StageConfig
 from gendistill.data.batch import IGNORE, Batch
 from gendistill.errors import GendistillError
+from gendistill.ops import Segments
+from gendistill.teachers.live import LiveTeacher
 from gendistill.testing import tiny_student, tiny_teacher
 from gendistill.training.console import TrainingConsole
-from gendistill.training.loop import train_stage
+from gendistill.training.job import StageJob
+from gendistill.training.parallel import choose_parallel
+from gendistill.training.stage import train_stage
 
 VOCAB, SEQ_LEN, BATCH_SIZE = 97, 16, 8
 STAGE = {
@@ -47,14 +51,13 @@ def batch_of(seeds):
     """Stack rows into a batch."""
     rows = [row(seed) for seed in seeds]
     lengths = [length for *_, each in rows for length in each if length]
-    ends = torch.tensor([0, *lengths]).cumsum(0).int()
     positions = torch.cat([torch.arange(length) for length in lengths]).view(len(rows), SEQ_LEN)
     labels = torch.stack([labels for _, labels, _ in rows])
     return Batch(
         input_ids=torch.stack([ids for ids, _, _ in rows]),
         labels=labels,
         position_ids=positions,
-        cu_seqlens=ends,
+        segments=Segments(lengths),
         num_labels=int((labels != IGNORE).sum()),
         num_tokens=sum(first + second for *_, (first, second, _) in rows),
     )
@@ -98,26 +101,26 @@ def heldout():
     return [batch_of(range(900, 904)), batch_of(range(904, 906))]
 
 
-def run_stage(folder, *, student=None, teacher=None, heldout_every=None, out=None, **changes):
+def run_stage(folder, *, student=None, teacher=None, parallel=None, heldout_every=None, out=None, **changes):
     """Train the tiny stage in ``folder`` and return the result and the student."""
     stage = StageConfig(**{key: value for key, value in {**STAGE, **changes}.items() if value is not None})
-    accelerator = Accelerator(cpu=True)
+    parallel = parallel or choose_parallel(Accelerator(cpu=True))
     student = make_student() if student is None else student
-    world = accelerator.num_processes
-    result = train_stage(
-        stage,
+    job = StageJob(
         name="tiny",
-        student=student,
-        teacher=make_teacher() if teacher is None else teacher,
-        stream=TinyStream(stage.micro_batch_size, accelerator.process_index, world),
+        config=stage,
         folder=Path(folder) / "stages" / "tiny",
-        accelerator=accelerator,
-        heldout=heldout(),
         seed=7,
-        console=TrainingConsole(
-            main=accelerator.is_main_process, console=Console(file=out or sys.stdout, width=200)
-        ),
+        heldout=heldout(),
         heldout_every=heldout_every,
+    )
+    result = train_stage(
+        job,
+        student=student,
+        teacher=LiveTeacher(make_teacher() if teacher is None else teacher),
+        stream=TinyStream(stage.micro_batch_size, parallel.rank, parallel.world),
+        parallel=parallel,
+        console=TrainingConsole(main=parallel.is_main, console=Console(file=out or sys.stdout, width=200)),
     )
     return result, student
 

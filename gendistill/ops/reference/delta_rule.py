@@ -216,7 +216,7 @@ def _prepare(
 
 def _expand_heads(tensor: Tensor, heads: int) -> Tensor:
     if heads % tensor.shape[2]:
-        raise ValueError(f"{heads} heads are no multiple of {tensor.shape[2]} grouped heads")
+        raise ValueError(f"{heads} heads are not a multiple of {tensor.shape[2]} grouped heads")
     return tensor.repeat_interleave(heads // tensor.shape[2], dim=2) if tensor.shape[2] != heads else tensor
 
 

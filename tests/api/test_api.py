@@ -1,0 +1,139 @@
+"""The library face: ten lines of Python from a teacher to a gap, and what is refused on the way."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+import gendistill as gd
+from gendistill.errors import GendistillError, RecipeError
+from gendistill_evals.errors import EvalError
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("GENDISTILL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def rows(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    texts = [{"text": f"row {index}: " + "abc " * (3 + index % 7)} for index in range(60)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in texts))
+    return path
+
+
+@pytest.fixture
+def task(tmp_path):
+    items = [
+        {"id": str(i), "question": f"{i} + 1 =", "options": [f"{i + 1}", f"{i}"], "gold": 0} for i in range(4)
+    ]
+    (tmp_path / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    path = tmp_path / "sums.yaml"
+    path.write_text(
+        "name: sums\nkind: multiple_choice\nitems: items.jsonl\nprompt: '{question}'\ngold: index\nmax_new_tokens: 4\n"
+    )
+    return path
+
+
+def test_ten_lines_lead_from_a_teacher_to_a_gap(rows, task, tmp_path):
+    teacher = gd.load("builtin:tiny", dtype="float32")
+    student = gd.convert(teacher, "kda full", kda={"half_life": (4, 64)}, impl="reference")
+    data = gd.dataset(rows, seq_len=32, heldout_rows=4, heldout_seq_len=32)
+    before = gd.probe(student, teacher, data)
+    result = gd.distill(
+        student, teacher, data, lr=1e-3, steps=3, batch_size=4, micro_batch_size=2, quiet=True
+    )
+    folder = student.save(tmp_path / "student")
+    scores = gd.evaluate(student, teacher=teacher, tasks=[task], limit=2)
+
+    assert "kda" in str(student.plan)
+    assert before["kl"] > 0
+    assert result.steps == 3
+    assert result.heldout["kl"] != before["kl"]
+    again = gd.load(folder, dtype="float32")
+    assert again.is_student
+    assert again.generate("row 1:", max_new_tokens=4) == student.generate("row 1:", max_new_tokens=4)
+    ids = torch.arange(5, 25)[None]
+    torch.testing.assert_close(again.model(ids).logits, student.model(ids).logits)
+    assert [each.task for each in scores.gap.tasks] == ["sums"]
+    assert "sums" in str(scores)
+
+
+def test_nothing_is_written_without_a_folder(rows, task, tmp_path):
+    there = {path for path in tmp_path.rglob("*") if "cache" not in path.parts}
+    teacher = gd.load("builtin:tiny")
+    student = gd.convert(teacher, "kda", impl="reference")
+    data = gd.dataset(rows, seq_len=32, heldout_rows=4)
+    gd.distill(student, teacher, data, lr=1e-3, steps=1, batch_size=2, micro_batch_size=2, quiet=True)
+    gd.evaluate(student, teacher=teacher, tasks=[task], limit=1)
+    assert {path for path in tmp_path.rglob("*") if "cache" not in path.parts} == there
+
+
+def test_a_teacher_alone_is_scored_too(task):
+    scores = gd.evaluate(gd.load("builtin:tiny"), tasks=[task], limit=2)
+    assert scores.gap.teacher is None
+    assert set(scores.results) == {"student"}
+
+
+def test_a_stage_that_stopped_goes_on_in_its_folder(rows, tmp_path):
+    def train(steps, folder):
+        teacher = gd.load("builtin:tiny", dtype="float32")
+        student = gd.convert(teacher, "kda", impl="reference")
+        data = gd.dataset(rows, seq_len=32, heldout_rows=4)
+        settings = {"lr": 1e-3, "steps": steps, "batch_size": 2, "micro_batch_size": 2, "quiet": True}
+        return gd.distill(student, teacher, data, folder=folder, **settings)
+
+    first = train(2, tmp_path / "stage")
+    assert (tmp_path / "stage" / "metrics.jsonl").is_file()
+    assert train(2, tmp_path / "stage").heldout == first.heldout
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda t, s, d: gd.convert(t, "kdaa"), "kdaa"),
+        (lambda t, s, d: gd.convert(t, "kda", kda={"half_lives": 3}), "half_lives"),
+        (lambda t, s, d: gd.convert(t, "kda", gdn={}), "gdn"),
+        (lambda t, s, d: gd.convert(t, ["kda"]), "lists 1"),
+        (lambda t, s, d: gd.distill(s, t, d, steps=1), "lr"),
+        (lambda t, s, d: gd.distill(s, t, d, lr=1e-3), "exactly one of tokens, steps, minutes"),
+        (lambda t, s, d: gd.distill(s, t, d, lr=float("nan"), steps=1), "nan"),
+        (lambda t, s, d: gd.distill(s, t, d, lr=torch.ones(1), steps=1), "Tensor"),
+        (lambda t, s, d: gd.distill(s, t, d, lr=1e-3, steps=1, objective="kll"), "kll"),
+        (lambda t, s, d: gd.distill(s, t, d, lr=1e-3, steps=1, train="mixers"), "mixers"),
+        (lambda t, s, d: gd.distill(t, t, d, lr=1e-3, steps=1), "not a student"),
+        (lambda t, s, d: gd.evaluate(s, tasks=["nothing"]), "nothing"),
+        (lambda t, s, d: gd.evaluate(s, tasks=["everyday"], protocols=["letters"]), "letters"),
+        (lambda t, s, d: t.save("there"), "not a student"),
+        (lambda t, s, d: gd.load("nowhere/at/all"), "nowhere"),
+        (lambda t, s, d: gd.run("nothing"), "nothing"),
+    ],
+)
+def test_what_is_wrong_is_said_as_in_a_recipe(call, said, rows):
+    teacher = gd.load("builtin:tiny")
+    student = gd.convert(teacher, "kda", impl="reference")
+    with pytest.raises((GendistillError, EvalError), match=said):
+        call(teacher, student, gd.dataset(rows, seq_len=32, heldout_rows=4))
+
+
+def test_errors_name_the_function_and_the_setting(rows):
+    teacher = gd.load("builtin:tiny")
+    with pytest.raises(RecipeError) as caught:
+        gd.convert(teacher, "kda", kda={"conv_size": "four"})
+    assert "gendistill.convert()  student.mixers.kda.conv_size" in str(caught.value)
+
+
+def test_a_recipe_runs_into_its_folder(tmp_path):
+    done = gd.run("tiny", f"output={tmp_path / 'runs'}")
+    assert done.page.is_file()
+    assert done.student().is_student
+    assert done.gap().name == "tiny"
+
+
+def test_everything_that_the_package_names_is_there():
+    for name in gd.__all__:
+        assert getattr(gd, name) is not None

@@ -1,0 +1,291 @@
+"""The loop in one process: invariances, budgets, what it writes and how it fails."""
+
+import hashlib
+import json
+import math
+from io import StringIO
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+
+from gendistill.errors import CheckpointError, RecipeError, TrainingError
+from gendistill.testing import tiny_teacher
+from gendistill.training import stage
+from gendistill.training.parallel.ddp import check_accelerator
+
+
+def digest(parameter):
+    return hashlib.sha256(parameter.detach().numpy().tobytes()).hexdigest()
+
+
+def stage_folder(folder):
+    return folder / "stages" / "tiny"
+
+
+def test_micro_batch_split_changes_nothing(tiny, tmp_path):
+    """Rows count different numbers of labels; one of eight, eight of one and a checkpointed split must agree."""
+    runs = {}
+    for name, changes in {
+        "whole": {"micro_batch_size": 8},
+        "split": {"micro_batch_size": 1},
+        "recomputed": {"micro_batch_size": 4, "gradient_checkpointing": True},
+    }.items():
+        _, student = tiny.run_stage(tmp_path / name, steps=3, **changes)
+        runs[name] = (tiny.rows(tmp_path / name), dict(student.named_parameters()))
+    rows, weights = runs["whole"]
+    for name in ("split", "recomputed"):
+        for mine, theirs in zip(runs[name][0], rows, strict=True):
+            assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+            assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-5)
+        for key, value in runs[name][1].items():
+            # Adam turns a rounding error of a near-zero gradient into a part of a step of 1e-3
+            assert torch.allclose(value, weights[key], atol=2e-4), key
+
+
+@pytest.mark.parametrize("norm", ["mse", "relative"])
+def test_alignment_is_invariant_to_the_split_too(tiny, tmp_path, norm):
+    changes = {"objective": {"kind": "mixer_output", "norm": norm}, "train": ["mixer"], "steps": 2}
+    tiny.run_stage(tmp_path / "a", micro_batch_size=8, **changes)
+    tiny.run_stage(tmp_path / "b", micro_batch_size=2, **changes)
+    for mine, theirs in zip(tiny.rows(tmp_path / "a"), tiny.rows(tmp_path / "b"), strict=True):
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+        assert mine["parts"] == pytest.approx(theirs["parts"], rel=1e-5)
+
+
+def test_loss_is_the_mean_over_the_whole_step(tiny, tmp_path):
+    """The first logged loss is KL summed over all rows of the step, divided by all their labels."""
+    tiny.run_stage(tmp_path, steps=1, micro_batch_size=2)
+    batch = tiny.batch_of(range(8))
+    with torch.no_grad():
+        inputs = {"position_ids": batch.position_ids, "use_cache": False}
+        counted = batch.labels != -100
+        p = tiny.make_teacher()(batch.input_ids, **inputs).logits[counted].double().log_softmax(-1)
+        q = tiny.make_student()(batch.input_ids, **inputs).logits[counted].double().log_softmax(-1)
+    expected = (p.exp() * (p - q)).sum() / counted.sum()
+    row = tiny.rows(tmp_path)[0]
+    assert row["loss"] == row["parts"]["kl"] == pytest.approx(expected.item(), rel=1e-5)
+    assert row["tokens"] == batch.num_tokens
+
+
+def test_frozen_tensors_keep_their_bytes_and_trained_ones_change(tiny, tmp_path):
+    student = tiny.make_student()
+    before = {name: digest(value) for name, value in student.named_parameters()}
+    result, _ = tiny.run_stage(tmp_path, student=student, train=["mixer", "norm"], steps=2)
+    for name, value in student.named_parameters():
+        trained = "layers.0.self_attn" in name or name.endswith(("layernorm.weight", "model.norm.weight"))
+        assert (digest(value) != before[name]) == trained, name
+    assert result.tensors_changed == 1.0
+
+
+def test_a_stage_learns(tiny, tmp_path):
+    """An all-attention student with cross-entropy: plain fine-tuning memorises one repeated step."""
+
+    class SameStep(tiny.TinyStream):
+        def __next__(self):
+            self.step = 0
+            return super().__next__()
+
+    stream, tiny.TinyStream = tiny.TinyStream, SameStep
+    try:
+        result, _ = tiny.run_stage(
+            tmp_path,
+            student=tiny.make_teacher(seed=5),
+            objective={"kind": "ce"},
+            train=["attention", "mlp", "norm", "embed", "head"],
+            steps=40,
+            lr=1e-2,
+            log_every_steps=10,
+        )
+    finally:
+        tiny.TinyStream = stream
+    assert result.loss_last < 0.2 * result.loss_first
+
+
+def test_files_say_what_happened(tiny, tmp_path):
+    result, _ = tiny.run_stage(tmp_path, steps=4, log_every_steps=2, heldout_every=2, keep_checkpoints=2)
+    lines = [json.loads(line) for line in (stage_folder(tmp_path) / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4]
+    assert set(lines[1]) == {
+        *("step", "tokens", "loss", "parts", "lr", "grad_norm", "tokens_per_second", "seconds")
+    }
+    assert lines[0]["heldout"]["num_tokens"] == sum(batch.num_labels for batch in tiny.heldout())
+    assert set(lines[1]["lr"]) == {"mixer", "attention", "mlp", "norm", "embed", "head"}
+    written = json.loads((stage_folder(tmp_path) / "result.json").read_text())
+    assert (written["stage"], written["objective"], written["steps"]) == ("tiny", "kl", 4)
+    assert (written["loss_first"], written["loss_last"]) == (lines[0]["loss"], lines[1]["loss"])
+    assert written["heldout"] == result.heldout
+    assert written["heldout"]["ln_vocab"] == pytest.approx(math.log(97))
+
+
+def test_logged_loss_averages_the_interval_also_across_a_resume(tiny, tmp_path, monkeypatch):
+    """A checkpoint inside a log interval keeps the interval's sums."""
+    tiny.run_stage(tmp_path / "each", steps=4)
+    each = [row["loss"] for row in tiny.rows(tmp_path / "each")]
+    changes = {"steps": 4, "log_every_steps": 4, "save_every_steps": 3, "keep_checkpoints": 2}
+    tiny.run_stage(tmp_path / "some", **changes)
+    whole = tiny.rows(tmp_path / "some")
+    assert whole[0]["loss"] == pytest.approx(sum(each) / 4, rel=1e-6)
+    checkpoints = stage_folder(tmp_path / "some") / "checkpoints"
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["step-000003", "step-000004"]
+    (checkpoints / "step-000004" / "state.json").unlink()
+    tiny.run_stage(tmp_path / "some", **changes)
+    assert tiny.rows(tmp_path / "some") == whole
+
+
+def test_damaged_checkpoints_are_passed_over_with_a_reason(tiny, tmp_path):
+    changes = {"steps": 4, "save_every_steps": 1, "keep_checkpoints": 4}
+    tiny.run_stage(tmp_path, **changes)
+    whole = tiny.rows(tmp_path)
+    checkpoints = stage_folder(tmp_path) / "checkpoints"
+    flipped = bytearray((checkpoints / "step-000004" / "trained.safetensors").read_bytes())
+    flipped[-5] ^= 1
+    (checkpoints / "step-000004" / "trained.safetensors").write_bytes(flipped)
+    (checkpoints / "step-000003" / "optimizer.safetensors").unlink()
+    text = (checkpoints / "step-000002" / "state.json").read_text()
+    (checkpoints / "step-000002" / "state.json").write_text(text[: len(text) // 2])
+    (checkpoints / ".step-000009.99999999.partial").mkdir()
+    out = StringIO()
+    tiny.run_stage(tmp_path, out=out, **changes)
+    assert "step-000004: trained.safetensors is damaged" in out.getvalue()
+    assert "step-000003: optimizer.safetensors is missing" in out.getvalue()
+    assert "step-000002: state.json cannot be read" in out.getvalue()
+    assert f"resuming from {checkpoints / 'step-000001'}" in out.getvalue()
+    assert tiny.rows(tmp_path) == whole
+    assert not (checkpoints / ".step-000009.99999999.partial").exists()
+
+
+def test_a_changed_recipe_is_refused_by_name_once_there_is_something_to_lose(tiny, tmp_path):
+    with pytest.raises(RecipeError):
+        tiny.run_stage(tmp_path, steps=2, only=["no such parameter"])
+    tiny.run_stage(tmp_path, steps=2)
+    with pytest.raises(CheckpointError) as caught:
+        tiny.run_stage(tmp_path, steps=3, lr=2e-3, schedule={"warmup": 0.5})
+    for change in (
+        "stages.tiny.lr: 0.001 -> 0.002",
+        "stages.tiny.steps: 2 -> 3",
+        "schedule.warmup: 0.1 -> 0.5",
+    ):
+        assert change in str(caught.value)
+    assert "stages.tiny.betas" not in str(caught.value)
+    with pytest.raises(CheckpointError, match="initial student"):
+        tiny.run_stage(tmp_path, steps=2, student=tiny.make_student(seed=8))
+    # neither where the log goes nor how a step is cut changes the mathematics
+    tiny.run_stage(tmp_path, steps=2, log_every_steps=2, micro_batch_size=2, save_every_minutes=1)
+
+
+def test_minutes_become_steps_once_and_leave_no_trace(tiny, tmp_path):
+    out = StringIO()
+    result, _ = tiny.run_stage(tmp_path / "minutes", steps=None, minutes=0.02, out=out)
+    plan = json.loads((stage_folder(tmp_path / "minutes") / "plan.json").read_text())
+    assert plan["steps"] == result.steps
+    assert 0 < plan["seconds_per_step"] * plan["steps"] <= 1.2 + plan["seconds_per_step"]
+    tiny.run_stage(tmp_path / "steps", steps=plan["steps"])
+    assert tiny.rows(tmp_path / "minutes") == tiny.rows(tmp_path / "steps")
+    again, _ = tiny.run_stage(tmp_path / "minutes", steps=None, minutes=0.02)
+    assert again.steps == plan["steps"]
+
+
+def test_tokens_become_whole_steps(tiny, tmp_path):
+    result, _ = tiny.run_stage(tmp_path, steps=None, tokens=129)
+    assert result.steps == 2
+
+
+def test_checkpoints_come_by_time_too(tiny, tmp_path):
+    tiny.run_stage(tmp_path, steps=3, save_every_minutes=1e-9, keep_checkpoints=2)
+    names = sorted(path.name for path in (stage_folder(tmp_path) / "checkpoints").iterdir())
+    assert names == ["step-000002", "step-000003"]
+
+
+class Poison:
+    """Make a module's output not finite from one training call on."""
+
+    def __init__(self, module, call):
+        self.calls, self.call = 0, call
+        module.register_forward_hook(self)
+
+    def __call__(self, module, inputs, output):
+        self.calls += module.training
+        return output * float("nan") if module.training and self.calls >= self.call else output
+
+
+def test_a_non_finite_loss_stops_names_the_module_and_spoils_nothing(tiny, tmp_path):
+    student = tiny.make_student()
+    Poison(student.model.layers[1].mlp.gate_proj, call=2 * 2 + 2)  # the second of two micro-batches of step 3
+    with pytest.raises(TrainingError) as caught:
+        tiny.run_stage(tmp_path, student=student, save_every_steps=2)
+    message = str(caught.value)
+    assert "stages.tiny" in message
+    assert "not finite at step 3 of 6" in message
+    assert "output of model.layers.1.mlp.gate_proj (micro-batch" in message
+    assert str(stage_folder(tmp_path) / "checkpoints" / "step-000002") in message
+    assert "run the same command again" in message
+    assert [row["step"] for row in tiny.rows(tmp_path)] == [1, 2]
+    healthy, _ = tiny.run_stage(tmp_path / "healthy", steps=6, save_every_steps=2)
+    resumed, _ = tiny.run_stage(tmp_path, save_every_steps=2)
+    assert resumed.loss_last == healthy.loss_last
+
+
+def test_a_non_finite_gradient_names_its_parameter_and_leaves_the_weights(tiny, tmp_path):
+    student = tiny.make_student()
+    gate = student.model.layers[0].self_attn.A_log
+    before = digest(gate)
+    gate.register_hook(lambda gradient: gradient * float("inf"))
+    with pytest.raises(TrainingError, match=r"gradient of model\.layers\.0\.self_attn\.A_log.*No checkpoint"):
+        tiny.run_stage(tmp_path, student=student)
+    assert digest(gate) == before
+
+
+def test_ineffective_training_is_reported(tiny, tmp_path):
+    out = StringIO()
+    result, _ = tiny.run_stage(tmp_path, steps=1, lr=1e-30, out=out)
+    assert result.tensors_changed < 0.99
+    assert "warning: tiny:" in out.getvalue()
+    assert "did not change at all" in out.getvalue()
+
+
+def test_bfloat16_compute_keeps_float32_weights(tiny, tmp_path, monkeypatch):
+    exact, _ = tiny.run_stage(tmp_path / "float32", steps=2)
+    monkeypatch.setattr(stage, "choose_compute_dtype", None)
+    result, student = tiny.run_stage(tmp_path / "bfloat16", steps=2, compute_dtype="bfloat16")
+    assert {parameter.dtype for parameter in student.parameters()} == {torch.float32}
+    assert result.loss_last != exact.loss_last
+    assert result.loss_last == pytest.approx(exact.loss_last, rel=0.05)
+    assert result.heldout["kl"] == pytest.approx(exact.heldout["kl"], rel=0.05)
+
+
+def test_a_bfloat16_student_is_trained_in_float32(tiny, tmp_path):
+    result, student = tiny.run_stage(tmp_path, student=tiny.make_student().bfloat16(), steps=1, lr=1e-6)
+    assert {parameter.dtype for parameter in student.parameters()} == {torch.float32}
+    assert result.tensors_changed == 1.0
+
+
+def test_mismatched_vocabularies_stop_before_anything_is_written(tiny, tmp_path):
+    with pytest.raises(RecipeError, match=r"98.*97"):
+        tiny.run_stage(tmp_path, teacher=tiny_teacher(vocab_size=98))
+    assert not list(tmp_path.iterdir())
+
+
+def test_launch_settings_that_would_change_the_loss_are_refused(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2")
+    with pytest.raises(TrainingError, match="accumulate 2 steps"):
+        check_accelerator(Accelerator(cpu=True))
+    monkeypatch.delenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS")
+    check_accelerator(Accelerator(cpu=True))
+    fine = {"gradient_accumulation_steps": 1, "mixed_precision": "no", "distributed_type": DistributedType.NO}
+    check_accelerator(SimpleNamespace(**fine))
+    with pytest.raises(TrainingError, match="mixed precision bf16"):
+        check_accelerator(SimpleNamespace(**{**fine, "mixed_precision": "bf16"}))
+    with pytest.raises(TrainingError, match="FSDP"):
+        check_accelerator(SimpleNamespace(**{**fine, "distributed_type": DistributedType.FSDP}))
+
+
+def test_plain_output_is_one_line_per_log_interval(tiny, tmp_path):
+    out = StringIO()
+    tiny.run_stage(tmp_path, steps=4, log_every_steps=2, out=out)
+    lines = [line for line in out.getvalue().splitlines() if "tok/s" in line]
+    assert [line.split()[1] for line in lines] == ["2/4", "4/4"]
+    for word in ("loss", "kl", "lr", "gnorm", "eta"):
+        assert all(word in line for line in lines)
