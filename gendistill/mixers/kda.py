@@ -193,9 +193,8 @@ class KDA(Mixer):
         if not self.conv_size:
             return [], []
         convs: Any = (self.q_conv1d, self.k_conv1d, self.v_conv1d)
-        return [conv.weight[:, 0] for conv in convs], [
-            bias for conv in convs if (bias := conv.bias) is not None
-        ]
+        biases = [conv.bias for conv in convs]
+        return [conv.weight[:, 0] for conv in convs], [bias for bias in biases if bias is not None]
 
     def _convolve(
         self, x: Tensor, sequences: SequenceInfo | None, state: MixerState | None, impl: Impl
