@@ -68,6 +68,7 @@ class KDA(Mixer):
         self.conv_size, self.conv_activation = settings.conv_size, settings.conv_activation
         self.gate, self.gate_lower_bound = settings.gate, settings.gate_lower_bound
         self.output_gate, self.rope = settings.output_gate, settings.rope
+        self.norm_eps = geometry.norm_eps
         table = self.table
         for name, spec in table.items():
             owner, _, leaf = name.rpartition(".")
@@ -174,7 +175,7 @@ class KDA(Mixer):
             conv_state=conv,
             conv_activation=self.conv_activation,
             norm_weight=norm_weight,
-            norm_eps=self._output_settings["eps"],
+            norm_eps=self.norm_eps,
             output_gate=output_gate,
             output_activation=self.output_gate,
             impl=impl,
@@ -192,7 +193,8 @@ class KDA(Mixer):
         if not self.conv_size:
             return [], []
         convs: Any = (self.q_conv1d, self.k_conv1d, self.v_conv1d)
-        return [conv.weight[:, 0] for conv in convs], [conv.bias for conv in convs if conv.bias is not None]
+        biases = [conv.bias for conv in convs]
+        return [conv.weight[:, 0] for conv in convs], [bias for bias in biases if bias is not None]
 
     def _convolve(
         self, x: Tensor, sequences: SequenceInfo | None, state: MixerState | None, impl: Impl
@@ -230,5 +232,4 @@ class KDA(Mixer):
 
     @property
     def _output_settings(self) -> dict[str, Any]:
-        eps = self.o_norm.eps if "o_norm" in self._modules else None
-        return {"activation": self.output_gate, "eps": 1e-6 if eps is None else eps}
+        return {"activation": self.output_gate, "eps": self.norm_eps}

@@ -232,7 +232,7 @@ def _places(lengths: list[int], device: torch.device) -> _Places:
     starts = count.cumsum(0) - count
     sequence = torch.repeat_interleave(torch.arange(len(lengths)), count)
     position = torch.arange(len(sequence)) - starts[sequence]
-    return _Places(*(part.to(device) for part in (starts, count, sequence, position)))
+    return _Places(*(part.to(device, non_blocking=True) for part in (starts, count, sequence, position)))
 
 
 @functools.cache
@@ -259,7 +259,8 @@ def _blocks(window: int, sinks: int) -> Callable[[list[int], torch.device], list
             # a first token is seen where it stands among the heads
             near[:, :number] = True
             allowed = (document[start:stop, None] == document[keys]) & (distance >= 0) & near
-            blocks.append(Block((start, stop), keys.to(device), allowed.to(device)))
+            table = keys.to(device, non_blocking=True), allowed.to(device, non_blocking=True)
+            blocks.append(Block((start, stop), *table))
         return blocks
 
     return build

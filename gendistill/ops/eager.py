@@ -20,7 +20,7 @@ def is_eager(arguments: tuple[Any, ...]) -> bool:
         torch.compiler.is_compiling()
         or is_in_torch_dispatch_mode()
         or torch._C._are_functorch_transforms_active()
-        or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+        or torch._C._get_tracing_state() is not None
     ):
         return False
     kinds = set(map(type, arguments))

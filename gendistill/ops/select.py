@@ -58,7 +58,12 @@ def resolve(requested: str, *, op: str, device: torch.device) -> Impl:
 # graph break: torch cannot hand such a constant on.
 @torch.compiler.assume_constant_result
 def _load(op: str, device: torch.device) -> str | None:
-    """Import all contracts, which a compiler must find imported; or say what is in the way."""
+    """Say what is in the way, or import all contracts, which a compiler must find imported."""
+    return _loaded(op, device)
+
+
+@functools.cache
+def _loaded(op: str, device: torch.device) -> str | None:
     found = obstacle(op, device)
     if found is None:
         for name in _KERNELS:
