@@ -59,13 +59,8 @@ def resolve(requested: str, *, op: str, device: torch.device) -> Impl:
 @torch.compiler.assume_constant_result
 def _load(op: str, device: torch.device) -> str | None:
     """Say what is in the way, or import all contracts, which a compiler must find imported."""
-    return _loaded(op, device)
-
-
-@functools.cache
-def _loaded(op: str, device: torch.device) -> str | None:
     found = obstacle(op, device)
-    if found is None:
+    if found is None and len(_contracts) < len(_KERNELS):
         for name in _KERNELS:
             contract(name)
     return found
