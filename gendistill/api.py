@@ -264,11 +264,11 @@ def convert(
     """
     _check("gendistill.convert()", teacher=(teacher, Model), placement=(placement, str, Sequence))
     _check("gendistill.convert()", **{kind: (each, Mapping) for kind, each in mixers.items()})
-    if teacher.is_student:
+    if teacher.plan is not None:
         raise RecipeError(
-            f"{teacher.name} is a student already",
+            f"this student of {teacher.name} is nowhere on disk yet, and a conversion reads files",
             where="gendistill.convert()",
-            hint="convert its teacher with another placement",
+            hint="convert its teacher with another placement; or save a student whose layers are all full, and load it",
         )
     recipe = _recipe(
         "gendistill.convert()", teacher.name, student=_student_section(placement, impl, mixers), seed=seed

@@ -121,7 +121,7 @@ def test_a_stage_that_stopped_goes_on_in_its_folder(rows, tmp_path):
         (lambda t, s, d: gd.convert(t.model, "kda"), "teacher has to be a Model"),
         (lambda t, s, d: gd.convert(t, None), "placement has to be a str"),
         (lambda t, s, d: gd.convert(t, "kda", kda=3), "kda has to be a Mapping"),
-        (lambda t, s, d: gd.convert(s, "kda"), "a student already"),
+        (lambda t, s, d: gd.convert(s, "kda"), "nowhere on disk"),
         (lambda t, s, d: gd.dataset("rows.jsonl", fromat="messages"), 'did you mean "format"'),
         (lambda t, s, d: gd.dataset("rows.jsonl", mask="answers"), "answers"),
         (lambda t, s, d: gd.dataset(["rows.jsonl"]), "path has to be"),
