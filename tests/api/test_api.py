@@ -164,14 +164,17 @@ def test_what_is_not_a_student_is_never_replaced(tmp_path):
     assert gd.load(student.save(tmp_path / "empty")).is_student
 
 
-def test_values_show_themselves_in_one_line(task):
+def test_values_show_themselves_in_one_line(rows, task):
     teacher = gd.load("builtin:tiny", dtype="float32")
     student = gd.convert(teacher, "kda full", impl="reference")
     assert repr(teacher) == "<Model builtin:tiny: Qwen3ForCausalLM, 47.7k parameters, float32 on cpu>"
     assert "student KFKF (2 kda, 2 full), 50.8k parameters" in repr(student)
     assert "KFKF" in repr(student.plan)
+    data = gd.dataset(rows, seq_len=32, heldout_rows=4)
+    result = gd.distill(student, teacher, data, lr=1e-3, steps=1, micro_batch_size=8, quiet=True)
     scores = gd.evaluate(student, teacher=teacher, tasks=task, limit=1)
-    for value in (teacher, student, student.plan, scores):
+    assert "held-out KL" in repr(result)
+    for value in (teacher, student, student.plan, result, scores):
         assert len(repr(value)) < 160
         assert "\n" not in repr(value)
     assert "sums" in repr(scores)
