@@ -47,9 +47,13 @@ def with_dashes(arguments: Sequence[str]) -> list[str]:
 def add_recipe(parser: argparse.ArgumentParser, *, nargs: str | None = None) -> None:
     """Add RECIPE and its ``key=value`` overrides."""
     parser.add_argument("recipe", metavar="RECIPE", nargs=nargs, help=_UNITS)
-    parser.add_argument(
-        "overrides", metavar="key=value", nargs="*", help="changes, as in stages.distill.lr=5e-5"
-    )
+    add_overrides(parser, help="changes, as in stages.distill.lr=5e-5")
+
+
+def add_overrides(parser: argparse.ArgumentParser, *, help: str) -> None:
+    """Add ``key=value`` arguments."""
+    # without a default argparse calls them required where something else is missing
+    parser.add_argument("overrides", metavar="key=value", nargs="*", default=[], help=help)
 
 
 def add_output(parser: argparse.ArgumentParser) -> None:

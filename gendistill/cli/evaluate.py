@@ -9,6 +9,7 @@ from typing import Any
 
 from gendistill.cli.arguments import (
     add_json,
+    add_overrides,
     all_overrides,
     command_line,
     find_tasks,
@@ -40,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model", metavar="MODEL", nargs="?", help="hub id, folder, file.gguf, pypi:<package>, or a recipe"
     )
-    parser.add_argument("overrides", metavar="key=value", nargs="*", help="changes, where MODEL is a recipe")
+    add_overrides(parser, help="changes, where MODEL is a recipe")
     parser.add_argument("--tasks", metavar="A,B", help="task names or task.yaml files, separated by commas")
     parser.add_argument(
         "--protocols", choices=sorted([_BOTH, *PROTOCOLS]), default=None, help=f"{_BOTH} unless given"

@@ -6,6 +6,7 @@ Exit codes: 0 ok, 1 failed, 2 bad usage or recipe, 130 interrupted.
 from __future__ import annotations
 
 import argparse
+import difflib
 import errno
 import importlib
 import io
@@ -108,6 +109,10 @@ def _run(words: Sequence[str]) -> int:
             subparser.epilog = "  --debug shows the traceback of an error"
     if any("\0" in word for word in words):
         parser.error("an argument holds a NUL character, which no name or path can")
+    if wanted is not None and wanted not in COMMANDS and words[0] == wanted:
+        near = difflib.get_close_matches(wanted, COMMANDS, n=1)
+        guess = f'; did you mean "{near[0]}"?' if near else ""
+        parser.error(f'there is no command "{wanted}"{guess}; there are: {", ".join(COMMANDS)}')
     parsed, extra = parser.parse_known_args(words)
     if parsed.command is None:
         parser.print_help()
@@ -125,8 +130,6 @@ def _take_overrides(parser: argparse.ArgumentParser, parsed: argparse.Namespace,
 
 
 def _reject(parser: argparse.ArgumentParser, word: str) -> NoReturn:
-    import difflib
-
     flags = [flag for action in parser._actions for flag in action.option_strings]
     near = difflib.get_close_matches(word.partition("=")[0], flags, n=1)
     parser.error(f'unknown argument "{word}"' + (f'; did you mean "{near[0]}"?' if near else ""))

@@ -63,8 +63,8 @@ def test_every_command_has_help(cli, command):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["rnu", "tiny"], "invalid choice"),
-        (["run"], "RECIPE"),
+        (["rnu", "tiny"], 'there is no command "rnu"; did you mean "run"?'),
+        (["run"], "arguments are required: RECIPE\n"),
         (["run", "tiny", "--dryrun"], 'did you mean "--dry-run"?'),
         (["run", "tiny", "--dry"], 'unknown argument "--dry"'),
         (["run", "tiny", "--num-processes", "two"], "invalid int value"),
