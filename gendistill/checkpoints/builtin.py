@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 
 from gendistill.errors import CheckpointError
 from gendistill.paths import cache_dir, new_folder
+from gendistill.quiet import no_library_bars
 
 PREFIX = "builtin:"
 _FORMAT = 1  # raise it when the teacher changes, so that cached folders are made anew
@@ -79,6 +80,7 @@ def save_tiny_checkpoint(
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
     model = tiny_teacher(family, vocab_size=vocab_size, eos_token_id=2, **overrides)
-    model.save_pretrained(folder)
+    with no_library_bars():
+        model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

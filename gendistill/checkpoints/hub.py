@@ -90,10 +90,14 @@ def _reach(spec: str, revision: str) -> Exception | None:
 
 
 def _unreachable(spec: str, reason: Exception, where: str, cached: str = "") -> CheckpointError:
+    from huggingface_hub.constants import is_offline_mode
+
+    offline = "unset HF_HUB_OFFLINE to download it, or give the folder of a copy"
+    network = "check the network and run the same command again: finished files are kept"
     return CheckpointError(
         f"{spec} could not be downloaded, and no complete copy is cached{cached}: {first_line(reason)}",
         where=where,
-        hint="check the network and run the same command again: finished files are kept",
+        hint=offline if is_offline_mode() else network,
     )
 
 

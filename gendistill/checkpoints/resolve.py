@@ -17,6 +17,7 @@ from gendistill.companions import companions_fingerprint
 from gendistill.digests import file_digest
 from gendistill.errors import CheckpointError
 from gendistill.paths import cache_dir, clear_remains, new_folder
+from gendistill.quiet import no_library_bars
 
 if TYPE_CHECKING:
     import torch
@@ -185,16 +186,17 @@ def load_causal_lm(
     read_config(folder, str(folder))
     read_tensor_index(folder)
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            str(folder),
-            dtype=dtype,
-            output_loading_info=True,
-            # named below; transformers would draw a table on the terminal
-            ignore_mismatched_sizes=True,
-            trust_remote_code=False,
-            use_safetensors=True,
-            local_files_only=True,
-        )
+        with no_library_bars():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                str(folder),
+                dtype=dtype,
+                output_loading_info=True,
+                # named below; transformers would draw a table on the terminal
+                ignore_mismatched_sizes=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+                local_files_only=True,
+            )
     except torch.OutOfMemoryError:
         raise
     except library_errors() as error:

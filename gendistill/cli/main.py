@@ -142,13 +142,6 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
 
 
-def _show_every_letter() -> None:
-    """Print escapes for letters that the terminal's encoding lacks, rather than fail."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
-
-
 def _interrupted(words: Sequence[str]) -> int:
     lines = ["interrupted"]
     if any(word in _RESUMES for word in words[:1]):

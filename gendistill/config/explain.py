@@ -239,7 +239,13 @@ def _missing_key(path: Path, root: Node) -> Problem:
     section = next((one for one in annotations_at(parent, root) if is_section(one)), None)
     field = settings(section).get(name) if section else None
     about = f": {field.description}" if field is not None and field.description else ""
-    return Problem(_place(parent, root), dotted(path), f'"{name}" is required{about}', f"add {name}: ...")
+    hint = f"add {name}: ..."
+    # a name that is misspelt in an override or a variant makes a section of its own, which then lacks everything
+    if len(parent) == 2 and (siblings := root.at(parent[:1])) and isinstance(siblings.content, dict):
+        own = str(parent[-1])
+        near = _near(own, [each for each in siblings.content if each != own])
+        hint += f'; or did you mean "{dotted((parent[0], near[0]))}"?' if near else ""
+    return Problem(_place(parent, root), dotted(path), f'"{name}" is required{about}', hint)
 
 
 def _rule(path: Path, message: str, root: Node) -> Problem:

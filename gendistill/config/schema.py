@@ -226,7 +226,7 @@ class StageConfig(Section):
             raise ValueError(f"betas must be at least 0 and below 1, got {list(self.betas)}")
         if self.batch_size % self.micro_batch_size:
             raise ValueError(
-                f"batch_size {self.batch_size} is no multiple of micro_batch_size {self.micro_batch_size}"
+                f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}"
             )
         return self
 

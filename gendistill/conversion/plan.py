@@ -118,6 +118,10 @@ class ConversionPlan:
             for origin in Origin
         }
 
+    def __repr__(self) -> str:
+        size = f"{short_count(self.num_parameters)} parameters"
+        return f"<ConversionPlan {self.placement}, {size}; print shows the origins>"
+
     def __str__(self) -> str:
         lines = [f"{self.placement}; {short_count(self.num_parameters)} parameters"]
         for origin, count in self.parameters_by_origin().items():

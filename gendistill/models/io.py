@@ -25,6 +25,7 @@ from gendistill.models.card import inherit_card, read_object, write_card
 from gendistill.models.configuration import HybridConfig
 from gendistill.models.modeling import GendistillForCausalLM
 from gendistill.paths import library_writing, new_folder, write_text
+from gendistill.quiet import no_library_bars
 
 _PACKAGE = "gendistill"
 _ENTRY = "gendistill.models.modeling"
@@ -108,7 +109,7 @@ def save_student(
         folder: Where; what was there is replaced.
         companions: Checkpoint folder whose tokenizer, chat template and generation settings are copied.
     """
-    with new_folder(folder) as partial, library_writing():
+    with new_folder(folder) as partial, library_writing(), no_library_bars():
         student.save_pretrained(partial)
         if companions is not None:
             copy_companions(companions, partial)
@@ -149,17 +150,18 @@ def load_student(
     _check_student(folder)
     model: Any = GendistillForCausalLM
     try:
-        student, found = model.from_pretrained(
-            folder,
-            dtype=dtype,
-            impl=impl,
-            use_safetensors=True,
-            trust_remote_code=False,
-            local_files_only=True,
-            output_loading_info=True,
-            # named below; transformers would draw a table on the terminal
-            ignore_mismatched_sizes=True,
-        )
+        with no_library_bars():
+            student, found = model.from_pretrained(
+                folder,
+                dtype=dtype,
+                impl=impl,
+                use_safetensors=True,
+                trust_remote_code=False,
+                local_files_only=True,
+                output_loading_info=True,
+                # named below; transformers would draw a table on the terminal
+                ignore_mismatched_sizes=True,
+            )
     except (
         StrictDataclassError,
         SafetensorError,

@@ -15,6 +15,7 @@ from gendistill.anatomy.mixers import MIXERS
 from gendistill.report import tables
 from gendistill.report.gap import GapReport
 from gendistill.report.run_files import ROLES, RunFiles
+from gendistill.types import short_count
 from gendistill_evals import PROTOCOLS, ProtocolFamily
 
 REPETITION_LIMIT = 0.2
@@ -69,6 +70,7 @@ def _template() -> jinja2.Template:
     environment.filters["png"] = lambda png: "data:image/png;base64," + base64.b64encode(png).decode()
     environment.filters["minus"] = lambda text: re.sub(r"-(?=\d)", "\N{MINUS SIGN}", text)
     environment.filters["bytes"] = format_bytes
+    environment.filters["short"] = short_count
     return environment.get_template("page.html.j2")
 
 

@@ -162,8 +162,13 @@ def verdict(report: GapReport) -> str:
     return " ".join(sentences)
 
 
-def warnings(report: GapReport) -> list[str]:
-    """List what a reader of the table must not miss, most important first."""
+def warnings(report: GapReport, *, roles: Sequence[str] = ROLES) -> list[str]:
+    """List what a reader of the table must not miss, most important first.
+
+    Args:
+        report: Behind the table.
+        roles: What should have been measured.
+    """
     found = []
     ranked, written = report.leads[ProtocolFamily.LIKELIHOOD], report.leads[ProtocolFamily.GENERATION]
     for task in report.tasks:
@@ -195,7 +200,7 @@ def warnings(report: GapReport) -> list[str]:
         for name in report.protocols
         if name in task.reasons
     ]
-    absent = [role for role in ROLES if getattr(report, role) is None]
+    absent = [role for role in roles if getattr(report, role) is None]
     found += [f"{role}: not measured; score it with gendistill eval" for role in absent]
     return found
 

@@ -266,7 +266,9 @@ def _convert_here(context: _Context) -> None:
 def _make_student(context: _Context, folder: Path) -> dict[str, Any]:
     """Convert into ``folder`` and probe the result; return what the manifest says about it."""
     recipe, placement, student_folder = context.recipe, context.placement, folder / "student"
-    context.say("teacher", f"{recipe.teacher.model}   {context.teacher.folder}")
+    # a folder is its own name
+    names = dict.fromkeys((recipe.teacher.model, str(context.teacher.folder)))
+    context.say("teacher", "   ".join(names))
     context.say("student", str(placement))
     tensors = read_tensor_index(context.source.folder)
     plan = plan_conversion(context.source.config, tensors, placement, recipe.student.mixers)

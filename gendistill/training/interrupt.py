@@ -15,7 +15,8 @@ class StageStopped(TrainingError):
     """Report that a stage stopped on request and can be resumed.
 
     Args:
-        message: What stopped it, and where.
+        at: What stopped it, and at which step.
+        saved: What became of the work.
         signal_number: The signal; the exit code is 128 plus it, as a shell would say.
         where: Stage.
         hint: How to resume.
@@ -23,8 +24,10 @@ class StageStopped(TrainingError):
 
     kind = "stopped"
 
-    def __init__(self, message: str, *, signal_number: int, where: str, hint: str) -> None:
-        super().__init__(message, where=where, hint=hint)
+    def __init__(self, at: str, *, saved: str, signal_number: int, where: str, hint: str) -> None:
+        super().__init__(f"{at}; {saved}", where=where, hint=hint)
+        self.at = at
+        self.signal_number = signal_number
         self.exit_code = 128 + signal_number
 
 

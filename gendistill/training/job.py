@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from gendistill.config.schema import StageConfig
 from gendistill.data.batch import Batch
 from gendistill.training.left_out import HasRows
+from gendistill.types import short_count
 
 
 class Stream(HasRows, Protocol):
@@ -78,6 +79,11 @@ class StageResult:
     heldout: dict[str, float]
     data: dict[str, Any]
     monitors: dict[str, dict[str, float]]
+
+    def __repr__(self) -> str:
+        loss = f"{self.objective} {self.loss_first:.4g} -> {self.loss_last:.4g}"
+        length = f"{self.steps:,} steps, {short_count(self.tokens)} tokens"
+        return f"<StageResult {self.stage}: {loss} in {length}; held-out KL {self.heldout['kl']:.4g}>"
 
 
 @dataclass(frozen=True, slots=True)

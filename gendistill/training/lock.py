@@ -24,6 +24,8 @@ from gendistill.records import Number, Positive
 
 _MOST_PROBES = 3
 _PROBE_SECONDS = 10.0
+# the only locked setting that no recipe holds
+_STUDENT = "initial student"
 
 
 @with_config(ConfigDict(extra="forbid"))
@@ -72,7 +74,7 @@ def locked_settings(
     return {
         **_flat(f"stages.{name}", identity(stage)),
         "seed": seed,
-        "initial student": digest,
+        _STUDENT: digest,
         **_flat("", extra),
     }
 
@@ -102,6 +104,12 @@ def existing_lock(path: Path, locked: dict[str, Any], checkpoint: Path | None) -
         return lock
     if checkpoint is None:
         return None
+    if {**lock.locked, _STUDENT: None} == {**locked, _STUDENT: None}:
+        raise CheckpointError(
+            "this stage began with a student of other weights, and goes on only from those",
+            where=str(path),
+            hint=f"give it the student as it was when the stage began, or delete {path.parent} to start again",
+        )
     changed = [
         f"{key}: {lock.locked.get(key, '(not set)')} -> {locked.get(key, '(not set)')}"
         for key in sorted(set(lock.locked) | set(locked))

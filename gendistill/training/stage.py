@@ -377,8 +377,8 @@ class StageRun:
     def _stopped(self, request: StopRequest) -> StageStopped:
         number = request.signal_number or signal.SIGTERM
         return StageStopped(
-            f"{signal.Signals(number).name} at step {self.progress.step} of {self.lock.steps}; "
-            f"a checkpoint is saved in {self.job.checkpoints}",
+            f"{signal.Signals(number).name} at step {self.progress.step} of {self.lock.steps}",
+            saved=f"a checkpoint is saved in {self.job.checkpoints}",
             signal_number=number,
             where=f"stages.{self.job.name}",
             hint="run the same command again: it resumes from there",

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 
 import pytest
 import torch
 
 import gendistill as gd
-from gendistill.errors import GendistillError, RecipeError
+from gendistill.errors import CheckpointError, GendistillError, OutputError, RecipeError
+from gendistill.training.interrupt import StageStopped
+from gendistill.training.stage import StageRun
 from gendistill_evals.errors import EvalError
 
 
@@ -110,6 +114,23 @@ def test_a_stage_that_stopped_goes_on_in_its_folder(rows, tmp_path):
         (lambda t, s, d: gd.evaluate(s, tasks=["everyday"], protocols=["letters"]), "letters"),
         (lambda t, s, d: t.save("there"), "not a student"),
         (lambda t, s, d: gd.load("nowhere/at/all"), "nowhere"),
+        (lambda t, s, d: gd.load(None), "str or Path, got NoneType"),
+        (lambda t, s, d: gd.load("builtin:tiny", dtype="fp16"), "float32"),
+        (lambda t, s, d: gd.load("builtin:tiny", device="gpu"), "no device 'gpu'"),
+        (lambda t, s, d: gd.convert("builtin:tiny", "kda"), "teacher has to be a Model"),
+        (lambda t, s, d: gd.convert(t.model, "kda"), "teacher has to be a Model"),
+        (lambda t, s, d: gd.convert(t, None), "placement has to be a str"),
+        (lambda t, s, d: gd.convert(t, "kda", kda=3), "kda has to be a Mapping"),
+        (lambda t, s, d: gd.convert(s, "kda"), "nowhere on disk"),
+        (lambda t, s, d: gd.dataset("rows.jsonl", fromat="messages"), 'did you mean "format"'),
+        (lambda t, s, d: gd.dataset("rows.jsonl", mask="answers"), "answers"),
+        (lambda t, s, d: gd.dataset(["rows.jsonl"]), "path has to be"),
+        (lambda t, s, d: gd.probe(s, t, "rows.jsonl"), "data has to be a Dataset"),
+        (lambda t, s, d: gd.distill(s, d, t, lr=1e-3, steps=1), "teacher has to be a Model"),
+        (lambda t, s, d: gd.distill(s, t, d, lr=1e-3, steps=1, objective=None), "objective has to be"),
+        (lambda t, s, d: gd.evaluate("student", tasks=["copy"]), "model has to be a Model"),
+        (lambda t, s, d: gd.evaluate(s, teacher="builtin:tiny", tasks="copy"), "teacher has to be a Model"),
+        (lambda t, s, d: gd.evaluate(s, tasks=[]), "nothing to score"),
         (lambda t, s, d: gd.run("nothing"), "nothing"),
     ],
 )
@@ -127,6 +148,76 @@ def test_errors_name_the_function_and_the_setting(rows):
     assert "gendistill.convert()  student.mixers.kda.conv_size" in str(caught.value)
 
 
+def test_what_is_not_a_student_is_never_replaced(tmp_path):
+    teacher = gd.load("builtin:tiny")
+    student = gd.convert(teacher, "kda", impl="reference")
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "work" / "run").mkdir(parents=True)
+    teacher.model.save_pretrained(tmp_path / "teacher")
+    for there in ("notes.txt", "work", "teacher"):
+        with pytest.raises(OutputError, match="not a student"):
+            student.save(tmp_path / there)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    assert (tmp_path / "work" / "run").is_dir()
+    (tmp_path / "empty").mkdir()
+    student.save(tmp_path / "empty")
+    assert gd.load(student.save(tmp_path / "empty")).is_student
+
+
+def test_values_show_themselves_in_one_line(rows, task):
+    teacher = gd.load("builtin:tiny", dtype="float32")
+    student = gd.convert(teacher, "kda full", impl="reference")
+    assert repr(teacher) == "<Model builtin:tiny: Qwen3ForCausalLM, 47.7k parameters, float32 on cpu>"
+    assert "student KFKF (2 kda, 2 full), 50.8k parameters" in repr(student)
+    assert "KFKF" in repr(student.plan)
+    data = gd.dataset(rows, seq_len=32, heldout_rows=4)
+    result = gd.distill(student, teacher, data, lr=1e-3, steps=1, micro_batch_size=8, quiet=True)
+    scores = gd.evaluate(student, teacher=teacher, tasks=task, limit=1)
+    assert "held-out KL" in repr(result)
+    for value in (teacher, student, student.plan, result, scores):
+        assert len(repr(value)) < 160
+        assert "\n" not in repr(value)
+    assert "sums" in repr(scores)
+
+
+def test_nothing_is_printed_that_nobody_asked_for(task, tmp_path, capfd):
+    teacher = gd.load("builtin:tiny", dtype="float32")
+    student = gd.convert(teacher, "kda full", impl="reference")
+    gd.load(student.save(tmp_path / "student"))
+    gd.evaluate(student, teacher=teacher, tasks=task, limit=1, quiet=True)
+    assert capfd.readouterr() == ("", "")
+    assert "not measured" not in str(gd.evaluate(teacher, tasks=task, limit=1, quiet=True))
+
+
+@pytest.mark.parametrize("folder", [None, "stage"])
+def test_ctrl_c_says_what_is_left_and_how_to_go_on(rows, monkeypatch, folder):
+    teacher = gd.load("builtin:tiny", dtype="float32")
+    data = gd.dataset(rows, seq_len=32, heldout_rows=4)
+    settings = {"lr": 1e-3, "steps": 3, "batch_size": 2, "micro_batch_size": 2, "quiet": True}
+    step = StageRun.step
+
+    def interrupted(run):
+        os.kill(os.getpid(), signal.SIGINT)
+        return step(run)
+
+    student = gd.convert(teacher, "kda", impl="reference")
+    with monkeypatch.context() as patch:
+        patch.setattr(StageRun, "step", interrupted)
+        with pytest.raises(StageStopped) as stopped:
+            gd.distill(student, teacher, data, folder=folder, **settings)
+    said = str(stopped.value)
+    assert "SIGINT at step 1 of 3" in said
+    assert "command" not in said
+    if folder is None:
+        # the temporary folder is gone with all that it held
+        assert "saved" not in said
+        return
+    with pytest.raises(CheckpointError, match="as it was when the stage began"):
+        gd.distill(student, teacher, data, folder=folder, **settings)
+    again = gd.convert(teacher, "kda", impl="reference")
+    assert gd.distill(again, teacher, data, folder=folder, **settings).steps == 3
+
+
 def test_a_recipe_runs_into_its_folder(tmp_path):
     done = gd.run("tiny", f"output={tmp_path / 'runs'}")
     assert done.page.is_file()
@@ -137,3 +228,4 @@ def test_a_recipe_runs_into_its_folder(tmp_path):
 def test_everything_that_the_package_names_is_there():
     for name in gd.__all__:
         assert getattr(gd, name) is not None
+    assert set(gd.__all__) == set(dir(gd))

@@ -25,6 +25,13 @@ def problems_of(path, *overrides):
     return {problem.path: problem for problem in caught.value.problems}
 
 
+def test_a_misspelt_stage_is_not_only_told_what_a_new_one_lacks():
+    found = problems_of("tiny", "stages.distil.steps=8")
+    assert 'did you mean "stages.distill"?' in (found["stages.distil.lr"].hint or "")
+    found = problems_of("tiny", "stages.another.steps=8")
+    assert "did you mean" not in (found["stages.another.lr"].hint or "")
+
+
 @pytest.mark.parametrize("name", recipe_names())
 def test_shipped_recipe_survives_a_round_trip(name, tmp_path):
     recipe = load_recipe(name)

@@ -140,9 +140,11 @@ def test_hub_problems_are_one_clear_error(monkeypatch):
         raise OSError("no route to host\nand a long trace")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
-    with pytest.raises(CheckpointError, match=r"could not be downloaded.*no route to host\n") as caught:
-        resolve_checkpoint("owner/name")
-    assert "finished files are kept" in (caught.value.hint or "")
+    for offline, said in ((False, "finished files are kept"), (True, "unset HF_HUB_OFFLINE")):
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
+        with pytest.raises(CheckpointError, match=r"could not be downloaded.*no route to host\n") as caught:
+            resolve_checkpoint("owner/name")
+        assert said in (caught.value.hint or "")
 
 
 def test_hub_folder_without_safetensors_is_refused(tmp_path, monkeypatch):

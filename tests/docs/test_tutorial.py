@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
+import gendistill as gd
 from gendistill.cli.main import main
 
 PAGE = Path(__file__).parents[2] / "docs" / "tutorial.md"
@@ -45,3 +49,22 @@ def test_the_tutorial_runs_from_top_to_bottom(tmp_path, monkeypatch, capsys):
     assert Path("scores/tiny/results.json").is_file()
     page = Path("runs/colours-run/report/index.html").read_text(encoding="utf-8")
     assert "colours" in page
+
+
+def test_the_saved_student_loads_in_a_session_of_its_own(tmp_path, monkeypatch):
+    """The page runs in one process above, where transformers knows students already."""
+    monkeypatch.setenv("GENDISTILL_CACHE", str(tmp_path / "cache"))
+    gd.convert(gd.load("builtin:tiny"), "kda full").save(tmp_path / "my-student")
+    code = next(code for *_, code in blocks() if 'from_pretrained("my-student")' in code)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "The cat" in done.stdout

@@ -49,6 +49,16 @@ def test_page_is_self_contained(make_run):
     assert "url(" not in page
 
 
+def test_the_letters_of_the_placement_are_those_that_it_shows(make_run, edit_json):
+    run_dir = make_run()
+    edit_json(
+        run_dir / "manifest.json", lambda content: content["student"].update(placement=["sink", "kda"] * 2)
+    )
+    page = page_without_figures(run_dir)
+    assert "W softmax attention to the last and the first tokens, K linear attention" in page
+    assert "within a window" not in page
+
+
 def test_page_shows_what_was_measured(make_run):
     page = page_without_figures(make_run())
     for shown in (
