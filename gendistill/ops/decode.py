@@ -62,8 +62,10 @@ def decode_delta_rule(
         impl: Implementation; :func:`gendistill.ops.resolve` chooses one.
     Returns: ``[N, T, H, V]`` in ``q.dtype``.
     Raises:
-        ValueError: Shapes disagree, or a state cannot be changed in place.
+        ValueError: Shapes disagree, a tensor is missing, or a state cannot be changed in place.
     """
+    if output_gate is not None and output_activation not in ("silu", "sigmoid"):
+        raise ValueError(f'an output gate needs output_activation silu or sigmoid, got "{output_activation}"')
     step = _contract().decode_delta_rule if is_triton(impl) else reference_decode
     return step(
         q,
