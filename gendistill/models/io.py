@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import importlib.util
 import json
 import shutil
 import sys
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -274,20 +276,42 @@ def _imports(source: str, module: str, packages: Collection[str]) -> list[tuple[
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         ours = module.split(".")[0] == _PACKAGE  # which has some where nothing runs, for type checkers
         whole = not ours and any(name.split(".")[0] in packages for name in names)
-        if whole or (isinstance(node, ast.ImportFrom) and node.level and not node.module):
+        name = _imported(node, module) if isinstance(node, ast.ImportFrom) else None
+        is_ours = name is not None and name.split(".")[0] in packages
+        if isinstance(node, ast.ImportFrom):
+            whole = node.level > 0 and not node.module
+            whole = whole or (is_ours and any(_is_module(str(name), alias.name) for alias in node.names))
+        if whole:
             raise OutputError(
                 f"{module} imports whole modules, which cannot be saved with the student",
                 where=f"{module}, line {node.lineno}",
                 hint="write: from package.module import name",
             )
-        if not isinstance(node, ast.ImportFrom) or not node.module:
-            continue
-        name = node.module
-        if node.level:
-            name = ".".join([*module.split(".")[: -node.level], name])
-        if name.split(".")[0] in packages:
+        if isinstance(node, ast.ImportFrom) and name is not None and is_ours:
             found.append((node, name))
     return found
+
+
+def _imported(node: ast.ImportFrom, module: str) -> str | None:
+    """Return the full name of the module that an import of a module names."""
+    if not node.level or not node.module:
+        return node.module
+    # in a package's own file one dot is the package itself
+    above = node.level - _is_package(module)
+    parts = module.split(".")
+    return ".".join([*parts[: len(parts) - above], node.module])
+
+
+def _is_package(module: str) -> bool:
+    found = importlib.util.find_spec(module)
+    return found is not None and found.submodule_search_locations is not None
+
+
+def _is_module(package: str, name: str) -> bool:
+    """Say whether a name that is imported from a package is one of its modules, not something that one defines."""
+    return _is_package(package) and isinstance(
+        getattr(importlib.import_module(package), name, None), ModuleType
+    )
 
 
 def _needed_modules(entry: str, written: Mapping[str, str]) -> dict[str, str]:

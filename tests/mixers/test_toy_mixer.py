@@ -25,6 +25,7 @@ from gendistill.conversion.execute import apply_plan
 from gendistill.conversion.plan import Origin, plan_conversion
 from gendistill.conversion.probe import probe_student, render_probe
 from gendistill.data.batch import Batch
+from gendistill.errors import OutputError
 from gendistill.models import HybridCache
 from gendistill.models.io import load_student, save_student
 from gendistill.ops import Segments
@@ -32,7 +33,7 @@ from gendistill.report.plots import plot_placement
 from gendistill.runs.memory import Device
 from gendistill.runs.planning import plan_run
 from gendistill.teachers.live import LiveTeacher
-from gendistill.testing import tiny_teacher
+from gendistill.testing import tiny_student, tiny_teacher
 
 IDS = torch.randint(3, 97, (3, 12), generator=torch.Generator().manual_seed(1))
 
@@ -160,7 +161,7 @@ LOAD = """
 import sys, torch
 class Forbid:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("gendistill", "gendistill_kernels", "toy_mixer", "pydantic"):
+        if name.split(".")[0] in ("gendistill", "gendistill_kernels", "toy_mixer", "toy_package", "pydantic"):
             raise ImportError(f"{name} is forbidden here")
 sys.meta_path.insert(0, Forbid())
 from transformers import AutoModelForCausalLM
@@ -180,6 +181,11 @@ def test_an_export_carries_its_code_and_that_of_no_other_mixer(student, tmp_path
     assert not (folder / "mixers_sink.py").exists()
     card = " ".join((folder / "README.md").read_text().split())
     assert "2 of its 4 layers mix tokens by a leaky average, 1 of its 4 layers" in card
+    check_load(student, folder, tmp_path)
+
+
+def check_load(student, folder, tmp_path):
+    """Load an export where neither gendistill nor the toy can be imported, and compare."""
     torch.save({"ids": IDS, "logits": student(IDS).logits}, folder / "expected.pt")
     kept = {name: os.environ[name] for name in ("PYTHONPATH",) if name in os.environ}
     env = {"HF_HOME": str(tmp_path / "hf"), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1", **kept}
@@ -189,3 +195,54 @@ def test_an_export_carries_its_code_and_that_of_no_other_mixer(student, tmp_path
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-2000:]
     assert result.stdout.split() == ["0.0", "15"]
+
+
+PACKAGE = {
+    "__init__.py": "from .layers import Leaky",
+    "layers/__init__.py": "from .leaky import LEAKY, Leaky",
+    "layers/leaky.py": (Path(__file__).parents[1] / "outside" / "toy_mixer.py")
+    .read_text(encoding="utf-8")
+    .replace("toy_mixer:Leaky", "toy_package:Leaky"),
+}
+
+
+@pytest.fixture
+def package(monkeypatch, tmp_path):
+    """Return what writes a package with the toy, and adds its mixer to the catalogue."""
+
+    def write(**changed):
+        for name, text in {**PACKAGE, **changed}.items():
+            path = tmp_path / "path" / "toy_package" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+        monkeypatch.syspath_prepend(tmp_path / "path")
+        monkeypatch.setitem(MIXERS, "leaky", importlib.import_module("toy_package.layers").LEAKY)
+        return tiny_student(mixers=["leaky", "full", "full", "full"], mixer_configs={})
+
+    yield write
+    for name in [name for name in sys.modules if name.startswith("toy_package")]:
+        del sys.modules[name]
+
+
+@torch.no_grad()
+def test_an_export_carries_a_package_with_relative_imports(package, tmp_path):
+    student = package()
+    save_student(student, tmp_path / "export", companions=None)
+    check_load(student, tmp_path / "export", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"__init__.py": "from toy_package import layers\nLeaky = layers.Leaky"},
+        {
+            "layers/__init__.py": "from toy_package.layers import leaky\nLEAKY, Leaky = leaky.LEAKY, leaky.Leaky"
+        },
+    ],
+    ids=["a package", "a module"],
+)
+def test_a_module_imported_as_a_name_is_refused(package, tmp_path, changed):
+    """In the export it would be a file of its own, which that name does not lead to."""
+    student = package(**changed)
+    with pytest.raises(OutputError, match="imports whole modules"):
+        save_student(student, tmp_path / "export", companions=None)
