@@ -149,12 +149,12 @@ def test_it_trains_and_its_rate_stays_float32_and_undecayed(student, tmp_path):
         for parameter in group["params"]
     }
     assert decay["model.layers.0.self_attn.rate"] == 0.0
-    assert decay["model.layers.0.self_attn.q_proj.weight"] == 0.3
+    assert decay["model.layers.0.self_attn.query.weight"] == 0.3
     student(IDS, labels=IDS, use_cache=False).loss.backward()
     assert student.model.layers[0].self_attn.rate.grad.abs().sum() > 0
     half = load_student(tmp_path / "student", dtype=torch.bfloat16)
     assert half.model.layers[3].self_attn.rate.dtype == torch.float32
-    assert half.model.layers[3].self_attn.q_proj.weight.dtype == torch.bfloat16
+    assert half.model.layers[3].self_attn.query.weight.dtype == torch.bfloat16
 
 
 LOAD = """
