@@ -161,7 +161,7 @@ def write_state(cache: Cache | None, layer_idx: int, state: Any, num_positions: 
 
 
 def _names(state_type: type[Any]) -> list[str]:
-    """Name the tensors of a state that are no inputs of a convolution, in order."""
+    """Name the tensors of a state other than the inputs of a convolution, in order."""
     return [name for name in state_type._fields if name not in (_CONV, "owned")]
 
 

@@ -98,7 +98,7 @@ def read_object(path: Path, *, hint: str = "copy the file again from where it co
     """Read a JSON file that must hold an object. Students are loaded where pydantic may not be installed.
 
     Raises:
-        CheckpointError: It holds something else, or is no JSON.
+        CheckpointError: It holds something else, or is not JSON.
     """
     content = read_json(path, error=CheckpointError, hint=hint)
     if not isinstance(content, dict):

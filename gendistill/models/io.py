@@ -52,7 +52,7 @@ def export_code(folder: Path, *, base_model: str | None = None) -> list[Path]:
         base_model: The teacher's name on the hub, for the card; None keeps what the card says.
     Returns: The modules written.
     Raises:
-        OutputError: The code of a mixer is in no file.
+        OutputError: The code of a mixer is not in a file.
     """
     config_path = folder / "config.json"
     config = read_object(config_path)
@@ -96,7 +96,7 @@ def _set_longest_text(config_path: Path, tokenizer_path: Path) -> None:
     missing = stored is None or (isinstance(stored, int | float) and stored > _LONGEST_TEXT)
     if missing and isinstance(longest, int):
         settings["model_max_length"] = longest
-        # in ASCII: half of a character pair, which a template may hold, is no UTF-8
+        # in ASCII: half of a character pair, which a template may hold, is not UTF-8
         write_text(tokenizer_path, json.dumps(settings, indent=2) + "\n")
 
 
@@ -145,7 +145,7 @@ def load_student(
         device: Where the weights go.
         impl: Implementation of the linear mixers.
     Raises:
-        CheckpointError: The folder holds no student, an incomplete one, or weights that are no safetensors.
+        CheckpointError: The folder is not a student, an incomplete one, or has weights that are not safetensors.
     """
     folder = Path(folder)
     _check_student(folder)
@@ -260,7 +260,7 @@ def _source(module: str) -> str:
         found = None
     if found is None or not found.origin or not found.origin.endswith(".py"):
         raise OutputError(
-            f"the code of {module} is in no file that could be saved with the student",
+            f"the code of {module} is not in a file that could be saved with the student",
             where=module,
             hint="define the mixer in a module of its own, and import that",
         )

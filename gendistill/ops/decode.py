@@ -39,7 +39,7 @@ def decode_delta_rule(
 
     Short convolution, L2 norm of q and k, decay gate, write strength, the delta rule with a decay per key channel, then
     RMSNorm and output gate of every head. Nothing but the output is allocated, so a CUDA graph can hold the step. There
-    is no gradient: call it without grad mode.
+    are no gradients: call it without grad mode.
 
     Args:
         q: ``[N, T, Hq * K]`` projected, before the convolution; channels side by side, tokens may be apart.
