@@ -80,7 +80,7 @@ def _corrupt(path: Path, reason: str) -> CheckpointError:
 
 
 class _Cursor:
-    """Walk through the header from front to back."""
+    """A place in the header, which is read from front to back."""
 
     def __init__(self, data: mmap.mmap, path: Path) -> None:
         self.data = data

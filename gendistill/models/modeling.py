@@ -191,7 +191,7 @@ class HybridModel(HybridPreTrainedModel):
         if given is None:
             sequences = find_sequences(padding, position_ids, ends, cache, batch=batch, length=length)
         else:
-            sequences = check_sequences(given, padding, cache, batch=batch, length=length)
+            sequences = check_sequences(given, padding, position_ids, cache, batch=batch, length=length)
         if isinstance(attention_mask, dict):
             return attention_mask, sequences
         return layer_masks(self.config, inputs_embeds, attention_mask, cache, position_ids), sequences

@@ -39,7 +39,7 @@ ROOMS = [
 # a class is a thing: its first line is not an order to the reader, nor what it does
 _ORDER = re.compile(
     r"(?:Hold|Say|Describe|Name|Keep|List|Give|Return|Map|Count|Make|Take|Run|Read|Write|Store|Tell|Know|Check|Remember"
-    r"|Collect|Compute|Report|Measure|Track|Answer|Carry)s? "
+    r"|Collect|Compute|Report|Measure|Track|Answer|Carry|Walk|Stand|Yield|Train|Try|Allocate)s? "
 )
 
 
