@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -155,6 +156,45 @@ def test_it_trains_and_its_rate_stays_float32_and_undecayed(student, tmp_path):
     half = load_student(tmp_path / "student", dtype=torch.bfloat16)
     assert half.model.layers[3].self_attn.rate.dtype == torch.float32
     assert half.model.layers[3].self_attn.query.weight.dtype == torch.bfloat16
+
+
+def test_what_a_kind_says_of_a_tensor_holds_in_its_own_layers_alone(leaky, tmp_path, monkeypatch):
+    """Also where another kind, or kept attention, has one of the same name or of one that contains it."""
+    from gendistill.config.schema import StageConfig
+    from gendistill.training.optim import build_optimizer
+
+    listed = leaky.LeakySpec.parameters
+
+    def special(self, geometry, settings):
+        table = listed(self, geometry, settings)
+        changed = {
+            name: replace(table[name], float32=True, decays=False) for name in ("v_proj.weight", "rate")
+        }
+        return {**table, **changed, "v": replace(table["rate"], float32=True)}
+
+    def build(self, geometry, settings):
+        built(self, geometry, settings)
+        self.v = torch.nn.Parameter(torch.zeros(self.table["v"].shape))
+
+    built = leaky.Leaky.build
+    monkeypatch.setattr(leaky.LeakySpec, "parameters", special)
+    monkeypatch.setattr(leaky.Leaky, "build", build)
+    student = tiny_student(mixers=["leaky", "full", "kda", "sink"], mixer_configs={})
+    stage = StageConfig(data="d", train=("mixer", "attention"), steps=1, lr=1e-3, weight_decay=0.3)
+    names = {id(parameter): name for name, parameter in student.named_parameters()}
+    decayed = {
+        names[id(parameter)]
+        for group in build_optimizer(student, stage).param_groups
+        for parameter in group["params"]
+        if group["weight_decay"]
+    }
+    values = [f"model.layers.{layer}.self_attn.v_proj.weight" for layer in range(4)]
+    assert [name in decayed for name in values] == [False, True, True, True]
+    save_student(student, tmp_path / "student", companions=None)
+    loaded = dict(load_student(tmp_path / "student", dtype=torch.bfloat16).named_parameters())
+    wide = {name for name, parameter in loaded.items() if parameter.dtype == torch.float32}
+    own = {f"model.layers.0.self_attn.{name}" for name in ("v_proj.weight", "rate", "v")}
+    assert wide == own | {f"model.layers.2.self_attn.{name}" for name in ("A_log", "dt_bias")}
 
 
 LOAD = """
