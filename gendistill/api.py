@@ -42,9 +42,12 @@ from gendistill.models.io import load_student, save_student
 from gendistill.report import GapReport, compute_gap, tables
 from gendistill.runs import pipeline
 from gendistill.runs.advice import advise
+from gendistill.runs.inputs import data_inputs
 from gendistill.runs.scoring import resolve_dtype, score
 from gendistill.teachers.live import LiveTeacher
+from gendistill.training.checkpoint import checksums
 from gendistill.training.console import TrainingConsole
+from gendistill.training.lock import weights_digest
 from gendistill.training.parallel import choose_parallel
 from gendistill.training.stage import StageJob, StageResult, train_stage
 
@@ -312,6 +315,7 @@ def distill(
     Raises:
         RecipeError: A setting that is not allowed, or a stage that does not fit student or teacher.
         DataError: Rows that cannot be used.
+        CheckpointError: What the folder keeps was trained from other settings, rows, teacher or student.
         TrainingError: A loss or gradient that is not finite.
     """
     stage = {
@@ -329,9 +333,13 @@ def distill(
     ):
         warnings.warn(warning, stacklevel=2)
     heldout = [batch.to(parallel.device) for batch in heldout_batches(recipe, teacher.tokenizer)]
+    # only where an interrupted stage can go on
+    lock = {} if folder is None else _lock(recipe, name, teacher)
     with _folder(folder) as place:
         return train_stage(
-            StageJob(name=name, config=recipe.stages[name], folder=place, seed=seed, heldout=heldout),
+            StageJob(
+                name=name, config=recipe.stages[name], folder=place, seed=seed, heldout=heldout, lock=lock
+            ),
             student=student._student(),
             teacher=LiveTeacher(teacher.model),
             stream=build_stream(recipe, name, teacher.tokenizer, rank=parallel.rank, world=parallel.world),
@@ -433,6 +441,17 @@ def _recipe(caller: str, teacher: Model, *, seed: int = 42, **sections: Any) -> 
     defaults = {"student": {"placement": "full"}, **_NO_DATA, "heldout": {"data": _SOURCE}, "stages": {}}
     fixed = {"schema": 1, "name": "python", "seed": seed, "teacher": {"model": teacher.name}}
     return build_recipe({**fixed, **defaults, **sections}, caller=caller)
+
+
+def _lock(recipe: Recipe, stage: str, teacher: Model) -> dict[str, Any]:
+    """Describe what a stage depends on besides its settings and its student."""
+    return {
+        "teacher": {
+            "weights": weights_digest(checksums(teacher.model.named_parameters())),
+            "tokenizer and settings": teacher.checkpoint.companions_fingerprint,
+        },
+        **data_inputs(recipe, stage),
+    }
 
 
 @contextmanager
