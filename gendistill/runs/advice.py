@@ -77,7 +77,7 @@ def check_batches(recipe: Recipe, num_processes: int) -> None:
         rows = stage.micro_batch_size * num_processes
         if stage.batch_size % rows:
             raise RecipeError(
-                f"batch_size {stage.batch_size} is no multiple of micro_batch_size {stage.micro_batch_size} x "
+                f"batch_size {stage.batch_size} is not a multiple of micro_batch_size {stage.micro_batch_size} x "
                 f"{num_processes} processes",
                 where=f"stages.{name}.batch_size",
                 hint=f"stages.{name}.batch_size={math.ceil(stage.batch_size / rows) * rows}",

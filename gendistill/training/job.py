@@ -13,9 +13,9 @@ from gendistill.training.left_out import HasRows
 
 
 class Stream(HasRows, Protocol):
-    """Yield each global step's micro-batches of this process, without end, from any saved state.
+    """An endless iterator over this process's micro-batches, a list for each global step.
 
-    The state is JSON and the same on every process.
+    It goes on from any saved state, which is JSON and the same on every process.
     """
 
     def __next__(self) -> list[Batch]: ...

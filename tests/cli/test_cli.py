@@ -68,7 +68,7 @@ def test_every_command_has_help(cli, command):
         (["run", "tiny", "--dryrun"], 'did you mean "--dry-run"?'),
         (["run", "tiny", "--dry"], 'unknown argument "--dry"'),
         (["run", "tiny", "--num-processes", "two"], "invalid int value"),
-        (["run", "tiny", "seed"], '"seed" is no override'),
+        (["run", "tiny", "seed"], '"seed" is not an override'),
         (["run", "nothing"], 'there is no recipe "nothing"'),
         (["run", "tiny", "sead=3"], 'did you mean "seed"?'),
         (["run", "tiny", "eval.tasks=[copy, everydya]"], 'did you mean "everyday"'),
@@ -300,7 +300,7 @@ def test_processes_that_cannot_share_a_batch_start_nothing(cli, calls, monkeypat
     for command in ("run", "distill"):
         code, _, err = cli(command, "tiny", "--num-processes", "3")
         assert code == 2
-        assert "no multiple of micro_batch_size 2 x 3 processes" in err
+        assert "not a multiple of micro_batch_size 2 x 3 processes" in err
 
 
 @pytest.mark.parametrize(
@@ -384,7 +384,7 @@ def test_dry_run_as_json_says_the_same(cli_json, workspace, teacher_folder):
         (["student.placement=[kda, full]"], 2, "lists 2 layers, the teacher has 4"),
         (["student.placement=kda mamba"], 2, 'unknown mixer "mamba"'),
         (["student.placement=full@9 kda"], 2, "layers are 0 to 3"),
-        (["stages.distill.batch_size=3"], 2, "no multiple of micro_batch_size"),
+        (["stages.distill.batch_size=3"], 2, "not a multiple of micro_batch_size"),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_runs(
