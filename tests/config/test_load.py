@@ -95,7 +95,7 @@ def test_unknown_key_names_line_path_guess_allowed_keys_and_command(edited):
         ("format: messages", "format: message", "data.chat.format", 8, ['did you mean "messages"?']),
         ("heldout: {data: web}", "heldout: {data: wbe}", "heldout.data", 9, ['"wbe"', "chat, web"]),
         ("steps: 10", "steps: 10\n    mask: completion", "stages.distill.mask", 22, ['format "text"']),
-        ("steps: 10", "steps: 10\n    only: ['(']", "stages.distill.only.0", 22, ["no regular expression"]),
+        ("steps: 10", "steps: 10\n    only: ['(']", "stages.distill.only.0", 22, ["not a regular expression"]),
         ('placement: "kda full"', "placement: kda ful", "student.placement", 5, ['"ful"', "full, swa, kda"]),
         ('placement: "kda full"', "placement: full@x kda", "student.placement", 5, ['layer "x"']),
         ('placement: "kda full"', "placement: [kda, 3]", "student.placement.1", 5, ["text", 'quote it: "3"']),
