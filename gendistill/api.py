@@ -36,9 +36,10 @@ from gendistill.conversion.impl import choose_impl
 from gendistill.conversion.plan import ConversionPlan, plan_conversion
 from gendistill.conversion.probe import probe_student
 from gendistill.data.stream import build_stream, heldout_batches
-from gendistill.errors import RecipeError
+from gendistill.errors import RecipeError, ReportError
 from gendistill.models import HybridForCausalLM
 from gendistill.models.io import load_student, save_student
+from gendistill.paths import read_json
 from gendistill.report import GapReport, compute_gap, tables
 from gendistill.runs import pipeline
 from gendistill.runs.advice import advise
@@ -183,9 +184,16 @@ class Run:
         return load(self.folder / "student")
 
     def gap(self) -> GapReport:
-        """Read what the report says about teacher and student."""
-        path = self.folder / "report" / "gap.json"
-        return GapReport.from_json(json.loads(path.read_text(encoding="utf-8")))
+        """Read what the report says about teacher and student.
+
+        Raises:
+            ReportError: There is no report, or not one that this version reads.
+        """
+        path, hint = (
+            self.folder / "report" / "gap.json",
+            f"write it again with gendistill report {self.folder}",
+        )
+        return GapReport.from_json(read_json(path, error=ReportError, hint=hint))
 
 
 def load(
