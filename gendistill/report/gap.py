@@ -368,7 +368,9 @@ def _hidden(
     )
 
 
-def _correct(task: str, role: str, protocol: str, score: Mapping[str, Any], rows: SampleRows) -> dict[str, float]:
+def _correct(
+    task: str, role: str, protocol: str, score: Mapping[str, Any], rows: SampleRows
+) -> dict[str, float]:
     """Map item id to whether it was answered correctly, checked against the score in results.json."""
     scored = [row for row in rows if row["task"] == task and row.get(protocol)]
     correct = {str(row["id"]): float(row[protocol]["correct"]) for row in scored}
