@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -143,7 +144,7 @@ def test_a_saved_student_scores_as_on_the_command_line(capsys):
 
 
 def test_a_stage_does_not_go_on_with_other_rows_or_another_teacher():
-    def train(steps=2, rows="rows.jsonl", dtype="float32"):
+    def train(steps=2, rows="rows.jsonl", dtype: Literal["float32", "bfloat16"] = "float32"):
         teacher = gd.load("builtin:tiny", dtype=dtype)
         student = gd.convert(gd.load("builtin:tiny", dtype="float32"), "kda", impl="reference")
         data = gd.dataset(rows, seq_len=32, heldout_rows=4)
