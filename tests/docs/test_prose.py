@@ -29,6 +29,7 @@ ROOMS = (
     "gendistill/errors.py",
     "gendistill/losses",
     "gendistill/packages.py",
+    "gendistill/pages.py",
     "gendistill/paths.py",
     "gendistill/records.py",
     "gendistill/report",
