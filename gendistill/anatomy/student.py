@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from gendistill.anatomy.family import geometry_of
@@ -32,3 +32,19 @@ def mixer_tables(config: Mapping[str, Any]) -> dict[str, dict[str, ParameterSpec
         for kind in dict.fromkeys(config.get("mixers") or ())
         if MIXERS[kind].replaces_attention
     }
+
+
+def mixer_names(config: Mapping[str, Any], holds: Callable[[ParameterSpec], bool]) -> frozenset[str]:
+    """Name the parameters of a student's mixers of which something holds, each by its layer: ``layers.0.self_attn.x``.
+
+    Args:
+        config: The student's configuration as plain data.
+        holds: Says whether it does.
+    """
+    tables = mixer_tables(config)
+    return frozenset(
+        f"layers.{layer}.self_attn.{name}"
+        for layer, kind in enumerate(config.get("mixers") or ())
+        for name, spec in tables.get(kind, {}).items()
+        if holds(spec)
+    )

@@ -73,7 +73,7 @@ class Launch(NamedTuple):
 
 
 class _Watched:
-    """Stand in for a launcher, and write down what it is told."""
+    """A stand-in for a launcher that writes down what it is told."""
 
     def __init__(self, launcher: Any, found: list[Launch], *, run: bool) -> None:
         self.launcher, self.found, self.run = launcher, found, run

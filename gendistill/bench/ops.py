@@ -28,7 +28,7 @@ from gendistill.errors import GendistillError
 
 @dataclass(slots=True, kw_only=True)
 class Bench:
-    """Run the cases and keep what was measured.
+    """A run of the cases, and what was measured.
 
     Attributes:
         cases, decode_cases, gates: What to run, in this order; decode steps follow the first gate.

@@ -65,7 +65,7 @@ def _load(path: Path, about: Mapping[str, str]) -> dict[str, Any]:
     document = read_json(path, error=GendistillError, hint="leave --peer-tuning out, or name a new file")
     choices = document.get("choices") if isinstance(document, dict) else None
     if not isinstance(choices, dict) or document.get("schema") != _SCHEMA:
-        raise GendistillError(f'{path} is no file of choices: it needs "schema": {_SCHEMA} and "choices"')
+        raise GendistillError(f'{path} is not a file of choices: it needs "schema": {_SCHEMA} and "choices"')
     if bad := [place for place in choices if not _PLACE.fullmatch(place)]:
         raise GendistillError(f"{path} names a file outside of Triton's cache: {bad[0]}")
     for name, mine in about.items():

@@ -108,7 +108,7 @@ def draw_batch(rows: int, tokens: int, *, seed: Sequence[int]) -> Batch:
 
 
 class TaskStream:
-    """Yield one micro-batch per step, which its number and the seed alone decide."""
+    """A stream of one micro-batch per step, which its number and the seed alone decide."""
 
     def __init__(self, rows: int, tokens: int, *, seed: int) -> None:
         self.rows, self.tokens, self.seed = rows, tokens, seed

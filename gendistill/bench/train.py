@@ -218,7 +218,7 @@ def comparison_table(found: Comparison, names: tuple[str, str]) -> Table:
 
 @dataclass(slots=True, kw_only=True)
 class TrainBench:
-    """Train and compare.
+    """Training runs that are alike but for the implementation, and their comparison.
 
     Attributes:
         folder: Holds a run folder per implementation and seed; what is there is continued.

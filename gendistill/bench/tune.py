@@ -259,7 +259,7 @@ def time_launch(launch: Launch) -> float:
 
 @dataclass(slots=True, kw_only=True)
 class Tuner:
-    """Try the candidates of some jobs.
+    """Trials of the candidates of some jobs.
 
     Attributes:
         jobs: What to tune, in this order.

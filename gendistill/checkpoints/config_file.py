@@ -65,7 +65,7 @@ def read_config(folder: Path, where: str) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise CheckpointError(
-            f"{folder} has no config.json, so it is no checkpoint folder",
+            f"{folder} has no config.json, so it is not a checkpoint folder",
             where=where,
             hint="point to the folder that holds config.json and model.safetensors",
         )
@@ -94,7 +94,7 @@ def read_config(folder: Path, where: str) -> dict[str, Any]:
 
 def _unusable(path: Path, reason: str, where: str) -> CheckpointError:
     return CheckpointError(
-        f"{path} is no model config: {reason}", where=where, hint="correct the file, or download it again"
+        f"{path} is not a model config: {reason}", where=where, hint="correct the file, or download it again"
     )
 
 

@@ -38,7 +38,7 @@ _MAX_ALIGNMENT = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class GGUFTensor:
-    """Say where one tensor lies.
+    """One tensor of a GGUF file and where its values lie.
 
     Attributes:
         shape: Sizes in row-major order (the file stores them reversed).
@@ -53,7 +53,7 @@ class GGUFTensor:
 
 @dataclass(frozen=True, slots=True)
 class GGUFHeader:
-    """Hold everything of a GGUF file but the values."""
+    """Everything in a GGUF file but the values."""
 
     path: Path
     metadata: dict[str, Any]
@@ -75,12 +75,12 @@ def read_gguf_header(path: Path) -> GGUFHeader:
 
 def _corrupt(path: Path, reason: str) -> CheckpointError:
     return CheckpointError(
-        f"{path.name} is no usable GGUF file: {reason}", where=str(path), hint="download the file again"
+        f"{path.name} is not a usable GGUF file: {reason}", where=str(path), hint="download the file again"
     )
 
 
 class _Cursor:
-    """Walk through the header from front to back."""
+    """A place in the header, which is read from front to back."""
 
     def __init__(self, data: mmap.mmap, path: Path) -> None:
         self.data = data

@@ -272,5 +272,5 @@ def _values(data: np.ndarray, name: str, header: GGUFHeader, order: np.ndarray |
         except NotImplementedError as error:
             raise _unsupported(header, f"stores {name} as {kind.name}, which cannot be read") from error
         if not np.isfinite(values).all():
-            raise _unsupported(header, f"holds values in {name} that are no finite numbers")
+            raise _unsupported(header, f"holds values in {name} that are not finite")
         yield values.tobytes()

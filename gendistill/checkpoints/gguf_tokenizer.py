@@ -108,7 +108,7 @@ def token_id(header: GGUFHeader, name: str) -> int | None:
     """Return the id that a file gives a special token: ``bos``, ``eos``, ``eot``, ``unknown`` or ``padding``.
 
     Raises:
-        CheckpointError: It is no id of a token.
+        CheckpointError: It is not the id of a token.
     """
     index = _entry(header, f"{name}_token_id", int | None)
     count = len(_entry(header, "tokens", list[str]))

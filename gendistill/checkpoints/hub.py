@@ -27,7 +27,7 @@ def download_model(spec: str, *, revision: str, where: str) -> Path:
     Returns: A folder of the hub's cache.
     Raises:
         CheckpointError: No such model or revision, no permission, or a hub that cannot be reached while the cache
-            holds no complete copy.
+            lacks a complete copy.
     """
     from huggingface_hub import snapshot_download
 

@@ -40,7 +40,7 @@ _CHECKED_ELEMENTS = 1 << 24
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """Hold a pretrained model on disk.
+    """A pretrained model on disk.
 
     Attributes:
         spec: As written in the recipe.
@@ -121,12 +121,12 @@ def local_path(spec: str, *, where: str) -> Path | None:
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or str(error)
     raise CheckpointError(
-        f"{ascii(spec)[:200]} names no model: {reason}", where=where, hint=f"give {ALLOWED}"
+        f"{ascii(spec)[:200]} is not the name of a model: {reason}", where=where, hint=f"give {ALLOWED}"
     )
 
 
 def is_hub_id(spec: str) -> bool:
-    """Whether a spec that is no path here can be an id on the hub."""
+    """Whether a spec that is not a path here can be an id on the hub."""
     return not spec.endswith(".gguf") and ".." not in spec and _HUB_ID.fullmatch(spec) is not None
 
 
@@ -232,7 +232,7 @@ def _check_finite(model: PreTrainedModel, folder: Path) -> None:
         for piece in parameter.detach().flatten().split(_CHECKED_ELEMENTS):
             if not piece.isfinite().all():
                 raise CheckpointError(
-                    f"{name} holds values that are no finite {str(parameter.dtype).removeprefix('torch.')} numbers",
+                    f"{name} holds values that are not finite in {str(parameter.dtype).removeprefix('torch.')}",
                     where=str(folder),
                     hint="use a checkpoint without NaN and infinities, or teacher.dtype: float32 if they are too large",
                 )

@@ -32,7 +32,7 @@ _COMPARED_ELEMENTS = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """Say where one tensor of a checkpoint lies.
+    """One tensor of a checkpoint and where it lies.
 
     Attributes:
         shape: Sizes.
@@ -69,7 +69,7 @@ class TensorInfo:
 def have_same_values(first: TensorInfo, second: TensorInfo) -> bool:
     """Compare the values of two float tensors of a checkpoint, piece by piece; their dtypes may differ.
 
-    Returns: False too where the shapes differ, or a dtype holds no plain floats.
+    Returns: False too where the shapes differ, or a dtype is not of plain floats.
     """
     if first.shape != second.shape:
         return False
@@ -128,7 +128,7 @@ def _no_safetensors(folder: Path, where: str) -> CheckpointError:
             hint="use a revision with safetensors, or load it yourself and save_pretrained() it again",
         )
     return CheckpointError(
-        f"{folder} holds no safetensors weights",
+        f"{folder} has no safetensors weights",
         where=where,
         hint="a checkpoint folder needs config.json and model.safetensors (or shards with their index)",
     )
@@ -144,14 +144,14 @@ def _read_sharded(folder: Path, where: str) -> dict[str, TensorInfo]:
         )
     except CheckpointError as error:
         raise CheckpointError(
-            f"{path} is no weight index: {error.message}", where=where, hint=hint
+            f"{path} is not a weight index: {error.message}", where=where, hint=hint
         ) from error
     shards = sorted(set(weight_map.values()))
     outside = [name for name in shards if not _is_plain(name)]
     if outside or not shards:
-        reason = f"it names {outside[0]!r:.80}" if outside else "it names no file"
+        reason = f"it names {outside[0]!r:.80}" if outside else "it does not name a file"
         raise CheckpointError(
-            f"{path} is no weight index: {reason}; shards are .safetensors files in the same folder",
+            f"{path} is not a weight index: {reason}; shards are .safetensors files in the same folder",
             where=where,
             hint=hint,
         )
@@ -238,7 +238,7 @@ def _tensor_info(entry: dict[str, Any], path: Path, data_start: int) -> TensorIn
 
 @dataclass(frozen=True, slots=True)
 class NewTensor:
-    """Describe a tensor to be written."""
+    """A tensor to be written."""
 
     name: str
     shape: tuple[int, ...]

@@ -21,7 +21,7 @@ _UNITS = "a built-in name, a YAML file, or a run folder"
 
 
 class Parser(argparse.ArgumentParser):
-    """Parse without guessing: no abbreviated flags, errors in the form of every other error."""
+    """A parser that does not guess: no abbreviated flags, and errors in the form of every other error."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **settings)

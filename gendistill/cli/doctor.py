@@ -34,7 +34,7 @@ _CANNOT_CHECK = (
 
 
 class Status(StrEnum):
-    """Say how a check ended."""
+    """How a check ended."""
 
     PASS = "pass"
     WARN = "warn"
@@ -42,8 +42,8 @@ class Status(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Check:
-    """Hold one row of the table.
+class Finding:
+    """What one check found: a row of the table.
 
     Attributes:
         name: What was checked.
@@ -76,10 +76,10 @@ def run(arguments: argparse.Namespace) -> int:
     return 1 if any(check.status is Status.FAIL for check in checks) else 0
 
 
-def _bounded(check: Callable[[], Check]) -> Check:
+def _bounded(check: Callable[[], Finding]) -> Finding:
     """Run one check; one that cannot be done, or does not end, has failed."""
     name = check.__name__.removeprefix("check_").replace("_", " ")
-    done: list[Check] = []
+    done: list[Finding] = []
 
     def work() -> None:
         try:
@@ -89,7 +89,7 @@ def _bounded(check: Callable[[], Check]) -> Check:
             hint = (
                 getattr(error, "hint", None) or "correct or unset the environment variable that this is about"
             )
-            done.append(Check(name, Status.FAIL, f"{type(error).__name__}: {message}", hint))
+            done.append(Finding(name, Status.FAIL, f"{type(error).__name__}: {message}", hint))
 
     # a thread, because drivers and network disks can hang where no signal reaches; it may be left behind at exit
     thread = threading.Thread(target=work, daemon=True)
@@ -97,16 +97,18 @@ def _bounded(check: Callable[[], Check]) -> Check:
     thread.join(_PATIENCE_SECONDS)
     if not done:
         detail = f"no answer within {_PATIENCE_SECONDS:.0f} s"
-        return Check(name, Status.FAIL, detail, "look at drivers, network disks and the load of this machine")
+        return Finding(
+            name, Status.FAIL, detail, "look at drivers, network disks and the load of this machine"
+        )
     return done[0]
 
 
-def check_python() -> Check:
+def check_python() -> Finding:
     """Python is new enough."""
     version = platform.python_version()
     if sys.version_info < (3, 11):  # noqa: UP036 - a forced install gets this far
-        return Check("python", Status.FAIL, version, "install Python 3.11 or newer")
-    return Check("python", Status.PASS, version)
+        return Finding("python", Status.FAIL, version, "install Python 3.11 or newer")
+    return Finding("python", Status.PASS, version)
 
 
 def _installed(package: str) -> str | None:
@@ -122,55 +124,59 @@ def _at_least(version: str, floor: str) -> bool:
     return Version(version).release >= Version(floor).release
 
 
-def check_torch() -> Check:
+def check_torch() -> Finding:
     """Torch is new enough."""
     version = _installed("torch")
     fix = f'pip install "torch>={_MIN_TORCH}"'
     if version is None:
-        return Check("torch", Status.FAIL, "not installed", fix)
+        return Finding("torch", Status.FAIL, "not installed", fix)
     if not _at_least(version, _MIN_TORCH):
-        return Check("torch", Status.FAIL, f"{version}, older than {_MIN_TORCH}", fix)
-    return Check("torch", Status.PASS, version)
+        return Finding("torch", Status.FAIL, f"{version}, older than {_MIN_TORCH}", fix)
+    return Finding("torch", Status.PASS, version)
 
 
-def check_device() -> Check:
+def check_device() -> Finding:
     """A GPU that torch can use, or a CPU build on a machine without one."""
     import torch
 
     if torch.cuda.is_available():
         name, memory = torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory / 1e9
-        return Check("device", Status.PASS, f"{torch.cuda.device_count()} x {name}, {memory:.0f} GB")
+        return Finding("device", Status.PASS, f"{torch.cuda.device_count()} x {name}, {memory:.0f} GB")
     if shutil.which("nvidia-smi"):
         detail = f"an NVIDIA driver is installed, but torch {torch.__version__} cannot use the GPU"
-        return Check(
+        return Finding(
             "device", Status.FAIL, detail, "install a CUDA build of torch: https://pytorch.org/get-started"
         )
     flags = torch.backends.cpu.get_cpu_capability()
     threads = torch.get_num_threads()
-    return Check("device", Status.PASS, f"CPU, {threads} threads, {flags} (small models and short runs only)")
+    return Finding(
+        "device", Status.PASS, f"CPU, {threads} threads, {flags} (small models and short runs only)"
+    )
 
 
-def check_transformers() -> Check:
+def check_transformers() -> Finding:
     """Transformers is inside the tested window."""
     version = _installed("transformers")
     fix = f'pip install "transformers>={_MIN_TRANSFORMERS},<6"'
     if version is None or not _at_least(version, _MIN_TRANSFORMERS) or _at_least(version, "6"):
-        return Check("transformers", Status.FAIL, version or "not installed", fix)
+        return Finding("transformers", Status.FAIL, version or "not installed", fix)
     if _at_least(version, f"5.{int(_TESTED_TRANSFORMERS.split('.')[1]) + 1}"):
         detail = f"{version} is newer than {_TESTED_TRANSFORMERS}, the newest that was tested"
-        return Check(
+        return Finding(
             "transformers", Status.WARN, detail, f'pip install "transformers=={_TESTED_TRANSFORMERS}.*"'
         )
-    return Check(
+    return Finding(
         "transformers", Status.PASS, f"{version} (tested: {_MIN_TRANSFORMERS} to {_TESTED_TRANSFORMERS})"
     )
 
 
-def check_kernels_package() -> Check:
+def check_kernels_package() -> Finding:
     """The optional Hugging Face ``kernels`` package is one that transformers accepts."""
     version = _installed("kernels")
     if version is None:
-        return Check("kernels", Status.PASS, "the Hugging Face kernels package is not installed; not needed")
+        return Finding(
+            "kernels", Status.PASS, "the Hugging Face kernels package is not installed; not needed"
+        )
     from packaging.requirements import Requirement
     from transformers.dependency_versions_table import deps
 
@@ -179,11 +185,11 @@ def check_kernels_package() -> Check:
         detail = (
             f"{version} makes transformers {_installed('transformers')} fail, which needs {wanted.specifier}"
         )
-        return Check("kernels", Status.FAIL, detail, f'pip install "{wanted}", or pip uninstall kernels')
-    return Check("kernels", Status.PASS, f"{version}, inside {wanted.specifier}")
+        return Finding("kernels", Status.FAIL, detail, f'pip install "{wanted}", or pip uninstall kernels')
+    return Finding("kernels", Status.PASS, f"{version}, inside {wanted.specifier}")
 
 
-def check_kernels_folder() -> Check:
+def check_kernels_folder() -> Finding:
     """No folder called ``kernels`` takes the name of the Hugging Face package."""
     folders = [Path(entry or os.curdir) / "kernels" for entry in sys.path]
     packages = [
@@ -191,17 +197,17 @@ def check_kernels_folder() -> Check:
     ]
     if packages:
         detail = f"{packages[0]} is imported as the Hugging Face kernels package"
-        return Check(
+        return Finding(
             "kernels folder", Status.FAIL, detail, "run from another folder, or export PYTHONSAFEPATH=1"
         )
     spec = importlib.util.find_spec("kernels")
     if spec is not None and spec.origin is None:
         place = next(iter(spec.submodule_search_locations or ()), "a folder")
         detail = f"{place} is visible as an empty package; the supported transformers know this case"
-        return Check(
+        return Finding(
             "kernels folder", Status.WARN, detail, "run from another folder, or export PYTHONSAFEPATH=1"
         )
-    return Check("kernels folder", Status.PASS, "no folder shadows it")
+    return Finding("kernels folder", Status.PASS, "no folder shadows it")
 
 
 def _is_distribution(folder: Path) -> bool:
@@ -209,7 +215,7 @@ def _is_distribution(folder: Path) -> bool:
     return _installed("kernels") is not None and any(folder.parent.glob("kernels-*.dist-info"))
 
 
-def check_ops() -> Check:
+def check_ops() -> Finding:
     """The chunked delta rule agrees with the token-by-token definition, on the device that would be used."""
     import torch
 
@@ -229,43 +235,43 @@ def check_ops() -> Check:
     error = float((chunked.out - exact.out).norm() / exact.out.norm())
     detail = f"chunked against token by token on {device}: relative error {error:.1e}"
     if not error < 1e-4:
-        return Check("kda op", Status.FAIL, detail, "reinstall torch; if it stays, report this line")
-    return Check("kda op", Status.PASS, detail)
+        return Finding("kda op", Status.FAIL, detail, "reinstall torch; if it stays, report this line")
+    return Finding("kda op", Status.PASS, detail)
 
 
-def check_launches() -> Check:
+def check_launches() -> Finding:
     """Kernels are launched with little work on the host, or it says why not."""
     version = _installed("triton")
     if version is None:
-        return Check("launches", Status.PASS, "triton is not installed; every op runs on its reference")
+        return Finding("launches", Status.PASS, "triton is not installed; every op runs on its reference")
     from gendistill_kernels.runtime.launch import SWITCH, why_plain
 
     reason = why_plain()
     if reason is None:
-        return Check("launches", Status.PASS, f"triton {version}; kernels take the fast launcher")
+        return Finding("launches", Status.PASS, f"triton {version}; kernels take the fast launcher")
     detail = f"kernels are launched by Triton itself, 20 to 50 microseconds each: {reason}"
     fix = f"unset {SWITCH}" if SWITCH in reason else 'pip install "triton==3.6.*"'
-    return Check("launches", Status.WARN, detail, fix)
+    return Finding("launches", Status.WARN, detail, fix)
 
 
-def check_disk() -> Check:
+def check_disk() -> Finding:
     """There is room for checkpoints here and for teachers in the cache folder."""
     places = {Path.cwd(): "here", _existing(cache_dir()): "in the cache folder"}
     free = {words: shutil.disk_usage(place).free / 1e9 for place, words in places.items()}
     detail = ", ".join(f"{gigabytes:.0f} GB free {words}" for words, gigabytes in free.items())
     if min(free.values()) < _WARN_FREE_GB:
         status = Status.FAIL if min(free.values()) < _MIN_FREE_GB else Status.WARN
-        return Check(
+        return Finding(
             "disk", status, detail, "free space; or output=FOLDER, and export GENDISTILL_CACHE=FOLDER"
         )
-    return Check("disk", Status.PASS, detail)
+    return Finding("disk", Status.PASS, detail)
 
 
 def _existing(path: Path) -> Path:
     return path if os.path.exists(path) else _existing(path.parent)  # noqa: PTH110 - raises nothing
 
 
-def check_cache() -> Check:
+def check_cache() -> Finding:
     """The cache folder can be written."""
     folder = cache_dir()
     try:
@@ -273,41 +279,41 @@ def check_cache() -> Check:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        return Check("cache", Status.FAIL, f"{folder}: {error.strerror}", "export GENDISTILL_CACHE=FOLDER")
-    return Check("cache", Status.PASS, str(folder))
+        return Finding("cache", Status.FAIL, f"{folder}: {error.strerror}", "export GENDISTILL_CACHE=FOLDER")
+    return Finding("cache", Status.PASS, str(folder))
 
 
-def check_hub() -> Check:
+def check_hub() -> Finding:
     """Hub downloads are allowed and have a place."""
     from huggingface_hub import constants
 
     place = _existing(Path(constants.HF_HUB_CACHE))
     if not place.is_dir() or not os.access(place, os.W_OK):
         detail = f"the cache {constants.HF_HUB_CACHE} cannot be written: {place} is in the way"
-        return Check("hub", Status.FAIL, detail, "export HF_HOME=FOLDER")
+        return Finding("hub", Status.FAIL, detail, "export HF_HOME=FOLDER")
     if constants.HF_HUB_OFFLINE:
         detail = f"offline: only what is in {constants.HF_HUB_CACHE} can be loaded by hub id"
-        return Check("hub", Status.WARN, detail, "unset HF_HUB_OFFLINE, if downloads are wanted")
-    return Check(
+        return Finding("hub", Status.WARN, detail, "unset HF_HUB_OFFLINE, if downloads are wanted")
+    return Finding(
         "hub", Status.PASS, f"downloads are allowed (not tried here); cache {constants.HF_HUB_CACHE}"
     )
 
 
-def check_accelerate() -> Check:
+def check_accelerate() -> Finding:
     """No environment variable rescales the gradients."""
     name = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"
     value = os.environ.get(name)
     if value not in (None, "1"):
-        return Check(
+        return Finding(
             "accelerate", Status.FAIL, f"{name}={value} would divide every gradient", f"unset {name}"
         )
     version = _installed("accelerate")
     if version is None:
-        return Check("accelerate", Status.FAIL, "not installed", "pip install accelerate")
-    return Check("accelerate", Status.PASS, version)
+        return Finding("accelerate", Status.FAIL, "not installed", "pip install accelerate")
+    return Finding("accelerate", Status.PASS, version)
 
 
-CHECKS: tuple[Callable[[], Check], ...] = (
+CHECKS: tuple[Callable[[], Finding], ...] = (
     check_python,
     check_torch,
     check_device,

@@ -134,7 +134,7 @@ def launch(num_processes: int) -> int:
 
 def _exit_code(failures: Mapping[int, ProcessFailure]) -> int:
     """Return the exit code of the rank that failed first; the others ended because it did."""
-    # the launcher kills what does not stop within half a minute, which is no cause
+    # the launcher kills what does not stop within half a minute; such a rank did not cause the failure
     latest = min(failure.timestamp for failure in failures.values()) + _SAME_TIME_S
     early = [rank for rank, failure in failures.items() if failure.timestamp <= latest]
     rank = min(early, key=lambda rank: (_cause(failures[rank].exitcode), failures[rank].timestamp, rank))

@@ -65,7 +65,7 @@ class OneWordOf:
 
 
 class Section(BaseModel):
-    """Reject unknown keys and stay unchanged once read."""
+    """A section of a recipe: it rejects unknown keys, and stays unchanged once it is read."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, populate_by_name=True, allow_inf_nan=False, defer_build=True

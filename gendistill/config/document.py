@@ -29,7 +29,7 @@ MOST_LEVELS = 50
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """Hold one value, a mapping or a list, with the place it was written.
+    """One value, a mapping or a list, with the place where it was written.
 
     Attributes:
         content: Scalar, ``dict`` of nodes, or ``list`` of nodes.
@@ -154,7 +154,7 @@ def parse_yaml(
         numbered: Whether lines mean anything; they do not on a command line.
         at: Path of the document within the recipe, for problems.
     Raises:
-        RecipeProblems: The text is no YAML, or larger than any recipe.
+        RecipeProblems: The text is not YAML, or larger than any recipe.
     """
     if len(text) > MOST_CHARACTERS:
         raise RecipeProblems([_too_large(f"{len(text):,} characters", place)])
@@ -163,7 +163,7 @@ def parse_yaml(
     except yaml.YAMLError as error:
         raise RecipeProblems([_syntax_problem(error, text, place, numbered)]) from error
     except (ValueError, OverflowError) as error:
-        message = "this is no YAML: the number in an escape or directive is out of range"
+        message = "this is not YAML: the number in an escape or directive is out of range"
         problem = Problem(place, "", message, 'look for "\\U" and "%"')
         raise RecipeProblems([problem]) from error
     if root is None:
@@ -184,11 +184,11 @@ def _syntax_problem(error: yaml.YAMLError, text: str, place: str, numbered: bool
     mark = getattr(error, "problem_mark", None)
     if isinstance(error, yaml.reader.ReaderError):
         line = text.count("\n", 0, error.position) + 1
-        message = f"this is no YAML: the character U+{error.character:04X} is not allowed in it"
+        message = f"this is not YAML: the character U+{error.character:04X} is not allowed in it"
         return Problem(f"{place}:{line}" if numbered else place, "", message, "delete or replace it")
     reason = getattr(error, "problem", None) or str(error)
     context = getattr(error, "context", None)
-    message = f"this is no YAML: {reason}" + (f" ({context})" if context else "")
+    message = f"this is not YAML: {reason}" + (f" ({context})" if context else "")
     hint = (
         "indent with spaces, not tabs"
         if "\\t" in message
@@ -275,7 +275,7 @@ class _Builder:
             self._report(
                 path,
                 line,
-                f"{shortened(text)} is no finite number",
+                f"{shortened(text)} is not a finite number",
                 f'if it is text, quote it: "{shortened(text)}"',
             )
             return None

@@ -347,7 +347,7 @@ def _number(value: float) -> str:
 
 
 def _wrong_word(path: Path, root: Node) -> Problem:
-    """Describe a key that is no member of an enum, as in ``lr: {mixers: 1e-3}``."""
+    """Describe a key that is not a member of an enum, as in ``lr: {mixers: 1e-3}``."""
     parent, name = path[:-1], str(path[-1])
     words: list[str] = []
     for annotation in annotations_at(parent, root):
@@ -413,7 +413,7 @@ def none_words(root: Node) -> list[Problem]:
         if node.content not in ("None", "none") or node.content in (words := words_at(path, root)):
             continue
         if words and type(None) not in annotations_at(path, root):
-            continue  # null is no answer here either; the allowed words are listed instead
+            continue  # null is not an answer here either; the allowed words are listed instead
         message = f'"{node.content}" is the text, not the value'
         found.append(Problem(node.origin, dotted(path), message, "write null"))
     return found

@@ -52,7 +52,7 @@ _REMOVABLE = ("stages", "data")
 
 @dataclass(frozen=True, slots=True)
 class LoadedRecipe:
-    """Keep a recipe together with where each value was written.
+    """A recipe, and where each of its values was written.
 
     Attributes:
         recipe: The validated recipe.
@@ -161,7 +161,7 @@ def _node(value: Any, path: Path, caller: str, problems: list[Problem]) -> Node:
     if isinstance(value, FilePath):
         value = str(value)
     if isinstance(value, float) and not math.isfinite(value):
-        problems.append(Problem(caller, dotted(path), f"{value} is no finite number", "give a number"))
+        problems.append(Problem(caller, dotted(path), f"{value} is not a finite number", "give a number"))
         value = 0
     elif value is not None and not isinstance(value, bool | int | float | str):
         allowed = "numbers, texts, true and false, None, lists and dictionaries"
@@ -191,7 +191,7 @@ def _validated(root: Node, problems: list[Problem]) -> tuple[Recipe, Node]:
 def _with_bounds(problem: Problem, root: Node) -> Problem:
     """Say which numbers are allowed where the one written is not finite."""
     path = tuple(problem.path.split("."))
-    if not problem.message.endswith("is no finite number") or not (bounds := bounds_at(path, root)):
+    if not problem.message.endswith("is not a finite number") or not (bounds := bounds_at(path, root)):
         return problem
     return replace(problem, message=f"{problem.message}\nallowed: {bounds}")
 
@@ -309,9 +309,7 @@ def _apply_override(root: Node, override: str, problems: list[Problem]) -> Node:
     name, equals, value = override.partition("=")
     steps = name.strip().split(".")
     if not equals or not all(steps):
-        message = (
-            f'"{shortened(override)}" is no override; write dotted.path=value, as in stages.distill.lr=5e-5'
-        )
+        message = f'"{shortened(override)}" is not an override; write dotted.path=value, as in stages.distill.lr=5e-5'
         problems.append(Problem(COMMAND_LINE, "", message, "gendistill recipe schema"))
         return root
     if len(steps) > MOST_LEVELS:
@@ -358,7 +356,7 @@ def _set_item(root: Node, steps: list[str], value: Node, path: Path, problems: l
     step, rest = steps[0], steps[1:]
     size = len(root.content)
     if not re.fullmatch("[0-9]{1,9}", step) or int(step) >= size:
-        message = f'"{shortened(step)}" is no item of this list; ' + (
+        message = f'"{shortened(step)}" is not an item of this list; ' + (
             f"items are 0 to {size - 1}" if size else "it is empty"
         )
         problems.append(Problem(COMMAND_LINE, dotted((*path, step)), message, "name one of its items"))

@@ -26,7 +26,7 @@ def with_absolute_paths(root: Node, problems: list[Problem]) -> Node:
 
     Args:
         root: The tree of written values.
-        problems: Receives paths that name no place.
+        problems: Receives paths that lead nowhere.
     """
     content = dict(root.content)
     content.setdefault("output", Node(Recipe.model_fields["output"].default, DEFAULT))

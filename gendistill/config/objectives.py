@@ -60,7 +60,7 @@ class MixConfig(ObjectiveConfig):
 
 
 class MixerOutputConfig(ObjectiveConfig):
-    """Match each linear mixer's output with the attention output it replaces, on the teacher's own inputs."""
+    """Distance of each linear mixer's output from the attention output it replaces, on the teacher's own inputs."""
 
     kind: Literal["mixer_output"] = "mixer_output"
     norm: Literal["mse", "l2", "relative"] = Field(
@@ -70,7 +70,7 @@ class MixerOutputConfig(ObjectiveConfig):
 
 
 class BlockOutputConfig(ObjectiveConfig):
-    """Match each converted block's output with the teacher block's, on the teacher's own inputs."""
+    """Distance of each converted block's output from the teacher block's, on the teacher's own inputs."""
 
     kind: Literal["block_output"] = "block_output"
     norm: Literal["mse", "l2", "relative"] = Field(default="relative", description="as for mixer_output")

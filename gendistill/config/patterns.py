@@ -37,7 +37,7 @@ def check_pattern(pattern: str) -> str:
         if ways <= MOST_WAYS:
             re.compile(pattern)
     except (re.error, OverflowError, RecursionError) as error:
-        raise ValueError(f'"{shown}" is no regular expression: {error}') from error
+        raise ValueError(f'"{shown}" is not a regular expression: {error}') from error
     if ways > MOST_WAYS:
         raise ValueError(
             f'"{shown}" could take minutes to match one name: it repeats a repeat or an alternative, or has more '

@@ -10,7 +10,7 @@ from gendistill.errors import RecipeError
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """Say one thing that is wrong.
+    """One thing that is wrong.
 
     Attributes:
         place: ``file:line``, or ``command line``.
@@ -31,7 +31,7 @@ class Problem:
 
 
 class RecipeProblems(RecipeError):
-    """Reject a recipe with everything that is wrong in it, not only the first thing."""
+    """A recipe with something wrong in it; lists everything, not only the first thing."""
 
     def __init__(self, problems: Sequence[Problem]) -> None:
         self.problems = tuple(problems)

@@ -20,8 +20,8 @@ from gendistill.config.base import Affects, affects
 from gendistill.config.document import Path, dotted
 from gendistill.config.explain import alternatives, alternatives_of, bounds_of, is_section, settings
 from gendistill.config.schema import Recipe
-from gendistill.errors import GendistillError, OutputError
-from gendistill.paths import write_text
+from gendistill.errors import OutputError
+from gendistill.pages import fill_pages
 
 AFFECTED = {
     Affects.RESULT: "the result",
@@ -171,21 +171,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("document", type=FilePath, help="markdown file with a settings block")
     parser.add_argument("--check", action="store_true", help="change nothing; fail if it is out of date")
     options = parser.parse_args(arguments)
-    old = options.document.read_text(encoding="utf-8")
-    try:
-        new = fill_document(old, where=str(options.document))
-        if new != old and not options.check:
-            write_text(options.document, new)
-    except GendistillError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
-    if new != old and options.check:
-        print(
-            f"out of date: {options.document}\n  next: {parser.prog} {options.document}",
-            file=sys.stderr,
-        )
-        return 1
-    return 0
+    return fill_pages(
+        [options.document],
+        lambda page, text: fill_document(text, where=str(page)),
+        check=options.check,
+        program=parser.prog,
+    )
 
 
 if __name__ == "__main__":

@@ -232,7 +232,7 @@ class StageConfig(Section):
 
 
 class EvalConfig(Section):
-    """Score teacher and student on the same items under the same protocols."""
+    """What teacher and student are scored on: the same items under the same protocols."""
 
     tasks: Annotated[tuple[str, ...], Affects.CONTENT] = Field(
         default=(), description="built-in task names or task.yaml paths; see gendistill eval --list"
@@ -285,9 +285,9 @@ class Recipe(Section):
         for name, source in self.data.items():
             for part in source.mix if isinstance(source, MixtureConfig) else ():
                 if not isinstance(self.data.get(part), SourceConfig):
-                    problems.append(f'data.{name}.mix names "{part}", which is no source {known}')
+                    problems.append(f'data.{name}.mix names "{part}", which is not a source {known}')
         if not isinstance(self.data.get(self.heldout.data), SourceConfig):
-            problems.append(f'heldout.data names "{self.heldout.data}", which is no source {known}')
+            problems.append(f'heldout.data names "{self.heldout.data}", which is not a source {known}')
         for name, stage in self.stages.items():
             if stage.data not in self.data:
                 problems.append(f'stages.{name}.data names "{stage.data}", which is not under data {known}')

@@ -116,7 +116,7 @@ def _finite_chunks(name: str, info: TensorInfo) -> Iterator[bytes]:
     for chunk in info.chunks():
         if not torch.frombuffer(bytearray(chunk), dtype=_TORCH_DTYPES[info.dtype]).isfinite().all():
             raise CheckpointError(
-                f"{name} holds values that are no finite numbers",
+                f"{name} holds values that are not finite",
                 where=str(info.file),
                 hint="use a checkpoint without NaN and infinities",
             )

@@ -52,7 +52,7 @@ def choose_impl(
     """
     ops = dict.fromkeys(spec.op for spec in map(MIXERS.__getitem__, placement.kinds) if spec.op is not None)
     if not ops:
-        return ImplChoice(requested, None, "no linear layers")
+        return ImplChoice(requested, None, "none of these mixers has kernels")
     try:
         # every family has the same obstacles so far
         impl = [select.resolve(requested, op=op, device=device) for op in ops][-1]
@@ -68,4 +68,6 @@ def choose_impl(
         return ImplChoice(requested, impl.value, f"auto; {device_name}")
     if device.type != "cuda":
         return ImplChoice(requested, impl.value, f"auto; no CUDA device, torch runs on {device.type}")
-    return ImplChoice(requested, impl.value, f"auto; {device_name}: {select.obstacle('delta_rule', device)}")
+    return ImplChoice(
+        requested, impl.value, f"auto; {device_name}: {select.obstacle(next(iter(ops)), device)}"
+    )

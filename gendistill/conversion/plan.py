@@ -237,7 +237,7 @@ def _check_teacher(geometry: Geometry, tensors: Mapping[str, TensorInfo]) -> Non
         elif name in tensors and tensors[name].dtype not in _FLOATS:
             problems.append(f"{name} is {tensors[name].dtype}; allowed: {', '.join(_FLOATS)}")
     problems += [
-        f"{name} is no tensor of a {geometry.family} model"
+        f"{name} does not belong to a {geometry.family} model"
         for name in tensors
         if name not in expected and _superfluous(name, geometry) is None
     ]

@@ -61,7 +61,10 @@ def probe_student(student: HybridForCausalLM, teacher: Teacher, batches: Sequenc
     try:
         with torch.no_grad():
             sums = _compare_layers(student, teacher, batches)
-            at_zero = [_half_lives_at_zero(student.model.layers[layer].self_attn) for layer in sums]
+            zero_input = torch.zeros(
+                1, 1, student.config.hidden_size, dtype=student.dtype, device=student.device
+            )
+            at_zero = [_half_lives_of(student.model.layers[layer].self_attn, zero_input) for layer in sums]
     finally:
         student.train(was_training)
     kinds = student.config.mixers or []
@@ -105,11 +108,10 @@ def _compare_layers(
         def compare(layer: int, io: ModuleIO, batch: Batch = batch, counts: Tensor = counts) -> None:
             # as soon as the mixer's input is known, so that no layer's activations are kept
             mixer = student.model.layers[layer].self_attn
-            weight = mixer.q_proj.weight
-            hidden = io.hidden_states.to(weight)
+            hidden = io.hidden_states.to(student.device, student.dtype)
             got, _unused = mixer(
                 hidden_states=hidden,
-                position_embeddings=tuple(part.to(weight) for part in io.position_embeddings),
+                position_embeddings=tuple(part.to(hidden) for part in io.position_embeddings),
                 position_ids=batch.position_ids,
                 **boundaries(batch),
             )
@@ -124,9 +126,8 @@ def _compare_layers(
     return sums
 
 
-def _half_lives_at_zero(mixer: Any) -> Tensor | None:
-    weight = mixer.q_proj.weight
-    found = mixer.diagnostics(weight.new_zeros(1, 1, weight.shape[1])).get("half_life")
+def _half_lives_of(mixer: Any, hidden_states: Tensor) -> Tensor | None:
+    found = mixer.diagnostics(hidden_states).get("half_life")
     return None if found is None else found.flatten().cpu()
 
 

@@ -27,7 +27,7 @@ PROBE: list[Message] = [
 
 
 class RowDropped(Exception):
-    """Leave a row out for a reason that is counted."""
+    """A row that is left out, for a reason that is counted."""
 
 
 def read_conversation(value: Any) -> list[Message]:
@@ -58,12 +58,12 @@ def read_conversation(value: Any) -> list[Message]:
 
 def _read_message(message: Any) -> Message | None:
     if not isinstance(message, dict):
-        raise RowDropped("a message is no object")
+        raise RowDropped("a message is not an object")
     sender = message.get("role") or message.get("from")
     role = ROLES.get(sender.lower()) if isinstance(sender, str) else None
     if role is None:
         known_kind = sender is None or isinstance(sender, str)
-        raise RowDropped(f"unknown role {sender!r}"[:60] if known_kind else "a role is no text")
+        raise RowDropped(f"unknown role {sender!r}"[:60] if known_kind else "a role is not text")
     if message.get("tool_calls") or message.get("function_call"):
         raise RowDropped("a message calls a tool")
     content = message.get("content")
@@ -77,7 +77,7 @@ def _read_message(message: Any) -> Message | None:
     if role == "system" and (content is None or (isinstance(content, str) and not content.strip())):
         return None
     if not isinstance(content, str):
-        raise RowDropped("a message is no text")
+        raise RowDropped("a message is not text")
     if not content.strip():
         raise RowDropped("a message is blank")
     read = {"role": role, "content": content}

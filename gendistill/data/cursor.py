@@ -41,7 +41,7 @@ class Rows(Protocol):
     def __getitem__(self, index: int, /) -> Row: ...
 
 
-class Source(Protocol):
+class RowSource(Protocol):
     """An endless stream of rows with an exact cursor; a row that cannot be read comes as its error.
 
     Attributes:

@@ -138,7 +138,7 @@ def _object_row(line: bytes) -> Row:
     except UnicodeDecodeError as error:
         raise ValueError(f"is not UTF-8: {error.reason} at byte {error.start + 1:,}") from error
     except json.JSONDecodeError as error:
-        raise ValueError(f"is no JSON: {error}") from error
+        raise ValueError(f"is not JSON: {error}") from error
     except ValueError as error:
         raise ValueError(f"cannot be read: {error}") from error
     if not isinstance(row, dict):
@@ -357,7 +357,7 @@ class JsonArrayRecords:
     """Iterate over the source text of an array's elements, one at a time, in constant memory.
 
     An array that ends in the middle of an element yields the whole elements and sets ``cut``. Anything else that
-    is no JSON raises ``ValueError``.
+    is not JSON raises ``ValueError``.
     """
 
     def __init__(self, file: Readable) -> None:

@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerBase
 from gendistill.chat_templates import TEMPLATE_ERRORS
 from gendistill.config.schema import SourceConfig
 from gendistill.data.chat import PROBE
-from gendistill.data.cursor import Source
+from gendistill.data.cursor import RowSource
 from gendistill.data.render import Mask, Renderer
 from gendistill.errors import DataError
 
@@ -16,7 +16,7 @@ _LONG = 1 << 20
 
 
 def note_first_tokens(
-    source: Source, tokenizer: PreTrainedTokenizerBase, config: SourceConfig, *, mask: Mask, name: str
+    source: RowSource, tokenizer: PreTrainedTokenizerBase, config: SourceConfig, *, mask: Mask, name: str
 ) -> str | None:
     """Say so if documents lack the beginning-of-sequence token that usually comes first, or have it twice.
 

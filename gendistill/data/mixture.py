@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from gendistill.data.cursor import Source
+from gendistill.data.cursor import RowSource
 from gendistill.data.files import BadRow, Row
 from gendistill.errors import DataError
 
@@ -18,7 +18,7 @@ class Mixture:
     """
 
     def __init__(
-        self, sources: Mapping[str, Source], weights: Mapping[str, float], *, where: str = "data"
+        self, sources: Mapping[str, RowSource], weights: Mapping[str, float], *, where: str = "data"
     ) -> None:
         bad = {name: weight for name, weight in weights.items() if not 0 < weight < float("inf")}
         if bad:

@@ -165,7 +165,7 @@ class Renderer:
         if self._config.format == "messages":
             return self._with_text(read_conversation(values[0]))
         if not all(isinstance(value, str) for value in values):
-            raise RowDropped("a column is no text")
+            raise RowDropped("a column is not text")
         if not values[-1].strip():
             raise RowDropped("blank text")
         _refuse_half_characters(values)

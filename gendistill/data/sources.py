@@ -15,7 +15,7 @@ from gendistill.config.schema import SourceConfig
 from gendistill.data.cursor import (
     MapSource,
     Rows,
-    Source,
+    RowSource,
     StreamSource,
     all_held_out,
     empty,
@@ -29,7 +29,7 @@ from gendistill.errors import DataError
 from gendistill.paths import cache_dir
 
 
-def open_source(config: SourceConfig, *, name: str, seed: int, skip_rows: int = 0) -> Source:
+def open_source(config: SourceConfig, *, name: str, seed: int, skip_rows: int = 0) -> RowSource:
     """Open the dataset that one entry under ``data:`` names.
 
     Args:

@@ -151,9 +151,11 @@ def write_state(cache: Cache | None, layer_idx: int, state: Any, num_positions: 
         cache.update_conv_state(conv, layer_idx)
     else:  # only the convolution's update marks the layer as used
         layer.has_previous_state[0] = True
-        layer.device = getattr(state, names[0]).device
+        layer.device = next(part.device for part in state if isinstance(part, Tensor))
     for at, name in enumerate(names):
-        cache.update_recurrent_state(getattr(state, name), layer_idx, at)
+        part = getattr(state, name)
+        if part is not None:
+            cache.update_recurrent_state(part, layer_idx, at)
         if at:
             layer.has_previous_state[at] = True
     if isinstance(layer, RecurrentLayer):
@@ -161,7 +163,7 @@ def write_state(cache: Cache | None, layer_idx: int, state: Any, num_positions: 
 
 
 def _names(state_type: type[Any]) -> list[str]:
-    """Name the tensors of a state that are no inputs of a convolution, in order."""
+    """Name the tensors of a state other than the inputs of a convolution, in order."""
     return [name for name in state_type._fields if name not in (_CONV, "owned")]
 
 

@@ -98,7 +98,7 @@ def read_object(path: Path, *, hint: str = "copy the file again from where it co
     """Read a JSON file that must hold an object. Students are loaded where pydantic may not be installed.
 
     Raises:
-        CheckpointError: It holds something else, or is no JSON.
+        CheckpointError: It holds something else, or is not JSON.
     """
     content = read_json(path, error=CheckpointError, hint=hint)
     if not isinstance(content, dict):
@@ -150,8 +150,11 @@ def _made_of(mixers: list[str], origin: str) -> str:
         f"{count} of its {len(mixers)} layers mix tokens by {MIXERS[kind].about}"
         for kind, count in counts.items()
     ]
-    rest = ["the others keep softmax attention" if parts else "all its layers keep softmax attention"]
-    text = f"A hybrid language model made from {origin} with gendistill: {', '.join(parts + rest)}."
+    if not parts:
+        parts = ["all its layers keep softmax attention"]
+    elif sum(counts.values()) < len(mixers):
+        parts.append("the others keep softmax attention")
+    text = f"A hybrid language model made from {origin} with gendistill: {', '.join(parts)}."
     return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import importlib.util
 import json
 import shutil
 import sys
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -51,7 +53,7 @@ def export_code(folder: Path, *, base_model: str | None = None) -> list[Path]:
         base_model: The teacher's name on the hub, for the card; None keeps what the card says.
     Returns: The modules written.
     Raises:
-        OutputError: The code of a mixer is in no file.
+        OutputError: The code of a mixer is not in a file.
     """
     config_path = folder / "config.json"
     config = read_object(config_path)
@@ -95,7 +97,7 @@ def _set_longest_text(config_path: Path, tokenizer_path: Path) -> None:
     missing = stored is None or (isinstance(stored, int | float) and stored > _LONGEST_TEXT)
     if missing and isinstance(longest, int):
         settings["model_max_length"] = longest
-        # in ASCII: half of a character pair, which a template may hold, is no UTF-8
+        # in ASCII: half of a character pair, which a template may hold, is not UTF-8
         write_text(tokenizer_path, json.dumps(settings, indent=2) + "\n")
 
 
@@ -144,7 +146,7 @@ def load_student(
         device: Where the weights go.
         impl: Implementation of the linear mixers.
     Raises:
-        CheckpointError: The folder holds no student, an incomplete one, or weights that are no safetensors.
+        CheckpointError: The folder is not a student, an incomplete one, or has weights that are not safetensors.
     """
     folder = Path(folder)
     _check_student(folder)
@@ -260,7 +262,7 @@ def _source(module: str) -> str:
         found = None
     if found is None or not found.origin or not found.origin.endswith(".py"):
         raise OutputError(
-            f"the code of {module} is in no file that could be saved with the student",
+            f"the code of {module} is not in a file that could be saved with the student",
             where=module,
             hint="define the mixer in a module of its own, and import that",
         )
@@ -276,20 +278,42 @@ def _imports(source: str, module: str, packages: Collection[str]) -> list[tuple[
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         ours = module.split(".")[0] == _PACKAGE  # which has some where nothing runs, for type checkers
         whole = not ours and any(name.split(".")[0] in packages for name in names)
-        if whole or (isinstance(node, ast.ImportFrom) and node.level and not node.module):
+        name = _imported(node, module) if isinstance(node, ast.ImportFrom) else None
+        is_ours = name is not None and name.split(".")[0] in packages
+        if isinstance(node, ast.ImportFrom):
+            whole = node.level > 0 and not node.module
+            whole = whole or (is_ours and any(_is_module(str(name), alias.name) for alias in node.names))
+        if whole:
             raise OutputError(
                 f"{module} imports whole modules, which cannot be saved with the student",
                 where=f"{module}, line {node.lineno}",
                 hint="write: from package.module import name",
             )
-        if not isinstance(node, ast.ImportFrom) or not node.module:
-            continue
-        name = node.module
-        if node.level:
-            name = ".".join([*module.split(".")[: -node.level], name])
-        if name.split(".")[0] in packages:
+        if isinstance(node, ast.ImportFrom) and name is not None and is_ours:
             found.append((node, name))
     return found
+
+
+def _imported(node: ast.ImportFrom, module: str) -> str | None:
+    """Return the full name of the module that an import of a module names."""
+    if not node.level or not node.module:
+        return node.module
+    # in a package's own file one dot is the package itself
+    above = node.level - _is_package(module)
+    parts = module.split(".")
+    return ".".join([*parts[: len(parts) - above], node.module])
+
+
+def _is_package(module: str) -> bool:
+    found = importlib.util.find_spec(module)
+    return found is not None and found.submodule_search_locations is not None
+
+
+def _is_module(package: str, name: str) -> bool:
+    """Say whether a name that is imported from a package is one of its modules, not something that one defines."""
+    return _is_package(package) and isinstance(
+        getattr(importlib.import_module(package), name, None), ModuleType
+    )
 
 
 def _needed_modules(entry: str, written: Mapping[str, str]) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -19,8 +20,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from gendistill.anatomy.mixers import MIXERS
-from gendistill.anatomy.spec import float32_names
-from gendistill.anatomy.student import mixer_tables
+from gendistill.anatomy.student import mixer_names
 from gendistill.mixers.base import Mixer, SequenceInfo
 from gendistill.models.cache import HybridCache
 from gendistill.models.configuration import HybridConfig
@@ -51,7 +51,9 @@ class HybridPreTrainedModel(PreTrainedModel):
 
     def __init__(self, config: HybridConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
-        self._keep_in_fp32_modules_strict = float32_names(mixer_tables(config.to_dict()).values())
+        names = mixer_names(config.to_dict(), lambda spec: spec.float32)
+        # transformers looks for these expressions anywhere in the names of tensors
+        self._keep_in_fp32_modules_strict = {rf"\b{re.escape(name)}$" for name in names}
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -191,7 +193,7 @@ class HybridModel(HybridPreTrainedModel):
         if given is None:
             sequences = find_sequences(padding, position_ids, ends, cache, batch=batch, length=length)
         else:
-            sequences = check_sequences(given, padding, cache, batch=batch, length=length)
+            sequences = check_sequences(given, padding, position_ids, cache, batch=batch, length=length)
         if isinstance(attention_mask, dict):
             return attention_mask, sequences
         return layer_masks(self.config, inputs_embeds, attention_mask, cache, position_ids), sequences

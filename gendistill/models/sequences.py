@@ -151,20 +151,32 @@ def _read(
 
 
 def check_sequences(
-    sequences: SequenceInfo, mask: Tensor | None, cache: Cache | None, *, batch: int, length: int
+    sequences: SequenceInfo,
+    mask: Tensor | None,
+    position_ids: Tensor | None,
+    cache: Cache | None,
+    *,
+    batch: int,
+    length: int,
 ) -> SequenceInfo:
     """Take documents whose lengths the caller knows on the host, which the device then need not be asked for.
 
     Args:
         sequences: The documents of the ``[batch, length]`` grid; ``position_ids`` must restart where they do.
     Raises:
-        ValueError: They come beside a mask or a cache, or do not fill the grid.
+        ValueError: They come beside a mask or a cache, without positions, or do not fill the grid.
     """
     _refuse_company(mask, cache, "sequences say that documents are packed")
     if sequences.tokens is not None or sequences.segments.num_tokens != batch * length:
         raise ValueError(
             f"sequences must cover the {batch * length} cells of {batch} rows of {length}, got "
             f"{sequences.segments.num_tokens} tokens"
+        )
+    number = len(sequences.segments.lengths)
+    if position_ids is None and number > batch:
+        raise ValueError(
+            f"{number} documents in {batch} rows need position_ids that restart where they do: attention tells them "
+            "apart by these"
         )
     return sequences
 

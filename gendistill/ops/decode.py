@@ -39,7 +39,7 @@ def decode_delta_rule(
 
     Short convolution, L2 norm of q and k, decay gate, write strength, the delta rule with a decay per key channel, then
     RMSNorm and output gate of every head. Nothing but the output is allocated, so a CUDA graph can hold the step. There
-    is no gradient: call it without grad mode.
+    are no gradients: call it without grad mode.
 
     Args:
         q: ``[N, T, Hq * K]`` projected, before the convolution; channels side by side, tokens may be apart.
@@ -62,8 +62,10 @@ def decode_delta_rule(
         impl: Implementation; :func:`gendistill.ops.resolve` chooses one.
     Returns: ``[N, T, H, V]`` in ``q.dtype``.
     Raises:
-        ValueError: Shapes disagree, or a state cannot be changed in place.
+        ValueError: Shapes disagree, a tensor is missing, or a state cannot be changed in place.
     """
+    if output_gate is not None and output_activation not in ("silu", "sigmoid"):
+        raise ValueError(f'an output gate needs output_activation silu or sigmoid, got "{output_activation}"')
     step = _contract().decode_delta_rule if is_triton(impl) else reference_decode
     return step(
         q,

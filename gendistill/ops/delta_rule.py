@@ -146,15 +146,18 @@ def recurrent_delta_rule(
             ' chunk_delta_rule, or impl "reference"'
         )
     shape = (q.shape[0], decay.shape[2], k.shape[3], v.shape[3])
-    # the kernel changes it in place
-    memory = q.new_zeros(shape, dtype=torch.float32) if state is None else state.clone()
+    # the kernel changes it in place, and steps through what is contiguous
+    if state is None:
+        memory = q.new_zeros(shape, dtype=torch.float32)
+    else:
+        memory = state.clone(memory_format=torch.contiguous_format)
     out = _contract().decode_delta_rule(
         q.flatten(2),
         k.flatten(2),
         v.flatten(2),
         decay,
         beta,
-        memory.contiguous(),
+        memory,
         **gates,
         scale=scale,
         conv_weight=None,

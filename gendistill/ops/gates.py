@@ -53,9 +53,15 @@ def log_decay(
         dt_bias: ``[H]`` or ``[H * K]``, as ``raw``, of a gate.
         lower_bound: Of the bounded gate, per token, < 0.
     Returns: As ``raw``, float32 (float64 for float64 input); ``raw`` itself with gate ``none``.
+    Raises:
+        ValueError: The gate is unknown or lacks a parameter.
     """
-    if gate == "none" or a_log is None or dt_bias is None:
+    if gate == "none":
         return raw
+    if gate not in GATES:
+        raise ValueError(f'gate must be none, softplus or bounded, got "{gate}"; choose one of them')
+    if a_log is None or dt_bias is None:
+        raise ValueError(f'gate "{gate}" needs a_log and dt_bias; pass both, or gate "none" with log-decays')
     # a decay per head is one of a single channel
     wide = raw if raw.ndim == 4 else raw[..., None]
     if gate == "bounded":

@@ -25,7 +25,7 @@ _FREE_SETTINGS = frozenset({"batch_size", "overrode"})
 
 _SCORE_AGAIN = "score both models again with the same gendistill eval command"
 
-Rows = Sequence[Mapping[str, Any]]
+SampleRows = Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +166,7 @@ class Inversion:
 def compute_gap(
     teacher_results: Mapping[str, Any] | None,
     student_results: Mapping[str, Any] | None,
-    samples: Mapping[str, Rows],
+    samples: Mapping[str, SampleRows],
     *,
     name: str = "run",
     placement: str | None = None,
@@ -307,7 +307,7 @@ def _limit(task: Mapping[str, Any]) -> int | None:
 def _task_gap(
     task: str,
     found: Mapping[str, Any],
-    samples: Mapping[str, Rows],
+    samples: Mapping[str, SampleRows],
     *,
     leads: Mapping[ProtocolFamily, str],
     resamples: int,
@@ -368,7 +368,9 @@ def _hidden(
     )
 
 
-def _correct(task: str, role: str, protocol: str, score: Mapping[str, Any], rows: Rows) -> dict[str, float]:
+def _correct(
+    task: str, role: str, protocol: str, score: Mapping[str, Any], rows: SampleRows
+) -> dict[str, float]:
     """Map item id to whether it was answered correctly, checked against the score in results.json."""
     scored = [row for row in rows if row["task"] == task and row.get(protocol)]
     correct = {str(row["id"]): float(row[protocol]["correct"]) for row in scored}

@@ -15,8 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gendistill.errors import GendistillError, ReportError
-from gendistill.paths import read_json, write_text
+from gendistill.errors import ReportError
+from gendistill.pages import fill_pages
+from gendistill.paths import read_json
 from gendistill.report.tables import markdown_cell
 from gendistill.results.table import load_results
 
@@ -77,24 +78,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("page", type=Path, help="markdown file with an index block, beside the results files")
     parser.add_argument("--check", action="store_true", help="change nothing; fail if it is out of date")
     options = parser.parse_args(arguments)
-    old = options.page.read_text(encoding="utf-8")
-    try:
-        new = fill_index(options.page)
-        if new != old and not options.check:
-            write_text(options.page, new)
-    except GendistillError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
-    if new != old and options.check:
-        print(f"out of date: {options.page}\n  next: {parser.prog} {options.page}", file=sys.stderr)
-        return 1
-    if empty := undescribed(new):
+    code = fill_pages(
+        [options.page], lambda page, _: fill_index(page), check=options.check, program=parser.prog
+    )
+    if code == 0 and (empty := undescribed(options.page.read_text(encoding="utf-8"))):
         print(
             f"{options.page}: nothing is said about {', '.join(empty)}\n  next: write it into the column what",
             file=sys.stderr,
         )
         return 1
-    return 0
+    return code
 
 
 if __name__ == "__main__":

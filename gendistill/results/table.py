@@ -19,8 +19,9 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, ValidationError, model_validator
 
 from gendistill.config.base import Section
-from gendistill.errors import GendistillError, ReportError
-from gendistill.paths import write_json, write_text
+from gendistill.errors import ReportError
+from gendistill.pages import fill_pages
+from gendistill.paths import write_json
 from gendistill.provenance import installed_versions, source_commit, today
 from gendistill.report.tables import markdown_cell
 
@@ -246,27 +247,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--check", action="store_true", help="change nothing; fail if a document is out of date"
     )
     options = parser.parse_args(arguments)
-    stale = []
-    try:
-        for document in options.documents:
-            old = document.read_text(encoding="utf-8")
-            new = fill_document(old, folder=options.folder, where=str(document))
-            if new == old:
-                continue
-            stale.append(str(document))
-            if not options.check:
-                write_text(document, new)
-    except GendistillError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
-    if stale and options.check:
-        shown = " ".join(stale)
-        print(
-            f"out of date: {shown}\n  next: python -m gendistill.results.table {shown}",
-            file=sys.stderr,
-        )
-        return 1
-    return 0
+    return fill_pages(
+        options.documents,
+        lambda page, text: fill_document(text, folder=options.folder, where=str(page)),
+        check=options.check,
+        program=parser.prog,
+    )
 
 
 if __name__ == "__main__":

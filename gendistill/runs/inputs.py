@@ -81,6 +81,21 @@ def recipe_steps(
     return steps
 
 
+def data_inputs(recipe: Recipe, name: str) -> dict[str, Any]:
+    """Describe the rows that a stage trains on and those that it is scored on, by settings and content."""
+    return {
+        "heldout": identity(recipe.heldout),
+        "data": {
+            **_data(recipe, recipe.heldout.data, shown=None, before={}, say=_say_nothing),
+            **_data(recipe, recipe.stages[name].data, shown=None, before={}, say=_say_nothing),
+        },
+    }
+
+
+def _say_nothing(line: str) -> None:
+    """Where nothing was recorded before, there is nothing to say."""
+
+
 def _student(recipe: Recipe, placement: Placement) -> dict[str, Any]:
     """Describe the student's section: of the mixers, those that are placed, and those that every key has held."""
     found = identity(recipe.student)

@@ -10,18 +10,18 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from gendistill.anatomy.family import Geometry, attention_shapes, block_shapes, outer_shapes
 from gendistill.anatomy.geometry import check_vocabulary, read_geometry
-from gendistill.anatomy.groups import ParamGroup, layer_part, param_group
+from gendistill.anatomy.groups import ParamGroup, param_group
 from gendistill.anatomy.mixers import MIXERS
 from gendistill.anatomy.placement import Placement
 from gendistill.checkpoints.tensors import TensorInfo, read_tensor_index
 from gendistill.config.mixers import MixersConfig
-from gendistill.config.objectives import BlockOutputConfig, MixerOutputConfig
 from gendistill.config.schema import Recipe, StageConfig, teacher_dtype
 from gendistill.conversion.plan import ConversionPlan, plan_conversion
 from gendistill.runs.advice import advise, cached_folder, check_batches, has_chat_template
@@ -32,7 +32,9 @@ if TYPE_CHECKING:
     import torch
 
     from gendistill.conversion.impl import ImplChoice
+    from gendistill.teachers.base import TeacherFacts
 
+_BYTES = {"float32": 4, "bfloat16": 2}
 _DTYPE_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
@@ -60,6 +62,17 @@ class ModelFacts:
             info.num_elements
             for name, info in self.tensors.items()
             if not (tied and name == "lm_head.weight")
+        )
+
+    def as_teacher(self, dtype: str) -> TeacherFacts:
+        """Say what an objective asks of a teacher before there is one."""
+        from gendistill.teachers.base import TeacherFacts
+
+        return TeacherFacts(
+            vocab_size=self.config["vocab_size"],
+            hidden_size=self.config["hidden_size"],
+            num_layers=self.config["num_hidden_layers"],
+            num_bytes=self.num_parameters * _BYTES[dtype],
         )
 
     def describe(self, dtype: str) -> str:
@@ -302,40 +315,31 @@ def expected_tensors(config: dict[str, Any], *, where: str) -> dict[str, TensorI
 
 
 def count_trained(
-    name: str, stage: StageConfig, conversion: ConversionPlan, *, tied_head: bool
+    name: str, stage: StageConfig, conversion: ConversionPlan, teacher: TeacherFacts, *, tied_head: bool
 ) -> dict[ParamGroup, int]:
     """Count the parameters that a stage trains, per group: exact.
 
     Counted are tensors of the groups under ``train`` whose name matches a pattern under ``only`` (all, without
-    patterns) and that the objective reaches: ``mixer_output`` the converted mixers, ``block_output`` the converted
-    blocks, every other objective the whole student.
+    patterns) and that the objective reaches.
 
     Raises:
-        RecipeError: A pattern matches nothing, or a named group cannot learn.
+        RecipeError: A pattern matches nothing, a named group cannot learn, or the objective does not fit the models.
     """
+    from gendistill.losses.build import build_objective
     from gendistill.training.freeze import choose_trained
 
-    placement = conversion.placement
     groups = {
-        step.name: param_group(step.name, placement.kinds, tied_head=tied_head) for step in conversion.steps
+        step.name: param_group(step.name, conversion.placement.kinds, tied_head=tied_head)
+        for step in conversion.steps
     }
-    chosen, _ = choose_trained(
-        groups, stage, name=name, tied=tied_head, reaches=lambda one: _reaches(stage, one, placement)
-    )
+    objective = build_objective(stage.objective)
+    objective.bind(SimpleNamespace(**conversion.student_config), teacher)
+    chosen, _ = choose_trained(groups, stage, name=name, tied=tied_head, reaches=objective.reaches)
     counts: dict[ParamGroup, int] = {}
     for step in conversion.steps:
         if step.name in chosen:
             counts[groups[step.name]] = counts.get(groups[step.name], 0) + step.num_parameters
     return {group: counts[group] for group in ParamGroup if group in counts}
-
-
-def _reaches(stage: StageConfig, name: str, placement: Placement) -> bool:
-    if not isinstance(stage.objective, MixerOutputConfig | BlockOutputConfig):
-        return True
-    layer, part = layer_part(name) or (None, "")
-    if layer not in placement.converted_layers:
-        return False
-    return part == "self_attn" or isinstance(stage.objective, BlockOutputConfig)
 
 
 def _plan_stage(
@@ -352,7 +356,7 @@ def _plan_stage(
     device: Device,
 ) -> StageForecast:
     rows = stage.micro_batch_size * num_processes
-    trained = count_trained(name, stage, conversion, tied_head=geometry.tied_head)
+    trained = count_trained(name, stage, conversion, teacher.as_teacher(dtype), tied_head=geometry.tied_head)
     memory = predict_memory(
         stage,
         geometry=geometry,
@@ -363,7 +367,7 @@ def _plan_stage(
         num_teacher=teacher.num_parameters,
         num_student=conversion.num_parameters,
         num_trained=sum(trained.values()),
-        teacher_bytes=2 if dtype == "bfloat16" else 4,
+        teacher_bytes=_BYTES[dtype],
         device=device,
     )
     per_step = stage.batch_size * stage.seq_len

@@ -26,7 +26,7 @@ _TIMED_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True)
-class Segment:
+class PackedDocument:
     """One document of a packed row.
 
     Attributes:
@@ -47,7 +47,7 @@ def render_preview(
         recipe: The recipe.
         stage_name: Name of the stage.
         num_rows: Packed rows to show.
-        plain: Mark counted tokens with ``{+ +}`` instead of colour; None: when the output is no terminal, or
+        plain: Mark counted tokens with ``{+ +}`` instead of colour; None: when the output is not a terminal, or
             ``NO_COLOR`` is set.
     Raises:
         CheckpointError: The teacher's tokenizer cannot be loaded.
@@ -98,17 +98,17 @@ def preview_stream(
     return Group(*parts)
 
 
-def split_rows(batch: Batch) -> list[list[Segment]]:
+def split_rows(batch: Batch) -> list[list[PackedDocument]]:
     """Take the documents of every row out of a batch again, without the padding."""
     num_rows, seq_len = batch.input_ids.shape
-    rows: list[list[Segment]] = [[] for _ in range(num_rows)]
+    rows: list[list[PackedDocument]] = [[] for _ in range(num_rows)]
     ids, labels = batch.input_ids.flatten().numpy(), batch.labels.flatten().numpy()
     bounds = batch.cu_seqlens.tolist()
     for start, end in itertools.pairwise(bounds):
         counted = np.concatenate([[False], labels[start : end - 1] != IGNORE])
         # every packed document has a label, and padding has none
         if counted.any():
-            rows[start // seq_len].append(Segment(ids[start:end], counted))
+            rows[start // seq_len].append(PackedDocument(ids[start:end], counted))
     return rows
 
 
@@ -139,7 +139,9 @@ def _legend(plain: bool) -> Text:
     return Text.assemble(("counted", _COUNTED), ("  context only", _IGNORED), "\n")
 
 
-def _row_text(number: int, row: list[Segment], tokenizer: PreTrainedTokenizerBase, *, plain: bool) -> Text:
+def _row_text(
+    number: int, row: list[PackedDocument], tokenizer: PreTrainedTokenizerBase, *, plain: bool
+) -> Text:
     text = Text(no_wrap=plain, overflow="ignore" if plain else None)
     for index, segment in enumerate(row):
         head = f"row {number + 1}, document {index + 1} of {len(row)}"

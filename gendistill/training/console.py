@@ -15,7 +15,7 @@ from gendistill.text import printable, printable_lines
 
 
 class StageView(Protocol):
-    """Show the rows of one stage."""
+    """A place where the rows of one stage are shown."""
 
     def show(self, row: dict[str, Any]) -> None:
         """Show one row of metrics."""
@@ -23,7 +23,7 @@ class StageView(Protocol):
 
 
 class TrainingConsole:
-    """Print for people, on the main process only.
+    """Messages for people, from the main process only.
 
     Args:
         main: Whether this process prints at all.

@@ -28,7 +28,7 @@ def param_group_of(name: str, config: Any) -> ParamGroup:
 
 @dataclass(frozen=True, slots=True)
 class FreezeReport:
-    """Say what learns and what does not.
+    """What learns and what does not.
 
     Attributes:
         names: Trained parameters, in model order.

@@ -12,7 +12,7 @@ from gendistill.errors import TrainingError
 
 
 class StageStopped(TrainingError):
-    """Report that a stage stopped on request and can be resumed.
+    """A stage that stopped on request and can be resumed.
 
     Args:
         at: What stopped it, and at which step.
@@ -32,7 +32,7 @@ class StageStopped(TrainingError):
 
 
 class StopRequest:
-    """Remember the signal that asked to stop, if any."""
+    """The signal that asked to stop, if any has."""
 
     def __init__(self) -> None:
         self.signal_number = 0

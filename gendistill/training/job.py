@@ -14,9 +14,9 @@ from gendistill.types import short_count
 
 
 class Stream(HasRows, Protocol):
-    """Yield each global step's micro-batches of this process, without end, from any saved state.
+    """An endless iterator over this process's micro-batches, a list for each global step.
 
-    The state is JSON and the same on every process.
+    It goes on from any saved state, which is JSON and the same on every process.
     """
 
     def __next__(self) -> list[Batch]: ...

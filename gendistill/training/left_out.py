@@ -9,7 +9,7 @@ _MANY = 0.1  # share of the rows of a source that may be left out before it is a
 
 
 class HasRows(Protocol):
-    """What knows the rows that were read."""
+    """Something that knows which rows were read."""
 
     @property
     def dropped(self) -> Mapping[str, Mapping[str, int]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -70,13 +70,17 @@ def locked_settings(
         checksums: Of the student's parameters before the stage.
         extra: More settings that the stage depends on (teacher, data), as JSON.
     """
-    digest = hashlib.sha256(repr(sorted(checksums.items())).encode()).hexdigest()[:16]
     return {
         **_flat(f"stages.{name}", identity(stage)),
         "seed": seed,
-        _STUDENT: digest,
+        _STUDENT: weights_digest(checksums),
         **_flat("", extra),
     }
+
+
+def weights_digest(checksums: Mapping[str, int]) -> str:
+    """Hash what ``checksums`` returns to 16 hexadecimal digits."""
+    return hashlib.sha256(repr(sorted(checksums.items())).encode()).hexdigest()[:16]
 
 
 def existing_lock(path: Path, locked: dict[str, Any], checkpoint: Path | None) -> StageLock | None:

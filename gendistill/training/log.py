@@ -13,7 +13,7 @@ from gendistill.records import read_metrics_file
 
 
 class MetricLog:
-    """Append rows to ``metrics.jsonl``, after dropping those past the step that training resumes from.
+    """The file ``metrics.jsonl``, without the rows past the step that training resumes from.
 
     Lines that cannot be read are moved to ``metrics.jsonl.broken``.
 

@@ -31,7 +31,7 @@ class Reading:
 
 
 class Meter:
-    """Add up steps on the device.
+    """Sums over steps, kept on the device.
 
     Args:
         num_losses: Loss and parts.
@@ -97,7 +97,7 @@ class Meter:
 
 
 class Stopwatch:
-    """Measure the time spent in steps: what happens under ``paused`` does not count."""
+    """The time spent in steps; what happens under ``paused`` does not count."""
 
     def __init__(self) -> None:
         self._mark = time.perf_counter()

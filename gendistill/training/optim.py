@@ -21,7 +21,7 @@ def decays(name: str, parameter: Tensor, group: ParamGroup, exempt: Collection[s
     """Whether weight decay applies: to matrices only, never to norms, embeddings and what a mixer's table exempts."""
     if parameter.dim() < 2 or group in (ParamGroup.NORM, ParamGroup.EMBED):
         return False
-    return group is not ParamGroup.MIXER or name.partition(".self_attn.")[2] not in exempt
+    return name not in exempt
 
 
 def build_optimizer(student: nn.Module, stage: StageConfig) -> torch.optim.AdamW:

@@ -247,7 +247,7 @@ class StageRun:
                 if self.due.save or self.wish:
                     self.save()
                 if self.wish:
-                    self._end_here(*self.wish)
+                    self._end_here(view, *self.wish)
                 if self.due.stop and not self.is_over:
                     raise self._stopped(request)
         return self._finish()
@@ -308,7 +308,12 @@ class StageRun:
                 self.console.warn(f"{self.job.name}: {line}; gendistill data shows what is left")
 
     def save(self) -> None:
-        """Write a checkpoint of the latest step."""
+        """Write a checkpoint of the latest step, and show it to the monitors that ask for checkpoints."""
+        self._write_checkpoint()
+        with self.watch.paused():
+            self._ask("save")
+
+    def _write_checkpoint(self) -> None:
         with self.watch.paused():
             progress = replace(
                 self.progress,
@@ -327,7 +332,6 @@ class StageRun:
                     state=state,
                 )
             )
-            self._ask("save")
         self.last_save = time.perf_counter()
 
     def _due(self, request: StopRequest) -> Due:
@@ -364,13 +368,17 @@ class StageRun:
             elif found is not None:
                 self.found[name] = dict(found)
 
-    def _end_here(self, name: str, stop: Stop) -> None:
+    def _end_here(self, view: StageView, name: str, stop: Stop) -> None:
         """Make the latest step the last one, also for a resume from the checkpoint just saved."""
         if not self.is_over:
             self.console.warn(
                 f"{self.job.name}: {name} ends the stage at step {self.progress.step:,} of {self.lock.steps:,}: "
                 f"{stop.reason}"
             )
+            if self.meter.window[0]:
+                # the wish came from a look at the checkpoint: it lacks what a last log line adds
+                self.log(view)
+                self._write_checkpoint()
             self.lock = replace(self.lock, steps=self.progress.step)
             self.parallel.on_main(lambda: write_lock(self.job.folder / "plan.json", self.lock))
 

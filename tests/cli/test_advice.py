@@ -95,7 +95,7 @@ def test_batches_that_processes_cannot_share_are_refused():
     recipe = load_recipe("tiny")
     check_batches(recipe, 2)
     for number in (3, 4, 10**6):
-        with pytest.raises(RecipeError, match="no multiple"):
+        with pytest.raises(RecipeError, match="not a multiple"):
             check_batches(recipe, number)
 
 

@@ -68,7 +68,7 @@ def test_every_command_has_help(cli, command):
         (["run", "tiny", "--dryrun"], 'did you mean "--dry-run"?'),
         (["run", "tiny", "--dry"], 'unknown argument "--dry"'),
         (["run", "tiny", "--num-processes", "two"], "invalid int value"),
-        (["run", "tiny", "seed"], '"seed" is no override'),
+        (["run", "tiny", "seed"], '"seed" is not an override'),
         (["run", "nothing"], 'there is no recipe "nothing"'),
         (["run", "tiny", "sead=3"], 'did you mean "seed"?'),
         (["run", "tiny", "eval.tasks=[copy, everydya]"], 'did you mean "everyday"'),

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from gendistill.cli import doctor
-from gendistill.cli.doctor import Check, Status
+from gendistill.cli.doctor import Finding, Status
 from gendistill.errors import OutputError
 
 
@@ -36,11 +36,11 @@ def test_every_row_that_does_not_pass_says_how_to_fix_it(cli_json, workspace):
 
 
 def test_a_failed_check_fails_the_command(cli, monkeypatch):
-    monkeypatch.setattr(doctor, "CHECKS", (lambda: Check("x", Status.FAIL, "broken", "mend it"),))
+    monkeypatch.setattr(doctor, "CHECKS", (lambda: Finding("x", Status.FAIL, "broken", "mend it"),))
     code, out, _ = cli("doctor")
     assert code == 1
     assert "fix: mend it" in out
-    monkeypatch.setattr(doctor, "CHECKS", (lambda: Check("x", Status.WARN, "odd", "look"),))
+    monkeypatch.setattr(doctor, "CHECKS", (lambda: Finding("x", Status.WARN, "odd", "look"),))
     assert cli("doctor")[0] == 0
 
 
@@ -130,7 +130,7 @@ def test_a_check_that_breaks_has_failed_and_the_others_go_on(cli, monkeypatch, e
     def check_broken():
         raise error
 
-    monkeypatch.setattr(doctor, "CHECKS", (check_broken, lambda: Check("y", Status.PASS, "fine")))
+    monkeypatch.setattr(doctor, "CHECKS", (check_broken, lambda: Finding("y", Status.PASS, "fine")))
     code, out, err = cli("doctor")
     assert (code, err) == (1, "")
     assert f"fail  broken          {type(error).__name__}: " in out
@@ -145,7 +145,7 @@ def test_a_check_that_does_not_end_has_failed(cli, monkeypatch):
 
     def check_hanging():
         released.wait(60)
-        return Check("late", Status.PASS, "late")
+        return Finding("late", Status.PASS, "late")
 
     monkeypatch.setattr(doctor, "_PATIENCE_SECONDS", 0.05)
     monkeypatch.setattr(doctor, "CHECKS", (check_hanging,))

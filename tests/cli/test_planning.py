@@ -11,6 +11,8 @@ from transformers import AutoConfig
 from gendistill.checkpoints.tensors import read_tensor_index
 from gendistill.config.load import load_recipe
 from gendistill.errors import RecipeError
+from gendistill.losses.build import OBJECTIVES
+from gendistill.losses.logits import LogitObjective, term_of
 from gendistill.models import HybridConfig, HybridForCausalLM
 from gendistill.runs import memory
 from gendistill.runs.memory import Device, find_device
@@ -82,6 +84,22 @@ def test_patterns_and_objective_narrow_the_count(teacher_folder):
         in {f"model.layers.{layer}.self_attn.{which}_proj.weight" for layer in (0, 2) for which in "qk"}
     )
     assert run_plan.stages[0].trained == {"mixer": expected}
+
+
+def test_the_plan_asks_the_objective_what_it_reaches(teacher_folder, monkeypatch):
+    class Bodily(LogitObjective):
+        def reaches(self, parameter):
+            return not parameter.startswith("model.embed_tokens")
+
+    monkeypatch.setitem(OBJECTIVES, "kl", lambda config: Bodily([term_of(config)]))
+    with pytest.raises(RecipeError, match="gives no gradient to embed"):
+        plan(teacher_folder, "stages.distill.train=[mixer, embed]")
+    assert set(plan(teacher_folder).stages[1].trained) == {"mixer", "mlp", "norm"}
+
+
+def test_the_plan_refuses_an_objective_that_the_stage_would_refuse(teacher_folder):
+    with pytest.raises(RecipeError, match="aligns linear layers"):
+        plan(teacher_folder, "student.placement=full", "stages.block.train=[mlp]")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -214,7 +232,7 @@ def test_kernels_that_cannot_run_are_refused(teacher_folder, machine):
 def test_plan_without_linear_layers_needs_no_kernels(teacher_folder, machine):
     machine(cuda=False, obstacle="our Triton kernels run on NVIDIA GPUs")
     run_plan = plan(teacher_folder, "student.impl=triton", "student.placement=full", "stages.block=null")
-    assert "impl      not used (no linear layers)" in run_plan.render()
+    assert "impl      not used (none of these mixers has kernels)" in run_plan.render()
     assert run_plan.to_json()["impl"]["impl"] is None
 
 

@@ -63,7 +63,7 @@ def test_every_value_remembers_its_line():
 
 @pytest.mark.parametrize("text", ["a: [", "\ta: 3", "a: b: c", "a: *missing", "a: 1\n---\nb: 2", "a: \x00"])
 def test_broken_yaml_is_one_clear_error(text):
-    with pytest.raises(RecipeProblems, match="this is no YAML"):
+    with pytest.raises(RecipeProblems, match="this is not YAML"):
         read(text)
 
 
@@ -71,8 +71,8 @@ def test_broken_yaml_is_one_clear_error(text):
     ("text", "line", "message"),
     [
         ("a: 1\nb: 2\na: 3\n", 3, '"a" is written twice; the first is at f.yaml:1'),
-        ("x:\n  a: .inf\n", 2, ".inf is no finite number"),
-        ("x: 12e4567\n", 1, "12e4567 is no finite number"),
+        ("x:\n  a: .inf\n", 2, ".inf is not a finite number"),
+        ("x: 12e4567\n", 1, "12e4567 is not a finite number"),
         ("x: !!python/name:os.system y\n", 1, "is not read"),
         ("x: &a\n  - *a\n", 1, "an anchor contains itself"),
         ("a: &a {b: 1}\nc:\n  <<: *a\n", 3, "merge keys"),

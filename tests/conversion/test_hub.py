@@ -77,7 +77,7 @@ def test_incomplete_copies_are_not_used(endpoint, home, save_teacher):
     _, folder = save_teacher()
     fill_cache(home, folder, leave_out=["model.safetensors"])
     assert plan("owner/name").config["model_type"] == "llama"
-    with pytest.raises(CheckpointError, match=r"no complete copy is cached \(.*holds no safetensors"):
+    with pytest.raises(CheckpointError, match=r"no complete copy is cached \(.*has no safetensors"):
         resolve("owner/name")
 
 

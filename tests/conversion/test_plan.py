@@ -103,7 +103,7 @@ def test_superfluous_tensors_are_dropped_with_their_reason(save_teacher, plan_fo
     ("change", "message"),
     [
         (lambda t: t.pop("model.layers.1.mlp.up_proj.weight"), "up_proj.weight is missing"),
-        (lambda t: t.update(surprise=t["model.norm.weight"]), "surprise is no tensor of a llama model"),
+        (lambda t: t.update(surprise=t["model.norm.weight"]), "surprise does not belong to a llama model"),
         (
             lambda t: t.update({"model.norm.weight": replace(t["model.norm.weight"], shape=(7,))}),
             r"shape \[7\], the config says \[32\]",

@@ -256,18 +256,18 @@ def test_half_a_character_that_the_template_writes_leaves_the_row_out():
 @pytest.mark.parametrize(
     ("message", "reason"),
     [
-        ({"role": "assistant", "content": 3}, "a message is no text"),
-        ({"role": "assistant", "content": {"a": 1}}, "a message is no text"),
-        ({"role": "assistant", "content": None}, "a message is no text"),
-        ({"role": "assistant", "content": [[["a"]]]}, "a message is no text"),
-        ({"role": "assistant", "content": [{"type": "text", "text": ["a"]}]}, "a message is no text"),
+        ({"role": "assistant", "content": 3}, "a message is not text"),
+        ({"role": "assistant", "content": {"a": 1}}, "a message is not text"),
+        ({"role": "assistant", "content": None}, "a message is not text"),
+        ({"role": "assistant", "content": [[["a"]]]}, "a message is not text"),
+        ({"role": "assistant", "content": [{"type": "text", "text": ["a"]}]}, "a message is not text"),
         ({"role": "assistant", "content": ""}, "a message is blank"),
-        ({"role": ["assistant"], "content": "a"}, "a role is no text"),
-        ({"role": {"a": [[[]]]}, "content": "a"}, "a role is no text"),
+        ({"role": ["assistant"], "content": "a"}, "a role is not text"),
+        ({"role": {"a": [[[]]]}, "content": "a"}, "a role is not text"),
         ({"role": "tool", "content": "a"}, "unknown role 'tool'"),
         ({"role": "assistant", "content": "a", "tool_calls": [{"id": 1}]}, "a message calls a tool"),
-        ("hello", "a message is no object"),
-        (None, "a message is no object"),
+        ("hello", "a message is not an object"),
+        (None, "a message is not an object"),
     ],
 )
 def test_messages_of_other_kinds_leave_their_conversation_out(message, reason):

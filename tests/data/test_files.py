@@ -141,7 +141,7 @@ def test_broken_line_names_file_and_row(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"a": 1}\n{"a": \n[1]\n')
     rows = open_line_file(path, where="data.x")
-    with pytest.raises(DataError, match=r"row 2 of .*rows\.jsonl is no JSON"):
+    with pytest.raises(DataError, match=r"row 2 of .*rows\.jsonl is not JSON"):
         rows[1]
     with pytest.raises(DataError, match=r"row 3 .* is a list, expected an object"):
         rows[2]

@@ -221,7 +221,7 @@ def test_conversation_shapes_are_normalised(conversation, roles):
     [
         ([], "empty or no list"),
         ("hello", "empty or no list"),
-        (["hello"], "a message is no object"),
+        (["hello"], "a message is not an object"),
         (_talk("gpt", "human", "gpt"), "does not start with a user turn"),
         (_talk("human"), "no assistant turn"),
         (_talk("system"), "no assistant turn"),
@@ -231,7 +231,7 @@ def test_conversation_shapes_are_normalised(conversation, roles):
         (_talk("human", "bing"), "unknown role 'bing'"),
         ([{"content": "x"}], "unknown role None"),
         ([{"from": "human", "value": " \n"}, {"from": "gpt", "value": "x"}], "a message is blank"),
-        ([{"from": "human", "value": None}, {"from": "gpt", "value": "x"}], "a message is no text"),
+        ([{"from": "human", "value": None}, {"from": "gpt", "value": "x"}], "a message is not text"),
     ],
 )
 def test_unusable_conversation_has_a_reason(conversation, reason):
@@ -321,9 +321,9 @@ def test_rows_of_the_wrong_kind_are_counted_and_all_of_them_is_an_error(make_tok
     renderer = _renderer(make_tokenizer(), format="text", mask="all")
     rows = [{"text": None}, {"other": "x"}, {"text": "  "}, {"text": "fine"}]
     assert [len(samples) for samples in renderer.render(rows)] == [0, 0, 0, 1]
-    assert dict(renderer.dropped) == {"a column is no text": 1, 'no column "text"': 1, "blank text": 1}
+    assert dict(renderer.dropped) == {"a column is not text": 1, 'no column "text"': 1, "blank text": 1}
     with pytest.raises(
-        DataError, match=r"none of 10,000 rows of rows\.jsonl can be used: 10,001 x a column is no text"
+        DataError, match=r"none of 10,000 rows of rows\.jsonl can be used: 10,001 x a column is not text"
     ):
         renderer.render([{"text": 3}] * 10_000)
 

@@ -248,10 +248,10 @@ def test_rows_that_cannot_be_used_are_left_out_and_counted_also_after_a_resume(
     counts = stream.dropped["text"]
     reasons = {reason: count for reason, count in counts.items() if reason != "rows"}
     assert set(reasons) == {
-        "a row is no JSON",
+        "a row is not JSON",
         "half of a surrogate pair or a broken byte in its text",
         'no column "text"',
-        "a column is no text",
+        "a column is not text",
         "a row is a list, expected an object of columns",
         "a row is nested too deeply to be read",
         "a row cannot be read",

@@ -1,8 +1,11 @@
-"""The pages are in plain English, their links lead somewhere, and the tests and commands that they name exist."""
+"""Pages, docstrings and messages are in plain English; links lead somewhere, and tests and commands named exist."""
 
 from __future__ import annotations
 
+import ast
+import io
 import re
+import tokenize
 from pathlib import Path
 
 import pytest
@@ -13,8 +16,14 @@ ROOT = Path(__file__).parents[2]
 PAGES = sorted([*(ROOT / "docs").rglob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"])
 # "there is no file" is English, "this is no file" is not; "has no" and "is no longer" are fine
 _FOREIGN = re.compile(
-    r"(?<!there )(?<!There )\b(?:is|was|are|were) no (?!longer\b|more\b|less\b|better\b|worse\b|faster\b)"
-    r"|\b(?:names?|holds?|means?) no \b"
+    r"(?<!there )(?<!There )\b(?:is|was|are|were) no (?!longer\b|more\b|less\b|better\b|worse\b|faster\b|slower\b)"
+    r"|\b(?:names?|holds?|means?) no \b(?!more\b)"
+)
+# a class is a thing: its first line is not an order to the reader, nor what it does
+_ORDER = re.compile(
+    r"(?:Hold|Say|Describe|Name|Keep|List|Give|Return|Map|Count|Make|Take|Run|Read|Write|Store|Tell|Know|Check|Remember"
+    r"|Collect|Compute|Measure|Track|Answer|Carry|Walk|Stand|Yield|Train|Try|Allocate|Refuse|Reject|Show|Shape"
+    r"|Leave)s? "
 )
 # what a page may show as what not to write
 _QUOTED = re.compile(r'"[^"\n]*"|`[^`\n]*`')
@@ -71,3 +80,36 @@ def test_tests_and_commands_that_a_page_names_exist(page):
     ]
     missing += [f"gendistill {name}" for name in _COMMAND.findall(text) if name not in COMMANDS]
     assert not missing
+
+
+def modules():
+    files = [
+        path for room in ("gendistill", "kernels", "evals") for path in sorted((ROOT / room).rglob("*.py"))
+    ]
+    return [pytest.param(path, id=str(path.relative_to(ROOT))) for path in files]
+
+
+def words(source: str) -> str:
+    """Return the comments and literals of a module, those that stand side by side in one piece."""
+    kinds = {tokenize.COMMENT, tokenize.STRING, getattr(tokenize, "FSTRING_MIDDLE", -1)}
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    return " ".join(
+        " ".join(token.string.strip("#\"'fr ").split()) for token in tokens if token.type in kinds
+    )
+
+
+def test_words_of_code_are_found_across_lines():
+    source = 'x = (  # what it is\n    f"{y} is"\n    " no file"\n)\n# this is\n# no file\n'
+    assert len(_FOREIGN.findall(words(source))) == 2
+
+
+@pytest.mark.parametrize("module", modules())
+def test_code_says_what_things_are(module):
+    source = module.read_text(encoding="utf-8")
+    text = words(source)
+    found = [text[match.start() - 30 : match.end() + 30] for match in _FOREIGN.finditer(text)]
+    for node in ast.walk(ast.parse(source)):
+        about = ast.get_docstring(node) if isinstance(node, ast.ClassDef) else None
+        if about and _ORDER.match(about):
+            found.append(f"{node.name}: {about.splitlines()[0]}")  # pyright: ignore[reportAttributeAccessIssue]
+    assert not found

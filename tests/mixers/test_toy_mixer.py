@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,7 @@ from gendistill.conversion.execute import apply_plan
 from gendistill.conversion.plan import Origin, plan_conversion
 from gendistill.conversion.probe import probe_student, render_probe
 from gendistill.data.batch import Batch
+from gendistill.errors import OutputError
 from gendistill.models import HybridCache
 from gendistill.models.io import load_student, save_student
 from gendistill.ops import Segments
@@ -32,7 +34,7 @@ from gendistill.report.plots import plot_placement
 from gendistill.runs.memory import Device
 from gendistill.runs.planning import plan_run
 from gendistill.teachers.live import LiveTeacher
-from gendistill.testing import tiny_teacher
+from gendistill.testing import tiny_student, tiny_teacher
 
 IDS = torch.randint(3, 97, (3, 12), generator=torch.Generator().manual_seed(1))
 
@@ -148,19 +150,58 @@ def test_it_trains_and_its_rate_stays_float32_and_undecayed(student, tmp_path):
         for parameter in group["params"]
     }
     assert decay["model.layers.0.self_attn.rate"] == 0.0
-    assert decay["model.layers.0.self_attn.q_proj.weight"] == 0.3
+    assert decay["model.layers.0.self_attn.query.weight"] == 0.3
     student(IDS, labels=IDS, use_cache=False).loss.backward()
     assert student.model.layers[0].self_attn.rate.grad.abs().sum() > 0
     half = load_student(tmp_path / "student", dtype=torch.bfloat16)
     assert half.model.layers[3].self_attn.rate.dtype == torch.float32
-    assert half.model.layers[3].self_attn.q_proj.weight.dtype == torch.bfloat16
+    assert half.model.layers[3].self_attn.query.weight.dtype == torch.bfloat16
+
+
+def test_what_a_kind_says_of_a_tensor_holds_in_its_own_layers_alone(leaky, tmp_path, monkeypatch):
+    """Also where another kind, or kept attention, has one of the same name or of one that contains it."""
+    from gendistill.config.schema import StageConfig
+    from gendistill.training.optim import build_optimizer
+
+    listed = leaky.LeakySpec.parameters
+
+    def special(self, geometry, settings):
+        table = listed(self, geometry, settings)
+        changed = {
+            name: replace(table[name], float32=True, decays=False) for name in ("v_proj.weight", "rate")
+        }
+        return {**table, **changed, "v": replace(table["rate"], float32=True)}
+
+    def build(self, geometry, settings):
+        built(self, geometry, settings)
+        self.v = torch.nn.Parameter(torch.zeros(self.table["v"].shape))
+
+    built = leaky.Leaky.build
+    monkeypatch.setattr(leaky.LeakySpec, "parameters", special)
+    monkeypatch.setattr(leaky.Leaky, "build", build)
+    student = tiny_student(mixers=["leaky", "full", "kda", "sink"], mixer_configs={})
+    stage = StageConfig(data="d", train=("mixer", "attention"), steps=1, lr=1e-3, weight_decay=0.3)
+    names = {id(parameter): name for name, parameter in student.named_parameters()}
+    decayed = {
+        names[id(parameter)]
+        for group in build_optimizer(student, stage).param_groups
+        for parameter in group["params"]
+        if group["weight_decay"]
+    }
+    values = [f"model.layers.{layer}.self_attn.v_proj.weight" for layer in range(4)]
+    assert [name in decayed for name in values] == [False, True, True, True]
+    save_student(student, tmp_path / "student", companions=None)
+    loaded = dict(load_student(tmp_path / "student", dtype=torch.bfloat16).named_parameters())
+    wide = {name for name, parameter in loaded.items() if parameter.dtype == torch.float32}
+    own = {f"model.layers.0.self_attn.{name}" for name in ("v_proj.weight", "rate", "v")}
+    assert wide == own | {f"model.layers.2.self_attn.{name}" for name in ("A_log", "dt_bias")}
 
 
 LOAD = """
 import sys, torch
 class Forbid:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("gendistill", "gendistill_kernels", "toy_mixer", "pydantic"):
+        if name.split(".")[0] in ("gendistill", "gendistill_kernels", "toy_mixer", "toy_package", "pydantic"):
             raise ImportError(f"{name} is forbidden here")
 sys.meta_path.insert(0, Forbid())
 from transformers import AutoModelForCausalLM
@@ -180,6 +221,11 @@ def test_an_export_carries_its_code_and_that_of_no_other_mixer(student, tmp_path
     assert not (folder / "mixers_sink.py").exists()
     card = " ".join((folder / "README.md").read_text().split())
     assert "2 of its 4 layers mix tokens by a leaky average, 1 of its 4 layers" in card
+    check_load(student, folder, tmp_path)
+
+
+def check_load(student, folder, tmp_path):
+    """Load an export where neither gendistill nor the toy can be imported, and compare."""
     torch.save({"ids": IDS, "logits": student(IDS).logits}, folder / "expected.pt")
     kept = {name: os.environ[name] for name in ("PYTHONPATH",) if name in os.environ}
     env = {"HF_HOME": str(tmp_path / "hf"), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1", **kept}
@@ -189,3 +235,54 @@ def test_an_export_carries_its_code_and_that_of_no_other_mixer(student, tmp_path
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-2000:]
     assert result.stdout.split() == ["0.0", "15"]
+
+
+PACKAGE = {
+    "__init__.py": "from .layers import Leaky",
+    "layers/__init__.py": "from .leaky import LEAKY, Leaky",
+    "layers/leaky.py": (Path(__file__).parents[1] / "outside" / "toy_mixer.py")
+    .read_text(encoding="utf-8")
+    .replace("toy_mixer:Leaky", "toy_package:Leaky"),
+}
+
+
+@pytest.fixture
+def package(monkeypatch, tmp_path):
+    """Return what writes a package with the toy, and adds its mixer to the catalogue."""
+
+    def write(**changed):
+        for name, text in {**PACKAGE, **changed}.items():
+            path = tmp_path / "path" / "toy_package" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+        monkeypatch.syspath_prepend(tmp_path / "path")
+        monkeypatch.setitem(MIXERS, "leaky", importlib.import_module("toy_package.layers").LEAKY)
+        return tiny_student(mixers=["leaky", "full", "full", "full"], mixer_configs={})
+
+    yield write
+    for name in [name for name in sys.modules if name.startswith("toy_package")]:
+        del sys.modules[name]
+
+
+@torch.no_grad()
+def test_an_export_carries_a_package_with_relative_imports(package, tmp_path):
+    student = package()
+    save_student(student, tmp_path / "export", companions=None)
+    check_load(student, tmp_path / "export", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"__init__.py": "from toy_package import layers\nLeaky = layers.Leaky"},
+        {
+            "layers/__init__.py": "from toy_package.layers import leaky\nLEAKY, Leaky = leaky.LEAKY, leaky.Leaky"
+        },
+    ],
+    ids=["a package", "a module"],
+)
+def test_a_module_imported_as_a_name_is_refused(package, tmp_path, changed):
+    """In the export it would be a file of its own, which that name does not lead to."""
+    student = package(**changed)
+    with pytest.raises(OutputError, match="imports whole modules"):
+        save_student(student, tmp_path / "export", companions=None)

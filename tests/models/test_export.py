@@ -166,6 +166,23 @@ def test_the_card_takes_the_licence_of_the_teacher(tmp_path, files, licence):
     assert (source / "README.md").exists() == ("README.md" in files)
 
 
+@pytest.mark.parametrize(
+    ("placement", "said"),
+    [
+        (
+            "sinks alone",
+            "4 of its 4 layers mix tokens by softmax attention to the last and the first tokens.",
+        ),
+        ("mixed", "a state of fixed size, the others keep softmax attention."),
+    ],
+)
+def test_the_card_says_what_every_layer_is(tmp_path, placement, said):
+    """Of others only where there are any."""
+    save_student(tiny_student(placement=placement), tmp_path / "student", companions=None)
+    card = (tmp_path / "student" / "README.md").read_text(encoding="utf-8")
+    assert said in " ".join(card.split())
+
+
 def test_the_card_names_the_base_model_through_all_stages(tmp_path):
     source = save_tiny_checkpoint(tmp_path / "models--Some--Model-1B" / "snapshots" / "abc")
     (source / "README.md").write_text(

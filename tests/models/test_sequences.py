@@ -5,8 +5,10 @@ import itertools
 import pytest
 import torch
 
+from gendistill.mixers import SequenceInfo
 from gendistill.models import HybridCache
 from gendistill.models.cache import RecurrentLayer
+from gendistill.ops import Segments
 from gendistill.testing import FAMILIES, PLACEMENTS, tiny_student
 
 LENGTHS = [10, 8, 4]
@@ -36,6 +38,27 @@ def test_packed_documents_are_apart_in_every_layer(student, attention, ends):
     for start, end in itertools.pairwise(ENDS.tolist()):
         alone = student(IDS[:, start:end], use_cache=False).logits
         torch.testing.assert_close(packed[:, start:end], alone, rtol=0, atol=1e-4)
+
+
+@torch.no_grad()
+def test_documents_whose_lengths_the_caller_knows_are_apart(student):
+    known = SequenceInfo(Segments(LENGTHS))
+    packed = student(IDS, position_ids=POSITIONS, use_cache=False).logits
+    found = student(IDS, position_ids=POSITIONS, use_cache=False, sequences=known).logits
+    assert torch.equal(found, packed)
+    for change, fix in (
+        ({"attention_mask": ONES}, "leave out attention_mask"),
+        ({"use_cache": True}, "use_cache=False"),
+        ({"sequences": SequenceInfo(Segments([10, 8]))}, "must cover the 22 cells of 1 rows of 22, got 18"),
+        ({"position_ids": None}, "3 documents in 1 rows need position_ids that restart"),
+    ):
+        settings = {"position_ids": POSITIONS, "use_cache": False, "sequences": known, **change}
+        with pytest.raises(ValueError, match=fix):
+            student(IDS, **settings)
+    whole = SequenceInfo(Segments([22]))
+    assert torch.equal(
+        student(IDS, use_cache=False, sequences=whole).logits, student(IDS, use_cache=False).logits
+    )
 
 
 @pytest.mark.parametrize("with_ends", [True, False])

@@ -7,7 +7,15 @@ import os
 import pytest
 import torch
 
-from gendistill.ops import causal_conv, chunk_delta_rule, decode_delta_rule, gated_rms_norm, l2norm
+from gendistill.ops import (
+    causal_conv,
+    chunk_delta_rule,
+    decode_delta_rule,
+    gated_rms_norm,
+    l2norm,
+    log_decay,
+    recurrent_kda,
+)
 
 CASES = {
     "everything": {"bias": True, "norm": True, "output": "silu"},
@@ -138,10 +146,43 @@ def test_what_does_not_fit_is_named():
             run({**tokens, **change}, layer, states)
 
 
-@pytest.mark.interpret
-@pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") != "1", reason="the interpreter is off: make interpret"
-)
+def test_what_is_missing_is_named():
+    """Neither a gate without its parameters nor a convolution without a state is something else silently."""
+    tokens, layer, states = make(**CASES["everything"])
+    for change, message in (
+        ({"a_log": None}, 'gate "bounded" needs a_log and dt_bias'),
+        ({"dt_bias": None}, 'gate "bounded" needs a_log and dt_bias'),
+        ({"gate": "Bounded"}, 'gate must be none, softplus or bounded, got "Bounded"'),
+        ({"output_activation": "none"}, 'an output gate needs output_activation silu or sigmoid, got "none"'),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(tokens, {**layer, **change}, states)
+    with pytest.raises(ValueError, match="conv_state must be given"):
+        run(tokens, layer, (states[0], None))
+    with pytest.raises(ValueError, match='gate "softplus" needs a_log and dt_bias'):
+        log_decay(tokens["decay"], gate="softplus", a_log=layer["a_log"])
+
+
+def interpreted(test):
+    off = os.environ.get("TRITON_INTERPRET") != "1"
+    return pytest.mark.interpret(
+        pytest.mark.skipif(off, reason="the interpreter is off: make interpret")(test)
+    )
+
+
+@interpreted
+def test_a_state_that_lies_otherwise_in_memory_is_taken_further():
+    tokens, _, (state, _) = make(gate="none", taps=0, T=2, dtype=torch.float32)
+    q, k, v = (tokens[name].unflatten(-1, (-1, 16)) for name in "qkv")
+    transposed = state.transpose(2, 3).contiguous().transpose(2, 3)
+    rest = tokens["decay"], tokens["beta"]
+    with torch.no_grad():
+        found = recurrent_kda(q, k, v, *rest, state=transposed, impl="triton")
+    same(found, recurrent_kda(q, k, v, *rest, state=state), rtol=0, atol=1e-4)
+    assert torch.equal(transposed, state)
+
+
+@interpreted
 @pytest.mark.parametrize("name", CASES)
 def test_the_kernel_matches_the_definition_in_float64(name):
     tokens, layer, states = make(**CASES[name], T=2, dtype=torch.float32)

@@ -44,7 +44,7 @@ class LeakySpec(MixerSpec):
         new, moved = Init("normal", (geometry.initializer_range,)), settings.start == "vo"
         rate = 2.0 ** (-1 / settings.half_life)
         return {
-            "q_proj.weight": ParameterSpec((q, geometry.hidden_size), new),
+            "query.weight": ParameterSpec((q, geometry.hidden_size), new),
             "v_proj.weight": ParameterSpec(
                 (kv, geometry.hidden_size), new, "v_proj.weight" if moved else None
             ),
@@ -95,7 +95,7 @@ class Leaky(Mixer):
     def forward(self, hidden_states, *, sequences=None, state=None, position_embeddings=None):
         batch, length = hidden_states.shape[:2]
         x = hidden_states if sequences is None else sequences.gather(hidden_states)
-        q, v, rate = self.q_proj(x), self.v_proj(x).float(), torch.sigmoid(self.rate[0])
+        q, v, rate = self.query(x), self.v_proj(x).float(), torch.sigmoid(self.rate[0])
         rows = v.unbind(0) if sequences is None else v[0].split(sequences.segments.lengths)
         outs, lasts = [], []
         for number, row in enumerate(rows):

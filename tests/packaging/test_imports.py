@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import json
 import resource
 import subprocess
@@ -144,6 +145,16 @@ def test_layers_import_only_what_lies_below_them(folder):
                 assert target not in ABOVE_ALL, f"{name} imports {target}"
                 if parts[0] == "gendistill" and len(parts) > 2:
                     assert parts[1] in LAYERS[folder] | {folder}, f"{name} imports {target}"
+
+
+def test_neither_folders_nor_modules_import_each_other_in_a_circle():
+    graphlib.TopologicalSorter(LAYERS).prepare()
+    packages = {name for name, path in MODULES.items() if path.name == "__init__.py"}
+    graph = {
+        name: {target for target in imports(name, top_level=True) if target in MODULES} - packages
+        for name in MODULES
+    }
+    graphlib.TopologicalSorter(graph).prepare()
 
 
 def test_evaluation_knows_no_gendistill_and_kernels_know_only_torch_and_triton():

@@ -32,7 +32,7 @@ HINT = "delete it"
 def test_what_is_no_json_is_an_error_with_place_and_next_step(text, tmp_path):
     path = tmp_path / "file.json"
     path.write_bytes(text)
-    with pytest.raises(CheckpointError, match="this is no JSON") as caught:
+    with pytest.raises(CheckpointError, match="this is not JSON") as caught:
         read_json(path, error=CheckpointError, hint=HINT)
     assert caught.value.where == str(path)
     assert caught.value.hint == HINT

@@ -148,7 +148,7 @@ def test_nothing_is_removed_while_it_is_unknown_what_is_shown(tmp_path):
     Run(tmp_path, "seed=3", distill=1)
     (run.run.root / PENDING).write_text("{")
     before = everything(tmp_path)
-    with pytest.raises(OutputError, match="this is no JSON") as caught:
+    with pytest.raises(OutputError, match="this is not JSON") as caught:
         prune(tmp_path, dry_run=False)
     assert caught.value.hint
     assert everything(tmp_path) == before

@@ -15,7 +15,7 @@ class Stream:
     notes = ("data.a: odd",)
     dropped = {  # noqa: RUF012
         "a": {"rows": 100, "a message is blank": 10},
-        "b": {"rows": 100, "blank text": 8, "a row is no JSON": 3},
+        "b": {"rows": 100, "blank text": 8, "a row is not JSON": 3},
         "c": {"rows": 50},
     }
 
@@ -23,13 +23,13 @@ class Stream:
 def test_losses_are_listed_with_reasons_and_are_a_warning_beyond_a_tenth():
     assert left_out_lines(Stream()) == [
         "data.a: 10 of 100 rows read are left out: 10 a message is blank",
-        "data.b: 11 of 100 rows read are left out: 3 a row is no JSON, 8 blank text",
+        "data.b: 11 of 100 rows read are left out: 3 a row is not JSON, 8 blank text",
     ]
     assert heavy_losses(Stream()) == left_out_lines(Stream())[1:]
     assert data_record(Stream()) == {
         "sources": {
             "a": {"rows": 100, "left_out": {"a message is blank": 10}},
-            "b": {"rows": 100, "left_out": {"blank text": 8, "a row is no JSON": 3}},
+            "b": {"rows": 100, "left_out": {"blank text": 8, "a row is not JSON": 3}},
             "c": {"rows": 50, "left_out": {}},
         },
         "notes": ["data.a: odd"],

@@ -40,6 +40,19 @@ def test_two_processes_equal_one_within_float32_rounding(tiny, scenarios):
     assert results(folder / "two")["heldout"] == pytest.approx(scores, rel=1e-5)
 
 
+def test_a_monitor_ends_a_stage_on_two_processes_at_the_same_step(tiny, scenarios):
+    folder, codes, output = scenarios
+    assert codes["two_early"] == codes["two_early_resumed"] == 0
+    assert output.count("early ends the stage at step 4 of 6: enough") == 1
+    assert "resuming from" in output.split("early ends the stage")[1]
+    two = tiny.rows(folder / "two")
+    early = tiny.rows(folder / "two_early")
+    assert [row["step"] for row in early] == [3, 4]
+    assert early[-1]["tokens"] == two[3]["tokens"]
+    assert early[-1]["grad_norm"] == pytest.approx(two[3]["grad_norm"], rel=1e-5)
+    assert results(folder / "two_early")["steps"] == 4
+
+
 def results(folder):
     content = json.loads((folder / "stages" / "tiny" / "result.json").read_text())
     content.pop("seconds")

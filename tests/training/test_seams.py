@@ -142,6 +142,28 @@ def test_a_monitor_can_end_a_stage_and_a_resume_agrees(tiny, tmp_path, monkeypat
     assert replace(again, seconds=0) == replace(result, seconds=0)
 
 
+@pytest.mark.parametrize("when", ["step", "save"])
+def test_a_stage_that_ends_between_two_log_lines_logs_its_last_step(tiny, tmp_path, monkeypatch, when):
+    stop = Watch(when, answer=lambda run: Stop("good enough") if run.progress.step == 4 else None)
+    changes = {"steps": 9, "log_every_steps": 3, "save_every_steps": 2}
+    add(monkeypatch, early=stop)
+    result, _ = tiny.run_stage(tmp_path, **changes)
+    assert [row["step"] for row in tiny.rows(tmp_path)] == [3, 4]
+    assert result.tokens == tiny.rows(tmp_path)[-1]["tokens"]
+    assert result.loss_last == tiny.rows(tmp_path)[-1]["loss"]
+    (tmp_path / "stages/tiny/result.json").unlink()
+    monkeypatch.delitem(monitors.MONITORS, "early")
+    again, _ = tiny.run_stage(tmp_path, **changes)
+    assert replace(again, seconds=0) == replace(result, seconds=0)
+
+
+def test_a_monitor_can_end_a_stage_before_its_first_log_line(tiny, tmp_path, monkeypatch):
+    add(monkeypatch, early=Watch("save", answer=lambda run: Stop("good enough")))
+    result, _ = tiny.run_stage(tmp_path, steps=9, log_every_steps=5, save_every_steps=2)
+    assert result.steps == 2
+    assert result.loss_first == result.loss_last == tiny.rows(tmp_path)[0]["loss"]
+
+
 def test_a_monitor_with_the_name_of_a_metric_is_refused(tiny, tmp_path, monkeypatch):
     add(monkeypatch, loss=Watch("log"))
     with pytest.raises(ValueError, match="MONITORS: loss is a name of the log line itself"):

@@ -20,6 +20,7 @@ from gendistill.teachers.live import LiveTeacher
 from gendistill.testing import tiny_student, tiny_teacher
 from gendistill.training.console import TrainingConsole
 from gendistill.training.job import StageJob
+from gendistill.training.monitors import MONITORS, Stop
 from gendistill.training.parallel import choose_parallel
 from gendistill.training.stage import train_stage
 
@@ -165,18 +166,8 @@ def interrupt(folder, number, after_step, **changes):
     return exit_code(child)
 
 
-def main(folder):
-    """Run every scenario that needs processes of its own and print what they found."""
-    folder = Path(folder)
-    saving = {"save_every_steps": 2}
-    codes = {"whole": exit_code(in_child(folder / "whole", **saving))}
-    for after in (1, 3):
-        name = f"killed_{after}"
-        codes[name] = interrupt(folder / name, signal.SIGKILL, after, **saving)
-        codes[f"{name}_resumed"] = exit_code(in_child(folder / name, **saving))
-    codes["terminated"] = interrupt(folder / "terminated", signal.SIGTERM, 2)
-    codes["terminated_resumed"] = exit_code(in_child(folder / "terminated"))
-
+def in_two(folder, **changes):
+    """Train with two processes and return the worse of their codes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -190,8 +181,38 @@ def main(folder):
             "MASTER_PORT": str(port),
             "ACCELERATE_USE_CPU": "true",
         }
-        ranks.append(in_child(folder / "two", environment, micro_batch_size=2, save_every_steps=2))
-    codes["two"] = max(exit_code(child) for child in ranks)
+        ranks.append(in_child(folder, environment, micro_batch_size=2, **changes))
+    return max(exit_code(child) for child in ranks)
+
+
+class EndAtFour:
+    """End a stage at the checkpoint of its fourth step."""
+
+    when, every = "save", None
+
+    def __init__(self, job):
+        pass
+
+    def __call__(self, run):
+        return Stop("enough") if run.progress.step == 4 else None
+
+
+def main(folder):
+    """Run every scenario that needs processes of its own and print what they found."""
+    folder = Path(folder)
+    saving = {"save_every_steps": 2}
+    codes = {"whole": exit_code(in_child(folder / "whole", **saving))}
+    for after in (1, 3):
+        name = f"killed_{after}"
+        codes[name] = interrupt(folder / name, signal.SIGKILL, after, **saving)
+        codes[f"{name}_resumed"] = exit_code(in_child(folder / name, **saving))
+    codes["terminated"] = interrupt(folder / "terminated", signal.SIGTERM, 2)
+    codes["terminated_resumed"] = exit_code(in_child(folder / "terminated"))
+
+    codes["two"] = in_two(folder / "two", save_every_steps=2)
+    MONITORS["early"] = EndAtFour
+    codes["two_early"] = in_two(folder / "two_early", save_every_steps=2, log_every_steps=3)
+    codes["two_early_resumed"] = in_two(folder / "two_early", save_every_steps=2, log_every_steps=3)
     (folder / "codes.json").write_text(json.dumps(codes))
 
 

@@ -42,6 +42,8 @@ def decode_delta_rule(
     """
     K, V = state.shape[2:]
     _check(q, k, v, decay, beta, state)
+    if conv_weight is not None and conv_state is None and conv_weight[0].shape[1] > 1:
+        raise ValueError(f"conv_state must be given, [N, C, W - 1], for {conv_weight[0].shape[1]} taps")
     if conv_weight is not None:
         mixed, inputs = causal_conv(
             torch.cat([q, k, v], dim=-1),

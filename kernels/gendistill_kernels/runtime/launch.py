@@ -258,7 +258,7 @@ def _function(source: str, name: str) -> Callable[..., Any]:
 
 
 class Launcher:
-    """Stand in for a jitted function: ``launcher[grid](arguments, CONSTANT=..., num_warps=...)``.
+    """A stand-in for a jitted function: ``launcher[grid](arguments, CONSTANT=..., num_warps=...)``.
 
     What varies at run time comes first and by position, constants and options by keyword; else the call is a plain one.
     So it is while somebody watches launches through Triton's hooks. Unlike a plain call, one of a known combination

@@ -70,7 +70,7 @@ def _shape_only(shape: Shape, dtype: torch.dtype, device: torch.device) -> Tenso
 
 
 class Results:
-    """Allocate the same tensors for every call.
+    """The same tensors for every call, allocated anew.
 
     Args:
         spaces: What to allocate; None for no tensor.
@@ -86,7 +86,7 @@ class Results:
 
 
 class Workspace:
-    """Allocate one piece of memory for the same tensors in every call; a piece for each would take the host longer.
+    """One piece of memory for the same tensors in every call; a piece for each would take the host longer.
 
     Args:
         spaces: Of tensors, by name; None for none.
