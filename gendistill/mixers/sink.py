@@ -161,6 +161,8 @@ class SinkAttention(Mixer):
         """Attend within rows ``[N, T, ...]``, of which the first ``lengths`` cells are tokens, or all."""
         rows, length = q.shape[:2]
         sinks, past = self.sinks, self.window - 1
+        # cells of recent tokens before this one are empty
+        oldest = past if state is None else 0
         if state is None:
             empty = k.new_zeros(rows, sinks + past, *k.shape[2:])
             state = SinkState(empty, empty, torch.zeros(rows, dtype=torch.int64, device=q.device))
@@ -183,12 +185,13 @@ class SinkAttention(Mixer):
             stop = min(start + BLOCK, length)
             query = torch.arange(start, stop, device=q.device)[:, None]
             # cell e of the recent ones is the token seen - past + e, query t the token seen + t
-            at = torch.arange(start, past + stop, device=q.device)
+            low, high = max(start, oldest), past + stop
+            at = torch.arange(low, high, device=q.device)
             near = (at >= query) & (at <= past + query) & (at - past + seen[:, None, None] >= sinks)
             early = torch.arange(sinks, device=q.device) <= query + seen[:, None, None]
             allowed = torch.cat([early.expand(rows, -1, -1), near], dim=2)[:, None]
             seen_keys, seen_values = (
-                torch.cat([found[0], found[1][:, start : past + stop]], dim=1) for found in (keys, values)
+                torch.cat([found[0], found[1][:, low:high]], dim=1) for found in (keys, values)
             )
             parts.append(_attend(q[:, start:stop], seen_keys, seen_values, allowed))
         out = torch.cat(parts, dim=1) if parts else torch.zeros_like(q)

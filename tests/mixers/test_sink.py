@@ -175,13 +175,24 @@ def test_names_of_the_state_are_those_of_its_spec():
     assert tuple(SINK.state(geometry(), SinkSettings())) == SinkState._fields[:3]
 
 
-def test_a_long_context_costs_a_window_per_query():
-    """Neither a mask nor scores of all pairs: twice the text is twice the operations."""
+def products(layer, length):
+    """Count the operations of a call; of attention only the plain kernel's are counted."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    layer, counts = SinkAttention(32, 4, 2, 8, window=64, sinks=4), []
-    for length in (2048, 4096):
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            layer(torch.randn(1, length, 32))
-        counts.append(counter.get_total_flops())
-    assert counts[1] < 2.2 * counts[0]
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        layer(torch.randn(1, length, 32))
+    assert counter.get_flop_counts()["Global"][torch.ops.aten.bmm] > 0
+    return counter.get_total_flops()
+
+
+def test_a_long_context_costs_a_window_per_query():
+    """Neither a mask nor scores of all pairs: twice the text is twice the operations."""
+    layer = SinkAttention(32, 4, 2, 8, window=64, sinks=4)
+    assert products(layer, 4096) < 2.2 * products(layer, 2048)
+
+
+def test_a_short_text_does_not_pay_for_a_wide_window():
+    """Cells of a past that never was are not multiplied with."""
+    narrow, wide = (SinkAttention(32, 4, 2, 8, window=window, sinks=4) for window in (96, 4096))
+    assert products(wide, 96) == products(narrow, 96)
