@@ -63,6 +63,6 @@ class OutputError(GendistillError):
 
 
 class ReportError(GendistillError):
-    """Run files that do not support a report: scores are missing, or cannot be compared."""
+    """Files of a run that do not support a report: scores are missing, or cannot be compared."""
 
     kind = "report error"

@@ -32,7 +32,7 @@ class DistillStep(nn.Module):
 
 
 class StepRunner:
-    """Compute gradients of a step's mean loss, whatever its split into micro-batches and processes.
+    """The gradients of a step's mean loss, whatever its split into micro-batches and processes.
 
     Args:
         student: With ``requires_grad`` already set: it is sharded here.

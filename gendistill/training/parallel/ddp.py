@@ -21,7 +21,7 @@ _SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MUL
 
 
 class DataParallel:
-    """Train with several processes that share gradients.
+    """Several processes that share gradients.
 
     Args:
         accelerator: Of more than one process.

@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 class Single:
-    """Train on this process alone.
+    """This process alone.
 
     Args:
         device: Where.
