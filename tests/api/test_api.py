@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import gendistill as gd
-from gendistill.errors import GendistillError, RecipeError, ReportError
+from gendistill.errors import GendistillError, RecipeError
 from gendistill_evals.errors import EvalError
 
 
@@ -132,15 +132,6 @@ def test_a_recipe_runs_into_its_folder(tmp_path):
     assert done.page.is_file()
     assert done.student().is_student
     assert done.gap().name == "tiny"
-
-
-def test_a_folder_without_a_report_of_this_version_says_what_to_do(tmp_path):
-    with pytest.raises(ReportError, match="next: write it again with gendistill report"):
-        gd.Run(tmp_path).gap()
-    (tmp_path / "report").mkdir()
-    (tmp_path / "report" / "gap.json").write_text(json.dumps({"schema": 1, "name": "old", "tasks": []}))
-    with pytest.raises(ReportError, match=r"gap\.json has schema 1, this version reads 2"):
-        gd.Run(tmp_path).gap()
 
 
 def test_everything_that_the_package_names_is_there():
