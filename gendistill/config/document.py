@@ -131,7 +131,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class RecipeDumper(yaml.SafeDumper):
-    """Quote every text that the reader would take for something else."""
+    """A writer that quotes every text that the reader would take for something else."""
 
     def increase_indent(self, flow: bool = False, indentless: bool = False) -> None:
         """Indent lists under their key."""

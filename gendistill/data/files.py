@@ -354,7 +354,7 @@ class _ArrayLines:
 
 
 class JsonArrayRecords:
-    """Iterate over the source text of an array's elements, one at a time, in constant memory.
+    """The source texts of an array's elements, one at a time, in constant memory.
 
     An array that ends in the middle of an element yields the whole elements and sets ``cut``. Anything else that
     is not JSON raises ``ValueError``.

@@ -11,7 +11,7 @@ from gendistill.errors import DataError
 
 
 class Mixture:
-    """Interleave sources so that after any number of draws each has its share of rows to within one or so.
+    """Sources in turns: after any number of draws each has its share of rows to within one or so.
 
     The next row comes from the source that lags most behind its weight. Chance would only add variance: every
     source is shuffled already.

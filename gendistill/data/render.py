@@ -61,7 +61,7 @@ class TokenizedSample:
 
 
 class Renderer:
-    """Render the rows of one source for one stage.
+    """The way from the rows of one source to samples for one stage.
 
     Under mask ``all`` a long document is split into consecutive pieces. Under mask ``completion`` a sample is never
     split: it is cut at its end, and left out when no answer remains. Every row left out is counted in ``dropped``.

@@ -46,7 +46,7 @@ class _Step:
 
 
 class BatchStream:
-    """Iterate over global steps without end; each is the list of micro-batches of this rank.
+    """Global steps without end; each is the list of micro-batches of this rank.
 
     A step is ``batch_size`` packed rows. Every rank packs all of them and keeps its share, so the documents of a
     step depend neither on the number of ranks nor on ``micro_batch_size``, and a saved state may be resumed with

@@ -16,7 +16,7 @@ _MOST_BLANK_LINES = 1_000_000
 
 
 class TableRecords:
-    """Iterate over the rows of a table as JSON objects, by the names of its first row.
+    """The rows of a table as JSON objects, by the names of its first row.
 
     Fields may be quoted, and then hold delimiters, line breaks and doubled quotes. Bytes that are not UTF-8 stay in the
     row as lone surrogates, so that this row alone can be left out.

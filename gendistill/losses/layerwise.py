@@ -21,7 +21,7 @@ Part = Literal["mixer", "block"]
 
 
 class LayerwiseObjective:
-    """Match the output of every linear mixer, or of the block around it, with the teacher's.
+    """The distance of every linear mixer's output, or that of the block around it, from the teacher's.
 
     The value is per token and layer: ``mse`` is the mean square over channels, ``l2`` the norm of the error,
     ``relative`` the squared error over the layer's mean squared target. That mean is measured once, on held-out

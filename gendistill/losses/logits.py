@@ -15,7 +15,7 @@ from gendistill.teachers.base import Needs, Teacher, TeacherFacts, TeacherSignal
 
 
 class LogitObjective:
-    """Compare next-token distributions over the whole vocabulary, at the positions whose label counts."""
+    """The distance of next-token distributions over the whole vocabulary, at the positions whose label counts."""
 
     def __init__(self, terms: Sequence[Term]) -> None:
         self.terms = tuple(terms)

@@ -103,7 +103,7 @@ class _Bar:
 
 
 class _Eta:
-    """Estimate what is left from the pace since this process started."""
+    """The time that is left, from the pace since this process started."""
 
     def __init__(self, num_steps: int, step: int) -> None:
         self.num_steps, self.first_step = num_steps, step

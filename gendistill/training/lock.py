@@ -70,10 +70,15 @@ def locked_settings(
         checksums: Of the student's parameters before the stage.
         extra: More settings that the stage depends on (teacher, data), as JSON.
     """
+    digest = weights_digest(checksums)
     return {
         **_flat(f"stages.{name}", identity(stage)),
         "seed": seed,
+<<<<<<< HEAD
         _STUDENT: weights_digest(checksums),
+=======
+        "initial student": digest,
+>>>>>>> part-rev2
         **_flat("", extra),
     }
 

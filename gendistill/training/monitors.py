@@ -1,7 +1,7 @@
 """What looks at a stage while it runs: small values that are asked at fixed moments, and answer with numbers or a stop.
 
 What a monitor finds at a step, a log line or a checkpoint stands under its name in the next line of ``metrics.jsonl``;
-what it finds at the end, in ``result.json``.
+what it finds at the end, in ``result.json``. After the checkpoint of the last step there is no next line.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ class Monitor(Protocol):
 
 
 class NonFinite:
-    """Stop with an error at the first loss or gradient that is not finite, and say where it came from."""
+    """An error at the first loss or gradient that is not finite, which says where it came from."""
 
     when: When = "step"
     every = None
@@ -146,7 +146,7 @@ class NonFinite:
 
 
 class HeldOut:
-    """Score held-out text every so many steps; at the end of a stage it is scored anyway."""
+    """Scores on held-out text every so many steps; at the end of a stage it is scored anyway."""
 
     when: When = "log"
 
@@ -159,7 +159,7 @@ class HeldOut:
 
 
 class Effect:
-    """Warn when training has left trained tensors as they were."""
+    """A warning when training has left trained tensors as they were."""
 
     when: When = "end"
     every = None

@@ -20,7 +20,7 @@ from gendistill.teachers.live import LiveTeacher
 from gendistill.testing import tiny_student, tiny_teacher
 from gendistill.training.console import TrainingConsole
 from gendistill.training.job import StageJob
-from gendistill.training.monitors import MONITORS, Stop
+from gendistill.training.monitors import MONITORS, Stop, When
 from gendistill.training.parallel import choose_parallel
 from gendistill.training.stage import train_stage
 
@@ -188,7 +188,8 @@ def in_two(folder, **changes):
 class EndAtFour:
     """End a stage at the checkpoint of its fourth step."""
 
-    when, every = "save", None
+    when: When = "save"
+    every = None
 
     def __init__(self, job):
         pass
