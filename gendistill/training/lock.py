@@ -74,11 +74,7 @@ def locked_settings(
     return {
         **_flat(f"stages.{name}", identity(stage)),
         "seed": seed,
-<<<<<<< HEAD
-        _STUDENT: weights_digest(checksums),
-=======
-        "initial student": digest,
->>>>>>> part-rev2
+        _STUDENT: digest,
         **_flat("", extra),
     }
 

@@ -10,13 +10,9 @@ import pytest
 import torch
 
 import gendistill as gd
-<<<<<<< HEAD
-from gendistill.errors import CheckpointError, GendistillError, OutputError, RecipeError, ReportError
+from gendistill.errors import CheckpointError, GendistillError, OutputError, RecipeError
 from gendistill.training.interrupt import StageStopped
 from gendistill.training.stage import StageRun
-=======
-from gendistill.errors import GendistillError, RecipeError
->>>>>>> part-rev2
 from gendistill_evals.errors import EvalError
 
 
