@@ -254,10 +254,14 @@ def shown(run: RunDir) -> dict[str, Any]:
 
 
 def content(path: Path) -> Any:
-    if path.suffix == ".json":
-        return without_clocks(json.loads(path.read_text()))
-    if path.suffix == ".jsonl":
-        return [without_clocks(json.loads(line)) for line in path.read_text().splitlines()]
+    """Return what a file says; its bytes where it is broken, which equal nothing that a run alone writes."""
+    try:
+        if path.suffix == ".json":
+            return without_clocks(json.loads(path.read_text()))
+        if path.suffix == ".jsonl":
+            return [without_clocks(json.loads(line)) for line in path.read_text().splitlines()]
+    except ValueError:
+        pass
     return path.read_bytes()
 
 
