@@ -125,9 +125,11 @@ def identity(section: Section, *, at_least: Affects = Affects.ARITHMETIC) -> dic
     kept: dict[str, Any] = {}
     for name, field in type(section).model_fields.items():
         value = getattr(section, name)
+        if affects(type(section), name) < at_least:
+            continue
         if _holds_sections(value):
             kept[field.alias or name] = _identity_of(value, at_least)
-        elif affects(type(section), name) >= at_least:
+        else:
             kept[field.alias or name] = section.model_dump(mode="json", include={name})[name]
     return kept
 

@@ -11,6 +11,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, field_validator, mo
 from gendistill.anatomy.groups import ParamGroup
 from gendistill.anatomy.placement import Placement
 from gendistill.config.base import Affects, OneWordOf, Section
+from gendistill.config.engine import EngineConfig
 from gendistill.config.mixers import MixersConfig
 from gendistill.config.objectives import AnyObjective, KLConfig
 from gendistill.config.patterns import check_pattern
@@ -270,6 +271,7 @@ class Recipe(Section):
     heldout: HeldOutConfig
     stages: dict[Name, StageConfig] = Field(description="by name, in the order in which they run")
     eval: EvalConfig = EvalConfig()
+    engine: Annotated[EngineConfig, Affects.NOTHING] = EngineConfig()
 
     @property
     def run_folder(self) -> Path:

@@ -366,6 +366,7 @@ def _train(context: _Context, name: str, teacher: Teacher, start: Path) -> None:
             heldout=[batch.to(context.device) for batch in heldout_batches(recipe, context.tokenizer)],
             heldout_every=recipe.heldout.every_steps,
             lock=workspace.steps[step].inputs,
+            engine=recipe.engine,
         )
         result = train_stage(
             job,

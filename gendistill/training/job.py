@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from gendistill.config.engine import EngineConfig
 from gendistill.config.schema import StageConfig
 from gendistill.data.batch import Batch
 from gendistill.training.left_out import HasRows
@@ -38,6 +39,7 @@ class StageJob:
         heldout: Batches to score at the end, on every process the same.
         heldout_every: Also score every so many steps.
         lock: More settings that must not change before a resume (teacher, data), as JSON.
+        engine: How the stage is computed.
     """
 
     name: str
@@ -47,6 +49,7 @@ class StageJob:
     heldout: Sequence[Batch]
     heldout_every: int | None = None
     lock: Mapping[str, Any] = field(default_factory=dict)
+    engine: EngineConfig = EngineConfig()
 
     @property
     def checkpoints(self) -> Path:

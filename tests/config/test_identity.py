@@ -8,6 +8,7 @@ import pytest
 
 from gendistill.anatomy.mixers import MIXERS
 from gendistill.config.base import Affects, Section, affects, identity
+from gendistill.config.engine import EngineConfig
 from gendistill.config.load import load_recipe
 from gendistill.config.mixers import MixersConfig, MixerSection, mixer_section, mixers_section
 from gendistill.config.objectives import (
@@ -133,6 +134,7 @@ FLIPS: dict[type[Section], tuple[dict[str, Any], dict[str, Any]]] = {
             "bootstrap": 500,
         },
     ),
+    EngineConfig: ({}, {"parallel": "fsdp2", "loss": "reference", "blocks": "family"}),
     KLConfig: ({}, {"direction": "reverse", "temperature": 2.0, "weight": 2.0}),
     JSDConfig: ({}, {"beta": 0.3, "temperature": 2.0, "weight": 2.0}),
     CEConfig: ({}, {"weight": 2.0}),
@@ -151,6 +153,7 @@ FLIPS: dict[type[Section], tuple[dict[str, Any], dict[str, Any]]] = {
             "heldout": {"data": "other"},
             "stages": {},
             "eval": {"limit": 3},
+            "engine": {"loss": "reference"},
         },
     ),
 }
@@ -217,7 +220,8 @@ def test_what_only_logs_saves_or_splits_work_affects_nothing():
         },
         HeldOutConfig: {"every_steps"},
         EvalConfig: {"batch_size", "bootstrap"},
-        Recipe: {"version", "name", "output"},
+        EngineConfig: {"parallel", "loss", "blocks"},
+        Recipe: {"version", "name", "output", "engine"},
     }
     found = {
         section: {name for name in section.model_fields if affects(section, name) is Affects.NOTHING}

@@ -1,0 +1,26 @@
+"""The ``engine:`` section of a recipe: how stages are computed, never what they compute."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from gendistill.config.base import Affects, Section
+
+
+class EngineConfig(Section):
+    """How stages are computed. Every setting is a switch for speed or memory; results stay the same up to rounding."""
+
+    parallel: Annotated[Literal["ddp", "fsdp2"], Affects.NOTHING] = Field(
+        default="ddp",
+        description="several processes: a whole student on each (ddp), or student and teacher sharded (fsdp2)",
+    )
+    loss: Annotated[Literal["auto", "reference", "triton"], Affects.NOTHING] = Field(
+        default="auto", description="of the losses on logits: eager torch, or our kernels where they run"
+    )
+    blocks: Annotated[Literal["auto", "family", "fused"], Affects.NOTHING] = Field(
+        default="auto",
+        description="decoder layers of teacher and student: the family's own modules, or fused ones; "
+        "auto: fused on GPU",
+    )
