@@ -49,7 +49,7 @@ class StageJob:
     heldout: Sequence[Batch]
     heldout_every: int | None = None
     lock: Mapping[str, Any] = field(default_factory=dict)
-    engine: EngineConfig = EngineConfig()
+    engine: EngineConfig = field(default_factory=EngineConfig)
 
     @property
     def checkpoints(self) -> Path:
