@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-# ops with kernels: the module of contracts and the package of kernels that an op's name stands for
-_KERNELS = {"delta_rule": "delta", "conv": "conv", "norm": "norm"}
+# ops with kernels: the package of kernels that an op's name stands for, beside its module of contracts
+_KERNELS = {"delta_rule": "delta", "conv": "conv", "norm": "norm", "linear_divergence": "divergence"}
 
 
 class Impl(StrEnum):
