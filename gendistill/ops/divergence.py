@@ -145,14 +145,17 @@ def chunks(num_tokens: int, chunk_size: int) -> Iterator[slice]:
         yield slice(start, min(start + size, num_tokens))
 
 
-def unrounded(a: Tensor, b: Tensor, *, out: Tensor) -> Tensor:
+def unrounded(a: Tensor, b: Tensor, *, out: Tensor | None = None) -> Tensor:
     """Multiply matrices and keep what the products sum up to, whatever their dtype.
 
     Args:
         a: ``[N, K]``.
         b: ``[K, M]``, in the dtype of a.
-        out: ``[N, M]`` float32, or float64 for float64 inputs; overwritten.
+        out: ``[N, M]`` float32, or float64 for float64 inputs, to overwrite; None for a new one.
     """
+    if out is None:
+        precise = torch.float64 if a.dtype == torch.float64 else torch.float32
+        out = a.new_empty(len(a), b.shape[1], dtype=precise)
     if a.dtype == out.dtype:
         return torch.mm(a, b, out=out)
     if a.is_cuda:
