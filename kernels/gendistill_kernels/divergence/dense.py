@@ -267,7 +267,9 @@ def _constants(mix: Mix) -> dict[str, Any]:
 
 def _block(block: int, V: int, device: torch.device) -> int:
     """Choose how much of a row a program takes, so that all programs of a row surely run at the same time."""
-    together = 1 << 20 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
+    if device.type != "cuda":
+        return block
+    together = torch.cuda.get_device_properties(device).multi_processor_count
     while math.ceil(V / block) > together:
         block *= 2
         if block > _MOST_BLOCK:
