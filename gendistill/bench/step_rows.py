@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from rich.table import Table
 
 from gendistill.bench.flops import peak_flops
 from gendistill.bench.rows import NOT_MEASURED
-from gendistill.bench.shapes import BARS, IDLE, MEMORY, SPEED
+from gendistill.bench.shapes import BARS, IDLE, MEMORY, RATIO, SPEED
 from gendistill.results.table import ResultRow
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class StepTime:
     """What a step takes under one setting of the engine.
 
     Attributes:
-        engine: Name of the setting.
+        name: Of the setting, or of the peer.
         seconds: Of every timed step.
         tokens: Of a step, over all processes, without padding: the mean.
         flops: What this process has to multiply in a step.
@@ -62,7 +62,7 @@ class StepTime:
         trace: What the profiler saw.
     """
 
-    engine: str
+    name: str
     seconds: tuple[float, ...]
     tokens: float
     flops: float
@@ -72,7 +72,7 @@ class StepTime:
     waited: float = 0.0
     cold: float = 0.0
     memory_gb: float | None = None
-    parts: Mapping[str, float]
+    parts: Mapping[str, float] = field(default_factory=dict)
     syncs: int | None = None
     trace: Trace | None = None
 
@@ -109,46 +109,64 @@ class StepTime:
             f"{self.cold:.1f} s"
         )
 
-    def rows(self, shape: str, stage: str, first: StepTime, *, first_of_all: bool) -> list[ResultRow]:
-        """Return rows of a results file; only the first engine's have bars."""
-        case = f"{stage} stage, {shape}" + ("" if first_of_all else f", {self.engine}")
-        case += f", {self.world} processes" if self.world > 1 else ""
-        low, high = self.spread
-        steps = len(self.seconds)
-        note = f"{self.engine}; {low:,.0f} to {high:,.0f}"
-        if not first_of_all:
-            note += f"; {self.speed / first.speed:.3f} times {first.engine}"
 
-        def bar(quantity: str) -> float | None:
-            return BARS.get((shape, stage, quantity)) if first_of_all and self.world == 1 else None
-
-        rows = [
-            ResultRow(
-                name=f"{case}: {SPEED}",
-                value=self.speed,
-                unit=SPEED,
-                better="higher",
-                bar=bar(SPEED),
-                n=steps,
-                note=note,
-            )
-        ]
-        if self.memory_gb is not None:
-            rows.append(_row(f"{case}: {MEMORY}", self.memory_gb, "GB", "lower", bar=bar(MEMORY)))
-        if self.mfu is not None:
-            rows.append(_row(f"{case}: MFU", self.mfu, "share", "higher"))
-        if self.idle is not None:
-            rows.append(_row(f"{case}: {IDLE}", self.idle, "share", "lower", bar=bar(IDLE)))
-        rows += [
-            _row(f"{case}: share of {part}", self.parts[part], "share", "lower")
-            for part in PARTS
-            if part in self.parts
-        ]
-        return rows
+def result_rows(
+    shape: str, stage: str, found: Sequence[StepTime], peer: StepTime | None = None
+) -> list[ResultRow]:
+    """Return rows of a results file; only the first engine's have bars and the peer beside them."""
+    first = found[0]
+    rows = _first_rows(f"{stage} stage, {shape}", first, peer, (shape, stage))
+    for each in found[1:]:
+        case = f"{stage} stage, {shape}, {each.name}"
+        low, high = each.spread
+        note = f"{low:,.0f} to {high:,.0f}; {each.speed / first.speed:.3f} times {first.name}"
+        rows.append(_row(f"{case}: {SPEED}", each.speed, SPEED, "higher", n=len(each.seconds), note=note))
+        if each.memory_gb is not None:
+            rows.append(_row(f"{case}: {MEMORY}", each.memory_gb, "GB", "lower"))
+    return rows
 
 
-def _row(name: str, value: float, unit: str, better: str, *, bar: float | None = None) -> ResultRow:
-    return ResultRow(name=name, value=float(value), unit=unit, better=better, bar=bar)  # pyright: ignore
+def _first_rows(case: str, found: StepTime, peer: StepTime | None, key: tuple[str, str]) -> list[ResultRow]:
+    case += f", {found.world} processes" if found.world > 1 else ""
+
+    def bar(quantity: str) -> float | None:
+        return BARS.get((*key, quantity)) if found.world == 1 else None
+
+    beside = {} if peer is None else {"peer": peer.name, "peer_value": float(peer.speed)}
+    low, high = found.spread
+    note = f"{found.name}; {low:,.0f} to {high:,.0f}"
+    rows = [
+        _row(
+            f"{case}: {SPEED}",
+            found.speed,
+            SPEED,
+            "higher",
+            bar=bar(SPEED),
+            n=len(found.seconds),
+            note=note,
+            **beside,
+        )
+    ]
+    if peer is not None:
+        note = f"the peer is {peer.name}"
+        rows.append(
+            _row(f"{case}: {RATIO}", found.speed / peer.speed, "times", "higher", bar=bar(RATIO), note=note)
+        )
+    measured: tuple[tuple[str, float | None, str, Literal["lower", "higher"]], ...] = (
+        (MEMORY, found.memory_gb, "GB", "lower"),
+        ("MFU", found.mfu, "share", "higher"),
+        (IDLE, found.idle, "share", "lower"),
+        ("waits for the GPU", found.syncs, "a step", "lower"),
+    )
+    for name, value, unit, better in measured:
+        if value is not None:
+            rows.append(_row(f"{case}: {name}", value, unit, better, bar=bar(name)))
+    shares = [(part, found.parts[part]) for part in PARTS if part in found.parts]
+    return rows + [_row(f"{case}: share of {part}", share, "share", "lower") for part, share in shares]
+
+
+def _row(name: str, value: float, unit: str, better: Literal["lower", "higher"], **more: Any) -> ResultRow:
+    return ResultRow(name=name, value=float(value), unit=unit, better=better, **more)
 
 
 def parts_of(spans: Mapping[str, float]) -> dict[str, float]:
@@ -204,5 +222,5 @@ def time_table(found: Sequence[StepTime]) -> Table:
             NOT_MEASURED if each.syncs is None else str(each.syncs),
         ]
         shares = [f"{each.parts[part]:.0%}" if part in each.parts else NOT_MEASURED for part in parts]
-        table.add_row(each.engine, *cells, *shares)
+        table.add_row(each.name, *cells, *shares)
     return table

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from gendistill.bench.peers import FlaCore
     from gendistill.bench.rows import Measurement
+    from gendistill.bench.step import Peer
     from gendistill.results.table import ResultRow
 
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
@@ -143,6 +144,9 @@ def _add_step_arguments(step: argparse.ArgumentParser) -> None:
         metavar="KEY=VALUE,...",
         nargs="*",
         help="also time the engine with these differences; without any: every switch off alone, then all",
+    )
+    step.add_argument(
+        "--peer", action="store_true", help="also time stock parts; fla-core tunes itself for minutes"
     )
     step.add_argument("--no-check", action="store_true", help="time without comparing losses and gradients")
     step.add_argument(
@@ -286,15 +290,18 @@ def _run_step(arguments: argparse.Namespace) -> int:
     _check_numbers(arguments)
     import torch
 
-    from gendistill.bench.step import StepBench, device_name
+    from gendistill.bench.step import StepBench
+    from gendistill.bench.step_parts import device_name
     from gendistill.results.table import write_results_json
 
     rows: list[ResultRow] = []
+    peer = _stock_peer() if arguments.peer else None
     for name, stage in itertools.product(arguments.shape, arguments.stage):
         bench = StepBench(
             shape=_step_shape(arguments, name),
             stage=stage,
             engines=engines,
+            peer=peer,
             steps=arguments.steps,
             warmup=arguments.warmup,
             checkpointing=arguments.checkpointing,
@@ -320,6 +327,14 @@ def _run_step(arguments: argparse.Namespace) -> int:
                 arguments.json, command=command_line(), device=device, rows=rows, commit=commit
             )
     return 0
+
+
+def _stock_peer() -> Peer:
+    from gendistill.bench.measure import attempt
+    from gendistill.bench.step import Peer
+    from gendistill.bench.stock import FlaParts
+
+    return Peer(*attempt(FlaParts))
 
 
 def _step_shape(arguments: argparse.Namespace, name: str) -> Shape:

@@ -12,19 +12,22 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from gendistill.anatomy.family import geometry_of
 from gendistill.anatomy.groups import ParamGroup
-from gendistill.bench import step as step_module
 from gendistill.bench.documents import Drawer, synthetic_stream
 from gendistill.bench.engines import PLAIN, SWITCHES, choose_engines, plain_value, read_engine
 from gendistill.bench.flops import Work, peak_flops
 from gendistill.bench.pair import make_student, make_teacher
 from gendistill.bench.shapes import SHAPES
-from gendistill.bench.step import StepBench, documents
-from gendistill.bench.step_rows import StepTime, parts_of
+from gendistill.bench.step import Peer, StepBench
+from gendistill.bench.step_parts import documents
+from gendistill.bench.step_rows import StepTime, parts_of, result_rows
+from gendistill.bench.stock import StockStep
 from gendistill.bench.trace import covered, summarise_trace
 from gendistill.cli.main import main
 from gendistill.config.engine import EngineConfig
 from gendistill.data.batch import PADDING
 from gendistill.errors import GendistillError, RecipeError
+from gendistill.ops import Segments, chunk_kda
+from gendistill.ops.conv import causal_conv
 from gendistill.results.table import load_results
 
 CPU = torch.device("cpu")
@@ -57,7 +60,7 @@ def test_the_command_measures_both_stages(tmp_path, capsys):
 
 def test_steps_are_those_of_the_trainer():
     bench = StepBench(shape=TINY, cpu=True)
-    with bench.opened(EngineConfig()) as run:
+    with bench.opened(EngineConfig(), stream=bench.stream(EngineConfig())) as run:
         before = {name: value.detach().clone() for name, value in run.module.named_parameters()}
         tokens = 0
         for _ in range(2):
@@ -76,15 +79,15 @@ def test_steps_are_those_of_the_trainer():
 def test_a_wrong_engine_is_not_timed(monkeypatch):
     right = StepBench._solve
 
-    def wrong(self: StepBench, engine: EngineConfig, batch: Any, *, exact: bool = False) -> Any:
-        found, dtype = right(self, engine, batch, exact=exact)
+    def wrong(self: StepBench, engine: EngineConfig, *, exact: bool = False) -> Any:
+        found, dtype = right(self, engine, exact=exact)
         if engine != PLAIN:
             for gradient in found.gradients.values():
                 gradient *= 1.01
         return found, dtype
 
-    monkeypatch.setattr(step_module.StepBench, "_solve", wrong)
-    monkeypatch.setattr(step_module.StepBench, "_time", lambda *_, **__: pytest.fail("timed"))
+    monkeypatch.setattr(StepBench, "_solve", wrong)
+    monkeypatch.setattr(StepBench, "_time", lambda *_, **__: pytest.fail("timed"))
     with pytest.raises(GendistillError, match="wrong under default"):
         StepBench(shape=TINY, cpu=True).run()
 
@@ -210,14 +213,74 @@ def test_parts_add_up_to_a_step():
 
 
 def test_bars_are_for_the_chosen_engine_alone():
-    found = StepTime(
-        engine="default", seconds=(0.5, 1.0, 2.0), tokens=80_000.0, flops=1e12, device="NVIDIA H200", parts={}
-    )
+    about = {"tokens": 80_000.0, "flops": 1e12, "device": "NVIDIA H200"}
+    found = StepTime(name="default", seconds=(0.5, 1.0, 2.0), memory_gb=61.0, **about)
+    other = StepTime(name="loss=reference", seconds=(2.0,), **about)
+    peer = StepTime(name="stock", seconds=(4.0,), **about)
     assert found.spread == (40_000.0, 160_000.0)
     assert found.mfu == pytest.approx(1 / 989)
-    [row, *_] = found.rows("qwen3-0.6b", "distill", found, first_of_all=True)
-    assert (row.value, row.bar, row.met) == (80_000.0, 75_000.0, True)
-    assert found.rows("qwen3-0.6b", "distill", found, first_of_all=False)[0].bar is None
+    rows = {row.name: row for row in result_rows("qwen3-0.6b", "distill", [found, other], peer)}
+    speed = rows["distill stage, qwen3-0.6b: tokens/s"]
+    assert (speed.value, speed.bar, speed.met) == (80_000, 75_000, True)
+    assert (speed.peer, speed.peer_value) == ("stock", 20_000)
+    assert rows["distill stage, qwen3-0.6b: times as fast as stock parts"].value == 4
+    assert rows["distill stage, qwen3-0.6b: peak memory"].met is False
+    slower = rows["distill stage, qwen3-0.6b, loss=reference: tokens/s"]
+    assert (slower.value, slower.bar) == (40_000, None)
+    assert "0.500 times default" in (slower.note or "")
+
+
+class ReferenceParts:
+    """Our reference ops in the place of fla-core's, which run on no CPU."""
+
+    label = "reference 1"
+
+    class Conv(torch.nn.Conv1d):
+        def forward(self, x: Any, cu_seqlens: Any) -> Any:
+            segments = Segments.from_cu_seqlens(cu_seqlens)
+            taps, bias = self.weight[:, 0], self.bias
+            return causal_conv(x, taps, bias, activation="identity", segments=segments)[0], None
+
+    def conv(self, channels: int, taps: int) -> torch.nn.Module:
+        return self.Conv(channels, channels, taps, groups=channels)
+
+    def rule(self, q: Any, k: Any, v: Any, decay: Any, beta: Any, **settings: Any) -> Any:
+        segments, a_log = Segments.from_cu_seqlens(settings.pop("cu_seqlens")), settings.pop("A_log")
+        return chunk_kda(q, k, v, decay, beta, gate="bounded", a_log=a_log, segments=segments, **settings).out
+
+
+@pytest.mark.parametrize("stage", ["distill", "block"])
+def test_the_peer_computes_the_same_loss_and_gradients(stage):
+    bench = StepBench(shape=TINY, stage=stage, cpu=True)
+    found, _ = bench._solve(PLAIN)
+    batch = bench._check_batch()
+    stock = StockStep(
+        TINY, bench.stage_config(), device=CPU, teacher_dtype=torch.float32, parts=ReferenceParts(), seed=0
+    )
+    loss = stock.loss(batch) / batch.num_labels
+    loss.backward()
+    assert loss.item() == pytest.approx(found.loss, rel=1e-4)
+    parameters = dict(stock.student.named_parameters())
+    assert {name for name, value in parameters.items() if value.grad is not None} == set(found.gradients)
+    for name, gradient in found.gradients.items():
+        torch.testing.assert_close(parameters[name].grad, gradient, rtol=2e-3, atol=1e-6, msg=name)
+    assert stock.step([batch]).isfinite()
+
+
+def test_the_peer_is_timed_only_if_it_computes_the_same(capsys):
+    bench = StepBench(shape=TINY, cpu=True, steps=1, warmup=1, peer=Peer(ReferenceParts()))
+    rows = {row.name: row for row in bench.run()}
+    assert rows["distill stage, tiny: tokens/s"].peer == "transformers, reference 1"
+    wrong = StepBench(shape=TINY, cpu=True, steps=1, peer=Peer(ReferenceParts()))
+    assert wrong._time_peer(exact=100.0) is None
+    assert "computes something else" in capsys.readouterr().out
+
+
+def test_a_peer_without_fla_core_has_no_mixers(capsys):
+    bench = StepBench(shape=TINY, cpu=True, steps=1, warmup=1, check=False, peer=Peer(None, "not installed"))
+    rows = {row.name: row for row in bench.run()}
+    assert rows["distill stage, tiny: tokens/s"].peer == "transformers, mixers left out"
+    assert "mixers are left out: not installed" in capsys.readouterr().out
 
 
 def test_every_switch_can_be_turned_off():
