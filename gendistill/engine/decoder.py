@@ -1,17 +1,20 @@
 """A decoder whose layers run fused: packed projections, one kernel between two matrix products, and no masks.
 
-:func:`fuse` changes how a model's own modules run, not what they are: parameters, names and hooks stay, and so do
-calls that are not about packed documents, such as generation. :meth:`FusedDecoder.release` ends it.
+:func:`fuse` changes how a model's own modules run, not what they are: parameters, names and hooks of layers and mixers
+stay, and so do calls that are not about packed documents, such as generation. :func:`release` ends it.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from gendistill.anatomy.family import FAMILIES, Geometry, family_of, geometry_of
@@ -21,6 +24,7 @@ from gendistill.mixers.base import Mixer, SequenceInfo
 from gendistill.ops.block import attend, rms_norm
 from gendistill.ops.select import Impl, resolve
 
+_MARK = "_fused_decoder"
 # dtypes that torch's flash attention takes
 _HALF = (torch.bfloat16, torch.float16)
 
@@ -45,6 +49,30 @@ class Layout:
     dtype: torch.dtype
 
 
+def fuse(model: Any, dtype: torch.dtype) -> None:
+    """Let a causal language model run fused until :func:`release`; :func:`why_not` must have nothing against it.
+
+    Args:
+        model: A family's own or a student: with ``model`` and ``config``; where it will run.
+        dtype: Of arithmetic. Parameters keep theirs; copies in this dtype are refreshed when parameters change.
+    """
+    release(model)
+    object.__setattr__(model.model, _MARK, FusedDecoder(model, dtype))
+
+
+def release(model: Any) -> None:
+    """Let a model run as its classes say; nothing happens to one that does."""
+    fused = vars(model.model).get(_MARK)
+    if fused is not None:
+        object.__delattr__(model.model, _MARK)
+        fused.release()
+
+
+def is_fused(model: Any) -> bool:
+    """Say whether a model runs fused."""
+    return _MARK in vars(model.model)
+
+
 def why_not(model: Any, *, device: torch.device, dtype: torch.dtype) -> str | None:
     """Say what keeps a causal language model from running fused; None if nothing does.
 
@@ -63,6 +91,12 @@ def why_not(model: Any, *, device: torch.device, dtype: torch.dtype) -> str | No
         return "its MLP has biases"
     if getattr(config, "attention_dropout", 0.0):
         return "it drops attention weights at random (attention_dropout)"
+    if any(isinstance(parameter, DTensor) for parameter in model.model.parameters()):
+        return "its parameters are sharded"
+    if any(
+        type(layer) is not nn.Linear for name, layer in model.model.named_modules() if name.endswith("_proj")
+    ):
+        return "some of its linear layers are adapted"
     if device.type == "cuda":
         if resolve("auto", op="block", device=device) is not Impl.TRITON:
             return "its kernels do not run on this GPU"
@@ -74,12 +108,7 @@ def why_not(model: Any, *, device: torch.device, dtype: torch.dtype) -> str | No
 
 
 class FusedDecoder:
-    """A decoder that runs fused until it is released.
-
-    Args:
-        model: Causal language model, a family's own or a student: with ``model``, ``config``.
-        dtype: Of arithmetic. Parameters keep theirs; copies in this dtype are refreshed when parameters change.
-    """
+    """A decoder that runs fused until it is released; arguments as :func:`fuse`."""
 
     def __init__(self, model: Any, dtype: torch.dtype) -> None:
         self.decoder: Any = model.model
@@ -94,6 +123,8 @@ class FusedDecoder:
         self.sources = [source for packed in self.packed for source in packed.sources]
         self.targets = [target for packed in self.packed for target in packed.targets]
         self.versions: list[int] = []
+        # a fused optimizer changes parameters without counting their versions up
+        self.handle = register_optimizer_step_post_hook(lambda *_: self.versions.clear())
 
     def _patch(self, module: nn.Module, name: str, value: Any) -> None:
         # an instance's own attribute; the module's class stays as it is
@@ -107,10 +138,8 @@ class FusedDecoder:
     def _patch_layer(self, index: int, layer: Any) -> None:
         attention, mlp = layer.self_attn, layer.mlp
         if isinstance(attention, Mixer):
-            if attention.projects:
-                groups = {group: self._pack(*group) for group in attention.projections()}
-                self._patch(attention, "packed", groups)
-            self._patch(attention, "forward", functools.partial(_run_mixer, self, attention))
+            groups = {group: self._pack(*group) for group in attention.projections()}
+            self._patch(attention, "forward", functools.partial(_run_mixer, self, attention, groups))
         else:
             window = self.geometry.window if self.geometry.sliding[index] else None
             parts = _Attention(
@@ -132,6 +161,7 @@ class FusedDecoder:
 
     def release(self) -> None:
         """Let the modules run as their classes say."""
+        self.handle.remove()
         for module, name in reversed(self.patched):
             object.__delattr__(module, name)
         for packed in self.packed:
@@ -183,7 +213,14 @@ def _run_decoder(
             fused.dtype,
         )
         for layer in decoder.layers:
-            stream = layer(stream, layout=layout)
+            # what watches layers finds what it would find without fusion
+            stream = layer(
+                stream,
+                position_embeddings=layout.position_embeddings,
+                position_ids=position_ids,
+                sequences=sequences,
+                layout=layout,
+            )
         norm = decoder.norm
         _, hidden = rms_norm(
             stream, norm.weight, eps=fused.geometry.norm_eps, dtype=fused.dtype, impl=fused.impl
@@ -238,7 +275,12 @@ def _layout_of(
 
 
 def _run_mixer(
-    fused: FusedDecoder, mixer: Any, hidden_states: Tensor, layout: Layout | None = None, **inputs: Any
+    fused: FusedDecoder,
+    mixer: Any,
+    groups: Mapping[tuple[nn.Linear, ...], PackedLinear],
+    hidden_states: Tensor,
+    layout: Layout | None = None,
+    **inputs: Any,
 ) -> Any:
     if layout is None:
         layout = _layout_of(fused, **inputs)
@@ -248,7 +290,11 @@ def _run_mixer(
     # a mixer whose linear layers are not packed casts their weights itself
     casts = not mixer.projects and fused.dtype in _HALF
     with torch.autocast(hidden_states.device.type, dtype=fused.dtype if casts else None, enabled=casts):
-        return run(mixer, hidden_states.to(fused.dtype), **inputs)
+        mixer.packed = groups
+        try:
+            return run(mixer, hidden_states.to(fused.dtype), **inputs)
+        finally:
+            del mixer.packed
 
 
 def _run_attention(

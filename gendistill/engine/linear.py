@@ -33,7 +33,6 @@ class PackedLinear:
 
     def __init__(self, layers: Sequence[nn.Linear], dtype: torch.dtype) -> None:
         self.layers = tuple(layers)
-        self.dtype = dtype
         self.widths = tuple(layer.out_features for layer in layers)
         self.parameters = [layer.weight for layer in layers]
         self.biases = [layer.bias for layer in layers if layer.bias is not None]

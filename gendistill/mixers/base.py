@@ -57,7 +57,7 @@ class Mixer(nn.Module):
         spec: What the catalogue knows of it.
         state_type: Named tuple of what it remembers.
         projects: Whether all its linear layers are run by :meth:`project` and :meth:`project_together`.
-        packed: Faster ways to run groups of its layers on inputs of one dtype; training puts them there.
+        packed: Faster ways to run groups of its layers, while training has it run on them.
         requested_impl: As given.
         table: What its parameters are and how they start.
     """
@@ -148,19 +148,15 @@ class Mixer(nn.Module):
 
     def project(self, x: Tensor, *layers: nn.Linear) -> tuple[Tensor, ...]:
         """Run linear layers on one input ``[..., in_features]``; returns an output of each."""
-        packed = self._packed(x, layers)
+        packed = self.packed.get(layers)
         return tuple(layer(x) for layer in layers) if packed is None else packed.split(packed(x))
 
     def project_together(self, x: Tensor, *layers: nn.Linear) -> Tensor:
         """Run linear layers on one input ``[..., in_features]``; returns their outputs side by side."""
-        packed = self._packed(x, layers)
+        packed = self.packed.get(layers)
         if packed is None:
             return torch.cat([layer(x) for layer in layers], dim=-1)
         return packed(x)[..., : sum(packed.widths)]
-
-    def _packed(self, x: Tensor, layers: tuple[nn.Linear, ...]) -> Any:
-        packed = self.packed.get(layers)
-        return None if packed is None or packed.dtype != x.dtype else packed
 
     def projections(self) -> list[tuple[nn.Linear, ...]]:
         """List the groups of layers that are run together."""

@@ -43,9 +43,10 @@ LAYERS = {
     "models": {"mixers", "ops", "anatomy"},
     "checkpoints": {"anatomy"},
     "data": {"mixers", "ops", "anatomy", "config"},
+    "engine": {"mixers", "ops", "anatomy"},
     "teachers": {"data", "anatomy"},
     "losses": {"teachers", "ops", "data", "anatomy", "config"},
-    "training": {"losses", "teachers", "data", "ops", "anatomy", "config"},
+    "training": {"losses", "teachers", "engine", "data", "ops", "anatomy", "config"},
     "conversion": {
         "checkpoints",
         "training",

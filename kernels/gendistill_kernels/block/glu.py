@@ -30,7 +30,9 @@ def forward_kernel(both, out, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def backward_kernel(grad, both, hidden, grad_both, WIDTH: tl.constexpr, BLOCK: tl.constexpr, HIDDEN: tl.constexpr):
+def backward_kernel(
+    grad, both, hidden, grad_both, WIDTH: tl.constexpr, BLOCK: tl.constexpr, HIDDEN: tl.constexpr
+):
     row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < WIDTH
     g = tl.load(both + row * 2 * WIDTH + column, mask=inside, other=0.0).to(tl.float32)
@@ -42,7 +44,9 @@ def backward_kernel(grad, both, hidden, grad_both, WIDTH: tl.constexpr, BLOCK: t
         tl.store(hidden + row * WIDTH + column, (act * u).to(hidden.dtype.element_ty), mask=inside)
     d_gate = d * u * (s + act * (1.0 - s))
     tl.store(grad_both + row * 2 * WIDTH + column, d_gate.to(grad_both.dtype.element_ty), mask=inside)
-    tl.store(grad_both + row * 2 * WIDTH + WIDTH + column, (d * act).to(grad_both.dtype.element_ty), mask=inside)
+    tl.store(
+        grad_both + row * 2 * WIDTH + WIDTH + column, (d * act).to(grad_both.dtype.element_ty), mask=inside
+    )
 
 
 _forward = Launcher(forward_kernel)
