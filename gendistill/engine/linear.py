@@ -34,8 +34,8 @@ class PackedLinear:
     def __init__(self, layers: Sequence[nn.Linear], dtype: torch.dtype) -> None:
         self.layers = tuple(layers)
         self.widths = tuple(layer.out_features for layer in layers)
-        self.parameters = [layer.weight for layer in layers]
-        self.biases = [layer.bias for layer in layers if layer.bias is not None]
+        self.parameters: list[nn.Parameter] = [layer.weight for layer in layers]
+        self.biases: list[nn.Parameter] = [layer.bias for layer in layers if layer.bias is not None]
         total = sum(self.widths)
         rows = total if len(self.layers) == 1 else -(-total // _MULTIPLE) * _MULTIPLE
         first = self.parameters[0]

@@ -47,10 +47,11 @@ class _GatedMLP(torch.autograd.Function):
         x, both, _, down_matrix = ctx.saved_tensors
         gate_up, down = ctx.packed
         out = grad.reshape(x.shape).to(x.dtype)
-        want_hidden = down.parameters[0].requires_grad
-        grad_both, hidden = _swiglu_backward(out @ down_matrix, both, want_hidden, ctx.impl)
+        grad_both, hidden = _swiglu_backward(
+            out @ down_matrix, both, down.parameters[0].requires_grad, ctx.impl
+        )
         grad_x = (grad_both @ _rows(gate_up)).view(ctx.shape) if ctx.needs_input_grad[0] else None
-        down_grad = weight_grads(out, hidden, down.places, down.parameters) if want_hidden else [None]
+        down_grad = [None] if hidden is None else weight_grads(out, hidden, down.places, down.parameters)
         grads = weight_grads(grad_both, x, gate_up.places, gate_up.parameters)
         return (grad_x, grad if ctx.needs_input_grad[1] else None, None, None, None, *grads, *down_grad)
 

@@ -96,10 +96,11 @@ def test_a_teacher_in_bfloat16(family, monkeypatch):
     assert small.distance(found, exact) < 1.2 * small.distance(plain, exact)
 
 
+SHAPES = [((16, 8), 128, None), ((14, 2), 64, 100), ((9, 3), 64, None)]
+
+
 @pytest.mark.parametrize("norm", [True, False])
-@pytest.mark.parametrize(
-    ("heads", "channels", "window"), [((16, 8), 128, None), ((14, 2), 64, 100), ((9, 3), 64, None)]
-)
+@pytest.mark.parametrize(X)
 def test_attention_matches_float64(heads, channels, window, norm):
     torch.manual_seed(0)
     lengths = [300, 1, 211]

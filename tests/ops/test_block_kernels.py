@@ -118,15 +118,17 @@ def test_turned_heads_and_their_gradients_match_float64(rows, heads, channels, n
     qkv64, *weights64 = exact(qkv, *weights)
     parts = qkv64.unflatten(-1, (number, -1)).split([heads[0], heads[1], heads[1]], dim=1)
     turned = [
-        reference._turned(part, weight, cos.double(), sin.double(), EPS)
+        reference.turn(part, weight, cos.double(), sin.double(), eps=EPS)
         for part, weight in zip(parts, weights64, strict=False)
     ]
     for found, expected in zip((q, k), turned, strict=True):
         assert distance(found, expected.detach()) < LIMIT
     grads = [torch.randn_like(part).float() for part in (*turned, parts[2])]
-    sum((part * grad.double()).sum() for part, grad in zip((*turned, parts[2]), grads, strict=True)).backward()
+    sum(
+        (part * grad.double()).sum() for part, grad in zip((*turned, parts[2]), grads, strict=True)
+    ).backward()
     for programs in (2, 1000):
-        with forced("block_rope", Config(64, 1, programs=programs)):
+        with forced("block_rope_backward", Config(64, 1, programs=programs)):
             found = rotate_backward(*grads, qkv, *weights, cos, sin, eps=EPS, want_weights=norm)
         assert distance(found[0], qkv64.grad) < LIMIT
         for one, weight in zip(found[1:], weights64, strict=True):

@@ -103,7 +103,9 @@ def heldout():
     return [batch_of(range(900, 904)), batch_of(range(904, 906))]
 
 
-def run_stage(folder, *, student=None, teacher=None, parallel=None, heldout_every=None, out=None, engine=None, **changes):
+def run_stage(
+    folder, *, student=None, teacher=None, parallel=None, heldout_every=None, out=None, engine=None, **changes
+):
     """Train the tiny stage in ``folder`` and return the result and the student."""
     stage = StageConfig(**{key: value for key, value in {**STAGE, **changes}.items() if value is not None})
     parallel = parallel or choose_parallel(Accelerator(cpu=True))

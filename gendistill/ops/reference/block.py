@@ -42,11 +42,12 @@ def attend(
     num_heads, num_kv_heads = heads
     parts = qkv.unflatten(-1, (num_heads + 2 * num_kv_heads, -1))
     q, k, v = parts.split([num_heads, num_kv_heads, num_kv_heads], dim=1)
-    q, k = (_turned(part, weight, cos, sin, eps) for part, weight in ((q, q_weight), (k, k_weight)))
+    q, k = (turn(part, weight, cos, sin, eps=eps) for part, weight in ((q, q_weight), (k, k_weight)))
     return sliding_window_attention(q[None], k[None], v[None], window=window, segments=segments)[0].flatten(1)
 
 
-def _turned(x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
+def turn(x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor, *, eps: float) -> Tensor:
+    """Normalise the heads of ``x`` ``[N, H, D]`` if there is a weight, and turn them by their positions."""
     precise = x.to(torch.promote_types(x.dtype, torch.float32))
     if weight is not None:
         precise = F.rms_norm(precise, weight.shape, weight.to(precise.dtype), eps)

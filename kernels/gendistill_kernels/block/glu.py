@@ -11,12 +11,14 @@ The backward pass computes h again, for the gradient of the weight that reads it
 # inside a kernel the language is Triton's: range, tuples and constants mean what its compiler says
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from gendistill_kernels.block.rows import TABLE
+from gendistill_kernels.block.rows import TABLE, power_of_2
 from gendistill_kernels.runtime.launch import Launcher, on_its_device
 
 
@@ -53,17 +55,17 @@ _forward = Launcher(forward_kernel)
 _backward = Launcher(backward_kernel)
 
 
-def _grid(both: Tensor) -> tuple[tuple[int, int], int, int, int]:
-    config = TABLE.lookup(both.device, "block_glu", both.dtype.itemsize)
+def _grid(kernel: str, both: Tensor) -> tuple[tuple[int, int], int, int, int]:
+    config = TABLE.lookup(both.device, kernel, both.dtype.itemsize)
     size = both.shape[-1] // 2
-    block = min(config.block, triton.next_power_of_2(size))
-    return (both.numel() // (2 * size), triton.cdiv(size, block)), size, block, config.warps
+    block = min(config.block, power_of_2(size))
+    return (both.numel() // (2 * size), math.ceil(size / block)), size, block, config.warps
 
 
 @on_its_device
 def swiglu_forward(both: Tensor) -> Tensor:
     """Return ``silu(g) u`` ``[..., I]`` of contiguous ``[..., 2 I]``, the gates before the values; float32 inside."""
-    grid, size, block, warps = _grid(both)
+    grid, size, block, warps = _grid("block_glu_forward", both)
     out = torch.empty(*both.shape[:-1], size, dtype=both.dtype, device=both.device)
     _forward[grid](both, out, WIDTH=size, BLOCK=block, num_warps=warps)
     return out
@@ -79,7 +81,7 @@ def swiglu_backward(grad: Tensor, both: Tensor, *, want_hidden: bool) -> tuple[T
         want_hidden: Whether its output is.
     Returns: The gradient ``[..., 2 I]``, and the output or None.
     """
-    grid, size, block, warps = _grid(both)
+    grid, size, block, warps = _grid("block_glu_backward", both)
     grad = grad.contiguous()
     grad_both = torch.empty_like(both)
     _backward[grid](grad, both, grad, grad_both, WIDTH=size, BLOCK=block, HIDDEN=want_hidden, num_warps=warps)

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gendistill_kernels.block.rows import TABLE
+from gendistill_kernels.block.rows import TABLE, power_of_2
 from gendistill_kernels.runtime.launch import Launcher, on_its_device
 
 
@@ -79,8 +79,8 @@ _backward = Launcher(backward_kernel)
 
 
 def _tile(rows: int, block: int, D: int) -> tuple[int, int]:
-    wide = triton.next_power_of_2(D)
-    return wide, min(max(1, block // wide), triton.next_power_of_2(rows))
+    wide = power_of_2(D)
+    return wide, min(max(1, block // wide), power_of_2(rows))
 
 
 @on_its_device
@@ -104,7 +104,7 @@ def rms_norm_forward(
     total = x if added is None else torch.empty_like(x)
     y = torch.empty(x.shape, dtype=dtype, device=x.device)
     rstd = torch.empty(rows, dtype=torch.float32, device=x.device)
-    _forward[(triton.cdiv(rows, number),)](
+    _forward[(-(-rows // number),)](
         x, x if added is None else added.contiguous(), weight, total, y, rstd, rows, eps,
         D=D, BD=wide, ROWS=number, ADD=added is not None, num_warps=config.warps,
     )  # fmt: skip
@@ -136,7 +136,7 @@ def rms_norm_backward(
     rows = total.numel() // D
     config = TABLE.lookup(total.device, "block_norm_backward", total.dtype.itemsize)
     wide, number = _tile(rows, config.block, D)
-    tiles = triton.cdiv(rows, number)
+    tiles = -(-rows // number)
     # the shape alone decides which rows a program sums over: the same input gives the same bits
     programs = max(1, min(tiles, config.programs))
     grad_x = torch.empty_like(total)
@@ -146,7 +146,7 @@ def rms_norm_backward(
     partial = torch.empty(programs, D, dtype=torch.float32, device=total.device) if want_weight else rstd
     _backward[(programs,)](
         grad_y.contiguous(), total if grad_total is None else grad_total.contiguous(), total, weight, rstd,
-        grad_x, grad_added, partial, rows, programs, triton.cdiv(tiles, programs),
+        grad_x, grad_added, partial, rows, programs, -(-tiles // programs),
         D=D, BD=wide, ROWS=number, REST=grad_total is not None, ADD=not shared, WEIGHT=want_weight,
         num_warps=config.warps,
     )  # fmt: skip

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gendistill_kernels.block.rows import TABLE
+from gendistill_kernels.block.rows import TABLE, power_of_2
 from gendistill_kernels.runtime.launch import Launcher, on_its_device
 
 
@@ -119,10 +119,10 @@ _forward = Launcher(forward_kernel)
 _backward = Launcher(backward_kernel)
 
 
-def _tile(qkv: Tensor, rows: int, head_dim: int) -> tuple[int, int, int, int]:
-    config = TABLE.lookup(qkv.device, "block_rope", qkv.dtype.itemsize)
-    wide = triton.next_power_of_2(head_dim // 2)
-    number = min(max(1, config.block // (2 * wide)), triton.next_power_of_2(rows))
+def _tile(kernel: str, qkv: Tensor, rows: int, head_dim: int) -> tuple[int, int, int, int]:
+    config = TABLE.lookup(qkv.device, kernel, qkv.dtype.itemsize)
+    wide = power_of_2(head_dim // 2)
+    number = min(max(1, config.block // (2 * wide)), power_of_2(rows))
     return wide, number, config.warps, config.programs
 
 
@@ -150,11 +150,11 @@ def rotate_forward(
     """
     rows = qkv.shape[0]
     D = qkv.shape[1] // (num_heads + 2 * num_kv_heads)
-    wide, number, warps, _ = _tile(qkv, rows, D)
+    wide, number, warps, _ = _tile("block_rope_forward", qkv, rows, D)
     q = torch.empty(rows, num_heads, D, dtype=qkv.dtype, device=qkv.device)
     k = torch.empty(rows, num_kv_heads, D, dtype=qkv.dtype, device=qkv.device)
     norm = q_weight is not None
-    _forward[(triton.cdiv(rows, number), num_heads + num_kv_heads)](
+    _forward[(-(-rows // number), num_heads + num_kv_heads)](
         qkv, q_weight if norm else cos, k_weight if norm else cos, cos, sin, q, k, rows, eps,
         H=num_heads, KV=num_kv_heads, HALF=D // 2, BH=wide, ROWS=number, NORM=norm, num_warps=warps,
     )  # fmt: skip
@@ -185,8 +185,8 @@ def rotate_backward(
     """
     rows, H, D = grad_q.shape
     KV = grad_k.shape[1]
-    wide, number, warps, most = _tile(qkv, rows, D)
-    tiles = triton.cdiv(rows, number)
+    wide, number, warps, most = _tile("block_rope_backward", qkv, rows, D)
+    tiles = -(-rows // number)
     heads = H + 2 * KV
     # the shape alone decides which rows a program sums over: the same input gives the same bits
     programs = max(1, min(tiles, most // heads if want_weights else tiles))
@@ -197,10 +197,10 @@ def rotate_backward(
     )
     _backward[(programs, heads)](
         grad_q.contiguous(), grad_k.contiguous(), grad_v.contiguous(), qkv, q_weight if norm else cos,
-        k_weight if norm else cos, cos, sin, grad_qkv, partial, rows, programs, triton.cdiv(tiles, programs), eps,
+        k_weight if norm else cos, cos, sin, grad_qkv, partial, rows, programs, -(-tiles // programs), eps,
         H=H, KV=KV, HALF=D // 2, BH=wide, ROWS=number, NORM=norm, WEIGHT=want_weights, num_warps=warps,
     )  # fmt: skip
-    if not want_weights:
+    if q_weight is None or k_weight is None or not want_weights:
         return grad_qkv, None, None
     sums = partial.sum(0)
     return grad_qkv, sums[:H].sum(0).to(q_weight.dtype), sums[H:].sum(0).to(k_weight.dtype)
