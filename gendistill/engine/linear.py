@@ -34,8 +34,8 @@ class PackedLinear:
     def __init__(self, layers: Sequence[nn.Linear], dtype: torch.dtype) -> None:
         self.layers = tuple(layers)
         self.widths = tuple(layer.out_features for layer in layers)
-        self.parameters: list[nn.Parameter] = [layer.weight for layer in layers]
-        self.biases: list[nn.Parameter] = [layer.bias for layer in layers if layer.bias is not None]
+        self.parameters: list[Tensor] = [layer.weight for layer in layers]
+        self.biases: list[Tensor] = [layer.bias for layer in layers if layer.bias is not None]
         total = sum(self.widths)
         rows = total if len(self.layers) == 1 else -(-total // _MULTIPLE) * _MULTIPLE
         first = self.parameters[0]
@@ -44,7 +44,7 @@ class PackedLinear:
         self.places = list(pairwise(accumulate(self.widths, initial=0)))
         self.sources: list[Tensor] = []
         self.targets: list[Tensor] = []
-        self.adopted: list[nn.Parameter] = []
+        self.adopted: list[Tensor] = []
         for layer, (start, end) in zip(self.layers, self.places, strict=True):
             self._take(layer.weight, self.matrix[start:end])
             if layer.bias is not None:
@@ -52,7 +52,7 @@ class PackedLinear:
                 self._take(layer.bias, self.bias[start:end])
 
     @torch.no_grad()
-    def _take(self, parameter: nn.Parameter, target: Tensor) -> None:
+    def _take(self, parameter: Tensor, target: Tensor) -> None:
         if parameter.dtype == target.dtype and not parameter.requires_grad:
             target.copy_(parameter)
             parameter.data = target
@@ -96,7 +96,7 @@ def add_product(added: Tensor, left: Tensor, right: Tensor) -> Tensor:
 
 
 def weight_grads(
-    grad: Tensor, x: Tensor, places: Sequence[tuple[int, int]], parameters: Sequence[nn.Parameter]
+    grad: Tensor, x: Tensor, places: Sequence[tuple[int, int]], parameters: Sequence[Tensor]
 ) -> list[Tensor | None]:
     """Return the gradient of every packed weight that learns, in its dtype, from one product if all of them do.
 

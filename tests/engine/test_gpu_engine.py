@@ -100,7 +100,7 @@ SHAPES = [((16, 8), 128, None), ((14, 2), 64, 100), ((9, 3), 64, None)]
 
 
 @pytest.mark.parametrize("norm", [True, False])
-@pytest.mark.parametrize(X)
+@pytest.mark.parametrize(("heads", "channels", "window"), SHAPES)
 def test_attention_matches_float64(heads, channels, window, norm):
     torch.manual_seed(0)
     lengths = [300, 1, 211]
