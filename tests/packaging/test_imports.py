@@ -61,7 +61,10 @@ LAYERS = {
     },
     "report": {"anatomy", "config"},
     "results": {"report", "config"},
-    "bench": {"training", "teachers", "models", "data", "ops", "report", "results", "anatomy", "config"},
+    "bench": {
+        *("training", "teachers", "conversion", "checkpoints", "models", "data", "ops", "report", "results"),
+        *("anatomy", "config"),
+    },
     "runs": {
         *(
             "report",
