@@ -33,6 +33,7 @@ from gendistill.bench.step_rows import Check, StepTime, check_table, parts_of, t
 from gendistill.bench.trace import Trace, trace_steps
 from gendistill.config.engine import EngineConfig
 from gendistill.data.batch import PADDING, Batch
+from gendistill.engine.decoder import release
 from gendistill.errors import GendistillError
 from gendistill.results.table import ResultRow
 from gendistill.teachers.base import Teacher
@@ -202,6 +203,8 @@ class StepBench:
             try:
                 yield StageRun(job, student, teacher, stream or self._stream(), self.parallel, console)
             finally:
+                for each in (student, teacher.model):
+                    release(each)
                 if self.checkpointing:
                     recompute_activations(student, False)
                 self.parallel.close()

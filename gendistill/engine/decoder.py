@@ -7,7 +7,8 @@ stay, and so do calls that are not about packed documents, such as generation. :
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+import weakref
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -124,7 +125,9 @@ class FusedDecoder:
         self.targets = [target for packed in self.packed for target in packed.targets]
         self.versions: list[int] = []
         # a fused optimizer changes parameters without counting their versions up
-        self.handle = register_optimizer_step_post_hook(lambda *_: self.versions.clear())
+        self.handle = register_optimizer_step_post_hook(
+            functools.partial(_forget_versions, weakref.ref(self))
+        )
 
     def _patch(self, module: nn.Module, name: str, value: Any) -> None:
         # an instance's own attribute; the module's class stays as it is
@@ -156,7 +159,7 @@ class FusedDecoder:
         """Cast the weights that have changed since the last time, which is once an optimizer step."""
         versions = [source._version for source in self.sources]
         if versions != self.versions:
-            torch._foreach_copy_(self.targets, self.sources)
+            torch._foreach_copy_(self.targets, self.sources)  # pyright: ignore[reportPrivateImportUsage]
             self.versions = versions
 
     def release(self) -> None:
@@ -167,6 +170,12 @@ class FusedDecoder:
         for packed in self.packed:
             packed.release()
         self.patched, self.packed, self.sources, self.targets = [], [], [], []
+
+
+def _forget_versions(fused: Callable[[], FusedDecoder | None], *_: Any) -> None:
+    decoder = fused()
+    if decoder is not None:
+        decoder.versions = []
 
 
 @dataclass(slots=True)

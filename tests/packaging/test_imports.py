@@ -62,7 +62,18 @@ LAYERS = {
     "report": {"anatomy", "config"},
     "results": {"report", "config"},
     "bench": {
-        *("training", "teachers", "conversion", "checkpoints", "models", "data", "ops", "report", "results"),
+        *(
+            "training",
+            "teachers",
+            "engine",
+            "conversion",
+            "checkpoints",
+            "models",
+            "data",
+            "ops",
+            "report",
+            "results",
+        ),
         *("anatomy", "config"),
     },
     "runs": {
