@@ -27,6 +27,7 @@ from gendistill.bench.trace import trace_steps
 from gendistill.config.engine import EngineConfig
 from gendistill.config.schema import StageConfig
 from gendistill.data.batch import Batch
+from gendistill.engine.decoder import release
 from gendistill.errors import GendistillError
 from gendistill.results.table import ResultRow
 from gendistill.teachers.live import LiveTeacher
@@ -193,6 +194,8 @@ class StepBench:
             try:
                 yield StageRun(job, student, teacher, stream, self.parallel, console)
             finally:
+                for each in (student, teacher.model):
+                    release(each)
                 if self.checkpointing:
                     recompute_activations(student, False)
                 self.parallel.close()
