@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-from gendistill_kernels.block import glu, rope
+from gendistill_kernels.block import attention, glu, rope
 from gendistill_kernels.block import norm as block_norm
 from gendistill_kernels.block import rows as block_rows
 from gendistill_kernels.conv import causal
@@ -55,6 +55,7 @@ PLACES = {
     "block_glu_backward": Place(glu, "_backward"),
     "block_rope_forward": Place(rope, "_forward"),
     "block_rope_backward": Place(rope, "_backward"),
+    "block_attention": Place(attention, "_forward"),
     "decode": Place(decode, "_decode"),
     "decode_group": Place(decode, "_decode"),
 }

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from gendistill.bench.launches import PLACES
-from gendistill.ops import causal_conv, gated_rms_norm
+from gendistill.ops import Segments, causal_conv, gated_rms_norm, sliding_window_attention
 from gendistill.ops.reference import block as reference
+from gendistill_kernels.block.attention import attend_forward, tiles_of
 from gendistill_kernels.block.glu import swiglu_backward, swiglu_forward
 from gendistill_kernels.block.norm import rms_norm_backward, rms_norm_forward
 from gendistill_kernels.block.rope import rotate_backward, rotate_forward
@@ -143,6 +144,9 @@ def _block(cases: Any, dtype: torch.dtype) -> tuple[Call, Call]:
     cos, sin = angles.cos(), angles.sin()
     parts = grads[:, :4].contiguous(), grads[:, 4:6].contiguous(), grads[:, 6:].contiguous()
 
+    lengths = [150, 50]
+    tiles, segments = tiles_of(lengths, x.device), Segments(lengths, device=x.device)
+
     def call() -> dict[str, Tensor]:
         total, y, rstd = rms_norm_forward(x, added, weight, eps=1e-6, dtype=dtype)
         norms = rms_norm_backward(*more, total, weight, rstd, added=dtype, want_weight=True)
@@ -155,7 +159,8 @@ def _block(cases: Any, dtype: torch.dtype) -> tuple[Call, Call]:
         ]
         q, k = rotate_forward(qkv, *weights, cos, sin, num_heads=4, num_kv_heads=2, eps=1e-6)
         turned = rotate_backward(*parts, qkv, *weights, cos, sin, eps=1e-6, want_weights=True)
-        return _named([*found, q, k, *turned])
+        attended, _ = attend_forward(*parts, tiles, window=None)
+        return _named([*found, q, k, *turned, attended])
 
     def answer() -> dict[str, Tensor]:
         def norm(x: Tensor, added: Tensor, weight: Tensor) -> Any:
@@ -170,7 +175,8 @@ def _block(cases: Any, dtype: torch.dtype) -> tuple[Call, Call]:
             return [*(reference.turn(part, w, cos.double(), sin.double(), eps=1e-6) for part, w in both), v]
 
         q, k, _, *turned = _differentiated(turn, [qkv, *weights], list(parts))
-        return _named([total, y, d_x, d_added, d_weight, h, d_both, q, k, *turned])
+        attended = sliding_window_attention(*(part[None].double() for part in parts), segments=segments)[0]
+        return _named([total, y, d_x, d_added, d_weight, h, d_both, q, k, *turned, attended])
 
     return call, answer
 
