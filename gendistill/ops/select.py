@@ -11,8 +11,14 @@ from typing import Any
 
 import torch
 
-# ops with kernels: the module of contracts and the package of kernels that an op's name stands for
-_KERNELS = {"delta_rule": "delta", "conv": "conv", "norm": "norm", "block": "block"}
+# ops with kernels: the package of kernels that an op's name stands for, beside its module of contracts
+_KERNELS = {
+    "delta_rule": "delta",
+    "conv": "conv",
+    "norm": "norm",
+    "block": "block",
+    "linear_divergence": "divergence",
+}
 
 
 class Impl(StrEnum):

@@ -17,6 +17,7 @@ from gendistill.data.batch import Batch
 from gendistill.engine.decoder import fuse, release, why_not
 from gendistill.errors import DataError, RecipeError
 from gendistill.losses.build import build_objective
+from gendistill.losses.logits import LogitObjective, choose_loss_impl
 from gendistill.losses.student import StudentLike
 from gendistill.paths import write_json
 from gendistill.teachers.base import Teacher, check_vocabulary
@@ -140,6 +141,8 @@ class StageRun:
             )
         self.objective = build_objective(self.stage.objective)
         self.objective.bind(student.config, teacher.facts)
+        if isinstance(self.objective, LogitObjective):
+            self.objective.impl = choose_loss_impl(job.engine.loss, parallel.device)
         self._assemble(scored[0])
         self.micro_batches: list[Batch] = []
         self.rates: dict[str, float] = {}
@@ -191,6 +194,7 @@ class StageRun:
         self.console.say(
             f"{job.name}: {self.lock.steps:,} steps of {stage.batch_size} x {stage.seq_len:,} tokens, computed in "
             f"{self.lock.compute_dtype} on {parallel.device.type}"
+            + (f", the loss by {self.objective.impl}" if isinstance(self.objective, LogitObjective) else "")
             + (f", {self.lock.seconds_per_step:.2f} s each" if self.lock.seconds_per_step else "")
             + (f", resuming from {checkpoint}" if checkpoint else "")
         )
