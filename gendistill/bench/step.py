@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import tempfile
@@ -175,7 +176,7 @@ class StepBench:
 
         Args:
             engine: Settings.
-            stream: Of batches.
+            stream: Of batches; closed at the end.
             exact: Whether all arithmetic is float32 and eager, from the same weights.
         """
         model = make_teacher(self.shape, device=self.device, dtype=self.teacher_dtype, seed=self.seed)
@@ -194,6 +195,7 @@ class StepBench:
             try:
                 yield StageRun(job, student, teacher, stream, self.parallel, console)
             finally:
+                stream.close()
                 for each in (student, teacher.model):
                     release(each)
                 if self.checkpointing:
@@ -222,6 +224,8 @@ class StepBench:
                 seed=self.seed,
                 rank=self.parallel.rank,
                 world=self.parallel.world,
+                prefetch=engine.prefetch,
+                device=self.device,
             )
         )
 
@@ -252,7 +256,7 @@ class StepBench:
 
     def _solve(self, engine: EngineConfig, *, exact: bool = False) -> tuple[Found, torch.dtype]:
         """Compute the gradients of one batch; returns also the dtype of the arithmetic."""
-        with self.opened(engine, stream=iter(()), exact=exact) as run:
+        with self.opened(engine, stream=self.stream(engine), exact=exact) as run:
             losses, _ = run.runner.accumulate([self._check_batch()])
             gradients = {
                 name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.float()
@@ -325,7 +329,8 @@ class StepBench:
                 return None
         stream = self.stream(EngineConfig(), micro_batch=rows)
         work = work_of(stock.student_config, stage)
-        found = self._time_steps(peer.label, lambda: stock.step(next(stream)), stream, work)
+        with contextlib.closing(stream):
+            found = self._time_steps(peer.label, lambda: stock.step(next(stream)), stream, work)
         self._say(f"{peer.label}, micro-batches of {rows}: {found}")
         return found
 

@@ -46,6 +46,10 @@ class TimedStream:
         self.latest = batches
         return batches
 
+    def close(self) -> None:
+        """End the stream."""
+        self.stream.close()
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
 

@@ -134,7 +134,7 @@ def test_documents_are_as_described():
 
 def test_the_stream_packs_documents_without_the_padding():
     settings = {"vocab_size": 257, "seq_len": 64, "mean_tokens": 20, "rows": 4, "micro_batch": 2, "seed": 0}
-    batches = next(synthetic_stream(**settings, prefetch=False))
+    batches = next(synthetic_stream(**settings, prefetch=0))
     assert [batch.input_ids.shape for batch in batches] == [(2, 64), (2, 64)]
     assert sum(documents(batches)) == sum(batch.num_tokens for batch in batches)
     assert len(documents(batches)) == sum(name != PADDING for batch in batches for name in batch.document_ids)
