@@ -6,6 +6,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+from gendistill_kernels.block import attention, glu, rope
+from gendistill_kernels.block import norm as block_norm
+from gendistill_kernels.block import rows as block_rows
 from gendistill_kernels.conv import causal
 from gendistill_kernels.conv import rows as conv_rows
 from gendistill_kernels.delta import chunk, decode
@@ -48,6 +51,13 @@ PLACES = {
     "conv_backward": Place(causal, "_backward"),
     "norm_forward": Place(gated, "_forward"),
     "norm_backward": Place(gated, "_backward"),
+    "block_norm_forward": Place(block_norm, "_forward"),
+    "block_norm_backward": Place(block_norm, "_backward"),
+    "block_glu_forward": Place(glu, "_forward"),
+    "block_glu_backward": Place(glu, "_backward"),
+    "block_rope_forward": Place(rope, "_forward"),
+    "block_rope_backward": Place(rope, "_backward"),
+    "block_attention": Place(attention, "_forward"),
     "decode": Place(decode, "_decode"),
     "decode_group": Place(decode, "_decode"),
     "divergence": Place(dense, "_compare"),
@@ -60,6 +70,7 @@ TABLES: tuple[Table[Any], ...] = (
     delta_rows.TABLE,
     conv_rows.TABLE,
     norm_rows.TABLE,
+    block_rows.TABLE,
     divergence_rows.TABLE,
 )
 

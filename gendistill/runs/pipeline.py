@@ -358,7 +358,15 @@ def _train(context: _Context, name: str, teacher: Teacher, start: Path) -> None:
     with contextlib.ExitStack() as stack:
         if parallel.on_main(lambda: stack.enter_context(workspace.making(step)) is None):
             return
-        stream = build_stream(recipe, name, context.tokenizer, rank=parallel.rank, world=parallel.world)
+        stream = build_stream(
+            recipe,
+            name,
+            context.tokenizer,
+            rank=parallel.rank,
+            world=parallel.world,
+            device=parallel.device,
+        )
+        stack.callback(stream.close)
         student = context.load_student(start)
         job = StageJob(
             name=name,

@@ -10,8 +10,13 @@ import torch
 from torch import Tensor
 
 from gendistill.bench.launches import PLACES
-from gendistill.ops import Divergence, Term, causal_conv, gated_rms_norm
+from gendistill.ops import Divergence, Segments, Term, causal_conv, gated_rms_norm, sliding_window_attention
+from gendistill.ops.reference import block as reference
 from gendistill.ops.reference.divergence import compare as reference_compare
+from gendistill_kernels.block.attention import attend_forward, tiles_of
+from gendistill_kernels.block.glu import swiglu_backward, swiglu_forward
+from gendistill_kernels.block.norm import rms_norm_backward, rms_norm_forward
+from gendistill_kernels.block.rope import rotate_backward, rotate_forward
 from gendistill_kernels.conv.causal import conv_backward, conv_forward
 from gendistill_kernels.delta import chunk, layout
 from gendistill_kernels.delta.chunk import chunk_forward
@@ -46,7 +51,13 @@ def make(cases: Any, row: Row | ByBytes, *, save: bool) -> tuple[Call, Call]:
     """
     dtype = torch.float32 if row.size == 4 else torch.bfloat16
     if row.kernel not in TABLE.kernels:
-        makers = {"conv": _convolution, "norm": _norm, "divergence": _divergence, "tail": _tail}
+        makers = {
+            "conv": _convolution,
+            "norm": _norm,
+            "block": _block,
+            "divergence": _divergence,
+            "tail": _tail,
+        }
         return makers[row.kernel.split("_")[0]](cases, dtype)
     K, V = min(row.keys, 256), min(row.values, 256)
     if PLACES[row.kernel].module is chunk:
@@ -132,6 +143,53 @@ def _norm(cases: Any, dtype: torch.dtype) -> tuple[Call, Call]:
         return _named([gated_norm_forward(out, weight, gate), *gated_norm_backward(grad, out, weight, gate)])
 
     return call, lambda: _named(_differentiated(gated_rms_norm, [out, weight, gate], [grad]))
+
+
+def _block(cases: Any, dtype: torch.dtype) -> tuple[Call, Call]:
+    torch.manual_seed(0)
+    x, added, *more = (cases.normal(200, 1024, dtype=dtype) for _ in range(4))
+    weight, both = cases.normal(1024), cases.normal(200, 3000, dtype=dtype)
+    grad, qkv = cases.normal(200, 1500, dtype=dtype), cases.normal(200, 8 * 128, dtype=dtype)
+    weights, grads = [cases.normal(128) for _ in range(2)], cases.normal(200, 8, 128, dtype=dtype)
+    angles = cases.normal(200, 64).repeat(1, 2)
+    cos, sin = angles.cos(), angles.sin()
+    parts = grads[:, :4].contiguous(), grads[:, 4:6].contiguous(), grads[:, 6:].contiguous()
+
+    lengths = [150, 50]
+    tiles, segments = tiles_of(lengths, x.device), Segments(lengths, device=x.device)
+
+    def call() -> dict[str, Tensor]:
+        total, y, rstd = rms_norm_forward(x, added, weight, eps=1e-6, dtype=dtype)
+        norms = rms_norm_backward(*more, total, weight, rstd, added=dtype, want_weight=True)
+        found = [
+            total,
+            y,
+            *norms,
+            swiglu_forward(both),
+            swiglu_backward(grad.clone(), both, want_hidden=False)[0],
+        ]
+        q, k = rotate_forward(qkv, *weights, cos, sin, num_heads=4, num_kv_heads=2, eps=1e-6)
+        turned = rotate_backward(*parts, qkv, *weights, cos, sin, eps=1e-6, want_weights=True)
+        attended, _ = attend_forward(*parts, tiles, window=None)
+        return _named([*found, q, k, *turned, attended])
+
+    def answer() -> dict[str, Tensor]:
+        def norm(x: Tensor, added: Tensor, weight: Tensor) -> Any:
+            return reference.rms_norm(x, weight, added, eps=1e-6, dtype=torch.float64)
+
+        total, y, d_x, d_added, d_weight = _differentiated(norm, [x, added, weight], [more[1], more[0]])
+        h, d_both = _differentiated(reference.swiglu, [both], [grad])
+
+        def turn(qkv: Tensor, q_weight: Tensor, k_weight: Tensor) -> Any:
+            q, k, v = qkv.unflatten(-1, (8, 128)).split([4, 2, 2], dim=1)
+            both = ((q, q_weight), (k, k_weight))
+            return [*(reference.turn(part, w, cos.double(), sin.double(), eps=1e-6) for part, w in both), v]
+
+        q, k, _, *turned = _differentiated(turn, [qkv, *weights], list(parts))
+        attended = sliding_window_attention(*(part[None].double() for part in parts), segments=segments)[0]
+        return _named([total, y, d_x, d_added, d_weight, h, d_both, q, k, *turned, attended])
+
+    return call, answer
 
 
 def _divergence(cases: Any, dtype: torch.dtype) -> tuple[Call, Call]:
