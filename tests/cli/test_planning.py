@@ -219,6 +219,16 @@ def test_plan_says_what_the_linear_layers_run_on_and_why(
     assert run_plan.to_json()["impl"] == {"requested": impl, "impl": resolved, "reason": reason}
 
 
+def test_kernels_of_the_loss_keep_two_buffers_of_a_chunk(teacher_folder, machine):
+    machine(cuda=True, obstacle=None)
+    loss = {
+        name: plan(teacher_folder, f"engine.loss={name}", device=GPU).stages[-1].memory.loss
+        for name in ("auto", "triton", "reference")
+    }
+    # all logits of this stage fit one chunk: both models', and in torch what becomes of them
+    assert loss["auto"] == loss["triton"] < loss["reference"]
+
+
 def test_kernels_that_cannot_run_are_refused(teacher_folder, machine):
     machine(cuda=False, obstacle="our Triton kernels run on NVIDIA GPUs")
     with pytest.raises(
