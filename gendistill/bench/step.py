@@ -270,7 +270,7 @@ class StepBench:
     def _time(self, name: str, engine: EngineConfig, *, profile: bool) -> StepTime:
         on_gpu = self.device.type == "cuda"
         stream = self.stream(engine)
-        with self.opened(engine, stream=stream) as run:
+        with self.opened(engine, stream=stream) as run, run.garbage.left_alone():
             work = work_of(run.student.config, run.stage)
             found = self._time_steps(name, run.step, stream, work)
             found = dataclasses.replace(

@@ -32,6 +32,7 @@ from gendistill.training.checkpoint import (
 )
 from gendistill.training.console import StageView, TrainingConsole
 from gendistill.training.freeze import apply_freeze
+from gendistill.training.garbage import Garbage
 from gendistill.training.interrupt import StageStopped, StopRequest, stop_on_signal
 from gendistill.training.job import Due, StageJob, StageResult, Stream
 from gendistill.training.left_out import data_record, heavy_losses, left_out_lines
@@ -147,6 +148,7 @@ class StageRun:
         self.micro_batches: list[Batch] = []
         self.rates: dict[str, float] = {}
         self.watch = Stopwatch()
+        self.garbage = Garbage()
         self.last_save = time.perf_counter()
         self.logged_tokens = self.progress.tokens
         self.has_logged = False
@@ -268,6 +270,7 @@ class StageRun:
             console.warn(f"{name}: {note}")
         with (
             stop_on_signal() as request,
+            self.garbage.left_alone(),
             console.stage(name, num_steps=self.lock.steps, step=self.progress.step) as view,
         ):
             while not self.is_over:
@@ -297,6 +300,7 @@ class StageRun:
         # while this is 1, the fused step changes nothing: weights and moments stay as before the bad step
         self.optimizer.found_inf = self.meter.add(self.progress.step, losses, tokens, norm)  # pyright: ignore
         self.optimizer.step()
+        self.garbage.collect()
 
     def log(self, view: StageView) -> None:
         """Write and show a line about the steps since the last one."""
