@@ -21,7 +21,7 @@ from gendistill.bench.documents import synthetic_batch, synthetic_stream
 from gendistill.bench.engines import PLAIN
 from gendistill.bench.pair import make_student, make_teacher
 from gendistill.bench.shapes import Shape, stage_config
-from gendistill.bench.step_parts import TimedStream, find_syncs, device_name, take_apart, time_steps, work_of
+from gendistill.bench.step_parts import TimedStream, device_name, find_syncs, take_apart, time_steps, work_of
 from gendistill.bench.step_rows import Check, StepTime, check_table, result_rows, time_table
 from gendistill.bench.stock import Parts, StockStep
 from gendistill.bench.trace import trace_steps
