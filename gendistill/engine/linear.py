@@ -86,12 +86,12 @@ def product(left: Tensor, right: Tensor) -> Tensor:
     return left.float() @ right.float()
 
 
-def add_product(added: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """Return ``added + left @ right`` in the dtype of ``added``."""
+def add_product(added: Tensor, left: Tensor, right: Tensor, *, in_place: bool = False) -> Tensor:
+    """Return ``added + left @ right`` in the dtype of ``added``, in its memory if it may be overwritten."""
     if added.dtype == left.dtype:
-        return torch.addmm(added, left, right)
+        return torch.addmm(added, left, right, out=added if in_place else None)
     if left.device.type == "cuda" and added.dtype == torch.float32:
-        return torch.addmm(added, left, right, out_dtype=torch.float32)
+        return torch.addmm(added, left, right, out_dtype=torch.float32, out=added if in_place else None)
     return added + product(left, right).to(added.dtype)
 
 
@@ -124,19 +124,20 @@ def weight_grads(
 class _Packed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, packed: PackedLinear, *parameters: Tensor) -> Tensor:
-        x = x.to(packed.matrix.dtype)
-        ctx.packed = packed
-        ctx.save_for_backward(x, packed.matrix)
-        return F.linear(x, packed.matrix, packed.bias)
+        # as a matrix: with more dimensions, a bias would be added in a pass of its own
+        flat = x.flatten(0, -2).to(packed.matrix.dtype)
+        ctx.packed, ctx.shape, ctx.dtype = packed, x.shape, x.dtype
+        ctx.save_for_backward(flat, packed.matrix)
+        return F.linear(flat, packed.matrix, packed.bias).view(*x.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, matrix = ctx.saved_tensors
         packed: PackedLinear = ctx.packed
-        flat = grad.reshape(-1, grad.shape[-1])
-        grad_x = (flat @ matrix).view(x.shape) if ctx.needs_input_grad[0] else None
-        grads = weight_grads(flat, x.reshape(-1, x.shape[-1]), packed.places, packed.parameters)
+        flat = grad.flatten(0, -2)
+        grad_x = (flat @ matrix).view(ctx.shape).to(ctx.dtype) if ctx.needs_input_grad[0] else None
+        grads = weight_grads(flat, x, packed.places, packed.parameters)
         bias_grads: list[Tensor | None] = [None] * len(packed.biases)
         if any(bias.requires_grad for bias in packed.biases):
             sums = flat.sum(0, dtype=torch.promote_types(flat.dtype, torch.float32))

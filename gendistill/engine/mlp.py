@@ -21,10 +21,13 @@ def gated_mlp(x: Tensor, stream: Tensor, gate_up: PackedLinear, down: PackedLine
 
     Args:
         x: ``[..., D]`` in the dtype of arithmetic.
-        stream: ``[..., D]``, the residual stream.
+        stream: ``[..., D]``, the residual stream; overwritten where no gradient is recorded.
         gate_up, down: Without biases.
         impl: Of the product in between.
     """
+    if not torch.is_grad_enabled():
+        hidden = _swiglu(F.linear(x.flatten(0, -2), _rows(gate_up)), impl)
+        return add_product(stream.flatten(0, -2), hidden, down.matrix.T, in_place=True).view(stream.shape)
     parameters = (*gate_up.parameters, *down.parameters)
     return _GatedMLP.apply(x, stream, gate_up, down, impl, *parameters)  # pyright: ignore[reportReturnType]
 
@@ -36,10 +39,10 @@ class _GatedMLP(torch.autograd.Function):
     ) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
         both = F.linear(flat, _rows(gate_up))
-        hidden = contract("block").swiglu_forward(both) if impl is Impl.TRITON else swiglu(both)
+        hidden = _swiglu(both, impl)
         ctx.save_for_backward(flat, both, gate_up.matrix, down.matrix)
         ctx.packed, ctx.impl, ctx.shape = (gate_up, down), impl, x.shape
-        return add_product(stream.reshape(flat.shape), hidden, down.matrix.T).view(stream.shape)
+        return add_product(stream.view(flat.shape), hidden, down.matrix.T).view(stream.shape)
 
     @staticmethod
     @once_differentiable
@@ -59,6 +62,10 @@ class _GatedMLP(torch.autograd.Function):
 def _rows(packed: PackedLinear) -> Tensor:
     """Return the weights without the zeros below them: gates and values must lie side by side."""
     return packed.matrix[: sum(packed.widths)]
+
+
+def _swiglu(both: Tensor, impl: Impl) -> Tensor:
+    return contract("block").swiglu_forward(both) if impl is Impl.TRITON else swiglu(both)
 
 
 def _swiglu_backward(

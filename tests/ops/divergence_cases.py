@@ -48,7 +48,7 @@ class Problem(NamedTuple):
 
 def draw(
     vocab: int = 211,
-    tokens: tuple[int, int] = (3, 21),
+    tokens: tuple[int, int] = (2, 16),
     dim: int = 16,
     teacher_dim: int = 24,
     *,

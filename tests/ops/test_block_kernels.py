@@ -11,7 +11,9 @@ pytest.importorskip("triton", reason="the Triton kernels need triton")
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("the interpreter is off: make interpret", allow_module_level=True)
 
+from gendistill.ops import Segments, sliding_window_attention
 from gendistill.ops.reference import block as reference
+from gendistill_kernels.block.attention import attend_forward, tiles_of
 from gendistill_kernels.block.glu import swiglu_backward, swiglu_forward
 from gendistill_kernels.block.norm import rms_norm_backward, rms_norm_forward
 from gendistill_kernels.block.rope import rotate_backward, rotate_forward
@@ -135,3 +137,34 @@ def test_turned_heads_and_their_gradients_match_float64(rows, heads, channels, n
             assert (one is None) == (weight is None)
             if weight is not None:
                 assert distance(one, weight.grad) < LIMIT
+
+
+@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize(("heads", "channels"), [((4, 2), 16), ((3, 3), 20)])
+def test_attention_to_packed_documents_matches_float64(heads, channels, window):
+    torch.manual_seed(0)
+    lengths = [300, 1, 0, 77]
+    tokens, (H, KV) = sum(lengths), heads
+    q, k = torch.randn(tokens, H, channels), torch.randn(tokens, KV, channels)
+    v = torch.randn(tokens, KV + 2, channels)[:, 2:]
+    tiles = tiles_of(lengths, torch.device("cpu"))
+    out, lse = attend_forward(q, k, v, tiles, window=window)
+    q64, k64, v64 = (part.double()[None] for part in (q, k, v))
+    segments = Segments(lengths)
+    expected = sliding_window_attention(q64, k64, v64, window=window, segments=segments)[0]
+    assert distance(out, expected) < LIMIT
+    # attention to ones, unnormalised, is the sum whose logarithm is kept
+    scores = torch.einsum("nhd,mhd->hnm", q64[0], k64[0].repeat_interleave(H // KV, 1)) * channels**-0.5
+    place = torch.arange(tokens)
+    document = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    seen = (place[:, None] >= place) & (document[:, None] == document)
+    if window is not None:
+        seen &= place[:, None] - place < window
+    assert distance(lse, scores.masked_fill(~seen, float("-inf")).logsumexp(-1)) < LIMIT
+
+
+def test_tiles_cover_every_query_once_and_long_ones_come_first():
+    tiles = tiles_of([300, 0, 5, 128], torch.device("cpu")).tolist()
+    assert sorted(tiles) == [[0, 0, 300], [128, 0, 300], [256, 0, 300], [300, 300, 305], [305, 305, 433]]
+    assert tiles[0] == [256, 0, 300]
+    assert tiles_of([], torch.device("cpu")).shape == (0, 3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -72,6 +73,20 @@ class RopeKernels(Protocol):
         ...
 
 
+class AttentionKernels(Protocol):
+    """The kernels, as ``gendistill_kernels.block.attention`` has them."""
+
+    def tiles_of(self, lengths: Sequence[int], device: torch.device) -> Tensor:
+        """Return the tiles of queries of documents."""
+        ...
+
+    def attend_forward(
+        self, q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, *, window: int | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the output ``[N, H, D]`` and ``[H, N]``, the logarithm of every query's sum."""
+        ...
+
+
 class GLUKernels(Protocol):
     """The kernels, as ``gendistill_kernels.block.glu`` has them."""
 
@@ -100,6 +115,14 @@ def ropes() -> RopeKernels:
     from gendistill_kernels.block import rope
 
     return rope
+
+
+@functools.cache
+def attentions() -> AttentionKernels:
+    """Import the kernels, which need triton."""
+    from gendistill_kernels.block import attention
+
+    return attention
 
 
 @functools.cache
@@ -177,37 +200,24 @@ class _Attend(torch.autograd.Function):
         q, k = ropes().rotate_forward(
             qkv, q_weight, k_weight, cos, sin, num_heads=num_heads, num_kv_heads=num_kv_heads, eps=eps
         )
-        v = _values(qkv, heads)
-        ctx.settings = _flash_settings(window, segments, q.shape[-1])
-        out, lse, random, unused, _ = torch.ops.aten._flash_attention_forward(
-            q, k, v, *ctx.settings[0], 0.0, True, False, **ctx.settings[1]
+        kernels = attentions()
+        out, lse = kernels.attend_forward(
+            q, k, _values(qkv, heads), segments.table(kernels.tiles_of), window=window
         )
-        ctx.save_for_backward(qkv, q_weight, k_weight, cos, sin, q, k, out, lse, random, unused)
-        ctx.heads, ctx.eps = heads, eps
+        ctx.save_for_backward(qkv, q_weight, k_weight, cos, sin, q, k, out, lse)
+        ctx.heads, ctx.eps, ctx.window, ctx.segments = heads, eps, window, segments
         return out.flatten(1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        qkv, q_weight, k_weight, cos, sin, q, k, out, lse, random, unused = ctx.saved_tensors
-        places, more = ctx.settings
-        grad_q, grad_k, grad_v = torch.ops.aten._flash_attention_backward(
-            grad.view_as(out),
-            q,
-            k,
-            _values(qkv, ctx.heads),
-            out,
-            lse,
-            *places,
-            0.0,
-            True,
-            random,
-            unused,
-            **more,
+        qkv, q_weight, k_weight, cos, sin, q, k, out, lse = ctx.saved_tensors
+        grads = _flash_backward(
+            grad.view_as(out), q, k, _values(qkv, ctx.heads), out, lse, ctx.window, ctx.segments
         )
         want = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
         grads = ropes().rotate_backward(
-            grad_q, grad_k, grad_v, qkv, q_weight, k_weight, cos, sin, eps=ctx.eps, want_weights=want
+            *grads, qkv, q_weight, k_weight, cos, sin, eps=ctx.eps, want_weights=want
         )
         return (*grads, None, None, None, None, None, None)
 
@@ -217,15 +227,31 @@ def _values(qkv: Tensor, heads: tuple[int, int]) -> Tensor:
     return qkv.unflatten(-1, (num_heads + 2 * num_kv_heads, -1))[:, num_heads + num_kv_heads :]
 
 
-def _flash_settings(
-    window: int | None, segments: Segments, head_dim: int
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return where documents end, and what scores are multiplied with and how far back they reach."""
+def _flash_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    window: int | None,
+    segments: Segments,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Differentiate attention by the kernel that torch brings, from what ours has kept."""
     ends, longest = segments.cu_seqlens, max(segments.lengths, default=0)
-    more: dict[str, Any] = {"scale": head_dim**-0.5}
+    more: dict[str, Any] = {"scale": q.shape[-1] ** -0.5}
     if window is not None and window < longest:
         more |= {"window_size_left": window - 1, "window_size_right": 0}
-    return (ends, ends, longest, longest), more
+    # nothing is dropped at random: the state of the generator is not read
+    random, unused = _no_randomness(q.device)
+    return torch.ops.aten._flash_attention_backward(
+        grad, q, k, v, out, lse, ends, ends, longest, longest, 0.0, True, random, unused, **more
+    )
+
+
+@functools.cache
+def _no_randomness(device: torch.device) -> tuple[Tensor, Tensor]:
+    return torch.zeros(2, dtype=torch.uint64, device=device), torch.empty(0, device=device)
 
 
 def swiglu_forward(both: Tensor) -> Tensor:

@@ -12,8 +12,9 @@ exponentials, and q, p the probabilities e^s / Z_s and e^t / Z_t::
     CE         = log Z_s - s[label]                                        q - [j = label]
 
 Values are multiplied by T^2, gradients for the undivided logits by T. A program sums with logits less the largest of
-its slice; joining slices adds what that leaves out, and never subtracts large numbers that are nearly equal. Only the
-Jensen-Shannon divergence needs Z_s and Z_t before it can sum, and so a second meeting of the row's programs.
+its slice; joining slices adds what that leaves out, and never subtracts large numbers that are nearly equal. KL(Q || P)
+and the Jensen-Shannon divergence sum up when Z_s and Z_t are known, and so the row's programs meet a second time: what
+their gradients subtract from a token's part is then rounded as that is, and a certain student's gradient is zero.
 
 Programs of a row wait for each other. They take numbers in the order in which they start, row by row: those that one
 waits for have started before it or are the next to start, and no row has more slices than a GPU runs programs.
@@ -43,8 +44,8 @@ _KL, _REVERSE_KL, _JSD, _CE = (tl.constexpr(kind) for kind in (KL, REVERSE_KL, J
 # beyond exp(80) the true ratio of probabilities no longer matters, because the smaller of them is zero
 _MOST = tl.constexpr(80.0)
 # What the programs of a row tell each other. Of the row: both maxima, the label's logit. For every temperature: both
-# sums of exponentials, and those of both products. For every term: both sums of a Jensen-Shannon divergence.
-_ROW, _TEMPERATURE, _TERM = tl.constexpr(3), tl.constexpr(4), tl.constexpr(2)
+# sums of exponentials, and that of p (t - s). For every term: what is summed up after the first meeting.
+_ROW, _TEMPERATURE, _TERM = tl.constexpr(3), tl.constexpr(3), tl.constexpr(2)
 
 
 @triton.jit
@@ -101,13 +102,13 @@ def _join(partials, field, tops, top, rate, SLICES: tl.constexpr, WIDE: tl.const
 
 
 @triton.jit
-def _join_product(
-    partials, field, z_field, tops, top, other_tops, other_top, rate, z, SLICES: tl.constexpr, WIDE: tl.constexpr
-):  # fmt: skip
-    """Add up sums of a model's probability times how much its logits exceed the other's, likewise; undivided by T."""
-    below = tops - top
-    moved = _gather(partials, z_field, 0.0, SLICES, WIDE) * (below - (other_tops - other_top))
-    return tl.sum(tl.exp2(below * rate) * (_gather(partials, field, 0.0, SLICES, WIDE) + moved), 0) / z
+def _join_forward(
+    partials, first, tops_s, top_s, tops_t, top_t, rate, SLICES: tl.constexpr, WIDE: tl.constexpr
+):
+    """Add up exp(t) (t - s) likewise, undivided by T: also what the logits of a slice are less than ``tops`` by."""
+    below = tops_t - top_t
+    moved = _gather(partials, first + 1, 0.0, SLICES, WIDE) * (below - (tops_s - top_s))
+    return tl.sum(tl.exp2(below * rate) * (_gather(partials, first + 2, 0.0, SLICES, WIDE) + moved), 0)
 
 
 @triton.jit
@@ -126,9 +127,9 @@ def _mixture(x, beta):
 def compare_kernel(
     student, teacher, targets, grad, values, partials, arrivals, num_rows, V, grad_stride,
     SLICES: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr, FIELDS: tl.constexpr,
-    INVERSES: tl.constexpr, RATES: tl.constexpr, PAIRS: tl.constexpr, FORWARD: tl.constexpr, BACKWARD: tl.constexpr,
+    INVERSES: tl.constexpr, RATES: tl.constexpr, PAIRS: tl.constexpr, FORWARD: tl.constexpr,
     KINDS: tl.constexpr, PLACES: tl.constexpr, FACTORS: tl.constexpr, SQUARES: tl.constexpr, BETAS: tl.constexpr,
-    REUSE: tl.constexpr, SUMS: tl.constexpr, MIXTURE: tl.constexpr, RESULT: tl.constexpr, MEET: tl.constexpr,
+    REUSE: tl.constexpr, SUMS: tl.constexpr, SECOND: tl.constexpr, RESULT: tl.constexpr, MEET: tl.constexpr,
 ):  # fmt: skip
     if MEET:
         number = tl.atomic_add(arrivals, 1, sem="relaxed")
@@ -161,31 +162,33 @@ def compare_kernel(
                 further = (t - top_t) - (s - top_s)
                 if FORWARD[i]:
                     _publish(partials, _ROW + _TEMPERATURE * i + 2, part, tl.sum(e_t * further, 0), SLICES)
-                if BACKWARD[i]:
-                    _publish(partials, _ROW + _TEMPERATURE * i + 3, part, -tl.sum(e_s * further, 0), SLICES)
     if MEET:
         _meet(arrivals + 1 + 2 * row, SLICES)
 
-    if MIXTURE or RESULT:
+    if SECOND or RESULT:
         tops_s = _gather(partials, 0, _FLOOR, SLICES, WIDE)
         top_s = tl.max(tops_s, 0)
         if teacher is not None:
             tops_t = _gather(partials, 1, _FLOOR, SLICES, WIDE)
             top_t = tl.max(tops_t, 0)
 
-    if MIXTURE:
+    if SECOND:
         for k in tl.static_range(len(KINDS)):
-            if KINDS[k] == _JSD:
+            if KINDS[k] == _REVERSE_KL or KINDS[k] == _JSD:
                 rate, first = RATES[PLACES[k]], _ROW + _TEMPERATURE * PLACES[k]
                 z_s = _join(partials, first, tops_s, top_s, rate, SLICES, WIDE)
                 z_t = _join(partials, first + 1, tops_t, top_t, rate, SLICES, WIDE)
+                q = tl.exp2((s - top_s) * rate) * (1.0 / z_s)
                 x = _log_ratio(s, t, top_s, z_s, top_t, z_t, INVERSES[PLACES[k]])
-                x = tl.where(x > _MOST, _MOST, x)
-                y = _mixture(x, BETAS[k])
-                of_teacher = tl.sum(tl.exp2((t - top_t) * rate) * (x - y), 0) / z_t
-                of_student = -tl.sum(tl.exp2((s - top_s) * rate) * y, 0) / z_s
-                _publish(partials, _ROW + _TEMPERATURE * len(RATES) + _TERM * k, part, of_teacher, SLICES)
-                _publish(partials, _ROW + _TEMPERATURE * len(RATES) + _TERM * k + 1, part, of_student, SLICES)
+                field = _ROW + _TEMPERATURE * len(RATES) + _TERM * k
+                if KINDS[k] == _REVERSE_KL:
+                    _publish(partials, field, part, -tl.sum(q * x, 0), SLICES)
+                else:
+                    x = tl.where(x > _MOST, _MOST, x)
+                    y = _mixture(x, BETAS[k])
+                    p = tl.exp2((t - top_t) * rate) * (1.0 / z_t)
+                    _publish(partials, field, part, tl.sum(p * (x - y), 0), SLICES)
+                    _publish(partials, field + 1, part, -tl.sum(q * y, 0), SLICES)
         if MEET:
             _meet(arrivals + 2 + 2 * row, SLICES)
 
@@ -209,24 +212,14 @@ def compare_kernel(
             for k in tl.static_range(len(KINDS)):
                 if PLACES[k] == i:
                     if KINDS[k] == _KL:
-                        value = log_z + INVERSES[i] * _join_product(
-                            partials,
-                            first + 2,
-                            first + 1,
-                            tops_t,
-                            top_t,
-                            tops_s,
-                            top_s,
-                            rate,
-                            z_t,
-                            SLICES,
-                            WIDE,
+                        forward = _join_forward(
+                            partials, first, tops_s, top_s, tops_t, top_t, rate, SLICES, WIDE
                         )
+                        value = log_z + INVERSES[i] * (forward / z_t)
                         g += FACTORS[k] * (q - p)
                     if KINDS[k] == _REVERSE_KL:
-                        value = -log_z + INVERSES[i] * _join_product(
-                            partials, first + 3, first, tops_s, top_s, tops_t, top_t, rate, z_s, SLICES, WIDE
-                        )
+                        field = _ROW + _TEMPERATURE * len(RATES) + _TERM * k
+                        value = tl.sum(_gather(partials, field, 0.0, SLICES, WIDE), 0)
                         g -= FACTORS[k] * q * (_log_ratio(s, t, top_s, z_s, top_t, z_t, INVERSES[i]) + value)
                     if KINDS[k] == _JSD:
                         field = _ROW + _TEMPERATURE * len(RATES) + _TERM * k
@@ -248,13 +241,6 @@ def compare_kernel(
 _compare = Launcher(compare_kernel)
 # logits that a program can hold in registers, more or less
 _MOST_BLOCK = 16384
-# what launches do: all at once, where programs can wait for each other; or one after the other
-_AT_ONCE = ({"SUMS": True, "MIXTURE": True, "RESULT": True, "MEET": True},)
-_APART = (
-    {"SUMS": True, "MIXTURE": False, "RESULT": False, "MEET": False},
-    {"SUMS": False, "MIXTURE": True, "RESULT": False, "MEET": False},
-    {"SUMS": False, "MIXTURE": False, "RESULT": True, "MEET": False},
-)
 
 
 def _constants(mix: Mix) -> dict[str, Any]:
@@ -269,7 +255,6 @@ def _constants(mix: Mix) -> dict[str, Any]:
         "RATES": tuple(_BITS.value / one for one in distinct),
         "PAIRS": tuple(found != {CE} for found in kinds),
         "FORWARD": tuple(KL in found for found in kinds),
-        "BACKWARD": tuple(REVERSE_KL in found for found in kinds),
         "KINDS": mix.kinds,
         "PLACES": places,
         "FACTORS": tuple(weight * one for weight, one in zip(mix.weights, mix.temperatures, strict=True)),
@@ -282,7 +267,9 @@ def _constants(mix: Mix) -> dict[str, Any]:
 
 def _block(block: int, V: int, device: torch.device) -> int:
     """Choose how much of a row a program takes, so that all programs of a row surely run at the same time."""
-    together = 1 << 20 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
+    if device.type != "cuda":
+        return block
+    together = torch.cuda.get_device_properties(device).multi_processor_count
     while math.ceil(V / block) > together:
         block *= 2
         if block > _MOST_BLOCK:
@@ -330,13 +317,16 @@ def compare(
     # programs that have started; for every row, those that have come to its first and second meeting
     arrivals = torch.zeros(1 + 2 * N, dtype=torch.int32, device=student.device)
     grad = None if grad_dtype is None else gradient_in(student, grad_dtype)
-    for stage in _APART if INTERPRETED else _AT_ONCE:
-        if not N or (stage["MIXTURE"] and not stage["RESULT"] and JSD not in mix.kinds):
-            continue
+    second = bool({REVERSE_KL, JSD} & {*mix.kinds})
+    stages = [(True, second, True)]
+    if INTERPRETED:
+        # programs run one after the other, and none can wait
+        stages = [(True, False, False), *([(False, True, False)] if second else []), (False, False, True)]
+    for sums, second, result in stages if N else []:
         _compare[(N * slices,)](
             student, teacher if mix.uses_teacher else None, targets if CE in mix.kinds else None,
             grad, values, partials, arrivals, N, V, 0 if grad is None else grad.stride(0),
             SLICES=slices, WIDE=triton.next_power_of_2(slices), BLOCK=block, FIELDS=fields, **constants,
-            **{**stage, "MIXTURE": stage["MIXTURE"] and JSD in mix.kinds}, num_warps=config.warps,
+            SUMS=sums, SECOND=second, RESULT=result, MEET=not INTERPRETED, num_warps=config.warps,
         )  # fmt: skip
     return values
