@@ -189,6 +189,8 @@ def _block(cases: Any, dtype: torch.dtype) -> tuple[Call, Call]:
         attended = sliding_window_attention(*(part[None].double() for part in parts), segments=segments)[0]
         return _named([total, y, d_x, d_added, d_weight, h, d_both, q, k, *turned, attended])
 
+    return call, answer
+
 
 def _divergence(cases: Any, dtype: torch.dtype) -> tuple[Call, Call]:
     """Compare rows of several slices, of which the last is not full, by every divergence at two temperatures."""
