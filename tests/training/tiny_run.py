@@ -102,8 +102,10 @@ def heldout():
     return [batch_of(range(900, 904)), batch_of(range(904, 906))]
 
 
-def run_stage(folder, *, student=None, teacher=None, parallel=None, heldout_every=None, out=None, **changes):
-    """Train the tiny stage in ``folder`` and return the result and the student."""
+def run_stage(
+    folder, *, student=None, teacher=None, parallel=None, heldout_every=None, out=None, job=None, **changes
+):
+    """Train the tiny stage in ``folder`` and return the result and the student; ``job`` are more of its fields."""
     stage = StageConfig(**{key: value for key, value in {**STAGE, **changes}.items() if value is not None})
     parallel = parallel or choose_parallel(Accelerator(cpu=True))
     student = make_student() if student is None else student
@@ -114,6 +116,7 @@ def run_stage(folder, *, student=None, teacher=None, parallel=None, heldout_ever
         seed=7,
         heldout=heldout(),
         heldout_every=heldout_every,
+        **(job or {}),
     )
     result = train_stage(
         job,
@@ -132,7 +135,11 @@ def rows(folder):
     if not path.exists():
         return []
     lines = [json.loads(line) for line in path.read_text().split("\n")[:-1]]
-    return [{key: value for key, value in each.items() if "second" not in key} for each in lines]
+    clocks = ("speed", "shares")
+    return [
+        {key: value for key, value in each.items() if "second" not in key and key not in clocks}
+        for each in lines
+    ]
 
 
 def in_child(folder, environment=None, **changes):
