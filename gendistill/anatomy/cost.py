@@ -129,26 +129,24 @@ def step_flops(
         apart: Whether every layer is run alone, on inputs without gradients.
         compares_logits: Whether the loss makes the teacher's logits, too.
     """
-    tokens = sum(length * count for length, count in documents.items())
     geometry = geometry_of(student)
     forward = backward = 0
     # whether the input of what comes next needs a gradient
     before = "model.embed_tokens.weight" in trained
-    for layer in range(geometry.num_layers):
+    for layer, parts in enumerate(_layers(student, geometry, documents)):
         before = before and not apart
         place = f"model.layers.{layer}"
-        for part in _parts(student, geometry, layer, documents, tokens):
+        for part in parts:
             if not reaches(f"{place}.{part.names[0]}"):
                 continue
-            learns = any(f"{place}.{name}" in trained for name in part.names)
+            learning = {name for name in part.names if f"{place}.{name}" in trained}
             for name, cost, is_inner in part.matrices:
                 forward += cost
-                backward += cost * (f"{place}.{name}" in trained)
-                backward += cost * (before or (is_inner and learns))
+                backward += cost * (name in learning) + cost * (before or (is_inner and bool(learning)))
             forward += part.mixing
-            mixed = any(f"{place}.{name}" in trained for name in part.names if not name.endswith(_LAST))
+            mixed = any(not name.endswith(_LAST) for name in learning)
             backward += 2 * part.mixing * (before or mixed)
-            before = before or learns
+            before = before or bool(learning)
     loss = 0
     if reaches("lm_head.weight"):
         logits = 2 * geometry.vocab_size * geometry.hidden_size * num_labels
@@ -166,12 +164,10 @@ def step_flops(
 
 def forward_flops(config: Mapping[str, Any], documents: Mapping[int, int]) -> int:
     """Count a model's forward pass up to its last hidden states; arguments as above."""
-    geometry = geometry_of(config)
-    tokens = sum(length * count for length, count in documents.items())
     return sum(
         part.mixing + sum(cost for _, cost, _ in part.matrices)
-        for layer in range(geometry.num_layers)
-        for part in _parts(config, geometry, layer, documents, tokens)
+        for parts in _layers(config, geometry_of(config), documents)
+        for part in parts
     )
 
 
@@ -194,18 +190,31 @@ class _Part:
     mixing: int = 0
 
 
+def _layers(
+    config: Mapping[str, Any], geometry: Geometry, documents: Mapping[int, int]
+) -> list[tuple[_Part, ...]]:
+    """List the parts of every layer in the order of computation; layers of one kind share theirs."""
+    kinds = config.get("mixers") or [FULL.kind] * geometry.num_layers
+    alike = [*zip(kinds, geometry.sliding, strict=True)]
+    parts = {
+        (kind, sliding): tuple(_parts(config, geometry, kind, sliding, documents))
+        for kind, sliding in dict.fromkeys(alike)
+    }
+    return [parts[one] for one in alike]
+
+
 def _parts(
-    config: Mapping[str, Any], geometry: Geometry, layer: int, documents: Mapping[int, int], tokens: int
+    config: Mapping[str, Any], geometry: Geometry, kind: str, sliding: bool, documents: Mapping[int, int]
 ) -> Iterator[_Part]:
     """List the parts of a layer in the order of computation."""
-    kind = (config.get("mixers") or [FULL.kind] * geometry.num_layers)[layer]
+    tokens = sum(length * count for length, count in documents.items())
     spec = MIXERS[kind]
     settings = mixer_settings(config, kind)
     if spec.replaces_attention:
         shapes = {name: table.shape for name, table in spec.parameters(geometry, settings).items()}
     else:
         shapes = attention_shapes(geometry)
-    if not spec.replaces_attention and geometry.window and geometry.sliding[layer]:
+    if not spec.replaces_attention and geometry.window and sliding:
         mixing = sum(
             attention_flops(geometry, causal_pairs(length, geometry.window)) * count
             for length, count in documents.items()

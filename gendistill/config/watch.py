@@ -62,7 +62,8 @@ class NonFiniteConfig(Section):
     """What follows steps whose loss or gradient is not finite. Such a step never changes a weight or a moment.
 
     A lone one is skipped. Several in a row take the stage back to its newest intact checkpoint; the rows of the steps
-    in between are not read again. ``{in_a_row: 1, rewinds: 0}`` ends the stage at the first one.
+    in between are not read again, and among such steps no checkpoint is saved. ``{in_a_row: 1, rewinds: 0}`` ends the
+    stage at the first one.
     """
 
     in_a_row: int = Field(

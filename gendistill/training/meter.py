@@ -21,6 +21,7 @@ class Reading:
         losses: Loss and parts, averaged over the finite steps since the last reset; None if there was none.
         tokens: Tokens since the start of the stage.
         grad_norm: Of the latest finite step, before clipping.
+        in_a_row: Latest steps in a row that were not finite.
         skipped: Steps since the start of the stage that changed nothing, because they were not finite.
         stuck_at: Step with which too many in a row were not finite, or None. All later ones change nothing.
     """
@@ -28,6 +29,7 @@ class Reading:
     losses: list[float] | None
     tokens: int
     grad_norm: float
+    in_a_row: int
     skipped: int
     stuck_at: int | None
 
@@ -96,11 +98,13 @@ class Meter:
     def read(self) -> Reading:
         """Wait for the device and return the sums."""
         steps, *losses, norm = torch.cat([self._window, self._norm[None]]).tolist()
-        tokens, skipped, stuck_at = torch.stack([self._tokens, self._skipped, self._stuck_at]).tolist()
+        counts = torch.stack([self._tokens, self._run, self._skipped, self._stuck_at])
+        tokens, in_a_row, skipped, stuck_at = counts.tolist()
         return Reading(
             losses=[loss / steps for loss in losses] if steps else None,
             tokens=tokens,
             grad_norm=norm,
+            in_a_row=in_a_row,
             skipped=skipped,
             stuck_at=stuck_at if stuck_at >= 0 else None,
         )

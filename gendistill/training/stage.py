@@ -344,7 +344,12 @@ class StageRun:
                 self.console.warn(f"{self.job.name}: {line}; gendistill data shows what is left")
 
     def save(self) -> None:
-        """Write a checkpoint of the latest step, and show it to the monitors that ask for checkpoints."""
+        """Write a checkpoint of the latest step, and show it to the monitors that ask for checkpoints.
+
+        Among steps that are not finite, the one before them is the better place to go back to.
+        """
+        if self.meter.read().in_a_row and not (self.due.stop or self.wish or self.is_over):
+            return
         self._write_checkpoint()
         with self.watch.paused():
             self._ask("save")
@@ -440,6 +445,8 @@ class StageRun:
         else:
             for _ in range(self.progress.step, skip_to):
                 next(self.stream)
+        # in a row with nothing
+        self.progress.unfinished[:1] = [0]
         back = {"step": step, "to": self.progress.step, "skipped_to": skip_to}
         self.progress.rewinds = [*rewinds, back]
         self.console.warn(

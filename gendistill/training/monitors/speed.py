@@ -47,9 +47,9 @@ class Speed:
 
     def _flops(self, run: StageInProgress) -> int | None:
         """Count the operations since the last log line; None for a teacher that does not say what it is made of."""
-        needs, facts = run.objective.needs, run.teacher.facts
+        needs = run.objective.needs
         if self.configs is None:
-            self.configs = run.student.config.to_dict(), facts.config
+            self.configs = run.student.config.to_dict(), run.teacher.facts.config
         student, teacher = self.configs
         if needs and teacher is None:
             return None
