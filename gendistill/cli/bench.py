@@ -246,7 +246,7 @@ def _run_loss(arguments: argparse.Namespace) -> int:
     from gendistill.bench.loss import Liger, LossBench, LossContestant, Op
     from gendistill.bench.measure import attempt
     from gendistill.ops import Impl
-    from gendistill.results.table import ResultRow, write_results_json
+    from gendistill.results.table import write_results_json
 
     console, device = _console(), torch.cuda.get_device_name()
     peers: list[LossContestant] = [] if arguments.no_peer else [Op(Impl.REFERENCE)]
