@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import subprocess
+import sys
 import warnings
 from typing import Any
 
@@ -303,12 +306,37 @@ def test_engines_are_read_from_words():
             read_engine([word], where="--engine")
 
 
+def test_two_processes_share_the_rows(tmp_path):
+    path = tmp_path / "out.json"
+    command = [
+        sys.executable,
+        "-m",
+        "gendistill",
+        "bench",
+        "step",
+        "--shape",
+        "tiny",
+        "--cpu",
+        "--steps",
+        "2",
+    ]
+    more = ["--warmup", "1", "--num-processes", "2", "--json", str(path), "--commit", "0" * 40]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, *more], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("tokens a step in micro-batches of 2 on 2 x CPU") == 1
+    [first, *_] = load_results(path).rows
+    assert first.name == "distill stage, tiny, 2 processes: tokens/s"
+    assert first.bar is None
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--steps", "0"], "--steps must be positive"),
         (["--rows", "6", "--micro-batch", "4"], "not a multiple"),
         (["--engine", "loss=fast"], "loss="),
+        (["--num-processes", "3"], "4 rows cannot be shared equally by 3 processes"),
     ],
 )
 def test_bad_numbers_are_refused(arguments, message, capsys):
