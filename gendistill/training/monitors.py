@@ -69,7 +69,7 @@ class StageInProgress(Protocol):
     parallel: Parallel
     console: TrainingConsole
     runner: StepRunner
-    optimizer: torch.optim.AdamW
+    optimizer: torch.optim.Optimizer
     micro_batches: list[Batch]
     trained: dict[str, nn.Parameter]
     unchanged: list[str]
