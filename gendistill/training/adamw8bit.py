@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
 from gendistill.anatomy.moments import BLOCK, SLAB, in_8_bits
@@ -54,6 +55,13 @@ class AdamW8bit(torch.optim.Optimizer):
 
     def __init__(self, groups: Iterable[dict[str, Any]], *, betas: tuple[float, float], eps: float) -> None:
         check_bitsandbytes("optimizer")
+        groups = list(groups)
+        if any(isinstance(each, DTensor) for group in groups for each in group["params"]):
+            raise RecipeError(
+                "adamw8bit packs the moments of whole tensors, and these are sharded",
+                where="optimizer",
+                hint="adamw shares its moments among the processes; or keep models whole with engine.parallel=ddp",
+            )
         super().__init__(groups, {"lr": 1e-3, "betas": betas, "eps": eps, "weight_decay": 0.0})
         self._slabs = [(group, slab) for group in self.param_groups for slab in _slabs(group)]
         for _, slab in self._slabs:

@@ -217,7 +217,9 @@ def _wrap(student: nn.Module, modules: Sequence[str], lora: LoRAConfig) -> None:
 
 
 def _start(layer: Any, generator: torch.Generator) -> None:
-    """Fill a new adapter, and leave casts to autocast, which rounds once."""
+    """Fill a new adapter in float32, and leave casts to autocast, which rounds once."""
+    layer.lora_A.float()
+    layer.lora_B.float()
     first: Tensor = layer.lora_A[_ADAPTER].weight
     bound = 1 / math.sqrt(first.shape[1])
     with torch.no_grad():
