@@ -263,8 +263,9 @@ class StageConfig(Section):
                 "only narrows what learns under train, which is empty; lora.only narrows what is adapted"
             )
         if isinstance(self.lr, dict) and set(self.lr) != set(self.learning):
+            rates, groups = ", ".join(sorted(self.lr)), ", ".join(sorted(self.learning))
             named = "train names" if self.lora is None else "train and lora.groups name"
-            raise ValueError(f"lr names {sorted(self.lr)}, {named} {sorted(self.learning)}: they must agree")
+            raise ValueError(f"lr names {rates}; {named} {groups}: they must agree")
 
 
 class EvalConfig(Section):

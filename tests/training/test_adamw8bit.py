@@ -23,10 +23,13 @@ CHECKPOINTS = Path("stages") / "tiny" / "checkpoints"
 
 
 def fake_functional():
-    """What is used of ``bitsandbytes.functional``, with evenly spaced codes."""
+    """What is used of ``bitsandbytes.functional``; its codes too lie dense near the largest and reach far down."""
 
     def create_dynamic_map(*, signed):
-        return torch.linspace(-1 if signed else 0, 1, 255 if signed else 256)
+        sizes = (27, 100) if signed else (56, 199)
+        small, large = torch.logspace(-6, -2, sizes[0]), torch.linspace(0.01, 1, sizes[1] + 1)[1:]
+        positive = torch.cat([torch.zeros(1), small, large])
+        return torch.cat([-positive[1:].flip(0), positive]) if signed else positive
 
     def quantize_blockwise(values, *, code, blocksize):
         rows = values.view(-1, blocksize)
