@@ -46,8 +46,8 @@ class Way:
 def ways_to_fit(name: str, stage: StageConfig, num_processes: int, peak: Peak, limit: int) -> Iterator[Way]:
     """Yield ways, the cheapest first; none if nothing here helps.
 
-    A way that costs more is named only if more rows per forward fit with it: these are what it buys. Ways that need
-    more devices are no reason to leave out those that do not.
+    A way that costs more is named only if more rows per forward fit with it: these are what it buys. Ways with
+    more devices do not take the place of those that need none.
 
     Args:
         name: Of the stage.

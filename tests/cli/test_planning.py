@@ -7,8 +7,10 @@ from functools import partial
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoConfig
 
+from gendistill.anatomy.moments import BLOCK
 from gendistill.checkpoints.tensors import read_tensor_index
 from gendistill.config.load import load_recipe
 from gendistill.errors import RecipeError
@@ -210,10 +212,11 @@ def test_a_checkpoint_is_as_large_as_planned(teacher_folder, tmp_path, overrides
     trained = trained_parameters(student)
     tensors = gather_tensors(trained, build_optimizer(student, config), Single(torch.device("cpu")))
     path = save_checkpoint(tmp_path, step=1, keep=1, tensors=tensors, state={})
-    found = sum(file.stat().st_size for file in path.glob("*.safetensors"))
-    names = 400 * len(trained)
-    assert stage.checkpoint_bytes <= found + names
-    assert found <= stage.checkpoint_bytes + names + 2000
+    files = [load_file(file) for file in path.glob("*.safetensors")]
+    found = sum(value.numel() * value.element_size() for tensors in files for value in tensors.values())
+    # packed moments are padded to whole blocks in memory, not in files
+    padding = 2 * BLOCK * len(trained) if "adamw8bit" in str(overrides) else 0
+    assert found <= stage.checkpoint_bytes <= found + padding
     assert (
         f"disk      a checkpoint of distill takes {stage.checkpoint_bytes / 1e6:.1f} MB"
         in plan(teacher_folder, *overrides).render()
@@ -224,8 +227,8 @@ def test_the_table_says_what_is_in_adapters(teacher_folder):
     (line,) = [
         line for line in plan(teacher_folder, *LORA).render().splitlines() if line.startswith("distill ")
     ]
-    assert "attention 1.15k" in line
-    assert "in adapters)" in line
+    assert "attention 1.34k" in line
+    assert "(4.22k in adapters)" in line
 
 
 @pytest.mark.parametrize(
@@ -288,7 +291,7 @@ def test_the_cheapest_way_comes_first_and_a_dearer_one_buys_rows(monkeypatch):
     lines = fitting(monkeypatch, 80).render().splitlines()
     start = lines.index("warn      distill will not fit; what would, the cheapest first:")
     first, second, after = (line.split() for line in lines[start + 1 : start + 4])
-    assert first == ["stages.distill.micro_batch_size=4", "61.9", "GB", *"results stay the same".split()]
+    assert first == ["stages.distill.micro_batch_size=4", "61.9", "GB", "results", "stay", "the", "same"]
     assert second[0] == "stages.distill.gradient_checkpointing=true"
     assert after[:2] == ["warn", "instruct"]
 
