@@ -159,11 +159,10 @@ class _Packed:
     """
 
     def __init__(self, num_blocks: int, moment: str, device: torch.device) -> None:
-        from bitsandbytes import functional
-
-        self._functional: Any = functional
-        self.signed = moment == "exp_avg"
-        self.table = functional.create_dynamic_map(signed=self.signed).to(device)
+        # an extra, which type checkers do not find
+        self._functional: Any = importlib.import_module("bitsandbytes").functional
+        table: Tensor = self._functional.create_dynamic_map(signed=moment == "exp_avg")
+        self.table = table.to(device)
         self.scale = torch.zeros(num_blocks, device=device)
         zero = int(torch.argmin(self.table.abs()))
         self.codes = torch.full((num_blocks * BLOCK,), zero, dtype=torch.uint8, device=device)

@@ -197,8 +197,9 @@ def merge_adapters(student: nn.Module) -> None:
 
     for name, module in list(student.named_modules()):
         if isinstance(module, BaseTunerLayer):
-            module.merge()
-            student.set_submodule(name, module.get_base_layer())
+            layer: Any = module
+            layer.merge()
+            student.set_submodule(name, layer.get_base_layer())
     del student.peft_config
 
 
