@@ -35,4 +35,5 @@ def work_bytes(optimizer: str, group: ParamGroup, shapes: Sequence[Sequence[int]
         return 0
     sizes = [math.prod(shape) for shape in shapes]
     packed = [size for size in sizes if in_8_bits(group, size)]
-    return 10 * max([min(SLAB, sum(packed)), *packed]) if packed else 0
+    # both moments in float32, and the square of the first
+    return 12 * max([min(SLAB, sum(packed)), *packed]) if packed else 0
