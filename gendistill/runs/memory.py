@@ -31,9 +31,9 @@ from gendistill.config.schema import StageConfig
 
 # lengths in tokens at which reports compare caches
 CACHE_LENGTHS = (512, 2048, 8192, 32768, 131072)
-# how many buffers of a chunk of the divergence's logits live at once (both models' logits, their log-probabilities,
-# the gradient)
-_LOSS_BUFFERS = 5
+# how many buffers of a chunk of the divergence's logits live at once: both models' logits, in torch also their
+# log-probabilities and the gradient
+_LOSS_BUFFERS = {"cpu": 5, "cuda": 5, "triton": 2}
 # Python, torch and transformers on a CPU; the CUDA context and library workspaces on a GPU
 _RUNTIME_BYTES = 600_000_000
 _PATIENCE_S = 20
@@ -187,6 +187,7 @@ def predict_memory(
     learning: Learning,
     teacher_bytes: int,
     device: Device,
+    loss: str,
     num_shards: int = 1,
 ) -> MemoryEstimate:
     """Predict the peak of one process.
@@ -207,6 +208,7 @@ def predict_memory(
         learning: What learns.
         teacher_bytes: Bytes per teacher parameter.
         device: Where it runs.
+        loss: What computes losses on logits: ``reference`` or ``triton``.
         num_shards: Processes that share parameters, gradients and moments.
     """
     tokens = stage.micro_batch_size * stage.seq_len
@@ -223,7 +225,7 @@ def predict_memory(
         activations = _end_to_end_bytes(stage, geometry, parts, tokens, width)
     held = 1 if not stage.gradient_checkpointing or layerwise else geometry.num_layers
     activations += width * tokens * learning.kept_by_adapters(dropout=_drops(stage)) // held
-    loss = 0 if layerwise else _loss_bytes(stage, geometry, tokens, device)
+    loss_bytes = 0 if layerwise else _loss_bytes(stage, geometry, tokens, device, loss)
     student_bytes = 6 if device.kind == "cuda" else 4
     with_adapters = num_student + learning.num_adapters
 
@@ -235,9 +237,9 @@ def predict_memory(
         student=shared(with_adapters, student_bytes),
         # a step is taken when activations have gone
         optimizer=(4 * learning.num_trained + learning.moments) // num_shards
-        + max(0, learning.work - activations - loss),
+        + max(0, learning.work - activations - loss_bytes),
         activations=activations,
-        loss=loss,
+        loss=loss_bytes,
     )
 
 
@@ -280,11 +282,12 @@ def _layerwise_bytes(
     return sum(tokens * (one.num_bytes(width) + recorded) for one in kept)
 
 
-def _loss_bytes(stage: StageConfig, geometry: Geometry, tokens: int, device: Device) -> int:
+def _loss_bytes(stage: StageConfig, geometry: Geometry, tokens: int, device: Device, loss: str) -> int:
     """Sum the logits of one chunk, the gradient of the hidden states, and of the head where it learns."""
-    chunk = min(LOSS_CHUNK_BYTES[device.kind], 4 * tokens * geometry.vocab_size)
+    kind = "triton" if loss == "triton" else device.kind
+    chunk = min(LOSS_CHUNK_BYTES[kind], 4 * tokens * geometry.vocab_size)
     head = ParamGroup.HEAD in stage.train or (geometry.tied_head and ParamGroup.EMBED in stage.train)
     gradients = 4 * tokens * geometry.hidden_size + (
         4 * geometry.vocab_size * geometry.hidden_size if head else 0
     )
-    return _LOSS_BUFFERS * chunk + gradients
+    return _LOSS_BUFFERS[kind] * chunk + gradients

@@ -247,7 +247,7 @@ def plan_run(recipe: Recipe, *, num_processes: int = 1, device: Device | None = 
         device: Where it would run; found if None.
     Raises:
         CheckpointError: A model that cannot be found, read or converted.
-        RecipeError: A placement, batch, vocabulary or ``student.impl`` that does not fit.
+        RecipeError: A placement, batch, vocabulary, ``student.impl`` or ``engine.loss`` that does not fit.
     """
     device = device or find_device()
     teacher = read_model(recipe.teacher.model, revision=recipe.teacher.revision, where="teacher.model")
@@ -259,13 +259,14 @@ def plan_run(recipe: Recipe, *, num_processes: int = 1, device: Device | None = 
     check_vocabulary(teacher.config.get("vocab_size"), source.config["vocab_size"])
     placement = Placement.parse(recipe.student.placement, num_layers=geometry.num_layers)
     conversion = plan_conversion(source.config, source.tensors, placement, recipe.student.mixers)
-    impl = _choose_impl(recipe, placement, device)
+    impl, loss = _choose_impl(recipe, placement, device), _choose_loss(recipe, device)
     dtype = teacher_dtype(recipe.teacher.dtype, device.kind)
     run = _Run(
         conversion=conversion,
         geometry=geometry,
         mixers=recipe.student.mixers,
         impl=impl.impl,
+        loss=loss,
         teacher=teacher,
         dtype=dtype,
         num_processes=num_processes,
@@ -281,6 +282,12 @@ def _choose_impl(recipe: Recipe, placement: Placement, device: Device) -> ImplCh
     from gendistill.conversion.impl import choose_impl
 
     return choose_impl(recipe.student.impl, placement, device=_torch_device(device), device_name=device.name)
+
+
+def _choose_loss(recipe: Recipe, device: Device) -> str:
+    from gendistill.losses.logits import choose_loss_impl
+
+    return choose_loss_impl(recipe.engine.loss, _torch_device(device)).value
 
 
 def read_model(spec: str, *, revision: str, where: str) -> ModelFacts:
@@ -363,6 +370,7 @@ class _Run:
     geometry: Geometry
     mixers: MixersConfig
     impl: str | None
+    loss: str
     teacher: ModelFacts
     dtype: str
     num_processes: int
@@ -391,6 +399,7 @@ class _Run:
             learning=learning,
             teacher_bytes=_BYTES[self.dtype],
             device=self.device,
+            loss=self.loss,
             num_shards=self.num_processes if self.sharded else 1,
         )
 

@@ -14,8 +14,10 @@ import torch
 from torch import nn
 
 from gendistill.data.batch import Batch
-from gendistill.errors import DataError
+from gendistill.engine.decoder import fuse, release, why_not
+from gendistill.errors import DataError, RecipeError
 from gendistill.losses.build import build_objective
+from gendistill.losses.logits import LogitObjective, choose_loss_impl
 from gendistill.losses.student import StudentLike
 from gendistill.paths import write_json
 from gendistill.teachers.base import Teacher, check_vocabulary
@@ -88,6 +90,9 @@ def train_stage(
         return StageRun(job, student, teacher, stream, parallel, console).run()
     finally:
         module = cast(nn.Module, student)
+        for model in (student, teacher.model):
+            if model is not None:
+                release(model)
         module.zero_grad()
         module.eval()
         if job.config.gradient_checkpointing:
@@ -139,6 +144,8 @@ class StageRun:
             )
         self.objective = build_objective(self.stage.objective)
         self.objective.bind(student.config, teacher.facts)
+        if isinstance(self.objective, LogitObjective):
+            self.objective.impl = choose_loss_impl(job.engine.loss, parallel.device)
         self._assemble(scored[0])
         self.micro_batches: list[Batch] = []
         self.rates: dict[str, float] = {}
@@ -194,6 +201,7 @@ class StageRun:
         self.console.say(
             f"{job.name}: {self.lock.steps:,} steps of {stage.batch_size} x {stage.seq_len:,} tokens, computed in "
             f"{self.lock.compute_dtype} on {parallel.device.type}"
+            + (f", the loss by {self.objective.impl}" if isinstance(self.objective, LogitObjective) else "")
             + (f", {self.lock.seconds_per_step:.2f} s each" if self.lock.seconds_per_step else "")
             + (f", resuming from {checkpoint}" if checkpoint else "")
         )
@@ -209,11 +217,11 @@ class StageRun:
         self.fetched: list[Batch] | None = None
         lock = parallel.on_main(lambda: existing_lock(path, locked, checkpoint))
         if lock is not None:
-            runner.compute_dtype = lock.dtype
+            self._compute_in(lock.dtype)
             return lock
         hidden_size = self.student.config.hidden_size
-        runner.compute_dtype = fixed_dtype(stage) or parallel.on_main(
-            lambda: choose_compute_dtype(parallel.device, hidden_size)
+        self._compute_in(
+            fixed_dtype(stage) or parallel.on_main(lambda: choose_compute_dtype(parallel.device, hidden_size))
         )
         self.fetched = next(self.stream) if stage.minutes is not None else None
         started, seconds_per_step = time.perf_counter(), None
@@ -237,6 +245,30 @@ class StageRun:
         )
         parallel.on_main(lambda: write_lock(path, decided))
         return decided
+
+    def _compute_in(self, dtype: torch.dtype) -> None:
+        """Fix the dtype of arithmetic, and let decoders run fused where the engine says so."""
+        self.runner.compute_dtype = dtype
+        asked, device = self.job.engine.blocks, self.parallel.device
+        if asked == "family" or (asked == "auto" and device.type != "cuda"):
+            return
+        for role, model in (("student", self.student), ("teacher", self.teacher.model)):
+            if model is None:
+                continue
+            # a teacher computes in the dtype of its weights
+            arithmetic = dtype if role == "student" else model.lm_head.weight.dtype
+            reason = why_not(model, device=device, dtype=arithmetic)
+            if reason is None:
+                fuse(model, arithmetic)
+                self.console.say(f"{self.job.name}: the {role}'s layers run fused")
+            elif asked == "fused":
+                raise RecipeError(
+                    f"the {role} cannot run fused: {reason}",
+                    where="engine.blocks",
+                    hint="use engine.blocks=auto, which fuses what can be, or engine.blocks=family",
+                )
+            else:
+                self.console.say(f"{self.job.name}: the {role}'s layers run as its family has them: {reason}")
 
     @property
     def is_over(self) -> bool:

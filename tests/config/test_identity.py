@@ -141,7 +141,7 @@ FLIPS: dict[type[Section], tuple[dict[str, Any], dict[str, Any]]] = {
         {"rank": 4, "groups": ["attention"]},
         {"rank": 8, "alpha": 32.0, "dropout": 0.1, "groups": ["mlp"], "only": ["q_proj"]},
     ),
-    EngineConfig: ({}, {"parallel": "fsdp2", "loss": "reference", "blocks": "family"}),
+    EngineConfig: ({}, {"parallel": "fsdp2", "loss": "reference", "prefetch": 0, "blocks": "family"}),
     KLConfig: ({}, {"direction": "reverse", "temperature": 2.0, "weight": 2.0}),
     JSDConfig: ({}, {"beta": 0.3, "temperature": 2.0, "weight": 2.0}),
     CEConfig: ({}, {"weight": 2.0}),
@@ -228,7 +228,7 @@ def test_what_only_logs_saves_or_splits_work_affects_nothing():
         },
         HeldOutConfig: {"every_steps"},
         EvalConfig: {"batch_size", "bootstrap"},
-        EngineConfig: {"parallel", "loss", "blocks"},
+        EngineConfig: {"parallel", "loss", "prefetch", "blocks"},
         Recipe: {"version", "name", "output", "engine"},
     }
     found = {

@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from rich.console import Console
 
+from gendistill.config.engine import EngineConfig
 from gendistill.config.schema import StageConfig
 from gendistill.data.batch import IGNORE, Batch
 from gendistill.errors import GendistillError
@@ -102,7 +103,9 @@ def heldout():
     return [batch_of(range(900, 904)), batch_of(range(904, 906))]
 
 
-def run_stage(folder, *, student=None, teacher=None, parallel=None, heldout_every=None, out=None, **changes):
+def run_stage(
+    folder, *, student=None, teacher=None, parallel=None, heldout_every=None, out=None, engine=None, **changes
+):
     """Train the tiny stage in ``folder`` and return the result and the student."""
     stage = StageConfig(**{key: value for key, value in {**STAGE, **changes}.items() if value is not None})
     parallel = parallel or choose_parallel(Accelerator(cpu=True))
@@ -114,6 +117,7 @@ def run_stage(folder, *, student=None, teacher=None, parallel=None, heldout_ever
         seed=7,
         heldout=heldout(),
         heldout_every=heldout_every,
+        engine=EngineConfig(**(engine or {})),
     )
     result = train_stage(
         job,
