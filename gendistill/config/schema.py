@@ -327,6 +327,11 @@ class Recipe(Section):
         if not isinstance(self.data.get(self.heldout.data), SourceConfig):
             problems.append(f'heldout.data names "{self.heldout.data}", which is not a source {known}')
         for name, stage in self.stages.items():
+            if stage.lora is not None and self.engine.blocks == "fused":
+                problems.append(
+                    f"stages.{name}.lora puts adapters into linear layers, which engine.blocks fused packs together; "
+                    "use engine.blocks auto, which fuses what has none"
+                )
             if stage.optimizer == "adamw8bit" and self.engine.parallel == "fsdp2":
                 problems.append(
                     f"stages.{name}.optimizer is adamw8bit, whose packed moments cannot be sharded by engine.parallel "
