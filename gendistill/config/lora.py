@@ -16,7 +16,9 @@ class LoRAConfig(Section):
     """Low-rank adapters on linear layers whose own weights stay frozen; merged into them when the stage ends."""
 
     rank: int = Field(
-        ge=1, le=2**16, description="of every adapter; below the smaller side of each weight that it adapts"
+        ge=1,
+        le=2**16,
+        description="of every adapter, which must hold fewer numbers than the weight that it adapts",
     )
     alpha: float | None = Field(
         default=None, gt=0, le=1e6, description="an adapter counts alpha / rank times; null: twice the rank"

@@ -231,19 +231,23 @@ def _start(layer: Any, generator: torch.Generator) -> None:
 def _check_rank(
     names: Sequence[str], shapes: Mapping[str, Sequence[int]], lora: LoRAConfig, where: str
 ) -> None:
-    """Refuse adapters that hold as many numbers as a weight of full rank would need."""
-    small = [name for name in names if min(shapes[name]) <= lora.rank]
-    if not small:
+    """Refuse adapters that hold as many numbers as the weights that they adapt."""
+    large = [name for name in names if _highest_rank(shapes[name]) < lora.rank]
+    if not large:
         return
-    largest = min(min(shapes[name]) for name in small) - 1
-    leaves = dict.fromkeys(name.split(".")[-2] for name in names if name not in small)
-    leaves = [leaf for leaf in leaves if not any(name.split(".")[-2] == leaf for name in small)]
-    ways = [f"{where}.rank={largest}"] if largest else []
+    highest = min(_highest_rank(shapes[name]) for name in large)
+    ends = {name.split(".")[-2] for name in large}
+    leaves = dict.fromkeys(name.split(".")[-2] for name in names if name.split(".")[-2] not in ends)
+    ways = [f"{where}.rank={highest}"] if highest else []
     ways += [rf"""{where}.only=['\.({"|".join(leaves)})\.']"""] if leaves else []
     raise RecipeError(
-        f"rank {lora.rank} is not below the smaller side of {small[0]}, {list(shapes[small[0]])}"
-        + (f", and of {len(small) - 1} others" if len(small) > 1 else "")
-        + ": such an adapter is larger than what it adapts needs to be",
+        f"an adapter of rank {lora.rank} is at least as large as {large[0]}, {list(shapes[large[0]])}"
+        + (f", and as {len(large) - 1} other weights" if len(large) > 1 else ""),
         where=f"{where}.rank",
         hint=" or ".join(ways) or "adapt larger weights",
     )
+
+
+def _highest_rank(shape: Sequence[int]) -> int:
+    """Return the highest rank at which an adapter of a weight ``[out, in]`` holds fewer numbers than the weight."""
+    return (math.prod(shape) - 1) // sum(shape)

@@ -383,7 +383,7 @@ def test_plan_says_in_which_dtype_a_stage_computes(teacher_folder, dtype):
         (["stages.distill.only=['proj', 'x_proj']"], "stages.distill.only", '"x_proj" matches none'),
         (["stages.distill.train=[head]"], "stages.distill.train", "tied to its embedding"),
         (["stages.distill.train=[embed]"], "stages.distill.train", "tied to its embedding"),
-        (["stages.distill.lora={rank: 99, groups: [attention]}"], "stages.distill.lora.rank", "not below the smaller"),
+        (["stages.distill.lora={rank: 99, groups: [attention]}"], "stages.distill.lora.rank", "is at least as large"),
         (["stages.block.lora={rank: 2, groups: [attention]}"], "stages.block.lora.groups", "gives no gradient to"),
         (["stages.distill.lora={rank: 2, groups: [attention], only: [up_proj]}"],
          "stages.distill.lora.only", "matches none of the 8 weights of the adapted groups"),

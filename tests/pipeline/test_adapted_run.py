@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 
+import pytest
 import torch
 from safetensors.torch import load_file
+
+from gendistill.errors import RecipeError
 
 ADAPTED = (
     "stages.block=null",
@@ -38,3 +41,27 @@ def test_students_of_an_adapted_stage_are_plain_and_the_next_stage_starts_there(
         assert torch.equal(value, after[name]) != name.endswith(("layernorm.weight", "model.norm.weight")), (
             name
         )
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("stages.distill.lora.rank=12", "an adapter of rank 12 is at least as large as"),
+        ("stages.distill.lora.only=[no_such_layer]", "matches none of the"),
+        ("stages.after.only=[no_such_norm]", "matches none of the"),
+    ],
+)
+def test_a_stage_that_could_not_train_is_refused_before_anything_is_made(place, override, message):
+    with pytest.raises(RecipeError, match=message):
+        place.run(*ADAPTED, override)
+    run = place.recipe(*ADAPTED).run_folder
+    assert not (run / "convert").exists()
+    assert not list(place.root.glob("runs/*/convert*"))
+
+
+def test_a_finished_stage_needs_its_packages_no_more(place, monkeypatch):
+    place.run(*ADAPTED)
+    monkeypatch.setattr("gendistill.training.adapters.importlib.util.find_spec", lambda name: None)
+    place.run(*ADAPTED, "eval.bootstrap=200")
+    with pytest.raises(RecipeError, match="peft, which is not installed"):
+        place.run(*ADAPTED, "stages.distill.steps=2")

@@ -232,8 +232,15 @@ def test_the_log_says_what_is_adapted(tiny, tmp_path, quiet):
 REFUSED = {
     "a rank that is too large": (
         {"lora": {"rank": 16, "groups": ["attention"]}},
-        "rank 16 is not below the smaller side of model.layers.1.self_attn.k_proj.weight, [16, 32], and of 3 others",
-        r"stages.distill.lora.rank=15 or stages.distill.lora.only=['\.(q_proj|o_proj)\.']",
+        "an adapter of rank 16 is at least as large as model.layers.1.self_attn.q_proj.weight, [32, 32], and as "
+        "7 other weights",
+        "stages.distill.lora.rank=10",
+    ),
+    "a rank that some weights bear": (
+        {"lora": {"rank": 12, "groups": ["attention"]}},
+        "an adapter of rank 12 is at least as large as model.layers.1.self_attn.k_proj.weight, [16, 32], and as "
+        "3 other weights",
+        r"stages.distill.lora.rank=10 or stages.distill.lora.only=['\.(q_proj|o_proj)\.']",
     ),
     "no matching weight": (
         {"lora": {"rank": 2, "groups": ["mlp"], "only": ["q_proj"]}},
