@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,6 +68,18 @@ def release(model: Any) -> None:
     if fused is not None:
         object.__delattr__(model.model, _MARK)
         fused.release()
+
+
+@contextmanager
+def unfused(model: Any) -> Iterator[None]:
+    """Have a model run as its classes say for a while, so that every module says what it computes."""
+    fused = vars(model.model).get(_MARK)
+    release(model)
+    try:
+        yield
+    finally:
+        if fused is not None:
+            fuse(model, fused.dtype)
 
 
 def is_fused(model: Any) -> bool:

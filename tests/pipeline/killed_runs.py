@@ -53,6 +53,8 @@ _CLOCKS = {
     "warnings",
     "crc32",
     "memory_gib",
+    "speed",
+    "shares",
 }
 
 
