@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import re
 from io import StringIO
 from types import SimpleNamespace
 
@@ -189,6 +190,15 @@ def test_minutes_become_steps_once_and_leave_no_trace(tiny, tmp_path):
     assert tiny.rows(tmp_path / "minutes") == tiny.rows(tmp_path / "steps")
     again, _ = tiny.run_stage(tmp_path / "minutes", steps=None, minutes=0.02)
     assert again.steps == plan["steps"]
+
+
+def test_minutes_that_end_before_the_first_step_are_refused_with_the_mend(tiny, tmp_path):
+    with pytest.raises(RecipeError) as caught:
+        tiny.run_stage(tmp_path, steps=None, minutes=1e-6)
+    assert caught.value.where == "stages.tiny.minutes"
+    assert "minutes 1e-06 end before the first step: timing took" in caught.value.message
+    assert re.fullmatch(r"give it more than [\d.]+, or set steps", caught.value.hint or "")
+    assert not (stage_folder(tmp_path) / "plan.json").exists()
 
 
 def test_tokens_become_whole_steps(tiny, tmp_path):
