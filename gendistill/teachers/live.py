@@ -36,9 +36,12 @@ class LiveTeacher:
             num_bytes=sum(value.numel() * value.element_size() for value in self.model.parameters()),
         )
 
-    def to(self, device: torch.device) -> LiveTeacher:
-        """Move the model."""
-        self.model.to(device)
+    def to(self, device: torch.device, *, place: Callable[[nn.Module], object] | None = None) -> LiveTeacher:
+        """Move the model, or have it placed."""
+        if place is None:
+            self.model.to(device)
+        else:
+            place(self.model)
         return self
 
     @torch.no_grad()

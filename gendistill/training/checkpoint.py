@@ -170,11 +170,35 @@ def load_checkpoint(
     """Restore parameters and moments in place and return the rest of the state.
 
     Args:
-        path: The checkpoint, which every process reads.
+        path: The checkpoint, which the main process reads.
         trained, optimizer: As they were saved; already sharded.
         parallel: How they are spread.
     Raises:
         CheckpointError: It was written for other trained parameters, or is damaged.
+    """
+    # whole, where they are read
+    held: list[dict[str, Tensor]] = []
+    state, steps = parallel.on_main(lambda: _read_for(path, trained, held))
+    with torch.no_grad():
+        for name, part in parallel.scatter(trained, lambda name: held[0][name]):
+            trained[name].copy_(part)
+        found: dict[str, dict[str, Tensor]] = {name: {} for name in trained}
+        for key in ("exp_avg", "exp_avg_sq"):
+            for name, part in parallel.scatter(trained, lambda name, key=key: held[1][f"{name}.{key}"]):
+                found[name][key] = part
+    for name, parameter in trained.items():
+        step = torch.tensor(steps[name], dtype=torch.float32, device=parameter.device)
+        optimizer.state[parameter] = {"step": step, **found[name]}
+    return state
+
+
+def _read_for(
+    path: Path, trained: Mapping[str, Tensor], held: list[dict[str, Tensor]]
+) -> tuple[dict[str, Any], dict[str, float]]:
+    """Read a checkpoint of these parameters; return its state and their steps, and put the tensors into ``held``.
+
+    Raises:
+        CheckpointError: As for ``load_checkpoint``.
     """
     state = _read_state(path)
     weights, moments = _read_tensors(path)
@@ -187,15 +211,8 @@ def load_checkpoint(
             where=str(path),
             hint="restore the recipe that wrote it, or delete the stage's folder to start the stage again",
         )
-    with torch.no_grad():
-        for name, parameter in trained.items():
-            parameter.copy_(parallel.part(weights[name], parameter))
-            exp_avg, exp_avg_sq = (
-                parallel.part(moments[f"{name}.{key}"], parameter) for key in ("exp_avg", "exp_avg_sq")
-            )
-            step = moments[f"{name}.step"].to(parameter.device)
-            optimizer.state[parameter] = {"step": step, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
-    return state
+    held += [weights, moments]
+    return state, {name: moments[f"{name}.step"].item() for name in weights}
 
 
 def checksums(parameters: Iterable[tuple[str, Tensor]]) -> dict[str, int]:

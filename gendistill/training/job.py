@@ -52,6 +52,11 @@ class StageJob:
     engine: EngineConfig = field(default_factory=EngineConfig)
 
     @property
+    def plan(self) -> Path:
+        """File of what is decided before the first step."""
+        return self.folder / "plan.json"
+
+    @property
     def checkpoints(self) -> Path:
         """Folder of the stage's checkpoints."""
         return self.folder / "checkpoints"

@@ -148,7 +148,11 @@ def num_steps(stage: StageConfig, seconds_per_step: float | None, spent: float =
 
 
 def time_step(
-    run: Callable[[Batch], object], micro_batches: Sequence[Batch], optimizer: torch.optim.AdamW
+    run: Callable[[Batch], object],
+    micro_batches: Sequence[Batch],
+    optimizer: torch.optim.AdamW,
+    *,
+    slowest: Callable[[float], float] = float,
 ) -> float:
     """Estimate the seconds of one optimizer step without taking one.
 
@@ -159,6 +163,7 @@ def time_step(
         run: Forward and backward of one micro-batch.
         micro_batches: Of one step on this process.
         optimizer: Not stepped.
+        slowest: Largest of the processes' numbers: all must run as often, because sharded parameters make them wait.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     device = parameters[0].device
@@ -166,7 +171,7 @@ def time_step(
     times: list[float] = []
     while len(times) < _MOST_PROBES and sum(times) < _PROBE_SECONDS:
         batch = micro_batches[(len(times) + 1) % len(micro_batches)]
-        times.append(_seconds(device, lambda batch=batch: run(batch)))
+        times.append(slowest(_seconds(device, lambda batch=batch: run(batch))))
     largest = nn.Parameter(max(parameters, key=Tensor.numel).detach().clone())
     largest.grad = torch.zeros_like(largest)
     probe = torch.optim.AdamW([largest], lr=1e-3, fused=True)

@@ -134,7 +134,10 @@ class NonFinite:
             # clipping has spread the first NaN over all gradients: compute them again
             run.optimizer.zero_grad()
             run.runner.accumulate(run.micro_batches)
-            place = f"first seen in the {first_non_finite(run.module, run.runner.loss, run.micro_batches)}"
+            found = first_non_finite(
+                run.module, run.runner.loss, run.micro_batches, largest=run.parallel.largest
+            )
+            place = f"first seen in the {found}"
         kept = run.parallel.on_main(lambda: find_checkpoint(job.checkpoints, run.console.say))
         raise TrainingError(
             f"loss or gradient is not finite at step {bad_step} of {steps}; {place}. "

@@ -51,7 +51,7 @@ from gendistill.training.optim import (
     learning_rate_factor,
     set_learning_rates,
 )
-from gendistill.training.parallel import Parallel
+from gendistill.training.parallel import Parallel, Situation
 from gendistill.training.step import StepRunner, seed_step
 
 
@@ -76,16 +76,23 @@ def train_stage(
         stream: This process's micro-batches, at their start: resuming sets its state.
         parallel: How the stage is shared among processes.
         console: Where to report.
+    Returns:
+        How it ended. On the main process the student is whole; where it was sharded, the others are left without weights.
     Raises:
         RecipeError: The stage does not fit student or teacher.
         CheckpointError: The recipe has changed since the stage began.
-        TrainingError: A loss or gradient is not finite.
+        TrainingError: A loss or gradient is not finite, or another process is lost.
         StageStopped: SIGTERM or SIGINT came; a checkpoint is saved.
     """
+    module = cast(nn.Module, student)
+    saved: list[Path] = []
     try:
-        return StageRun(job, student, teacher, stream, parallel, console).run()
+        with parallel.together(lambda: _when_lost(job, saved)):
+            run = StageRun(job, student, teacher, stream, parallel, console, saved=saved)
+            result = run.run()
+            parallel.unshard(run.runner.plain_module)
+            return result
     finally:
-        module = cast(nn.Module, student)
         module.zero_grad()
         module.eval()
         if job.config.gradient_checkpointing:
@@ -123,11 +130,15 @@ class StageRun:
         stream: Stream,
         parallel: Parallel,
         console: TrainingConsole,
+        *,
+        saved: list[Path],
     ) -> None:
         """Check, freeze and shard the student, decide about the stage, and restore the newest checkpoint."""
         self.job, self.stage = job, job.config
         self.student, self.module = student, cast(nn.Module, student)
         self.teacher, self.stream, self.parallel, self.console = teacher, stream, parallel, console
+        # the newest checkpoint last
+        self.saved = saved
         check_vocabulary(teacher.facts, student.config)
         scored = [batch for batch in job.heldout if batch.num_labels]
         if not scored:
@@ -160,19 +171,28 @@ class StageRun:
         self.console.say(f"{job.name}: {frozen}")
         # adapters would be put in here: they learn where all else is frozen, and are sharded like it
         # float32 masters: bfloat16 weights would swallow most updates
-        self.module.float().to(parallel.device).train()
-        self.teacher.to(parallel.device)
+        self.module.float().to(parallel.loads_on).train()
+        self.teacher.to(parallel.device, place=parallel.place_teacher)
         if stage.gradient_checkpointing:
             recompute_activations(self.student, True)
         self.objective.calibrate(self.teacher, calibration.to(parallel.device))
         self.before = checksums(self.module.named_parameters())
-        self.runner = StepRunner(self.module, self.objective, self.teacher, parallel)
+        checkpoint = parallel.on_main(lambda: find_checkpoint(job.checkpoints, self.console.say))
+        locked = locked_settings(
+            stage, name=job.name, seed=job.seed, checksums=self.before, extra=dict(job.lock)
+        )
+        lock = parallel.on_main(lambda: existing_lock(job.plan, locked, checkpoint))
+        # sharding needs to know
+        dtype = lock.dtype if lock else self._choose_dtype()
+        self.runner = StepRunner(self.module, self.objective, self.teacher, parallel, compute_dtype=dtype)
         self.trained = trained_parameters(self.module)
         self.optimizer = build_optimizer(self.module, stage)
-        checkpoint = parallel.on_main(lambda: find_checkpoint(job.checkpoints, self.console.say))
-        self.lock = self._decide(checkpoint)
+        # timed first and trained on afterwards, as the first step
+        self.fetched: list[Batch] | None = None
+        self.lock = lock or self._decide(locked)
         self.progress = Progress()
         if checkpoint is not None:
+            self.saved.append(checkpoint)
             state = load_checkpoint(
                 checkpoint, trained=self.trained, optimizer=self.optimizer, parallel=parallel
             )
@@ -191,28 +211,22 @@ class StageRun:
             + (f", resuming from {checkpoint}" if checkpoint else "")
         )
 
-    def _decide(self, checkpoint: Path | None) -> StageLock:
-        """Take up what was decided when the stage began, or decide: its steps and its arithmetic."""
-        job, stage, parallel, runner = self.job, self.stage, self.parallel, self.runner
-        path = job.folder / "plan.json"
-        locked = locked_settings(
-            stage, name=job.name, seed=job.seed, checksums=self.before, extra=dict(job.lock)
-        )
-        # timed first and trained on afterwards, as the first step
-        self.fetched: list[Batch] | None = None
-        lock = parallel.on_main(lambda: existing_lock(path, locked, checkpoint))
-        if lock is not None:
-            runner.compute_dtype = lock.dtype
-            return lock
+    def _choose_dtype(self) -> torch.dtype:
         hidden_size = self.student.config.hidden_size
-        runner.compute_dtype = fixed_dtype(stage) or parallel.on_main(
-            lambda: choose_compute_dtype(parallel.device, hidden_size)
+        return fixed_dtype(self.stage) or self.parallel.on_main(
+            lambda: choose_compute_dtype(self.parallel.device, hidden_size)
         )
+
+    def _decide(self, locked: dict[str, Any]) -> StageLock:
+        """Decide how many steps there will be, and write down what is decided."""
+        job, stage, parallel, runner = self.job, self.stage, self.parallel, self.runner
         self.fetched = next(self.stream) if stage.minutes is not None else None
         started, seconds_per_step = time.perf_counter(), None
         if self.fetched is not None:
             seed_step(parallel, job.seed, 0)
-            seconds_per_step = parallel.largest(time_step(runner.rehearse, self.fetched, self.optimizer))
+            seconds_per_step = parallel.largest(
+                time_step(runner.rehearse, self.fetched, self.optimizer, slowest=parallel.largest)
+            )
             self.optimizer.zero_grad()
         spent = parallel.largest(time.perf_counter() - started)
         decided = StageLock(
@@ -221,7 +235,7 @@ class StageRun:
             seconds_per_step=seconds_per_step,
             locked=locked,
         )
-        parallel.on_main(lambda: write_lock(path, decided))
+        parallel.on_main(lambda: write_lock(job.plan, decided))
         return decided
 
     @property
@@ -323,7 +337,7 @@ class StageRun:
             )
             state = {"progress": asdict(progress), "stream": self.stream.state_dict()}
             tensors = gather_tensors(self.trained, self.optimizer, self.parallel)
-            self.parallel.on_main(
+            path = self.parallel.on_main(
                 lambda: save_checkpoint(
                     self.job.checkpoints,
                     step=progress.step,
@@ -332,6 +346,7 @@ class StageRun:
                     state=state,
                 )
             )
+            self.saved.append(path)
         self.last_save = time.perf_counter()
 
     def _due(self, request: StopRequest) -> Due:
@@ -380,7 +395,7 @@ class StageRun:
                 self.log(view)
                 self._write_checkpoint()
             self.lock = replace(self.lock, steps=self.progress.step)
-            self.parallel.on_main(lambda: write_lock(self.job.folder / "plan.json", self.lock))
+            self.parallel.on_main(lambda: write_lock(self.job.plan, self.lock))
 
     def _stopped(self, request: StopRequest) -> StageStopped:
         number = request.signal_number or signal.SIGTERM
@@ -424,6 +439,16 @@ class StageRun:
     def tensors_changed(self) -> float:
         """At the end, share of the trained tensors that differ from the start."""
         return 1 - len(self.unchanged) / len(self.trained)
+
+
+def _when_lost(job: StageJob, saved: list[Path]) -> Situation:
+    """Say what a lost process leaves behind."""
+    return Situation(
+        where=f"stages.{job.name}",
+        kept=f"The checkpoint {saved[-1]} is intact" if saved else "No checkpoint had been saved yet",
+        hint="run the same command again, on as many processes or fewer: "
+        + ("the stage resumes from there" if saved else "the stage begins again"),
+    )
 
 
 def _divides(every: int | None, step: int) -> bool:
