@@ -134,7 +134,16 @@ FLIPS: dict[type[Section], tuple[dict[str, Any], dict[str, Any]]] = {
             "bootstrap": 500,
         },
     ),
-    EngineConfig: ({}, {"parallel": "fsdp2", "loss": "reference", "blocks": "family"}),
+    EngineConfig: (
+        {},
+        {
+            "parallel": "fsdp2",
+            "gather": "float32",
+            "patience_s": 30.0,
+            "loss": "reference",
+            "blocks": "family",
+        },
+    ),
     KLConfig: ({}, {"direction": "reverse", "temperature": 2.0, "weight": 2.0}),
     JSDConfig: ({}, {"beta": 0.3, "temperature": 2.0, "weight": 2.0}),
     CEConfig: ({}, {"weight": 2.0}),
@@ -220,7 +229,7 @@ def test_what_only_logs_saves_or_splits_work_affects_nothing():
         },
         HeldOutConfig: {"every_steps"},
         EvalConfig: {"batch_size", "bootstrap"},
-        EngineConfig: {"parallel", "loss", "blocks"},
+        EngineConfig: {"parallel", "gather", "patience_s", "loss", "blocks"},
         Recipe: {"version", "name", "output", "engine"},
     }
     found = {
