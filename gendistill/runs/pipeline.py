@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import resource
+import socket
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,7 +41,7 @@ from gendistill.runs.advice import advise, check_batches
 from gendistill.runs.inputs import recipe_steps
 from gendistill.runs.memory import CACHE_LENGTHS
 from gendistill.runs.scoring import resolve_dtype, score
-from gendistill.runs.steps import BEFORE, CONVERT, ROLES, eval_step, stage_step
+from gendistill.runs.steps import BEFORE, CONVERT, ROLES, Step, differences, eval_step, stage_step
 from gendistill.runs.workspace import Workspace
 from gendistill.teachers.base import Teacher, check_vocabulary
 from gendistill.teachers.live import LiveTeacher
@@ -204,7 +205,10 @@ def _prepared(recipe: Recipe, command: str, parallel: Parallel) -> Iterator[_Con
                 say=workspace.warn,
             )
         )
-        workspace.plan(steps)
+        _compare_machines(recipe, steps, parallel, teacher=teacher, source=source, placement=placement)
+        # the folder is the main process's; on another machine there may be none, or an older one
+        parallel.on_main(lambda: workspace.plan(steps))
+        workspace.steps = {step.name: step for step in steps}
         workspace.entries.update(
             name=recipe.name,
             date=today(),
@@ -232,6 +236,38 @@ def _resolve(recipe: Recipe) -> tuple[Checkpoint, Checkpoint]:
     if recipe.student.source is None:
         return teacher, teacher
     return teacher, resolve_checkpoint(recipe.student.source, where="student.from")
+
+
+def _compare_machines(
+    recipe: Recipe,
+    steps: Sequence[Step],
+    parallel: Parallel,
+    *,
+    teacher: Checkpoint,
+    source: Checkpoint,
+    placement: Placement,
+) -> None:
+    """Refuse machines of which one has another teacher or other data than the first.
+
+    Raises:
+        RecipeError: They differ.
+    """
+
+    def compare() -> None:
+        if not parallel.leads_machine or parallel.is_main:
+            return
+        mine = recipe_steps(recipe, teacher=teacher, source=source, placement=placement)
+        for theirs, own in zip(steps, mine, strict=True):
+            if theirs.key != own.key:
+                changed = differences(theirs.inputs, own.inputs)
+                raise RecipeError(
+                    f"{socket.gethostname()} reads something else than the first machine: {'; '.join(changed[:3])}",
+                    where=own.name,
+                    hint="copy data and teacher to the same paths on every machine, and run the same command",
+                )
+
+    if parallel.machines > 1:
+        parallel.on_each(compare)
 
 
 def _check_questions(context: _Context) -> None:

@@ -77,7 +77,8 @@ def train_stage(
         parallel: How the stage is shared among processes.
         console: Where to report.
     Returns:
-        How it ended. On the main process the student is whole; where it was sharded, the others are left without weights.
+        How it ended. On the main process the student is whole; where it was sharded, the others are left without
+        weights.
     Raises:
         RecipeError: The stage does not fit student or teacher.
         CheckpointError: The recipe has changed since the stage began.

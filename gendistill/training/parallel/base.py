@@ -36,6 +36,16 @@ class Parallel(Protocol):
     def device(self) -> torch.device: ...
 
     @property
+    def machines(self) -> int:
+        """Number of machines. Collective."""
+        ...
+
+    @property
+    def leads_machine(self) -> bool:
+        """Whether this process is the first of its machine."""
+        ...
+
+    @property
     def loads_on(self) -> torch.device:
         """Where models are loaded, before ``shard`` and ``place_teacher`` bring them where they are used."""
         ...

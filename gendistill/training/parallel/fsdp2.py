@@ -12,6 +12,7 @@ because losses read the head outside of any layer.
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal, cast
 
@@ -43,6 +44,8 @@ class FullySharded(Group):
         self, accelerator: Accelerator, *, patience_s: float, gather: Literal["auto", "float32"] = "auto"
     ) -> None:
         super().__init__(accelerator, patience_s=patience_s)
+        # a launcher's default under which transformers loads weights on the first process only
+        os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
         self._gather_dtype = gather
         self._mesh = init_device_mesh(self.device.type, (self.world,))
         self._whole: list[nn.Parameter] = []
@@ -118,26 +121,26 @@ class FullySharded(Group):
                 owner._buffers[name] = buffer.to(self.loads_on)
 
     def place_teacher(self, model: nn.Module) -> None:
-        """Split the blocks of a frozen model in place, and its embedding where that is not the head.
-
-        The head stays whole: every loss on logits reads it.
-        """
+        """Split the matrices of a frozen model in place, but for its head, which every loss on logits reads."""
         causal: Any = model
         decoder, head = causal.model, causal.lm_head
         if isinstance(decoder, FSDPModule):
             return
         model.requires_grad_(False)
+        whole = {parameter for parameter in decoder.layers.parameters() if parameter.dim() != 2}
+        whole.update(head.parameters())
         settings: dict[str, Any] = {
             "mesh": self._mesh,
             "reshard_after_forward": True,
-            "ignored_params": set(head.parameters()),
+            "ignored_params": whole,
         }
         _check_apart(decoder.layers)
         for block in decoder.layers:
             fully_shard(block, **settings)
         fully_shard(decoder, **settings)
-        head.to(self.device)
-        _check_sharded(decoder, set(head.parameters()))
+        for parameter in whole:
+            parameter.data = parameter.data.to(self.device)
+        _check_sharded(decoder, whole)
 
     def settle(self, module: nn.Module) -> None:
         """Let go of what a pass without gradients has gathered and left."""

@@ -44,8 +44,13 @@ class Group:
         self.world: int = accelerator.num_processes
         self.device: torch.device = accelerator.device
         self.peers = _peers(self.rank, self.world, patience_s)
-        self._leads_machine = bool(accelerator.is_local_main_process)
+        self.leads_machine: bool = bool(accelerator.is_local_main_process)
         self._received: Path | None = None
+
+    @property
+    def machines(self) -> int:
+        """Number of machines."""
+        return int(self.sum(torch.tensor(self.leads_machine, dtype=torch.int64, device=self.device)))
 
     @property
     def is_main(self) -> bool:
@@ -95,10 +100,10 @@ class Group:
         """Do something on every process, on the first of each machine before the others of that machine."""
         call = self.peers.next_call()
         leader = self.rank - int(os.environ.get("LOCAL_RANK") or self.accelerator.local_process_index)
-        if not self._leads_machine:
+        if not self.leads_machine:
             self.peers.hear(f"{call}/{leader}")
         outcome = _attempt(work)
-        if self._leads_machine:
+        if self.leads_machine:
             self.peers.tell(f"{call}/{leader}", None)
         return self.on_each(lambda: _result(outcome))
 
@@ -129,7 +134,7 @@ class Group:
                 if file.is_file()
             ]
         )
-        writes = target is not None and self._leads_machine
+        writes = target is not None and self.leads_machine
         failed: list[OSError] = []
         sums: dict[str, int] = {}
         for name, size in files:
@@ -177,7 +182,7 @@ class Group:
         self.on_each(compare)
 
     def _drop_received(self) -> None:
-        if self._received is not None and self._leads_machine:
+        if self._received is not None and self.leads_machine:
             shutil.rmtree(self._received, ignore_errors=True)
         self._received = None
 

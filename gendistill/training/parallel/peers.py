@@ -13,7 +13,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,9 @@ from gendistill.errors import GendistillError, TrainingError
 _GRACE_S = 10.0
 _BEAT_S = 1.0
 _LONGEST_NAP_S = 0.1
+# ranks that a process watches; together they watch all, and the store is asked little
+_WATCHED = 8
+_UNREACHABLE = "the process that all others speak to, at MASTER_ADDR, cannot be reached"
 # how the backends say that the other end of a connection is gone
 _BROKEN = (
     *("Connection closed by peer", "Connection reset by peer", "Broken pipe", "recvValue failed"),
@@ -50,12 +53,12 @@ class Situation:
 class Peers:
     """The other processes, as a thread of this one sees them.
 
-    Every process counts up a number in the store. Who watches, and sees a number stand still for ``patience_s``, or
-    reads that a process has left with an error, knows it lost: the main thread gets the error where it can, and where
-    it hangs in a collective the thread prints the error and ends the process with exit code 1.
+    Every process counts up a number in the store. Who watches, and sees the number of one of the next few ranks stand
+    still for ``patience_s``, says so to all; so does a process that leaves with an error. The main thread gets the
+    error where it can, and where it hangs in a collective a thread prints it and ends the process with exit code 1.
 
     Args:
-        store: Shared by all; has ``set``, ``get``, ``check``, ``multi_get``, ``add`` and ``clone``.
+        store: A torch store that all share.
         rank: Of this process.
         world: Number of processes.
         patience_s: How long a process may be silent.
@@ -75,11 +78,13 @@ class Peers:
         for other in self._others:
             self._wait_for(f"alive/{other}")
         self._who = {other: json.loads(store.get(f"who/{other}")) for other in self._others}
+        place = _who()["place"]
+        self._beside = [other for other in self._others if place and self._who[other]["place"] == place]
+        self._next = [(rank + step) % world for step in range(1, 1 + min(_WATCHED, world - 1))]
+        self._answered = time.monotonic()
         # of its own connection: a thread that waits for an answer keeps the others from asking
-        self._thread = threading.Thread(
-            target=self._beat, args=(store.clone(),), name="gendistill peers", daemon=True
-        )
-        self._thread.start()
+        for work, arguments in ((self._beat, (store.clone(),)), (self._guard, ())):
+            threading.Thread(target=work, args=arguments, name="gendistill peers", daemon=True).start()
 
     @contextmanager
     def watching(self, situation: Callable[[], Situation]) -> Iterator[None]:
@@ -148,7 +153,7 @@ class Peers:
 
     def _beat(self, store: Any) -> None:
         beat = min(_BEAT_S, self.patience_s / 5)
-        count, seen, scope = 0, {other: (b"", 0.0) for other in self._others}, 0
+        count, seen, scope = 0, {other: (b"", 0.0) for other in self._next}, 0
         last = time.monotonic()
         while True:
             count += 1
@@ -157,40 +162,54 @@ class Peers:
             watched = bool(self._situations) and self._lost is None
             # who was asleep itself, or begins to watch, cannot know how long the others have been silent
             if scope != self._scope or now - last > self.patience_s / 2:
-                seen, scope = {other: (b"", now) for other in self._others}, self._scope
+                seen, scope = {other: (b"", now) for other in self._next}, self._scope
             last = now
             try:
                 store.set(f"alive/{self.rank}", str(count))
+                # something that is answered, also where nobody watches
+                store.check([f"alive/{self.rank}"])
                 lost = self._look(store, seen, now, scope) if watched else None
+                self._answered = time.monotonic()
             except Exception as error:
                 if not watched:
                     return
                 # whoever kept the store may be the one
-                lost = self._ended() or (
-                    "the process that all others speak to, at MASTER_ADDR, cannot be reached: "
-                    f"{_first_line(error)}"
-                )
-            if lost is not None and self._lost is None:
+                lost = self._ended() or f"{_UNREACHABLE}: {_first_line(error)}"
+            if lost is not None:
                 self._lose(lost)
+
+    def _guard(self) -> None:
+        """Notice that the store does not answer: a cable that is pulled breaks no connection."""
+        beat = min(_BEAT_S, self.patience_s / 5)
+        last, scope = time.monotonic(), 0
+        while True:
+            time.sleep(beat)
+            now = time.monotonic()
+            if scope != self._scope or now - last > self.patience_s / 2:
+                scope, self._answered = self._scope, max(now, self._answered)
+            last = now
+            if self._situations and self._lost is None and now - self._answered > self.patience_s:
+                self._lose(f"{_UNREACHABLE}: no answer for {self.patience_s:.0f} s")
 
     def _look(self, store: Any, seen: dict[int, tuple[bytes, float]], now: float, scope: int) -> str | None:
         """Compare the others' numbers with those of before; say who is lost, if anybody is."""
-        if (lost := self._ended()) is not None:
-            return lost
-        for other in self._others:
-            if store.check([f"left/{scope}/{other}"]):
-                return f"{self._name(other)} has stopped: {store.get(f'left/{scope}/{other}').decode()}"
-        counts = store.multi_get([f"alive/{other}" for other in self._others])
-        for other, found in zip(self._others, counts, strict=True):
+        if store.check([f"lost/{scope}"]):
+            return store.get(f"lost/{scope}").decode()
+        lost = self._ended()
+        counts = store.multi_get([f"alive/{other}" for other in self._next])
+        for other, found in zip(self._next, counts, strict=True):
             before, since = seen[other]
             if found != before:
                 seen[other] = (found, now)
-            elif now - since > self.patience_s:
-                return f"{self._name(other)} is lost: nothing was heard of it for {self.patience_s:.0f} s"
-        return None
+            elif lost is None and now - since > self.patience_s:
+                lost = f"{self._name(other)} is lost: nothing was heard of it for {self.patience_s:.0f} s"
+        if lost is not None:
+            # the first one to notice is believed by all
+            store.compare_set(f"lost/{scope}", "", lost)
+        return lost
 
     def _ended(self) -> str | None:
-        ended = [other for other in self._others if _has_ended(self._who[other])]
+        ended = [other for other in self._beside if _has_ended(self._who[other]["pid"])]
         return f"{self._name(ended[0])} is lost: it has ended" if ended else None
 
     def _name(self, other: int) -> str:
@@ -199,6 +218,8 @@ class Peers:
     def _lose(self, lost: str) -> None:
         """Tell the main thread; where it does not listen, end the process."""
         with self._changed:
+            if self._lost is not None:
+                return
             self._lost = lost
             self._changed.notify_all()
             error = self._error(lost)
@@ -230,8 +251,10 @@ class Peers:
         if len(self._situations) > 1:
             return
         why = error.message if isinstance(error, GendistillError) else type(error).__name__
+        me = _who()
+        said = f"rank {self.rank} (process {me['pid']} on {me['host']}) has stopped: {_first_line(why)}"
         try:
-            self._store.set(f"left/{self._scope}/{self.rank}", _first_line(why))
+            self._store.compare_set(f"lost/{self._scope}", "", said)
         except Exception:
             # nobody can be told any more; the silence will say it
             return
@@ -249,12 +272,10 @@ def _who() -> dict[str, Any]:
     return {"pid": os.getpid(), "host": socket.gethostname(), "place": place}
 
 
-def _has_ended(who: Mapping[str, Any]) -> bool:
-    """Whether a process of this machine has ended; of others it cannot be seen."""
-    if who["place"] is None or who["place"] != _who()["place"]:
-        return False
+def _has_ended(pid: int) -> bool:
+    """Whether a process of this machine has ended."""
     try:
-        state = Path(f"/proc/{who['pid']}/stat").read_text().rpartition(")")[2].split()[0]
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except (FileNotFoundError, ProcessLookupError):
         return True
     except OSError:

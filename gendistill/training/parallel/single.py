@@ -26,6 +26,8 @@ class Single:
     rank = 0
     world = 1
     is_main = True
+    machines = 1
+    leads_machine = True
     description = "one process"
 
     def __init__(self, device: torch.device) -> None:
