@@ -14,7 +14,7 @@ from gendistill.anatomy.student import mixer_settings
 # of 32 MiB: the element-wise part is 2.4 times faster at 24 MiB than at 96 MiB (V = 49,152, two cores), and the matmuls
 # are no slower. On a GPU the choice keeps 16k tokens of V = 151,936, D = 1,024 under 2 GiB even when the head trains
 # (1.9 GiB; 1.3 GiB when it does not); 1 GiB chunks would be 9% faster with a frozen head and take 6 GiB (one H200).
-LOSS_CHUNK_BYTES = {"cpu": 24 * 2**20, "cuda": 192 * 2**20}
+LOSS_CHUNK_BYTES = {"cpu": 24 * 2**20, "cuda": 192 * 2**20, "triton": 640 * 2**20}
 
 
 def cache_bytes(config: Mapping[str, Any], *, tokens: int, bytes_per_value: int = 2) -> int:

@@ -1,5 +1,6 @@
 """What the library face does: convert, probe, train, score, and run recipes."""
 
+import contextlib
 import json
 import tempfile
 import warnings
@@ -190,14 +191,22 @@ def distill(
     heldout = [batch.to(parallel.device) for batch in heldout_batches(recipe, teacher.tokenizer)]
     # only where an interrupted stage can go on
     lock = {} if folder is None else _lock(recipe, name, teacher)
-    with _stops_between_steps(folder), _folder(folder) as place:
+    stream = build_stream(
+        recipe,
+        name,
+        teacher.tokenizer,
+        rank=parallel.rank,
+        world=parallel.world,
+        device=parallel.device,
+    )
+    with _stops_between_steps(folder), _folder(folder) as place, contextlib.closing(stream):
         return train_stage(
             StageJob(
                 name=name, config=recipe.stages[name], folder=place, seed=seed, heldout=heldout, lock=lock
             ),
             student=student.as_student(),
             teacher=LiveTeacher(teacher.model),
-            stream=build_stream(recipe, name, teacher.tokenizer, rank=parallel.rank, world=parallel.world),
+            stream=stream,
             parallel=parallel,
             console=TrainingConsole(main=parallel.is_main and not quiet),
         )

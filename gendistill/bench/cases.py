@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 
 GATES = ("bounded", "softplus")
 LOWER_BOUND = -5.0
+# logits of the losses
+VOCABULARY = 151_936
 FORWARD, TRAIN = "forward", "forward+backward"
 MEMORY, LAUNCHES, BANDWIDTH = "peak extra memory", "launches", "bandwidth"
 STEP = "step"

@@ -31,6 +31,12 @@ class EngineConfig(Section):
     loss: Annotated[Literal["auto", "reference", "triton"], Affects.NOTHING] = Field(
         default="auto", description="of the losses on logits: eager torch, or our kernels where they run"
     )
+    prefetch: Annotated[int, Affects.NOTHING] = Field(
+        default=2,
+        ge=0,
+        le=64,
+        description="steps that are read, tokenized and packed ahead in a thread; 0: each when it is needed",
+    )
     blocks: Annotated[Literal["auto", "family", "fused"], Affects.NOTHING] = Field(
         default="auto",
         description="decoder layers of teacher and student: the family's own modules, or fused ones; "

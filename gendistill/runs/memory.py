@@ -27,9 +27,9 @@ from gendistill.config.schema import StageConfig
 
 # lengths in tokens at which reports compare caches
 CACHE_LENGTHS = (512, 2048, 8192, 32768, 131072)
-# how many buffers of a chunk of the divergence's logits live at once (both models' logits, their log-probabilities,
-# the gradient)
-_LOSS_BUFFERS = 5
+# how many buffers of a chunk of the divergence's logits live at once: both models' logits, in torch also their
+# log-probabilities and the gradient
+_LOSS_BUFFERS = {"cpu": 5, "cuda": 5, "triton": 2}
 # Python, torch and transformers on a CPU; the CUDA context and library workspaces on a GPU
 _RUNTIME_BYTES = 600_000_000
 _PATIENCE_S = 20
@@ -115,6 +115,7 @@ def predict_memory(
     num_trained: int,
     teacher_bytes: int,
     device: Device,
+    loss: str,
 ) -> MemoryEstimate:
     """Predict the peak of one process.
 
@@ -132,6 +133,7 @@ def predict_memory(
         num_trained: Parameters that learn.
         teacher_bytes: Bytes per teacher parameter.
         device: Where it runs.
+        loss: What computes losses on logits: ``reference`` or ``triton``.
     """
     tokens = stage.micro_batch_size * stage.seq_len
     width = 2 if device.kind == "cuda" else 4
@@ -150,7 +152,7 @@ def predict_memory(
         student=(6 if device.kind == "cuda" else 4) * num_student,
         optimizer=12 * num_trained,
         activations=activations,
-        loss=0 if layerwise else _loss_bytes(stage, geometry, tokens, device),
+        loss=0 if layerwise else _loss_bytes(stage, geometry, tokens, device, loss),
     )
 
 
@@ -180,11 +182,12 @@ def _layerwise_bytes(
     return sum(tokens * (one.num_bytes(width) + recorded) for one in kept)
 
 
-def _loss_bytes(stage: StageConfig, geometry: Geometry, tokens: int, device: Device) -> int:
+def _loss_bytes(stage: StageConfig, geometry: Geometry, tokens: int, device: Device, loss: str) -> int:
     """Sum the logits of one chunk, the gradient of the hidden states, and of the head where it learns."""
-    chunk = min(LOSS_CHUNK_BYTES[device.kind], 4 * tokens * geometry.vocab_size)
+    kind = "triton" if loss == "triton" else device.kind
+    chunk = min(LOSS_CHUNK_BYTES[kind], 4 * tokens * geometry.vocab_size)
     head = ParamGroup.HEAD in stage.train or (geometry.tied_head and ParamGroup.EMBED in stage.train)
     gradients = 4 * tokens * geometry.hidden_size + (
         4 * geometry.vocab_size * geometry.hidden_size if head else 0
     )
-    return _LOSS_BUFFERS * chunk + gradients
+    return _LOSS_BUFFERS[kind] * chunk + gradients

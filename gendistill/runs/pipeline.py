@@ -33,6 +33,7 @@ from gendistill.conversion.plan import plan_conversion
 from gendistill.conversion.probe import check_probe, probe_student, render_probe
 from gendistill.data.stream import build_stream, heldout_batches
 from gendistill.errors import OutputError, RecipeError
+from gendistill.losses.logits import choose_loss_impl
 from gendistill.models.io import export_code, load_student, save_student
 from gendistill.paths import RunDir, real_path, write_json
 from gendistill.provenance import installed_versions, source_commit, today
@@ -191,6 +192,7 @@ def _prepared(recipe: Recipe, command: str, parallel: Parallel) -> Iterator[_Con
     placement = Placement.parse(recipe.student.placement, num_layers=source.config["num_hidden_layers"])
     device_name = _device_name(parallel.device)
     impl = choose_impl(recipe.student.impl, placement, device=parallel.device, device_name=device_name)
+    choose_loss_impl(recipe.engine.loss, parallel.device)
     workspace = Workspace(recipe, say=lambda title, text: _say(console, title, text))
     with contextlib.ExitStack() as stack:
         parallel.on_main(lambda: stack.enter_context(workspace.locked()))
@@ -409,7 +411,15 @@ def _train(context: _Context, name: str, teacher: Teacher, start: Path) -> None:
     with contextlib.ExitStack() as stack:
         if parallel.on_main(lambda: stack.enter_context(workspace.making(step)) is None):
             return
-        stream = build_stream(recipe, name, context.tokenizer, rank=parallel.rank, world=parallel.world)
+        stream = build_stream(
+            recipe,
+            name,
+            context.tokenizer,
+            rank=parallel.rank,
+            world=parallel.world,
+            device=parallel.device,
+        )
+        stack.callback(stream.close)
         student = context.load_student(parallel.folder(start), device=parallel.loads_on)
         job = StageJob(
             name=name,

@@ -236,7 +236,7 @@ def plan_run(recipe: Recipe, *, num_processes: int = 1, device: Device | None = 
         device: Where it would run; found if None.
     Raises:
         CheckpointError: A model that cannot be found, read or converted.
-        RecipeError: A placement, batch, vocabulary or ``student.impl`` that does not fit.
+        RecipeError: A placement, batch, vocabulary, ``student.impl`` or ``engine.loss`` that does not fit.
     """
     device = device or find_device()
     teacher = read_model(recipe.teacher.model, revision=recipe.teacher.revision, where="teacher.model")
@@ -248,7 +248,7 @@ def plan_run(recipe: Recipe, *, num_processes: int = 1, device: Device | None = 
     check_vocabulary(teacher.config.get("vocab_size"), source.config["vocab_size"])
     placement = Placement.parse(recipe.student.placement, num_layers=geometry.num_layers)
     conversion = plan_conversion(source.config, source.tensors, placement, recipe.student.mixers)
-    impl = _choose_impl(recipe, placement, device)
+    impl, loss = _choose_impl(recipe, placement, device), _choose_loss(recipe, device)
     dtype = teacher_dtype(recipe.teacher.dtype, device.kind)
     stages = tuple(
         _plan_stage(
@@ -262,6 +262,7 @@ def plan_run(recipe: Recipe, *, num_processes: int = 1, device: Device | None = 
             dtype=dtype,
             num_processes=num_processes,
             device=device,
+            loss=loss,
         )
         for name, stage in recipe.stages.items()
     )
@@ -273,6 +274,12 @@ def _choose_impl(recipe: Recipe, placement: Placement, device: Device) -> ImplCh
     from gendistill.conversion.impl import choose_impl
 
     return choose_impl(recipe.student.impl, placement, device=_torch_device(device), device_name=device.name)
+
+
+def _choose_loss(recipe: Recipe, device: Device) -> str:
+    from gendistill.losses.logits import choose_loss_impl
+
+    return choose_loss_impl(recipe.engine.loss, _torch_device(device)).value
 
 
 def read_model(spec: str, *, revision: str, where: str) -> ModelFacts:
@@ -354,6 +361,7 @@ def _plan_stage(
     dtype: str,
     num_processes: int,
     device: Device,
+    loss: str,
 ) -> StageForecast:
     rows = stage.micro_batch_size * num_processes
     trained = count_trained(name, stage, conversion, teacher.as_teacher(dtype), tied_head=geometry.tied_head)
@@ -369,6 +377,7 @@ def _plan_stage(
         num_trained=sum(trained.values()),
         teacher_bytes=_BYTES[dtype],
         device=device,
+        loss=loss,
     )
     per_step = stage.batch_size * stage.seq_len
     steps = stage.steps if stage.tokens is None else math.ceil(stage.tokens / per_step)

@@ -88,6 +88,11 @@ class Teacher(Protocol):
         """Sizes, for checks and plans."""
         ...
 
+    @property
+    def model(self) -> Any:
+        """The causal language model that is run; None where nothing is."""
+        ...
+
     def to(self, device: torch.device, *, place: Callable[[nn.Module], object] | None = None) -> Any:
         """Have the signals on this device from now on.
 

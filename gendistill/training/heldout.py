@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from gendistill.data.batch import IGNORE, Batch
 from gendistill.errors import DataError
 from gendistill.losses.student import StudentLike, last_hidden, output_head
-from gendistill.ops.divergence import chunk_tokens, chunks, counted_positions
+from gendistill.ops.divergence import chunk_tokens, chunks, counted_positions, unrounded
 from gendistill.teachers.base import Needs, Teacher, TeacherSignals, check_vocabulary
 from gendistill.training.parallel import Parallel
 
@@ -97,8 +97,10 @@ def _batch_sums(
     teacher_hidden, teacher_head = signals.hidden.flatten(0, 1)[index], signals.head
     sums = torch.zeros(len(_SUMS) + 1, device=hidden.device)
     for rows in chunks(len(targets), chunk_tokens(head)):
-        log_q = (hidden[rows] @ head.T).float().log_softmax(-1)
-        log_p = (teacher_hidden[rows] @ teacher_head.T).float().log_softmax(-1)
+        log_q, log_p = (
+            unrounded(states[rows], embedding.T).log_softmax(-1)
+            for states, embedding in ((hidden, head), (teacher_hidden, teacher_head))
+        )
         column = targets[rows, None]
         agree = log_p.argmax(-1) == log_q.argmax(-1)
         teacher_ce, student_ce = -log_p.gather(1, column).sum(), -log_q.gather(1, column).sum()

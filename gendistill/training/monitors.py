@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from gendistill.data.batch import Batch
+from gendistill.engine.decoder import release
 from gendistill.errors import TrainingError
 from gendistill.losses.student import StudentLike
 from gendistill.teachers.base import Teacher
@@ -133,6 +134,8 @@ class NonFinite:
         if bad_step == run.progress.step:
             # clipping has spread the first NaN over all gradients: compute them again
             run.optimizer.zero_grad()
+            # modules that run fused do not say what each of them computed
+            release(run.student)
             run.runner.accumulate(run.micro_batches)
             found = first_non_finite(
                 run.module, run.runner.loss, run.micro_batches, largest=run.parallel.largest

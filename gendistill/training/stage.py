@@ -14,8 +14,10 @@ import torch
 from torch import nn
 
 from gendistill.data.batch import Batch
-from gendistill.errors import DataError
+from gendistill.engine.decoder import fuse, release, why_not
+from gendistill.errors import DataError, RecipeError
 from gendistill.losses.build import build_objective
+from gendistill.losses.logits import LogitObjective, choose_loss_impl
 from gendistill.losses.student import StudentLike
 from gendistill.paths import write_json
 from gendistill.teachers.base import Teacher, check_vocabulary
@@ -94,6 +96,9 @@ def train_stage(
             parallel.unshard(run.runner.plain_module)
             return result
     finally:
+        for model in (student, teacher.model):
+            if model is not None:
+                release(model)
         module.zero_grad()
         module.eval()
         if job.config.gradient_checkpointing:
@@ -148,6 +153,8 @@ class StageRun:
             )
         self.objective = build_objective(self.stage.objective)
         self.objective.bind(student.config, teacher.facts)
+        if isinstance(self.objective, LogitObjective):
+            self.objective.impl = choose_loss_impl(job.engine.loss, parallel.device)
         self._assemble(scored[0])
         self.micro_batches: list[Batch] = []
         self.rates: dict[str, float] = {}
@@ -186,6 +193,7 @@ class StageRun:
         # sharding needs to know
         dtype = lock.dtype if lock else self._choose_dtype()
         self.runner = StepRunner(self.module, self.objective, self.teacher, parallel, compute_dtype=dtype)
+        self._fuse(dtype)
         self.trained = trained_parameters(self.module)
         self.optimizer = build_optimizer(self.module, stage)
         # timed first and trained on afterwards, as the first step
@@ -208,6 +216,7 @@ class StageRun:
         self.console.say(
             f"{job.name}: {self.lock.steps:,} steps of {stage.batch_size} x {stage.seq_len:,} tokens, computed in "
             f"{self.lock.compute_dtype} on {parallel.device.type}"
+            + (f", the loss by {self.objective.impl}" if isinstance(self.objective, LogitObjective) else "")
             + (f", {self.lock.seconds_per_step:.2f} s each" if self.lock.seconds_per_step else "")
             + (f", resuming from {checkpoint}" if checkpoint else "")
         )
@@ -238,6 +247,29 @@ class StageRun:
         )
         parallel.on_main(lambda: write_lock(job.plan, decided))
         return decided
+
+    def _fuse(self, dtype: torch.dtype) -> None:
+        """Let decoders run fused, in this dtype of arithmetic, where the engine says so."""
+        asked, device = self.job.engine.blocks, self.parallel.device
+        if asked == "family" or (asked == "auto" and device.type != "cuda"):
+            return
+        for role, model in (("student", self.student), ("teacher", self.teacher.model)):
+            if model is None:
+                continue
+            # a teacher computes in the dtype of its weights
+            arithmetic = dtype if role == "student" else model.lm_head.weight.dtype
+            reason = why_not(model, device=device, dtype=arithmetic)
+            if reason is None:
+                fuse(model, arithmetic)
+                self.console.say(f"{self.job.name}: the {role}'s layers run fused")
+            elif asked == "fused":
+                raise RecipeError(
+                    f"the {role} cannot run fused: {reason}",
+                    where="engine.blocks",
+                    hint="use engine.blocks=auto, which fuses what can be, or engine.blocks=family",
+                )
+            else:
+                self.console.say(f"{self.job.name}: the {role}'s layers run as its family has them: {reason}")
 
     @property
     def is_over(self) -> bool:

@@ -141,6 +141,7 @@ FLIPS: dict[type[Section], tuple[dict[str, Any], dict[str, Any]]] = {
             "gather": "float32",
             "patience_s": 30.0,
             "loss": "reference",
+            "prefetch": 0,
             "blocks": "family",
         },
     ),
@@ -229,7 +230,7 @@ def test_what_only_logs_saves_or_splits_work_affects_nothing():
         },
         HeldOutConfig: {"every_steps"},
         EvalConfig: {"batch_size", "bootstrap"},
-        EngineConfig: {"parallel", "gather", "patience_s", "loss", "blocks"},
+        EngineConfig: {"parallel", "gather", "patience_s", "loss", "prefetch", "blocks"},
         Recipe: {"version", "name", "output", "engine"},
     }
     found = {
