@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from gendistill.anatomy.family import Geometry
-from gendistill.anatomy.spec import Kept, MixerSpec, attention_kept
+from gendistill.anatomy.spec import Kept, MixerSpec, attention_flops, attention_kept, causal_pairs
 
 
 class FullSpec(MixerSpec):
@@ -20,6 +20,10 @@ class FullSpec(MixerSpec):
     def kept(self, geometry: Geometry, settings: Any, impl: str | None) -> Kept:
         """Count what softmax attention keeps."""
         return attention_kept(geometry)
+
+    def mixing_flops(self, geometry: Geometry, settings: Any, length: int) -> int:
+        """Count softmax attention to all tokens before; :mod:`~gendistill.anatomy.cost` knows a checkpoint's window."""
+        return attention_flops(geometry, causal_pairs(length))
 
 
 FULL = FullSpec()

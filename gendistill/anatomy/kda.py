@@ -143,6 +143,13 @@ class KDASpec(MixerSpec):
         inside = 4 * head_dim + 2 * _CHUNK + math.ceil(head_dim**2 / _CHUNK)
         return Kept(around + heads * inside, heads * (math.ceil(head_dim / _CHUNK) + 3))
 
+    def mixing_flops(self, geometry: Geometry, settings: KDASettings, length: int) -> int:
+        """Count the recurrence: per token and head, what the key finds, what is written and what the query reads.
+
+        Each is a product with the ``K x V`` memory. Kernels that work in chunks do more, which is not the model's.
+        """
+        return 6 * geometry.num_heads * geometry.head_dim**2 * length
+
     def not_used(self, name: str, settings: Any) -> str:
         """Say that a tensor starts anew, or that the norms of q and k have no place."""
         if not name.endswith("_norm.weight"):

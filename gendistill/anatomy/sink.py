@@ -13,7 +13,16 @@ from dataclasses import dataclass
 
 from gendistill.anatomy.family import Geometry, attention_shapes
 from gendistill.anatomy.settings import setting
-from gendistill.anatomy.spec import Init, Kept, MixerSpec, ParameterSpec, StateSpec, attention_kept
+from gendistill.anatomy.spec import (
+    Init,
+    Kept,
+    MixerSpec,
+    ParameterSpec,
+    StateSpec,
+    attention_flops,
+    attention_kept,
+    causal_pairs,
+)
 
 # queries that share one product and one mask; their keys are themselves, the window before them and the first tokens
 BLOCK = 512
@@ -60,6 +69,11 @@ class SinkSpec(MixerSpec):
         """Count what softmax attention keeps, and per head the keys and values of a block and the window before it."""
         q = geometry.num_heads * geometry.head_dim
         return Kept(attention_kept(geometry).numbers + 2 * q * math.ceil(1 + settings.window / BLOCK))
+
+    def mixing_flops(self, geometry: Geometry, settings: SinkSettings, length: int) -> int:
+        """Count softmax attention to the window, and to the first tokens where they have left it."""
+        far = sum(max(0, length - settings.window - first) for first in range(settings.sinks))
+        return attention_flops(geometry, causal_pairs(length, settings.window) + far)
 
 
 SINK = SinkSpec()

@@ -142,6 +142,16 @@ class MixerSpec:
         """
         raise NotImplementedError(f"{type(self).__name__} does not count what it keeps")
 
+    def mixing_flops(self, geometry: Geometry, settings: Any, length: int) -> int:
+        """Count the operations that mix one document's tokens in a forward pass, those of its matrices left out.
+
+        Args:
+            geometry: Of the model.
+            settings: Of the mixer.
+            length: Tokens of the document.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not count what mixing costs")
+
     def not_used(self, name: str, settings: Any) -> str:
         """Say why a tensor of the attention that it replaces, named relative to it, has no place in the module."""
         return f"{self.kind} has no such tensor"
@@ -154,3 +164,18 @@ def attention_kept(geometry: Geometry) -> Kept:
     """
     q, kv = geometry.num_heads * geometry.head_dim, geometry.num_kv_heads * geometry.head_dim
     return Kept(2 * geometry.hidden_size + 3 * q + 3 * kv)
+
+
+def attention_flops(geometry: Geometry, pairs: int) -> int:
+    """Count the two products of softmax attention, with keys and with values, over pairs of a query and a key."""
+    return 4 * geometry.num_heads * geometry.head_dim * pairs
+
+
+def causal_pairs(length: int, window: int | None = None) -> int:
+    """Count the pairs of a query and a key that it sees, in a document of ``length`` tokens.
+
+    Args:
+        window: Tokens that a query sees, itself included; None: all before it.
+    """
+    seen = length if window is None else min(length, window)
+    return seen * (seen + 1) // 2 + (length - seen) * seen

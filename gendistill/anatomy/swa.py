@@ -7,7 +7,7 @@ from typing import Any
 
 from gendistill.anatomy.family import Geometry
 from gendistill.anatomy.settings import setting
-from gendistill.anatomy.spec import Kept, MixerSpec, attention_kept
+from gendistill.anatomy.spec import Kept, MixerSpec, attention_flops, attention_kept, causal_pairs
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +31,10 @@ class SWASpec(MixerSpec):
     def kept(self, geometry: Geometry, settings: Any, impl: str | None) -> Kept:
         """Count what softmax attention keeps."""
         return attention_kept(geometry)
+
+    def mixing_flops(self, geometry: Geometry, settings: SWASettings, length: int) -> int:
+        """Count softmax attention to the window."""
+        return attention_flops(geometry, causal_pairs(length, settings.window))
 
 
 SWA = SWASpec()

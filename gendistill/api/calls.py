@@ -30,6 +30,7 @@ from gendistill.models.io import load_student, save_student
 from gendistill.report import compute_gap
 from gendistill.runs import pipeline
 from gendistill.runs.advice import advise
+from gendistill.runs.examiner import TaskExaminer
 from gendistill.runs.inputs import data_inputs
 from gendistill.runs.scoring import score
 from gendistill.teachers.live import LiveTeacher
@@ -202,7 +203,13 @@ def distill(
     with _stops_between_steps(folder), _folder(folder) as place, contextlib.closing(stream):
         return train_stage(
             StageJob(
-                name=name, config=recipe.stages[name], folder=place, seed=seed, heldout=heldout, lock=lock
+                name=name,
+                config=recipe.stages[name],
+                folder=place,
+                seed=seed,
+                heldout=heldout,
+                lock=lock,
+                examiner=TaskExaminer(teacher.model, teacher.tokenizer),
             ),
             student=student.as_student(),
             teacher=LiveTeacher(teacher.model),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import ValidationError
 
@@ -11,19 +11,24 @@ from gendistill.config.engine import EngineConfig
 from gendistill.errors import RecipeError
 
 # how processes share a stage is nothing to compare in one process
-SWITCHES = tuple(name for name in EngineConfig.model_fields if name != "parallel")
+_OF_SEVERAL = ("parallel", "gather")
 
 
 def plain_value(name: str) -> Any:
-    """Return what switches a setting of the engine off: a choice's second word, no step ahead, false.
+    """Return what switches a setting of the engine off; None if it is not a switch.
 
-    The first word of a choice is ``auto``, the second the plain way; the others are faster ones.
+    The first word of a choice is ``auto``, the second the plain way; the others are faster ones. A number of things
+    done ahead is none, a yes is a no.
     """
     info = EngineConfig.model_fields[name]
-    words = getattr(info.annotation, "__args__", None)
-    return words[1] if words else type(info.default)()
+    words = get_args(info.annotation)
+    if name in _OF_SEVERAL or (words and words[0] != "auto"):
+        return None
+    plain = words[1] if words else type(info.default)() if isinstance(info.default, int) else info.default
+    return None if plain == info.default else plain
 
 
+SWITCHES = tuple(name for name in EngineConfig.model_fields if plain_value(name) is not None)
 PLAIN = EngineConfig(**{name: plain_value(name) for name in SWITCHES})
 
 

@@ -21,7 +21,7 @@ from gendistill.bench.documents import synthetic_batch, synthetic_stream
 from gendistill.bench.engines import PLAIN
 from gendistill.bench.pair import make_student, make_teacher
 from gendistill.bench.shapes import Shape, stage_config
-from gendistill.bench.step_parts import TimedStream, count_syncs, device_name, take_apart, time_steps, work_of
+from gendistill.bench.step_parts import TimedStream, device_name, find_syncs, take_apart, time_steps, work_of
 from gendistill.bench.step_rows import Check, StepTime, check_table, result_rows, time_table
 from gendistill.bench.stock import Parts, StockStep
 from gendistill.bench.trace import trace_steps
@@ -270,12 +270,15 @@ class StepBench:
     def _time(self, name: str, engine: EngineConfig, *, profile: bool) -> StepTime:
         on_gpu = self.device.type == "cuda"
         stream = self.stream(engine)
-        with self.opened(engine, stream=stream) as run:
+        with self.opened(engine, stream=stream) as run, run.garbage.left_alone():
             work = work_of(run.student.config, run.stage)
             found = self._time_steps(name, run.step, stream, work)
-            found = dataclasses.replace(
-                found, parts=take_apart(run), syncs=count_syncs(run.step) if on_gpu else None
-            )
+            found = dataclasses.replace(found, parts=take_apart(run))
+            if on_gpu:
+                waits = find_syncs(run.step)
+                found = dataclasses.replace(found, syncs=sum(waits.values()))
+                for place, number in waits.items():
+                    self._say(f"{name}: waits for the GPU {number} times a step at {place}")
             if profile and self.profile_steps and on_gpu:
                 trace = trace_steps(run.step, steps=self.profile_steps, path=self.trace)
                 self.console.print(trace.table(self.top))

@@ -5,8 +5,10 @@ from __future__ import annotations
 import statistics
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -190,8 +192,8 @@ def documents(batches: Sequence[Batch]) -> list[int]:
     ]
 
 
-def count_syncs(step: Callable[[], Any]) -> int:
-    """Count how often the host waits for the GPU in a step, as far as torch notices."""
+def find_syncs(step: Callable[[], Any]) -> dict[str, int]:
+    """Count how often the host waits for the GPU in a step, by place in the code, as far as torch notices."""
     mode = torch.cuda.get_sync_debug_mode()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -200,7 +202,8 @@ def count_syncs(step: Callable[[], Any]) -> int:
             step()
         finally:
             torch.cuda.set_sync_debug_mode(mode)
-    return sum("synchronizing CUDA operation" in str(one.message) for one in caught)
+    waits = [one for one in caught if "synchronizing CUDA operation" in str(one.message)]
+    return Counter(f"{'/'.join(Path(one.filename).parts[-2:])}:{one.lineno}" for one in waits)
 
 
 def device_name(device: torch.device) -> str:

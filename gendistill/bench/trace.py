@@ -12,6 +12,8 @@ import torch
 from rich.table import Table
 
 _WIDEST = 90
+# what some profilers also list among the work of a GPU
+_WAITS = ("Context Sync", "Stream Sync", "Event Sync", "Stream Wait Event")
 
 
 class KernelTime(NamedTuple):
@@ -93,7 +95,7 @@ def trace_steps(step: Callable[[], Any], *, steps: int, path: Path | None = None
     intervals = [
         (event.name, event.time_range.start / 1000, event.time_range.end / 1000)
         for event in profiler.events() or ()
-        if event.device_type.name == "CUDA" and not event.is_user_annotation
+        if event.device_type.name == "CUDA" and not event.is_user_annotation and event.name not in _WAITS
     ]
     return summarise_trace(intervals, steps=steps, host_ms=host_ms / steps)
 

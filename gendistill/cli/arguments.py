@@ -67,24 +67,31 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 
 
 def load(arguments: argparse.Namespace) -> Recipe:
-    """Load the recipe that the arguments name, with their overrides, and find its tasks.
+    """Load the recipe that the arguments name, with their overrides, and find its tasks and trackers.
 
     Raises:
         RecipeError: Everything that is wrong in the recipe.
         EvalError: A task or a set of questions that does not exist or cannot be read.
     """
     from gendistill.config.load import load_recipe
+    from gendistill.config.watch import check_trackers
 
     recipe = load_recipe(arguments.recipe, all_overrides(arguments))
     find_tasks(recipe)
+    check_trackers(recipe.trackers)
     return recipe
 
 
 def find_tasks(recipe: Recipe) -> None:
-    """Read what the evaluation asks, so that a misspelt task fails now and not after hours of training."""
+    """Read what evaluation and stages ask, so that a misspelt task fails now and not after hours of training."""
     from gendistill_evals import load_questions, load_tasks
 
     load_tasks(recipe.eval.tasks)
+    for stage in recipe.stages.values():
+        if stage.stop_early is not None:
+            load_tasks([stage.stop_early.task])
+    load_tasks([recipe.watch.task])
+    load_questions(recipe.watch.questions)
     if recipe.eval.questions is not None:
         load_questions(recipe.eval.questions)
 

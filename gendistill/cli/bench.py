@@ -17,6 +17,7 @@ from gendistill.bench.cases import (
     CASES,
     DECODE_CASES,
     GATES,
+    LOSS_CASES,
     NAMES,
     SMOKE_CASES,
     SMOKE_DECODE,
@@ -65,6 +66,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     ops.add_argument("--json", metavar="PATH", type=Path, help="write a results file, again after every case")
     ops.add_argument("--plot", metavar="PATH", type=Path, help="draw the times, a PNG")
+    loss = actions.add_parser(
+        "loss", help="divergences of hidden states and heads, beside torch and liger-kernel"
+    )
+    loss.add_argument("--no-peer", action="store_true", help="leave out torch and liger-kernel")
+    loss.add_argument("--budget", metavar="SECONDS", type=float, help="start no case later than this")
+    loss.add_argument(
+        "--json", metavar="PATH", type=Path, help="write a results file, again after every case"
+    )
     train = actions.add_parser("train", help="a small hybrid on our kernels and on the reference ops")
     train.add_argument("--steps", metavar="N", type=int, help="of every run (2000)")
     train.add_argument("--seeds", metavar="N", type=int, help="runs of each implementation, 2 to 10 (10)")
@@ -103,7 +112,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "step", help="a training step on the shape of a real model, with random weights"
     )
     _add_step_arguments(step)
-    for parser in (ops, train, tune, step):
+    for parser in (ops, loss, train, tune, step):
         parser.add_argument("--commit", metavar="SHA", help="the measured code, where git does not know it")
 
 
@@ -161,8 +170,14 @@ def _add_step_arguments(step: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Check and time the ops, compare training, tune, or time a training step."""
-    actions = {"ops": _run_ops, "train": _run_train, "tune": _run_tune, "step": _run_step}
+    """Check and time the ops or the loss, compare training, tune, or time a training step."""
+    actions = {
+        "ops": _run_ops,
+        "loss": _run_loss,
+        "train": _run_train,
+        "tune": _run_tune,
+        "step": _run_step,
+    }
     return actions[arguments.action](arguments)
 
 
@@ -220,6 +235,34 @@ def _run_ops(arguments: argparse.Namespace) -> int:
     finally:
         if arguments.plot:
             save_plot(arguments.plot, bench.found, bench.peer_label)
+
+
+def _run_loss(arguments: argparse.Namespace) -> int:
+    _check_budget(arguments)
+    commit = _commit(arguments)
+    _check_device("loss", op="linear_divergence")
+    import torch
+
+    from gendistill.bench.loss import Liger, LossBench, LossContestant, Op
+    from gendistill.bench.measure import attempt
+    from gendistill.ops import Impl
+    from gendistill.results.table import write_results_json
+
+    console, device = _console(), torch.cuda.get_device_name()
+    peers: list[LossContestant] = [] if arguments.no_peer else [Op(Impl.REFERENCE)]
+    liger, reason = (None, None) if arguments.no_peer else attempt(Liger)
+    if reason is not None:
+        console.print(f"liger-kernel is not measured: {reason}", markup=False)
+    peers += [] if liger is None else [liger]
+
+    def save(rows: Sequence[ResultRow]) -> None:
+        if arguments.json:
+            write_results_json(
+                arguments.json, command=command_line(), device=device, rows=rows, commit=commit
+            )
+
+    bench = LossBench(cases=LOSS_CASES, peers=peers, budget_s=arguments.budget, console=console, save=save)
+    return bench.run()
 
 
 def _run_train(arguments: argparse.Namespace) -> int:
@@ -412,7 +455,7 @@ def _commit(arguments: argparse.Namespace) -> str | None:
     return commit
 
 
-def _check_device(action: str, *, smoke: bool = False) -> None:
+def _check_device(action: str, *, op: str = "delta_rule", smoke: bool = False) -> None:
     import torch
 
     from gendistill.ops import resolve
@@ -429,7 +472,7 @@ def _check_device(action: str, *, smoke: bool = False) -> None:
             hint="gendistill doctor says why",
         )
     try:
-        resolve("triton", op="delta_rule", device=torch.device("cpu" if smoke else "cuda"))
+        resolve("triton", op=op, device=torch.device("cpu" if smoke else "cuda"))
     except ValueError as error:
         raise GendistillError(str(error)) from error
 

@@ -32,7 +32,10 @@ COMMANDS = {
     "recipe": ("gendistill.cli.recipe", "list, show, copy, check and compare recipes"),
     "data": ("gendistill.cli.data", "show training rows, with the tokens that count in the loss"),
     "prune": ("gendistill.cli.prune", "remove the steps that no run folder shows"),
-    "bench": ("gendistill.cli.bench", "check and time the GPU kernels, beside those of fla-core"),
+    "bench": (
+        "gendistill.cli.bench",
+        "check and time the GPU kernels and training steps, beside stock parts",
+    ),
     "doctor": ("gendistill.cli.doctor", "check this machine and say how to fix it"),
 }
 _RESUMES = ("run", "convert", "distill", "eval")

@@ -154,11 +154,13 @@ def _target(text: str, source: Path) -> Path:
 
 def _check(arguments: argparse.Namespace) -> int:
     from gendistill.config.load import read_recipe
+    from gendistill.config.watch import check_trackers
     from gendistill.runs.advice import advise, known_teacher
 
     loaded = read_recipe(arguments.recipe, arguments.overrides)
     recipe = loaded.recipe
     find_tasks(recipe)
+    check_trackers(recipe.trackers)
     config, chat_template = known_teacher(recipe)
     warnings = advise(recipe, config, chat_template=chat_template)
     if arguments.json:

@@ -17,6 +17,7 @@ from pydantic import (
     ValidationInfo,
     ValidatorFunctionWrapHandler,
 )
+from pydantic.fields import FieldInfo
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 
@@ -36,6 +37,13 @@ class Affects(IntEnum):
     CONTENT = 1
     ARITHMETIC = 2
     RESULT = 3
+
+
+class AddedLater:
+    """The mark of a setting that came after recipes had been run: at its default it is no part of an identity.
+
+    So what was finished before there was such a setting stays finished.
+    """
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -125,7 +133,7 @@ def identity(section: Section, *, at_least: Affects = Affects.ARITHMETIC) -> dic
     kept: dict[str, Any] = {}
     for name, field in type(section).model_fields.items():
         value = getattr(section, name)
-        if affects(type(section), name) < at_least:
+        if affects(type(section), name) < at_least or _is_left_out(field, value):
             continue
         if _holds_sections(value):
             kept[field.alias or name] = _identity_of(value, at_least)
@@ -156,6 +164,10 @@ def _identity_of(value: Any, at_least: Affects) -> Any:
     if isinstance(value, dict):
         return {key: _identity_of(each, at_least) for key, each in value.items()}
     return [_identity_of(each, at_least) for each in value]
+
+
+def _is_left_out(field: FieldInfo, value: Any) -> bool:
+    return AddedLater in field.metadata and value == field.get_default(call_default_factory=True)
 
 
 def _holds_sections(value: Any) -> bool:

@@ -54,8 +54,9 @@ def may_be_path(path: Path) -> bool:
     """Whether a setting can name a file or folder."""
     return (
         path in (("output",), ("teacher", "model"), ("student", "from"), ("student", "placement"))
-        or path == ("eval", "questions")
+        or path in (("eval", "questions"), ("watch", "questions"), ("watch", "task"))
         or path[:2] == ("eval", "tasks")
+        or (path[0] == "stages" and path[2:] == ("stop_early", "task"))
         or (len(path) == 3 and path[0] == "data" and path[2] == "path")
     )
 
@@ -102,7 +103,7 @@ def _is_path(text: str, path: Path) -> bool:
         return True
     if path == ("student", "placement"):
         return text.strip().endswith(".json")
-    if path[0] == "eval":
+    if path[0] in ("eval", "watch", "stages"):
         return "/" in text or text.endswith(".jsonl" if path[1] == "questions" else ".yaml")
     if text in (".", "..") or text.startswith(("./", "../", "/")):
         return True

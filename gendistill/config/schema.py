@@ -10,11 +10,12 @@ from pydantic import AfterValidator, BeforeValidator, Field, field_validator, mo
 
 from gendistill.anatomy.groups import ParamGroup
 from gendistill.anatomy.placement import Placement
-from gendistill.config.base import Affects, OneWordOf, Section
+from gendistill.config.base import AddedLater, Affects, OneWordOf, Section
 from gendistill.config.engine import EngineConfig
 from gendistill.config.mixers import MixersConfig
 from gendistill.config.objectives import AnyObjective, KLConfig
 from gendistill.config.patterns import check_pattern
+from gendistill.config.watch import NonFiniteConfig, StopEarlyConfig, Tracker, WatchConfig
 from gendistill.errors import RecipeError
 from gendistill.types import parse_token_count
 from gendistill_evals.protocols import PROTOCOLS, lead_protocols
@@ -213,6 +214,10 @@ class StageConfig(Section):
     keep_checkpoints: Annotated[int, Affects.NOTHING] = Field(
         default=1, ge=1, le=10**6, description="newest ones that stay until the stage is done"
     )
+    non_finite: Annotated[NonFiniteConfig, AddedLater] = NonFiniteConfig()
+    stop_early: Annotated[StopEarlyConfig | None, AddedLater] = Field(
+        default=None, description="end the stage once a generation score has stopped rising; null: never"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -272,6 +277,11 @@ class Recipe(Section):
     stages: dict[Name, StageConfig] = Field(description="by name, in the order in which they run")
     eval: EvalConfig = EvalConfig()
     engine: Annotated[EngineConfig, Affects.NOTHING] = EngineConfig()
+    watch: Annotated[WatchConfig, Affects.NOTHING] = WatchConfig()
+    trackers: Annotated[tuple[Tracker, ...], Affects.NOTHING] = Field(
+        default=(),
+        description="also write the lines of metrics.jsonl to these, as accelerate does; each is an extra",
+    )
 
     @property
     def run_folder(self) -> Path:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,34 +12,14 @@ from rich.table import Table
 from torch import Tensor
 
 from gendistill.anatomy.mixers import MIXERS
-from gendistill.data.batch import IGNORE, Batch, boundaries
+from gendistill.data.batch import Batch
 from gendistill.errors import CheckpointError
 from gendistill.models import HybridForCausalLM
-from gendistill.teachers.base import ModuleIO, Needs, Teacher
-from gendistill.training.heldout import score_heldout
+from gendistill.teachers.base import Teacher
+from gendistill.training.heldout import evaluating, score_heldout
+from gendistill.training.layers import compare_layers, quantiles
 
 _QUANTILES = (5, 25, 50, 75, 95)
-_SAMPLES = 65_536  # gate values kept per layer and batch
-_LAYER_POSITIONS = 2_048  # enough for two digits of a mean cosine; every mixer runs once more on them
-
-
-@dataclass(slots=True)
-class _LayerSums:
-    """How far one mixer's output is from the attention output it replaces."""
-
-    cosine: float = 0.0
-    positions: int = 0
-    squared_error: float = 0.0
-    squared_norm: float = 0.0
-    half_lives: list[Tensor] = field(default_factory=list)
-
-    def add(self, got: Tensor, wanted: Tensor) -> None:
-        """Count outputs ``[N, hidden_size]``."""
-        got, wanted = got.float(), wanted.float()
-        self.cosine += float(torch.cosine_similarity(got, wanted, dim=-1).sum())
-        self.positions += got.shape[0]
-        self.squared_error += float((got - wanted).square().sum())
-        self.squared_norm += float(wanted.square().sum())
 
 
 def probe_student(student: HybridForCausalLM, teacher: Teacher, batches: Sequence[Batch]) -> dict[str, Any]:
@@ -56,31 +35,27 @@ def probe_student(student: HybridForCausalLM, teacher: Teacher, batches: Sequenc
         ``half_life`` (quantiles in tokens, at zero input and on the text) and ``impl`` (what the mixers ran on).
     """
     result: dict[str, Any] = dict(score_heldout(student, teacher, batches))
-    was_training = student.training
-    student.eval()
-    try:
-        with torch.no_grad():
-            sums = _compare_layers(student, teacher, batches)
-            zero_input = torch.zeros(
-                1, 1, student.config.hidden_size, dtype=student.dtype, device=student.device
-            )
-            at_zero = [_half_lives_of(student.model.layers[layer].self_attn, zero_input) for layer in sums]
-    finally:
-        student.train(was_training)
+    sums = compare_layers(student, teacher, batches)
+    with torch.no_grad(), evaluating(student):
+        zero_input = torch.zeros(1, 1, student.config.hidden_size, dtype=student.dtype, device=student.device)
+        at_zero = [_half_lives_of(student.model.layers[layer].self_attn, zero_input) for layer in sums]
     kinds = student.config.mixers or []
     result["layers"] = [
         {
             "layer": layer,
             "kind": kinds[layer],
-            "cosine": total.cosine / max(total.positions, 1),
-            "relative_error": math.sqrt(total.squared_error / max(total.squared_norm, 1e-30)),
+            "cosine": total.mean_cosine,
+            "relative_error": total.relative_error,
         }
         for layer, total in sums.items()
-        if total.positions
+        if total.num_positions
     ]
     real = [values for total in sums.values() for values in total.half_lives]
     zero = [found for found in at_zero if found is not None]
-    result["half_life"] = {"quantiles": _quantiles(zero), "on_text": _quantiles(real)}
+    result["half_life"] = {
+        "quantiles": quantiles(zero, _QUANTILES),
+        "on_text": quantiles(real, _QUANTILES),
+    }
     result["impl"] = _describe_impl(student)
     return result
 
@@ -90,54 +65,9 @@ def _describe_impl(student: HybridForCausalLM) -> str:
     return ", ".join(sorted({f"{mixer.kind}={mixer.impl}" for mixer in mixers})) or "no linear layers"
 
 
-def _compare_layers(
-    student: HybridForCausalLM, teacher: Teacher, batches: Sequence[Batch]
-) -> dict[int, _LayerSums]:
-    sums = {layer: _LayerSums() for layer in student.config.converted_layers}
-    facts, config = teacher.facts, student.config
-    if (facts.num_layers, facts.hidden_size) != (config.num_hidden_layers, config.hidden_size):
-        return sums
-    needs = Needs(mixer_io=tuple(sums))
-    seen = 0
-    for batch in batches:
-        if seen >= _LAYER_POSITIONS:
-            break
-        batch = batch.to(student.device)
-        counts = batch.labels != IGNORE
-
-        def compare(layer: int, io: ModuleIO, batch: Batch = batch, counts: Tensor = counts) -> None:
-            # as soon as the mixer's input is known, so that no layer's activations are kept
-            mixer = student.model.layers[layer].self_attn
-            hidden = io.hidden_states.to(student.device, student.dtype)
-            got, _unused = mixer(
-                hidden_states=hidden,
-                position_embeddings=tuple(part.to(hidden) for part in io.position_embeddings),
-                position_ids=batch.position_ids,
-                **boundaries(batch),
-            )
-            sums[layer].add(got[counts], io.output[counts].to(got))
-            found = mixer.diagnostics(hidden).get("half_life")
-            if found is not None:
-                values = found[counts].flatten()
-                sums[layer].half_lives.append(values[:: max(1, len(values) // _SAMPLES)].cpu())
-
-        teacher.signals(batch, needs, take=compare)
-        seen += batch.num_labels
-    return sums
-
-
 def _half_lives_of(mixer: Any, hidden_states: Tensor) -> Tensor | None:
     found = mixer.diagnostics(hidden_states).get("half_life")
-    return None if found is None else found.flatten().cpu()
-
-
-def _quantiles(values: Sequence[Tensor]) -> dict[str, float]:
-    if not values:
-        return {}
-    merged = torch.cat(list(values)).double()
-    merged = merged[:: max(1, len(merged) // 4_000_000)]  # torch.quantile has a limit
-    points = torch.quantile(merged, torch.tensor([point / 100 for point in _QUANTILES], dtype=torch.float64))
-    return {str(point): float(value) for point, value in zip(_QUANTILES, points, strict=True)}
+    return None if found is None else found.flatten()
 
 
 def check_probe(result: dict[str, Any]) -> str | None:

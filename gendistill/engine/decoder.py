@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from gendistill.anatomy.family import FAMILIES, Geometry, family_of, geometry_of
-from gendistill.engine.linear import PackedLinear
+from gendistill.engine.linear import PackedLinear, pack
 from gendistill.engine.mlp import gated_mlp
 from gendistill.mixers.base import Mixer, SequenceInfo
 from gendistill.ops.block import attend, rms_norm
@@ -69,6 +69,18 @@ def release(model: Any) -> None:
         fused.release()
 
 
+@contextmanager
+def unfused(model: Any) -> Iterator[None]:
+    """Have a model run as its classes say for a while, so that every module says what it computes."""
+    fused = vars(model.model).get(_MARK)
+    release(model)
+    try:
+        yield
+    finally:
+        if fused is not None:
+            fuse(model, fused.dtype)
+
+
 def is_fused(model: Any) -> bool:
     """Say whether a model runs fused."""
     return _MARK in vars(model.model)
@@ -92,8 +104,6 @@ def why_not(model: Any, *, device: torch.device, dtype: torch.dtype) -> str | No
         return "its MLP has biases"
     if getattr(config, "attention_dropout", 0.0):
         return "it drops attention weights at random (attention_dropout)"
-    if any(isinstance(parameter, DTensor) for parameter in model.model.parameters()):
-        return "its parameters are sharded"
     if any(
         type(layer) is not nn.Linear for name, layer in model.model.named_modules() if name.endswith("_proj")
     ):
@@ -135,7 +145,7 @@ class FusedDecoder:
         self.patched.append((module, name))
 
     def _pack(self, *layers: nn.Linear) -> PackedLinear:
-        self.packed.append(PackedLinear(layers, self.dtype))
+        self.packed.append(pack(layers, self.dtype))
         return self.packed[-1]
 
     def _patch_layer(self, index: int, layer: Any) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any, Protocol, TypeVar
 
 from torch import Tensor, nn
 
 from gendistill.data.batch import Batch, model_inputs
+
+T = TypeVar("T")
 
 
 class StudentLike(Protocol):
@@ -41,16 +44,25 @@ def last_hidden(student: StudentLike, batch: Batch) -> Tensor:
 def run_mixer(block: nn.Module, **inputs: Any) -> Tensor:
     """Run the mixer of a decoder block alone, by way of the block.
 
-    What is attached to the block, such as the gathering of sharded parameters, happens before and after, as if the
-    whole block ran. Gradient checkpointing of the block does not apply.
+    Gradient checkpointing of the block does not apply.
 
     Args:
         block: Decoder layer whose ``self_attn`` is the mixer.
         inputs: Keywords of the mixer.
     Returns: ``[B, T, D]``.
     """
+    mixer: Any = block.self_attn
+    return in_block(block, lambda **keywords: mixer(**keywords)[0], **inputs)
+
+
+def in_block(block: nn.Module, work: Callable[..., T], **inputs: Any) -> T:
+    """Do something in the place of a decoder block's forward pass.
+
+    What is attached to the block, such as the gathering of sharded parameters, happens before and after, as if the
+    whole block ran.
+    """
     replaced = vars(block).get("forward")
-    block.forward = lambda **keywords: block.self_attn(**keywords)[0]  # pyright: ignore
+    block.forward = work  # pyright: ignore
     try:
         # past the family's own __call__, which would run the whole block once more in the backward pass
         return nn.Module.__call__(block, **inputs)

@@ -26,6 +26,7 @@ def advise(recipe: Recipe, teacher_config: Mapping[str, Any] | None, *, chat_tem
     return [
         *beyond_the_positions(recipe, teacher_config or {}),
         *outside_the_template(recipe, chat_template=chat_template),
+        *stops_on_what_is_scored(recipe),
     ]
 
 
@@ -43,6 +44,16 @@ def beyond_the_positions(recipe: Recipe, teacher_config: Mapping[str, Any]) -> I
             yield (
                 f"{setting} is {length:,}, the teacher has {positions:,} positions: beyond them it was never "
                 f"trained, and its predictions are not a target; set {setting}={positions}"
+            )
+
+
+def stops_on_what_is_scored(recipe: Recipe) -> Iterator[str]:
+    """Warn of a stage that is ended by the very items that its student is scored on afterwards."""
+    for name, stage in recipe.stages.items():
+        if stage.stop_early is not None and stage.stop_early.task in recipe.eval.tasks:
+            yield (
+                f"stages.{name}.stop_early chooses the end of the stage by {stage.stop_early.task}, which eval.tasks "
+                "scores too: its score will be too good; give the one or the other another task"
             )
 
 

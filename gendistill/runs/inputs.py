@@ -67,6 +67,8 @@ def recipe_steps(
     for name, stage in recipe.stages.items():
         step = stage_step(name)
         inputs = {BEFORE: steps[-1].key, "stages": {name: identity(stage)}, "data": data(stage.data, step)}
+        if stage.stop_early is not None:
+            inputs["stop_early"] = task_identity(stage.stop_early.task)
         steps.append(Step(step, inputs))
     trained = {BEFORE: steps[-1].key}
     if recipe.eval.tasks or recipe.eval.questions is not None:

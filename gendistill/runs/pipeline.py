@@ -39,12 +39,13 @@ from gendistill.paths import RunDir, real_path, write_json
 from gendistill.provenance import installed_versions, source_commit, today
 from gendistill.report import clear_report, write_report
 from gendistill.runs.advice import advise, check_batches
+from gendistill.runs.examiner import TaskExaminer
 from gendistill.runs.inputs import recipe_steps
 from gendistill.runs.memory import CACHE_LENGTHS
 from gendistill.runs.scoring import resolve_dtype, score
 from gendistill.runs.steps import BEFORE, CONVERT, ROLES, Step, differences, eval_step, stage_step
 from gendistill.runs.workspace import Workspace
-from gendistill.teachers.base import Teacher, check_vocabulary
+from gendistill.teachers.base import check_vocabulary
 from gendistill.teachers.live import LiveTeacher
 from gendistill.text import printable_lines
 from gendistill.training.console import TrainingConsole
@@ -273,14 +274,31 @@ def _compare_machines(
 
 
 def _check_questions(context: _Context) -> None:
-    """Refuse what the evaluation could not ask, before hours of training."""
+    """Refuse what evaluation and stages could not ask, before hours of training."""
     from gendistill_evals.evaluate import check_evaluation
     from gendistill_evals.model import Limits
+    from gendistill_evals.protocols import ProtocolFamily, lead_protocols
 
-    asked, config = context.recipe.eval, context.teacher.config
+    recipe, asked, config = context.recipe, context.recipe.eval, context.teacher.config
+    limits = Limits(max_tokens=config.get("max_position_embeddings"), vocab_size=config.get("vocab_size"))
+    written = [lead_protocols()[ProtocolFamily.GENERATION]]
+    stops = [stage.stop_early for stage in recipe.stages.values() if stage.stop_early is not None]
+    scored = [(stop.task, stop.limit) for stop in stops]
+    if recipe.watch.score_every_steps is not None:
+        scored.append((recipe.watch.task, recipe.watch.task_limit))
+    for task, limit in scored:
+        check_evaluation(limits, context.tokenizer, tasks=[task], protocols=written, limit=limit)
+    if recipe.watch.answers_every_steps is not None:
+        check_evaluation(
+            limits,
+            context.tokenizer,
+            tasks=[],
+            questions=recipe.watch.questions,
+            question_tokens=recipe.watch.answer_tokens,
+        )
     if asked.tasks or asked.questions is not None:
         check_evaluation(
-            Limits(max_tokens=config.get("max_position_embeddings"), vocab_size=config.get("vocab_size")),
+            limits,
             context.tokenizer,
             tasks=asked.tasks,
             protocols=asked.protocols,
@@ -387,7 +405,7 @@ def _check_tokenizers(context: _Context) -> None:
 def _distill(context: _Context, names: tuple[str, ...]) -> None:
     """Train the named stages that have not finished, each from the student of the one before it."""
     workspace, recipe = context.workspace, context.recipe
-    previous, teacher = CONVERT, None
+    previous, model = CONVERT, None
     for name in recipe.stages:
         step = stage_step(name)
         if name in names and context.is_done(step):
@@ -399,12 +417,12 @@ def _distill(context: _Context, names: tuple[str, ...]) -> None:
                     where=f"stages.{name}",
                     hint="run the stages before it first: leave out --only",
                 )
-            teacher = teacher or LiveTeacher(context.load_teacher(context.parallel.loads_on))
-            _train(context, name, teacher, workspace.folder(previous) / "student")
+            model = model or context.load_teacher(context.parallel.loads_on)
+            _train(context, name, model, workspace.folder(previous) / "student")
         previous = step
 
 
-def _train(context: _Context, name: str, teacher: Teacher, start: Path) -> None:
+def _train(context: _Context, name: str, model: PreTrainedModel, start: Path) -> None:
     """Train one stage in its folder of the store."""
     recipe, workspace, parallel = context.recipe, context.workspace, context.parallel
     step, folder = stage_step(name), workspace.folder(stage_step(name))
@@ -430,11 +448,21 @@ def _train(context: _Context, name: str, teacher: Teacher, start: Path) -> None:
             heldout_every=recipe.heldout.every_steps,
             lock=workspace.steps[step].inputs,
             engine=recipe.engine,
+            watch=recipe.watch,
+            examiner=TaskExaminer(
+                model,
+                context.tokenizer,
+                questions=recipe.watch.questions,
+                answer_tokens=recipe.watch.answer_tokens,
+                batch_size=recipe.eval.batch_size,
+            ),
+            trackers=recipe.trackers,
+            project=recipe.name,
         )
         result = train_stage(
             job,
             student=student,
-            teacher=teacher,
+            teacher=LiveTeacher(model),
             stream=stream,
             parallel=parallel,
             console=TrainingConsole(main=parallel.is_main, console=context.console),

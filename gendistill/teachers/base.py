@@ -22,12 +22,14 @@ class TeacherFacts:
         hidden_size: Width of its hidden states.
         num_layers: Decoder layers.
         num_bytes: Memory that it takes on the device.
+        config: Its configuration as plain data, from which its costs follow; None if it is not known.
     """
 
     vocab_size: int
     hidden_size: int
     num_layers: int
     num_bytes: int
+    config: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)

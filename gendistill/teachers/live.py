@@ -34,6 +34,7 @@ class LiveTeacher:
             hidden_size=config.hidden_size,
             num_layers=config.num_hidden_layers,
             num_bytes=sum(value.numel() * value.element_size() for value in self.model.parameters()),
+            config=config.to_dict(),
         )
 
     def to(self, device: torch.device, *, place: Callable[[nn.Module], object] | None = None) -> LiveTeacher:

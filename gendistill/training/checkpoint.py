@@ -51,6 +51,10 @@ class _Progress(TypedDict):
     loss_first: Number | None
     loss_last: Number | None
     window: list[Number]
+    unfinished: NotRequired[list[Count]]
+    rewinds: NotRequired[list[dict[str, Count]]]
+    num_logged_rewinds: NotRequired[Count]
+    memory: NotRequired[dict[str, Any]]
 
 
 class _State(TypedDict):
@@ -72,6 +76,11 @@ class Progress:
         seconds: Time spent in steps, over all sessions.
         loss_first, loss_last: Of the first and the last log interval.
         window: The meter's sums since the last log line.
+        unfinished: What the meter knows of steps that were not finite.
+        rewinds: Every return to a checkpoint: the step at which it was decided (``step``), that of the checkpoint
+            (``to``), and the last one whose rows are not read again (``skipped_to``).
+        num_logged_rewinds: Those of them that stand in ``metrics.jsonl``.
+        memory: What monitors remember, by their names; JSON.
     """
 
     step: int = 0
@@ -80,6 +89,10 @@ class Progress:
     loss_first: float | None = None
     loss_last: float | None = None
     window: list[float] = field(default_factory=list)
+    unfinished: list[int] = field(default_factory=list)
+    rewinds: list[dict[str, int]] = field(default_factory=list)
+    num_logged_rewinds: int = 0
+    memory: dict[str, Any] = field(default_factory=dict)
 
 
 class Tensors(NamedTuple):

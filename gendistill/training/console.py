@@ -122,15 +122,25 @@ class _Eta:
 
 def numbers(row: dict[str, Any]) -> str:
     """Lay out the numbers of one row of metrics."""
-    shown = [f"loss {row['loss']:.4f}"]
+    shown = ["no finite step" if row["loss"] is None else f"loss {row['loss']:.4f}"]
     shown += [f"{name} {row['parts'][name]:.4f}" for name in ("kl", "ce") if name in row["parts"]]
     shown.append("lr " + "/".join(f"{rate:.1e}" for rate in dict.fromkeys(row["lr"].values())))
     shown.append(f"gnorm {row['grad_norm']:.2f}")
     shown.append(f"{row['tokens_per_second']:,.0f} tok/s")
+    if "mfu" in row.get("speed", ()):
+        shown.append(f"mfu {row['speed']['mfu']:.0%}")
     if "memory_gib" in row:
         shown.append(f"{row['memory_gib']:.1f} GiB")
+    if "skipped" in row:
+        shown.append(f"skipped {row['skipped']:,}")
     if "heldout" in row:
         shown.append(f"heldout kl {row['heldout']['kl']:.4f}")
+    cosines = {name: value for name, value in row.get("layers", {}).items() if name.endswith("/cosine")}
+    if cosines:
+        worst = min(cosines, key=lambda name: cosines[name])
+        shown.append(f"worst cosine {cosines[worst]:.3f} (layer {worst.split('/')[0]})")
+    if "score" in row:
+        shown.append(f"score {row['score']['value']:.1%}")
     return "  ".join(shown)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -52,7 +52,7 @@ def score_heldout(
     rank, world = (parallel.rank, parallel.world) if parallel else (0, 1)
     sums = torch.zeros(len(_SUMS) + 1, device=device)
     measure = partial(_batch_sums, compute_dtype=compute_dtype)
-    with _evaluating(student):
+    with evaluating(student):
         for first in range(0, len(batches), world):
             # split parameters are gathered by all: who has no batch left runs another one's, which does not count
             mine = first + rank < len(batches)
@@ -73,13 +73,15 @@ def score_heldout(
 
 
 @contextmanager
-def _evaluating(model: Any):
-    training = model.training
+def evaluating(model: Any) -> Iterator[None]:
+    """Switch dropout off, and every module back as it was."""
+    training = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         yield
     finally:
-        model.train(training)
+        for module, was in training:
+            module.training = was
 
 
 def _batch_sums(

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from gendistill.config.engine import EngineConfig
 from gendistill.config.schema import StageConfig
+from gendistill.config.watch import Tracker, WatchConfig
 from gendistill.data.batch import Batch
 from gendistill.training.left_out import HasRows
 from gendistill.types import short_count
@@ -27,6 +28,18 @@ class Stream(HasRows, Protocol):
     def load_state_dict(self, state: dict[str, Any], /) -> None: ...
 
 
+class Examiner(Protocol):
+    """Someone who lets a student write: it has the tokenizer, questions and tasks, which training does not know."""
+
+    def answers(self, student: Any, /) -> list[dict[str, Any]]:
+        """Ask the open questions; return rows with ``id``, ``question``, ``student`` and ``teacher`` at least."""
+        ...
+
+    def score(self, student: Any, task: str, limit: int | None, /) -> dict[str, float]:
+        """Score it by generation on the first items of a task; ``value`` is the share of the ``n`` items."""
+        ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageJob:
     """What is to be done in a stage, and where.
@@ -40,6 +53,10 @@ class StageJob:
         heldout_every: Also score every so many steps.
         lock: More settings that must not change before a resume (teacher, data), as JSON.
         engine: How the stage is computed.
+        watch: What is looked at meanwhile.
+        examiner: Lets the student write, where ``watch`` or ``stop_early`` ask for it.
+        trackers: Where to write log lines beside ``metrics.jsonl``.
+        project: Name of the run, for trackers.
     """
 
     name: str
@@ -50,6 +67,10 @@ class StageJob:
     heldout_every: int | None = None
     lock: Mapping[str, Any] = field(default_factory=dict)
     engine: EngineConfig = field(default_factory=EngineConfig)
+    watch: WatchConfig = field(default_factory=WatchConfig)
+    examiner: Examiner | None = None
+    trackers: tuple[Tracker, ...] = ()
+    project: str = "gendistill"
 
     @property
     def plan(self) -> Path:
@@ -72,6 +93,8 @@ class StageResult:
         loss_first, loss_last: Of the first and last log interval.
         tensors_changed: Share of the trained tensors that differ from the start.
         heldout: What ``score_heldout`` returns.
+        skipped: Steps that changed nothing, because loss or gradient was not finite.
+        rewinds: Returns to a checkpoint, as ``checkpoint.Progress`` lists them.
         data: Rows read and left out of each source, and what is odd about them, as ``data_record`` returns.
         monitors: What monitors found at the end, by name.
     """
@@ -85,6 +108,8 @@ class StageResult:
     loss_last: float
     tensors_changed: float
     heldout: dict[str, float]
+    skipped: int
+    rewinds: list[dict[str, int]]
     data: dict[str, Any]
     monitors: dict[str, dict[str, float]]
 

@@ -18,16 +18,20 @@ class Reading:
     """What the meter says at one step.
 
     Attributes:
-        losses: Loss and parts, averaged over the steps since the last reset.
+        losses: Loss and parts, averaged over the finite steps since the last reset; None if there was none.
         tokens: Tokens since the start of the stage.
-        grad_norm: Of the latest step, before clipping.
-        bad_step: First step whose loss or gradient was not finite, or None.
+        grad_norm: Of the latest finite step, before clipping.
+        in_a_row: Latest steps in a row that were not finite.
+        skipped: Steps since the start of the stage that changed nothing, because they were not finite.
+        stuck_at: Step with which too many in a row were not finite, or None. All later ones change nothing.
     """
 
-    losses: list[float]
+    losses: list[float] | None
     tokens: int
     grad_norm: float
-    bad_step: int | None
+    in_a_row: int
+    skipped: int
+    stuck_at: int | None
 
 
 class Meter:
@@ -36,25 +40,37 @@ class Meter:
     Args:
         num_losses: Loss and parts.
         device: Where the sums live.
+        in_a_row: Steps in a row without a finite loss or gradient from which on none may change anything.
         tokens: Tokens before the first step.
-        window: ``sums`` of an earlier meter, to continue in the middle of a log interval.
+        window: ``window`` of an earlier meter, to continue in the middle of a log interval.
+        unfinished: ``unfinished`` of an earlier meter, to continue among steps that are not finite.
     Raises:
         CheckpointError: The window is of another number of losses.
     """
 
     def __init__(
-        self, num_losses: int, device: torch.device, *, tokens: int = 0, window: Sequence[float] = ()
+        self,
+        num_losses: int,
+        device: torch.device,
+        *,
+        in_a_row: int = 1,
+        tokens: int = 0,
+        window: Sequence[float] = (),
+        unfinished: Sequence[int] = (),
     ) -> None:
         if window and len(window) != 1 + num_losses:
             raise CheckpointError(
                 f"the checkpoint's window has {len(window)} sums, this stage's loss has {1 + num_losses}",
                 hint="delete the stage's checkpoints to start the stage again",
             )
-        # number of steps, then losses
+        self._in_a_row = in_a_row
+        # number of finite steps, then losses
         self._window = torch.tensor(list(window) or [0.0] * (1 + num_losses), device=device)
-        self._tokens = torch.tensor(tokens, device=device)
         self._norm = torch.zeros((), device=device)
-        self._bad_step = torch.tensor(-1, device=device)
+        run, skipped = unfinished or (0, 0)
+        self._tokens, self._run, self._skipped, self._stuck_at = (
+            torch.tensor(value, device=device) for value in (tokens, run, skipped, -1)
+        )
 
     def add(self, step: int, losses: Tensor, tokens: Tensor, grad_norm: Tensor) -> Tensor:
         """Take in one step.
@@ -65,25 +81,32 @@ class Meter:
             tokens: Int64 scalar.
             grad_norm: Float32 scalar.
         Returns:
-            Float32 scalar, 1 from the first step on that was not finite, else 0.
+            Float32 scalar, 1 if this step must change nothing: it is not finite, or too many before it were not.
         """
         failed = ~torch.isfinite(grad_norm + losses[0])
-        self._bad_step = torch.where((self._bad_step < 0) & failed, step, self._bad_step)
-        self._window[0] += 1
-        self._window[1:] += losses
+        self._run = (self._run + 1) * failed
+        stuck = (self._stuck_at < 0) & (self._run >= self._in_a_row)
+        self._stuck_at = torch.where(stuck, step, self._stuck_at)
+        void = failed | (self._stuck_at >= 0)
+        self._skipped += void
+        self._window[0] += ~void
+        self._window[1:] += torch.where(void, 0.0, losses)
         self._tokens += tokens
-        self._norm = grad_norm
-        return (self._bad_step >= 0).float()
+        self._norm = torch.where(void, self._norm, grad_norm)
+        return void.float()
 
     def read(self) -> Reading:
         """Wait for the device and return the sums."""
-        steps, *losses = self._window.tolist()
-        bad_step = int(self._bad_step)
+        steps, *losses, norm = torch.cat([self._window, self._norm[None]]).tolist()
+        counts = torch.stack([self._tokens, self._run, self._skipped, self._stuck_at])
+        tokens, in_a_row, skipped, stuck_at = counts.tolist()
         return Reading(
-            losses=[loss / max(steps, 1) for loss in losses],
-            tokens=int(self._tokens),
-            grad_norm=float(self._norm),
-            bad_step=bad_step if bad_step >= 0 else None,
+            losses=[loss / steps for loss in losses] if steps else None,
+            tokens=tokens,
+            grad_norm=norm,
+            in_a_row=in_a_row,
+            skipped=skipped,
+            stuck_at=stuck_at if stuck_at >= 0 else None,
         )
 
     def reset(self) -> None:
@@ -94,6 +117,11 @@ class Meter:
     def window(self) -> list[float]:
         """The sums since the last reset, exact in JSON."""
         return self._window.tolist()
+
+    @property
+    def unfinished(self) -> list[int]:
+        """How many steps in a row were not finite up to now, and how many were skipped in all."""
+        return torch.stack([self._run, self._skipped]).tolist()
 
 
 class Stopwatch:

@@ -13,9 +13,10 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from gendistill.anatomy.placement import converted_layers, placed_kinds
 from gendistill.data.batch import Batch
 from gendistill.engine.decoder import fuse, release, why_not
-from gendistill.errors import DataError, RecipeError
+from gendistill.errors import DataError, RecipeError, TrainingError
 from gendistill.losses.build import build_objective
 from gendistill.losses.logits import LogitObjective, choose_loss_impl
 from gendistill.losses.student import StudentLike
@@ -32,6 +33,7 @@ from gendistill.training.checkpoint import (
 )
 from gendistill.training.console import StageView, TrainingConsole
 from gendistill.training.freeze import apply_freeze
+from gendistill.training.garbage import Garbage
 from gendistill.training.interrupt import StageStopped, StopRequest, stop_on_signal
 from gendistill.training.job import Due, StageJob, StageResult, Stream
 from gendistill.training.left_out import data_record, heavy_losses, left_out_lines
@@ -45,7 +47,9 @@ from gendistill.training.lock import (
 )
 from gendistill.training.log import MetricLog
 from gendistill.training.meter import Meter, Stopwatch
-from gendistill.training.monitors import MONITORS, Stop, When, heldout_scores
+from gendistill.training.monitors import MONITORS, Rewind, Stop, When
+from gendistill.training.monitors.heldout import heldout_scores
+from gendistill.training.monitors.weights import sample_weights
 from gendistill.training.optim import (
     build_optimizer,
     choose_compute_dtype,
@@ -55,6 +59,7 @@ from gendistill.training.optim import (
 )
 from gendistill.training.parallel import Parallel, Situation
 from gendistill.training.step import StepRunner, seed_step
+from gendistill.training.trackers import Trackers
 
 
 def train_stage(
@@ -116,6 +121,7 @@ class StageRun:
         runner: Computes a step's gradients.
         trained: Parameters that learn.
         before: Checksum of every parameter before the stage.
+        start: A sample of the trained weights before the stage.
         optimizer: Over ``trained``.
         lock: What was decided before the first step.
         progress: What the next checkpoint will remember.
@@ -155,10 +161,12 @@ class StageRun:
         self.objective.bind(student.config, teacher.facts)
         if isinstance(self.objective, LogitObjective):
             self.objective.impl = choose_loss_impl(job.engine.loss, parallel.device)
+        self.converted = converted_layers(placed_kinds(student.config))
         self._assemble(scored[0])
         self.micro_batches: list[Batch] = []
         self.rates: dict[str, float] = {}
         self.watch = Stopwatch()
+        self.garbage = Garbage()
         self.last_save = time.perf_counter()
         self.logged_tokens = self.progress.tokens
         self.has_logged = False
@@ -166,11 +174,9 @@ class StageRun:
         self.monitors = {name: monitor for name, monitor in built.items() if monitor is not None}
         self.found: dict[str, Mapping[str, float]] = {}
         self.wish: tuple[str, Stop] | None = None
-        self.metrics = (
-            MetricLog(job.folder / "metrics.jsonl", up_to=self.progress.step, warn=console.warn)
-            if parallel.is_main
-            else None
-        )
+        self.back: tuple[str, Rewind] | None = None
+        self.metrics = self._open_metrics()
+        self.trackers = Trackers(job, step=self.progress.step, console=console, main=parallel.is_main)
 
     def _assemble(self, calibration: Batch) -> None:
         """Freeze, adapt, shard, optimizer, load: each looks at what those before it have made of the student."""
@@ -196,23 +202,15 @@ class StageRun:
         self._fuse(dtype)
         self.trained = trained_parameters(self.module)
         self.optimizer = build_optimizer(self.module, stage)
+        self.start = sample_weights(self.optimizer) if job.watch.groups else {}
         # timed first and trained on afterwards, as the first step
         self.fetched: list[Batch] | None = None
         self.lock = lock or self._decide(locked)
         self.progress = Progress()
         if checkpoint is not None:
             self.saved.append(checkpoint)
-            state = load_checkpoint(
-                checkpoint, trained=self.trained, optimizer=self.optimizer, parallel=parallel
-            )
-            self.stream.load_state_dict(state["stream"])
-            self.progress = Progress(**state["progress"])
-        self.meter = Meter(
-            1 + len(self.objective.part_names),
-            parallel.device,
-            tokens=self.progress.tokens,
-            window=self.progress.window,
-        )
+            self._restore(checkpoint)
+        self.meter = self._meter()
         self.console.say(
             f"{job.name}: {self.lock.steps:,} steps of {stage.batch_size} x {stage.seq_len:,} tokens, computed in "
             f"{self.lock.compute_dtype} on {parallel.device.type}"
@@ -271,6 +269,31 @@ class StageRun:
             else:
                 self.console.say(f"{self.job.name}: the {role}'s layers run as its family has them: {reason}")
 
+    def _restore(self, checkpoint: Path) -> None:
+        """Take weights, moments, rows and progress from a checkpoint."""
+        state = load_checkpoint(
+            checkpoint, trained=self.trained, optimizer=self.optimizer, parallel=self.parallel
+        )
+        self.stream.load_state_dict(state["stream"])
+        self.progress = Progress(**state["progress"])
+
+    def _meter(self) -> Meter:
+        return Meter(
+            1 + len(self.objective.part_names),
+            self.parallel.device,
+            in_a_row=self.stage.non_finite.in_a_row,
+            tokens=self.progress.tokens,
+            window=self.progress.window,
+            unfinished=self.progress.unfinished,
+        )
+
+    def _open_metrics(self) -> MetricLog | None:
+        """Open the metrics file on the main process, without lines of steps that are still to be taken."""
+        if not self.parallel.is_main:
+            return None
+        path = self.job.folder / "metrics.jsonl"
+        return MetricLog(path, up_to=self.progress.step, warn=self.console.warn)
+
     @property
     def is_over(self) -> bool:
         """Whether the last step has been taken."""
@@ -283,17 +306,21 @@ class StageRun:
             console.warn(f"{name}: {note}")
         with (
             stop_on_signal() as request,
+            self.garbage.left_alone(),
             console.stage(name, num_steps=self.lock.steps, step=self.progress.step) as view,
+            self.trackers,
         ):
             while not self.is_over:
                 self.step()
                 self.due = self._due(request)
                 self._ask("step")
-                if self.due.log or self.wish:
+                if not self.back and (self.due.log or self.wish):
                     self.log(view)
-                if self.due.save or self.wish:
+                if not self.back and (self.due.save or self.wish):
                     self.save()
-                if self.wish:
+                if self.back:
+                    self._go_back(*self.back)
+                elif self.wish:
                     self._end_here(view, *self.wish)
                 if self.due.stop and not self.is_over:
                     raise self._stopped(request)
@@ -301,40 +328,52 @@ class StageRun:
 
     def step(self) -> None:
         """Take one optimizer step; nothing here waits for the device."""
-        self.micro_batches, self.fetched = self.fetched or next(self.stream), None
-        seed_step(self.parallel, self.job.seed, self.progress.step)
-        factor = learning_rate_factor(self.stage.schedule, self.progress.step, self.lock.steps)
-        self.rates = set_learning_rates(self.optimizer, factor)
-        self.optimizer.zero_grad()
-        losses, tokens = self.runner.accumulate(self.micro_batches)
-        norm = self.parallel.clip(self.trained.values(), self.stage.grad_clip)
-        self.progress.step += 1
-        # while this is 1, the fused step changes nothing: weights and moments stay as before the bad step
-        self.optimizer.found_inf = self.meter.add(self.progress.step, losses, tokens, norm)  # pyright: ignore
-        self.optimizer.step()
+        clock, model = self.runner.clock, self.student.model
+        blocks = [model.layers[layer] for layer in self.converted]
+        with clock.step(
+            model, blocks, measured=self.job.watch.speed and self._is_logged(self.progress.step + 1)
+        ):
+            self.micro_batches, self.fetched = self.fetched or next(self.stream), None
+            seed_step(self.parallel, self.job.seed, self.progress.step)
+            factor = learning_rate_factor(self.stage.schedule, self.progress.step, self.lock.steps)
+            self.rates = set_learning_rates(self.optimizer, factor)
+            self.optimizer.zero_grad()
+            losses, tokens = self.runner.accumulate(self.micro_batches)
+            with clock.part("optimizer"):
+                norm = self.parallel.clip(self.trained.values(), self.stage.grad_clip)
+                self.progress.step += 1
+                # where this is 1, the fused step changes nothing: weights and moments stay as before a bad step
+                self.optimizer.found_inf = self.meter.add(  # pyright: ignore
+                    self.progress.step, losses, tokens, norm
+                )
+                self.optimizer.step()
+        self.garbage.collect()
 
     def log(self, view: StageView) -> None:
         """Write and show a line about the steps since the last one."""
         reading = self.meter.read()
-        loss, *parts = reading.losses
         seconds = self.watch.lap()
-        self.progress = replace(
-            self.progress,
-            tokens=reading.tokens,
-            seconds=self.progress.seconds + seconds,
-            loss_first=loss if self.progress.loss_first is None else self.progress.loss_first,
-            loss_last=loss,
-        )
+        self.progress = replace(self.progress, tokens=reading.tokens, seconds=self.progress.seconds + seconds)
+        loss, *parts = reading.losses or [None]
+        if loss is not None:
+            first = self.progress.loss_first
+            self.progress = replace(
+                self.progress, loss_first=loss if first is None else first, loss_last=loss
+            )
         row: dict[str, Any] = {
             "step": self.progress.step,
             "tokens": reading.tokens,
             "loss": loss,
-            "parts": dict(zip(self.objective.part_names, parts, strict=True)),
+            "parts": dict(zip(self.objective.part_names, parts, strict=True)) if parts else {},
             "lr": self.rates,
             "grad_norm": reading.grad_norm,
             "tokens_per_second": (reading.tokens - self.logged_tokens) / seconds,
             "seconds": self.progress.seconds,
         }
+        if reading.skipped:
+            row["skipped"] = reading.skipped
+        if rewinds := self.progress.rewinds[self.progress.num_logged_rewinds :]:
+            row["rewinds"], self.progress.num_logged_rewinds = rewinds, len(self.progress.rewinds)
         self.logged_tokens = reading.tokens
         self.meter.reset()
         if self.parallel.device.type == "cuda":
@@ -348,6 +387,7 @@ class StageRun:
         row, self.found = {**row, **self.found}, {}
         if self.metrics is not None:
             self.metrics.write(row)
+        self.trackers.write(row)
         view.show(row)
         if not self.has_logged:
             self.has_logged = True
@@ -355,7 +395,12 @@ class StageRun:
                 self.console.warn(f"{self.job.name}: {line}; gendistill data shows what is left")
 
     def save(self) -> None:
-        """Write a checkpoint of the latest step, and show it to the monitors that ask for checkpoints."""
+        """Write a checkpoint of the latest step, and show it to the monitors that ask for checkpoints.
+
+        Among steps that are not finite, the one before them is the better place to go back to.
+        """
+        if self.meter.read().in_a_row and not (self.due.stop or self.wish or self.is_over):
+            return
         self._write_checkpoint()
         with self.watch.paused():
             self._ask("save")
@@ -367,6 +412,7 @@ class StageRun:
                 tokens=self.meter.read().tokens,
                 seconds=self.progress.seconds + self.watch.elapsed,
                 window=self.meter.window,
+                unfinished=self.meter.unfinished,
             )
             state = {"progress": asdict(progress), "stream": self.stream.state_dict()}
             tensors = gather_tensors(self.trained, self.optimizer, self.parallel)
@@ -384,13 +430,17 @@ class StageRun:
 
     def _due(self, request: StopRequest) -> Due:
         step, stage = self.progress.step, self.stage
-        asks = any(
-            monitor.when == "log" and _divides(monitor.every, step) for monitor in self.monitors.values()
-        )
-        log = self.is_over or _divides(stage.log_every_steps, step) or asks
+        log = self._is_logged(step)
         stop, late = self._requests(request, asking=log)
         save = self.is_over or stop or late or _divides(stage.save_every_steps, step)
         return Due(log, save, stop, waits=log or save or self.parallel.device.type == "cpu")
+
+    def _is_logged(self, step: int) -> bool:
+        """Whether a line is written after a step, whatever happens in it."""
+        asks = any(
+            monitor.when == "log" and _divides(monitor.every, step) for monitor in self.monitors.values()
+        )
+        return step >= self.lock.steps or _divides(self.stage.log_every_steps, step) or asks
 
     def _requests(self, request: StopRequest, *, asking: bool) -> tuple[bool, bool]:
         """Say whether to stop and whether a checkpoint is due by time, alike on every process.
@@ -411,10 +461,55 @@ class StageRun:
             ):
                 continue
             found = monitor(self)
+            if isinstance(found, Rewind):
+                self.back = name, found
+                continue
             if isinstance(found, Stop):
-                self.wish = name, found
-            elif found is not None:
+                self.wish, found = (name, found), found.found
+            if found:
                 self.found[name] = dict(found)
+
+    def _go_back(self, name: str, rewind: Rewind) -> None:
+        """Go on from the newest intact checkpoint, with the rows behind those that led astray.
+
+        The checkpoint is written again with that place in the data, so that a resume goes the same way.
+        """
+        job, parallel, limit = self.job, self.parallel, self.stage.non_finite.rewinds
+        step, rewinds = self.progress.step, self.progress.rewinds
+        checkpoint = parallel.on_main(lambda: find_checkpoint(job.checkpoints, self.console.say))
+        if checkpoint is None or len(rewinds) >= limit:
+            why = (
+                f"the stage goes back {limit} times at most"
+                if checkpoint
+                else "no checkpoint has been saved yet"
+            )
+            raise TrainingError(
+                f"{name} asks to go back at step {step:,}: {rewind.reason}; but {why}",
+                where=f"stages.{job.name}",
+                hint=f"raise stages.{job.name}.non_finite.rewinds, or save earlier with save_every_steps",
+            )
+        skip_to = step if rewind.skip_to is None else rewind.skip_to
+        # without a search if the stream stands there
+        rows = self.stream.state_dict() if skip_to == step else None
+        self._restore(checkpoint)
+        if rows is not None:
+            self.stream.load_state_dict(rows)
+        else:
+            for _ in range(self.progress.step, skip_to):
+                next(self.stream)
+        # in a row with nothing
+        self.progress.unfinished[:1] = [0]
+        back = {"step": step, "to": self.progress.step, "skipped_to": skip_to}
+        self.progress.rewinds = [*rewinds, back]
+        self.console.warn(
+            f"{job.name}: {name} takes the stage from step {step:,} back to {self.progress.step:,} "
+            f"({len(self.progress.rewinds)} of at most {limit} times), without the rows up to step {skip_to:,}: "
+            f"{rewind.reason}"
+        )
+        self.meter, self.metrics = self._meter(), self._open_metrics()
+        self.logged_tokens, self.found, self.wish, self.back = self.progress.tokens, {}, None, None
+        self._write_checkpoint()
+        self.watch.lap()
 
     def _end_here(self, view: StageView, name: str, stop: Stop) -> None:
         """Make the latest step the last one, also for a resume from the checkpoint just saved."""
@@ -462,6 +557,8 @@ class StageRun:
             loss_last=self.progress.loss_last,
             tensors_changed=self.tensors_changed,
             heldout=heldout_scores(self),
+            skipped=self.meter.read().skipped,
+            rewinds=self.progress.rewinds,
             data=data_record(self.stream),
             monitors={name: dict(found) for name, found in self.found.items()},
         )

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from gendistill.data.batch import Batch
 from gendistill.losses.base import LossTerm, Objective
 from gendistill.teachers.base import Teacher, TeacherSignals
+from gendistill.training.clock import StepClock
 from gendistill.training.parallel import Parallel
 
 
@@ -40,6 +41,7 @@ class StepRunner:
         teacher: Asked for what the objective needs.
         parallel: Decides device and number of processes.
         compute_dtype: Float32, or the dtype of autocast: of matmuls and activations, never of weights.
+        clock: Notes what the parts of a step take, while it runs.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class StepRunner:
         self.objective = objective
         self.parallel = parallel
         self.device = parallel.device
+        self.clock = StepClock(parallel.device)
 
     def accumulate(self, micro_batches: Sequence[Batch]) -> tuple[Tensor, Tensor]:
         """Add the gradients of the step's mean loss to ``grad``.
@@ -82,7 +85,8 @@ class StepRunner:
             last = number == len(micro_batches) - 1
             with self.parallel.accumulating(self.module, last=last):
                 term = self._forward(self.module, batch)
-                (term.total * scale).backward()
+                with self.clock.part("student", backward=True):
+                    (term.total * scale).backward()
             sums += torch.stack([term.total.detach(), *term.parts.values()])
         return self.parallel.sum(sums) / num_labels, counts[1]
 
@@ -101,9 +105,13 @@ class StepRunner:
 
     def _forward(self, module: nn.Module, batch: Batch) -> LossTerm:
         batch = batch.to(self.device)
-        signals = self.teacher.signals(batch, self.objective.needs)
+        with self.clock.part("teacher"):
+            signals = self.teacher.signals(batch, self.objective.needs)
         autocast = self.compute_dtype is not torch.float32
-        with torch.autocast(self.device.type, dtype=self.compute_dtype, enabled=autocast):
+        with (
+            self.clock.part("student"),
+            torch.autocast(self.device.type, dtype=self.compute_dtype, enabled=autocast),
+        ):
             return module(batch, signals)
 
 

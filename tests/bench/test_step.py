@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from gendistill.bench.flops import Work, peak_flops
 from gendistill.bench.pair import make_student, make_teacher
 from gendistill.bench.shapes import SHAPES
 from gendistill.bench.step import Peer, StepBench
-from gendistill.bench.step_parts import documents
+from gendistill.bench.step_parts import documents, find_syncs
 from gendistill.bench.step_rows import StepTime, parts_of, result_rows
 from gendistill.bench.stock import StockStep
 from gendistill.bench.trace import covered, summarise_trace
@@ -284,7 +285,8 @@ def test_a_peer_without_fla_core_has_no_mixers(capsys):
 
 
 def test_every_switch_can_be_turned_off():
-    assert set(SWITCHES) == set(EngineConfig.model_fields) - {"parallel"}
+    assert {"loss", "blocks", "prefetch"} <= set(SWITCHES)
+    assert "parallel" not in SWITCHES
     for name in SWITCHES:
         assert getattr(PLAIN, name) == plain_value(name) != EngineConfig.model_fields[name].default
     engines = choose_engines([], [])
@@ -295,10 +297,7 @@ def test_every_switch_can_be_turned_off():
 def test_engines_are_read_from_words():
     assert read_engine(["loss=triton"], where="--engine").loss == "triton"
     engines = choose_engines(["loss=triton"], ["blocks=family,loss=reference", "loss=triton"])
-    assert list(engines) == [
-        "loss=triton",
-        "all off" if len(SWITCHES) == 2 else "blocks=family loss=reference",
-    ]
+    assert list(engines) == ["loss=triton", "blocks=family loss=reference"]
     for word in ("loss", "lose=auto", "loss=fast"):
         with pytest.raises(RecipeError, match=r"setting of the engine|loss="):
             read_engine([word], where="--engine")
@@ -315,6 +314,20 @@ def test_engines_are_read_from_words():
 def test_bad_numbers_are_refused(arguments, message, capsys):
     assert main(["bench", "step", "--shape", "tiny", "--cpu", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_waits_are_counted_by_place(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda mode: None)
+
+    def step() -> None:
+        for _ in range(2):
+            warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+        warnings.warn("something else", stacklevel=1)
+
+    [(place, number)] = find_syncs(step).items()
+    assert number == 2
+    assert place.startswith("bench/test_step.py:")
 
 
 @pytest.mark.gpu

@@ -30,6 +30,7 @@ from gendistill.config.schema import (
     StudentConfig,
     TeacherConfig,
 )
+from gendistill.config.watch import NonFiniteConfig, StopEarlyConfig, WatchConfig
 
 KDAConfig, SWAConfig, SinkConfig = (mixer_section(MIXERS[kind].settings) for kind in ("kda", "swa", "sink"))
 TEACHER = {"model": "a"}
@@ -120,6 +121,8 @@ FLIPS: dict[type[Section], tuple[dict[str, Any], dict[str, Any]]] = {
             "save_every_steps": 5,
             "save_every_minutes": 1.0,
             "keep_checkpoints": 2,
+            "non_finite": {"in_a_row": 1},
+            "stop_early": {"every_steps": 5},
         },
     ),
     EvalConfig: (
@@ -145,6 +148,25 @@ FLIPS: dict[type[Section], tuple[dict[str, Any], dict[str, Any]]] = {
             "blocks": "family",
         },
     ),
+    WatchConfig: (
+        {},
+        {
+            "speed": False,
+            "groups": False,
+            "layers_every_steps": 5,
+            "answers_every_steps": 5,
+            "questions": "mine.jsonl",
+            "answer_tokens": 9,
+            "score_every_steps": 5,
+            "task": "copy",
+            "task_limit": None,
+        },
+    ),
+    NonFiniteConfig: ({}, {"in_a_row": 1, "rewinds": 0}),
+    StopEarlyConfig: (
+        {"every_steps": 5},
+        {"task": "copy", "limit": None, "every_steps": 6, "patience": 1, "gain": 0.0, "min_steps": 5},
+    ),
     KLConfig: ({}, {"direction": "reverse", "temperature": 2.0, "weight": 2.0}),
     JSDConfig: ({}, {"beta": 0.3, "temperature": 2.0, "weight": 2.0}),
     CEConfig: ({}, {"weight": 2.0}),
@@ -164,6 +186,8 @@ FLIPS: dict[type[Section], tuple[dict[str, Any], dict[str, Any]]] = {
             "stages": {},
             "eval": {"limit": 3},
             "engine": {"loss": "reference"},
+            "watch": {"speed": False},
+            "trackers": ["wandb"],
         },
     ),
 }
@@ -231,13 +255,27 @@ def test_what_only_logs_saves_or_splits_work_affects_nothing():
         HeldOutConfig: {"every_steps"},
         EvalConfig: {"batch_size", "bootstrap"},
         EngineConfig: {"parallel", "gather", "patience_s", "loss", "prefetch", "blocks"},
-        Recipe: {"version", "name", "output", "engine"},
+        WatchConfig: set(WatchConfig.model_fields),
+        Recipe: {"version", "name", "output", "engine", "watch", "trackers"},
     }
     found = {
         section: {name for name in section.model_fields if affects(section, name) is Affects.NOTHING}
         for section in sections()
     }
     assert {section: fields for section, fields in found.items() if fields} == free
+
+
+def test_settings_that_came_later_leave_identities_as_they_were_until_they_are_used():
+    plain = StageConfig.model_validate(STAGE)
+    assert {"non_finite", "stop_early"}.isdisjoint(identity(plain))
+    used = StageConfig.model_validate(
+        {**STAGE, "non_finite": {"rewinds": 0}, "stop_early": {"every_steps": 5}}
+    )
+    assert identity(used)["non_finite"] == {"in_a_row": 3, "rewinds": 0}
+    # its name alone says nothing: the step's key has what the task holds
+    assert "task" not in identity(used)["stop_early"]
+    same = StageConfig.model_validate({**STAGE, "non_finite": {"in_a_row": 3, "rewinds": 2}})
+    assert identity(same) == identity(plain)
 
 
 def test_a_setting_deep_inside_counts_and_its_neighbour_does_not():

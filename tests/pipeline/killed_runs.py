@@ -52,6 +52,8 @@ _CLOCKS = {
     "warnings",
     "crc32",
     "memory_gib",
+    "speed",
+    "shares",
 }
 
 

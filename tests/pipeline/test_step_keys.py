@@ -109,6 +109,11 @@ SETTINGS = {
     "stages.distill.keep_checkpoints=2": (),
     "stages.distill.micro_batch_size=1": (),
     "stages.distill.gradient_checkpointing=true": (),
+    "stages.distill.non_finite.rewinds=0": ("stage distill", "eval student"),
+    "stages.distill.stop_early={every_steps: 2}": ("stage distill", "eval student"),
+    "watch.layers_every_steps=1": (),
+    "watch.answers_every_steps=1": (),
+    "trackers=[tensorboard]": (),
     "heldout.every_steps=1": (),
     "eval.batch_size=1": (),
     "eval.bootstrap=200": (),
@@ -119,6 +124,15 @@ SETTINGS = {
 def test_a_change_of_a_setting_redoes_what_depends_on_it(place, setting):
     before, after = keys_of(place.recipe()), keys_of(place.recipe(setting))
     assert tuple(name for name in ALL if before[name] != after[name]) == SETTINGS[setting]
+
+
+def test_the_items_of_a_task_that_ends_a_stage_are_part_of_its_key(place):
+    setting = f"stages.distill.stop_early={{every_steps: 2, task: {place.root / 'colours.yaml'}}}"
+    before = keys_of(place.recipe(setting))
+    place.write_items(5, "blue")
+    after = keys_of(place.recipe(setting))
+    assert before["stage distill"] != after["stage distill"]
+    assert before["stage block"] == after["stage block"]
 
 
 def test_data_of_a_later_stage_leaves_the_earlier_one(place):

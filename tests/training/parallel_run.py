@@ -45,6 +45,7 @@ CASES = {
     "recomputed": {"train": ["mixer", "mlp", "norm"], "gradient_checkpointing": True},
     "bfloat16": {"compute_dtype": "bfloat16"},
     "tied": {"tied": True, "train": ["mixer", "embed"]},
+    "fused": {"blocks": "fused", "gradient_checkpointing": True},
 }
 MORE_CASES = {
     "block_output": {"objective": {"kind": "block_output"}, "train": ["mixer", "mlp"]},
@@ -53,19 +54,26 @@ MORE_CASES = {
         "objective": {"kind": "block_output"},
         "train": ["mixer", "mlp"],
     },
+    "fused_bfloat16": {"blocks": "fused", "compute_dtype": "bfloat16"},
+    "fused_block": {
+        "blocks": "fused",
+        "objective": {"kind": "block_output"},
+        "train": ["mixer", "mlp"],
+    },
     "tied_frozen": {"tied": True, "train": ["mixer"]},
 }
 LONG = {"steps": 100, "save_every_steps": None, "heldout_every": 50}
 
 
-def train(folder, *, tied=False, **changes):
+def train(folder, *, tied=False, blocks="auto", engine=None, **changes):
     """Train, and save the student as the main process then has it."""
+    engine = {**(engine or {}), "blocks": blocks}
     models = {}
     if tied:
         sizes = {"num_hidden_layers": 2, "tie_word_embeddings": True}
         models["student"] = tiny_student(seed=3, mixers=["kda", "full"], **sizes)
         models["teacher"] = tiny_teacher("qwen3", seed=4, **sizes)
-    _, student = tiny.run_stage(folder, **models, **{**SAVING, **changes})
+    _, student = tiny.run_stage(folder, engine=engine, **models, **{**SAVING, **changes})
     weights = student.state_dict()
     if not next(iter(weights.values())).is_meta:
         # an ordinary model again, which runs without the other processes

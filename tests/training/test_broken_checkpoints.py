@@ -15,7 +15,6 @@ from safetensors.torch import load_file, save_file
 
 from gendistill.config.schema import StageConfig
 from gendistill.errors import CheckpointError, OutputError, TrainingError
-from gendistill.training import monitors
 from gendistill.training.checkpoint import (
     find_checkpoint,
     gather_tensors,
@@ -26,6 +25,7 @@ from gendistill.training.checkpoint import (
 from gendistill.training.freeze import apply_freeze
 from gendistill.training.lock import existing_lock
 from gendistill.training.meter import Meter
+from gendistill.training.monitors import heldout as monitors
 from gendistill.training.optim import build_optimizer
 from gendistill.training.parallel import Single
 

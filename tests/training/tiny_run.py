@@ -106,9 +106,18 @@ def heldout():
 
 
 def run_stage(
-    folder, *, student=None, teacher=None, parallel=None, heldout_every=None, out=None, engine=None, **changes
+    folder,
+    *,
+    student=None,
+    teacher=None,
+    parallel=None,
+    heldout_every=None,
+    out=None,
+    engine=None,
+    job=None,
+    **changes,
 ):
-    """Train the tiny stage in ``folder`` and return the result and the student."""
+    """Train the tiny stage in ``folder`` and return the result and the student; ``job`` are more of its fields."""
     stage = StageConfig(**{key: value for key, value in {**STAGE, **changes}.items() if value is not None})
     engine = EngineConfig(**(engine or {}))
     parallel = parallel or choose_parallel(Accelerator(cpu=True), engine)
@@ -121,6 +130,7 @@ def run_stage(
         heldout=heldout(),
         heldout_every=heldout_every,
         engine=engine,
+        **(job or {}),
     )
     result = train_stage(
         job,
@@ -139,7 +149,11 @@ def rows(folder):
     if not path.exists():
         return []
     lines = [json.loads(line) for line in path.read_text().split("\n")[:-1]]
-    return [{key: value for key, value in each.items() if "second" not in key} for each in lines]
+    clocks = ("speed", "shares")
+    return [
+        {key: value for key, value in each.items() if "second" not in key and key not in clocks}
+        for each in lines
+    ]
 
 
 def in_child(folder, environment=None, work=run_stage, **changes):

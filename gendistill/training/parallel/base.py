@@ -103,6 +103,10 @@ class Parallel(Protocol):
         """Return a context for one micro-batch's passes; gradients are shared in the ``last`` one of a step."""
         ...
 
+    def norm(self, gradients: Iterable[Tensor]) -> Tensor:
+        """Return the norm of all gradients together, with the parts on other processes. Collective."""
+        ...
+
     def clip(self, parameters: Iterable[Tensor], limit: float) -> Tensor:
         """Scale all gradients so that their norm is at most ``limit``; return the norm before. Collective."""
         ...

@@ -43,6 +43,10 @@ class DataParallel(Group):
         """Share gradients in the last micro-batch only."""
         return nullcontext() if last else self.accelerator.no_sync(module)
 
+    def norm(self, gradients: Iterable[Tensor]) -> Tensor:
+        """Return the norm of all gradients together, which are whole here."""
+        return torch.nn.utils.get_total_norm(gradients)
+
     def clip(self, parameters: Iterable[Tensor], limit: float) -> Tensor:
         """Scale all gradients, which are the same everywhere; return their norm before."""
         return torch.nn.utils.clip_grad_norm_(parameters, limit)

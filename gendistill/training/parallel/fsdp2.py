@@ -161,21 +161,27 @@ class FullySharded(Group):
                 grad.copy_(part.view_as(grad))
 
     @torch.no_grad()
+    def norm(self, gradients: Iterable[Tensor]) -> Tensor:
+        """Return the norm of all gradients together, whole ones and parts; the same on every process."""
+        own, whole = [], []
+        for gradient in gradients:
+            if isinstance(gradient, DTensor):
+                own.append(gradient.to_local())
+            else:
+                whole.append(gradient)
+        # a process may have no part of a small tensor
+        squares = _sum_of_squares([part for part in own if part.numel()], self.device)
+        dist.all_reduce(squares)
+        return (squares + _sum_of_squares(whole, self.device)).sqrt()
+
+    @torch.no_grad()
     def clip(self, parameters: Iterable[Tensor], limit: float) -> Tensor:
         """Scale all gradients; the norm before is that of all parts together, and the same everywhere."""
-        split, whole = [], []
-        for parameter in parameters:
-            if isinstance(parameter.grad, DTensor):
-                split.append(parameter.grad.to_local())
-            elif parameter.grad is not None:
-                whole.append(parameter.grad)
-        # a process may have no part of a small tensor
-        split = [grad for grad in split if grad.numel()]
-        squares = _sum_of_squares(split, self.device)
-        dist.all_reduce(squares)
-        norm = (squares + _sum_of_squares(whole, self.device)).sqrt()
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        norm = self.norm(gradients)
         factor = (limit / (norm + 1e-6)).clamp(max=1.0)
-        torch._foreach_mul_(split + whole, factor)  # pyright: ignore[reportPrivateImportUsage]
+        own = [each.to_local() if isinstance(each, DTensor) else each for each in gradients]
+        torch._foreach_mul_(own, factor)  # pyright: ignore[reportPrivateImportUsage]
         return norm
 
     def gather(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:

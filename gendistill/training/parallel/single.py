@@ -56,6 +56,10 @@ class Single:
         """Do nothing."""
         return contextlib.nullcontext()
 
+    def norm(self, gradients: Iterable[Tensor]) -> Tensor:
+        """Return the norm of all gradients together, which are whole here."""
+        return torch.nn.utils.get_total_norm(gradients)
+
     def clip(self, parameters: Iterable[Tensor], limit: float) -> Tensor:
         """Scale all gradients; return their norm before."""
         return torch.nn.utils.clip_grad_norm_(parameters, limit)

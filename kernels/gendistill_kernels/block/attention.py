@@ -24,7 +24,7 @@ from gendistill_kernels.block.rows import TABLE, power_of_2
 from gendistill_kernels.runtime.launch import Launcher, on_its_device
 
 # queries of a tile: the table of tiles, which is made where a batch is, depends on it
-QUERIES = 128
+QUERIES = 64
 _BITS = 1.4426950408889634
 _NATS = tl.constexpr(0.6931471805599453)
 
@@ -134,7 +134,7 @@ def attend_forward(
     lse = torch.empty(H, tokens, dtype=torch.float32, device=q.device)
     _forward[(H, len(tiles))](
         q, k, v, tiles, out, lse, tokens, 0 if window is None else window, D**-0.5 * _BITS,
-        H=H, KV=k.shape[1], D=D, BD=wide, V_ROW=v.stride(0), BM=QUERIES, BN=max(16, config.block // wide),
+        H=H, KV=k.shape[1], D=D, BD=wide, V_ROW=v.stride(0), BM=QUERIES, BN=config.block,
         WINDOW=window is not None, num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     return out, lse

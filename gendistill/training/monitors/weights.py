@@ -1,0 +1,100 @@
+"""What training does to weights: gradient norms and change by group, and tensors that stayed as they were."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from gendistill.training.job import StageJob
+from gendistill.training.monitors.base import StageInProgress, When
+
+_EFFECTIVE = 0.99  # share of trained tensors that must have changed
+# weights that are compared with the start of the stage, and tensors of a group that they are taken from
+_SAMPLED_WEIGHTS = 4096
+_SAMPLED_TENSORS = 32
+
+
+class Groups:
+    """Gradient norms of the latest step, and how far weights have moved since the stage began, by group.
+
+    ``<group>/grad_norm`` is before clipping. Of a sample of weights, ``<group>/moved`` is the share that differs from
+    the start, and ``<group>/change`` the norm of the difference over that of the start. Numbers that are not finite
+    are left out.
+    """
+
+    when: When = "log"
+    every = None
+
+    def __init__(self, job: StageJob) -> None:
+        self.limit = job.config.grad_clip
+
+    def __call__(self, run: StageInProgress) -> dict[str, float]:
+        """Compute everything on the device, and wait for it once."""
+        names, numbers = [], []
+        for group, parameters in groups(run.optimizer).items():
+            gradients = [each.grad for each in parameters if each.grad is not None]
+            if gradients:
+                names.append(f"{group}/grad_norm")
+                numbers.append(run.parallel.norm(gradients))
+            now, start = _sample(parameters), run.start[group]
+            sums = [(now != start).sum(), (now - start).square().sum(), start.square().sum()]
+            count = torch.full((), len(now), device=now.device)
+            moved, difference, size, count = run.parallel.sum(
+                torch.stack([each.float() for each in (*sums, count)])
+            )
+            names += [f"{group}/moved", f"{group}/change"]
+            numbers += [moved / count, (difference / size).sqrt()]
+        found = dict(zip(names, torch.stack(numbers).tolist(), strict=True))
+        clipped = min(1.0, self.limit / (run.meter.read().grad_norm + 1e-6))
+        for name in names:
+            if name.endswith("/grad_norm"):
+                found[name] /= clipped
+        return {name: value for name, value in found.items() if math.isfinite(value)}
+
+
+class Effect:
+    """A warning when training has left trained tensors as they were."""
+
+    when: When = "end"
+    every = None
+
+    def __init__(self, job: StageJob) -> None:
+        self.name = job.name
+
+    def __call__(self, run: StageInProgress) -> None:
+        """Count the tensors that did not change."""
+        if run.tensors_changed < _EFFECTIVE:
+            run.console.warn(
+                f"{self.name}: {len(run.unchanged)} of {len(run.trained)} trained tensors did not change at all, "
+                f"such as {', '.join(run.unchanged[:3])}: the rate may be too small, or the objective does not reach "
+                "them"
+            )
+
+
+def watch_groups(job: StageJob) -> Groups | None:
+    """Look at groups where the recipe asks for it."""
+    return Groups(job) if job.watch.groups else None
+
+
+def groups(optimizer: torch.optim.Optimizer) -> dict[str, list[nn.Parameter]]:
+    """List what an optimizer of ``build_optimizer`` trains, by group."""
+    found: dict[str, list[nn.Parameter]] = {}
+    for each in optimizer.param_groups:
+        found.setdefault(each["group"].value, []).extend(each["params"])
+    return found
+
+
+def sample_weights(optimizer: torch.optim.Optimizer) -> Mapping[str, Tensor]:
+    """Copy the sample of weights that :class:`Groups` compares: a few megabytes of a whole model."""
+    return {group: _sample(parameters) for group, parameters in groups(optimizer).items()}
+
+
+def _sample(parameters: list[nn.Parameter]) -> Tensor:
+    """Copy evenly spread weights of evenly spread tensors; of a sharded tensor, those of this process's part."""
+    chosen = parameters[:: math.ceil(len(parameters) / _SAMPLED_TENSORS)]
+    own = [each.to_local() if isinstance(each, DTensor) else each for each in chosen]
+    return torch.cat([each.detach().reshape(-1)[:: max(1, each.numel() // _SAMPLED_WEIGHTS)] for each in own])
