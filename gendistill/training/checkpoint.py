@@ -36,6 +36,8 @@ _NAME = re.compile(r"step-([0-9]+)")
 _WEIGHTS = "trained.safetensors"
 _MOMENTS = "optimizer.safetensors"
 _STATE = "state.json"
+# shape and dtype of a parameter's moments, by name
+_Layout = dict[str, tuple[tuple[int, ...], str]]
 _MOMENT_KEYS = ("step", "exp_avg", "exp_avg_sq")
 # beside moments that are packed into bytes
 _SCALE_KEYS = ("exp_avg_scale", "exp_avg_sq_scale")
@@ -187,11 +189,42 @@ def load_checkpoint(
     """Restore parameters and moments in place and return the rest of the state.
 
     Args:
-        path: The checkpoint, which every process reads.
+        path: The checkpoint, which the main process reads.
         trained, optimizer: As they were saved; already sharded.
         parallel: How they are spread.
     Raises:
         CheckpointError: It was written for other trained parameters, or is damaged.
+    """
+    # whole, where they are read
+    held: list[dict[str, Tensor]] = []
+    state, steps, layouts = parallel.on_main(lambda: _read_for(path, trained, held))
+    with torch.no_grad():
+        for name, part in parallel.scatter(trained, lambda name: held[0][name]):
+            trained[name].copy_(part)
+        for name, parameter in trained.items():
+            # moments lie as their parameter does, unless they are packed
+            like = {
+                key: parameter
+                if (shape, dtype) == (tuple(parameter.shape), "float32")
+                else torch.empty(shape, dtype=getattr(torch, dtype), device=parameter.device)
+                for key, (shape, dtype) in layouts[name].items()
+                if key != "step"
+            }
+            found = dict(parallel.scatter(like, lambda key, name=name: held[1][f"{name}.{key}"]))
+            found["step"] = torch.tensor(steps[name], dtype=torch.float32, device=parameter.device)
+            _restore(optimizer.state[parameter], found)
+    return state
+
+
+def _read_for(
+    path: Path, trained: Mapping[str, Tensor], held: list[dict[str, Tensor]]
+) -> tuple[dict[str, Any], dict[str, float], dict[str, _Layout]]:
+    """Read a checkpoint of these parameters, and put the tensors into ``held``.
+
+    Returns: Its state, the parameters' steps, and shape and dtype of their moments.
+
+    Raises:
+        CheckpointError: As for ``load_checkpoint``.
     """
     state = _read_state(path)
     weights, moments = _read_tensors(path)
@@ -204,33 +237,26 @@ def load_checkpoint(
             where=str(path),
             hint="restore the recipe that wrote it, or delete the stage's folder to start the stage again",
         )
-    with torch.no_grad():
-        for name, parameter in trained.items():
-            parameter.copy_(parallel.part(weights[name], parameter))
-            kept = {
-                key: moments[f"{name}.{key}"]
-                for key in (*_MOMENT_KEYS, *_SCALE_KEYS)
-                if f"{name}.{key}" in moments
-            }
-            _restore(optimizer.state[parameter], kept, parameter, parallel)
-    return state
+    held += [weights, moments]
+    layouts: dict[str, _Layout] = {name: {} for name in weights}
+    for place, value in moments.items():
+        name, _, key = place.rpartition(".")
+        layouts[name][key] = tuple(value.shape), str(value.dtype).removeprefix("torch.")
+    return state, {name: moments[f"{name}.step"].item() for name in weights}, layouts
 
 
-def _restore(
-    state: dict[str, Tensor], kept: Mapping[str, Tensor], parameter: Tensor, parallel: Parallel
-) -> None:
+def _restore(state: dict[str, Tensor], found: Mapping[str, Tensor]) -> None:
     """Put moments in place of those that an optimizer has, or give them to one that has none yet."""
-    if state and state.keys() != kept.keys():
+    if state and state.keys() != found.keys():
         raise CheckpointError(
-            f"the checkpoint was written by another optimizer: it holds {', '.join(kept)}, not {', '.join(state)}",
+            f"the checkpoint was written by another optimizer: it holds {', '.join(found)}, not {', '.join(state)}",
             hint="restore the recipe that wrote it, or delete the stage's folder to start the stage again",
         )
-    for key, value in kept.items():
-        part = value.to(parameter.device) if key == "step" else parallel.part(value, parameter)
+    for key, value in found.items():
         if key in state:
-            state[key].copy_(part)
+            state[key].copy_(value)
         else:
-            state[key] = part
+            state[key] = value
 
 
 def checksums(parameters: Iterable[tuple[str, Tensor]]) -> dict[str, int]:

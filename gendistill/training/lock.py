@@ -166,6 +166,8 @@ def time_step(
     micro_batches: Sequence[Batch],
     optimizer: torch.optim.Optimizer,
     make: Callable[[list[dict[str, Any]]], torch.optim.Optimizer],
+    *,
+    slowest: Callable[[float], float] = float,
 ) -> float:
     """Estimate the seconds of one optimizer step without taking one.
 
@@ -177,6 +179,7 @@ def time_step(
         micro_batches: Of one step on this process.
         optimizer: Not stepped.
         make: Makes another of its kind, over other parameter groups.
+        slowest: Largest of the processes' numbers: all must run as often, because sharded parameters make them wait.
     """
     parameters: dict[Tensor, dict[str, Any]] = {
         parameter: group for group in optimizer.param_groups for parameter in group["params"]
@@ -187,7 +190,7 @@ def time_step(
     times: list[float] = []
     while len(times) < _MOST_PROBES and sum(times) < _PROBE_SECONDS:
         batch = micro_batches[(len(times) + 1) % len(micro_batches)]
-        times.append(_seconds(device, lambda batch=batch: run(batch)))
+        times.append(slowest(_seconds(device, lambda batch=batch: run(batch))))
     largest = nn.Parameter(model.detach().clone())
     largest.grad = torch.zeros_like(largest)
     probe = make([{**parameters[model], "params": [largest]}])

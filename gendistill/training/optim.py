@@ -61,13 +61,15 @@ def build_optimizer(student: nn.Module, stage: StageConfig) -> torch.optim.Optim
     """
     config: Any = student.config
     exempt = undecayed(config.to_dict())
-    buckets: dict[tuple[ParamGroup, bool], list[Tensor]] = {}
+    # split parameters and whole ones do not go into one call
+    buckets: dict[tuple[ParamGroup, bool, type], list[Tensor]] = {}
     for name, parameter in student.named_parameters():
         if parameter.requires_grad:
             group = param_group_of(name, config)
-            buckets.setdefault((group, decays(name, parameter, group, exempt)), []).append(parameter)
+            bucket = group, decays(name, parameter, group, exempt), type(parameter)
+            buckets.setdefault(bucket, []).append(parameter)
     groups = []
-    for (group, decayed), parameters in buckets.items():
+    for (group, decayed, _), parameters in buckets.items():
         rate = stage.lr[group] if isinstance(stage.lr, dict) else stage.lr
         decay = stage.weight_decay if decayed else 0.0
         groups.append(

@@ -129,7 +129,7 @@ def test_steps_cover_the_tokens_and_ranks_share_the_batch(teacher_folder):
 
 
 def test_batch_that_ranks_cannot_share_is_refused(teacher_folder):
-    with pytest.raises(RecipeError, match="not a multiple of micro_batch_size 2 x 3 processes"):
+    with pytest.raises(RecipeError, match="batch_size 4 cannot be shared equally by 3 processes"):
         plan(teacher_folder, num_processes=3)
 
 

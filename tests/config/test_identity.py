@@ -144,7 +144,17 @@ FLIPS: dict[type[Section], tuple[dict[str, Any], dict[str, Any]]] = {
         {"rank": 4, "groups": ["attention"]},
         {"rank": 8, "alpha": 32.0, "dropout": 0.1, "groups": ["mlp"], "only": ["q_proj"]},
     ),
-    EngineConfig: ({}, {"parallel": "fsdp2", "loss": "reference", "prefetch": 0, "blocks": "family"}),
+    EngineConfig: (
+        {},
+        {
+            "parallel": "fsdp2",
+            "gather": "float32",
+            "patience_s": 30.0,
+            "loss": "reference",
+            "prefetch": 0,
+            "blocks": "family",
+        },
+    ),
     WatchConfig: (
         {},
         {
@@ -252,7 +262,7 @@ def test_what_only_logs_saves_or_splits_work_affects_nothing():
         },
         HeldOutConfig: {"every_steps"},
         EvalConfig: {"batch_size", "bootstrap"},
-        EngineConfig: {"parallel", "loss", "prefetch", "blocks"},
+        EngineConfig: {"parallel", "gather", "patience_s", "loss", "prefetch", "blocks"},
         WatchConfig: set(WatchConfig.model_fields),
         Recipe: {"version", "name", "output", "engine", "watch", "trackers"},
     }
