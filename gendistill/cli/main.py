@@ -144,6 +144,8 @@ def _quiet_libraries() -> None:
     # what the datasets library complains of is in our error
     os.environ.setdefault("DATASETS_VERBOSITY", "critical")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # a connection whose other end is gone would be told with a stack of C++ frames, beside our error
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     # looking for plugins reads the metadata of every installed package, a fifth of the start-up time
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
 

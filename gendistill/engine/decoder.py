@@ -15,12 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from gendistill.anatomy.family import FAMILIES, Geometry, family_of, geometry_of
-from gendistill.engine.linear import PackedLinear
+from gendistill.engine.linear import PackedLinear, pack
 from gendistill.engine.mlp import gated_mlp
 from gendistill.mixers.base import Mixer, SequenceInfo
 from gendistill.ops.block import attend, rms_norm
@@ -105,8 +104,6 @@ def why_not(model: Any, *, device: torch.device, dtype: torch.dtype) -> str | No
         return "its MLP has biases"
     if getattr(config, "attention_dropout", 0.0):
         return "it drops attention weights at random (attention_dropout)"
-    if any(isinstance(parameter, DTensor) for parameter in model.model.parameters()):
-        return "its parameters are sharded"
     if any(
         type(layer) is not nn.Linear for name, layer in model.model.named_modules() if name.endswith("_proj")
     ):
@@ -148,7 +145,7 @@ class FusedDecoder:
         self.patched.append((module, name))
 
     def _pack(self, *layers: nn.Linear) -> PackedLinear:
-        self.packed.append(PackedLinear(layers, self.dtype))
+        self.packed.append(pack(layers, self.dtype))
         return self.packed[-1]
 
     def _patch_layer(self, index: int, layer: Any) -> None:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.distributed.tensor import DTensor
 
 # rows of a packed matrix: products with other widths fall off the fast paths of matrix units
 _MULTIPLE = 8
@@ -67,6 +68,10 @@ class PackedLinear:
             parameter.data = parameter.data.clone()
         self.adopted = []
 
+    def saved(self) -> Tensor | None:
+        """Return what a function keeps of the matrix for its backward pass."""
+        return self.matrix
+
     def __call__(self, x: Tensor) -> Tensor:
         """Run all layers on ``[..., in_features]``; returns ``[..., rows]`` in the dtype of arithmetic."""
         return _Packed.apply(x, self, *self.parameters, *self.biases)  # pyright: ignore[reportReturnType]
@@ -75,6 +80,70 @@ class PackedLinear:
         """Cut an output into those of the layers."""
         rest = out.shape[-1] - sum(self.widths)
         return out.split([*self.widths, rest] if rest else list(self.widths), dim=-1)[: len(self.widths)]
+
+
+class GatheredLinear(PackedLinear):
+    """Linear layers whose parameters are split among processes, and whole only while their decoder layer runs.
+
+    The matrix is put together whenever it is asked for, also in the backward pass, for which the parameters are
+    gathered again; kept in between, it would take the memory that splitting saves.
+
+    Args:
+        layers: As for :class:`PackedLinear`.
+        dtype: Of arithmetic.
+    """
+
+    def __init__(self, layers: Sequence[nn.Linear], dtype: torch.dtype) -> None:
+        self.layers = tuple(layers)
+        self.dtype = dtype
+        self.widths = tuple(layer.out_features for layer in layers)
+        self.places = list(pairwise(accumulate(self.widths, initial=0)))
+        self.sources, self.targets, self.adopted = [], [], []
+
+    @property
+    def parameters(self) -> list[Tensor]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The weights as they are at the moment."""
+        return [layer.weight for layer in self.layers]
+
+    @property
+    def biases(self) -> list[Tensor]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The biases as they are at the moment."""
+        return [layer.bias for layer in self.layers if layer.bias is not None]
+
+    @property
+    def matrix(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The weights in the dtype of arithmetic, one below the other."""
+        return self._pack([layer.weight for layer in self.layers])
+
+    @property
+    def bias(self) -> Tensor | None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The biases likewise; zeros for a layer that has none."""
+        if not self.biases:
+            return None
+        return self._pack(
+            [
+                layer.weight.new_zeros(layer.out_features) if layer.bias is None else layer.bias
+                for layer in self.layers
+            ]
+        )
+
+    def saved(self) -> Tensor | None:
+        """Keep nothing."""
+        return None
+
+    def _pack(self, parts: list[Tensor]) -> Tensor:
+        parts = [part.detach().to(self.dtype) for part in parts]
+        if len(parts) == 1:
+            return parts[0]
+        if rest := -sum(self.widths) % _MULTIPLE:
+            parts.append(parts[0].new_zeros(rest, *parts[0].shape[1:]))
+        return torch.cat(parts)
+
+
+def pack(layers: Sequence[nn.Linear], dtype: torch.dtype) -> PackedLinear:
+    """Pack linear layers, whether this process has their weights whole or not."""
+    is_split = any(isinstance(layer.weight, DTensor) for layer in layers)
+    return (GatheredLinear if is_split else PackedLinear)(layers, dtype)
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:
@@ -127,7 +196,7 @@ class _Packed(torch.autograd.Function):
         # as a matrix: with more dimensions, a bias would be added in a pass of its own
         flat = x.flatten(0, -2).to(packed.matrix.dtype)
         ctx.packed, ctx.shape, ctx.dtype = packed, x.shape, x.dtype
-        ctx.save_for_backward(flat, packed.matrix)
+        ctx.save_for_backward(flat, packed.saved())
         return F.linear(flat, packed.matrix, packed.bias).view(*x.shape[:-1], -1)
 
     @staticmethod
@@ -136,6 +205,8 @@ class _Packed(torch.autograd.Function):
         x, matrix = ctx.saved_tensors
         packed: PackedLinear = ctx.packed
         flat = grad.flatten(0, -2)
+        if matrix is None:
+            matrix = packed.matrix
         grad_x = (flat @ matrix).view(ctx.shape).to(ctx.dtype) if ctx.needs_input_grad[0] else None
         grads = weight_grads(flat, x, packed.places, packed.parameters)
         bias_grads: list[Tensor | None] = [None] * len(packed.biases)

@@ -40,7 +40,7 @@ class _GatedMLP(torch.autograd.Function):
         flat = x.reshape(-1, x.shape[-1])
         both = F.linear(flat, _rows(gate_up))
         hidden = _swiglu(both, impl)
-        ctx.save_for_backward(flat, both, gate_up.matrix, down.matrix)
+        ctx.save_for_backward(flat, both, gate_up.saved(), down.saved())
         ctx.packed, ctx.impl, ctx.shape = (gate_up, down), impl, x.shape
         return add_product(stream.view(flat.shape), hidden, down.matrix.T).view(stream.shape)
 
@@ -49,6 +49,8 @@ class _GatedMLP(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, both, _, down_matrix = ctx.saved_tensors
         gate_up, down = ctx.packed
+        if down_matrix is None:
+            down_matrix = down.matrix
         out = grad.reshape(x.shape).to(x.dtype)
         grad_both, hidden = _swiglu_backward(
             out @ down_matrix, both, down.parameters[0].requires_grad, ctx.impl

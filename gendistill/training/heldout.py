@@ -53,10 +53,16 @@ def score_heldout(
     sums = torch.zeros(len(_SUMS) + 1, device=device)
     measure = partial(_batch_sums, compute_dtype=compute_dtype)
     with evaluating(student):
-        for batch in batches[rank::world]:
-            batch = batch.to(device)
+        for first in range(0, len(batches), world):
+            # split parameters are gathered by all: who has no batch left runs another one's, which does not count
+            mine = first + rank < len(batches)
+            batch = batches[first + rank if mine else first].to(device)
             signals = teacher.signals(batch, Needs(hidden=True))
-            sums += module(batch, signals, measure) if module else measure(student, signals, batch)
+            found = module(batch, signals, measure) if module else measure(student, signals, batch)
+            if mine:
+                sums += found
+    if parallel and module is not None:
+        parallel.settle(module)
     if parallel:
         sums = parallel.sum(sums)
     *totals, count = sums.tolist()

@@ -22,6 +22,7 @@ from gendistill.losses.logits import LogitObjective, choose_loss_impl
 from gendistill.losses.student import StudentLike
 from gendistill.paths import write_json
 from gendistill.teachers.base import Teacher, check_vocabulary
+from gendistill.training.adapters import insert_adapters, merge_adapters
 from gendistill.training.checkpoint import (
     Progress,
     checksums,
@@ -51,13 +52,14 @@ from gendistill.training.monitors import MONITORS, Rewind, Stop, When
 from gendistill.training.monitors.heldout import heldout_scores
 from gendistill.training.monitors.weights import sample_weights
 from gendistill.training.optim import (
+    OPTIMIZERS,
     build_optimizer,
     choose_compute_dtype,
     fixed_dtype,
     learning_rate_factor,
     set_learning_rates,
 )
-from gendistill.training.parallel import Parallel
+from gendistill.training.parallel import Parallel, Situation
 from gendistill.training.step import StepRunner, seed_step
 from gendistill.training.trackers import Trackers
 
@@ -73,8 +75,8 @@ def train_stage(
 ) -> StageResult:
     """Train a student for one stage, from its newest checkpoint if there is one.
 
-    The student becomes float32 and is trained in place; saving it is left to the caller. Writes ``plan.json``,
-    ``metrics.jsonl``, ``checkpoints/`` and ``result.json`` in the stage's folder.
+    The student becomes float32 and is trained in place; adapters are merged into its weights, and saving it is left to
+    the caller. Writes ``plan.json``, ``metrics.jsonl``, ``checkpoints/`` and ``result.json`` in the stage's folder.
 
     Args:
         job: What to do.
@@ -83,16 +85,24 @@ def train_stage(
         stream: This process's micro-batches, at their start: resuming sets its state.
         parallel: How the stage is shared among processes.
         console: Where to report.
+    Returns:
+        How it ended. On the main process the student is whole; where it was sharded, the others are left without
+        weights.
     Raises:
         RecipeError: The stage does not fit student or teacher.
         CheckpointError: The recipe has changed since the stage began.
-        TrainingError: A loss or gradient is not finite.
+        TrainingError: A loss or gradient is not finite, or another process is lost.
         StageStopped: SIGTERM or SIGINT came; a checkpoint is saved.
     """
+    module = cast(nn.Module, student)
+    saved: list[Path] = []
     try:
-        return StageRun(job, student, teacher, stream, parallel, console).run()
+        with parallel.together(lambda: _when_lost(job, saved)):
+            run = StageRun(job, student, teacher, stream, parallel, console, saved=saved)
+            result = run.run()
+            parallel.unshard(run.runner.plain_module)
+            return result
     finally:
-        module = cast(nn.Module, student)
         for model in (student, teacher.model):
             if model is not None:
                 release(model)
@@ -101,6 +111,7 @@ def train_stage(
         if job.config.gradient_checkpointing:
             recompute_activations(student, False)
         parallel.close()
+        merge_adapters(module)
 
 
 class StageRun:
@@ -134,11 +145,15 @@ class StageRun:
         stream: Stream,
         parallel: Parallel,
         console: TrainingConsole,
+        *,
+        saved: list[Path],
     ) -> None:
         """Check, freeze and shard the student, decide about the stage, and restore the newest checkpoint."""
         self.job, self.stage = job, job.config
         self.student, self.module = student, cast(nn.Module, student)
         self.teacher, self.stream, self.parallel, self.console = teacher, stream, parallel, console
+        # the newest checkpoint last
+        self.saved = saved
         check_vocabulary(teacher.facts, student.config)
         scored = [batch for batch in job.heldout if batch.num_labels]
         if not scored:
@@ -171,22 +186,36 @@ class StageRun:
         job, stage, parallel = self.job, self.stage, self.parallel
         frozen = apply_freeze(self.module, stage, name=job.name, reaches=self.objective.reaches)
         self.console.say(f"{job.name}: {frozen}")
-        # adapters would be put in here: they learn where all else is frozen, and are sharded like it
+        adapted = insert_adapters(
+            self.module, stage, name=job.name, seed=job.seed, reaches=self.objective.reaches
+        )
+        if adapted is not None:
+            self.console.say(f"{job.name}: {adapted}")
         # float32 masters: bfloat16 weights would swallow most updates
-        self.module.float().to(parallel.device).train()
-        self.teacher.to(parallel.device)
+        self.module.float().to(parallel.loads_on).train()
+        self.teacher.to(parallel.device, place=parallel.place_teacher)
         if stage.gradient_checkpointing:
             recompute_activations(self.student, True)
         self.objective.calibrate(self.teacher, calibration.to(parallel.device))
         self.before = checksums(self.module.named_parameters())
-        self.runner = StepRunner(self.module, self.objective, self.teacher, parallel)
+        checkpoint = parallel.on_main(lambda: find_checkpoint(job.checkpoints, self.console.say))
+        locked = locked_settings(
+            stage, name=job.name, seed=job.seed, checksums=self.before, extra=dict(job.lock)
+        )
+        lock = parallel.on_main(lambda: existing_lock(job.plan, locked, checkpoint))
+        # sharding needs to know
+        dtype = lock.dtype if lock else self._choose_dtype()
+        self.runner = StepRunner(self.module, self.objective, self.teacher, parallel, compute_dtype=dtype)
+        self._fuse(dtype)
         self.trained = trained_parameters(self.module)
         self.optimizer = build_optimizer(self.module, stage)
         self.start = sample_weights(self.optimizer) if job.watch.groups else {}
-        checkpoint = parallel.on_main(lambda: find_checkpoint(job.checkpoints, self.console.say))
-        self.lock = self._decide(checkpoint)
+        # timed first and trained on afterwards, as the first step
+        self.fetched: list[Batch] | None = None
+        self.lock = lock or self._decide(locked)
         self.progress = Progress()
         if checkpoint is not None:
+            self.saved.append(checkpoint)
             self._restore(checkpoint)
         self.meter = self._meter()
         self.console.say(
@@ -197,42 +226,41 @@ class StageRun:
             + (f", resuming from {checkpoint}" if checkpoint else "")
         )
 
-    def _decide(self, checkpoint: Path | None) -> StageLock:
-        """Take up what was decided when the stage began, or decide: its steps and its arithmetic."""
-        job, stage, parallel, runner = self.job, self.stage, self.parallel, self.runner
-        path = job.folder / "plan.json"
-        locked = locked_settings(
-            stage, name=job.name, seed=job.seed, checksums=self.before, extra=dict(job.lock)
-        )
-        # timed first and trained on afterwards, as the first step
-        self.fetched: list[Batch] | None = None
-        lock = parallel.on_main(lambda: existing_lock(path, locked, checkpoint))
-        if lock is not None:
-            self._compute_in(lock.dtype)
-            return lock
+    def _choose_dtype(self) -> torch.dtype:
         hidden_size = self.student.config.hidden_size
-        self._compute_in(
-            fixed_dtype(stage) or parallel.on_main(lambda: choose_compute_dtype(parallel.device, hidden_size))
+        return fixed_dtype(self.stage) or self.parallel.on_main(
+            lambda: choose_compute_dtype(self.parallel.device, hidden_size)
         )
+
+    def _decide(self, locked: dict[str, Any]) -> StageLock:
+        """Decide how many steps there will be, and write down what is decided."""
+        job, stage, parallel, runner = self.job, self.stage, self.parallel, self.runner
         self.fetched = next(self.stream) if stage.minutes is not None else None
         started, seconds_per_step = time.perf_counter(), None
         if self.fetched is not None:
             seed_step(parallel, job.seed, 0)
-            seconds_per_step = parallel.largest(time_step(runner.rehearse, self.fetched, self.optimizer))
+            seconds_per_step = parallel.largest(
+                time_step(
+                    runner.rehearse,
+                    self.fetched,
+                    self.optimizer,
+                    lambda groups: OPTIMIZERS[stage.optimizer](groups, stage.betas),
+                    slowest=parallel.largest,
+                )
+            )
             self.optimizer.zero_grad()
         spent = parallel.largest(time.perf_counter() - started)
         decided = StageLock(
-            steps=num_steps(stage, seconds_per_step, spent),
+            steps=num_steps(stage, seconds_per_step, spent, name=job.name),
             compute_dtype=str(runner.compute_dtype).removeprefix("torch."),
             seconds_per_step=seconds_per_step,
             locked=locked,
         )
-        parallel.on_main(lambda: write_lock(path, decided))
+        parallel.on_main(lambda: write_lock(job.plan, decided))
         return decided
 
-    def _compute_in(self, dtype: torch.dtype) -> None:
-        """Fix the dtype of arithmetic, and let decoders run fused where the engine says so."""
-        self.runner.compute_dtype = dtype
+    def _fuse(self, dtype: torch.dtype) -> None:
+        """Let decoders run fused, in this dtype of arithmetic, where the engine says so."""
         asked, device = self.job.engine.blocks, self.parallel.device
         if asked == "family" or (asked == "auto" and device.type != "cuda"):
             return
@@ -401,7 +429,7 @@ class StageRun:
             )
             state = {"progress": asdict(progress), "stream": self.stream.state_dict()}
             tensors = gather_tensors(self.trained, self.optimizer, self.parallel)
-            self.parallel.on_main(
+            path = self.parallel.on_main(
                 lambda: save_checkpoint(
                     self.job.checkpoints,
                     step=progress.step,
@@ -410,6 +438,7 @@ class StageRun:
                     state=state,
                 )
             )
+            self.saved.append(path)
         self.last_save = time.perf_counter()
 
     def _due(self, request: StopRequest) -> Due:
@@ -507,7 +536,7 @@ class StageRun:
                 self.log(view)
                 self._write_checkpoint()
             self.lock = replace(self.lock, steps=self.progress.step)
-            self.parallel.on_main(lambda: write_lock(self.job.folder / "plan.json", self.lock))
+            self.parallel.on_main(lambda: write_lock(self.job.plan, self.lock))
 
     def _stopped(self, request: StopRequest) -> StageStopped:
         number = request.signal_number or signal.SIGTERM
@@ -553,6 +582,16 @@ class StageRun:
     def tensors_changed(self) -> float:
         """At the end, share of the trained tensors that differ from the start."""
         return 1 - len(self.unchanged) / len(self.trained)
+
+
+def _when_lost(job: StageJob, saved: list[Path]) -> Situation:
+    """Say what a lost process leaves behind."""
+    return Situation(
+        where=f"stages.{job.name}",
+        kept=f"The checkpoint {saved[-1]} is intact" if saved else "No checkpoint had been saved yet",
+        hint="run the same command again, on as many processes or fewer: "
+        + ("the stage resumes from there" if saved else "the stage begins again"),
+    )
 
 
 def _divides(every: int | None, step: int) -> bool:

@@ -3,20 +3,17 @@
 import hashlib
 import json
 import math
+import re
 from io import StringIO
-from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedType
 
 from gendistill.errors import CheckpointError, RecipeError, TrainingError
 from gendistill.losses import logits
 from gendistill.ops import Impl
 from gendistill.testing import tiny_teacher
 from gendistill.training import stage
-from gendistill.training.parallel.ddp import check_accelerator
 
 
 def digest(parameter):
@@ -191,6 +188,15 @@ def test_minutes_become_steps_once_and_leave_no_trace(tiny, tmp_path):
     assert again.steps == plan["steps"]
 
 
+def test_minutes_that_end_before_the_first_step_are_refused_with_the_mend(tiny, tmp_path):
+    with pytest.raises(RecipeError) as caught:
+        tiny.run_stage(tmp_path, steps=None, minutes=1e-6)
+    assert caught.value.where == "stages.tiny.minutes"
+    assert "minutes 1e-06 end before the first step: timing took" in caught.value.message
+    assert re.fullmatch(r"give it more than [\d.]+, or set steps", caught.value.hint or "")
+    assert not (stage_folder(tmp_path) / "plan.json").exists()
+
+
 def test_tokens_become_whole_steps(tiny, tmp_path):
     result, _ = tiny.run_stage(tmp_path, steps=None, tokens=129)
     assert result.steps == 2
@@ -272,20 +278,6 @@ def test_mismatched_vocabularies_stop_before_anything_is_written(tiny, tmp_path)
     with pytest.raises(RecipeError, match=r"98.*97"):
         tiny.run_stage(tmp_path, teacher=tiny_teacher(vocab_size=98))
     assert not list(tmp_path.iterdir())
-
-
-def test_launch_settings_that_would_change_the_loss_are_refused(monkeypatch):
-    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2")
-    with pytest.raises(TrainingError, match="accumulate 2 steps"):
-        check_accelerator(Accelerator(cpu=True))
-    monkeypatch.delenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS")
-    check_accelerator(Accelerator(cpu=True))
-    fine = {"gradient_accumulation_steps": 1, "mixed_precision": "no", "distributed_type": DistributedType.NO}
-    check_accelerator(SimpleNamespace(**fine))
-    with pytest.raises(TrainingError, match="mixed precision bf16"):
-        check_accelerator(SimpleNamespace(**{**fine, "mixed_precision": "bf16"}))
-    with pytest.raises(TrainingError, match="FSDP"):
-        check_accelerator(SimpleNamespace(**{**fine, "distributed_type": DistributedType.FSDP}))
 
 
 def test_plain_output_is_one_line_per_log_interval(tiny, tmp_path):

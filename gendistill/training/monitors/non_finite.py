@@ -68,4 +68,7 @@ class NonFinite:
         run.optimizer.zero_grad()
         with unfused(run.student):
             run.runner.accumulate(run.micro_batches)
-            return f"first seen in the {first_non_finite(run.module, run.runner.loss, run.micro_batches)}"
+            found = first_non_finite(
+                run.module, run.runner.loss, run.micro_batches, largest=run.parallel.largest
+            )
+            return f"first seen in the {found}"
