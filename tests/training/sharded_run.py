@@ -23,7 +23,7 @@ _SPEC.loader.exec_module(tiny)
 
 WORLD = 2
 OBJECTIVES = {
-    "kl": {},
+    "kl": {"job": tiny.watching(every=3)},
     "mixer_output": {"objective": {"kind": "mixer_output"}, "train": ["mixer"]},
     "block_output": {"objective": {"kind": "block_output"}, "train": ["mixer", "mlp"]},
 }

@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from rich.console import Console
 
 from gendistill.config.schema import StageConfig
+from gendistill.config.watch import WatchConfig
 from gendistill.data.batch import IGNORE, Batch
 from gendistill.errors import GendistillError
 from gendistill.ops import Segments
@@ -100,6 +101,29 @@ class TinyStream:
 def heldout():
     """Two batches that no step contains."""
     return [batch_of(range(900, 904)), batch_of(range(904, 906))]
+
+
+class Greedy:
+    """An examiner without tokenizer: answers are ids, and a score is the share of them that are even."""
+
+    def answers(self, student):
+        ids = student.generate(
+            torch.tensor([[5, 6, 7]], device=student.device),
+            max_new_tokens=8,
+            do_sample=False,
+            pad_token_id=0,
+        )
+        return [{"id": 0, "question": "567", "student": str(ids[0, 3:].tolist()), "teacher": ""}]
+
+    def score(self, student, task, limit):
+        ids = json.loads(self.answers(student)[0]["student"])
+        return {"value": sum(each % 2 == 0 for each in ids) / len(ids), "n": len(ids)}
+
+
+def watching(every):
+    """Return the fields of a job that looks at everything every so many steps."""
+    names = ("layers_every_steps", "answers_every_steps", "score_every_steps")
+    return {"watch": WatchConfig(**dict.fromkeys(names, every)), "examiner": Greedy()}
 
 
 def run_stage(
