@@ -1,5 +1,6 @@
 """What the library face does: convert, probe, train, score, and run recipes."""
 
+import contextlib
 import json
 import tempfile
 import warnings
@@ -8,7 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-from accelerate import Accelerator
 from rich.console import Console
 from transformers import PreTrainedModel
 
@@ -17,6 +17,7 @@ from gendistill.api.values import Dataset, Evaluation, Model, Run, check_types
 from gendistill.checkpoints.resolve import (
     read_tensor_index,
 )
+from gendistill.config.engine import EngineConfig
 from gendistill.config.load import build_recipe, load_recipe
 from gendistill.config.schema import Recipe
 from gendistill.conversion.execute import apply_plan
@@ -37,7 +38,7 @@ from gendistill.training.checkpoint import checksums
 from gendistill.training.console import TrainingConsole
 from gendistill.training.interrupt import StageStopped
 from gendistill.training.lock import weights_digest
-from gendistill.training.parallel import choose_parallel
+from gendistill.training.parallel import FullySharded, connect
 from gendistill.training.stage import StageJob, StageResult, train_stage
 
 _SOURCE = "dataset"  # the name of the only source in the recipes made here
@@ -177,7 +178,13 @@ def distill(
     recipe = _recipe(
         "gendistill.distill()", teacher.name, seed=seed, **_data_sections(data), stages={name: stage}
     )
-    parallel = choose_parallel(Accelerator())
+    parallel = connect(EngineConfig())
+    if isinstance(parallel, FullySharded):
+        raise RecipeError(
+            "gendistill.distill() keeps models whole, and accelerate is set to FSDP",
+            where="ACCELERATE_USE_FSDP",
+            hint="launch without --use_fsdp, or write a recipe with engine.parallel: fsdp2 and use gendistill.run()",
+        )
     for warning in advise(
         recipe, teacher.checkpoint.config, chat_template=bool(teacher.tokenizer.chat_template)
     ):
@@ -185,7 +192,15 @@ def distill(
     heldout = [batch.to(parallel.device) for batch in heldout_batches(recipe, teacher.tokenizer)]
     # only where an interrupted stage can go on
     lock = {} if folder is None else _lock(recipe, name, teacher)
-    with _stops_between_steps(folder), _folder(folder) as place:
+    stream = build_stream(
+        recipe,
+        name,
+        teacher.tokenizer,
+        rank=parallel.rank,
+        world=parallel.world,
+        device=parallel.device,
+    )
+    with _stops_between_steps(folder), _folder(folder) as place, contextlib.closing(stream):
         return train_stage(
             StageJob(
                 name=name,
@@ -198,7 +213,7 @@ def distill(
             ),
             student=student.as_student(),
             teacher=LiveTeacher(teacher.model),
-            stream=build_stream(recipe, name, teacher.tokenizer, rank=parallel.rank, world=parallel.world),
+            stream=stream,
             parallel=parallel,
             console=TrainingConsole(main=parallel.is_main and not quiet),
         )

@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 
 GATES = ("bounded", "softplus")
 LOWER_BOUND = -5.0
+# logits of the losses
+VOCABULARY = 151_936
 FORWARD, TRAIN = "forward", "forward+backward"
 MEMORY, LAUNCHES, BANDWIDTH = "peak extra memory", "launches", "bandwidth"
 STEP = "step"
@@ -88,6 +90,40 @@ class DecodeCase:
         """Size of the recurrent states, which a step reads and writes."""
         return 4 * self.batch * self.heads * self.channels**2
 
+
+@dataclass(frozen=True, slots=True)
+class LossCase:
+    """One distillation loss, forwards and backwards, from hidden states and heads.
+
+    Attributes:
+        name: What ``--cases`` calls it.
+        kind: ``kl``, ``reverse_kl`` or ``jsd``, of the teacher and the student.
+        trained: Whether the student's head has a gradient.
+    """
+
+    name: str
+    kind: str
+    trained: bool
+    tokens: int = 8192
+    channels: int = 1024
+    teacher_channels: int = 1024
+    vocabulary: int = VOCABULARY
+
+
+LOSS_CASES = (
+    LossCase("kl, head trained", "kl", True),
+    LossCase("kl, head frozen", "kl", False),
+    LossCase("reverse_kl, head frozen", "reverse_kl", False),
+    LossCase("jsd, head frozen", "jsd", False),
+)
+# by case and unit: of the time, of the memory besides the inputs
+LOSS_BARS = {
+    ("kl, head trained", "ms"): 22.0,
+    ("kl, head frozen", "ms"): 18.0,
+    ("kl, head trained", "GB"): 2.2,
+    ("kl, head frozen", "GB"): 2.2,
+}
+LOSS_ERROR_BAR = 5e-3
 
 # 20 documents, 16,384 tokens, shorter and longer than a chunk, and at its edges
 _DOCUMENTS = (

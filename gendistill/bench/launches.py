@@ -6,10 +6,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+from gendistill_kernels.block import attention, glu, rope
+from gendistill_kernels.block import norm as block_norm
+from gendistill_kernels.block import rows as block_rows
 from gendistill_kernels.conv import causal
 from gendistill_kernels.conv import rows as conv_rows
 from gendistill_kernels.delta import chunk, decode
 from gendistill_kernels.delta import rows as delta_rows
+from gendistill_kernels.divergence import dense, tail
+from gendistill_kernels.divergence import rows as divergence_rows
 from gendistill_kernels.norm import gated
 from gendistill_kernels.norm import rows as norm_rows
 from gendistill_kernels.runtime.launch import Fixed
@@ -46,12 +51,28 @@ PLACES = {
     "conv_backward": Place(causal, "_backward"),
     "norm_forward": Place(gated, "_forward"),
     "norm_backward": Place(gated, "_backward"),
+    "block_norm_forward": Place(block_norm, "_forward"),
+    "block_norm_backward": Place(block_norm, "_backward"),
+    "block_glu_forward": Place(glu, "_forward"),
+    "block_glu_backward": Place(glu, "_backward"),
+    "block_rope_forward": Place(rope, "_forward"),
+    "block_rope_backward": Place(rope, "_backward"),
+    "block_attention": Place(attention, "_forward"),
     "decode": Place(decode, "_decode"),
     "decode_group": Place(decode, "_decode"),
+    "divergence": Place(dense, "_compare"),
+    "tail_sum": Place(tail, "_log_sum"),
+    "tail_gradient": Place(tail, "_spread"),
 }
 
 
-TABLES: tuple[Table[Any], ...] = (delta_rows.TABLE, conv_rows.TABLE, norm_rows.TABLE)
+TABLES: tuple[Table[Any], ...] = (
+    delta_rows.TABLE,
+    conv_rows.TABLE,
+    norm_rows.TABLE,
+    block_rows.TABLE,
+    divergence_rows.TABLE,
+)
 
 
 def table_of(kernel: str) -> Table[Any]:

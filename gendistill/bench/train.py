@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from accelerate import Accelerator
 from rich.console import Console
 from rich.table import Table
 
@@ -22,6 +21,7 @@ from gendistill.anatomy.full import FULL
 from gendistill.anatomy.groups import ParamGroup
 from gendistill.anatomy.kda import KDA
 from gendistill.bench.tasks import VOCABULARY, TaskStream, draw_batch
+from gendistill.config.engine import EngineConfig
 from gendistill.config.objectives import CEConfig
 from gendistill.config.schema import ScheduleConfig, StageConfig
 from gendistill.data.batch import Batch
@@ -32,7 +32,7 @@ from gendistill.teachers.live import LiveTeacher
 from gendistill.training.console import TrainingConsole
 from gendistill.training.job import StageJob, StageResult
 from gendistill.training.log import read_metrics
-from gendistill.training.parallel import choose_parallel
+from gendistill.training.parallel import connect
 from gendistill.training.stage import train_stage
 
 Impl = Literal["auto", "reference", "triton"]
@@ -291,7 +291,7 @@ class TrainBench:
             # cross-entropy asks it nothing; held-out scores put it beside the student
             teacher=LiveTeacher(setup.model(seed, ["full"])),
             stream=TaskStream(setup.rows, setup.tokens, seed=seed),
-            parallel=choose_parallel(Accelerator(cpu=self.cpu)),
+            parallel=connect(EngineConfig(), cpu=self.cpu),
             console=TrainingConsole(console=self.console),
         )
 

@@ -19,7 +19,7 @@ from rich.table import Table
 from torch import Tensor
 
 from gendistill.bench import measure
-from gendistill.bench.cases import GATES, LOWER_BOUND, Case, DecodeCase
+from gendistill.bench.cases import GATES, LOWER_BOUND, VOCABULARY, Case, DecodeCase
 from gendistill.bench.inputs import DecodeInputs, SequenceInputs, draw_decode, draw_sequence
 from gendistill.bench.launches import PLACES, Launch, table_of, watch
 from gendistill.bench.measure import attempt, relative_error
@@ -31,6 +31,9 @@ from gendistill_kernels.delta.decode import decode_step
 from gendistill_kernels.delta.layout import Chunks, power_of_2
 from gendistill_kernels.delta.rows import ANY, is_many
 from gendistill_kernels.delta.rule import Convolution, Finish, Heads, Inputs, Rule
+from gendistill_kernels.divergence import layout as divergence
+from gendistill_kernels.divergence.dense import compare
+from gendistill_kernels.divergence.tail import log_sum, spread
 from gendistill_kernels.norm.gated import gated_norm_backward, gated_norm_forward
 from gendistill_kernels.runtime.hardware import architecture
 from gendistill_kernels.runtime.lookup import Config, Row, forced
@@ -84,6 +87,9 @@ CANDIDATES: dict[str, tuple[Config, ...]] = {
     "decode_group": tuple(
         Config(block, warps, registers=255) for block in (8192, 16384, 32768) for warps in (4, 8)
     ),
+    "divergence": tuple(Config(block, warps) for block in (2048, 4096, 8192) for warps in (4, 8)),
+    "tail_sum": tuple(Config(block, warps) for block in (2048, 4096, 8192) for warps in (4, 8)),
+    "tail_gradient": tuple(Config(block, warps) for block in (2048, 4096, 8192) for warps in (4, 8)),
 }
 # kernels of the chunked rule, and whether states are kept; only the scan is launched both ways
 _CHUNKED = (
@@ -215,7 +221,7 @@ def code(config: Config) -> str:
 def candidates(job: Job, now: Config) -> list[Config]:
     """Return what the table has, then what else to try: no block larger than what there is, nothing twice."""
     most = ANY
-    if not job.kernel.startswith(("norm", "conv", "decode", "sum_")):
+    if not job.kernel.startswith(("norm", "conv", "decode", "sum_", "divergence", "tail")):
         most = job.key[0] if job.kernel in ("prepare", "prepare_levels", "keys") else job.key[1]
     others = CANDIDATES[job.kernel]
     if job.kernel in _NO_BLOCK:
@@ -342,7 +348,7 @@ def make_jobs(
 ) -> Iterator[Job]:
     """Make what to tune for some cases, one after the other: the tensors of one part of a layer at a time."""
     for case in cases:
-        for part in (_chunked, _convolution, _norm, _decoding):
+        for part in (_chunked, _convolution, _norm, _decoding, _divergence):
             yield from (job for job in part(case, dtype, device) if job.kernel in kernels)
 
 
@@ -409,6 +415,28 @@ def _norm(case: Case, dtype: torch.dtype, device: str) -> Iterator[Job]:
 
     for kernel in ("norm_forward", "norm_backward"):
         yield Job(kernel, case.name, (dtype.itemsize,), step=step)
+
+
+def _divergence(case: Case, dtype: torch.dtype, device: str) -> Iterator[Job]:
+    """Compare a chunk's logits, which are float32 whatever the case."""
+    rows = min(1024, case.batch * case.tokens)
+    student, teacher = (3 * _normal(device, torch.float32, rows, VOCABULARY) for _ in range(2))
+    targets = torch.randint(0, VOCABULARY, (rows,), device=device)
+    mix = divergence.Mix((divergence.KL, divergence.CE), (0.9, 0.1), (1.0, 1.0), (0.0, 0.0))
+    factors = torch.randn(rows, device=device)
+
+    def step() -> dict[str, Tensor]:
+        logits = student.clone()
+        values = compare(logits, teacher, targets, mix, grad_dtype=dtype)
+        return {"values": values, "d logits": divergence.gradient_in(logits, dtype)}
+
+    def tail() -> dict[str, Tensor]:
+        total = log_sum(student)
+        return {"total": total, "d logits": spread(student, total, factors, dtype=dtype)}
+
+    yield Job("divergence", case.name, (4,), step=step)
+    for kernel in ("tail_sum", "tail_gradient"):
+        yield Job(kernel, case.name, (4,), step=tail)
 
 
 def _decoding(case: Case, dtype: torch.dtype, device: str) -> Iterator[Job]:

@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from gendistill.checkpoints.tensors import SINGLE_NAME
 from gendistill.errors import CheckpointError
 from gendistill.paths import cache_dir, new_folder
-from gendistill.quiet import no_library_bars
 
 PREFIX = "builtin:"
 _FORMAT = 1  # raise it when the teacher changes, so that cached folders are made anew
@@ -80,7 +81,12 @@ def save_tiny_checkpoint(
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
     model = tiny_teacher(family, vocab_size=vocab_size, eos_token_id=2, **overrides)
-    with no_library_bars():
-        model.save_pretrained(folder)
+    # model.save_pretrained() writes on the first of several processes only, and each machine has a cache of its own
+    model.config.architectures, model.config.dtype = [type(model).__name__], model.dtype
+    model.config.save_pretrained(folder)
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)
+    weights = dict(model.named_parameters())  # tied ones once
+    save_file(weights, folder / SINGLE_NAME, metadata={"format": "pt"})
     tokenizer.save_pretrained(folder)
     return folder

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.util
+import itertools
 import math
 import os
 import re
@@ -15,12 +17,16 @@ from gendistill.bench.cases import (
     CASES,
     DECODE_CASES,
     GATES,
+    LOSS_CASES,
     NAMES,
     SMOKE_CASES,
     SMOKE_DECODE,
     TUNE_NAMES,
 )
+from gendistill.bench.engines import choose_engines
+from gendistill.bench.shapes import SHAPES, STAGES, Shape
 from gendistill.cli.arguments import Parser, command_line
+from gendistill.cli.launch import add_num_processes, is_launched, launch
 from gendistill.errors import GendistillError, RecipeError
 
 if TYPE_CHECKING:
@@ -28,6 +34,8 @@ if TYPE_CHECKING:
 
     from gendistill.bench.peers import FlaCore
     from gendistill.bench.rows import Measurement
+    from gendistill.bench.step import Peer
+    from gendistill.results.table import ResultRow
 
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
 
@@ -59,6 +67,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     ops.add_argument("--json", metavar="PATH", type=Path, help="write a results file, again after every case")
     ops.add_argument("--plot", metavar="PATH", type=Path, help="draw the times, a PNG")
+    loss = actions.add_parser(
+        "loss", help="divergences of hidden states and heads, beside torch and liger-kernel"
+    )
+    loss.add_argument("--no-peer", action="store_true", help="leave out torch and liger-kernel")
+    loss.add_argument("--budget", metavar="SECONDS", type=float, help="start no case later than this")
+    loss.add_argument(
+        "--json", metavar="PATH", type=Path, help="write a results file, again after every case"
+    )
     train = actions.add_parser("train", help="a small hybrid on our kernels and on the reference ops")
     train.add_argument("--steps", metavar="N", type=int, help="of every run (2000)")
     train.add_argument("--seeds", metavar="N", type=int, help="runs of each implementation, 2 to 10 (10)")
@@ -93,13 +109,78 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     tune.add_argument(
         "--json", metavar="PATH", type=Path, help="write a results file, again after every kernel"
     )
-    for parser in (ops, train, tune):
+    step = actions.add_parser(
+        "step", help="a training step on the shape of a real model, with random weights"
+    )
+    _add_step_arguments(step)
+    for parser in (ops, loss, train, tune, step):
         parser.add_argument("--commit", metavar="SHA", help="the measured code, where git does not know it")
 
 
+def _add_step_arguments(step: argparse.ArgumentParser) -> None:
+    step.add_argument(
+        "--shape",
+        nargs="+",
+        choices=SHAPES,
+        default=["qwen3-0.6b"],
+        help=f"some of: {', '.join(SHAPES)} (qwen3-0.6b)",
+    )
+    step.add_argument(
+        "--stage",
+        nargs="+",
+        choices=STAGES,
+        default=[STAGES[0]],
+        help=f"some of: {', '.join(STAGES)} ({STAGES[0]})",
+    )
+    for name, what in (
+        ("--rows", "packed rows of a step, over all processes"),
+        ("--micro-batch", "rows of a forward pass"),
+        ("--seq-len", "tokens of a row"),
+        ("--mean-tokens", "mean length of a document"),
+    ):
+        step.add_argument(name, metavar="N", type=int, help=f"{what} (as the shape has it)")
+    step.add_argument("--steps", metavar="N", type=int, default=8, help="timed steps (8)")
+    step.add_argument("--warmup", metavar="N", type=int, default=3, help="steps before these (3)")
+    step.add_argument("--checkpointing", action="store_true", help="compute activations again going backward")
+    step.add_argument(
+        "--engine",
+        metavar="KEY=VALUE",
+        nargs="+",
+        default=[],
+        help="settings of the recipe's engine: section",
+    )
+    step.add_argument(
+        "--compare",
+        metavar="KEY=VALUE,...",
+        nargs="*",
+        help="also time the engine with these differences; without any: every switch off alone, then all",
+    )
+    step.add_argument(
+        "--peer", action="store_true", help="also time stock parts; fla-core tunes itself for minutes"
+    )
+    step.add_argument("--no-check", action="store_true", help="time without comparing losses and gradients")
+    step.add_argument(
+        "--profile", metavar="STEPS", type=int, nargs="?", const=3, default=0, help="profile (3)"
+    )
+    step.add_argument("--trace", metavar="FILE", type=Path, help="write the profile for a browser, a .json")
+    step.add_argument("--top", metavar="N", type=int, default=25, help="kernels that --profile lists (25)")
+    step.add_argument("--cpu", action="store_true", help="stay on the CPU")
+    add_num_processes(step)
+    step.add_argument(
+        "--json", metavar="PATH", type=Path, help="write a results file, again after every case"
+    )
+
+
 def run(arguments: argparse.Namespace) -> int:
-    """Check and time the ops, compare training, or tune."""
-    return {"ops": _run_ops, "train": _run_train, "tune": _run_tune}[arguments.action](arguments)
+    """Check and time the ops or the loss, compare training, tune, or time a training step."""
+    actions = {
+        "ops": _run_ops,
+        "loss": _run_loss,
+        "train": _run_train,
+        "tune": _run_tune,
+        "step": _run_step,
+    }
+    return actions[arguments.action](arguments)
 
 
 def _run_ops(arguments: argparse.Namespace) -> int:
@@ -156,6 +237,34 @@ def _run_ops(arguments: argparse.Namespace) -> int:
     finally:
         if arguments.plot:
             save_plot(arguments.plot, bench.found, bench.peer_label)
+
+
+def _run_loss(arguments: argparse.Namespace) -> int:
+    _check_budget(arguments)
+    commit = _commit(arguments)
+    _check_device("loss", op="linear_divergence")
+    import torch
+
+    from gendistill.bench.loss import Liger, LossBench, LossContestant, Op
+    from gendistill.bench.measure import attempt
+    from gendistill.ops import Impl
+    from gendistill.results.table import write_results_json
+
+    console, device = _console(), torch.cuda.get_device_name()
+    peers: list[LossContestant] = [] if arguments.no_peer else [Op(Impl.REFERENCE)]
+    liger, reason = (None, None) if arguments.no_peer else attempt(Liger)
+    if reason is not None:
+        console.print(f"liger-kernel is not measured: {reason}", markup=False)
+    peers += [] if liger is None else [liger]
+
+    def save(rows: Sequence[ResultRow]) -> None:
+        if arguments.json:
+            write_results_json(
+                arguments.json, command=command_line(), device=device, rows=rows, commit=commit
+            )
+
+    bench = LossBench(cases=LOSS_CASES, peers=peers, budget_s=arguments.budget, console=console, save=save)
+    return bench.run()
 
 
 def _run_train(arguments: argparse.Namespace) -> int:
@@ -220,6 +329,93 @@ def _run_tune(arguments: argparse.Namespace) -> int:
     return 1 if any(outcome.now.ms is None for outcome in found) else 0
 
 
+def _run_step(arguments: argparse.Namespace) -> int:
+    engines = choose_engines(arguments.engine, arguments.compare)
+    commit = _commit(arguments)
+    _check_numbers(arguments)
+    if arguments.num_processes > 1 and not is_launched():
+        return launch(arguments.num_processes)
+    import torch
+
+    from gendistill.bench.step import StepBench
+    from gendistill.bench.step_parts import device_name
+    from gendistill.results.table import write_results_json
+
+    rows: list[ResultRow] = []
+    peer = _stock_peer() if arguments.peer else None
+    for name, stage in itertools.product(arguments.shape, arguments.stage):
+        bench = StepBench(
+            shape=_step_shape(arguments, name),
+            stage=stage,
+            engines=engines,
+            peer=peer,
+            steps=arguments.steps,
+            warmup=arguments.warmup,
+            checkpointing=arguments.checkpointing,
+            profile_steps=arguments.profile or (3 if arguments.trace else 0),
+            trace=arguments.trace,
+            top=arguments.top,
+            check=not arguments.no_check,
+            cpu=arguments.cpu,
+            console=_console(),
+        )
+        try:
+            rows += bench.run()
+        except torch.OutOfMemoryError as error:
+            raise GendistillError(
+                f"the GPU has too little memory for {bench.shape.micro_batch} x {bench.shape.seq_len:,} tokens at a "
+                f"time: {error}",
+                where="gendistill bench step",
+                hint="a smaller --micro-batch, or --checkpointing",
+            ) from error
+        if arguments.json and bench.parallel.is_main:
+            device = device_name(bench.device)
+            write_results_json(
+                arguments.json, command=command_line(), device=device, rows=rows, commit=commit
+            )
+    return 0
+
+
+def _stock_peer() -> Peer:
+    from gendistill.bench.measure import attempt
+    from gendistill.bench.step import Peer
+    from gendistill.bench.stock import FlaParts
+
+    return Peer(*attempt(FlaParts))
+
+
+def _step_shape(arguments: argparse.Namespace, name: str) -> Shape:
+    """Return a shape with the sizes that the command line gives it."""
+    sizes = ("rows", "micro_batch", "seq_len", "mean_tokens")
+    given = {size: getattr(arguments, size) for size in sizes if getattr(arguments, size) is not None}
+    if "rows" in given and "micro_batch" not in given:
+        given["micro_batch"] = math.gcd(SHAPES[name].micro_batch, given["rows"])
+    shape = dataclasses.replace(SHAPES[name], **given)
+    if shape.rows % shape.micro_batch:
+        raise RecipeError(
+            f"{shape.rows} rows are not a multiple of micro-batches of {shape.micro_batch}",
+            where="--micro-batch",
+            hint="choose a divisor of the rows",
+        )
+    return shape
+
+
+def _check_numbers(arguments: argparse.Namespace) -> None:
+    for name in ("rows", "micro_batch", "seq_len", "mean_tokens", "steps", "warmup", "top"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            option = f"--{name.replace('_', '-')}"
+            raise RecipeError(f"{option} must be positive, got {value}", where=option)
+    for name in arguments.shape:
+        shape = _step_shape(arguments, name)
+        if shape.rows % arguments.num_processes:
+            raise RecipeError(
+                f"{shape.rows} rows cannot be shared equally by {arguments.num_processes} processes",
+                where="--rows",
+                hint=f"choose a multiple of {arguments.num_processes}",
+            )
+
+
 def _check_budget(arguments: argparse.Namespace) -> None:
     if arguments.budget is not None and not 0 < arguments.budget < math.inf:
         raise RecipeError(
@@ -269,7 +465,7 @@ def _commit(arguments: argparse.Namespace) -> str | None:
     return commit
 
 
-def _check_device(action: str, *, smoke: bool = False) -> None:
+def _check_device(action: str, *, op: str = "delta_rule", smoke: bool = False) -> None:
     import torch
 
     from gendistill.ops import resolve
@@ -286,7 +482,7 @@ def _check_device(action: str, *, smoke: bool = False) -> None:
             hint="gendistill doctor says why",
         )
     try:
-        resolve("triton", op="delta_rule", device=torch.device("cpu" if smoke else "cuda"))
+        resolve("triton", op=op, device=torch.device("cpu" if smoke else "cuda"))
     except ValueError as error:
         raise GendistillError(str(error)) from error
 

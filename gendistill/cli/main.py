@@ -32,7 +32,10 @@ COMMANDS = {
     "recipe": ("gendistill.cli.recipe", "list, show, copy, check and compare recipes"),
     "data": ("gendistill.cli.data", "show training rows, with the tokens that count in the loss"),
     "prune": ("gendistill.cli.prune", "remove the steps that no run folder shows"),
-    "bench": ("gendistill.cli.bench", "check and time the GPU kernels, beside those of fla-core"),
+    "bench": (
+        "gendistill.cli.bench",
+        "check and time the GPU kernels and training steps, beside stock parts",
+    ),
     "doctor": ("gendistill.cli.doctor", "check this machine and say how to fix it"),
 }
 _RESUMES = ("run", "convert", "distill", "eval")
@@ -141,6 +144,8 @@ def _quiet_libraries() -> None:
     # what the datasets library complains of is in our error
     os.environ.setdefault("DATASETS_VERBOSITY", "critical")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # a connection whose other end is gone would be told with a stack of C++ frames, beside our error
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     # looking for plugins reads the metadata of every installed package, a fifth of the start-up time
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
 

@@ -16,8 +16,26 @@ class EngineConfig(Section):
         default="ddp",
         description="several processes: a whole student on each (ddp), or student and teacher sharded (fsdp2)",
     )
+    gather: Annotated[Literal["auto", "float32"], Affects.NOTHING] = Field(
+        default="auto",
+        description="fsdp2: dtype in which the matrices of a layer travel between processes; auto: that of the "
+        "arithmetic, which autocast would take them to anyway",
+    )
+    patience_s: Annotated[float, Affects.NOTHING] = Field(
+        default=60.0,
+        ge=1.0,
+        le=3600.0,
+        description="several processes: seconds without a sign of life after which a process counts as lost and the "
+        "others end",
+    )
     loss: Annotated[Literal["auto", "reference", "triton"], Affects.NOTHING] = Field(
         default="auto", description="of the losses on logits: eager torch, or our kernels where they run"
+    )
+    prefetch: Annotated[int, Affects.NOTHING] = Field(
+        default=2,
+        ge=0,
+        le=64,
+        description="steps that are read, tokenized and packed ahead in a thread; 0: each when it is needed",
     )
     blocks: Annotated[Literal["auto", "family", "fused"], Affects.NOTHING] = Field(
         default="auto",

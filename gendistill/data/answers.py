@@ -98,10 +98,13 @@ def token_spans(
     begins: list[int] = []
     reached = 0
     for token, (start, end) in zip(tokens, offsets, strict=True):
-        spaced = token.startswith(_SPACES) or token[:1].isspace()
-        trimmed = spaced and reached < start and not text[reached:start].strip()
-        begins.append(reached if trimmed else start)
-        reached = max(reached, end)
+        if reached < start and not text[reached:start].strip():
+            spaced = token.startswith(_SPACES) or token[:1].isspace()
+            begins.append(reached if spaced else start)
+        else:
+            begins.append(start)
+        if end > reached:
+            reached = end
     edges = np.searchsorted(np.maximum.accumulate(begins) if begins else [], np.asarray(spans), side="left")
     return [(first, last) for first, last in edges.tolist() if first < last]
 

@@ -6,16 +6,18 @@ import copy
 import json
 import zlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, zip_longest
 from typing import Any
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from gendistill.config.schema import MixtureConfig, Recipe, SourceConfig
+from gendistill.data.ahead import PATIENCE, Ahead, Stopped
 from gendistill.data.batch import Batch
+from gendistill.data.feed import Feed, Packed, Sent
 from gendistill.data.files import BadRow, Row, warn_once
 from gendistill.data.first_token import note_first_tokens
 from gendistill.data.mixture import Mixture
@@ -39,10 +41,15 @@ class _Waiting:
 
 @dataclass(slots=True)
 class _Step:
-    """The batches of one global step on this rank, and the state after it."""
+    """The batches of one global step on this rank, and the state after it.
+
+    Attributes:
+        packed: The batches once more, to be sent to a GPU.
+    """
 
     batches: list[Batch]
     state: dict[str, Any]
+    packed: Packed | None
 
 
 class BatchStream:
@@ -50,7 +57,8 @@ class BatchStream:
 
     A step is ``batch_size`` packed rows. Every rank packs all of them and keeps its share, so the documents of a
     step depend neither on the number of ranks nor on ``micro_batch_size``, and a saved state may be resumed with
-    other values of both. The next step is prepared in a thread while the current one is used.
+    other values of both. Steps are prepared in a thread while others are used, and the next one is on its way to the
+    GPU while the current one is computed.
 
     Args:
         mixture: Rows with the names of their sources.
@@ -61,8 +69,9 @@ class BatchStream:
         pad_id: Fills the ends of rows.
         rank: This process.
         world: Number of processes.
-        prefetch: Whether to prepare one step ahead.
-        notes: What is odd about the rows, for people; the attribute of the same name.
+        prefetch: Steps that may be prepared ahead; 0: each when it is asked for.
+        device: Where batches are to be; they stay on the host for any device but a GPU.
+        notes: What is odd about the rows, for people; like ``prefetch`` an attribute of the same name.
     """
 
     def __init__(
@@ -76,7 +85,8 @@ class BatchStream:
         pad_id: int,
         rank: int = 0,
         world: int = 1,
-        prefetch: bool = True,
+        prefetch: int = 2,
+        device: torch.device | None = None,
         notes: Sequence[str] = (),
     ) -> None:
         assert batch_size % world == 0
@@ -93,18 +103,55 @@ class BatchStream:
         self._chunk_states: dict[int, dict[str, Any]] = {}
         self._num_chunks = 0
         self._steps = 0
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="gendistill-data") if prefetch else None
-        self._next: Future[_Step] | None = None
+        self.prefetch, self._closed = prefetch, False
+        self._ahead: Ahead | None = None
+        self._feed = Feed(device) if device is not None and device.type == "cuda" else None
+        self._sent: tuple[_Step, Sent] | None = None
+        self._used: Sequence[Batch] = ()
+        self._builders: tuple[Callable[..., Any], ...] = ()
         self._state = self._snapshot()
 
     def __iter__(self) -> BatchStream:
         return self
 
     def __next__(self) -> list[Batch]:
-        step = self._next.result() if self._next else self._make_step()
-        self._next = self._thread.submit(self._make_step) if self._thread else None
-        self._state = step.state
-        return step.batches
+        assert not self._closed
+        if self._feed is None:
+            step = self._take()
+            self._state = step.state
+            return step.batches
+        # what kernels have asked of the last step's documents, they will ask of every step's
+        used = [build for batch in self._used for build in batch.segments.builders]
+        self._builders = tuple(dict.fromkeys([*self._builders, *used]))
+        step, sent = self._sent or self._send(self._feed)
+        is_next_there = self._ahead is not None and self._ahead.waits()
+        self._sent = self._send(self._feed) if is_next_there else None
+        self._state, self._used = step.state, sent.batches
+        return self._feed.receive(sent)
+
+    def _take(self) -> _Step:
+        if not self.prefetch:
+            return self._make_step()
+        if self._ahead is None:
+            self._ahead = Ahead(self._make_step, self.prefetch)
+        return self._ahead.take()
+
+    def _send(self, feed: Feed) -> tuple[_Step, Sent]:
+        step = self._take()
+        assert step.packed is not None
+        return step, feed.send(step.packed)
+
+    def close(self) -> None:
+        """Prepare nothing more. What was prepared is lost: only a saved state can go on."""
+        self._halt(PATIENCE)
+        self._closed = True
+
+    def _halt(self, patience: float | None = None) -> None:
+        self._sent, self._used = None, ()
+        if self._ahead is not None:
+            # what it was at is of no interest, but it must not run on beside a restored state
+            self._ahead.close(patience)
+            self._ahead = None
 
     @property
     def dropped(self) -> dict[str, dict[str, int]]:
@@ -128,10 +175,7 @@ class BatchStream:
         Raises:
             DataError: The state belongs to other data, another sequence length or another batch size.
         """
-        if self._next:
-            # its outcome is of no interest, but it must not run on beside the restored state
-            self._next.exception()
-            self._next = None
+        self._halt()
         shape = state.get("shape") if isinstance(state, dict) else None
         if shape != self._shape():
             raise DataError(
@@ -164,7 +208,7 @@ class BatchStream:
             renderer.rows = state["rendered"][name]["rows"]
             renderer.dropped = Counter(state["rendered"][name]["dropped"])
         self._steps = state["steps"]
-        self._state = state
+        self._state, self._closed = state, False
 
     def _shape(self) -> dict[str, Any]:
         return {
@@ -206,6 +250,8 @@ class BatchStream:
 
     def _take_row(self) -> list[TokenizedSample]:
         while len(self._waiting) < WINDOW:
+            if self._ahead is not None and self._ahead.stopped:
+                raise Stopped
             state = self._mixture.state_dict()
             samples = self._read_chunk()
             number, self._num_chunks = self._num_chunks, self._num_chunks + 1
@@ -228,11 +274,18 @@ class BatchStream:
             )
             for start in range(0, share, self._micro_batch_size)
         ]
-        return _Step(batches, self._snapshot())
+        packed = Packed(batches, self._builders) if self._feed else None
+        return _Step(batches, self._snapshot(), packed)
 
 
 def build_stream(
-    recipe: Recipe, stage_name: str, tokenizer: PreTrainedTokenizerBase, *, rank: int = 0, world: int = 1
+    recipe: Recipe,
+    stage_name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    rank: int = 0,
+    world: int = 1,
+    device: torch.device | None = None,
 ) -> BatchStream:
     """Build the training stream of one stage of a recipe.
 
@@ -244,6 +297,7 @@ def build_stream(
         tokenizer: The teacher's tokenizer.
         rank: This process.
         world: Number of processes.
+        device: Where batches are to be.
     Raises:
         DataError: A dataset is missing, empty, lacks a column, or does not fit the stage's mask.
         RecipeError: ``batch_size`` cannot be shared equally by the ranks.
@@ -289,6 +343,8 @@ def build_stream(
         pad_id=pad_id(tokenizer),
         rank=rank,
         world=world,
+        prefetch=recipe.engine.prefetch,
+        device=device,
         notes=[note for note in notes if note],
     )
 

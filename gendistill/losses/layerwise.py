@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from gendistill.anatomy.placement import converted_layers, placed_kinds
 from gendistill.config.objectives import BlockOutputConfig, MixerOutputConfig
@@ -91,14 +92,15 @@ class LayerwiseObjective:
 
     def __call__(self, student: StudentLike, signals: TeacherSignals, batch: Batch) -> LossTerm:
         """Run each linear layer on the teacher's input and sum the errors over counted positions."""
-        index = counted_positions(batch.labels, batch.num_labels, ignore_index=IGNORE)
+        counts = batch.labels != IGNORE
         dtype = output_head(student).dtype
         errors = []
         for layer, io in self._io(signals).items():
             output = self._run(student.model.layers[layer], io, batch, dtype)
-            errors.append(self._measure(layer, _rows(output, index) - _rows(io.output, index)))
+            scale = 1 / self.target_energy[layer] if self.norm == "relative" else None
+            errors.append(_Distance.apply(output, io.output, counts, self.norm, scale))
         parts = torch.stack(errors)
-        count = torch.full((), index.numel(), dtype=torch.int64, device=parts.device)
+        count = torch.full((), batch.num_labels, dtype=torch.int64, device=parts.device)
         return LossTerm(parts.mean(), count, dict(zip(self.part_names, parts.detach(), strict=True)))
 
     def _io(self, signals: TeacherSignals) -> dict[int, ModuleIO]:
@@ -116,12 +118,35 @@ class LayerwiseObjective:
         }
         return run_mixer(block, **inputs) if self.part == "mixer" else block(**inputs)
 
-    def _measure(self, layer: int, error: Tensor) -> Tensor:
-        if self.norm == "mse":
-            return error.square().mean(-1).sum()
-        if self.norm == "l2":
-            return torch.linalg.vector_norm(error, dim=-1).sum()
-        return error.square().sum() / self.target_energy[layer]
+
+class _Distance(torch.autograd.Function):
+    """The error of an output, summed over counted positions in float32; kept for the backward pass is the error alone.
+
+    Positions that do not count are masked instead of left out: gathering rows costs more than they do.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, output: Tensor, target: Tensor, counts: Tensor, norm: Norm, scale: Tensor | None
+    ) -> Tensor:
+        error = output - target if output.dtype == torch.float32 else output.float() - target
+        rows = torch.linalg.vector_norm(error, dim=-1)
+        if norm == "l2":
+            # the norm has no derivative where it is zero; torch takes zero there, too
+            slope = torch.where(counts & (rows > 0), 1 / rows, 0.0)
+        else:
+            factor = 1 / error.shape[-1] if scale is None else scale
+            rows = rows.square() * factor
+            slope = counts * (2 * factor)
+        ctx.save_for_backward(error, slope)
+        ctx.dtype = output.dtype
+        return torch.where(counts, rows, 0.0).sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        error, slope = ctx.saved_tensors
+        return (error * (slope * grad).unsqueeze(-1)).to(ctx.dtype), None, None, None, None
 
 
 def align_mixers(config: MixerOutputConfig) -> LayerwiseObjective:

@@ -6,16 +6,26 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from gendistill.config.objectives import CEConfig, JSDConfig, KLConfig, MixConfig
 from gendistill.data.batch import IGNORE, Batch
+from gendistill.errors import RecipeError
 from gendistill.losses.base import LossTerm
 from gendistill.losses.student import StudentLike, last_hidden, output_head
 from gendistill.ops.divergence import Divergence, Term, linear_divergence
+from gendistill.ops.select import Impl, resolve
 from gendistill.teachers.base import Needs, Teacher, TeacherFacts, TeacherSignals, check_vocabulary
 
 
 class LogitObjective:
-    """The distance of next-token distributions over the whole vocabulary, at the positions whose label counts."""
+    """The distance of next-token distributions over the whole vocabulary, at the positions whose label counts.
+
+    Attributes:
+        impl: What computes it.
+    """
+
+    impl: Impl = Impl.REFERENCE
 
     def __init__(self, terms: Sequence[Term]) -> None:
         self.terms = tuple(terms)
@@ -53,8 +63,28 @@ class LogitObjective:
             teacher_weight=signals.head,
             num_labels=batch.num_labels,
             ignore_index=IGNORE,
+            impl=self.impl,
         )
         return LossTerm(output.total, output.count, dict(zip(self.part_names, output.parts, strict=True)))
+
+
+def choose_loss_impl(requested: str, device: torch.device) -> Impl:
+    """Resolve a recipe's ``engine.loss``.
+
+    Args:
+        requested: ``auto``, ``reference`` or ``triton``.
+        device: Where the stage will run.
+    Raises:
+        RecipeError: The requested implementation cannot run there.
+    """
+    try:
+        return resolve(requested, op="linear_divergence", device=device)
+    except ValueError as error:
+        raise RecipeError(
+            str(error),
+            where="engine.loss",
+            hint="engine.loss=auto; or gendistill doctor, which says what torch finds here",
+        ) from error
 
 
 def compare_logits(config: KLConfig | JSDConfig | CEConfig) -> LogitObjective:

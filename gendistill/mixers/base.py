@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
@@ -55,12 +56,16 @@ class Mixer(nn.Module):
     Attributes:
         spec: What the catalogue knows of it.
         state_type: Named tuple of what it remembers.
+        projects: Whether all its linear layers are run by :meth:`project` and :meth:`project_together`.
+        packed: Faster ways to run groups of its layers, while training has it run on them.
         requested_impl: As given.
         table: What its parameters are and how they start.
     """
 
     spec: ClassVar[MixerSpec]
     state_type: ClassVar[type[Any]] = MixerState
+    projects: ClassVar[bool] = False
+    packed: Mapping[tuple[nn.Linear, ...], Any] = {}
 
     num_heads: int
     num_kv_heads: int
@@ -140,6 +145,22 @@ class Mixer(nn.Module):
     def build(self, geometry: Geometry, settings: Any) -> None:
         """Make the parameters that :attr:`table` lists, under their names; their values follow."""
         raise NotImplementedError(f"{type(self).__name__} makes no parameters")
+
+    def project(self, x: Tensor, *layers: nn.Linear) -> tuple[Tensor, ...]:
+        """Run linear layers on one input ``[..., in_features]``; returns an output of each."""
+        packed = self.packed.get(layers)
+        return tuple(layer(x) for layer in layers) if packed is None else packed.split(packed(x))
+
+    def project_together(self, x: Tensor, *layers: nn.Linear) -> Tensor:
+        """Run linear layers on one input ``[..., in_features]``; returns their outputs side by side."""
+        packed = self.packed.get(layers)
+        if packed is None:
+            return torch.cat([layer(x) for layer in layers], dim=-1)
+        return packed(x)[..., : sum(packed.widths)]
+
+    def projections(self) -> list[tuple[nn.Linear, ...]]:
+        """List the groups of layers that are run together."""
+        return []
 
     @property
     def kind(self) -> str:

@@ -46,6 +46,7 @@ class KDA(Mixer):
     """
 
     spec = SPEC
+    projects = True
 
     q_proj: nn.Linear
     k_proj: nn.Linear
@@ -100,7 +101,7 @@ class KDA(Mixer):
             hidden_states: ``[B, T, hidden_size]``, the mixer's input.
         Returns: ``[B, T, H, K]`` float32, <= 0.
         """
-        return log_decay(self._raw_decay(hidden_states), **self._gate)
+        return log_decay(self._low_rank(hidden_states)[0], **self._gate)
 
     def diagnostics(self, hidden_states: Tensor) -> dict[str, Tensor]:
         """Compute the half-life of every key channel, ``[B, T, H, K]`` in tokens."""
@@ -130,6 +131,7 @@ class KDA(Mixer):
             return self._decode(hidden_states, state, impl)
         x = hidden_states if sequences is None else sequences.gather(hidden_states)
         q, k, v, conv_state = self._convolve(x, sequences, state, impl)
+        raw_decay, raw_beta, output_gate = self._low_rank(x)
         if self.rope:
             if position_embeddings is None:
                 raise ValueError("rope is on: pass position_embeddings=(cos, sin)")
@@ -140,15 +142,15 @@ class KDA(Mixer):
             q,
             k,
             v,
-            self._raw_decay(x),
-            self.b_proj(x),
+            raw_decay,
+            raw_beta,
             **self._gate,
             state=None if state is None else state.recurrent,
             segments=None if sequences is None else sequences.segments,
             impl=impl,
         )
-        y = gated_rms_norm(out, *self._output_gate(x), **self._output_settings, impl=impl)
-        y = self.o_proj(y)
+        y = gated_rms_norm(out, self._norm_weight, output_gate, **self._output_settings, impl=impl)
+        (y,) = self.project(y, self.o_proj)
         if sequences is not None:
             y = sequences.scatter(y, batch, length)
         return y, MixerState(conv_state, memory)
@@ -160,21 +162,22 @@ class KDA(Mixer):
             # the kernel steps through contiguous states; these may lie otherwise in memory
             recurrent = recurrent.clone(memory_format=torch.contiguous_format)
             conv = None if conv is None else conv.clone(memory_format=torch.contiguous_format)
-        norm_weight, output_gate = self._output_gate(x)
-        (q, k, v), (conv_weight, conv_bias) = self._project(x), self._taps()
+        raw_decay, raw_beta, output_gate = self._low_rank(x)
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        conv_weight, conv_bias = self._taps()
         out = decode_delta_rule(
             q,
             k,
             v,
-            self._raw_decay(x),
-            self.b_proj(x),
+            raw_decay,
+            raw_beta,
             recurrent,
             **self._gate,
             conv_weight=conv_weight or None,
             conv_bias=conv_bias or None,
             conv_state=conv,
             conv_activation=self.conv_activation,
-            norm_weight=norm_weight,
+            norm_weight=self._norm_weight,
             norm_eps=self.norm_eps,
             output_gate=output_gate,
             output_activation=self.output_gate,
@@ -182,11 +185,23 @@ class KDA(Mixer):
         )
         return self.o_proj(out.flatten(-2)), MixerState(conv, recurrent)
 
-    def _project(self, x: Tensor) -> list[Tensor]:
-        return [self.q_proj(x), self.k_proj(x), self.v_proj(x)]
+    def projections(self) -> list[tuple[nn.Linear, ...]]:
+        """List the groups of linear layers that read the same input."""
+        groups = [(self.q_proj, self.k_proj, self.v_proj), self._inner, (self.f_b_proj,), (self.o_proj,)]
+        return groups if self.output_gate == "none" else [*groups, (self.g_b_proj,)]
 
-    def _raw_decay(self, x: Tensor) -> Tensor:
-        return self.f_b_proj(self.f_a_proj(x)).unflatten(-1, (self.num_heads, self.head_dim))
+    @property
+    def _inner(self) -> tuple[nn.Linear, ...]:
+        """The layers that lead from the input to decay, write strength and output gate."""
+        layers = (self.f_a_proj, self.b_proj)
+        return layers if self.output_gate == "none" else (self.f_a_proj, self.g_a_proj, self.b_proj)
+
+    def _low_rank(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return raw decays ``[B, T, H, K]``, raw write strengths ``[B, T, H]``, and the raw output gate or None."""
+        decay, *gate, beta = self.project(x, *self._inner)
+        (decay,) = self.project(decay, self.f_b_proj)
+        raw_gate = self.project(gate[0], self.g_b_proj)[0] if gate else None
+        return decay.unflatten(-1, (self.num_heads, self.head_dim)), beta, raw_gate
 
     def _taps(self) -> tuple[list[Tensor], list[Tensor]]:
         """Return weights ``[channels, W]`` and biases ``[channels]`` of the convolutions, none if there are none."""
@@ -199,7 +214,7 @@ class KDA(Mixer):
     def _convolve(
         self, x: Tensor, sequences: SequenceInfo | None, state: MixerState | None, impl: Impl
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        qkv, conv_state = torch.cat(self._project(x), dim=-1), None
+        qkv, conv_state = self.project_together(x, self.q_proj, self.k_proj, self.v_proj), None
         weights, biases = self._taps()
         if weights:
             qkv, conv_state = causal_conv(
@@ -215,10 +230,10 @@ class KDA(Mixer):
         q, k, v = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=2)
         return q, k, v, conv_state
 
-    def _output_gate(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Return the output norm's weight and the raw gate, each None where the layer has none."""
-        weight = self.o_norm.weight if "o_norm" in self._modules else None
-        return weight, None if self.output_gate == "none" else self.g_b_proj(self.g_a_proj(x))
+    @property
+    def _norm_weight(self) -> Tensor | None:
+        """Weight of the output norm, None where the layer has none."""
+        return self.o_norm.weight if "o_norm" in self._modules else None
 
     @property
     def _gate(self) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from torch.nn import Parameter
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 # a subclass of Tensor may stand for something that has no memory
-_PLAIN = {Tensor, Parameter, type(None), list, str, float, int, bool}
+_PLAIN = {Tensor, Parameter, type(None), list, str, float, int, bool, torch.dtype}
 
 
 def is_eager(arguments: tuple[Any, ...]) -> bool:

@@ -11,8 +11,14 @@ from typing import Any
 
 import torch
 
-# ops with kernels: the module of contracts and the package of kernels that an op's name stands for
-_KERNELS = {"delta_rule": "delta", "conv": "conv", "norm": "norm"}
+# ops with kernels: the package of kernels that an op's name stands for, beside its module of contracts
+_KERNELS = {
+    "delta_rule": "delta",
+    "conv": "conv",
+    "norm": "norm",
+    "block": "block",
+    "linear_divergence": "divergence",
+}
 
 
 class Impl(StrEnum):
@@ -37,7 +43,7 @@ def resolve(requested: str, *, op: str, device: torch.device) -> Impl:
 
     Args:
         requested: ``auto``, ``reference`` or ``triton``.
-        op: ``delta_rule``, ``conv``, ``norm`` or ``linear_divergence``.
+        op: ``delta_rule``, ``conv``, ``norm``, ``block`` or ``linear_divergence``.
         device: Where the op will run.
     Raises:
         ValueError: The requested implementation cannot run there.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
@@ -42,6 +42,23 @@ class Segments:
         self._tables: dict[Callable[..., Any], Any] = {}
 
     @classmethod
+    def placed(
+        cls, lengths: list[int], cu_seqlens: Tensor, tables: Mapping[Callable[..., Any], Any]
+    ) -> Segments:
+        """Take what is on a device already.
+
+        Args:
+            lengths: Tokens of each sequence.
+            cu_seqlens: ``[N + 1]`` int32, as the attribute of this name.
+            tables: What :meth:`table` returns, by what would make it there.
+        """
+        made = cls.__new__(cls)
+        made.lengths, made.num_tokens = lengths, sum(lengths)
+        made.device, made.cu_seqlens = cu_seqlens.device, cu_seqlens
+        made._layouts, made._taps, made._tables = {}, {}, dict(tables)
+        return made
+
+    @classmethod
     def from_cu_seqlens(cls, cu_seqlens: Tensor) -> Segments:
         """Read sequence ends ``[N + 1]``. Copies them to the host once."""
         ends = cu_seqlens.tolist()
@@ -60,6 +77,11 @@ class Segments:
         if build not in self._tables:
             self._tables[build] = build(self.lengths, self.device)
         return self._tables[build]
+
+    @property
+    def builders(self) -> tuple[Callable[..., Any], ...]:
+        """What made the tables that have been asked for."""
+        return tuple(self._tables)
 
     def taps(self, history: int) -> tuple[Tensor, Tensor, Tensor]:
         """Index the token axis with ``history`` extra slots before every sequence.

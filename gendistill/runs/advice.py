@@ -84,14 +84,28 @@ def check_batches(recipe: Recipe, num_processes: int) -> None:
     Raises:
         RecipeError: ``batch_size`` of a stage is not a multiple of ``micro_batch_size`` times processes.
     """
+    if num_processes == 1:
+        return
     for name, stage in recipe.stages.items():
-        rows = stage.micro_batch_size * num_processes
-        if stage.batch_size % rows:
+        batch, micro, where = stage.batch_size, stage.micro_batch_size, f"stages.{name}"
+        if batch % num_processes:
+            most = max(number for number in range(1, num_processes) if batch % number == 0)
+            few = f"{num_processes} processes are more than the {batch} rows of a step"
+            uneven = f"batch_size {batch} cannot be shared equally by {num_processes} processes"
             raise RecipeError(
-                f"batch_size {stage.batch_size} is not a multiple of micro_batch_size {stage.micro_batch_size} x "
-                f"{num_processes} processes",
-                where=f"stages.{name}.batch_size",
-                hint=f"stages.{name}.batch_size={math.ceil(stage.batch_size / rows) * rows}",
+                few if batch < num_processes else uneven,
+                where=f"{where}.batch_size",
+                hint=f"use {most} processes, or {where}.batch_size={math.ceil(batch / num_processes) * num_processes}, "
+                "which is another training",
+            )
+        share = batch // num_processes
+        if share % micro:
+            fits = max(rows for rows in range(1, micro) if share % rows == 0)
+            raise RecipeError(
+                f"each of {num_processes} processes has {share} of the {batch} rows of a step, which is not a multiple "
+                f"of micro_batch_size {micro}",
+                where=f"{where}.micro_batch_size",
+                hint=f"{where}.micro_batch_size={fits}: the result is the same up to rounding",
             )
 
 

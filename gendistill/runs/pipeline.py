@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
 import resource
+import socket
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
 from rich.console import Console
 from rich.text import Text
 
 from gendistill.anatomy.cost import cache_bytes
+from gendistill.anatomy.geometry import read_geometry
 from gendistill.anatomy.placement import Placement
 from gendistill.checkpoints.resolve import (
     Checkpoint,
     is_hub_id,
+    load_causal_lm,
     load_tokenizer,
     read_tensor_index,
     resolve_checkpoint,
@@ -34,32 +34,31 @@ from gendistill.conversion.plan import plan_conversion
 from gendistill.conversion.probe import check_probe, probe_student, render_probe
 from gendistill.data.stream import build_stream, heldout_batches
 from gendistill.errors import OutputError, RecipeError
+from gendistill.losses.logits import choose_loss_impl
 from gendistill.models.io import export_code, load_student, save_student
 from gendistill.paths import RunDir, real_path, write_json
 from gendistill.provenance import installed_versions, source_commit, today
 from gendistill.report import clear_report, write_report
-from gendistill.runs.advice import advise
+from gendistill.runs.advice import advise, check_batches
 from gendistill.runs.examiner import TaskExaminer
 from gendistill.runs.inputs import recipe_steps
 from gendistill.runs.memory import CACHE_LENGTHS
-from gendistill.runs.scoring import load_teacher, resolve_dtype, score
-from gendistill.runs.steps import BEFORE, CONVERT, ROLES, eval_step, stage_step
+from gendistill.runs.planning import ModelFacts, find_learning
+from gendistill.runs.scoring import resolve_dtype, score
+from gendistill.runs.steps import BEFORE, CONVERT, ROLES, Step, differences, eval_step, stage_step
 from gendistill.runs.workspace import Workspace
 from gendistill.teachers.base import check_vocabulary
 from gendistill.teachers.live import LiveTeacher
 from gendistill.text import printable_lines
 from gendistill.training.console import TrainingConsole
 from gendistill.training.job import StageJob
-from gendistill.training.parallel import Parallel, choose_parallel
+from gendistill.training.parallel import Parallel, Situation, connect
 from gendistill.training.stage import train_stage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from gendistill.models import HybridForCausalLM
-
-# rank 0 converts and scores while the others wait for it
-_PATIENCE = datetime.timedelta(hours=12)
 
 
 def run(recipe: Recipe, *, command: str) -> RunDir:
@@ -72,6 +71,7 @@ def run(recipe: Recipe, *, command: str) -> RunDir:
     """
     started = time.monotonic()
     with _opened(recipe, command) as context:
+        _check_stages(context, tuple(recipe.stages))
         _convert(context)
         _distill(context, tuple(recipe.stages))
         context.parallel.on_main(lambda: _finish(context, started))
@@ -98,6 +98,7 @@ def convert(recipe: Recipe, *, command: str) -> RunDir:
 def distill(recipe: Recipe, *, command: str, only: tuple[str, ...] = ()) -> RunDir:
     """Convert if needed, then train all stages, or ``only`` some whose predecessors are finished."""
     with _opened(recipe, command) as context:
+        _check_stages(context, only or tuple(recipe.stages))
         _convert(context)
         _distill(context, only or tuple(recipe.stages))
         context.complete()
@@ -153,11 +154,13 @@ class _Context:
         """Whether a step has finished, alike on every process."""
         return self.parallel.on_main(lambda: self.workspace.is_done(name))
 
-    def load_teacher(self) -> PreTrainedModel:
-        return load_teacher(self.teacher, self.recipe.teacher.dtype, self.device)
+    def load_teacher(self, device: torch.device | None = None) -> PreTrainedModel:
+        return load_causal_lm(self.teacher.folder, dtype=self.teacher_dtype, device=device or self.device)
 
-    def load_student(self, folder: Path, dtype: torch.dtype = torch.float32) -> HybridForCausalLM:
-        return load_student(folder, dtype=dtype, device=self.device, impl=self.recipe.student.impl)
+    def load_student(
+        self, folder: Path, dtype: torch.dtype = torch.float32, device: torch.device | None = None
+    ) -> HybridForCausalLM:
+        return load_student(folder, dtype=dtype, device=device or self.device, impl=self.recipe.student.impl)
 
 
 def _say(console: Console, title: str, text: str) -> None:
@@ -168,35 +171,51 @@ def _say(console: Console, title: str, text: str) -> None:
 @contextlib.contextmanager
 def _opened(recipe: Recipe, command: str) -> Iterator[_Context]:
     """Resolve what the recipe names, list its steps, and keep other processes out of its run folder."""
-    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)])
-    parallel = choose_parallel(accelerator)
+    parallel = connect(recipe.engine)
+    check_batches(recipe, parallel.world)
+    with parallel.together(lambda: _when_lost(recipe)), _prepared(recipe, command, parallel) as context:
+        yield context
+        # nobody lets go of the folder, or leaves, before all are through
+        parallel.barrier()
+
+
+def _when_lost(recipe: Recipe) -> Situation:
+    return Situation(
+        where=recipe.name,
+        kept=f"Finished steps in {recipe.run_folder} are intact",
+        hint="run the same command again: finished steps are kept, an interrupted stage resumes",
+    )
+
+
+@contextlib.contextmanager
+def _prepared(recipe: Recipe, command: str, parallel: Parallel) -> Iterator[_Context]:
     console = Console(quiet=not parallel.is_main, highlight=False, soft_wrap=not sys.stdout.isatty())
-    with accelerator.main_process_first():  # one process downloads, the others find the cache
-        teacher = resolve_checkpoint(recipe.teacher.model, revision=recipe.teacher.revision)
-        source = teacher
-        if recipe.student.source is not None:
-            source = resolve_checkpoint(recipe.student.source, where="student.from")
+    # one process of a machine downloads, the others find the cache
+    teacher, source = parallel.in_turns(lambda: _resolve(recipe))
     tokenizer = load_tokenizer(teacher.folder)
     _check_apart(recipe.run_folder, (teacher, source))
     placement = Placement.parse(recipe.student.placement, num_layers=source.config["num_hidden_layers"])
     device_name = _device_name(parallel.device)
     impl = choose_impl(recipe.student.impl, placement, device=parallel.device, device_name=device_name)
+    choose_loss_impl(recipe.engine.loss, parallel.device)
     workspace = Workspace(recipe, say=lambda title, text: _say(console, title, text))
     with contextlib.ExitStack() as stack:
         parallel.on_main(lambda: stack.enter_context(workspace.locked()))
-        workspace.plan(
-            parallel.on_main(
-                lambda: recipe_steps(
-                    recipe,
-                    teacher=teacher,
-                    source=source,
-                    placement=placement,
-                    shown=workspace.shown_recipe(),
-                    recorded=workspace.shown_inputs,
-                    say=workspace.warn,
-                )
+        steps = parallel.on_main(
+            lambda: recipe_steps(
+                recipe,
+                teacher=teacher,
+                source=source,
+                placement=placement,
+                shown=workspace.shown_recipe(),
+                recorded=workspace.shown_inputs,
+                say=workspace.warn,
             )
         )
+        _compare_machines(recipe, steps, parallel, teacher=teacher, source=source, placement=placement)
+        # the folder is the main process's; on another machine there may be none, or an older one
+        parallel.on_main(lambda: workspace.plan(steps))
+        workspace.steps = {step.name: step for step in steps}
         workspace.entries.update(
             name=recipe.name,
             date=today(),
@@ -208,14 +227,54 @@ def _opened(recipe: Recipe, command: str) -> Iterator[_Context]:
         )
         context = _Context(recipe, workspace, parallel, teacher, source, tokenizer, placement, console)
         context.say("device", device_name)
+        if parallel.world > 1:
+            context.say("parallel", parallel.description)
         context.say("impl", str(impl))
         for warning in advise(recipe, teacher.config, chat_template=bool(tokenizer.chat_template)):
             workspace.warn(warning)
         parallel.on_main(lambda: _check_questions(context))
         parallel.on_main(workspace.sync)
         yield context
-        # nobody lets go of the folder, or leaves, before all are through
-        parallel.barrier()
+
+
+def _resolve(recipe: Recipe) -> tuple[Checkpoint, Checkpoint]:
+    """Find teacher and source of the student on this machine, or fetch them."""
+    teacher = resolve_checkpoint(recipe.teacher.model, revision=recipe.teacher.revision)
+    if recipe.student.source is None:
+        return teacher, teacher
+    return teacher, resolve_checkpoint(recipe.student.source, where="student.from")
+
+
+def _compare_machines(
+    recipe: Recipe,
+    steps: Sequence[Step],
+    parallel: Parallel,
+    *,
+    teacher: Checkpoint,
+    source: Checkpoint,
+    placement: Placement,
+) -> None:
+    """Refuse machines of which one has another teacher or other data than the first.
+
+    Raises:
+        RecipeError: They differ.
+    """
+
+    def compare() -> None:
+        if not parallel.leads_machine or parallel.is_main:
+            return
+        mine = recipe_steps(recipe, teacher=teacher, source=source, placement=placement)
+        for theirs, own in zip(steps, mine, strict=True):
+            if theirs.key != own.key:
+                changed = differences(theirs.inputs, own.inputs)
+                raise RecipeError(
+                    f"{socket.gethostname()} reads something else than the first machine: {'; '.join(changed[:3])}",
+                    where=own.name,
+                    hint="copy data and teacher to the same paths on every machine, and run the same command",
+                )
+
+    if parallel.machines > 1:
+        parallel.on_each(compare)
 
 
 def _check_questions(context: _Context) -> None:
@@ -264,6 +323,24 @@ def _check_apart(root: Path, checkpoints: Iterable[Checkpoint]) -> None:
                 where=checkpoint.spec,
                 hint="choose another folder with output=..., or another name with name=...",
             )
+
+
+def _check_stages(context: _Context, names: Sequence[str]) -> None:
+    """Refuse what a stage that is not done could not train, before anything is made."""
+    context.parallel.on_main(lambda: _check_stages_here(context, names))
+
+
+def _check_stages_here(context: _Context, names: Sequence[str]) -> None:
+    recipe, source = context.recipe, context.source
+    facts = ModelFacts(
+        recipe.teacher.model, context.teacher.config, read_tensor_index(context.teacher.folder)
+    )
+    tensors = read_tensor_index(source.folder)
+    plan = plan_conversion(source.config, tensors, context.placement, recipe.student.mixers)
+    tied_head = read_geometry(source.config).tied_head
+    for name in names:
+        if not context.workspace.is_done(stage_step(name)):
+            find_learning(name, recipe.stages[name], plan, facts.as_teacher("float32"), tied_head=tied_head)
 
 
 def _convert(context: _Context) -> None:
@@ -362,7 +439,7 @@ def _distill(context: _Context, names: tuple[str, ...]) -> None:
                     where=f"stages.{name}",
                     hint="run the stages before it first: leave out --only",
                 )
-            model = model or context.load_teacher()
+            model = model or context.load_teacher(context.parallel.loads_on)
             _train(context, name, model, workspace.folder(previous) / "student")
         previous = step
 
@@ -374,8 +451,16 @@ def _train(context: _Context, name: str, model: PreTrainedModel, start: Path) ->
     with contextlib.ExitStack() as stack:
         if parallel.on_main(lambda: stack.enter_context(workspace.making(step)) is None):
             return
-        stream = build_stream(recipe, name, context.tokenizer, rank=parallel.rank, world=parallel.world)
-        student = context.load_student(start)
+        stream = build_stream(
+            recipe,
+            name,
+            context.tokenizer,
+            rank=parallel.rank,
+            world=parallel.world,
+            device=parallel.device,
+        )
+        stack.callback(stream.close)
+        student = context.load_student(parallel.folder(start), device=parallel.loads_on)
         job = StageJob(
             name=name,
             config=recipe.stages[name],

@@ -122,7 +122,9 @@ def _statistics(stream: BatchStream, batches: list[Batch], seconds: float, *, ti
     table.add_row("looked at", f"{tokens:,} tokens in {documents:,} documents")
     table.add_row("counted", f"{labels / tokens:.1%} of the tokens enter the loss")
     table.add_row("packing", f"{tokens / size:.1%} of the positions hold a token")
-    table.add_row("speed", f"{tokens / seconds:,.0f} tokens per second, read to packed")
+    ahead = f"{stream.prefetch} steps ahead of the training" if stream.prefetch else "when a step needs them"
+    speed = f"{tokens / seconds:,.0f} tokens per second, read to packed, {ahead} (engine.prefetch)"
+    table.add_row("speed", speed)
     for name, counts in stream.dropped.items():
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in counts.items() if reason != "rows")
         read = f"{counts['rows']:,} rows read; left out: {reasons or 'none'}"

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gendistill.anatomy import geometry
 from gendistill.data.batch import Batch
@@ -90,8 +90,18 @@ class Teacher(Protocol):
         """Sizes, for checks and plans."""
         ...
 
-    def to(self, device: torch.device) -> Any:
-        """Have the signals on this device from now on."""
+    @property
+    def model(self) -> Any:
+        """The causal language model that is run; None where nothing is."""
+        ...
+
+    def to(self, device: torch.device, *, place: Callable[[nn.Module], object] | None = None) -> Any:
+        """Have the signals on this device from now on.
+
+        Args:
+            device: Where.
+            place: Brings a model there, perhaps in parts; a teacher that runs one lets it do so.
+        """
         ...
 
     def signals(

@@ -37,9 +37,12 @@ class LiveTeacher:
             config=config.to_dict(),
         )
 
-    def to(self, device: torch.device) -> LiveTeacher:
-        """Move the model."""
-        self.model.to(device)
+    def to(self, device: torch.device, *, place: Callable[[nn.Module], object] | None = None) -> LiveTeacher:
+        """Move the model, or have it placed."""
+        if place is None:
+            self.model.to(device)
+        else:
+            place(self.model)
         return self
 
     @torch.no_grad()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from gendistill.data.batch import IGNORE, Batch
 from gendistill.errors import DataError
 from gendistill.losses.student import StudentLike, last_hidden, output_head
-from gendistill.ops.divergence import chunk_tokens, chunks, counted_positions
+from gendistill.ops.divergence import chunk_tokens, chunks, counted_positions, unrounded
 from gendistill.teachers.base import Needs, Teacher, TeacherSignals, check_vocabulary
 from gendistill.training.parallel import Parallel
 
@@ -53,10 +53,16 @@ def score_heldout(
     sums = torch.zeros(len(_SUMS) + 1, device=device)
     measure = partial(_batch_sums, compute_dtype=compute_dtype)
     with evaluating(student):
-        for batch in batches[rank::world]:
-            batch = batch.to(device)
+        for first in range(0, len(batches), world):
+            # split parameters are gathered by all: who has no batch left runs another one's, which does not count
+            mine = first + rank < len(batches)
+            batch = batches[first + rank if mine else first].to(device)
             signals = teacher.signals(batch, Needs(hidden=True))
-            sums += module(batch, signals, measure) if module else measure(student, signals, batch)
+            found = module(batch, signals, measure) if module else measure(student, signals, batch)
+            if mine:
+                sums += found
+    if parallel and module is not None:
+        parallel.settle(module)
     if parallel:
         sums = parallel.sum(sums)
     *totals, count = sums.tolist()
@@ -93,8 +99,10 @@ def _batch_sums(
     teacher_hidden, teacher_head = signals.hidden.flatten(0, 1)[index], signals.head
     sums = torch.zeros(len(_SUMS) + 1, device=hidden.device)
     for rows in chunks(len(targets), chunk_tokens(head)):
-        log_q = (hidden[rows] @ head.T).float().log_softmax(-1)
-        log_p = (teacher_hidden[rows] @ teacher_head.T).float().log_softmax(-1)
+        log_q, log_p = (
+            unrounded(states[rows], embedding.T).log_softmax(-1)
+            for states, embedding in ((hidden, head), (teacher_hidden, teacher_head))
+        )
         column = targets[rows, None]
         agree = log_p.argmax(-1) == log_q.argmax(-1)
         teacher_ce, student_ce = -log_p.gather(1, column).sum(), -log_q.gather(1, column).sum()

@@ -73,6 +73,11 @@ class StageJob:
     project: str = "gendistill"
 
     @property
+    def plan(self) -> Path:
+        """File of what is decided before the first step."""
+        return self.folder / "plan.json"
+
+    @property
     def checkpoints(self) -> Path:
         """Folder of the stage's checkpoints."""
         return self.folder / "checkpoints"

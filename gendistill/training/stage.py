@@ -15,11 +15,14 @@ from torch import nn
 
 from gendistill.anatomy.placement import converted_layers, placed_kinds
 from gendistill.data.batch import Batch
-from gendistill.errors import DataError, TrainingError
+from gendistill.engine.decoder import fuse, release, why_not
+from gendistill.errors import DataError, RecipeError, TrainingError
 from gendistill.losses.build import build_objective
+from gendistill.losses.logits import LogitObjective, choose_loss_impl
 from gendistill.losses.student import StudentLike
 from gendistill.paths import write_json
 from gendistill.teachers.base import Teacher, check_vocabulary
+from gendistill.training.adapters import insert_adapters, merge_adapters
 from gendistill.training.checkpoint import (
     Progress,
     checksums,
@@ -31,6 +34,7 @@ from gendistill.training.checkpoint import (
 )
 from gendistill.training.console import StageView, TrainingConsole
 from gendistill.training.freeze import apply_freeze
+from gendistill.training.garbage import Garbage
 from gendistill.training.interrupt import StageStopped, StopRequest, stop_on_signal
 from gendistill.training.job import Due, StageJob, StageResult, Stream
 from gendistill.training.left_out import data_record, heavy_losses, left_out_lines
@@ -48,13 +52,14 @@ from gendistill.training.monitors import MONITORS, Rewind, Stop, When
 from gendistill.training.monitors.heldout import heldout_scores
 from gendistill.training.monitors.weights import sample_weights
 from gendistill.training.optim import (
+    OPTIMIZERS,
     build_optimizer,
     choose_compute_dtype,
     fixed_dtype,
     learning_rate_factor,
     set_learning_rates,
 )
-from gendistill.training.parallel import Parallel
+from gendistill.training.parallel import Parallel, Situation
 from gendistill.training.step import StepRunner, seed_step
 from gendistill.training.trackers import Trackers
 
@@ -70,8 +75,8 @@ def train_stage(
 ) -> StageResult:
     """Train a student for one stage, from its newest checkpoint if there is one.
 
-    The student becomes float32 and is trained in place; saving it is left to the caller. Writes ``plan.json``,
-    ``metrics.jsonl``, ``checkpoints/`` and ``result.json`` in the stage's folder.
+    The student becomes float32 and is trained in place; adapters are merged into its weights, and saving it is left to
+    the caller. Writes ``plan.json``, ``metrics.jsonl``, ``checkpoints/`` and ``result.json`` in the stage's folder.
 
     Args:
         job: What to do.
@@ -80,21 +85,33 @@ def train_stage(
         stream: This process's micro-batches, at their start: resuming sets its state.
         parallel: How the stage is shared among processes.
         console: Where to report.
+    Returns:
+        How it ended. On the main process the student is whole; where it was sharded, the others are left without
+        weights.
     Raises:
         RecipeError: The stage does not fit student or teacher.
         CheckpointError: The recipe has changed since the stage began.
-        TrainingError: A loss or gradient is not finite.
+        TrainingError: A loss or gradient is not finite, or another process is lost.
         StageStopped: SIGTERM or SIGINT came; a checkpoint is saved.
     """
+    module = cast(nn.Module, student)
+    saved: list[Path] = []
     try:
-        return StageRun(job, student, teacher, stream, parallel, console).run()
+        with parallel.together(lambda: _when_lost(job, saved)):
+            run = StageRun(job, student, teacher, stream, parallel, console, saved=saved)
+            result = run.run()
+            parallel.unshard(run.runner.plain_module)
+            return result
     finally:
-        module = cast(nn.Module, student)
+        for model in (student, teacher.model):
+            if model is not None:
+                release(model)
         module.zero_grad()
         module.eval()
         if job.config.gradient_checkpointing:
             recompute_activations(student, False)
         parallel.close()
+        merge_adapters(module)
 
 
 class StageRun:
@@ -128,11 +145,15 @@ class StageRun:
         stream: Stream,
         parallel: Parallel,
         console: TrainingConsole,
+        *,
+        saved: list[Path],
     ) -> None:
         """Check, freeze and shard the student, decide about the stage, and restore the newest checkpoint."""
         self.job, self.stage = job, job.config
         self.student, self.module = student, cast(nn.Module, student)
         self.teacher, self.stream, self.parallel, self.console = teacher, stream, parallel, console
+        # the newest checkpoint last
+        self.saved = saved
         check_vocabulary(teacher.facts, student.config)
         scored = [batch for batch in job.heldout if batch.num_labels]
         if not scored:
@@ -141,11 +162,14 @@ class StageRun:
             )
         self.objective = build_objective(self.stage.objective)
         self.objective.bind(student.config, teacher.facts)
+        if isinstance(self.objective, LogitObjective):
+            self.objective.impl = choose_loss_impl(job.engine.loss, parallel.device)
         self.converted = converted_layers(placed_kinds(student.config))
         self._assemble(scored[0])
         self.micro_batches: list[Batch] = []
         self.rates: dict[str, float] = {}
         self.watch = Stopwatch()
+        self.garbage = Garbage()
         self.last_save = time.perf_counter()
         self.logged_tokens = self.progress.tokens
         self.has_logged = False
@@ -162,63 +186,101 @@ class StageRun:
         job, stage, parallel = self.job, self.stage, self.parallel
         frozen = apply_freeze(self.module, stage, name=job.name, reaches=self.objective.reaches)
         self.console.say(f"{job.name}: {frozen}")
-        # adapters would be put in here: they learn where all else is frozen, and are sharded like it
+        adapted = insert_adapters(
+            self.module, stage, name=job.name, seed=job.seed, reaches=self.objective.reaches
+        )
+        if adapted is not None:
+            self.console.say(f"{job.name}: {adapted}")
         # float32 masters: bfloat16 weights would swallow most updates
-        self.module.float().to(parallel.device).train()
-        self.teacher.to(parallel.device)
+        self.module.float().to(parallel.loads_on).train()
+        self.teacher.to(parallel.device, place=parallel.place_teacher)
         if stage.gradient_checkpointing:
             recompute_activations(self.student, True)
         self.objective.calibrate(self.teacher, calibration.to(parallel.device))
         self.before = checksums(self.module.named_parameters())
-        self.runner = StepRunner(self.module, self.objective, self.teacher, parallel)
+        checkpoint = parallel.on_main(lambda: find_checkpoint(job.checkpoints, self.console.say))
+        locked = locked_settings(
+            stage, name=job.name, seed=job.seed, checksums=self.before, extra=dict(job.lock)
+        )
+        lock = parallel.on_main(lambda: existing_lock(job.plan, locked, checkpoint))
+        # sharding needs to know
+        dtype = lock.dtype if lock else self._choose_dtype()
+        self.runner = StepRunner(self.module, self.objective, self.teacher, parallel, compute_dtype=dtype)
+        self._fuse(dtype)
         self.trained = trained_parameters(self.module)
         self.optimizer = build_optimizer(self.module, stage)
         self.start = sample_weights(self.optimizer) if job.watch.groups else {}
-        checkpoint = parallel.on_main(lambda: find_checkpoint(job.checkpoints, self.console.say))
-        self.lock = self._decide(checkpoint)
+        # timed first and trained on afterwards, as the first step
+        self.fetched: list[Batch] | None = None
+        self.lock = lock or self._decide(locked)
         self.progress = Progress()
         if checkpoint is not None:
+            self.saved.append(checkpoint)
             self._restore(checkpoint)
         self.meter = self._meter()
         self.console.say(
             f"{job.name}: {self.lock.steps:,} steps of {stage.batch_size} x {stage.seq_len:,} tokens, computed in "
             f"{self.lock.compute_dtype} on {parallel.device.type}"
+            + (f", the loss by {self.objective.impl}" if isinstance(self.objective, LogitObjective) else "")
             + (f", {self.lock.seconds_per_step:.2f} s each" if self.lock.seconds_per_step else "")
             + (f", resuming from {checkpoint}" if checkpoint else "")
         )
 
-    def _decide(self, checkpoint: Path | None) -> StageLock:
-        """Take up what was decided when the stage began, or decide: its steps and its arithmetic."""
-        job, stage, parallel, runner = self.job, self.stage, self.parallel, self.runner
-        path = job.folder / "plan.json"
-        locked = locked_settings(
-            stage, name=job.name, seed=job.seed, checksums=self.before, extra=dict(job.lock)
-        )
-        # timed first and trained on afterwards, as the first step
-        self.fetched: list[Batch] | None = None
-        lock = parallel.on_main(lambda: existing_lock(path, locked, checkpoint))
-        if lock is not None:
-            runner.compute_dtype = lock.dtype
-            return lock
+    def _choose_dtype(self) -> torch.dtype:
         hidden_size = self.student.config.hidden_size
-        runner.compute_dtype = fixed_dtype(stage) or parallel.on_main(
-            lambda: choose_compute_dtype(parallel.device, hidden_size)
+        return fixed_dtype(self.stage) or self.parallel.on_main(
+            lambda: choose_compute_dtype(self.parallel.device, hidden_size)
         )
+
+    def _decide(self, locked: dict[str, Any]) -> StageLock:
+        """Decide how many steps there will be, and write down what is decided."""
+        job, stage, parallel, runner = self.job, self.stage, self.parallel, self.runner
         self.fetched = next(self.stream) if stage.minutes is not None else None
         started, seconds_per_step = time.perf_counter(), None
         if self.fetched is not None:
             seed_step(parallel, job.seed, 0)
-            seconds_per_step = parallel.largest(time_step(runner.rehearse, self.fetched, self.optimizer))
+            seconds_per_step = parallel.largest(
+                time_step(
+                    runner.rehearse,
+                    self.fetched,
+                    self.optimizer,
+                    lambda groups: OPTIMIZERS[stage.optimizer](groups, stage.betas),
+                    slowest=parallel.largest,
+                )
+            )
             self.optimizer.zero_grad()
         spent = parallel.largest(time.perf_counter() - started)
         decided = StageLock(
-            steps=num_steps(stage, seconds_per_step, spent),
+            steps=num_steps(stage, seconds_per_step, spent, name=job.name),
             compute_dtype=str(runner.compute_dtype).removeprefix("torch."),
             seconds_per_step=seconds_per_step,
             locked=locked,
         )
-        parallel.on_main(lambda: write_lock(path, decided))
+        parallel.on_main(lambda: write_lock(job.plan, decided))
         return decided
+
+    def _fuse(self, dtype: torch.dtype) -> None:
+        """Let decoders run fused, in this dtype of arithmetic, where the engine says so."""
+        asked, device = self.job.engine.blocks, self.parallel.device
+        if asked == "family" or (asked == "auto" and device.type != "cuda"):
+            return
+        for role, model in (("student", self.student), ("teacher", self.teacher.model)):
+            if model is None:
+                continue
+            # a teacher computes in the dtype of its weights
+            arithmetic = dtype if role == "student" else model.lm_head.weight.dtype
+            reason = why_not(model, device=device, dtype=arithmetic)
+            if reason is None:
+                fuse(model, arithmetic)
+                self.console.say(f"{self.job.name}: the {role}'s layers run fused")
+            elif asked == "fused":
+                raise RecipeError(
+                    f"the {role} cannot run fused: {reason}",
+                    where="engine.blocks",
+                    hint="use engine.blocks=auto, which fuses what can be, or engine.blocks=family",
+                )
+            else:
+                self.console.say(f"{self.job.name}: the {role}'s layers run as its family has them: {reason}")
 
     def _restore(self, checkpoint: Path) -> None:
         """Take weights, moments, rows and progress from a checkpoint."""
@@ -257,6 +319,7 @@ class StageRun:
             console.warn(f"{name}: {note}")
         with (
             stop_on_signal() as request,
+            self.garbage.left_alone(),
             console.stage(name, num_steps=self.lock.steps, step=self.progress.step) as view,
             self.trackers,
         ):
@@ -297,6 +360,7 @@ class StageRun:
                     self.progress.step, losses, tokens, norm
                 )
                 self.optimizer.step()
+        self.garbage.collect()
 
     def log(self, view: StageView) -> None:
         """Write and show a line about the steps since the last one."""
@@ -365,7 +429,7 @@ class StageRun:
             )
             state = {"progress": asdict(progress), "stream": self.stream.state_dict()}
             tensors = gather_tensors(self.trained, self.optimizer, self.parallel)
-            self.parallel.on_main(
+            path = self.parallel.on_main(
                 lambda: save_checkpoint(
                     self.job.checkpoints,
                     step=progress.step,
@@ -374,6 +438,7 @@ class StageRun:
                     state=state,
                 )
             )
+            self.saved.append(path)
         self.last_save = time.perf_counter()
 
     def _due(self, request: StopRequest) -> Due:
@@ -471,7 +536,7 @@ class StageRun:
                 self.log(view)
                 self._write_checkpoint()
             self.lock = replace(self.lock, steps=self.progress.step)
-            self.parallel.on_main(lambda: write_lock(self.job.folder / "plan.json", self.lock))
+            self.parallel.on_main(lambda: write_lock(self.job.plan, self.lock))
 
     def _stopped(self, request: StopRequest) -> StageStopped:
         number = request.signal_number or signal.SIGTERM
@@ -517,6 +582,16 @@ class StageRun:
     def tensors_changed(self) -> float:
         """At the end, share of the trained tensors that differ from the start."""
         return 1 - len(self.unchanged) / len(self.trained)
+
+
+def _when_lost(job: StageJob, saved: list[Path]) -> Situation:
+    """Say what a lost process leaves behind."""
+    return Situation(
+        where=f"stages.{job.name}",
+        kept=f"The checkpoint {saved[-1]} is intact" if saved else "No checkpoint had been saved yet",
+        hint="run the same command again, on as many processes or fewer: "
+        + ("the stage resumes from there" if saved else "the stage begins again"),
+    )
 
 
 def _divides(every: int | None, step: int) -> bool:

@@ -40,13 +40,9 @@ class StepRunner:
         objective: What to minimise.
         teacher: Asked for what the objective needs.
         parallel: Decides device and number of processes.
-
-    Attributes:
         compute_dtype: Float32, or the dtype of autocast: of matmuls and activations, never of weights.
         clock: Notes what the parts of a step take, while it runs.
     """
-
-    compute_dtype: torch.dtype = torch.float32
 
     def __init__(
         self,
@@ -54,9 +50,12 @@ class StepRunner:
         objective: Objective,
         teacher: Teacher,
         parallel: Parallel,
+        *,
+        compute_dtype: torch.dtype = torch.float32,
     ) -> None:
+        self.compute_dtype = compute_dtype
         self.plain_module = DistillStep(student, objective)
-        self.module = parallel.shard(self.plain_module)
+        self.module = parallel.shard(self.plain_module, compute_dtype=compute_dtype)
         self.teacher = teacher
         self.objective = objective
         self.parallel = parallel
@@ -92,13 +91,16 @@ class StepRunner:
         return self.parallel.sum(sums) / num_labels, counts[1]
 
     def rehearse(self, batch: Batch) -> None:
-        """Run forward and backward once, for timing; no process waits for another, gradients are left behind."""
+        """Run forward and backward once, for timing; gradients are left behind.
+
+        Where parameters are split, every process has to do it as often.
+        """
         with self.parallel.accumulating(self.module, last=False):
             self._forward(self.module, batch).total.backward()
 
     @torch.no_grad()
     def loss(self, batch: Batch) -> Tensor:
-        """Compute one micro-batch's summed loss on this process alone."""
+        """Compute one micro-batch's summed loss. Where parameters are split, every process has to do it."""
         return self._forward(self.plain_module, batch).total
 
     def _forward(self, module: nn.Module, batch: Batch) -> LossTerm:

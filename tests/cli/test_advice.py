@@ -93,10 +93,20 @@ def test_check_as_json_lists_the_warnings(cli_json, workspace, chat_model):
 
 def test_batches_that_processes_cannot_share_are_refused():
     recipe = load_recipe("tiny")
+    check_batches(recipe, 1)
     check_batches(recipe, 2)
-    for number in (3, 4, 10**6):
-        with pytest.raises(RecipeError, match="not a multiple"):
+    refused = {
+        3: ("batch_size 4 cannot be shared equally", "use 2 processes, or stages.block.batch_size=6"),
+        4: ("each of 4 processes has 1 of the 4 rows", "stages.block.micro_batch_size=1"),
+        10**6: (
+            "1000000 processes are more than the 4 rows",
+            "use 4 processes, or stages.block.batch_size=1000000",
+        ),
+    }
+    for number, (why, instead) in refused.items():
+        with pytest.raises(RecipeError, match=why) as caught:
             check_batches(recipe, number)
+        assert instead in str(caught.value)
 
 
 def test_a_task_named_twice_is_refused(cli, workspace):

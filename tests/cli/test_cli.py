@@ -300,7 +300,7 @@ def test_processes_that_cannot_share_a_batch_start_nothing(cli, calls, monkeypat
     for command in ("run", "distill"):
         code, _, err = cli(command, "tiny", "--num-processes", "3")
         assert code == 2
-        assert "not a multiple of micro_batch_size 2 x 3 processes" in err
+        assert "batch_size 4 cannot be shared equally by 3 processes" in err
 
 
 @pytest.mark.parametrize(

@@ -217,6 +217,7 @@ def make_recipe() -> Callable[..., Recipe]:
         heldout: dict[str, Any] | None = None,
         on: str = "",
         seed: int = 7,
+        engine: dict[str, Any] | None = None,
         **stage: Any,
     ) -> Recipe:
         settings = {"data": on or next(iter(data)), "train": ["mixer"], "steps": 5, "lr": 1e-3}
@@ -231,6 +232,7 @@ def make_recipe() -> Callable[..., Recipe]:
                 "student": {"placement": "kda"},
                 "data": data,
                 "heldout": reserve,
+                "engine": engine or {},
                 "stages": {"distill": settings, "instruct": settings},
             }
         )

@@ -118,10 +118,14 @@ def test_state_may_be_resumed_with_another_number_of_ranks(mixed, make_tokenizer
 
 def test_prefetch_changes_nothing(mixed, make_tokenizer):
     tokenizer = make_tokenizer()
-    ahead, plain = (build_stream(mixed(), "distill", tokenizer) for _ in range(2))
-    plain._thread = None
-    assert _steps(ahead, 5) == _steps(plain, 5)
-    assert ahead.state_dict() == plain.state_dict()
+    plain = build_stream(mixed(engine={"prefetch": 0}), "distill", tokenizer)
+    expected = [(_steps(plain, 1), plain.state_dict()) for _ in range(6)]
+    for number in (1, 2, 7):
+        ahead = build_stream(mixed(engine={"prefetch": number}), "distill", tokenizer)
+        assert [(_steps(ahead, 1), ahead.state_dict()) for _ in range(6)] == expected
+        # what was prepared beyond is forgotten
+        ahead.load_state_dict(expected[1][1])
+        assert [(_steps(ahead, 1), ahead.state_dict()) for _ in range(4)] == expected[2:]
 
 
 def test_state_is_small(mixed, make_tokenizer):

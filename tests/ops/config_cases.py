@@ -10,13 +10,22 @@ import torch
 from torch import Tensor
 
 from gendistill.bench.launches import PLACES
-from gendistill.ops import causal_conv, gated_rms_norm
+from gendistill.ops import Divergence, Segments, Term, causal_conv, gated_rms_norm, sliding_window_attention
+from gendistill.ops.reference import block as reference
+from gendistill.ops.reference.divergence import compare as reference_compare
+from gendistill_kernels.block.attention import attend_forward, tiles_of
+from gendistill_kernels.block.glu import swiglu_backward, swiglu_forward
+from gendistill_kernels.block.norm import rms_norm_backward, rms_norm_forward
+from gendistill_kernels.block.rope import rotate_backward, rotate_forward
 from gendistill_kernels.conv.causal import conv_backward, conv_forward
 from gendistill_kernels.delta import chunk, layout
 from gendistill_kernels.delta.chunk import chunk_forward
 from gendistill_kernels.delta.decode import decode_step
 from gendistill_kernels.delta.rows import TABLE, Row
 from gendistill_kernels.delta.rule import Convolution, Heads, Rule
+from gendistill_kernels.divergence.dense import compare
+from gendistill_kernels.divergence.layout import KINDS, Mix, gradient_in
+from gendistill_kernels.divergence.tail import log_sum, spread
 from gendistill_kernels.norm.gated import gated_norm_backward, gated_norm_forward
 from gendistill_kernels.runtime.lookup import ByBytes
 
@@ -42,7 +51,14 @@ def make(cases: Any, row: Row | ByBytes, *, save: bool) -> tuple[Call, Call]:
     """
     dtype = torch.float32 if row.size == 4 else torch.bfloat16
     if row.kernel not in TABLE.kernels:
-        return {"conv": _convolution, "norm": _norm}[row.kernel.split("_")[0]](cases, dtype)
+        makers = {
+            "conv": _convolution,
+            "norm": _norm,
+            "block": _block,
+            "divergence": _divergence,
+            "tail": _tail,
+        }
+        return makers[row.kernel.split("_")[0]](cases, dtype)
     K, V = min(row.keys, 256), min(row.values, 256)
     if PLACES[row.kernel].module is chunk:
         if save and dtype == torch.float32:
@@ -127,6 +143,94 @@ def _norm(cases: Any, dtype: torch.dtype) -> tuple[Call, Call]:
         return _named([gated_norm_forward(out, weight, gate), *gated_norm_backward(grad, out, weight, gate)])
 
     return call, lambda: _named(_differentiated(gated_rms_norm, [out, weight, gate], [grad]))
+
+
+def _block(cases: Any, dtype: torch.dtype) -> tuple[Call, Call]:
+    torch.manual_seed(0)
+    x, added, *more = (cases.normal(200, 1024, dtype=dtype) for _ in range(4))
+    weight, both = cases.normal(1024), cases.normal(200, 3000, dtype=dtype)
+    grad, qkv = cases.normal(200, 1500, dtype=dtype), cases.normal(200, 8 * 128, dtype=dtype)
+    weights, grads = [cases.normal(128) for _ in range(2)], cases.normal(200, 8, 128, dtype=dtype)
+    angles = cases.normal(200, 64).repeat(1, 2)
+    cos, sin = angles.cos(), angles.sin()
+    parts = grads[:, :4].contiguous(), grads[:, 4:6].contiguous(), grads[:, 6:].contiguous()
+
+    lengths = [150, 50]
+    tiles, segments = tiles_of(lengths, x.device), Segments(lengths, device=x.device)
+
+    def call() -> dict[str, Tensor]:
+        total, y, rstd = rms_norm_forward(x, added, weight, eps=1e-6, dtype=dtype)
+        norms = rms_norm_backward(*more, total, weight, rstd, added=dtype, want_weight=True)
+        found = [
+            total,
+            y,
+            *norms,
+            swiglu_forward(both),
+            swiglu_backward(grad.clone(), both, want_hidden=False)[0],
+        ]
+        q, k = rotate_forward(qkv, *weights, cos, sin, num_heads=4, num_kv_heads=2, eps=1e-6)
+        turned = rotate_backward(*parts, qkv, *weights, cos, sin, eps=1e-6, want_weights=True)
+        attended, _ = attend_forward(*parts, tiles, window=None)
+        return _named([*found, q, k, *turned, attended])
+
+    def answer() -> dict[str, Tensor]:
+        def norm(x: Tensor, added: Tensor, weight: Tensor) -> Any:
+            return reference.rms_norm(x, weight, added, eps=1e-6, dtype=torch.float64)
+
+        total, y, d_x, d_added, d_weight = _differentiated(norm, [x, added, weight], [more[1], more[0]])
+        h, d_both = _differentiated(reference.swiglu, [both], [grad])
+
+        def turn(qkv: Tensor, q_weight: Tensor, k_weight: Tensor) -> Any:
+            q, k, v = qkv.unflatten(-1, (8, 128)).split([4, 2, 2], dim=1)
+            both = ((q, q_weight), (k, k_weight))
+            return [*(reference.turn(part, w, cos.double(), sin.double(), eps=1e-6) for part, w in both), v]
+
+        q, k, _, *turned = _differentiated(turn, [qkv, *weights], list(parts))
+        attended = sliding_window_attention(*(part[None].double() for part in parts), segments=segments)[0]
+        return _named([total, y, d_x, d_added, d_weight, h, d_both, q, k, *turned, attended])
+
+    return call, answer
+
+
+def _divergence(cases: Any, dtype: torch.dtype) -> tuple[Call, Call]:
+    """Compare rows of several slices, of which the last is not full, by every divergence at two temperatures."""
+    torch.manual_seed(0)
+    terms = [Term(kind, 0.5 + kind_number, 1.0, 0.3) for kind_number, kind in enumerate(Divergence)]
+    terms.append(Term(Divergence.FORWARD_KL, 1.0, 2.0))
+    mix = Mix(
+        tuple(KINDS[term.kind.value] for term in terms),
+        tuple(term.weight for term in terms),
+        tuple(term.temperature for term in terms),
+        tuple(term.beta for term in terms),
+    )
+    student, teacher = (3 * cases.normal(20, 20_004, dtype=dtype) for _ in range(2))
+    targets = torch.randint(0, 20_004, (20,), device=cases.DEVICE)
+
+    def call() -> dict[str, Tensor]:
+        logits = student.clone()
+        values = compare(logits, teacher, targets, mix, grad_dtype=dtype)
+        return {"values": values, "d logits": gradient_in(logits, dtype)}
+
+    def answer() -> dict[str, Tensor]:
+        wide = student.double(), teacher.double()
+        return dict(zip(("values", "d logits"), reference_compare(*wide, targets, terms, True), strict=True))
+
+    return call, answer
+
+
+def _tail(cases: Any, dtype: torch.dtype) -> tuple[Call, Call]:
+    torch.manual_seed(0)
+    logits, factors = 3 * cases.normal(20, 20_004, dtype=dtype), cases.normal(20)
+
+    def call() -> dict[str, Tensor]:
+        total = log_sum(logits)
+        return {"total": total, "shares": spread(logits, total, factors, dtype=dtype)}
+
+    def answer() -> dict[str, Tensor]:
+        wide = logits.double()
+        return {"total": wide.logsumexp(1), "shares": wide.softmax(1) * factors.double()[:, None]}
+
+    return call, answer
 
 
 def _decode(cases: Any, dtype: torch.dtype, K: int, *, shared: int) -> tuple[Call, Call]:

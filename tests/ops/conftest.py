@@ -22,6 +22,12 @@ def cases():
     return load("gpu_cases")
 
 
+@pytest.fixture(scope="session")
+def divergence_cases():
+    """The module ``divergence_cases``."""
+    return load("divergence_cases")
+
+
 @pytest.fixture
 def poisoned(cases):
     """Fill every new tensor with NaN, so that a cell that no program writes is seen."""

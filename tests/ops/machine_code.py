@@ -26,6 +26,7 @@ _POINTERS = {
     "float16": "*fp16",
     "float32": "*fp32",
     "int32": "*i32",
+    "int64": "*i64",
 }
 _LINE = re.compile(r"\s+/\*([0-9a-f]{4,5})\*/\s+(?:@(!?U?P\w+)\s+)?(\S+)\s*(.*?);")
 _PREDICATE = re.compile(r"!?U?P(\d|T)$")

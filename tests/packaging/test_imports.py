@@ -43,9 +43,10 @@ LAYERS = {
     "models": {"mixers", "ops", "anatomy"},
     "checkpoints": {"anatomy"},
     "data": {"mixers", "ops", "anatomy", "config"},
+    "engine": {"mixers", "ops", "anatomy"},
     "teachers": {"data", "anatomy"},
     "losses": {"teachers", "ops", "data", "anatomy", "config"},
-    "training": {"losses", "teachers", "data", "ops", "anatomy", "config"},
+    "training": {"losses", "teachers", "engine", "data", "ops", "anatomy", "config"},
     "conversion": {
         "checkpoints",
         "training",
@@ -60,7 +61,21 @@ LAYERS = {
     },
     "report": {"anatomy", "config"},
     "results": {"report", "config"},
-    "bench": {"training", "teachers", "models", "data", "ops", "report", "results", "anatomy", "config"},
+    "bench": {
+        *(
+            "training",
+            "teachers",
+            "engine",
+            "conversion",
+            "checkpoints",
+            "models",
+            "data",
+            "ops",
+            "report",
+            "results",
+        ),
+        *("anatomy", "config"),
+    },
     "runs": {
         *(
             "report",

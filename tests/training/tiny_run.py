@@ -6,12 +6,14 @@ import signal
 import socket
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from rich.console import Console
 
+from gendistill.config.engine import EngineConfig
 from gendistill.config.schema import StageConfig
 from gendistill.config.watch import WatchConfig
 from gendistill.data.batch import IGNORE, Batch
@@ -19,6 +21,7 @@ from gendistill.errors import GendistillError
 from gendistill.ops import Segments
 from gendistill.teachers.live import LiveTeacher
 from gendistill.testing import tiny_student, tiny_teacher
+from gendistill.training.checkpoint import find_checkpoint  # noqa: F401
 from gendistill.training.console import TrainingConsole
 from gendistill.training.job import StageJob
 from gendistill.training.monitors import MONITORS, Stop, When
@@ -127,11 +130,21 @@ def watching(every):
 
 
 def run_stage(
-    folder, *, student=None, teacher=None, parallel=None, heldout_every=None, out=None, job=None, **changes
+    folder,
+    *,
+    student=None,
+    teacher=None,
+    parallel=None,
+    heldout_every=None,
+    out=None,
+    engine=None,
+    job=None,
+    **changes,
 ):
     """Train the tiny stage in ``folder`` and return the result and the student; ``job`` are more of its fields."""
     stage = StageConfig(**{key: value for key, value in {**STAGE, **changes}.items() if value is not None})
-    parallel = parallel or choose_parallel(Accelerator(cpu=True))
+    engine = EngineConfig(**(engine or {}))
+    parallel = parallel or choose_parallel(Accelerator(cpu=True), engine)
     student = make_student() if student is None else student
     job = StageJob(
         name="tiny",
@@ -140,6 +153,7 @@ def run_stage(
         seed=7,
         heldout=heldout(),
         heldout_every=heldout_every,
+        engine=engine,
         **(job or {}),
     )
     result = train_stage(
@@ -166,7 +180,7 @@ def rows(folder):
     ]
 
 
-def in_child(folder, environment=None, **changes):
+def in_child(folder, environment=None, work=run_stage, **changes):
     """Fork a process that trains; it exits with the error's code."""
     child = os.fork()
     if child:
@@ -174,11 +188,13 @@ def in_child(folder, environment=None, **changes):
     os.environ.update(environment or {})
     code = 1
     try:
-        run_stage(folder, **changes)
+        work(folder, **changes)
         code = 0
     except GendistillError as error:
         print(error, flush=True)
         code = error.exit_code
+    except Exception:
+        traceback.print_exc(file=sys.stdout)
     finally:
         sys.stdout.flush()
         os._exit(code)
@@ -197,23 +213,28 @@ def interrupt(folder, number, after_step, **changes):
     return exit_code(child)
 
 
-def in_two(folder, **changes):
-    """Train with two processes and return the worse of their codes."""
+def start(folder, world, **changes):
+    """Start processes that train together; their ids."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     ranks = []
-    for rank in range(2):
+    for rank in range(world):
         environment = {
             "RANK": str(rank),
             "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": "2",
+            "WORLD_SIZE": str(world),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
             "ACCELERATE_USE_CPU": "true",
         }
-        ranks.append(in_child(folder, environment, micro_batch_size=2, **changes))
-    return max(exit_code(child) for child in ranks)
+        ranks.append(in_child(folder, environment, **{"micro_batch_size": 2, **changes}))
+    return ranks
+
+
+def together(folder, world, **changes):
+    """Train with some processes and return the worst of their codes."""
+    return max(exit_code(child) for child in start(folder, world, **changes))
 
 
 class EndAtFour:
@@ -241,10 +262,10 @@ def main(folder):
     codes["terminated"] = interrupt(folder / "terminated", signal.SIGTERM, 2)
     codes["terminated_resumed"] = exit_code(in_child(folder / "terminated"))
 
-    codes["two"] = in_two(folder / "two", save_every_steps=2)
+    codes["two"] = together(folder / "two", 2, save_every_steps=2)
     MONITORS["early"] = EndAtFour
-    codes["two_early"] = in_two(folder / "two_early", save_every_steps=2, log_every_steps=3)
-    codes["two_early_resumed"] = in_two(folder / "two_early", save_every_steps=2, log_every_steps=3)
+    codes["two_early"] = together(folder / "two_early", 2, save_every_steps=2, log_every_steps=3)
+    codes["two_early_resumed"] = together(folder / "two_early", 2, save_every_steps=2, log_every_steps=3)
     (folder / "codes.json").write_text(json.dumps(codes))
 
 

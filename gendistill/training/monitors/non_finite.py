@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from gendistill.engine.decoder import unfused
 from gendistill.errors import TrainingError
 from gendistill.training.checkpoint import find_checkpoint
 from gendistill.training.diagnose import first_non_finite
@@ -65,5 +66,9 @@ class NonFinite:
             return "it happened between two log lines; set log_every_steps: 1 to see where"
         # clipping has spread the first NaN over all gradients: compute them again
         run.optimizer.zero_grad()
-        run.runner.accumulate(run.micro_batches)
-        return f"first seen in the {first_non_finite(run.module, run.runner.loss, run.micro_batches)}"
+        with unfused(run.student):
+            run.runner.accumulate(run.micro_batches)
+            found = first_non_finite(
+                run.module, run.runner.loss, run.micro_batches, largest=run.parallel.largest
+            )
+            return f"first seen in the {found}"

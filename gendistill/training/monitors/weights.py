@@ -39,7 +39,7 @@ class Groups:
             gradients = [each.grad for each in parameters if each.grad is not None]
             if gradients:
                 names.append(f"{group}/grad_norm")
-                numbers.append(_norm(gradients))
+                numbers.append(run.parallel.norm(gradients))
             now, start = _sample(parameters), run.start[group]
             sums = [(now != start).sum(), (now - start).square().sum(), start.square().sum()]
             count = torch.full((), len(now), device=now.device)
@@ -98,9 +98,3 @@ def _sample(parameters: list[nn.Parameter]) -> Tensor:
     chosen = parameters[:: math.ceil(len(parameters) / _SAMPLED_TENSORS)]
     own = [each.to_local() if isinstance(each, DTensor) else each for each in chosen]
     return torch.cat([each.detach().reshape(-1)[:: max(1, each.numel() // _SAMPLED_WEIGHTS)] for each in own])
-
-
-def _norm(gradients: list[Tensor]) -> Tensor:
-    """Compute the norm of all gradients together, parts on other processes included."""
-    norm = torch.nn.utils.get_total_norm(gradients)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm

@@ -123,7 +123,9 @@ def undisturbed(run: StageInProgress, work: Callable[[Any], T]) -> T:
         torch.no_grad(),
         torch.autocast(device.type, dtype=dtype, enabled=dtype is not torch.float32),
     ):
-        return run.runner.plain_module(None, None, lambda student, _signals, _batch: work(student))
+        found = run.runner.plain_module(None, None, lambda student, _signals, _batch: work(student))
+        run.parallel.settle(run.runner.plain_module)
+        return found
 
 
 def _examiner(job: StageJob, setting: str) -> Examiner:

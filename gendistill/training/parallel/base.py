@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+from gendistill.training.parallel.peers import Situation
 
 T = TypeVar("T")
 
@@ -23,25 +26,85 @@ class Parallel(Protocol):
         device: Where this process computes.
     """
 
-    rank: int
-    world: int
-    device: torch.device
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def world(self) -> int: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def machines(self) -> int:
+        """Number of machines. Collective."""
+        ...
+
+    @property
+    def leads_machine(self) -> bool:
+        """Whether this process is the first of its machine."""
+        ...
+
+    @property
+    def loads_on(self) -> torch.device:
+        """Where models are loaded, before ``shard`` and ``place_teacher`` bring them where they are used."""
+        ...
+
+    @property
+    def description(self) -> str:
+        """How many processes there are and what they share, for people."""
+        ...
 
     @property
     def is_main(self) -> bool:
         """Whether this process writes and speaks."""
         ...
 
-    def shard(self, module: nn.Module) -> nn.Module:
+    def together(self, situation: Callable[[], Situation]) -> AbstractContextManager[None]:
+        """Return a context in which the loss of another process is noticed in bounded time. Collective.
+
+        Args:
+            situation: What is said beside the lost process's rank, at that moment.
+        Raises:
+            TrainingError: A process is lost.
+        """
+        ...
+
+    def shard(self, module: nn.Module, *, compute_dtype: torch.dtype) -> nn.Module:
         """Return the module to call in training; its parameters may be split, or their gradients be shared.
 
         Collective. Comes after freezing, which decides whose gradients there are, and before the optimizer, which must
         see the parameters as they stay.
+
+        Args:
+            module: A ``DistillStep`` on ``loads_on``.
+            compute_dtype: Of the arithmetic, to which autocast takes float32 weights.
+        Raises:
+            TrainingError: The student cannot be split.
         """
+        ...
+
+    def unshard(self, module: nn.Module) -> None:
+        """Undo ``shard`` in place, after training: on the main process the parameters are whole. Collective."""
+        ...
+
+    def place_teacher(self, model: nn.Module) -> None:
+        """Bring a teacher that is run to the device, in place; its blocks may be split. Collective.
+
+        Done once for several stages; a second time changes nothing.
+        """
+        ...
+
+    def settle(self, module: nn.Module) -> None:
+        """Let go of what passes without gradients have left in memory."""
         ...
 
     def accumulating(self, module: nn.Module, *, last: bool) -> AbstractContextManager[None]:
         """Return a context for one micro-batch's passes; gradients are shared in the ``last`` one of a step."""
+        ...
+
+    def norm(self, gradients: Iterable[Tensor]) -> Tensor:
+        """Return the norm of all gradients together, with the parts on other processes. Collective."""
         ...
 
     def clip(self, parameters: Iterable[Tensor], limit: float) -> Tensor:
@@ -63,12 +126,36 @@ class Parallel(Protocol):
         """
         ...
 
-    def part(self, whole: Tensor, like: Tensor) -> Tensor:
-        """Return this process's part of a whole tensor, on the device and with the layout of ``like``."""
+    def scatter(
+        self, like: Mapping[str, Tensor], read: Callable[[str], Tensor]
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Yield this process's parts of tensors, one after the other, with the layout and device of ``like``.
+
+        Collective: every process goes to the end.
+
+        Args:
+            like: What the parts are for, by name, in the same order everywhere.
+            read: Returns a whole tensor; asked on the main process only.
+        """
         ...
 
     def on_main(self, work: Callable[[], T]) -> T:
         """Do something on the main process; return its result, or raise its error, on every process. Collective."""
+        ...
+
+    def on_each(self, work: Callable[[], T]) -> T:
+        """Do something on every process and return its own result; the error of one is raised on all. Collective."""
+        ...
+
+    def in_turns(self, work: Callable[[], T]) -> T:
+        """As ``on_each``, but the first process of every machine is done before its others begin. Collective."""
+        ...
+
+    def folder(self, path: Path) -> Path:
+        """Return where this process finds a folder that the main process has filled. Collective.
+
+        On machines that do not share the main process's file system it is a copy, until the next call or ``close``.
+        """
         ...
 
     def barrier(self) -> None:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import contextlib
 import gc
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+
+from gendistill.training.parallel.peers import Situation
 
 T = TypeVar("T")
 
@@ -23,17 +26,39 @@ class Single:
     rank = 0
     world = 1
     is_main = True
+    machines = 1
+    leads_machine = True
+    description = "one process"
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self.loads_on = device
 
-    def shard(self, module: nn.Module) -> nn.Module:
+    def together(self, situation: Callable[[], Situation]) -> contextlib.nullcontext[None]:
+        """Do nothing."""
+        return contextlib.nullcontext()
+
+    def shard(self, module: nn.Module, *, compute_dtype: torch.dtype) -> nn.Module:
         """Move the module."""
         return module.to(self.device)
+
+    def unshard(self, module: nn.Module) -> None:
+        """Do nothing."""
+
+    def place_teacher(self, model: nn.Module) -> None:
+        """Move the model."""
+        model.to(self.device)
+
+    def settle(self, module: nn.Module) -> None:
+        """Do nothing."""
 
     def accumulating(self, module: nn.Module, *, last: bool) -> contextlib.nullcontext[None]:
         """Do nothing."""
         return contextlib.nullcontext()
+
+    def norm(self, gradients: Iterable[Tensor]) -> Tensor:
+        """Return the norm of all gradients together, which are whole here."""
+        return torch.nn.utils.get_total_norm(gradients)
 
     def clip(self, parameters: Iterable[Tensor], limit: float) -> Tensor:
         """Scale all gradients; return their norm before."""
@@ -51,13 +76,28 @@ class Single:
         """Yield the tensors."""
         yield from tensors.items()
 
-    def part(self, whole: Tensor, like: Tensor) -> Tensor:
-        """Return the tensor, on the device of ``like``."""
-        return whole.to(like.device)
+    def scatter(
+        self, like: Mapping[str, Tensor], read: Callable[[str], Tensor]
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Yield what is read, on the devices of ``like``."""
+        for name, tensor in like.items():
+            yield name, read(name).to(tensor.device)
 
     def on_main(self, work: Callable[[], T]) -> T:
         """Do it."""
         return work()
+
+    def on_each(self, work: Callable[[], T]) -> T:
+        """Do it."""
+        return work()
+
+    def in_turns(self, work: Callable[[], T]) -> T:
+        """Do it."""
+        return work()
+
+    def folder(self, path: Path) -> Path:
+        """Return the folder."""
+        return path
 
     def barrier(self) -> None:
         """Do nothing."""

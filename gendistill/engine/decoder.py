@@ -1,0 +1,346 @@
+"""A decoder whose layers run fused: packed projections, one kernel between two matrix products, and no masks.
+
+:func:`fuse` changes how a model's own modules run, not what they are: parameters, names and hooks of layers and mixers
+stay, and so do calls that are not about packed documents, such as generation. :func:`release` ends it.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from gendistill.anatomy.family import FAMILIES, Geometry, family_of, geometry_of
+from gendistill.engine.linear import PackedLinear, pack
+from gendistill.engine.mlp import gated_mlp
+from gendistill.mixers.base import Mixer, SequenceInfo
+from gendistill.ops.block import attend, rms_norm
+from gendistill.ops.select import Impl, resolve
+
+_MARK = "_fused_decoder"
+# dtypes that torch's flash attention takes
+_HALF = (torch.bfloat16, torch.float16)
+
+
+@dataclass(slots=True)
+class Layout:
+    """What all layers of one forward pass share.
+
+    Attributes:
+        sequences: The documents; they fill the grid.
+        cos, sin: ``[B * T, head_dim]`` float32.
+        position_embeddings: The same, ``[B, T, head_dim]``.
+        position_ids: ``[B, T]``.
+        dtype: Of arithmetic.
+    """
+
+    sequences: SequenceInfo
+    cos: Tensor
+    sin: Tensor
+    position_embeddings: tuple[Tensor, Tensor]
+    position_ids: Tensor | None
+    dtype: torch.dtype
+
+
+def fuse(model: Any, dtype: torch.dtype) -> None:
+    """Let a causal language model run fused until :func:`release`; :func:`why_not` must have nothing against it.
+
+    Args:
+        model: A family's own or a student: with ``model`` and ``config``; where it will run.
+        dtype: Of arithmetic. Parameters keep theirs; copies in this dtype are refreshed when parameters change.
+    """
+    release(model)
+    object.__setattr__(model.model, _MARK, FusedDecoder(model, dtype))
+
+
+def release(model: Any) -> None:
+    """Let a model run as its classes say; nothing happens to one that does."""
+    fused = vars(model.model).get(_MARK)
+    if fused is not None:
+        object.__delattr__(model.model, _MARK)
+        fused.release()
+
+
+@contextmanager
+def unfused(model: Any) -> Iterator[None]:
+    """Have a model run as its classes say for a while, so that every module says what it computes."""
+    fused = vars(model.model).get(_MARK)
+    release(model)
+    try:
+        yield
+    finally:
+        if fused is not None:
+            fuse(model, fused.dtype)
+
+
+def is_fused(model: Any) -> bool:
+    """Say whether a model runs fused."""
+    return _MARK in vars(model.model)
+
+
+def why_not(model: Any, *, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Say what keeps a causal language model from running fused; None if nothing does.
+
+    Args:
+        model: With ``model`` and ``config``.
+        device: Where it will run.
+        dtype: Of its arithmetic.
+    """
+    config = model.config
+    if family_of(config.to_dict()) not in FAMILIES:
+        return f"{config.model_type} is not a family with fused layers ({', '.join(FAMILIES)})"
+    geometry = geometry_of(config.to_dict())
+    if config.hidden_act not in ("silu", "swish"):
+        return f'its MLP uses "{config.hidden_act}"; fused layers know silu'
+    if geometry.mlp_bias:
+        return "its MLP has biases"
+    if getattr(config, "attention_dropout", 0.0):
+        return "it drops attention weights at random (attention_dropout)"
+    if any(
+        type(layer) is not nn.Linear for name, layer in model.model.named_modules() if name.endswith("_proj")
+    ):
+        return "some of its linear layers are adapted"
+    if device.type == "cuda":
+        if resolve("auto", op="block", device=device) is not Impl.TRITON:
+            return "its kernels do not run on this GPU"
+        if dtype not in _HALF:
+            return f"{dtype} is not a dtype of flash attention"
+        if geometry.head_dim % 8 or geometry.head_dim > 256:
+            return f"heads of {geometry.head_dim} channels are not for flash attention"
+    return None
+
+
+class FusedDecoder:
+    """A decoder that runs fused until it is released; arguments as :func:`fuse`."""
+
+    def __init__(self, model: Any, dtype: torch.dtype) -> None:
+        self.decoder: Any = model.model
+        self.dtype = dtype
+        self.geometry = geometry_of(model.config.to_dict())
+        self.impl = resolve("auto", op="block", device=self.decoder.norm.weight.device)
+        self.packed: list[PackedLinear] = []
+        self.patched: list[tuple[nn.Module, str]] = []
+        for index, layer in enumerate(self.decoder.layers):
+            self._patch_layer(index, layer)
+        self._patch(self.decoder, "forward", functools.partial(_run_decoder, self))
+        self.sources = [source for packed in self.packed for source in packed.sources]
+        self.targets = [target for packed in self.packed for target in packed.targets]
+        self.versions: list[int] = []
+        # a fused optimizer changes parameters without counting their versions up
+        self.handle = register_optimizer_step_post_hook(
+            functools.partial(_forget_versions, weakref.ref(self))
+        )
+
+    def _patch(self, module: nn.Module, name: str, value: Any) -> None:
+        # an instance's own attribute; the module's class stays as it is
+        object.__setattr__(module, name, value)
+        self.patched.append((module, name))
+
+    def _pack(self, *layers: nn.Linear) -> PackedLinear:
+        self.packed.append(pack(layers, self.dtype))
+        return self.packed[-1]
+
+    def _patch_layer(self, index: int, layer: Any) -> None:
+        attention, mlp = layer.self_attn, layer.mlp
+        if isinstance(attention, Mixer):
+            groups = {group: self._pack(*group) for group in attention.projections()}
+            self._patch(attention, "forward", functools.partial(_run_mixer, self, attention, groups))
+        else:
+            window = self.geometry.window if self.geometry.sliding[index] else None
+            parts = _Attention(
+                self._pack(attention.q_proj, attention.k_proj, attention.v_proj),
+                self._pack(attention.o_proj),
+                window,
+            )
+            self._patch(attention, "forward", functools.partial(_run_attention, self, attention, parts))
+        parts = (self._pack(mlp.gate_proj, mlp.up_proj), self._pack(mlp.down_proj))
+        self._patch(layer, "forward", functools.partial(_run_layer, self, layer, *parts))
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Cast the weights that have changed since the last time, which is once an optimizer step."""
+        versions = [source._version for source in self.sources]
+        if versions != self.versions:
+            torch._foreach_copy_(self.targets, self.sources)  # pyright: ignore[reportPrivateImportUsage]
+            self.versions = versions
+
+    def release(self) -> None:
+        """Let the modules run as their classes say."""
+        self.handle.remove()
+        for module, name in reversed(self.patched):
+            object.__delattr__(module, name)
+        for packed in self.packed:
+            packed.release()
+        self.patched, self.packed, self.sources, self.targets = [], [], [], []
+
+
+def _forget_versions(fused: Callable[[], FusedDecoder | None], *_: Any) -> None:
+    decoder = fused()
+    if decoder is not None:
+        decoder.versions = []
+
+
+@dataclass(slots=True)
+class _Attention:
+    """The packed projections of softmax attention, and its window."""
+
+    qkv: PackedLinear
+    out: PackedLinear
+    window: int | None
+
+
+def _run_decoder(
+    fused: FusedDecoder,
+    input_ids: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    sequences: SequenceInfo | None = None,
+    **others: Any,
+) -> Any:
+    """Run a decoder on packed documents; anything else is left to the decoder itself."""
+    decoder = fused.decoder
+    if (
+        sequences is None
+        or input_ids is None
+        or others.get("use_cache")
+        or others.get("attention_mask") is not None
+    ):
+        given = {"input_ids": input_ids, "position_ids": position_ids, "sequences": sequences}
+        return type(decoder).forward(
+            decoder, **{name: value for name, value in given.items() if value is not None}, **others
+        )
+    fused.refresh()
+    # the arithmetic is explicit from here on
+    with torch.autocast(input_ids.device.type, enabled=False):
+        stream = decoder.embed_tokens(input_ids)
+        cos, sin = decoder.rotary_emb(
+            torch.empty((), dtype=torch.float32, device=stream.device), position_ids
+        )
+        layout = Layout(
+            sequences,
+            cos.expand(stream.shape[0], -1, -1).flatten(0, 1).contiguous(),
+            sin.expand(stream.shape[0], -1, -1).flatten(0, 1).contiguous(),
+            (cos, sin),
+            position_ids,
+            fused.dtype,
+        )
+        for layer in decoder.layers:
+            # what watches layers finds what it would find without fusion
+            stream = layer(
+                stream,
+                position_embeddings=layout.position_embeddings,
+                position_ids=position_ids,
+                sequences=sequences,
+                layout=layout,
+            )
+        norm = decoder.norm
+        _, hidden = rms_norm(
+            stream, norm.weight, eps=fused.geometry.norm_eps, dtype=fused.dtype, impl=fused.impl
+        )
+    return BaseModelOutputWithPast(last_hidden_state=hidden)
+
+
+def _run_layer(
+    fused: FusedDecoder,
+    layer: Any,
+    gate_up: PackedLinear,
+    down: PackedLinear,
+    hidden_states: Tensor,
+    layout: Layout | None = None,
+    **others: Any,
+) -> Tensor:
+    if layout is None:
+        layout = _layout_of(fused, **others)
+    if layout is None:
+        return type(layer).forward(layer, hidden_states, **others)
+    settings: Any = {"eps": fused.geometry.norm_eps, "dtype": layout.dtype, "impl": fused.impl}
+    with torch.autocast(hidden_states.device.type, enabled=False):
+        stream, x = rms_norm(hidden_states, layer.input_layernorm.weight, **settings)
+        mixed = layer.self_attn(
+            hidden_states=x,
+            position_embeddings=layout.position_embeddings,
+            attention_mask=None,
+            position_ids=layout.position_ids,
+            sequences=layout.sequences,
+            layout=layout,
+        )[0]
+        stream, x = rms_norm(stream, layer.post_attention_layernorm.weight, mixed, **settings)
+        return gated_mlp(x, stream, gate_up, down, impl=fused.impl)
+
+
+def _layout_of(
+    fused: FusedDecoder,
+    sequences: Any = None,
+    position_embeddings: tuple[Tensor, Tensor] | None = None,
+    position_ids: Tensor | None = None,
+    attention_mask: Any = None,
+    past_key_values: Any = None,
+    **_: Any,
+) -> Layout | None:
+    """Return the layout of a layer that is run alone, on packed documents; None for any other call."""
+    packed = isinstance(sequences, SequenceInfo) and sequences.tokens is None
+    if not packed or position_embeddings is None or attention_mask is not None or past_key_values is not None:
+        return None
+    fused.refresh()
+    cos, sin = (part.flatten(0, 1).contiguous() for part in position_embeddings)
+    return Layout(sequences, cos, sin, position_embeddings, position_ids, fused.dtype)
+
+
+def _run_mixer(
+    fused: FusedDecoder,
+    mixer: Any,
+    groups: Mapping[tuple[nn.Linear, ...], PackedLinear],
+    hidden_states: Tensor,
+    layout: Layout | None = None,
+    **inputs: Any,
+) -> Any:
+    if layout is None:
+        layout = _layout_of(fused, **inputs)
+    run = type(mixer).forward
+    if layout is None:
+        return run(mixer, hidden_states, **inputs)
+    # a mixer whose linear layers are not packed casts their weights itself
+    casts = not mixer.projects and fused.dtype in _HALF
+    with torch.autocast(hidden_states.device.type, dtype=fused.dtype if casts else None, enabled=casts):
+        mixer.packed = groups
+        try:
+            return run(mixer, hidden_states.to(fused.dtype), **inputs)
+        finally:
+            del mixer.packed
+
+
+def _run_attention(
+    fused: FusedDecoder,
+    attention: Any,
+    parts: _Attention,
+    hidden_states: Tensor,
+    *args: Any,
+    layout: Layout | None = None,
+    **others: Any,
+) -> Any:
+    if layout is None:
+        return type(attention).forward(attention, hidden_states, *args, **others)
+    geometry: Geometry = fused.geometry
+    norms = (attention.q_norm.weight, attention.k_norm.weight) if geometry.qk_norm else (None, None)
+    qkv = parts.qkv(hidden_states)
+    # zeros below the last weight make columns that mean nothing
+    qkv = qkv.flatten(0, -2)[:, : sum(parts.qkv.widths)]
+    out = attend(
+        qkv,
+        *norms,
+        layout.cos,
+        layout.sin,
+        heads=(geometry.num_heads, geometry.num_kv_heads),
+        eps=geometry.norm_eps,
+        window=parts.window,
+        segments=layout.sequences.segments,
+        impl=fused.impl,
+    )
+    return parts.out(out).view(hidden_states.shape), None

@@ -1,0 +1,224 @@
+"""Linear layers that read the same input, as one matrix product on weights that are cast once a step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.distributed.tensor import DTensor
+
+# rows of a packed matrix: products with other widths fall off the fast paths of matrix units
+_MULTIPLE = 8
+
+
+class PackedLinear:
+    """Linear layers that read the same input, their weights one below the other in the dtype of arithmetic.
+
+    The layers keep their parameters, and get the gradients. Parameters that do not learn and have that dtype already
+    become views of the packed matrix, which then costs no memory; :meth:`release` gives them memory of their own.
+
+    Args:
+        layers: Of one input width; with biases or without.
+        dtype: Of arithmetic.
+
+    Attributes:
+        matrix: ``[rows, in_features]``; zeros below the last layer.
+        bias: ``[rows]``, or None.
+        widths: Outputs of each layer.
+    """
+
+    def __init__(self, layers: Sequence[nn.Linear], dtype: torch.dtype) -> None:
+        self.layers = tuple(layers)
+        self.widths = tuple(layer.out_features for layer in layers)
+        self.parameters: list[Tensor] = [layer.weight for layer in layers]
+        self.biases: list[Tensor] = [layer.bias for layer in layers if layer.bias is not None]
+        total = sum(self.widths)
+        rows = total if len(self.layers) == 1 else -(-total // _MULTIPLE) * _MULTIPLE
+        first = self.parameters[0]
+        self.matrix = torch.zeros(rows, first.shape[1], dtype=dtype, device=first.device)
+        self.bias = torch.zeros(rows, dtype=dtype, device=first.device) if self.biases else None
+        self.places = list(pairwise(accumulate(self.widths, initial=0)))
+        self.sources: list[Tensor] = []
+        self.targets: list[Tensor] = []
+        self.adopted: list[Tensor] = []
+        for layer, (start, end) in zip(self.layers, self.places, strict=True):
+            self._take(layer.weight, self.matrix[start:end])
+            if layer.bias is not None:
+                assert self.bias is not None
+                self._take(layer.bias, self.bias[start:end])
+
+    @torch.no_grad()
+    def _take(self, parameter: Tensor, target: Tensor) -> None:
+        if parameter.dtype == target.dtype and not parameter.requires_grad:
+            target.copy_(parameter)
+            parameter.data = target
+            self.adopted.append(parameter)
+        else:
+            self.sources.append(parameter)
+            self.targets.append(target)
+
+    def release(self) -> None:
+        """Give parameters that are views of the matrix memory of their own."""
+        for parameter in self.adopted:
+            parameter.data = parameter.data.clone()
+        self.adopted = []
+
+    def saved(self) -> Tensor | None:
+        """Return what a function keeps of the matrix for its backward pass."""
+        return self.matrix
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Run all layers on ``[..., in_features]``; returns ``[..., rows]`` in the dtype of arithmetic."""
+        return _Packed.apply(x, self, *self.parameters, *self.biases)  # pyright: ignore[reportReturnType]
+
+    def split(self, out: Tensor) -> tuple[Tensor, ...]:
+        """Cut an output into those of the layers."""
+        rest = out.shape[-1] - sum(self.widths)
+        return out.split([*self.widths, rest] if rest else list(self.widths), dim=-1)[: len(self.widths)]
+
+
+class GatheredLinear(PackedLinear):
+    """Linear layers whose parameters are split among processes, and whole only while their decoder layer runs.
+
+    The matrix is put together whenever it is asked for, also in the backward pass, for which the parameters are
+    gathered again; kept in between, it would take the memory that splitting saves.
+
+    Args:
+        layers: As for :class:`PackedLinear`.
+        dtype: Of arithmetic.
+    """
+
+    def __init__(self, layers: Sequence[nn.Linear], dtype: torch.dtype) -> None:
+        self.layers = tuple(layers)
+        self.dtype = dtype
+        self.widths = tuple(layer.out_features for layer in layers)
+        self.places = list(pairwise(accumulate(self.widths, initial=0)))
+        self.sources, self.targets, self.adopted = [], [], []
+
+    @property
+    def parameters(self) -> list[Tensor]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The weights as they are at the moment."""
+        return [layer.weight for layer in self.layers]
+
+    @property
+    def biases(self) -> list[Tensor]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The biases as they are at the moment."""
+        return [layer.bias for layer in self.layers if layer.bias is not None]
+
+    @property
+    def matrix(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The weights in the dtype of arithmetic, one below the other."""
+        return self._pack([layer.weight for layer in self.layers])
+
+    @property
+    def bias(self) -> Tensor | None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The biases likewise; zeros for a layer that has none."""
+        if not self.biases:
+            return None
+        return self._pack(
+            [
+                layer.weight.new_zeros(layer.out_features) if layer.bias is None else layer.bias
+                for layer in self.layers
+            ]
+        )
+
+    def saved(self) -> Tensor | None:
+        """Keep nothing."""
+        return None
+
+    def _pack(self, parts: list[Tensor]) -> Tensor:
+        parts = [part.detach().to(self.dtype) for part in parts]
+        if len(parts) == 1:
+            return parts[0]
+        if rest := -sum(self.widths) % _MULTIPLE:
+            parts.append(parts[0].new_zeros(rest, *parts[0].shape[1:]))
+        return torch.cat(parts)
+
+
+def pack(layers: Sequence[nn.Linear], dtype: torch.dtype) -> PackedLinear:
+    """Pack linear layers, whether this process has their weights whole or not."""
+    is_split = any(isinstance(layer.weight, DTensor) for layer in layers)
+    return (GatheredLinear if is_split else PackedLinear)(layers, dtype)
+
+
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """Multiply matrices into float32 (float64 from such), without rounding the sums on the way."""
+    if left.dtype in (torch.float32, torch.float64):
+        return left @ right
+    if left.device.type == "cuda":
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return left.float() @ right.float()
+
+
+def add_product(added: Tensor, left: Tensor, right: Tensor, *, in_place: bool = False) -> Tensor:
+    """Return ``added + left @ right`` in the dtype of ``added``, in its memory if it may be overwritten."""
+    if added.dtype == left.dtype:
+        return torch.addmm(added, left, right, out=added if in_place else None)
+    if left.device.type == "cuda" and added.dtype == torch.float32:
+        return torch.addmm(added, left, right, out_dtype=torch.float32, out=added if in_place else None)
+    return added + product(left, right).to(added.dtype)
+
+
+def weight_grads(
+    grad: Tensor, x: Tensor, places: Sequence[tuple[int, int]], parameters: Sequence[Tensor]
+) -> list[Tensor | None]:
+    """Return the gradient of every packed weight that learns, in its dtype, from one product if all of them do.
+
+    Args:
+        grad: ``[N, rows]``.
+        x: ``[N, in_features]``.
+        places: First and one past the last row of each weight.
+        parameters: The weights.
+    """
+    wanted = [parameter.requires_grad for parameter in parameters]
+    if not any(wanted):
+        return [None] * len(wanted)
+    if all(wanted):
+        whole = product(grad.T, x)
+        return [
+            whole[start:end].to(parameter.dtype)
+            for (start, end), parameter in zip(places, parameters, strict=True)
+        ]
+    return [
+        product(grad[:, start:end].T, x).to(parameter.dtype) if parameter.requires_grad else None
+        for (start, end), parameter in zip(places, parameters, strict=True)
+    ]
+
+
+class _Packed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, packed: PackedLinear, *parameters: Tensor) -> Tensor:
+        # as a matrix: with more dimensions, a bias would be added in a pass of its own
+        flat = x.flatten(0, -2).to(packed.matrix.dtype)
+        ctx.packed, ctx.shape, ctx.dtype = packed, x.shape, x.dtype
+        ctx.save_for_backward(flat, packed.saved())
+        return F.linear(flat, packed.matrix, packed.bias).view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, matrix = ctx.saved_tensors
+        packed: PackedLinear = ctx.packed
+        flat = grad.flatten(0, -2)
+        if matrix is None:
+            matrix = packed.matrix
+        grad_x = (flat @ matrix).view(ctx.shape).to(ctx.dtype) if ctx.needs_input_grad[0] else None
+        grads = weight_grads(flat, x, packed.places, packed.parameters)
+        bias_grads: list[Tensor | None] = [None] * len(packed.biases)
+        if any(bias.requires_grad for bias in packed.biases):
+            sums = flat.sum(0, dtype=torch.promote_types(flat.dtype, torch.float32))
+            places = [
+                place
+                for place, layer in zip(packed.places, packed.layers, strict=True)
+                if layer.bias is not None
+            ]
+            bias_grads = [
+                sums[start:end].to(bias.dtype) if bias.requires_grad else None
+                for (start, end), bias in zip(places, packed.biases, strict=True)
+            ]
+        return (grad_x, None, *grads, *bias_grads)

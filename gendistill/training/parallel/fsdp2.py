@@ -1,0 +1,253 @@
+"""Several processes that hold a part of student and teacher each: torch's ``fully_shard``, applied by ourselves.
+
+Accelerate shards one model only, and on CPU none at all while it says that it does; so it only starts the processes.
+
+Of a decoder block, the matrices are split. They are gathered when the block runs, in the dtype of the arithmetic: the
+numbers that autocast would have made of them, half as many bytes. Everything else of a block (gates, norms, biases,
+taps of convolutions) is small, stays whole on every process and float32, and its gradients are averaged at the end of
+a step. Embedding, final norm and head are split too, gathered in float32 when the step begins and kept until its end,
+because losses read the head outside of any layer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Literal, cast
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from gendistill.anatomy.student import mixer_names
+from gendistill.errors import TrainingError
+from gendistill.training.parallel.group import Group
+
+_REFUSED = "set engine.parallel=ddp, which keeps models whole"
+
+
+class FullySharded(Group):
+    """Several processes that share parameters, gradients and moments.
+
+    Args:
+        accelerator: Of more than one process.
+        patience_s: As for ``Group``.
+        gather: ``auto`` gathers a block's matrices in the dtype of the arithmetic, ``float32`` as they are.
+    """
+
+    def __init__(
+        self, accelerator: Accelerator, *, patience_s: float, gather: Literal["auto", "float32"] = "auto"
+    ) -> None:
+        super().__init__(accelerator, patience_s=patience_s)
+        # a launcher's default under which transformers loads weights on the first process only
+        os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+        self._gather_dtype = gather
+        self._mesh = init_device_mesh(self.device.type, (self.world,))
+        self._whole: list[nn.Parameter] = []
+        self._undo: list[_Unwrapped] = []
+
+    @property
+    def description(self) -> str:
+        """What is shared."""
+        return f"{self.world} processes, each with a part of student and teacher (fsdp2)"
+
+    @property
+    def loads_on(self) -> torch.device:
+        """Models are loaded beside the device, which need not hold them whole."""
+        return torch.device("cpu")
+
+    def shard(self, module: nn.Module, *, compute_dtype: torch.dtype) -> nn.Module:
+        """Split every block, and what lies around them, in place.
+
+        Raises:
+            TrainingError: The blocks share a parameter.
+        """
+        student: Any = module.student
+        blocks = list(student.model.layers)
+        _check_apart(blocks)
+        # classes and hooks as they are now
+        self._undo = [_Unwrapped(each) for each in module.modules()]
+        float32 = mixer_names(student.config.to_dict(), lambda spec: spec.float32)
+        whole = {
+            parameter
+            for name, parameter in student.model.named_parameters()
+            if name.startswith("layers.") and (parameter.dim() != 2 or name in float32)
+        }
+        dtype = torch.float32 if self._gather_dtype == "float32" else compute_dtype
+        for number, block in enumerate(blocks):
+            fully_shard(
+                block,
+                mesh=self._mesh,
+                # the last one is needed at once in the backward pass
+                reshard_after_forward=number < len(blocks) - 1,
+                mp_policy=MixedPrecisionPolicy(
+                    param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+                ),
+                ignored_params=whole,
+            )
+        fully_shard(module, mesh=self._mesh, reshard_after_forward=False, ignored_params=whole)
+        for parameter in whole:
+            parameter.data = parameter.data.to(self.device)
+        for unwrapped in self._undo:
+            unwrapped.note_added()
+        # in the order of the module, which is the same on every process
+        self._whole = [parameter for parameter in module.parameters() if parameter in whole]
+        _check_sharded(module, whole)
+        return module
+
+    def unshard(self, module: nn.Module) -> None:
+        """Make an ordinary module of it again, whole on the first process and in main memory; empty on the others."""
+        self.settle(module)
+        places: dict[Tensor, list[tuple[nn.Module, str]]] = {}
+        for owner in module.modules():
+            for name, parameter in owner.named_parameters(recurse=False):
+                places.setdefault(parameter, []).append((owner, name))
+        for parameter, owners in places.items():
+            value = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter.data
+            value = value.detach().to("cpu" if self.is_main else "meta")
+            plain = nn.Parameter(value, requires_grad=parameter.requires_grad)
+            for owner, name in owners:
+                owner._parameters[name] = plain
+        for unwrapped in self._undo:
+            unwrapped.restore()
+        self._undo, self._whole = [], []
+        for owner in module.modules():
+            for name, buffer in owner.named_buffers(recurse=False):
+                owner._buffers[name] = buffer.to(self.loads_on)
+
+    def place_teacher(self, model: nn.Module) -> None:
+        """Split the matrices of a frozen model in place, but for its head, which every loss on logits reads."""
+        causal: Any = model
+        decoder, head = causal.model, causal.lm_head
+        if isinstance(decoder, FSDPModule):
+            return
+        model.requires_grad_(False)
+        whole = {parameter for parameter in decoder.layers.parameters() if parameter.dim() != 2}
+        whole.update(head.parameters())
+        settings: dict[str, Any] = {
+            "mesh": self._mesh,
+            "reshard_after_forward": True,
+            "ignored_params": whole,
+        }
+        _check_apart(decoder.layers)
+        for block in decoder.layers:
+            fully_shard(block, **settings)
+        fully_shard(decoder, **settings)
+        for parameter in whole:
+            parameter.data = parameter.data.to(self.device)
+        _check_sharded(decoder, whole)
+
+    def settle(self, module: nn.Module) -> None:
+        """Let go of what a pass without gradients has gathered and left."""
+        for each in module.modules():
+            if isinstance(each, FSDPModule):
+                each.reshard()
+
+    @contextlib.contextmanager
+    def accumulating(self, module: nn.Module, *, last: bool) -> Iterator[None]:
+        """Share gradients in every micro-batch: whole ones would take as much memory as a whole student."""
+        yield
+        grads = [parameter.grad for parameter in self._whole if parameter.grad is not None]
+        if last and grads:
+            flat = torch.cat([grad.flatten() for grad in grads])
+            dist.all_reduce(flat)
+            flat /= self.world
+            for grad, part in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
+                grad.copy_(part.view_as(grad))
+
+    @torch.no_grad()
+    def norm(self, gradients: Iterable[Tensor]) -> Tensor:
+        """Return the norm of all gradients together, whole ones and parts; the same on every process."""
+        own, whole = [], []
+        for gradient in gradients:
+            if isinstance(gradient, DTensor):
+                own.append(gradient.to_local())
+            else:
+                whole.append(gradient)
+        # a process may have no part of a small tensor
+        squares = _sum_of_squares([part for part in own if part.numel()], self.device)
+        dist.all_reduce(squares)
+        return (squares + _sum_of_squares(whole, self.device)).sqrt()
+
+    @torch.no_grad()
+    def clip(self, parameters: Iterable[Tensor], limit: float) -> Tensor:
+        """Scale all gradients; the norm before is that of all parts together, and the same everywhere."""
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        norm = self.norm(gradients)
+        factor = (limit / (norm + 1e-6)).clamp(max=1.0)
+        own = [each.to_local() if isinstance(each, DTensor) else each for each in gradients]
+        torch._foreach_mul_(own, factor)  # pyright: ignore[reportPrivateImportUsage]
+        return norm
+
+    def gather(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """Yield the tensors whole, one after the other; on the first process in main memory."""
+        for name, value in tensors.items():
+            whole = value.full_tensor().detach() if isinstance(value, DTensor) else value
+            yield name, whole.cpu() if self.is_main else whole
+
+    def scatter(
+        self, like: Mapping[str, Tensor], read: Callable[[str], Tensor]
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Send every process its part of the tensors, one after the other."""
+        for name, tensor in like.items():
+            whole = torch.empty(tensor.shape, dtype=tensor.dtype, device=self.device)
+            if self.is_main:
+                whole.copy_(read(name))
+            if isinstance(tensor, DTensor):
+                yield name, distribute_tensor(whole, tensor.device_mesh, tensor.placements)
+            else:
+                dist.broadcast(whole, src=0)
+                yield name, whole
+
+
+class _Unwrapped:
+    """A module's class and hooks, to go back to."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.type = type(module)
+        self.names = set(vars(module))
+        self.added: set[str] = set()
+        self.hooks = {name: value.copy() for name, value in vars(module).items() if "_hooks" in name}
+
+    def note_added(self) -> None:
+        """See what sharding has just added."""
+        self.added = set(vars(self.module)) - self.names
+
+    def restore(self) -> None:
+        """Take it away."""
+        self.module.__class__ = self.type
+        for name in self.added:
+            del vars(self.module)[name]
+        vars(self.module).update(self.hooks)
+
+
+def _sum_of_squares(tensors: list[Tensor], device: torch.device) -> Tensor:
+    if not tensors:
+        return torch.zeros((), device=device)
+    norms = torch._foreach_norm(tensors)  # pyright: ignore[reportPrivateImportUsage]
+    return torch.stack(norms).square().sum()
+
+
+def _check_apart(blocks: Iterable[nn.Module]) -> None:
+    """Refuse blocks that share a parameter: it would be gathered for one of them only."""
+    owner: dict[Tensor, int] = {}
+    for number, block in enumerate(blocks):
+        for name, parameter in block.named_parameters():
+            if owner.setdefault(parameter, number) != number:
+                raise TrainingError(
+                    f"layers {owner[parameter]} and {number} share the parameter {name}; fsdp2 splits layer by layer",
+                    where="engine.parallel",
+                    hint=_REFUSED,
+                )
+
+
+def _check_sharded(module: nn.Module, whole: set[nn.Parameter]) -> None:
+    """Make sure that what was to be split is split: libraries have been seen to leave models as they were."""
+    for name, parameter in module.named_parameters():
+        assert isinstance(parameter, DTensor) or cast(nn.Parameter, parameter) in whole, name

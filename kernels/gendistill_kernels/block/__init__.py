@@ -1,0 +1,12 @@
+"""What a decoder layer does between its matrix products: norms, SwiGLU, rotary positions, forwards and backwards."""
+
+from __future__ import annotations
+
+import torch
+
+from gendistill_kernels.runtime.hardware import obstacle_on
+
+
+def obstacle(device: torch.device) -> str | None:
+    """Say what keeps these kernels from running on a device; None if nothing does."""
+    return obstacle_on(device, majors=(9,))

@@ -1,0 +1,12 @@
+"""Divergences of two next-token distributions from their logits, values and gradient in one pass over memory."""
+
+from __future__ import annotations
+
+import torch
+
+from gendistill_kernels.runtime.hardware import obstacle_on
+
+
+def obstacle(device: torch.device) -> str | None:
+    """Say what keeps these kernels from running on a device; None if nothing does."""
+    return obstacle_on(device, majors=(9,))

@@ -1,0 +1,219 @@
+"""Decoders that run fused: what they compute is what the family's modules do, on every family and kind of layer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+
+from gendistill.data.batch import Batch, model_inputs
+from gendistill.engine.decoder import fuse, is_fused, release, why_not
+from gendistill.models import HybridConfig, HybridForCausalLM
+from gendistill.ops import Segments
+
+LENGTHS = [5, 11, 16, 9, 7, 16]
+TOKENS = 32
+SIZES = {
+    "vocab_size": 97,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+FAMILIES = {
+    "llama": LlamaConfig(**SIZES),
+    "llama with biases": LlamaConfig(**SIZES, attention_bias=True),
+    "llama with far positions": LlamaConfig(
+        **SIZES, rope_parameters={"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}
+    ),
+    "mistral with a window": MistralConfig(**SIZES, sliding_window=6),
+    "qwen2": Qwen2Config(**SIZES),
+    "qwen3": Qwen3Config(**SIZES, head_dim=16),
+}
+STUDENTS = {
+    "kda": ["kda", "full", "kda", "kda"],
+    "all kinds": ["sink", "kda", "swa", "full"],
+    "every layer": ["kda"] * 4,
+}
+DROPPED = ("model_type", "architectures", "layer_types", "_name_or_path", "quantization_config")
+
+
+def packed_batch():
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, 97, (2, TOKENS), generator=generator)
+    positions = torch.cat([torch.arange(length) for length in LENGTHS]).view(2, TOKENS)
+    return Batch(ids, ids.clone(), positions, Segments(LENGTHS), 64, 64)
+
+
+def disturbed(model):
+    """Move every parameter, so that norms and biases count."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    return model.train()
+
+
+def make_teacher(family):
+    torch.manual_seed(0)
+    return disturbed(AutoModelForCausalLM.from_config(FAMILIES[family]))
+
+
+def make_student(mixers, family="qwen3", **settings):
+    torch.manual_seed(0)
+    config = FAMILIES[family]
+    given = {key: value for key, value in config.to_dict().items() if key not in DROPPED}
+    given |= {"base_model_type": config.model_type, "mixers": STUDENTS[mixers], **settings}
+    return disturbed(HybridForCausalLM(HybridConfig(**given)))
+
+
+def run(model):
+    """Return hidden states of packed documents and the gradients of a fixed sum of them."""
+    model.zero_grad()
+    hidden = model.model(**model_inputs(packed_batch())).last_hidden_state
+    generator = torch.Generator().manual_seed(2)
+    (hidden * torch.randn(hidden.shape, generator=generator, dtype=hidden.dtype)).sum().backward()
+    return hidden.detach(), {
+        name: value.grad.clone() for name, value in model.named_parameters() if value.grad is not None
+    }
+
+
+def distance(x, y):
+    return ((x.double() - y.double()).norm() / (y.double().norm() + 1e-30)).item()
+
+
+def compare(model, limit):
+    hidden, grads = run(model)
+    assert why_not(model, device=torch.device("cpu"), dtype=torch.float32) is None
+    fuse(model, torch.float32)
+    fused_hidden, fused_grads = run(model)
+    assert is_fused(model)
+    assert distance(fused_hidden, hidden) < limit
+    assert grads.keys() == fused_grads.keys()
+    assert {name: d for name in grads if (d := distance(fused_grads[name], grads[name])) > 10 * limit} == {}
+    release(model)
+    again, _ = run(model)
+    assert torch.equal(again, hidden)
+    left = [
+        module for module in model.modules() if {"forward", "packed", "_fused_decoder"} & vars(module).keys()
+    ]
+    assert left == []
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_fused_transformer_computes_what_its_family_does(family):
+    compare(make_teacher(family), 1e-6)
+
+
+@pytest.mark.parametrize("family", ["llama with biases", "qwen2", "qwen3"])
+@pytest.mark.parametrize("mixers", ["kda", "every layer"])
+def test_a_fused_student_computes_what_its_modules_do(mixers, family):
+    compare(make_student(mixers, family), 1e-6)
+
+
+@pytest.mark.parametrize("mixers", STUDENTS)
+def test_every_kind_of_layer_runs_beside_fused_ones(mixers):
+    family = "mistral with a window"
+    compare(make_student(mixers, family), 1e-6)
+
+
+def test_frozen_parameters_get_no_gradient_and_keep_memory_of_their_own_afterwards():
+    model = make_student("kda")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("mlp" in name or ".0.self_attn" in name)
+    hidden, grads = run(model)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    fuse(model, torch.float32)
+    frozen = model.model.layers[1].self_attn
+    assert (
+        frozen.q_proj.weight.untyped_storage().data_ptr() == frozen.k_proj.weight.untyped_storage().data_ptr()
+    )
+    fused_hidden, fused_grads = run(model)
+    assert distance(fused_hidden, hidden) < 1e-6
+    assert fused_grads.keys() == grads.keys()
+    release(model)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]), name
+        assert parameter.untyped_storage().nbytes() == parameter.numel() * 4, name
+
+
+def test_a_step_of_the_optimizer_is_seen_by_the_next_forward_pass():
+    model = make_student("kda")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
+    fuse(model, torch.float32)
+    run(model)
+    optimizer.step()
+    fused_hidden, _ = run(model)
+    release(model)
+    hidden, _ = run(model)
+    assert distance(fused_hidden, hidden) < 1e-6
+
+
+def test_weights_are_cast_once_as_long_as_they_stay():
+    model = make_student("kda")
+    fuse(model, torch.bfloat16)
+    decoder = vars(model.model)["_fused_decoder"]
+    run(model)
+    packed = decoder.packed[0]
+    packed.matrix.fill_(7)
+    run(model)
+    assert (packed.matrix == 7).any(), "it was cast again"
+    with torch.no_grad():
+        packed.sources[0].add_(1)
+    run(model)
+    assert not (packed.matrix == 7).any()
+
+
+def test_generation_and_padded_batches_run_as_before():
+    model = make_student("kda").eval()
+    ids = torch.randint(0, 97, (2, 9))
+    mask = torch.ones(2, 9, dtype=torch.int64)
+    mask[0, :3] = 0
+    with torch.no_grad():
+        expected = model(input_ids=ids, attention_mask=mask).logits
+        tokens = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=6, do_sample=False)
+        fuse(model, torch.float32)
+        assert torch.equal(model(input_ids=ids, attention_mask=mask).logits, expected)
+        again = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=6, do_sample=False)
+    assert torch.equal(again, tokens)
+
+
+def test_activations_may_be_computed_again():
+    model = make_student("kda")
+    fuse(model, torch.float32)
+    hidden, grads = run(model)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    again, recomputed = run(model)
+    assert torch.equal(again, hidden)
+    assert {name for name in grads if not torch.equal(grads[name], recomputed[name])} == set()
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"hidden_act": "gelu"}, "gelu"),
+        ({"mlp_bias": True}, "biases"),
+        ({"attention_dropout": 0.1}, "attention_dropout"),
+    ],
+)
+def test_what_cannot_run_fused_is_said(change, reason):
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**{**SIZES, **change}))
+    found = why_not(model, device=torch.device("cpu"), dtype=torch.float32)
+    assert found is not None
+    assert reason in found
+
+
+def test_bfloat16_stays_close_to_float32():
+    model = make_student("kda")
+    hidden, grads = run(model)
+    fuse(model, torch.bfloat16)
+    fused_hidden, fused_grads = run(model)
+    assert fused_hidden.dtype == torch.bfloat16
+    assert distance(fused_hidden, hidden) < 2e-2
+    assert {value.dtype for value in fused_grads.values()} == {torch.float32}
+    flat, fused_flat = (
+        torch.cat([value.flatten() for value in each.values()]) for each in (grads, fused_grads)
+    )
+    assert distance(fused_flat, flat) < 4e-2

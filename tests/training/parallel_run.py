@@ -1,0 +1,177 @@
+"""Stages on 1, 2 and 4 processes in both modes, as a script for ``test_parallel.py``: processes start by forking."""
+
+import importlib.util
+import json
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from safetensors.torch import save_file
+
+from gendistill.config.engine import EngineConfig
+from gendistill.config.objectives import KLConfig
+from gendistill.config.schema import StageConfig
+from gendistill.losses.build import build_objective
+from gendistill.teachers.live import LiveTeacher
+from gendistill.testing import tiny_student, tiny_teacher
+from gendistill.training.checkpoint import (
+    gather_tensors,
+    load_checkpoint,
+    save_checkpoint,
+    trained_parameters,
+)
+from gendistill.training.freeze import apply_freeze
+from gendistill.training.optim import build_optimizer
+from gendistill.training.parallel import choose_parallel
+from gendistill.training.step import StepRunner
+
+_SPEC = importlib.util.spec_from_file_location("tiny_run", Path(__file__).with_name("tiny_run.py"))
+assert _SPEC is not None
+assert _SPEC.loader is not None
+tiny = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(tiny)
+
+
+DDP, FSDP2 = {"parallel": "ddp"}, {"parallel": "fsdp2"}
+MODES = {"ddp_2": (2, DDP), "ddp_4": (4, DDP), "fsdp2_2": (2, FSDP2), "fsdp2_4": (4, FSDP2)}
+SAVING = {"save_every_steps": 2, "keep_checkpoints": 9, "heldout_every": 3}
+# what differs from the plain stage; every one on one process and on two sharded ones
+CASES = {
+    "mixer_output": {"objective": {"kind": "mixer_output"}, "train": ["mixer"]},
+    "recomputed": {"train": ["mixer", "mlp", "norm"], "gradient_checkpointing": True},
+    "bfloat16": {"compute_dtype": "bfloat16"},
+    "tied": {"tied": True, "train": ["mixer", "embed"]},
+    "fused": {"blocks": "fused", "gradient_checkpointing": True},
+}
+MORE_CASES = {
+    "block_output": {"objective": {"kind": "block_output"}, "train": ["mixer", "mlp"]},
+    "bfloat16_block": {
+        "compute_dtype": "bfloat16",
+        "objective": {"kind": "block_output"},
+        "train": ["mixer", "mlp"],
+    },
+    "fused_bfloat16": {"blocks": "fused", "compute_dtype": "bfloat16"},
+    "fused_block": {
+        "blocks": "fused",
+        "objective": {"kind": "block_output"},
+        "train": ["mixer", "mlp"],
+    },
+    "tied_frozen": {"tied": True, "train": ["mixer"]},
+}
+LONG = {"steps": 100, "save_every_steps": None, "heldout_every": 50}
+
+
+def train(folder, *, tied=False, blocks="auto", engine=None, **changes):
+    """Train, and save the student as the main process then has it."""
+    engine = {**(engine or {}), "blocks": blocks}
+    models = {}
+    if tied:
+        sizes = {"num_hidden_layers": 2, "tie_word_embeddings": True}
+        models["student"] = tiny_student(seed=3, mixers=["kda", "full"], **sizes)
+        models["teacher"] = tiny_teacher("qwen3", seed=4, **sizes)
+    _, student = tiny.run_stage(folder, engine=engine, **models, **{**SAVING, **changes})
+    weights = student.state_dict()
+    if not next(iter(weights.values())).is_meta:
+        # an ordinary model again, which runs without the other processes
+        assert not [module for module in student.modules() if type(module).__name__.startswith("FSDP")]
+        assert (student.lm_head.weight is student.model.embed_tokens.weight) == tied
+        student(torch.arange(10)[None]).logits.sum().backward()
+        save_file({name: value.clone().contiguous() for name, value in weights.items()}, folder / "student")
+
+
+def copy_checkpoint(folder, *, source, engine, **_):
+    """Load a checkpoint and save it again without a step in between."""
+    parallel = choose_parallel(Accelerator(cpu=True), EngineConfig(**engine))
+    student, stage = tiny.make_student(seed=9), StageConfig(**tiny.STAGE)
+    apply_freeze(student, stage)
+    objective, teacher = build_objective(KLConfig()), LiveTeacher(tiny.make_teacher())
+    StepRunner(student, objective, teacher, parallel)
+    trained, optimizer = trained_parameters(student), build_optimizer(student, stage)
+    state = load_checkpoint(source, trained=trained, optimizer=optimizer, parallel=parallel)
+    tensors = gather_tensors(trained, optimizer, parallel)
+    parallel.on_main(
+        lambda: save_checkpoint(folder, step=state.pop("step"), keep=1, tensors=tensors, state=state)
+    )
+
+
+def resume(folder, source, step, world, engine, **changes):
+    """Go on from one checkpoint of another stage."""
+    shutil.copytree(source, folder)
+    for path in (folder / "stages" / "tiny" / "checkpoints").glob("step-*"):
+        if path.name != f"step-{step:06d}":
+            shutil.rmtree(path)
+    return tiny.together(folder, world, work=train, engine=engine, **changes)
+
+
+def lose(folder, world, rank, number, **changes):
+    """Send a process a signal after the second step; the others' codes, and how long they took."""
+    ranks = tiny.start(folder, world, steps=100_000, **SAVING, **changes)
+    while len(tiny.rows(folder)) < 3:
+        time.sleep(0.01)
+    tiny.os.kill(ranks[rank], number)
+    began = time.monotonic()
+    codes = [tiny.exit_code(child) for other, child in enumerate(ranks) if other != rank]
+    seconds = time.monotonic() - began
+    if number == signal.SIGSTOP:
+        tiny.os.kill(ranks[rank], signal.SIGKILL)
+    tiny.exit_code(ranks[rank])
+    return {"codes": codes, "seconds": seconds}
+
+
+def pairs(folder, codes, cases):
+    """Train on one process and on two sharded ones."""
+    for name, changes in cases.items():
+        codes[name] = tiny.exit_code(
+            tiny.in_child(folder / f"{name}_one", work=train, micro_batch_size=2, **changes)
+        )
+        codes[f"{name}_2"] = tiny.together(folder / f"{name}_2", 2, work=train, engine=FSDP2, **changes)
+
+
+def main(folder):
+    """Run what every suite asks of several processes."""
+    codes, one = {}, folder / "one"
+    codes["one"] = tiny.exit_code(tiny.in_child(one, work=train, micro_batch_size=2))
+    for name, (world, engine) in MODES.items():
+        codes[name] = tiny.together(folder / name, world, work=train, engine=engine)
+    pairs(folder, codes, CASES)
+    engine = {**FSDP2, "gather": "float32"}
+    codes["bfloat16_cast"] = tiny.together(
+        folder / "bfloat16_cast", 2, work=train, engine=engine, **CASES["bfloat16"]
+    )
+
+    # 2 sharded -> 4 whole -> 1
+    codes["to_4"] = resume(folder / "to_4", folder / "fsdp2_2", 2, 4, DDP)
+    codes["to_1"] = resume(folder / "to_1", folder / "to_4", 4, 1, FSDP2)
+    source = folder / "fsdp2_4" / "stages" / "tiny" / "checkpoints" / "step-000004"
+    for name in ("ddp_2", "fsdp2_2"):
+        world, engine = MODES[name]
+        codes[f"copy_{name}"] = tiny.together(
+            folder / "copies" / name, world, work=copy_checkpoint, source=source, engine=engine
+        )
+    codes["minutes"] = tiny.together(folder / "minutes", 2, engine=FSDP2, steps=None, minutes=0.01)
+    codes["bad"] = tiny.together(folder / "bad", 2, engine=FSDP2, lr=1e30)
+    patient = {"patience_s": 2}
+    lost = {
+        "killed_ddp": lose(folder / "killed_ddp", 4, 1, signal.SIGKILL, engine=DDP),
+        "killed_fsdp2": lose(folder / "killed_fsdp2", 2, 0, signal.SIGKILL, engine={**FSDP2, **patient}),
+        "stopped": lose(folder / "stopped", 2, 1, signal.SIGSTOP, engine={**DDP, **patient}),
+    }
+    (folder / "codes.json").write_text(json.dumps({"codes": codes, "lost": lost}))
+
+
+def more(folder):
+    """Run what takes longer: more objectives, and a hundred steps of each mode."""
+    codes = {}
+    pairs(folder, codes, MORE_CASES)
+    codes["one"] = tiny.exit_code(tiny.in_child(folder / "one", work=train, micro_batch_size=2, **LONG))
+    for name, (world, engine) in MODES.items():
+        codes[name] = tiny.together(folder / name, world, work=train, engine=engine, **LONG)
+    (folder / "codes.json").write_text(json.dumps({"codes": codes}))
+
+
+if __name__ == "__main__":
+    {"main": main, "more": more}[sys.argv[1]](Path(sys.argv[2]))

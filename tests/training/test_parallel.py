@@ -1,0 +1,170 @@
+"""Any number of processes in either mode trains the same student, resumes the others' checkpoints, and ends alone."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+SCRIPT = Path(__file__).with_name("parallel_run.py")
+CHECKPOINTS = Path("stages", "tiny", "checkpoints")
+FILES = ("trained.safetensors", "optimizer.safetensors")
+MODES = ("ddp_2", "ddp_4", "fsdp2_2", "fsdp2_4")
+CASES = ("mixer_output", "recomputed", "bfloat16", "tied", "fused")
+MORE_CASES = ("block_output", "bfloat16_block", "fused_bfloat16", "fused_block", "tied_frozen")
+
+
+def run(folder, what):
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), what, str(folder)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder, json.loads((folder / "codes.json").read_text()), done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def stages(tmp_path_factory):
+    """The folder of the script's stages, and what it found."""
+    return run(tmp_path_factory.mktemp("parallel"), "main")
+
+
+@pytest.fixture(scope="module")
+def more_stages(tmp_path_factory):
+    """The same of what takes longer."""
+    return run(tmp_path_factory.mktemp("more"), "more")
+
+
+def assert_same_curve(tiny, mine, theirs, *, rel=2e-6):
+    mine, theirs = tiny.rows(mine), tiny.rows(theirs)
+    assert [row["step"] for row in mine] == [row["step"] for row in theirs]
+    for a, b in zip(mine, theirs, strict=True):
+        assert a["tokens"] == b["tokens"]
+        assert a["loss"] == pytest.approx(b["loss"], rel=rel)
+        assert a["parts"] == pytest.approx(b["parts"], rel=rel)
+        # a norm of many squares, summed in another order
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=10 * rel)
+        assert a.get("heldout", {}) == pytest.approx(b.get("heldout", {}), rel=10 * rel)
+    assert any("heldout" in row for row in theirs)
+
+
+def assert_same_bits(mine, theirs):
+    for file in FILES:
+        a, b = load_file(mine / file), load_file(theirs / file)
+        assert a.keys() == b.keys()
+        for name in a:
+            assert torch.equal(a[name].view(torch.int32), b[name].view(torch.int32)), name
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_number_of_processes_and_mode_has_the_same_curve(tiny, stages, mode):
+    folder, found, _ = stages
+    assert found["codes"]["one"] == found["codes"][mode] == 0
+    assert_same_curve(tiny, folder / mode, folder / "one")
+
+
+def check_case(tiny, stages, case):
+    folder, found, output = stages
+    assert found["codes"][case] == found["codes"][f"{case}_2"] == 0, output[-3000:]
+    # a sum of float32 gradients is rounded before it reaches bfloat16 arithmetic in another order
+    rel = 5e-4 if "bfloat16" in case else 2e-6
+    assert_same_curve(tiny, folder / f"{case}_2", folder / f"{case}_one", rel=rel)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_sharded_parameters_train_as_whole_ones(tiny, stages, case):
+    check_case(tiny, stages, case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", MORE_CASES)
+def test_sharded_parameters_train_as_whole_ones_with_other_objectives(tiny, more_stages, case):
+    check_case(tiny, more_stages, case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", MODES)
+def test_a_hundred_steps_stay_together(tiny, more_stages, mode):
+    folder, found, _ = more_stages
+    assert found["codes"]["one"] == found["codes"][mode] == 0
+    assert len(tiny.rows(folder / mode)) == 100
+    assert_same_curve(tiny, folder / mode, folder / "one", rel=2e-5)
+
+
+def test_what_travels_in_bfloat16_is_what_autocast_makes_of_float32(tiny, stages):
+    folder, found, _ = stages
+    assert found["codes"]["bfloat16_cast"] == 0
+    first, *_ = tiny.rows(folder / "bfloat16_2")
+    cast, *_ = tiny.rows(folder / "bfloat16_cast")
+    assert first["loss"] == cast["loss"]
+    assert_same_curve(tiny, folder / "bfloat16_cast", folder / "bfloat16_2", rel=5e-4)
+
+
+@pytest.mark.parametrize("mode", [*MODES, *(f"{case}_2" for case in CASES)])
+def test_the_main_process_ends_with_the_whole_student_that_was_checkpointed(stages, mode):
+    folder, *_ = stages
+    weights = load_file(folder / mode / "student")
+    trained = load_file(folder / mode / CHECKPOINTS / "step-000006" / "trained.safetensors")
+    assert trained
+    assert all(torch.equal(weights[name], value) for name, value in trained.items())
+
+
+@pytest.mark.parametrize("copy", ["ddp_2", "fsdp2_2"])
+def test_a_checkpoint_is_the_same_bits_whoever_loads_and_saves_it(stages, copy):
+    folder, found, output = stages
+    assert found["codes"][f"copy_{copy}"] == 0, output[-3000:]
+    assert_same_bits(
+        folder / "copies" / copy / "step-000004", folder / "fsdp2_4" / CHECKPOINTS / "step-000004"
+    )
+
+
+@pytest.mark.parametrize("resumed", ["to_4", "to_1"])
+def test_a_stage_resumes_on_another_number_of_processes_and_in_the_other_mode(tiny, stages, resumed):
+    folder, found, _ = stages
+    assert found["codes"][resumed] == 0
+    assert_same_curve(tiny, folder / resumed, folder / "one")
+
+
+def test_a_budget_in_minutes_is_timed_alike_on_sharded_processes(tiny, stages):
+    folder, found, _ = stages
+    assert found["codes"]["minutes"] == 0
+    assert (
+        json.loads((folder / "minutes" / "stages" / "tiny" / "plan.json").read_text())["seconds_per_step"] > 0
+    )
+
+
+def test_sharded_processes_name_one_place_where_numbers_stop_being_finite(stages):
+    _, found, output = stages
+    assert found["codes"]["bad"] == 1
+    places = {line.split("; first seen in ")[1] for line in output.splitlines() if "; first seen in " in line}
+    assert len(places) == 1
+    assert "model.layers.0" in places.pop()
+
+
+@pytest.mark.parametrize(
+    ("name", "rank", "why"),
+    [
+        ("killed_ddp", 1, "it has ended"),
+        ("killed_fsdp2", 0, "it has ended"),
+        ("stopped", 1, "nothing was heard of it for 2 s"),
+    ],
+)
+def test_the_others_end_and_name_the_lost_process(tiny, stages, name, rank, why):
+    folder, found, output = stages
+    lost = found["lost"][name]
+    assert set(lost["codes"]) == {1}
+    # silence, then the time that a process may take to end by itself; a loaded machine takes its own
+    assert lost["seconds"] < 30
+    [said] = {line for line in output.splitlines() if "is lost" in line and f"/{name}/" in line}
+    assert f"rank {rank} (process " in said
+    assert why in said
+    kept = folder / name / CHECKPOINTS
+    assert f"The checkpoint {kept}/step-" in said
+    assert tiny.find_checkpoint(kept, pytest.fail) is not None
