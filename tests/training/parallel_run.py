@@ -46,6 +46,7 @@ CASES = {
     "bfloat16": {"compute_dtype": "bfloat16"},
     "tied": {"tied": True, "train": ["mixer", "embed"]},
     "fused": {"blocks": "fused", "gradient_checkpointing": True},
+    "watched": {"job": tiny.watching(every=3)},
 }
 MORE_CASES = {
     "block_output": {"objective": {"kind": "block_output"}, "train": ["mixer", "mlp"]},
