@@ -78,6 +78,21 @@ def make_teacher(seed=4):
     return tiny_teacher(seed=seed, num_hidden_layers=2)
 
 
+def spoil(student, steps):
+    """Make what a layer computes from the first rows of some steps, from 1, not finite; returns the student."""
+    beginnings = [row(1000 * (step - 1))[0][:4].tolist() for step in steps]
+
+    def before(module, args, kwargs):
+        module.spoilt = module.training and kwargs["input_ids"][0, :4].tolist() in beginnings
+
+    def after(module, args, output):
+        return output * float("nan") if student.model.spoilt else output
+
+    student.model.register_forward_pre_hook(before, with_kwargs=True)
+    student.model.layers[1].mlp.gate_proj.register_forward_hook(after)
+    return student
+
+
 class TinyStream:
     """The same rows in every step whatever the split."""
 
