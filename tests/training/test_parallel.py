@@ -14,7 +14,7 @@ SCRIPT = Path(__file__).with_name("parallel_run.py")
 CHECKPOINTS = Path("stages", "tiny", "checkpoints")
 FILES = ("trained.safetensors", "optimizer.safetensors")
 MODES = ("ddp_2", "ddp_4", "fsdp2_2", "fsdp2_4")
-CASES = ("mixer_output", "recomputed", "bfloat16", "tied", "fused")
+CASES = ("mixer_output", "recomputed", "bfloat16", "tied", "fused", "watched", "rewound")
 MORE_CASES = ("block_output", "bfloat16_block", "fused_bfloat16", "fused_block", "tied_frozen")
 
 
@@ -81,6 +81,33 @@ def check_case(tiny, stages, case):
 @pytest.mark.parametrize("case", CASES)
 def test_sharded_parameters_train_as_whole_ones(tiny, stages, case):
     check_case(tiny, stages, case)
+
+
+def test_processes_go_back_together(tiny, stages):
+    folder, *_ = stages
+    for name in ("rewound_one", "rewound_2"):
+        result = json.loads((folder / name / "stages/tiny/result.json").read_text())
+        assert result["rewinds"] == [{"step": 5, "to": 2, "skipped_to": 5}]
+        assert result["steps"] == 6
+
+
+def test_a_sharded_student_is_watched_as_a_whole_one(tiny, stages):
+    folder, *_ = stages
+    one, two = (tiny.rows(folder / name) for name in ("watched_one", "watched_2"))
+    for mine, theirs in zip(two, one, strict=True):
+        for watched in ("layers", "score"):
+            assert mine.get(watched, {}) == pytest.approx(theirs.get(watched, {}), rel=1e-4)
+        assert mine["groups"].keys() == theirs["groups"].keys()
+        norms = [name for name in mine["groups"] if name.endswith("/grad_norm")]
+        assert len(norms) == 6
+        for name in norms:
+            assert mine["groups"][name] == pytest.approx(theirs["groups"][name], rel=1e-4)
+        assert mine["groups"]["mlp/moved"] > 0.9
+    answers = [
+        (folder / name / "stages/tiny/answers.jsonl").read_text() for name in ("watched_one", "watched_2")
+    ]
+    assert answers[0] == answers[1]
+    assert len(answers[0].splitlines()) == 2
 
 
 @pytest.mark.slow
