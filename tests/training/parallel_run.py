@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from gendistill.config.engine import EngineConfig
 from gendistill.config.objectives import KLConfig
 from gendistill.config.schema import StageConfig
+from gendistill.config.watch import WatchConfig
 from gendistill.losses.build import build_objective
 from gendistill.teachers.live import LiveTeacher
 from gendistill.testing import tiny_student, tiny_teacher
@@ -42,12 +43,12 @@ SAVING = {"save_every_steps": 2, "keep_checkpoints": 9, "heldout_every": 3}
 # what differs from the plain stage; every one on one process and on two sharded ones
 CASES = {
     "mixer_output": {"objective": {"kind": "mixer_output"}, "train": ["mixer"]},
-    "recomputed": {"train": ["mixer", "mlp", "norm"], "gradient_checkpointing": True},
     "bfloat16": {"compute_dtype": "bfloat16"},
     "tied": {"tied": True, "train": ["mixer", "embed"]},
-    "fused": {"blocks": "fused", "gradient_checkpointing": True},
+    "fused": {"blocks": "fused", "gradient_checkpointing": True, "watched": True},
 }
 MORE_CASES = {
+    "recomputed": {"train": ["mixer", "mlp", "norm"], "gradient_checkpointing": True},
     "block_output": {"objective": {"kind": "block_output"}, "train": ["mixer", "mlp"]},
     "bfloat16_block": {
         "compute_dtype": "bfloat16",
@@ -65,7 +66,21 @@ MORE_CASES = {
 LONG = {"steps": 100, "save_every_steps": None, "heldout_every": 50}
 
 
-def train(folder, *, tied=False, blocks="auto", engine=None, **changes):
+class Writer:
+    """Someone who lets student and teacher write."""
+
+    def __init__(self, teacher):
+        self.teacher = teacher
+
+    def answers(self, student):
+        """Return what both write, greedily."""
+        prompt = torch.arange(5, 12)[None]
+        settings = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+        texts = [str(model.generate(prompt, **settings).tolist()) for model in (student, self.teacher)]
+        return [{"id": "1", "question": "?", "student": texts[0], "teacher": texts[1]}]
+
+
+def train(folder, *, tied=False, blocks="auto", engine=None, watched=False, **changes):
     """Train, and save the student as the main process then has it."""
     engine = {**(engine or {}), "blocks": blocks}
     models = {}
@@ -73,7 +88,12 @@ def train(folder, *, tied=False, blocks="auto", engine=None, **changes):
         sizes = {"num_hidden_layers": 2, "tie_word_embeddings": True}
         models["student"] = tiny_student(seed=3, mixers=["kda", "full"], **sizes)
         models["teacher"] = tiny_teacher("qwen3", seed=4, **sizes)
-    _, student = tiny.run_stage(folder, engine=engine, **models, **{**SAVING, **changes})
+    job = {}
+    if watched:
+        models["teacher"] = tiny.make_teacher()
+        watch = WatchConfig(layers_every_steps=2, answers_every_steps=3)
+        job = {"watch": watch, "examiner": Writer(models["teacher"])}
+    _, student = tiny.run_stage(folder, engine=engine, job=job, **models, **{**SAVING, **changes})
     weights = student.state_dict()
     if not next(iter(weights.values())).is_meta:
         # an ordinary model again, which runs without the other processes
