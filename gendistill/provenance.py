@@ -8,7 +8,16 @@ import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-_PACKAGES = ("gendistill", "torch", "transformers", "accelerate", "datasets", "triton")
+_PACKAGES = (
+    "gendistill",
+    "torch",
+    "transformers",
+    "accelerate",
+    "peft",
+    "datasets",
+    "triton",
+    "bitsandbytes",
+)
 
 
 def installed_versions() -> dict[str, str]:

@@ -38,6 +38,12 @@ class LoggedScores(TypedDict):
     kl: Number
 
 
+class LoggedGeneration(TypedDict):
+    """A score by generation inside a row of metrics."""
+
+    value: Number
+
+
 class HeldoutScores(LoggedScores):
     """Student beside teacher on held-out text, in nats per token."""
 
@@ -54,6 +60,19 @@ class MetricRow(TypedDict):
     step: Count
     loss: NotRequired[Number | None]
     heldout: NotRequired[LoggedScores | None]
+    speed: NotRequired[dict[str, Number]]
+    shares: NotRequired[dict[str, Number]]
+    layers: NotRequired[dict[str, Number]]
+    score: NotRequired[LoggedGeneration]
+
+
+class AnswerRow(TypedDict):
+    """A line of a stage's ``answers.jsonl``."""
+
+    step: Count
+    question: str
+    student: str
+    teacher: str
 
 
 class SourceRecord(TypedDict):
@@ -80,6 +99,8 @@ class StageRecord(TypedDict):
     loss_first: Number
     loss_last: Number
     heldout: NotRequired[HeldoutScores | None]
+    skipped: NotRequired[Count]
+    rewinds: NotRequired[list[dict[str, Count]]]
     data: NotRequired[DataRecord | None]
 
 

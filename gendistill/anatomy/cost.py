@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from gendistill.anatomy.adapters import is_adapter, plain_name
 from gendistill.anatomy.family import Geometry, attention_shapes, block_shapes, geometry_of
 from gendistill.anatomy.full import FULL
 from gendistill.anatomy.mixers import MIXERS
@@ -17,8 +18,10 @@ from gendistill.anatomy.student import mixer_settings
 
 # One chunk's float32 logits in the divergences, by kind of device. Small enough on a CPU to stay in a last-level cache
 # of 32 MiB: the element-wise part is 2.4 times faster at 24 MiB than at 96 MiB (V = 49,152, two cores), and the matmuls
-# are no slower. On a GPU the choice keeps 16k tokens of V = 151,936, D = 1,024 under 2 GiB even when the head trains
-# (1.9 GiB; 1.3 GiB when it does not); 1 GiB chunks would be 9% faster with a frozen head and take 6 GiB (one H200).
+# are no slower. On a GPU eager torch stays under 2 GiB with 16k tokens of V = 151,936, D = 1,024 even when the head
+# trains (1.9 GiB; 1.3 GiB when it does not); 1 GiB chunks would be 9% faster with a frozen head and take 6 GiB (one
+# H200). Our kernels need two buffers of a chunk and no more: 1024 rows at that vocabulary, 1.9 GB with the head's
+# gradient.
 LOSS_CHUNK_BYTES = {"cpu": 24 * 2**20, "cuda": 192 * 2**20, "triton": 640 * 2**20}
 
 
@@ -117,19 +120,21 @@ def step_flops(
 
     A matrix of ``m x n`` costs ``2mn`` a token forward, as much again for its own gradient if it learns, and as much
     again for that of its input if anything before it learns. Mixing costs what the mixer's spec says, and twice that
-    backward. Norms, activations, convolutions and gates are left out: they are bound by memory.
+    backward. Norms, activations, convolutions and gates are left out: they are bound by memory. So are products with
+    adapters, which are thin; that gradients pass through what they adapt counts.
 
     Args:
         student: Its configuration.
         teacher: Its configuration; None if it is not asked.
         documents: How many documents there are of each length in tokens, padding left out.
         num_labels: Positions that the loss counts.
-        trained: Names of the student's parameters that learn.
+        trained: Names of the student's parameters that learn, adapters among them.
         reaches: Whether the objective runs what a parameter belongs to.
         apart: Whether every layer is run alone, on inputs without gradients.
         compares_logits: Whether the loss makes the teacher's logits, too.
     """
     geometry = geometry_of(student)
+    adapted = {plain_name(name) for name in trained if is_adapter(name)}
     forward = backward = 0
     # whether the input of what comes next needs a gradient
     before = "model.embed_tokens.weight" in trained
@@ -139,10 +144,11 @@ def step_flops(
         for part in parts:
             if not reaches(f"{place}.{part.names[0]}"):
                 continue
-            learning = {name for name in part.names if f"{place}.{name}" in trained}
+            whole = {name for name in part.names if f"{place}.{name}" in trained}
+            learning = whole | {name for name in part.names if f"{place}.{name}" in adapted}
             for name, cost, is_inner in part.matrices:
                 forward += cost
-                backward += cost * (name in learning) + cost * (before or (is_inner and bool(learning)))
+                backward += cost * (name in whole) + cost * (before or (is_inner and bool(learning)))
             forward += part.mixing
             mixed = any(not name.endswith(_LAST) for name in learning)
             backward += 2 * part.mixing * (before or mixed)

@@ -1,10 +1,8 @@
-"""Marks on a device's own timeline, and what lies between them; nothing here waits before it is read."""
+"""Marks on a device's own timeline; to make one waits for nothing."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -36,39 +34,3 @@ class Clock:
         """Wait until the device has done everything."""
         if self.on_gpu:
             torch.cuda.synchronize()
-
-
-class Spans:
-    """Time spent in named parts.
-
-    Args:
-        clock: Of the device.
-    """
-
-    def __init__(self, clock: Clock) -> None:
-        self.clock = clock
-        self._spans: list[tuple[str, Any, Any]] = []
-        self._open: dict[str, Any] = {}
-
-    def start(self, name: str) -> None:
-        """Begin a part."""
-        self._open[name] = self.clock.mark()
-
-    def stop(self, name: str) -> None:
-        """End it."""
-        self._spans.append((name, self._open.pop(name), self.clock.mark()))
-
-    @contextmanager
-    def part(self, name: str) -> Iterator[None]:
-        """Time what is done inside."""
-        self.start(name)
-        yield
-        self.stop(name)
-
-    def read(self) -> dict[str, float]:
-        """Wait for the device; return the seconds of every part, added up."""
-        self.clock.wait()
-        found: dict[str, float] = {}
-        for name, start, end in self._spans:
-            found[name] = found.get(name, 0.0) + self.clock.seconds(start, end)
-        return found

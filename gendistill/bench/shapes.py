@@ -175,5 +175,6 @@ def stage_config(
         batch_size=rows,
         micro_batch_size=micro_batch,
         gradient_checkpointing=checkpointing,
+        log_every_steps=10**9,
         schedule=ScheduleConfig(kind="constant", warmup=0.0),
     )

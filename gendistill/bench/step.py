@@ -21,7 +21,15 @@ from gendistill.bench.documents import synthetic_batch, synthetic_stream
 from gendistill.bench.engines import PLAIN
 from gendistill.bench.pair import make_student, make_teacher
 from gendistill.bench.shapes import Shape, stage_config
-from gendistill.bench.step_parts import TimedStream, device_name, find_syncs, take_apart, time_steps, work_of
+from gendistill.bench.step_parts import (
+    Operations,
+    TimedStream,
+    device_name,
+    find_syncs,
+    operations_of,
+    take_apart,
+    time_steps,
+)
 from gendistill.bench.step_rows import Check, StepTime, check_table, result_rows, time_table
 from gendistill.bench.stock import Parts, StockStep
 from gendistill.bench.trace import trace_steps
@@ -114,6 +122,7 @@ class StepBench:
     seed: int = 0
     console: Console = field(default_factory=lambda: Console(highlight=False))
     parallel: Parallel = field(init=False)
+    _operations: Operations | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self.parallel = choose_parallel(Accelerator(cpu=self.cpu))
@@ -271,8 +280,8 @@ class StepBench:
         on_gpu = self.device.type == "cuda"
         stream = self.stream(engine)
         with self.opened(engine, stream=stream) as run, run.garbage.left_alone():
-            work = work_of(run.student.config, run.stage)
-            found = self._time_steps(name, run.step, stream, work)
+            self._operations = operations_of(run)
+            found = self._time_steps(name, run.step, stream)
             found = dataclasses.replace(found, parts=take_apart(run))
             if on_gpu:
                 waits = find_syncs(run.step)
@@ -287,12 +296,13 @@ class StepBench:
         self._free()
         return found
 
-    def _time_steps(self, name: str, step: Any, stream: TimedStream, work: Any) -> StepTime:
+    def _time_steps(self, name: str, step: Any, stream: TimedStream) -> StepTime:
+        assert self._operations is not None
         return time_steps(
             name,
             step,
             stream=stream,
-            work=work,
+            operations=self._operations,
             parallel=self.parallel,
             steps=self.steps,
             warmup=self.warmup,
@@ -331,9 +341,8 @@ class StepBench:
                 self._say(f"that is above {_PEER_BAR:g}: it computes something else and is not timed")
                 return None
         stream = self.stream(EngineConfig(), micro_batch=rows)
-        work = work_of(stock.student_config, stage)
         with contextlib.closing(stream):
-            found = self._time_steps(peer.label, lambda: stock.step(next(stream)), stream, work)
+            found = self._time_steps(peer.label, lambda: stock.step(next(stream)), stream)
         self._say(f"{peer.label}, micro-batches of {rows}: {found}")
         return found
 

@@ -12,21 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from gendistill.anatomy.family import geometry_of
-from gendistill.anatomy.mixers import MIXERS
-from gendistill.anatomy.student import mixer_settings
-from gendistill.bench.clock import Clock, Spans
-from gendistill.bench.flops import Work
-from gendistill.bench.step_rows import StepTime, parts_of
-from gendistill.config.schema import StageConfig
-from gendistill.data.batch import PADDING, Batch
-from gendistill.teachers.base import Teacher
+from gendistill.anatomy.cost import step_flops
+from gendistill.bench.clock import Clock
+from gendistill.bench.step_rows import StepTime
+from gendistill.data.batch import Batch
+from gendistill.training.monitors.speed import lengths
 from gendistill.training.parallel import Parallel
 from gendistill.training.stage import StageRun
 
-_SPAN_STEPS = 2
+Operations = Callable[[Sequence[Batch]], float]
 
 
 class TimedStream:
@@ -56,27 +51,12 @@ class TimedStream:
         return getattr(self.stream, name)
 
 
-class _TimedTeacher:
-    """A teacher whose answers are timed."""
-
-    def __init__(self, teacher: Teacher, spans: Spans) -> None:
-        self.teacher, self.spans = teacher, spans
-
-    def signals(self, *args: Any, **keywords: Any) -> Any:
-        """Answer as the teacher does."""
-        with self.spans.part("teacher"):
-            return self.teacher.signals(*args, **keywords)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.teacher, name)
-
-
 def time_steps(
     name: str,
     step: Callable[[], Any],
     *,
     stream: TimedStream,
-    work: Work,
+    operations: Operations,
     parallel: Parallel,
     steps: int,
     warmup: int,
@@ -87,7 +67,7 @@ def time_steps(
         name: What is timed.
         step: Takes one step on what the stream gives.
         stream: Of batches.
-        work: What is to be multiplied.
+        operations: What batches cost.
         parallel: Where.
         steps: To be timed.
         warmup: Steps before.
@@ -101,21 +81,20 @@ def time_steps(
     if clock.on_gpu:
         torch.cuda.reset_peak_memory_stats(device)
     stream.waited = 0.0
-    marks, host, flops, tokens = [clock.mark()], [], [], 0
+    marks, host, seen = [clock.mark()], [], []
     for _ in range(steps):
         begun = time.perf_counter()
         step()
         host.append(time.perf_counter() - begun)
         marks.append(clock.mark())
-        lengths = documents(stream.latest)
-        tokens += sum(lengths)
-        flops.append(sum(work.flops(lengths).values()))
+        seen.append(stream.latest)
     clock.wait()
+    tokens = sum(sum(documents(batches)) for batches in seen)
     return StepTime(
         name=name,
         seconds=tuple(clock.seconds(*pair) for pair in pairwise(marks)),
         tokens=parallel.sum(torch.tensor(tokens, device=device)).item() / steps,
-        flops=statistics.mean(flops),
+        flops=statistics.mean(operations(batches) for batches in seen),
         device=device_name(device),
         world=parallel.world,
         host=min(host),
@@ -125,71 +104,39 @@ def time_steps(
     )
 
 
+def operations_of(run: StageRun) -> Operations:
+    """Return what counts the operations of a stage's batches on this process; it outlives the stage."""
+    needs, reaches = run.objective.needs, run.objective.reaches
+    student, teacher = run.student.config.to_dict(), run.teacher.facts.config
+    trained = set(run.trained)
+
+    def count(batches: Sequence[Batch]) -> float:
+        return step_flops(
+            student,
+            teacher,
+            documents=Counter(documents(batches)),
+            num_labels=sum(batch.num_labels for batch in batches),
+            trained=trained,
+            reaches=reaches,
+            apart=bool(needs.mixer_io or needs.block_io),
+            compares_logits=needs.hidden,
+        ).total
+
+    return count
+
+
 def take_apart(run: StageRun) -> dict[str, float]:
-    """Time the parts of a few more steps, in shares of them; the stage is then as before."""
-    spans = Spans(Clock(run.parallel.device))
-    accumulate, teacher = run.runner.accumulate, run.runner.teacher
-
-    def timed(micro_batches: Any) -> Any:
-        with spans.part("gradients"):
-            return accumulate(micro_batches)
-
-    run.runner.accumulate = timed  # pyright: ignore[reportAttributeAccessIssue]
-    run.runner.teacher = _TimedTeacher(teacher, spans)  # pyright: ignore[reportAttributeAccessIssue]
-    handles = [
-        *_time_forward(run.runner.plain_module, "objective", spans),
-        *_time_forward(run.student.model, "student", spans),
-    ]
-    try:
-        for _ in range(_SPAN_STEPS):
-            with spans.part("step"):
-                run.step()
-    finally:
-        for handle in handles:
-            handle.remove()
-        run.runner.teacher = teacher
-        del run.runner.accumulate
-    return parts_of(spans.read())
-
-
-def _time_forward(module: nn.Module, name: str, spans: Spans) -> list[Any]:
-    return [
-        module.register_forward_pre_hook(lambda *_: spans.start(name)),
-        module.register_forward_hook(lambda *_: spans.stop(name)),
-    ]
-
-
-def work_of(student_config: Any, stage: StageConfig) -> Work:
-    """Say what a stage has to multiply.
-
-    Args:
-        student_config: Of the student.
-        stage: Whose steps.
-    """
-    config = student_config.to_dict()
-    geometry = geometry_of(config)
-    tables = {
-        kind: MIXERS[kind].parameters(geometry, mixer_settings(config, kind))
-        for kind in dict.fromkeys(config["mixers"])
-        if MIXERS[kind].replaces_attention
-    }
-    return Work(
-        geometry=geometry,
-        mixers={kind: {name: spec.shape for name, spec in table.items()} for kind, table in tables.items()},
-        kinds=config["mixers"],
-        train=stage.train,
-        aligns=stage.objective.kind == "block_output",
-    )
+    """Take one more step, and return the shares of its parts, as the trainer's own clock has them."""
+    clock, model = run.runner.clock, run.student.model
+    with clock.step(model, [model.layers[layer] for layer in run.converted], measured=True):
+        run.step()
+    shares = clock.read()
+    return {part: share for part, share in shares.items() if part != "seconds"}
 
 
 def documents(batches: Sequence[Batch]) -> list[int]:
     """List the lengths of all documents, without padding."""
-    return [
-        length
-        for batch in batches
-        for length, name in zip(batch.segments.lengths, batch.document_ids, strict=True)
-        if name != PADDING
-    ]
+    return [length for batch in batches for length in lengths(batch)]
 
 
 def find_syncs(step: Callable[[], Any]) -> dict[str, int]:

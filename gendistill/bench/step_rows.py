@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from rich.table import Table
 
-from gendistill.bench.flops import peak_flops
+from gendistill.anatomy.cost import peak_flops
 from gendistill.bench.rows import NOT_MEASURED
 from gendistill.bench.shapes import BARS, IDLE, MEMORY, RATIO, SPEED
 from gendistill.results.table import ResultRow
@@ -17,7 +17,8 @@ from gendistill.results.table import ResultRow
 if TYPE_CHECKING:
     from gendistill.bench.trace import Trace
 
-PARTS = ("teacher", "student", "loss", "student and loss", "backward", "optimizer")
+# as the trainer's clock names them
+PARTS = ("teacher", "mixers", "student", "loss", "optimizer", "other")
 
 
 class Check(NamedTuple):
@@ -167,24 +168,6 @@ def _first_rows(case: str, found: StepTime, peer: StepTime | None, key: tuple[st
 
 def _row(name: str, value: float, unit: str, better: Literal["lower", "higher"], **more: Any) -> ResultRow:
     return ResultRow(name=name, value=float(value), unit=unit, better=better, **more)
-
-
-def parts_of(spans: Mapping[str, float]) -> dict[str, float]:
-    """Turn nested times into shares of a step that add up to one.
-
-    Args:
-        spans: Seconds of ``step``; of ``gradients`` inside it; of ``teacher`` and ``objective`` inside these; of
-            ``student`` inside the objective, where it ran as one.
-    """
-    step, gradients, objective = spans["step"], spans["gradients"], spans["objective"]
-    teacher, student = spans.get("teacher", 0.0), spans.get("student")
-    parts = {"teacher": teacher}
-    if student is None:
-        parts["student and loss"] = objective
-    else:
-        parts |= {"student": student, "loss": objective - student}
-    parts |= {"backward": gradients - teacher - objective, "optimizer": step - gradients}
-    return {name: seconds / step for name, seconds in parts.items()}
 
 
 def check_table(checks: Sequence[Check], *, dtype: str) -> Table:

@@ -141,9 +141,6 @@ class StockKDA(nn.Module):
 class StockStep:
     """Training steps of stock parts.
 
-    Attributes:
-        student_config: Of our student.
-
     Args:
         shape: Of teacher and student.
         stage: Rates and what is trained; ``kl`` or ``block_output`` as its objective.
@@ -167,7 +164,6 @@ class StockStep:
         self.autocast = device.type == "cuda"
         self.teacher = make_teacher(shape, device=device, dtype=teacher_dtype, seed=seed)
         ours = make_student(self.teacher, shape)
-        self.student_config = ours.config
         config = AutoConfig.for_model(shape.family, **shape.sizes)
         with torch.device(device):
             self.student: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)

@@ -26,6 +26,7 @@ from gendistill.bench.cases import (
 from gendistill.bench.engines import choose_engines
 from gendistill.bench.shapes import SHAPES, STAGES, Shape
 from gendistill.cli.arguments import Parser, command_line
+from gendistill.cli.launch import add_num_processes, is_launched, launch
 from gendistill.errors import GendistillError, RecipeError
 
 if TYPE_CHECKING:
@@ -164,6 +165,7 @@ def _add_step_arguments(step: argparse.ArgumentParser) -> None:
     step.add_argument("--trace", metavar="FILE", type=Path, help="write the profile for a browser, a .json")
     step.add_argument("--top", metavar="N", type=int, default=25, help="kernels that --profile lists (25)")
     step.add_argument("--cpu", action="store_true", help="stay on the CPU")
+    add_num_processes(step)
     step.add_argument(
         "--json", metavar="PATH", type=Path, help="write a results file, again after every case"
     )
@@ -331,6 +333,8 @@ def _run_step(arguments: argparse.Namespace) -> int:
     engines = choose_engines(arguments.engine, arguments.compare)
     commit = _commit(arguments)
     _check_numbers(arguments)
+    if arguments.num_processes > 1 and not is_launched():
+        return launch(arguments.num_processes)
     import torch
 
     from gendistill.bench.step import StepBench
@@ -403,7 +407,13 @@ def _check_numbers(arguments: argparse.Namespace) -> None:
             option = f"--{name.replace('_', '-')}"
             raise RecipeError(f"{option} must be positive, got {value}", where=option)
     for name in arguments.shape:
-        _step_shape(arguments, name)
+        shape = _step_shape(arguments, name)
+        if shape.rows % arguments.num_processes:
+            raise RecipeError(
+                f"{shape.rows} rows cannot be shared equally by {arguments.num_processes} processes",
+                where="--rows",
+                hint=f"choose a multiple of {arguments.num_processes}",
+            )
 
 
 def _check_budget(arguments: argparse.Namespace) -> None:

@@ -40,7 +40,7 @@ class Affects(IntEnum):
 
 
 class AddedLater:
-    """The mark of a setting that came after recipes had been run: at its default it is no part of an identity.
+    """The mark of a setting that came after recipes had been run: at its default it stands in no identity.
 
     So what was finished before there was such a setting stays finished.
     """

@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from re import _constants as codes  # pyright: ignore[reportAttributeAccessIssue]
 from re import _parser as parser  # pyright: ignore[reportAttributeAccessIssue]
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import AfterValidator
 
 MOST_CHARACTERS = 1000
 # a name of 60 characters is then searched in well under a second
@@ -73,3 +75,6 @@ def _ways(code: Any, argument: Any) -> int:
         _, yes, no = argument
         return ways_to_match(yes) + (ways_to_match(no) if no else 1)
     return 1
+
+
+Pattern = Annotated[str, AfterValidator(check_pattern)]

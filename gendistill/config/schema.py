@@ -6,15 +6,16 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from gendistill.anatomy.groups import ParamGroup
 from gendistill.anatomy.placement import Placement
 from gendistill.config.base import AddedLater, Affects, OneWordOf, Section
 from gendistill.config.engine import EngineConfig
+from gendistill.config.lora import LoRAConfig
 from gendistill.config.mixers import MixersConfig
 from gendistill.config.objectives import AnyObjective, KLConfig
-from gendistill.config.patterns import check_pattern
+from gendistill.config.patterns import Pattern
 from gendistill.config.watch import NonFiniteConfig, StopEarlyConfig, Tracker, WatchConfig
 from gendistill.errors import RecipeError
 from gendistill.types import parse_token_count
@@ -29,7 +30,6 @@ _MANY_ROWS = 2**20
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
 TokenCount = Annotated[int, BeforeValidator(parse_token_count), Field(ge=1, le=10**15)]
 Rate = Annotated[float, Field(gt=0, le=1e30)]
-Pattern = Annotated[str, AfterValidator(check_pattern)]
 
 
 class TeacherConfig(Section):
@@ -164,10 +164,13 @@ class StageConfig(Section):
     data: str = Field(description="name of a source or mixture under data:")
     mask: Literal["all", "completion"] = Field(default="all", description="which tokens count in the loss")
     train: tuple[ParamGroup, ...] = Field(
-        min_length=1, description="groups that learn; all others are frozen"
+        default=(), description="groups that learn whole; all others are frozen"
     )
     only: tuple[Pattern, ...] = Field(
         default=(), description="regexes that narrow the trained parameters by name"
+    )
+    lora: Annotated[LoRAConfig | None, AddedLater] = Field(
+        default=None, description="adapters on further groups, whose own weights stay frozen"
     )
     tokens: TokenCount | None = Field(
         default=None,
@@ -186,7 +189,12 @@ class StageConfig(Section):
     micro_batch_size: Annotated[int, Affects.NOTHING] = Field(
         default=4, ge=1, le=_MANY_ROWS, description="rows per forward on one rank"
     )
-    lr: Rate | dict[ParamGroup, Rate] = Field(description="one rate, or one per trained group")
+    lr: Rate | dict[ParamGroup, Rate] = Field(
+        description="one rate, or one per group under train and lora.groups"
+    )
+    optimizer: Annotated[Literal["adamw", "adamw8bit"], AddedLater] = Field(
+        default="adamw", description="adamw8bit: moments of large matrices in 8 bits; needs bitsandbytes"
+    )
     betas: tuple[float, float] = Field(
         default=(0.9, 0.95), description="of AdamW, each at least 0 and below 1"
     )
@@ -226,15 +234,43 @@ class StageConfig(Section):
             raise ValueError(
                 f"give exactly one of tokens, steps, minutes; got {' and '.join(given) or 'none'}"
             )
-        if isinstance(self.lr, dict) and set(self.lr) != set(self.train):
-            raise ValueError(f"lr names {sorted(self.lr)}, train names {sorted(self.train)}: they must agree")
+        self._check_groups()
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas must be at least 0 and below 1, got {list(self.betas)}")
         if self.batch_size % self.micro_batch_size:
             raise ValueError(
                 f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}"
             )
+        step = self.batch_size * self.seq_len
+        if self.tokens is not None and self.tokens < step:
+            raise ValueError(
+                f"tokens {self.tokens:,} end before the first step, which takes batch_size {self.batch_size} x "
+                f"seq_len {self.seq_len:,} = {step:,}; raise tokens, or lower batch_size"
+            )
         return self
+
+    @property
+    def learning(self) -> tuple[ParamGroup, ...]:
+        """The groups of which something learns, whole or through adapters."""
+        return (*self.train, *(self.lora.groups if self.lora else ()))
+
+    def _check_groups(self) -> None:
+        adapted = self.lora.groups if self.lora else ()
+        if not self.learning:
+            raise ValueError("nothing would learn: name groups under train, or under lora.groups")
+        if both := [group for group in self.train if group in adapted]:
+            raise ValueError(
+                f"train and lora.groups both name {', '.join(both)}, whose weights learn either whole or through "
+                "adapters; remove it from one of them"
+            )
+        if self.only and not self.train:
+            raise ValueError(
+                "only narrows what learns under train, which is empty; lora.only narrows what is adapted"
+            )
+        if isinstance(self.lr, dict) and set(self.lr) != set(self.learning):
+            rates, groups = ", ".join(sorted(self.lr)), ", ".join(sorted(self.learning))
+            named = "train names" if self.lora is None else "train and lora.groups name"
+            raise ValueError(f"lr names {rates}; {named} {groups}: they must agree")
 
 
 class EvalConfig(Section):
@@ -301,6 +337,16 @@ class Recipe(Section):
         if not isinstance(self.data.get(self.heldout.data), SourceConfig):
             problems.append(f'heldout.data names "{self.heldout.data}", which is not a source {known}')
         for name, stage in self.stages.items():
+            if stage.lora is not None and self.engine.blocks == "fused":
+                problems.append(
+                    f"stages.{name}.lora puts adapters into linear layers, which engine.blocks fused packs together; "
+                    "use engine.blocks auto, which fuses what has none"
+                )
+            if stage.optimizer == "adamw8bit" and self.engine.parallel == "fsdp2":
+                problems.append(
+                    f"stages.{name}.optimizer is adamw8bit, whose packed moments cannot be sharded by engine.parallel "
+                    "fsdp2; use adamw, whose moments are shared among the processes, or engine.parallel ddp"
+                )
             if stage.data not in self.data:
                 problems.append(f'stages.{name}.data names "{stage.data}", which is not under data {known}')
             elif stage.mask == "completion" and (plain := self._plain_text(stage.data)):

@@ -21,6 +21,9 @@ from gendistill.anatomy.cost import LOSS_CHUNK_BYTES
 from gendistill.ops.reference.divergence import Divergence, Term, TopK, compare, compare_top_k
 from gendistill.ops.select import Impl, contract, is_triton
 
+# rows of a tile in products of matrices on GPUs
+_GPU_TILE = 128
+
 
 class DivergenceOutput(NamedTuple):
     """Sums over the counted positions.
@@ -136,11 +139,17 @@ def chunk_tokens(weight: Tensor, impl: Impl = Impl.REFERENCE) -> int:
     return max(16, LOSS_CHUNK_BYTES[where] // (4 * weight.shape[0]))
 
 
-def chunks(num_tokens: int, chunk_size: int) -> Iterator[slice]:
-    """Cut ``num_tokens`` into equal slices of about ``chunk_size``: a short last one wastes a pass over the head."""
+def chunks(num_tokens: int, chunk_size: int, *, multiple: int = 1) -> Iterator[slice]:
+    """Cut ``num_tokens`` into equal slices of at most ``chunk_size``: a short last one wastes a pass over the head.
+
+    All but the last are a ``multiple`` where that fits, so that the tiles of a matrix product are full.
+    """
     if num_tokens == 0:
         return
+    if chunk_size >= multiple:
+        chunk_size -= chunk_size % multiple
     size = math.ceil(num_tokens / math.ceil(num_tokens / chunk_size))
+    size = min(chunk_size, math.ceil(size / multiple) * multiple)
     for start in range(0, num_tokens, size):
         yield slice(start, min(start + size, num_tokens))
 
@@ -210,7 +219,7 @@ class _LinearDivergence(torch.autograd.Function):
 
         with torch.autocast(device.type, enabled=False):
             head = weight.to(compute)
-            for rows in chunks(len(hidden), chunk_size):
+            for rows in chunks(len(hidden), chunk_size, multiple=_GPU_TILE if hidden.is_cuda else 1):
                 number = rows.stop - rows.start
                 if rows.start == 0:
                     # the first chunk is the largest

@@ -32,7 +32,7 @@ def render_page(run: RunFiles, report: GapReport, figures: Mapping[str, bytes]) 
     Args:
         run: The run's files.
         report: Its gap report.
-        figures: PNG bytes by name: ``gap``, ``heldout``, ``cache`` and ``loss-<stage>``.
+        figures: PNG bytes by name: ``gap``, ``heldout``, ``cache``, ``loss-<stage>`` and ``watch-<stage>``.
     Returns: HTML. Every text that a model or a dataset produced is escaped.
     """
     samples, num_lost = worst_samples(run, report.leads)
@@ -49,6 +49,7 @@ def render_page(run: RunFiles, report: GapReport, figures: Mapping[str, bytes]) 
         layers=placement_layers(run),
         mixers=MIXERS,
         heldout=run.heldout,
+        watched=watched_stages(run),
         transcripts=paired_transcripts(run),
         answers=transcript_summary(run),
         repetition_limit=REPETITION_LIMIT,
@@ -132,6 +133,30 @@ def transcript_summary(run: RunFiles) -> dict[str, float] | None:
         return None
     nll = {role: math.fsum(pair[role]["teacher_nll"] for pair in scored) / len(scored) for role in ROLES}
     return {**nll, "repetition": max(pair["student"]["repeated_4gram_share"] for pair in pairs)}
+
+
+def watched_stages(run: RunFiles) -> list[dict[str, Any]]:
+    """List the stages that were looked at while they trained: shares of a step, what went wrong, the last answers."""
+    found = []
+    for stage in run.stages:
+        measured = [row for row in stage.metrics if row.get("shares")]
+        last = measured[-1] if measured else {}
+        facts = [(name, f"{share:.0%}") for name, share in last.get("shares", {}).items()]
+        if "mfu" in last.get("speed", {}):
+            facts.insert(0, ("MFU", f"{last['speed']['mfu']:.0%}"))
+        result = stage.result or {}
+        went_wrong = []
+        if result.get("skipped"):
+            went_wrong.append(f"{result['skipped']:,} steps were not finite and changed nothing")
+        if result.get("rewinds"):
+            went_wrong.append(f"went back to a checkpoint {len(result['rewinds'])} times")
+        at = stage.answers[-1]["step"] if stage.answers else None
+        answers = [row for row in stage.answers if row["step"] == at][:_SHOWN_SAMPLES]
+        if facts or went_wrong or answers:
+            found.append(
+                {"name": stage.name, "facts": facts, "wrong": went_wrong, "answers": answers, "step": at}
+            )
+    return found
 
 
 def worst_samples(run: RunFiles, leads: Mapping[ProtocolFamily, str]) -> tuple[list[dict[str, Any]], int]:

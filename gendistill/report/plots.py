@@ -73,12 +73,13 @@ def _figure(width: float, height: float) -> Iterator[tuple[Figure, list[bytes]]]
 
 
 def plot_run(run: RunFiles, report: GapReport) -> dict[str, bytes]:
-    """Draw every figure that the run has data for, by name: gap, placement, heldout, loss-<stage>, cache."""
+    """Draw every figure that the run has data for, by name: gap, placement, heldout, loss- and watch-<stage>, cache."""
     figures = {
         "gap": plot_gap(report),
         "placement": plot_placement(run.placement) if run.placement else None,
         "heldout": plot_heldout(run.probe, run.stages),
         **{f"loss-{stage.name}": plot_stage(stage) for stage in run.stages},
+        **{f"watch-{stage.name}": plot_watched(stage) for stage in run.stages},
         "cache": plot_cache(run.manifest.get("cache_bytes") or []),
     }
     return {name: png for name, png in figures.items() if png}
@@ -179,6 +180,66 @@ def plot_stage(stage: StageFiles) -> bytes | None:
         axes.set_ylabel("training loss")
         _log_if_wide(axes, [row["loss"] for row in rows])
     return png[0]
+
+
+def plot_watched(stage: StageFiles) -> bytes | None:
+    """Draw what was looked at while one stage trained, by step: cosines, median half-lives, the generation score.
+
+    Of layers there is a thin line each and a thick one for the lowest cosine, or the middle of the medians.
+    """
+    panels = [
+        (label, lines, thick)
+        for label, lines, thick in (
+            ("cosine to attention", _by_layer(stage, "cosine"), min),
+            (
+                "half-life, tokens",
+                _by_layer(stage, "half_life_50"),
+                lambda values: sorted(values)[len(values) // 2],
+            ),
+            ("items right by generation, %", {"": _scores(stage)}, None),
+        )
+        if any(lines.values())
+    ]
+    if not panels:
+        return None
+    with _figure(3.4 * len(panels), 2.8) as (figure, png):
+        for axes, (label, lines, thick) in zip(
+            figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
+        ):
+            for points in lines.values():
+                axes.plot(*zip(*points, strict=True), color=COLOURS["student"], linewidth=0.8, alpha=0.5)
+            at: dict[int, list[float]] = {}
+            for step, value in (point for points in lines.values() for point in points):
+                at.setdefault(step, []).append(value)
+            chosen = {step: thick(values) if thick else values[0] for step, values in at.items()}
+            axes.plot(
+                list(chosen),
+                list(chosen.values()),
+                color=COLOURS["accent"],
+                linewidth=1.8,
+                marker="o",
+                markersize=3,
+            )
+            axes.set_xlabel("step")
+            axes.set_ylabel(label)
+            _log_if_wide(axes, list(chosen.values()))
+        figure.suptitle(_label(stage.name), x=0.01, ha="left", fontsize=11, fontweight="bold")
+    return png[0]
+
+
+def _by_layer(stage: StageFiles, what: str) -> dict[str, list[tuple[int, float]]]:
+    """List step and value by layer."""
+    found: dict[str, list[tuple[int, float]]] = {}
+    for row in stage.metrics:
+        for name, value in row.get("layers", {}).items():
+            layer, _, kind = name.partition("/")
+            if kind == what:
+                found.setdefault(layer, []).append((row["step"], value))
+    return found
+
+
+def _scores(stage: StageFiles) -> list[tuple[int, float]]:
+    return [(row["step"], 100 * row["score"]["value"]) for row in stage.metrics if "score" in row]
 
 
 def plot_heldout(probe: Mapping[str, Any] | None, stages: Sequence[StageFiles]) -> bytes | None:

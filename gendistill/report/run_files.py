@@ -15,6 +15,7 @@ from gendistill.config.problems import Problem, RecipeProblems
 from gendistill.errors import ReportError
 from gendistill.paths import RunDir, check_shape, read_json
 from gendistill.records import (
+    AnswerRow,
     ManifestRecord,
     Metrics,
     PlanRecord,
@@ -34,6 +35,7 @@ from gendistill_evals import results
 ROLES = ("teacher", "student")
 
 _RUN_AGAIN = "delete the file and run the command that made the run again: it writes the file anew"
+_NOT_NEEDED = "delete the file: it tells what the student wrote while it learnt, and nothing depends on it"
 _SCORE_AGAIN = (
     "score this model again with gendistill eval, or delete the folder eval to report without scores"
 )
@@ -48,12 +50,14 @@ class StageFiles:
         metrics: A row per logged step.
         result: The result once the stage has finished.
         broken_lines: Lines of its metrics that could not be read.
+        answers: What the student answered while it learnt.
     """
 
     name: str
     metrics: tuple[dict[str, Any], ...]
     result: dict[str, Any] | None
     broken_lines: int = 0
+    answers: tuple[dict[str, Any], ...] = ()
 
     @property
     def num_steps(self) -> int:
@@ -241,6 +245,7 @@ def _stage(folder: Path) -> StageFiles:
         metrics=tuple(metrics.rows),
         result=_json(folder / "result.json", StageRecord),
         broken_lines=len(metrics.broken),
+        answers=_rows(folder / "answers.jsonl", AnswerRow, hint=_NOT_NEEDED),
     )
 
 
@@ -265,5 +270,5 @@ def _scores(path: Path) -> dict[str, Any] | None:
     return content
 
 
-def _rows(path: Path, shape: Any) -> tuple[dict[str, Any], ...]:
-    return tuple(read_rows(path, shape, error=ReportError, hint=_SCORE_AGAIN)) if _is_file(path) else ()
+def _rows(path: Path, shape: Any, *, hint: str = _SCORE_AGAIN) -> tuple[dict[str, Any], ...]:
+    return tuple(read_rows(path, shape, error=ReportError, hint=hint)) if _is_file(path) else ()

@@ -21,7 +21,7 @@ from gendistill.text import printable
 
 _FILES = ("index.html", "gap.json", "table.md", "table.csv")
 # how the names of figures begin
-_FIGURES = ("gap.", "placement.", "heldout.", "cache.", "loss-")
+_FIGURES = ("gap.", "placement.", "heldout.", "cache.", "loss-", "watch-")
 
 
 @dataclass(frozen=True, slots=True)

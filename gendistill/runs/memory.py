@@ -7,18 +7,22 @@ backward pass; what the allocator wastes is not counted. Measured once: SmolLM2-
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import subprocess
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from gendistill.anatomy.adapters import adapter_shapes
 from gendistill.anatomy.cost import LOSS_CHUNK_BYTES
-from gendistill.anatomy.family import Geometry
+from gendistill.anatomy.family import Geometry, outer_shapes
 from gendistill.anatomy.groups import ParamGroup
 from gendistill.anatomy.mixers import MIXERS
+from gendistill.anatomy.moments import moment_bytes, work_bytes
 from gendistill.anatomy.placement import Placement
 from gendistill.anatomy.spec import Kept
 from gendistill.config.mixers import MixersConfig
@@ -71,6 +75,74 @@ class MemoryEstimate:
         return {**asdict(self), "total": self.total}
 
 
+@dataclass(frozen=True, slots=True)
+class Learning:
+    """What learns in a stage.
+
+    Attributes:
+        optimizer: Kind of the optimizer.
+        whole: Group and shape of every tensor that learns whole.
+        adapted: Group and shape of every weight that learns through an adapter.
+        rank: Of the adapters.
+    """
+
+    optimizer: str
+    whole: tuple[tuple[ParamGroup, tuple[int, ...]], ...]
+    adapted: tuple[tuple[ParamGroup, tuple[int, ...]], ...] = ()
+    rank: int = 0
+
+    @property
+    def tensors(self) -> list[tuple[ParamGroup, tuple[int, ...]]]:
+        """Group and shape of every tensor that the optimizer is given."""
+        factors = [
+            (group, factor) for group, shape in self.adapted for factor in adapter_shapes(shape, self.rank)
+        ]
+        return [*self.whole, *factors]
+
+    def counts(self) -> dict[ParamGroup, int]:
+        """Count the numbers that learn, per group."""
+        found = Counter[ParamGroup]()
+        for group, shape in self.tensors:
+            found[group] += math.prod(shape)
+        return {group: found[group] for group in ParamGroup if group in found}
+
+    @property
+    def num_trained(self) -> int:
+        """How many numbers learn."""
+        return sum(math.prod(shape) for _, shape in self.tensors)
+
+    @property
+    def num_adapters(self) -> int:
+        """How many of them are in adapters."""
+        return self.num_trained - sum(math.prod(shape) for _, shape in self.whole)
+
+    @property
+    def moments(self) -> int:
+        """Bytes of the optimizer's moments."""
+        return sum(moment_bytes(self.optimizer, group, shape) for group, shape in self.tensors)
+
+    @property
+    def work(self) -> int:
+        """Bytes that a step of the optimizer works on beside them."""
+        groups = dict.fromkeys(group for group, _ in self.tensors)
+        return max(
+            work_bytes(self.optimizer, group, [shape for other, shape in self.tensors if other is group])
+            for group in groups
+        )
+
+    @property
+    def checkpoint(self) -> int:
+        """Bytes of a checkpoint, but for a few kilobytes of names."""
+        return 4 * self.num_trained + self.moments + 4 * len(self.tensors)
+
+    def kept_by_adapters(self, *, dropout: bool) -> int:
+        """Count the numbers that adapters keep per token for the backward pass.
+
+        Each keeps what is between its factors, and with dropout its own copy of what goes into it.
+        """
+        return sum(self.rank + (shape[1] if dropout else 0) for _, shape in self.adapted)
+
+
 def find_device() -> Device:
     """Find the first NVIDIA GPU, else the CPU, without importing torch."""
     if (line := _first_gpu()) is not None:
@@ -112,15 +184,18 @@ def predict_memory(
     impl: str | None,
     num_teacher: int,
     num_student: int,
-    num_trained: int,
+    learning: Learning,
     teacher_bytes: int,
     device: Device,
     loss: str,
+    num_shards: int = 1,
 ) -> MemoryEstimate:
     """Predict the peak of one process.
 
-    ``teacher = teacher_bytes * P_teacher``; ``student = 4 * P_student`` (float32 masters), plus ``2 * P_student``
-    for the bfloat16 copies of autocast on GPU; ``optimizer = (4 + 8) * P_trained`` (gradient, two moments).
+    ``teacher = teacher_bytes * P_teacher``; ``student = 4 * P_student`` (float32 masters, adapters included), plus
+    ``2 * P_student`` for the bfloat16 copies of autocast on GPU; ``optimizer = 4 * P_trained`` for gradients, plus the
+    moments, ``8 * P_trained`` in float32. Sharded over processes, each has its part of all these, and whole what lies
+    outside the blocks and two blocks at a time.
 
     Args:
         stage: Batch, length and objective.
@@ -129,11 +204,12 @@ def predict_memory(
         mixers: Their settings.
         impl: What the mixers run on: ``reference`` or ``triton``; None if they have no choice.
         num_teacher: Parameters of the teacher.
-        num_student: Parameters of the student.
-        num_trained: Parameters that learn.
+        num_student: Parameters of the student, without adapters.
+        learning: What learns.
         teacher_bytes: Bytes per teacher parameter.
         device: Where it runs.
         loss: What computes losses on logits: ``reference`` or ``triton``.
+        num_shards: Processes that share parameters, gradients and moments.
     """
     tokens = stage.micro_batch_size * stage.seq_len
     width = 2 if device.kind == "cuda" else 4
@@ -147,13 +223,37 @@ def predict_memory(
         activations = _layerwise_bytes(stage, geometry, converted, tokens, width)
     else:
         activations = _end_to_end_bytes(stage, geometry, parts, tokens, width)
+    held = 1 if not stage.gradient_checkpointing or layerwise else geometry.num_layers
+    activations += width * tokens * learning.kept_by_adapters(dropout=_drops(stage)) // held
+    loss_bytes = 0 if layerwise else _loss_bytes(stage, geometry, tokens, device, loss)
+    student_bytes = 6 if device.kind == "cuda" else 4
+    with_adapters = num_student + learning.num_adapters
+
+    def shared(num_parameters: int, bytes_each: int) -> int:
+        return bytes_each * _held(num_parameters, geometry, num_shards)
+
     return MemoryEstimate(
-        teacher=teacher_bytes * num_teacher,
-        student=(6 if device.kind == "cuda" else 4) * num_student,
-        optimizer=12 * num_trained,
+        teacher=shared(num_teacher, teacher_bytes),
+        student=shared(with_adapters, student_bytes),
+        # a step is taken when activations have gone
+        optimizer=(4 * learning.num_trained + learning.moments) // num_shards
+        + max(0, learning.work - activations - loss_bytes),
         activations=activations,
-        loss=0 if layerwise else _loss_bytes(stage, geometry, tokens, device, loss),
+        loss=loss_bytes,
     )
+
+
+def _drops(stage: StageConfig) -> bool:
+    return stage.lora is not None and stage.lora.dropout > 0
+
+
+def _held(num_parameters: int, geometry: Geometry, num_shards: int) -> int:
+    """Count the parameters that one of several processes holds at a time."""
+    if num_shards == 1:
+        return num_parameters
+    outside = sum(math.prod(shape) for shape in outer_shapes(geometry).values())
+    block = (num_parameters - outside) // geometry.num_layers
+    return min(num_parameters, num_parameters // num_shards + outside + 2 * block)
 
 
 def _block(geometry: Geometry, mixer: Kept) -> Kept:

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.text import Text
 
 from gendistill.anatomy.cost import cache_bytes
+from gendistill.anatomy.geometry import read_geometry
 from gendistill.anatomy.placement import Placement
 from gendistill.checkpoints.resolve import (
     Checkpoint,
@@ -42,6 +43,7 @@ from gendistill.runs.advice import advise, check_batches
 from gendistill.runs.examiner import TaskExaminer
 from gendistill.runs.inputs import recipe_steps
 from gendistill.runs.memory import CACHE_LENGTHS
+from gendistill.runs.planning import ModelFacts, find_learning
 from gendistill.runs.scoring import resolve_dtype, score
 from gendistill.runs.steps import BEFORE, CONVERT, ROLES, Step, differences, eval_step, stage_step
 from gendistill.runs.workspace import Workspace
@@ -69,6 +71,7 @@ def run(recipe: Recipe, *, command: str) -> RunDir:
     """
     started = time.monotonic()
     with _opened(recipe, command) as context:
+        _check_stages(context, tuple(recipe.stages))
         _convert(context)
         _distill(context, tuple(recipe.stages))
         context.parallel.on_main(lambda: _finish(context, started))
@@ -95,6 +98,7 @@ def convert(recipe: Recipe, *, command: str) -> RunDir:
 def distill(recipe: Recipe, *, command: str, only: tuple[str, ...] = ()) -> RunDir:
     """Convert if needed, then train all stages, or ``only`` some whose predecessors are finished."""
     with _opened(recipe, command) as context:
+        _check_stages(context, only or tuple(recipe.stages))
         _convert(context)
         _distill(context, only or tuple(recipe.stages))
         context.complete()
@@ -319,6 +323,24 @@ def _check_apart(root: Path, checkpoints: Iterable[Checkpoint]) -> None:
                 where=checkpoint.spec,
                 hint="choose another folder with output=..., or another name with name=...",
             )
+
+
+def _check_stages(context: _Context, names: Sequence[str]) -> None:
+    """Refuse what a stage that is not done could not train, before anything is made."""
+    context.parallel.on_main(lambda: _check_stages_here(context, names))
+
+
+def _check_stages_here(context: _Context, names: Sequence[str]) -> None:
+    recipe, source = context.recipe, context.source
+    facts = ModelFacts(
+        recipe.teacher.model, context.teacher.config, read_tensor_index(context.teacher.folder)
+    )
+    tensors = read_tensor_index(source.folder)
+    plan = plan_conversion(source.config, tensors, context.placement, recipe.student.mixers)
+    tied_head = read_geometry(source.config).tied_head
+    for name in names:
+        if not context.workspace.is_done(stage_step(name)):
+            find_learning(name, recipe.stages[name], plan, facts.as_teacher("float32"), tied_head=tied_head)
 
 
 def _convert(context: _Context) -> None:

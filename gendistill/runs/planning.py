@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,8 +24,10 @@ from gendistill.checkpoints.tensors import TensorInfo, read_tensor_index
 from gendistill.config.mixers import MixersConfig
 from gendistill.config.schema import Recipe, StageConfig, teacher_dtype
 from gendistill.conversion.plan import ConversionPlan, plan_conversion
+from gendistill.errors import RecipeError
 from gendistill.runs.advice import advise, cached_folder, check_batches, has_chat_template
-from gendistill.runs.memory import Device, MemoryEstimate, find_device, predict_memory
+from gendistill.runs.fitting import Way, ways_to_fit
+from gendistill.runs.memory import Device, Learning, MemoryEstimate, find_device, predict_memory
 from gendistill.types import short_count
 
 if TYPE_CHECKING:
@@ -93,7 +95,8 @@ class StageForecast:
     Attributes:
         name: Of the stage.
         objective: Kind and what matters of it.
-        trained: Parameters that learn, per group.
+        trained: Parameters that learn, per group; for a weight with an adapter, the adapter's.
+        adapters: How many of them are in adapters.
         mask: Tokens that count.
         tokens: Planned tokens, or None when the length is given in minutes.
         steps: Planned optimizer steps, or None likewise.
@@ -102,11 +105,14 @@ class StageForecast:
         batch: ``(rows per forward, forwards per step, ranks)``.
         compute_dtype: Of matmuls and activations.
         memory: Predicted peak of one process.
+        checkpoint_bytes: Size of one checkpoint.
+        ways_to_fit: Where the peak is beyond the device, what would fit, the cheapest first.
     """
 
     name: str
     objective: str
     trained: dict[ParamGroup, int]
+    adapters: int
     mask: str
     tokens: int | None
     steps: int | None
@@ -115,6 +121,8 @@ class StageForecast:
     batch: tuple[int, int, int]
     compute_dtype: str
     memory: MemoryEstimate
+    checkpoint_bytes: int
+    ways_to_fit: tuple[Way, ...] = ()
 
     @property
     def tokens_per_step(self) -> int:
@@ -201,11 +209,14 @@ class RunPlan:
         )
         peak = f"predicted peak {_gb(memory.total)} of {_gb(self.device.total_bytes)} GB in {worst.name}"
         lines = [f"memory    {peak} on {self.device.name} ({parts})"]
-        if memory.total > self.device.total_bytes:
-            lines.append(
-                f"warn      this will not fit: lower stages.{worst.name}.micro_batch_size or seq_len (results stay the "
-                f"same for the former), or set stages.{worst.name}.gradient_checkpointing=true"
-            )
+        for stage in self.stages:
+            if stage.memory.total > self.device.total_bytes:
+                lines += _fit_lines(stage)
+        largest = max(self.stages, key=lambda stage: stage.checkpoint_bytes)
+        lines.append(
+            f"disk      a checkpoint of {largest.name} takes {_size(largest.checkpoint_bytes)}, a saved student "
+            f"{_size(4 * self.conversion.num_parameters)}"
+        )
         return lines
 
     def to_json(self) -> dict[str, Any]:
@@ -250,22 +261,19 @@ def plan_run(recipe: Recipe, *, num_processes: int = 1, device: Device | None = 
     conversion = plan_conversion(source.config, source.tensors, placement, recipe.student.mixers)
     impl, loss = _choose_impl(recipe, placement, device), _choose_loss(recipe, device)
     dtype = teacher_dtype(recipe.teacher.dtype, device.kind)
-    stages = tuple(
-        _plan_stage(
-            name,
-            stage,
-            conversion=conversion,
-            geometry=geometry,
-            mixers=recipe.student.mixers,
-            impl=impl.impl,
-            teacher=teacher,
-            dtype=dtype,
-            num_processes=num_processes,
-            device=device,
-            loss=loss,
-        )
-        for name, stage in recipe.stages.items()
+    run = _Run(
+        conversion=conversion,
+        geometry=geometry,
+        mixers=recipe.student.mixers,
+        impl=impl.impl,
+        loss=loss,
+        teacher=teacher,
+        dtype=dtype,
+        num_processes=num_processes,
+        sharded=recipe.engine.parallel == "fsdp2",
+        device=device,
     )
+    stages = tuple(run.forecast(name, stage) for name, stage in recipe.stages.items())
     warnings = advise(recipe, teacher.config, chat_template=teacher.chat_template)
     return RunPlan(recipe, teacher, dtype, source, conversion, impl, stages, device, tuple(warnings))
 
@@ -321,79 +329,113 @@ def expected_tensors(config: dict[str, Any], *, where: str) -> dict[str, TensorI
     return {name: TensorInfo(shape, dtype, Path("config.json")) for name, shape in shapes.items()}
 
 
-def count_trained(
+def find_learning(
     name: str, stage: StageConfig, conversion: ConversionPlan, teacher: TeacherFacts, *, tied_head: bool
-) -> dict[ParamGroup, int]:
-    """Count the parameters that a stage trains, per group: exact.
-
-    Counted are tensors of the groups under ``train`` whose name matches a pattern under ``only`` (all, without
-    patterns) and that the objective reaches.
+) -> Learning:
+    """Find what a stage trains, whole and through adapters: exact.
 
     Raises:
-        RecipeError: A pattern matches nothing, a named group cannot learn, or the objective does not fit the models.
+        RecipeError: A pattern matches nothing, a named group cannot learn, the objective does not fit the models, or a
+            package is missing.
     """
     from gendistill.losses.build import build_objective
+    from gendistill.training.adamw8bit import check_bitsandbytes
+    from gendistill.training.adapters import check_peft, choose_adapted
     from gendistill.training.freeze import choose_trained
 
-    groups = {
-        step.name: param_group(step.name, conversion.placement.kinds, tied_head=tied_head)
-        for step in conversion.steps
-    }
+    shapes = {step.name: step.shape for step in conversion.steps}
+    groups = {each: param_group(each, conversion.placement.kinds, tied_head=tied_head) for each in shapes}
     objective = build_objective(stage.objective)
     objective.bind(SimpleNamespace(**conversion.student_config), teacher)
     chosen, _ = choose_trained(groups, stage, name=name, tied=tied_head, reaches=objective.reaches)
-    counts: dict[ParamGroup, int] = {}
-    for step in conversion.steps:
-        if step.name in chosen:
-            counts[groups[step.name]] = counts.get(groups[step.name], 0) + step.num_parameters
-    return {group: counts[group] for group in ParamGroup if group in counts}
+    adapted: list[str] = []
+    if stage.lora is not None:
+        adapted, _ = choose_adapted(shapes, groups, stage, name=name, reaches=objective.reaches)
+        check_peft(f"stages.{name}.lora")
+    if stage.optimizer == "adamw8bit":
+        check_bitsandbytes(f"stages.{name}.optimizer")
+    return Learning(
+        stage.optimizer,
+        tuple((groups[each], shapes[each]) for each in shapes if each in chosen),
+        tuple((groups[each], shapes[each]) for each in adapted),
+        stage.lora.rank if stage.lora else 0,
+    )
 
 
-def _plan_stage(
-    name: str,
-    stage: StageConfig,
-    *,
-    conversion: ConversionPlan,
-    geometry: Geometry,
-    mixers: MixersConfig,
-    impl: str | None,
-    teacher: ModelFacts,
-    dtype: str,
-    num_processes: int,
-    device: Device,
-    loss: str,
-) -> StageForecast:
-    rows = stage.micro_batch_size * num_processes
-    trained = count_trained(name, stage, conversion, teacher.as_teacher(dtype), tied_head=geometry.tied_head)
-    memory = predict_memory(
-        stage,
-        geometry=geometry,
-        placement=conversion.placement,
-        mixers=mixers,
-        impl=impl,
-        # a stage of cross-entropy alone has it on the device too, for its held-out scores
-        num_teacher=teacher.num_parameters,
-        num_student=conversion.num_parameters,
-        num_trained=sum(trained.values()),
-        teacher_bytes=_BYTES[dtype],
-        device=device,
-        loss=loss,
-    )
-    per_step = stage.batch_size * stage.seq_len
-    steps = stage.steps if stage.tokens is None else math.ceil(stage.tokens / per_step)
-    return StageForecast(
-        name=name,
-        objective=_describe_objective(stage),
-        trained=trained,
-        mask=stage.mask,
-        tokens=None if steps is None else steps * per_step,
-        steps=steps,
-        minutes=stage.minutes,
-        seq_len=stage.seq_len,
-        batch=(stage.micro_batch_size, stage.batch_size // rows, num_processes),
-        compute_dtype=_compute_dtype(stage, geometry.hidden_size, device),
-        memory=memory,
-    )
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """What all stages of a run share."""
+
+    conversion: ConversionPlan
+    geometry: Geometry
+    mixers: MixersConfig
+    impl: str | None
+    loss: str
+    teacher: ModelFacts
+    dtype: str
+    num_processes: int
+    sharded: bool
+    device: Device
+
+    def learning(self, name: str, stage: StageConfig) -> Learning:
+        return find_learning(
+            name,
+            stage,
+            self.conversion,
+            self.teacher.as_teacher(self.dtype),
+            tied_head=self.geometry.tied_head,
+        )
+
+    def memory(self, stage: StageConfig, learning: Learning) -> MemoryEstimate:
+        return predict_memory(
+            stage,
+            geometry=self.geometry,
+            placement=self.conversion.placement,
+            mixers=self.mixers,
+            impl=self.impl,
+            # a stage of cross-entropy alone has it on the device too, for its held-out scores
+            num_teacher=self.teacher.num_parameters,
+            num_student=self.conversion.num_parameters,
+            learning=learning,
+            teacher_bytes=_BYTES[self.dtype],
+            device=self.device,
+            loss=self.loss,
+            num_shards=self.num_processes if self.sharded else 1,
+        )
+
+    def forecast(self, name: str, stage: StageConfig) -> StageForecast:
+        rows = stage.micro_batch_size * self.num_processes
+        learning = self.learning(name, stage)
+        memory = self.memory(stage, learning)
+        per_step = stage.batch_size * stage.seq_len
+        steps = stage.steps if stage.tokens is None else math.ceil(stage.tokens / per_step)
+        ways = ()
+        if memory.total > self.device.total_bytes:
+            ways = tuple(ways_to_fit(name, stage, self.num_processes, self._peak, self.device.total_bytes))
+        return StageForecast(
+            name=name,
+            objective=_describe_objective(stage),
+            trained=learning.counts(),
+            adapters=learning.num_adapters,
+            mask=stage.mask,
+            tokens=None if steps is None else steps * per_step,
+            steps=steps,
+            minutes=stage.minutes,
+            seq_len=stage.seq_len,
+            batch=(stage.micro_batch_size, stage.batch_size // rows, self.num_processes),
+            compute_dtype=_compute_dtype(stage, self.geometry.hidden_size, self.device),
+            memory=memory,
+            checkpoint_bytes=learning.checkpoint,
+            ways_to_fit=ways,
+        )
+
+    def _peak(self, name: str, stage: StageConfig, processes: int | None) -> int | None:
+        """Predict the peak of a changed stage, sharded over some processes or as planned; None: it is refused."""
+        changed = self if processes is None else replace(self, num_processes=processes, sharded=True)
+        try:
+            return changed.memory(stage, changed.learning(name, stage)).total
+        except RecipeError:
+            return None
 
 
 def _compute_dtype(stage: StageConfig, hidden_size: int, device: Device) -> str:
@@ -430,6 +472,8 @@ def _stage_row(stage: StageForecast) -> tuple[str, ...]:
     trained = (
         ", ".join(f"{group} {short_count(count)}" for group, count in stage.trained.items()) or "nothing"
     )
+    if stage.adapters:
+        trained += f" ({short_count(stage.adapters)} in adapters)"
     length = f"{stage.minutes:g} min" if stage.tokens is None else f"{short_count(stage.tokens)} tokens"
     return (
         stage.name,
@@ -443,6 +487,27 @@ def _stage_row(stage: StageForecast) -> tuple[str, ...]:
         "timed" if stage.steps is None else f"{stage.steps:,}",
         stage.compute_dtype,
     )
+
+
+def _fit_lines(stage: StageForecast) -> list[str]:
+    """Say what would fit where a stage does not."""
+    if not stage.ways_to_fit:
+        return [
+            f"warn      {stage.name} will not fit, and no setting mends it: take a larger device, a smaller teacher, "
+            f"or a shorter stages.{stage.name}.seq_len"
+        ]
+    width = max(len(way.command) for way in stage.ways_to_fit)
+    return [
+        f"warn      {stage.name} will not fit; what would, the cheapest first:",
+        *(
+            f"          {way.command:{width}}  {_gb(way.peak)} GB   {way.cost}".rstrip()
+            for way in stage.ways_to_fit
+        ),
+    ]
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 10**8 else f"{num_bytes / 1e6:.1f} MB"
 
 
 def _gb(num_bytes: int) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import re
 import shutil
@@ -24,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from typing_extensions import TypedDict
 
+from gendistill.anatomy.moments import BLOCK
 from gendistill.errors import CheckpointError
 from gendistill.paths import clear_remains, library_writing, new_folder, read_json, write_json, writing
 from gendistill.records import Count, Number
@@ -34,7 +36,11 @@ _NAME = re.compile(r"step-([0-9]+)")
 _WEIGHTS = "trained.safetensors"
 _MOMENTS = "optimizer.safetensors"
 _STATE = "state.json"
+# shape and dtype of a parameter's moments, by name
+_Layout = dict[str, tuple[tuple[int, ...], str]]
 _MOMENT_KEYS = ("step", "exp_avg", "exp_avg_sq")
+# beside moments that are packed into bytes
+_SCALE_KEYS = ("exp_avg_scale", "exp_avg_sq_scale")
 _HINT = "delete this checkpoint: the stage resumes from an older one, or begins again"
 
 
@@ -119,7 +125,7 @@ def gather_tensors(
 
     Args:
         trained: Parameters that learn. A sharded module may show others meanwhile, which the optimizer does not know.
-        optimizer: AdamW over those parameters.
+        optimizer: One of ``training.optim.OPTIMIZERS`` over those parameters.
         parallel: How they are spread.
     """
     moments = {
@@ -191,24 +197,31 @@ def load_checkpoint(
     """
     # whole, where they are read
     held: list[dict[str, Tensor]] = []
-    state, steps = parallel.on_main(lambda: _read_for(path, trained, held))
+    state, steps, layouts = parallel.on_main(lambda: _read_for(path, trained, held))
     with torch.no_grad():
         for name, part in parallel.scatter(trained, lambda name: held[0][name]):
             trained[name].copy_(part)
-        found: dict[str, dict[str, Tensor]] = {name: {} for name in trained}
-        for key in ("exp_avg", "exp_avg_sq"):
-            for name, part in parallel.scatter(trained, lambda name, key=key: held[1][f"{name}.{key}"]):
-                found[name][key] = part
-    for name, parameter in trained.items():
-        step = torch.tensor(steps[name], dtype=torch.float32, device=parameter.device)
-        optimizer.state[parameter] = {"step": step, **found[name]}
+        for name, parameter in trained.items():
+            # moments lie as their parameter does, unless they are packed
+            like = {
+                key: parameter
+                if (shape, dtype) == (tuple(parameter.shape), "float32")
+                else torch.empty(shape, dtype=getattr(torch, dtype), device=parameter.device)
+                for key, (shape, dtype) in layouts[name].items()
+                if key != "step"
+            }
+            found = dict(parallel.scatter(like, lambda key, name=name: held[1][f"{name}.{key}"]))
+            found["step"] = torch.tensor(steps[name], dtype=torch.float32, device=parameter.device)
+            _restore(optimizer.state[parameter], found)
     return state
 
 
 def _read_for(
     path: Path, trained: Mapping[str, Tensor], held: list[dict[str, Tensor]]
-) -> tuple[dict[str, Any], dict[str, float]]:
-    """Read a checkpoint of these parameters; return its state and their steps, and put the tensors into ``held``.
+) -> tuple[dict[str, Any], dict[str, float], dict[str, _Layout]]:
+    """Read a checkpoint of these parameters, and put the tensors into ``held``.
+
+    Returns: Its state, the parameters' steps, and shape and dtype of their moments.
 
     Raises:
         CheckpointError: As for ``load_checkpoint``.
@@ -225,7 +238,25 @@ def _read_for(
             hint="restore the recipe that wrote it, or delete the stage's folder to start the stage again",
         )
     held += [weights, moments]
-    return state, {name: moments[f"{name}.step"].item() for name in weights}
+    layouts: dict[str, _Layout] = {name: {} for name in weights}
+    for place, value in moments.items():
+        name, _, key = place.rpartition(".")
+        layouts[name][key] = tuple(value.shape), str(value.dtype).removeprefix("torch.")
+    return state, {name: moments[f"{name}.step"].item() for name in weights}, layouts
+
+
+def _restore(state: dict[str, Tensor], found: Mapping[str, Tensor]) -> None:
+    """Put moments in place of those that an optimizer has, or give them to one that has none yet."""
+    if state and state.keys() != found.keys():
+        raise CheckpointError(
+            f"the checkpoint was written by another optimizer: it holds {', '.join(found)}, not {', '.join(state)}",
+            hint="restore the recipe that wrote it, or delete the stage's folder to start the stage again",
+        )
+    for key, value in found.items():
+        if key in state:
+            state[key].copy_(value)
+        else:
+            state[key] = value
 
 
 def checksums(parameters: Iterable[tuple[str, Tensor]]) -> dict[str, int]:
@@ -257,7 +288,7 @@ def _moments(optimizer: torch.optim.Optimizer, parameter: Tensor) -> Mapping[str
     """Return a parameter's moments; one that no gradient has reached yet is about to get these."""
     state = optimizer.state.get(parameter)
     if state:
-        return {key: state[key] for key in _MOMENT_KEYS}
+        return {key: state[key] for key in (*_MOMENT_KEYS, *_SCALE_KEYS) if key in state}
     zeros = torch.zeros_like(parameter)
     return {"step": torch.zeros(()), "exp_avg": zeros, "exp_avg_sq": zeros.clone()}
 
@@ -302,7 +333,7 @@ def _read_state(path: Path) -> dict[str, Any]:
 
 
 def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Read weights and moments, and check that they belong together and are finite float32 numbers.
+    """Read weights and moments, and check that they belong together and are finite numbers of the right kind.
 
     Raises:
         CheckpointError: They cannot be read, or are not what ``save_checkpoint`` writes.
@@ -312,20 +343,34 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     except (SafetensorError, OSError) as error:
         raise _damaged(path, f"the tensors cannot be read: {error}") from error
     expected = {f"{name}.{key}" for name in weights for key in _MOMENT_KEYS}
+    packed = {name for name in weights if f"{name}.{_SCALE_KEYS[0]}" in moments}
+    expected |= {f"{name}.{key}" for name in packed for key in _SCALE_KEYS}
     if unlike := sorted(expected ^ moments.keys()):
         raise _damaged(
             path,
             f"{_MOMENTS} does not hold the moments of {_WEIGHTS}: {', '.join(unlike[:3])} without partner",
         )
-    for file, tensors in ((_WEIGHTS, weights), (_MOMENTS, moments)):
-        for name, value in tensors.items():
-            owner, _, key = name.rpartition(".")
-            shape = value.shape if tensors is weights else () if key == "step" else weights[owner].shape
-            if value.dtype is not torch.float32 or value.shape != shape:
-                raise _damaged(path, f"{file}: {name} is {value.dtype} {list(value.shape)}")
-            if not value.isfinite().all():
-                raise _damaged(path, f"{file}: {name} holds numbers that are not finite")
+    for name, value in weights.items():
+        _check_tensor(path, _WEIGHTS, name, value, torch.float32, value.shape)
+        for key in (*_MOMENT_KEYS, *(_SCALE_KEYS if name in packed else ())):
+            dtype, shape = torch.float32, value.shape
+            if key == "step":
+                shape = torch.Size(())
+            elif key in _SCALE_KEYS:
+                shape = torch.Size([math.ceil(value.numel() / BLOCK)])
+            elif name in packed:
+                dtype = torch.uint8
+            _check_tensor(path, _MOMENTS, f"{name}.{key}", moments[f"{name}.{key}"], dtype, shape)
     return weights, moments
+
+
+def _check_tensor(
+    path: Path, file: str, name: str, value: Tensor, dtype: torch.dtype, shape: torch.Size
+) -> None:
+    if value.dtype is not dtype or value.shape != shape:
+        raise _damaged(path, f"{file}: {name} is {value.dtype} {list(value.shape)}")
+    if not value.isfinite().all():
+        raise _damaged(path, f"{file}: {name} holds numbers that are not finite")
 
 
 def _checksum(content: Mapping[str, Any]) -> int:

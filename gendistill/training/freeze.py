@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,10 +102,10 @@ def choose_trained(
         RecipeError: As for ``apply_freeze``.
     """
     where = f"stages.{name}"
+    present = set(groups.values())
     asked = [parameter for parameter, group in groups.items() if group in stage.train]
-    notes = _check_groups(stage, set(groups.values()), tied, where)
-    if stage.only:
-        asked = _narrow(asked, stage.only, f"{where}.only")
+    notes = _check_groups(stage, present, tied, where)
+    asked = narrow(asked, stage.only, f"{where}.only", what="parameters in the trained groups")
     chosen = {parameter for parameter in asked if reaches(parameter)}
     lost = {groups[parameter] for parameter in asked} - {groups[parameter] for parameter in chosen}
     if lost:
@@ -114,6 +114,7 @@ def choose_trained(
             where=f"{where}.train",
             hint=f"remove {', '.join(sorted(lost))} from train, or train end to end with objective: {{kind: kl}}",
         )
+    notes += check_rates(stage, stage.train, {groups[each] for each in chosen}, present, name=name)
     if len(chosen) < len(asked):
         notes.append(
             f"{len(asked) - len(chosen)} tensors outside the converted layers stay frozen: "
@@ -122,34 +123,93 @@ def choose_trained(
     return chosen, notes
 
 
-def _check_groups(stage: StageConfig, present: set[ParamGroup], is_tied: bool, where: str) -> list[str]:
-    absent = [group for group in stage.train if group not in present]
-    tied = ParamGroup.HEAD in absent and is_tied
-    if tied and ParamGroup.EMBED not in stage.train:
+def check_rates(
+    stage: StageConfig,
+    named: Collection[ParamGroup],
+    learning: Collection[ParamGroup],
+    present: Collection[ParamGroup],
+    *,
+    name: str,
+) -> list[str]:
+    """Refuse a rate of a group of which the patterns leave nothing; without one, only note it.
+
+    Args:
+        stage: Its ``lr`` may name rates.
+        named: Groups under ``train``, or under ``lora.groups``.
+        learning: Those of which something learns.
+        present: Those that the student has.
+        name: Name of the stage, for errors.
+    Raises:
+        RecipeError: ``lr`` names a rate that nothing would use.
+    """
+    emptied = [group for group in named if group in present and group not in learning]
+    if emptied and isinstance(stage.lr, dict):
         raise RecipeError(
-            "this model's head is tied to its embedding and belongs to the group embed",
-            where=f"{where}.train",
-            hint="write embed instead of head: both learn together",
+            f"lr gives a rate to {', '.join(emptied)}, of which the patterns under only leave nothing to learn",
+            where=f"stages.{name}.lr",
+            hint=f"remove {', '.join(emptied)} from lr and from the groups that learn, or widen only",
         )
-    if len(absent) == len(stage.train):
-        raise RecipeError(
-            f"nothing would learn: the student has no parameters in {', '.join(absent)}",
-            where=f"{where}.train",
-        )
-    notes = ["head is tied to the embedding and learns as embed"] if tied else []
-    others = [group for group in absent if not (tied and group is ParamGroup.HEAD)]
-    return notes + [f"this placement has no parameters in {group}" for group in others]
+    return [f"the patterns under only leave nothing of {group} to learn" for group in emptied]
 
 
-def _narrow(names: list[str], patterns: tuple[str, ...], where: str) -> list[str]:
+def narrow(names: list[str], patterns: tuple[str, ...], where: str, *, what: str) -> list[str]:
+    """Keep the names in which a pattern is found; all of them without patterns.
+
+    Args:
+        where: Setting that holds the patterns, for errors.
+        what: What the names are, for errors.
+    Raises:
+        RecipeError: A pattern matches none.
+    """
     kept: set[str] = set()
     for pattern in patterns:
         matched = [name for name in names if re.search(pattern, name)]
         if not matched:
             raise RecipeError(
-                f'"{pattern}" matches none of the {len(names)} parameters in the trained groups',
+                f'"{pattern}" matches none of the {len(names)} {what}',
                 where=where,
-                hint=f'names look like "{names[0]}"',
+                hint=f'names look like "{names[0]}"' if names else None,
             )
         kept.update(matched)
-    return [name for name in names if name in kept]
+    return [name for name in names if name in kept] if patterns else names
+
+
+def _check_groups(stage: StageConfig, present: set[ParamGroup], is_tied: bool, where: str) -> list[str]:
+    if is_tied:
+        _check_tied(stage, where)
+    # a tied head is the embedding
+    absent = [
+        group for group in stage.train if group not in present and not (is_tied and group is ParamGroup.HEAD)
+    ]
+    if absent and len(absent) == len(stage.learning):
+        raise RecipeError(
+            f"nothing would learn: the student has no parameters in {', '.join(absent)}",
+            where=f"{where}.train",
+        )
+    notes = (
+        ["head is tied to the embedding and learns as embed"]
+        if is_tied and ParamGroup.HEAD in stage.train
+        else []
+    )
+    return notes + [f"this placement has no parameters in {group}" for group in absent]
+
+
+def _check_tied(stage: StageConfig, where: str) -> None:
+    """Refuse a tied head that would be frozen on one side only, or have two rates."""
+    both = (ParamGroup.EMBED, ParamGroup.HEAD)
+    named = [group for group in both if group in stage.train]
+    if len(named) == 1:
+        other = both[1 - both.index(named[0])]
+        raise RecipeError(
+            f"this model's head is tied to its embedding: train names {named[0]} and not {other}, but they are one "
+            "tensor, which learns or is frozen on both sides",
+            where=f"{where}.train",
+            hint=f"add {other} to train, or remove {named[0]}",
+        )
+    if named and isinstance(stage.lr, dict) and len({stage.lr[group] for group in both}) > 1:
+        raise RecipeError(
+            f"this model's head is tied to its embedding: they are one tensor, but lr gives embed "
+            f"{stage.lr[both[0]]:g} and head {stage.lr[both[1]]:g}",
+            where=f"{where}.lr",
+            hint="give both the same rate",
+        )

@@ -18,7 +18,7 @@ from typing_extensions import TypedDict
 from gendistill.config.base import identity
 from gendistill.config.schema import StageConfig
 from gendistill.data.batch import Batch
-from gendistill.errors import CheckpointError
+from gendistill.errors import CheckpointError, RecipeError
 from gendistill.paths import read_json, write_json
 from gendistill.records import Number, Positive
 
@@ -130,13 +130,18 @@ def write_lock(path: Path, lock: StageLock) -> None:
     write_json(path, asdict(lock))
 
 
-def num_steps(stage: StageConfig, seconds_per_step: float | None, spent: float = 0.0) -> int:
+def num_steps(
+    stage: StageConfig, seconds_per_step: float | None, spent: float = 0.0, *, name: str = "<name>"
+) -> int:
     """Turn the stage's length into optimizer steps, at least one.
 
     Args:
         stage: Gives tokens, steps or minutes.
         seconds_per_step: Needed for minutes.
         spent: Seconds of the minutes that are already gone.
+        name: Name of the stage, for errors.
+    Raises:
+        RecipeError: The minutes end before the first step.
     """
     if stage.steps is not None:
         return stage.steps
@@ -144,13 +149,23 @@ def num_steps(stage: StageConfig, seconds_per_step: float | None, spent: float =
         return math.ceil(stage.tokens / (stage.batch_size * stage.seq_len))
     assert stage.minutes is not None
     assert seconds_per_step is not None
-    return max(1, int((60 * stage.minutes - spent) / seconds_per_step))
+    steps = int((60 * stage.minutes - spent) / seconds_per_step)
+    if steps < 1:
+        least = (spent + seconds_per_step) / 60
+        raise RecipeError(
+            f"minutes {stage.minutes:g} end before the first step: timing took {spent:.2g} s, and a step takes "
+            f"{seconds_per_step:.2g} s",
+            where=f"stages.{name}.minutes",
+            hint=f"give it more than {math.ceil(1000 * least) / 1000:g}, or set steps",
+        )
+    return steps
 
 
 def time_step(
     run: Callable[[Batch], object],
     micro_batches: Sequence[Batch],
-    optimizer: torch.optim.AdamW,
+    optimizer: torch.optim.Optimizer,
+    make: Callable[[list[dict[str, Any]]], torch.optim.Optimizer],
     *,
     slowest: Callable[[float], float] = float,
 ) -> float:
@@ -163,18 +178,22 @@ def time_step(
         run: Forward and backward of one micro-batch.
         micro_batches: Of one step on this process.
         optimizer: Not stepped.
+        make: Makes another of its kind, over other parameter groups.
         slowest: Largest of the processes' numbers: all must run as often, because sharded parameters make them wait.
     """
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    device = parameters[0].device
+    parameters: dict[Tensor, dict[str, Any]] = {
+        parameter: group for group in optimizer.param_groups for parameter in group["params"]
+    }
+    model = max(parameters, key=Tensor.numel)
+    device = model.device
     run(micro_batches[0])
     times: list[float] = []
     while len(times) < _MOST_PROBES and sum(times) < _PROBE_SECONDS:
         batch = micro_batches[(len(times) + 1) % len(micro_batches)]
         times.append(slowest(_seconds(device, lambda batch=batch: run(batch))))
-    largest = nn.Parameter(max(parameters, key=Tensor.numel).detach().clone())
+    largest = nn.Parameter(model.detach().clone())
     largest.grad = torch.zeros_like(largest)
-    probe = torch.optim.AdamW([largest], lr=1e-3, fused=True)
+    probe = make([{**parameters[model], "params": [largest]}])
     probe.step()
     share = sum(parameter.numel() for parameter in parameters) / largest.numel()
     return sorted(times)[len(times) // 2] * len(micro_batches) + _seconds(device, probe.step) * share

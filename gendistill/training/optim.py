@@ -1,37 +1,63 @@
-"""The optimizer, its learning rates, and the dtype of the arithmetic in between."""
+"""The optimizers, their learning rates, and the dtype of the arithmetic in between."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from gendistill.anatomy.adapters import plain_name
 from gendistill.anatomy.groups import ParamGroup, undecayed
 from gendistill.config.schema import ScheduleConfig, StageConfig
+from gendistill.training.adamw8bit import AdamW8bit
 from gendistill.training.freeze import param_group_of
 
 # narrower layers spend longer casting their weights than multiplying
 _MIN_WIDTH = 256
 
 
+Groups = list[dict[str, Any]]
+
+
+def _adamw(groups: Groups, betas: tuple[float, float]) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(groups, betas=betas, eps=1e-8, fused=True)
+
+
+def _adamw8bit(groups: Groups, betas: tuple[float, float]) -> torch.optim.Optimizer:
+    return AdamW8bit(groups, betas=betas, eps=1e-8)
+
+
+# what a stage may ask for under ``optimizer``; each changes nothing in a step while its ``found_inf`` is 1
+OPTIMIZERS: dict[str, Callable[[Groups, tuple[float, float]], torch.optim.Optimizer]] = {
+    "adamw": _adamw,
+    "adamw8bit": _adamw8bit,
+}
+
+
 def decays(name: str, parameter: Tensor, group: ParamGroup, exempt: Collection[str]) -> bool:
-    """Whether weight decay applies: to matrices only, never to norms, embeddings and what a mixer's table exempts."""
+    """Whether weight decay applies: to matrices only, never to norms, embeddings and what a mixer's table exempts.
+
+    Adapters decay as what they adapt would: towards the weights that the stage started from.
+    """
     if parameter.dim() < 2 or group in (ParamGroup.NORM, ParamGroup.EMBED):
         return False
-    return name not in exempt
+    return plain_name(name) not in exempt
 
 
-def build_optimizer(student: nn.Module, stage: StageConfig) -> torch.optim.AdamW:
-    """Make AdamW over the parameters that require gradients, with float32 moments.
+def build_optimizer(student: nn.Module, stage: StageConfig) -> torch.optim.Optimizer:
+    """Make the stage's optimizer over the parameters that require gradients.
 
-    Each of its parameter groups carries ``group`` (a ``ParamGroup``) and ``base_lr``; the loop sets ``lr``.
+    Each of its parameter groups carries ``group`` (a ``ParamGroup``; an adapter has that of the weight that it adapts)
+    and ``base_lr``; the loop sets ``lr``.
 
     Args:
-        student: Float32 model, after ``apply_freeze``.
-        stage: Rates, betas and weight decay.
+        student: Float32 model, after ``apply_freeze`` and ``insert_adapters``.
+        stage: Kind of optimizer, rates, betas and weight decay.
+    Raises:
+        RecipeError: The optimizer needs a package that is not installed.
     """
     config: Any = student.config
     exempt = undecayed(config.to_dict())
@@ -49,7 +75,7 @@ def build_optimizer(student: nn.Module, stage: StageConfig) -> torch.optim.AdamW
         groups.append(
             {"params": parameters, "group": group, "base_lr": rate, "lr": rate, "weight_decay": decay}
         )
-    return torch.optim.AdamW(groups, betas=stage.betas, eps=1e-8, fused=True)
+    return OPTIMIZERS[stage.optimizer](groups, stage.betas)
 
 
 def learning_rate_factor(schedule: ScheduleConfig, step: int, num_steps: int) -> float:

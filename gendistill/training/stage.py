@@ -22,6 +22,7 @@ from gendistill.losses.logits import LogitObjective, choose_loss_impl
 from gendistill.losses.student import StudentLike
 from gendistill.paths import write_json
 from gendistill.teachers.base import Teacher, check_vocabulary
+from gendistill.training.adapters import insert_adapters, merge_adapters
 from gendistill.training.checkpoint import (
     Progress,
     checksums,
@@ -51,6 +52,7 @@ from gendistill.training.monitors import MONITORS, Rewind, Stop, When
 from gendistill.training.monitors.heldout import heldout_scores
 from gendistill.training.monitors.weights import sample_weights
 from gendistill.training.optim import (
+    OPTIMIZERS,
     build_optimizer,
     choose_compute_dtype,
     fixed_dtype,
@@ -73,8 +75,8 @@ def train_stage(
 ) -> StageResult:
     """Train a student for one stage, from its newest checkpoint if there is one.
 
-    The student becomes float32 and is trained in place; saving it is left to the caller. Writes ``plan.json``,
-    ``metrics.jsonl``, ``checkpoints/`` and ``result.json`` in the stage's folder.
+    The student becomes float32 and is trained in place; adapters are merged into its weights, and saving it is left to
+    the caller. Writes ``plan.json``, ``metrics.jsonl``, ``checkpoints/`` and ``result.json`` in the stage's folder.
 
     Args:
         job: What to do.
@@ -109,6 +111,7 @@ def train_stage(
         if job.config.gradient_checkpointing:
             recompute_activations(student, False)
         parallel.close()
+        merge_adapters(module)
 
 
 class StageRun:
@@ -183,7 +186,11 @@ class StageRun:
         job, stage, parallel = self.job, self.stage, self.parallel
         frozen = apply_freeze(self.module, stage, name=job.name, reaches=self.objective.reaches)
         self.console.say(f"{job.name}: {frozen}")
-        # adapters would be put in here: they learn where all else is frozen, and are sharded like it
+        adapted = insert_adapters(
+            self.module, stage, name=job.name, seed=job.seed, reaches=self.objective.reaches
+        )
+        if adapted is not None:
+            self.console.say(f"{job.name}: {adapted}")
         # float32 masters: bfloat16 weights would swallow most updates
         self.module.float().to(parallel.loads_on).train()
         self.teacher.to(parallel.device, place=parallel.place_teacher)
@@ -233,12 +240,18 @@ class StageRun:
         if self.fetched is not None:
             seed_step(parallel, job.seed, 0)
             seconds_per_step = parallel.largest(
-                time_step(runner.rehearse, self.fetched, self.optimizer, slowest=parallel.largest)
+                time_step(
+                    runner.rehearse,
+                    self.fetched,
+                    self.optimizer,
+                    lambda groups: OPTIMIZERS[stage.optimizer](groups, stage.betas),
+                    slowest=parallel.largest,
+                )
             )
             self.optimizer.zero_grad()
         spent = parallel.largest(time.perf_counter() - started)
         decided = StageLock(
-            steps=num_steps(stage, seconds_per_step, spent),
+            steps=num_steps(stage, seconds_per_step, spent, name=job.name),
             compute_dtype=str(runner.compute_dtype).removeprefix("torch."),
             seconds_per_step=seconds_per_step,
             locked=locked,

@@ -8,8 +8,11 @@ from gendistill.anatomy.cost import forward_flops, peak_flops, step_flops
 from gendistill.anatomy.family import layer_geometry
 from gendistill.anatomy.kda import KDA, KDASettings
 from gendistill.anatomy.spec import causal_pairs
+from gendistill.config.schema import StageConfig
 from gendistill.mixers import kda
 from gendistill.testing import FAMILIES, tiny_student, tiny_teacher
+from gendistill.training.adapters import insert_adapters
+from gendistill.training.freeze import apply_freeze
 
 LENGTH, ROWS = 12, 2
 DOCUMENTS = {LENGTH: ROWS}
@@ -167,3 +170,26 @@ def test_peaks_are_found_by_the_names_that_devices_give():
     assert peak_flops("NVIDIA GeForce RTX 4090") == 165e12
     for unknown in ("NVIDIA A10G", "NVIDIA H100 80GB HBM3 MIG 1g.10gb", "CPU, 2 threads, AVX512", ""):
         assert peak_flops(unknown) is None
+
+
+@pytest.mark.parametrize("groups", [["attention"], ["mlp"], ["mixer", "attention"]])
+def test_gradients_pass_through_what_is_adapted(groups, no_mixing):
+    student = tiny_student("qwen3", mixers=PLACEMENT, tie_word_embeddings=False)
+    student.set_attn_implementation("eager")
+    lora = {"rank": 2, "groups": groups, "only": [r"\.(q|v|o|up|down)_proj\."]}
+    config = StageConfig(data="d", steps=1, lr=1e-3, lora=lora)
+    apply_freeze(student, config)
+    report = insert_adapters(student, config)
+    assert report is not None
+    names = {name for name, parameter in student.named_parameters() if parameter.requires_grad}
+
+    def step():
+        hidden = student.model(ids(student.config.vocab_size)).last_hidden_state
+        (hidden @ student.lm_head.weight.T).square().sum().backward()
+
+    found = counted(step)
+    flops = step_flops(student.config.to_dict(), None, documents=DOCUMENTS, num_labels=TOKENS, trained=names)
+    # the adapters themselves, at most three products of each factor
+    thin = 3 * 2 * TOKENS * sum(report.adapters.values())
+    hidden_by_the_mask = 3 * all_pairs(student.config)
+    assert 0 < found - flops.total <= thin + hidden_by_the_mask

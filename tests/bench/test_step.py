@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import dataclasses
+import os
+import subprocess
+import sys
 import warnings
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
-from gendistill.anatomy.family import geometry_of
-from gendistill.anatomy.groups import ParamGroup
 from gendistill.bench.documents import Drawer, synthetic_stream
 from gendistill.bench.engines import PLAIN, SWITCHES, choose_engines, plain_value, read_engine
-from gendistill.bench.flops import Work, peak_flops
 from gendistill.bench.pair import make_student, make_teacher
 from gendistill.bench.shapes import SHAPES
 from gendistill.bench.step import Peer, StepBench
 from gendistill.bench.step_parts import documents, find_syncs
-from gendistill.bench.step_rows import StepTime, parts_of, result_rows
+from gendistill.bench.step_rows import StepTime, result_rows
 from gendistill.bench.stock import StockStep
 from gendistill.bench.trace import covered, summarise_trace
 from gendistill.cli.main import main
@@ -54,7 +52,7 @@ def test_the_command_measures_both_stages(tmp_path, capsys):
     assert rows["distill stage, tiny: tokens/s"].n == 2
     assert rows["block stage, tiny: tokens/s"].value > 0
     shares = [row.value for name, row in rows.items() if name.startswith("distill stage, tiny: share of")]
-    assert len(shares) == 5
+    assert len(shares) == 6
     assert sum(shares) == pytest.approx(1)
     assert "relative error in float32" in capsys.readouterr().out
 
@@ -141,56 +139,6 @@ def test_the_stream_packs_documents_without_the_padding():
     assert len(documents(batches)) == sum(name != PADDING for batch in batches for name in batch.document_ids)
 
 
-def count(
-    kinds: list[str], train: tuple[ParamGroup, ...], lengths: list[int], *, aligns: bool = False
-) -> dict:
-    geometry = geometry_of({**TINY.sizes, "model_type": "qwen3"})
-    table = {
-        "q_proj.weight": (32, 32),
-        "f_a_proj.weight": (8, 32),
-        "f_b_proj.weight": (32, 8),
-        "o_proj.weight": (32, 32),
-    }
-    return Work(geometry=geometry, mixers={"kda": table}, kinds=kinds, train=train, aligns=aligns).flops(
-        lengths
-    )
-
-
-def test_operations_are_those_that_torch_counts():
-    tokens = 48
-    shape = dataclasses.replace(TINY, placement="full")
-    model = make_teacher(shape, device=CPU, dtype=torch.float32, seed=0)
-    model.config._attn_implementation = "eager"
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_("mlp" in name or "norm" in name)
-    ids = torch.arange(tokens)[None]
-    with FlopCounterMode(display=False) as counter:
-        model(ids, use_cache=False).logits.sum().backward()
-    expected = count(["full"] * 3, (ParamGroup.MLP, ParamGroup.NORM), [tokens])["student"]
-    # eager attention also multiplies what is masked
-    masked = 4 * 4 * 8 * (tokens**2 - tokens * (tokens + 1) / 2) * 3 * 3
-    assert counter.get_total_flops() == expected + masked
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(ids, use_cache=False)
-    assert counter.get_total_flops() == count(["full"] * 3, (), [tokens])["teacher"] + masked / 3
-
-
-def test_alignment_counts_its_own_blocks_only():
-    tokens, mlp, mixer = 10, 3 * 32 * 48, 32 * 32 + 8 * 32 + 32 * 8 + 32 * 32
-    inner = 32 * 32 + 32 * 8  # o_proj and f_b_proj: their inputs need gradients, the block's own does not
-    rule = 3 * 7 * 4 * 8 * 8
-    found = count(["kda", "full", "full"], (ParamGroup.MIXER,), [tokens], aligns=True)
-    assert found["student"] == tokens * (2 * 2 * mlp + 2 * 2 * mixer + 2 * inner + rule)
-    # the teacher's layers after the last converted one are not needed
-    attention = 32 * 32 + 2 * 16 * 32 + 32 * 32
-    assert found["teacher"] == 2 * tokens * (attention + mlp) + 4 * 4 * 8 * 55
-
-
-def test_a_known_device_has_a_peak():
-    assert peak_flops("NVIDIA H200") == 989e12
-    assert peak_flops("CPU, 2 threads") is None
-
-
 def test_idle_time_is_what_no_kernel_covers():
     assert covered([(0, 2), (1, 3), (5, 6), (5.5, 5.7)]) == 4
     # a copy from the host beside nothing leaves the GPU idle
@@ -204,13 +152,6 @@ def test_idle_time_is_what_no_kernel_covers():
     assert trace.idle_of(7.0) == pytest.approx(0.5)
     assert trace.launches == 2
     assert tuple(trace.kernels[0]) == ("a", 1.0, 3.0)
-
-
-def test_parts_add_up_to_a_step():
-    spans = {"step": 10.0, "gradients": 9.0, "teacher": 2.0, "objective": 4.0}
-    parts = parts_of({**spans, "student": 3.0})
-    assert parts == {"teacher": 0.2, "student": 0.3, "loss": 0.1, "backward": 0.3, "optimizer": 0.1}
-    assert parts_of(spans)["student and loss"] == 0.4
 
 
 def test_bars_are_for_the_chosen_engine_alone():
@@ -303,12 +244,37 @@ def test_engines_are_read_from_words():
             read_engine([word], where="--engine")
 
 
+def test_two_processes_share_the_rows(tmp_path):
+    path = tmp_path / "out.json"
+    command = [
+        sys.executable,
+        "-m",
+        "gendistill",
+        "bench",
+        "step",
+        "--shape",
+        "tiny",
+        "--cpu",
+        "--steps",
+        "2",
+    ]
+    more = ["--warmup", "1", "--num-processes", "2", "--json", str(path), "--commit", "0" * 40]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, *more], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("tokens a step in micro-batches of 2 on 2 x CPU") == 1
+    [first, *_] = load_results(path).rows
+    assert first.name == "distill stage, tiny, 2 processes: tokens/s"
+    assert first.bar is None
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--steps", "0"], "--steps must be positive"),
         (["--rows", "6", "--micro-batch", "4"], "not a multiple"),
         (["--engine", "loss=fast"], "loss="),
+        (["--num-processes", "3"], "4 rows cannot be shared equally by 3 processes"),
     ],
 )
 def test_bad_numbers_are_refused(arguments, message, capsys):

@@ -107,6 +107,10 @@ def test_kernels_that_cannot_run_here(run, workspace, monkeypatch):
     assert code == 2
     explained(err, "student.impl", '"triton" is not available for delta_rule', "no kernels on this one")
     assert not (workspace / "runs").exists()
+    code, err = run("engine.loss=triton")
+    assert code == 2
+    explained(err, "engine.loss", '"triton" is not available for linear_divergence', "engine.loss=auto")
+    assert not (workspace / "runs").exists()
 
 
 def test_empty_dataset(run, texts):

@@ -10,6 +10,7 @@ from gendistill.anatomy.mixers import MIXERS
 from gendistill.config.base import Affects, Section, affects, identity
 from gendistill.config.engine import EngineConfig
 from gendistill.config.load import load_recipe
+from gendistill.config.lora import LoRAConfig
 from gendistill.config.mixers import MixersConfig, MixerSection, mixer_section, mixers_section
 from gendistill.config.objectives import (
     BlockOutputConfig,
@@ -104,7 +105,9 @@ FLIPS: dict[type[Section], tuple[dict[str, Any], dict[str, Any]]] = {
             "mask": "completion",
             "train": ["mixer", "mlp"],
             "only": ["q_proj"],
-            "tokens": {"steps": None, "tokens": 500},
+            "lora": {"rank": 4, "groups": ["attention"]},
+            "optimizer": "adamw8bit",
+            "tokens": {"steps": None, "tokens": 100_000},
             "steps": 4,
             "minutes": {"steps": None, "minutes": 2.0},
             "seq_len": 512,
@@ -136,6 +139,10 @@ FLIPS: dict[type[Section], tuple[dict[str, Any], dict[str, Any]]] = {
             "question_tokens": 9,
             "bootstrap": 500,
         },
+    ),
+    LoRAConfig: (
+        {"rank": 4, "groups": ["attention"]},
+        {"rank": 8, "alpha": 32.0, "dropout": 0.1, "groups": ["mlp"], "only": ["q_proj"]},
     ),
     EngineConfig: (
         {},
@@ -195,6 +202,7 @@ FLIPS: dict[type[Section], tuple[dict[str, Any], dict[str, Any]]] = {
 SECTIONS = {
     *((mixers_section(), kind) for kind in ("kda", "swa", "sink")),
     (StudentConfig, "mixers"),
+    (StageConfig, "lora"),
     (StageConfig, "objective"),
     (StageConfig, "schedule"),
     (MixConfig, "terms"),
@@ -283,3 +291,9 @@ def test_a_setting_deep_inside_counts_and_its_neighbour_does_not():
     base, result, nothing = (identity(load_recipe("tiny", change)) for change in ([], *recipe))
     assert base != result
     assert base == nothing
+
+
+def test_settings_that_came_later_leave_what_was_finished_without_them():
+    stage = StageConfig(**STAGE)
+    assert not {"lora", "optimizer"} & identity(stage).keys()
+    assert identity(stage) == identity(StageConfig(**STAGE, optimizer="adamw", lora=None))

@@ -203,12 +203,12 @@ def test_new_kind_starts_from_its_own_defaults(recipe):
 def test_extends_merges_section_by_section(recipe, tmp_path):
     child = tmp_path / "child.yaml"
     child.write_text(
-        "extends: small.yaml\nname: child\nstages:\n  project: null\n  distill: {tokens: 5k, lr: 1e-5}\n"
+        "extends: small.yaml\nname: child\nstages:\n  project: null\n  distill: {tokens: 5M, lr: 1e-5}\n"
     )
     loaded = read_recipe(child, ["seed=3"])
     stage = loaded.recipe.stages["distill"]
     assert list(loaded.recipe.stages) == ["distill"]
-    assert (stage.tokens, stage.steps, stage.lr) == (5000, None, 1e-5)
+    assert (stage.tokens, stage.steps, stage.lr) == (5_000_000, None, 1e-5)
     assert stage.objective.temperature == 2  # pyright: ignore[reportAttributeAccessIssue]
     assert loaded.origin(("name",)) == "child.yaml:2"
     assert loaded.origin(("teacher", "model")) == "small.yaml:3"

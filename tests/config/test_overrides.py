@@ -45,7 +45,6 @@ REFUSED = [
     ("stages.distill.lr", ".inf"),
     ("stages.distill.lr", "{mixer: x}"),
     ("stages.distill.objective", "kl"),
-    ("stages.distill.train", "[]"),
     ("stages.distill.train", "[[mixer]]"),
     ("stages.distill.tokens", "[1]"),
     ("stages.distill.tokens", "{k: 1}"),

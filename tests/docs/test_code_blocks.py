@@ -19,7 +19,7 @@ from gendistill.training.monitors import MONITORS
 from gendistill_evals import JUDGES, PROTOCOLS
 
 ROOT = Path(__file__).parents[2]
-PAGES = ("kda.md", "kernels/how.md", "extend-evals.md", "extend.md")
+PAGES = ("kda.md", "kernels/how.md", "kernels/divergence.md", "extend-evals.md", "extend.md", "lora.md")
 
 
 def blocks(page: str, language: str) -> list[tuple[int, str]]:

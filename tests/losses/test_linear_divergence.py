@@ -205,6 +205,16 @@ def test_chunks_cover_every_token_once_and_are_even(num_tokens, size):
     assert all(part.stop - part.start <= size for part in slices)
 
 
+@pytest.mark.parametrize("num_tokens", [0, 1, 127, 128, 1000, 1024, 7300, 8192])
+@pytest.mark.parametrize("size", [16, 128, 1104])
+def test_chunks_fill_tiles(num_tokens, size):
+    slices = list(chunks(num_tokens, size, multiple=128))
+    assert [index for part in slices for index in range(num_tokens)[part]] == list(range(num_tokens))
+    assert all(part.stop - part.start <= size for part in slices)
+    if size >= 128:
+        assert all((part.stop - part.start) % 128 == 0 for part in slices[:-1])
+
+
 def test_extreme_logits_stay_finite():
     """A confident teacher and a student that disagrees: probabilities underflow, divergences must not."""
     hidden, weight, _, _, labels = problem()

@@ -22,7 +22,7 @@ from gendistill_kernels.divergence.layout import CE, JSD, KL, REVERSE_KL, Mix
 from gendistill_kernels.runtime.lookup import Config, forced
 
 START = time.perf_counter()
-BLOCKS = [(2048, 4), (4096, 4), (4096, 8), (8192, 8), (8192, 16), (16384, 16)]
+BLOCKS = [(2048, 4), (4096, 4), (4096, 8), (8192, 4), (8192, 8), (8192, 16)]
 
 
 def say(*words: object) -> None:

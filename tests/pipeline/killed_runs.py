@@ -39,6 +39,7 @@ RECIPES: dict[str, tuple[str, ...]] = {
     "d": ("eval.limit=2", "stages.distill.save_every_steps=2"),
     "e": ("student.from={root}/other", "stages.distill=null", "eval.questions=null"),
     "f": ("stages={{}}", "eval.tasks=[]"),
+    "g": ("stages.distill.train=[mixer]", "stages.distill.lora={{rank: 2, groups: [mlp], dropout: 0.1}}"),
 }
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 # what differs between two runs of the same recipe: clocks and speeds, and what damage made it say

@@ -54,15 +54,47 @@ def test_report_counts_every_parameter_once():
     assert "frozen: " in str(report)
 
 
-def test_a_tied_head_learns_as_the_embedding_or_not_at_all():
+TIED = {
+    "the head alone": (
+        {"train": ["mixer", "head"]},
+        "stages.distill.train",
+        "train names head and not embed, but they are one tensor",
+        "add embed to train, or remove head",
+    ),
+    "the embedding alone": (
+        {"train": ["mixer", "embed"]},
+        "stages.distill.train",
+        "train names embed and not head, but they are one tensor",
+        "add head to train, or remove embed",
+    ),
+    "two rates": (
+        {"train": ["embed", "head"], "lr": {"embed": 1e-3, "head": 2e-3}},
+        "stages.distill.lr",
+        "they are one tensor, but lr gives embed 0.001 and head 0.002",
+        "give both the same rate",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", TIED)
+def test_a_tied_head_on_one_side_only_is_refused_with_the_mend(what):
+    changes, where, message, hint = TIED[what]
+    student = tiny_student(tie_word_embeddings=True)
+    with pytest.raises(RecipeError) as caught:
+        apply_freeze(student, stage(**changes), name="distill")
+    assert (caught.value.where, caught.value.hint) == (where, hint)
+    assert message in caught.value.message
+    assert apply_freeze(tiny_student(), stage(**changes)).names, "untied, all three are fine"
+
+
+def test_a_tied_head_learns_with_the_embedding_or_not_at_all():
     student = tiny_student(tie_word_embeddings=True)
     assert param_group_of("lm_head.weight", student.config) is ParamGroup.EMBED
-    with pytest.raises(RecipeError, match=r"tied to its embedding") as caught:
-        apply_freeze(student, stage(train=["mixer", "head"]), name="distill")
-    assert "stages.distill.train" in str(caught.value)
     report = apply_freeze(student, stage(train=["embed", "head"]))
     assert report.names == ("model.embed_tokens.weight",)
     assert "learns as embed" in str(report)
+    apply_freeze(student, stage())
+    assert not student.lm_head.weight.requires_grad
 
 
 def test_only_narrows_by_name_and_must_match():
@@ -92,3 +124,18 @@ def test_what_the_objective_cannot_reach_stays_frozen_or_is_refused():
     assert "6 tensors outside the converted layers stay frozen" in str(report)
     with pytest.raises(RecipeError, match="gives no gradient to embed"):
         apply_freeze(student, stage(train=["mixer", "embed"]), reaches=objective.reaches)
+
+
+def test_a_rate_that_nothing_uses_is_refused_and_a_group_that_is_emptied_is_noted():
+    changes = {"train": ["mixer", "mlp"], "only": ["q_proj"]}
+    with pytest.raises(RecipeError, match="lr gives a rate to mlp") as caught:
+        apply_freeze(tiny_student(), stage(**changes, lr={"mixer": 1e-3, "mlp": 1e-3}), name="distill")
+    assert caught.value.where == "stages.distill.lr"
+    assert "remove mlp from lr and from the groups that learn, or widen only" in (caught.value.hint or "")
+    assert "leave nothing of mlp to learn" in str(apply_freeze(tiny_student(), stage(**changes)))
+
+
+def test_patterns_of_a_stage_that_trains_through_adapters_alone_are_none():
+    report = apply_freeze(tiny_student(), stage(train=[], lora={"rank": 2, "groups": ["mlp"]}))
+    assert report.names == ()
+    assert "trains 0 parameters: nothing" in str(report)

@@ -3,12 +3,15 @@
 import hashlib
 import json
 import math
+import re
 from io import StringIO
 
 import pytest
 import torch
 
 from gendistill.errors import CheckpointError, RecipeError, TrainingError
+from gendistill.losses import logits
+from gendistill.ops import Impl
 from gendistill.testing import tiny_teacher
 from gendistill.training import stage
 
@@ -185,6 +188,15 @@ def test_minutes_become_steps_once_and_leave_no_trace(tiny, tmp_path):
     assert again.steps == plan["steps"]
 
 
+def test_minutes_that_end_before_the_first_step_are_refused_with_the_mend(tiny, tmp_path):
+    with pytest.raises(RecipeError) as caught:
+        tiny.run_stage(tmp_path, steps=None, minutes=1e-6)
+    assert caught.value.where == "stages.tiny.minutes"
+    assert "minutes 1e-06 end before the first step: timing took" in caught.value.message
+    assert re.fullmatch(r"give it more than [\d.]+, or set steps", caught.value.hint or "")
+    assert not (stage_folder(tmp_path) / "plan.json").exists()
+
+
 def test_tokens_become_whole_steps(tiny, tmp_path):
     result, _ = tiny.run_stage(tmp_path, steps=None, tokens=129)
     assert result.steps == 2
@@ -275,3 +287,32 @@ def test_plain_output_is_one_line_per_log_interval(tiny, tmp_path):
     assert [line.split()[1] for line in lines] == ["2/4", "4/4"]
     for word in ("loss", "kl", "lr", "gnorm", "eta"):
         assert all(word in line for line in lines)
+
+
+def test_what_computes_the_loss_is_chosen_once_and_said(tiny, tmp_path, monkeypatch):
+    """Also one that is not the device's own choice reaches every call of the op."""
+    seen = []
+    op = logits.linear_divergence
+
+    def watched(*arguments, impl, **settings):
+        seen.append(impl)
+        return op(*arguments, impl=Impl.REFERENCE, **settings)
+
+    monkeypatch.setattr(logits, "linear_divergence", watched)
+    monkeypatch.setattr(logits, "resolve", lambda requested, **about: Impl(requested))
+    out = StringIO()
+    tiny.run_stage(tmp_path / "one", steps=2, out=out, engine={"loss": "triton"})
+    assert "float32 on cpu, the loss by triton" in out.getvalue()
+    assert set(seen) == {Impl.TRITON}
+    out = StringIO()
+    tiny.run_stage(tmp_path / "two", steps=1, out=out, train=["mixer"], objective={"kind": "block_output"})
+    assert "the loss by" not in out.getvalue()
+
+
+def test_kernels_that_cannot_run_here_are_refused_before_the_first_step(tiny, tmp_path):
+    with pytest.raises(
+        RecipeError, match=r'impl "triton" is not available for linear_divergence on cpu'
+    ) as caught:
+        tiny.run_stage(tmp_path, engine={"loss": "triton"})
+    assert caught.value.where == "engine.loss"
+    assert not list(tmp_path.rglob("*.json"))

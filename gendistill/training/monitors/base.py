@@ -84,7 +84,7 @@ class StageInProgress(Protocol):
     parallel: Parallel
     console: TrainingConsole
     runner: StepRunner
-    optimizer: torch.optim.AdamW
+    optimizer: torch.optim.Optimizer
     micro_batches: list[Batch]
     trained: dict[str, nn.Parameter]
     start: Mapping[str, Tensor]

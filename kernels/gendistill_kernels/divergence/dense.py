@@ -43,9 +43,9 @@ _FLOOR = tl.constexpr(FLOOR)
 _KL, _REVERSE_KL, _JSD, _CE = (tl.constexpr(kind) for kind in (KL, REVERSE_KL, JSD, CE))
 # beyond exp(80) the true ratio of probabilities no longer matters, because the smaller of them is zero
 _MOST = tl.constexpr(80.0)
-# What the programs of a row tell each other. Of the row: both maxima, the label's logit. For every temperature: both
-# sums of exponentials, and that of p (t - s). For every term: what is summed up after the first meeting.
-_ROW, _TEMPERATURE, _TERM = tl.constexpr(3), tl.constexpr(3), tl.constexpr(2)
+# What the programs of a row tell each other. Of the row: both maxima. For every temperature: both sums of exponentials,
+# and that of exp(t) (t - s). For every term: what is summed up after the first meeting.
+_ROW, _TEMPERATURE, _TERM = tl.constexpr(2), tl.constexpr(3), tl.constexpr(2)
 
 
 @triton.jit
@@ -96,19 +96,37 @@ def _meet(arrivals, SLICES: tl.constexpr):
 
 
 @triton.jit
-def _join(partials, field, tops, top, rate, SLICES: tl.constexpr, WIDE: tl.constexpr):
-    """Add up a field of all programs of a row, whose sums are of logits less ``tops``, as if they were less ``top``."""
-    return tl.sum(tl.exp2((tops - top) * rate) * _gather(partials, field, 0.0, SLICES, WIDE), 0)
+def _larger(a, b, c, d):
+    return tl.maximum(a, c), tl.maximum(b, d)
 
 
 @triton.jit
-def _join_forward(
-    partials, first, tops_s, top_s, tops_t, top_t, rate, SLICES: tl.constexpr, WIDE: tl.constexpr
-):
-    """Add up exp(t) (t - s) likewise, undivided by T: also what the logits of a slice are less than ``tops`` by."""
-    below = tops_t - top_t
-    moved = _gather(partials, first + 1, 0.0, SLICES, WIDE) * (below - (tops_s - top_s))
-    return tl.sum(tl.exp2(below * rate) * (_gather(partials, first + 2, 0.0, SLICES, WIDE) + moved), 0)
+def _add_pairs(a, b, c, d):
+    return a + c, b + d
+
+
+@triton.jit
+def _add_triples(a, b, c, d, e, f):
+    return a + d, b + e, c + f
+
+
+@triton.jit
+def _join(tops_s, top_s, tops_t, top_t, z_s, z_t, forward, rate, PAIR: tl.constexpr):
+    """Join the sums of all programs of a row, of logits less ``tops``, as if they were less ``top``.
+
+    Returns Z_s and Z_t and the sum of exp(t) (t - s), undivided by T.
+    """
+    below_s = tops_s - top_s
+    share_s = tl.exp2(below_s * rate) * z_s
+    if PAIR:
+        below_t = tops_t - top_t
+        factor_t = tl.exp2(below_t * rate)
+        forward = factor_t * (forward + z_t * (below_t - below_s))
+        z_s, z_t, forward = tl.reduce((share_s, factor_t * z_t, forward), 0, _add_triples)
+    else:
+        z_s = tl.sum(share_s, 0)
+        z_t, forward = z_s, z_s
+    return z_s, z_t, forward
 
 
 @triton.jit
@@ -143,41 +161,62 @@ def compare_kernel(
     if teacher is not None:
         t = _load(teacher + row * V, column, inside)
     if targets is not None:
+        # before anybody writes a gradient there; the first program alone writes values
         target = tl.load(targets + row)
+        label = _load(student + row * V, target, part == 0)
 
-    if SUMS:
-        top_s = tl.max(s, 0)
-        _publish(partials, 0, part, top_s, SLICES)
+    if SUMS or REUSE:
         if teacher is not None:
-            top_t = tl.max(t, 0)
-            _publish(partials, 1, part, top_t, SLICES)
-        if targets is not None:
-            _publish(partials, 2, part, tl.sum(tl.where(column == target, s, 0.0), 0), SLICES)
+            own_s, own_t = tl.reduce((s, t), 0, _larger)
+        else:
+            own_s = tl.max(s, 0)
+    if SUMS:
+        _publish(partials, 0, part, own_s, SLICES)
+        if teacher is not None:
+            _publish(partials, 1, part, own_t, SLICES)
         for i in tl.static_range(len(RATES)):
-            e_s = tl.exp2((s - top_s) * RATES[i])
-            _publish(partials, _ROW + _TEMPERATURE * i, part, tl.sum(e_s, 0), SLICES)
+            first = _ROW + _TEMPERATURE * i
+            e_s = tl.exp2((s - own_s) * RATES[i])
             if PAIRS[i]:
-                e_t = tl.exp2((t - top_t) * RATES[i])
-                _publish(partials, _ROW + _TEMPERATURE * i + 1, part, tl.sum(e_t, 0), SLICES)
-                further = (t - top_t) - (s - top_s)
+                e_t = tl.exp2((t - own_t) * RATES[i])
                 if FORWARD[i]:
-                    _publish(partials, _ROW + _TEMPERATURE * i + 2, part, tl.sum(e_t * further, 0), SLICES)
+                    further = e_t * ((t - own_t) - (s - own_s))
+                    z_s, z_t, forward = tl.reduce((e_s, e_t, further), 0, _add_triples)
+                    _publish(partials, first + 2, part, forward, SLICES)
+                else:
+                    z_s, z_t = tl.reduce((e_s, e_t), 0, _add_pairs)
+                _publish(partials, first + 1, part, z_t, SLICES)
+            else:
+                z_s = tl.sum(e_s, 0)
+            _publish(partials, first, part, z_s, SLICES)
     if MEET:
         _meet(arrivals + 1 + 2 * row, SLICES)
 
     if SECOND or RESULT:
+        # all that the first temperature needs is on its way before anything is waited for
         tops_s = _gather(partials, 0, _FLOOR, SLICES, WIDE)
-        top_s = tl.max(tops_s, 0)
+        z_s0 = _gather(partials, _ROW, 0.0, SLICES, WIDE)
+        tops_t, z_t0, forward0 = tops_s, z_s0, z_s0
         if teacher is not None:
             tops_t = _gather(partials, 1, _FLOOR, SLICES, WIDE)
-            top_t = tl.max(tops_t, 0)
+            if PAIRS[0]:
+                z_t0 = _gather(partials, _ROW + 1, 0.0, SLICES, WIDE)
+            if FORWARD[0]:
+                forward0 = _gather(partials, _ROW + 2, 0.0, SLICES, WIDE)
+            top_s, top_t = tl.reduce((tops_s, tops_t), 0, _larger)
+        else:
+            top_s = tl.max(tops_s, 0)
+            top_t = top_s
 
     if SECOND:
         for k in tl.static_range(len(KINDS)):
             if KINDS[k] == _REVERSE_KL or KINDS[k] == _JSD:
                 rate, first = RATES[PLACES[k]], _ROW + _TEMPERATURE * PLACES[k]
-                z_s = _join(partials, first, tops_s, top_s, rate, SLICES, WIDE)
-                z_t = _join(partials, first + 1, tops_t, top_t, rate, SLICES, WIDE)
+                z_s, z_t = z_s0, z_t0
+                if PLACES[k] > 0:
+                    z_s = _gather(partials, first, 0.0, SLICES, WIDE)
+                    z_t = _gather(partials, first + 1, 0.0, SLICES, WIDE)
+                z_s, z_t, _ = _join(tops_s, top_s, tops_t, top_t, z_s, z_t, z_t, rate, True)
                 q = tl.exp2((s - top_s) * rate) * (1.0 / z_s)
                 x = _log_ratio(s, t, top_s, z_s, top_t, z_t, INVERSES[PLACES[k]])
                 field = _ROW + _TEMPERATURE * len(RATES) + _TERM * k
@@ -187,8 +226,9 @@ def compare_kernel(
                     x = tl.where(x > _MOST, _MOST, x)
                     y = _mixture(x, BETAS[k])
                     p = tl.exp2((t - top_t) * rate) * (1.0 / z_t)
-                    _publish(partials, field, part, tl.sum(p * (x - y), 0), SLICES)
-                    _publish(partials, field + 1, part, -tl.sum(q * y, 0), SLICES)
+                    of_teacher, of_student = tl.reduce((p * (x - y), q * y), 0, _add_pairs)
+                    _publish(partials, field, part, of_teacher, SLICES)
+                    _publish(partials, field + 1, part, -of_student, SLICES)
         if MEET:
             _meet(arrivals + 2 + 2 * row, SLICES)
 
@@ -196,15 +236,20 @@ def compare_kernel(
         g = tl.zeros([BLOCK], tl.float32)
         for i in tl.static_range(len(RATES)):
             rate, first = RATES[i], _ROW + _TEMPERATURE * i
-            z_s = _join(partials, first, tops_s, top_s, rate, SLICES, WIDE)
-            if PAIRS[i]:
-                z_t = _join(partials, first + 1, tops_t, top_t, rate, SLICES, WIDE)
-                log_z = tl.log(z_s) - tl.log(z_t)
+            z_s, z_t, forward = z_s0, z_t0, forward0
+            if i > 0:
+                z_s = _gather(partials, first, 0.0, SLICES, WIDE)
+                if PAIRS[i]:
+                    z_t = _gather(partials, first + 1, 0.0, SLICES, WIDE)
+                if FORWARD[i]:
+                    forward = _gather(partials, first + 2, 0.0, SLICES, WIDE)
+            z_s, z_t, forward = _join(tops_s, top_s, tops_t, top_t, z_s, z_t, forward, rate, PAIRS[i])
+            log_z = tl.log(z_s) - tl.log(z_t)
             if REUSE:
                 # the exponentials that were summed, of logits less the largest of the slice
-                q = tl.exp2((s - tl.max(s, 0)) * rate) * (tl.exp2((tl.max(s, 0) - top_s) * rate) / z_s)
+                q = tl.exp2((s - own_s) * rate) * (tl.exp2((own_s - top_s) * rate) / z_s)
                 if PAIRS[i]:
-                    p = tl.exp2((t - tl.max(t, 0)) * rate) * (tl.exp2((tl.max(t, 0) - top_t) * rate) / z_t)
+                    p = tl.exp2((t - own_t) * rate) * (tl.exp2((own_t - top_t) * rate) / z_t)
             else:
                 q = tl.exp2((s - top_s) * rate) * (1.0 / z_s)
                 if PAIRS[i]:
@@ -212,9 +257,6 @@ def compare_kernel(
             for k in tl.static_range(len(KINDS)):
                 if PLACES[k] == i:
                     if KINDS[k] == _KL:
-                        forward = _join_forward(
-                            partials, first, tops_s, top_s, tops_t, top_t, rate, SLICES, WIDE
-                        )
                         value = log_z + INVERSES[i] * (forward / z_t)
                         g += FACTORS[k] * (q - p)
                     if KINDS[k] == _REVERSE_KL:
@@ -230,7 +272,6 @@ def compare_kernel(
                         x = tl.where(x > _MOST, _MOST, x)
                         g -= FACTORS[k] * (1.0 - BETAS[k]) * q * (_mixture(x, BETAS[k]) + of_student)
                     if KINDS[k] == _CE:
-                        label = tl.sum(_gather(partials, 2, 0.0, SLICES, WIDE), 0)
                         value = tl.log(z_s) - (label - top_s)
                         g += FACTORS[k] * (q - tl.where(column == target, 1.0, 0.0))
                     tl.store(values + k * num_rows + row, value * SQUARES[k], mask=part == 0)
