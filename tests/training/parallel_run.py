@@ -42,7 +42,6 @@ SAVING = {"save_every_steps": 2, "keep_checkpoints": 9, "heldout_every": 3}
 # what differs from the plain stage; every one on one process and on two sharded ones
 CASES = {
     "mixer_output": {"objective": {"kind": "mixer_output"}, "train": ["mixer"]},
-    "recomputed": {"train": ["mixer", "mlp", "norm"], "gradient_checkpointing": True},
     "bfloat16": {"compute_dtype": "bfloat16"},
     "tied": {"tied": True, "train": ["mixer", "embed", "head"]},
     "fused": {"blocks": "fused", "gradient_checkpointing": True},
@@ -51,6 +50,7 @@ CASES = {
     "rewound": {"bad_steps": (3, 4, 5)},
 }
 MORE_CASES = {
+    "recomputed": {"train": ["mixer", "mlp", "norm"], "gradient_checkpointing": True},
     "block_output": {"objective": {"kind": "block_output"}, "train": ["mixer", "mlp"]},
     "bfloat16_block": {
         "compute_dtype": "bfloat16",
