@@ -92,12 +92,10 @@ def find_learning(
     """Find what a stage trains, whole and through adapters: exact.
 
     Raises:
-        RecipeError: A pattern matches nothing, a named group cannot learn, the objective does not fit the models, or a
-            package is missing.
+        RecipeError: A pattern matches nothing, a named group cannot learn, or the objective does not fit the models.
     """
     from gendistill.losses.build import build_objective
-    from gendistill.training.adamw8bit import check_bitsandbytes
-    from gendistill.training.adapters import check_peft, choose_adapted
+    from gendistill.training.adapters import choose_adapted
     from gendistill.training.freeze import choose_trained
 
     shapes = {step.name: step.shape for step in conversion.steps}
@@ -108,12 +106,24 @@ def find_learning(
     adapted: list[str] = []
     if stage.lora is not None:
         adapted, _ = choose_adapted(shapes, groups, stage, name=name, reaches=objective.reaches)
-        check_peft(f"stages.{name}.lora")
-    if stage.optimizer == "adamw8bit":
-        check_bitsandbytes(f"stages.{name}.optimizer")
     return Learning(
         stage.optimizer,
         tuple((groups[each], shapes[each]) for each in shapes if each in chosen),
         tuple((groups[each], shapes[each]) for each in adapted),
         stage.lora.rank if stage.lora else 0,
     )
+
+
+def check_packages(name: str, stage: StageConfig) -> None:
+    """Refuse a stage that asks for what is not installed.
+
+    Raises:
+        RecipeError: A package is missing.
+    """
+    from gendistill.training.adamw8bit import check_bitsandbytes
+    from gendistill.training.adapters import check_peft
+
+    if stage.lora is not None:
+        check_peft(f"stages.{name}.lora")
+    if stage.optimizer == "adamw8bit":
+        check_bitsandbytes(f"stages.{name}.optimizer")

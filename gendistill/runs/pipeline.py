@@ -42,7 +42,7 @@ from gendistill.report import clear_report, write_report
 from gendistill.runs.advice import advise, check_batches
 from gendistill.runs.examiner import TaskExaminer
 from gendistill.runs.inputs import recipe_steps
-from gendistill.runs.learning import find_learning
+from gendistill.runs.learning import check_packages, find_learning
 from gendistill.runs.memory import CACHE_LENGTHS
 from gendistill.runs.planning import ModelFacts
 from gendistill.runs.scoring import resolve_dtype, score
@@ -341,6 +341,7 @@ def _check_stages_here(context: _Context, names: Sequence[str]) -> None:
     tied_head = read_geometry(source.config).tied_head
     for name in names:
         if not context.workspace.is_done(stage_step(name)):
+            check_packages(name, recipe.stages[name])
             find_learning(name, recipe.stages[name], plan, facts.as_teacher("float32"), tied_head=tied_head)
 
 

@@ -26,7 +26,7 @@ from gendistill.conversion.plan import ConversionPlan, plan_conversion
 from gendistill.errors import RecipeError
 from gendistill.runs.advice import advise, cached_folder, check_batches, has_chat_template
 from gendistill.runs.fitting import Way, ways_to_fit
-from gendistill.runs.learning import Learning, find_learning
+from gendistill.runs.learning import Learning, check_packages, find_learning
 from gendistill.runs.memory import Device, MemoryEstimate, find_device, predict_memory
 from gendistill.types import short_count
 
@@ -373,6 +373,7 @@ class _Run:
     def forecast(self, name: str, stage: StageConfig) -> StageForecast:
         rows = stage.micro_batch_size * self.num_processes
         learning = self.learning(name, stage)
+        check_packages(name, stage)
         memory = self.memory(stage, learning)
         per_step = stage.batch_size * stage.seq_len
         steps = stage.steps if stage.tokens is None else math.ceil(stage.tokens / per_step)

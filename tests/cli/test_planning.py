@@ -306,6 +306,19 @@ def test_a_way_may_need_more_devices_or_learn_less(monkeypatch):
     assert any("distill.lora.groups=[mlp]" in command for command in commands[9.5])
 
 
+def test_a_way_is_named_although_its_package_is_missing(monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name, *rest: None if name == "bitsandbytes" else found(name, *rest),
+    )
+    ways = [way for stage in fitting(monkeypatch, 16).stages for way in stage.ways_to_fit]
+    packed = [way for way in ways if "optimizer=adamw8bit" in way.command]
+    assert packed
+    assert all("needs bitsandbytes" in way.cost for way in packed)
+
+
 def test_a_stage_that_nothing_mends_says_so(monkeypatch):
     text = fitting(monkeypatch, 3).render()
     assert "warn      distill will not fit, and no setting mends it: take a larger device" in text
