@@ -44,7 +44,7 @@ CASES = {
     "mixer_output": {"objective": {"kind": "mixer_output"}, "train": ["mixer"]},
     "recomputed": {"train": ["mixer", "mlp", "norm"], "gradient_checkpointing": True},
     "bfloat16": {"compute_dtype": "bfloat16"},
-    "tied": {"tied": True, "train": ["mixer", "embed"]},
+    "tied": {"tied": True, "train": ["mixer", "embed", "head"]},
     "fused": {"blocks": "fused", "gradient_checkpointing": True},
     "watched": {"job": tiny.watching(every=3)},
     # the rows of the first process alone
