@@ -42,12 +42,15 @@ SAVING = {"save_every_steps": 2, "keep_checkpoints": 9, "heldout_every": 3}
 # what differs from the plain stage; every one on one process and on two sharded ones
 CASES = {
     "mixer_output": {"objective": {"kind": "mixer_output"}, "train": ["mixer"]},
-    "recomputed": {"train": ["mixer", "mlp", "norm"], "gradient_checkpointing": True},
     "bfloat16": {"compute_dtype": "bfloat16"},
-    "tied": {"tied": True, "train": ["mixer", "embed"]},
+    "tied": {"tied": True, "train": ["mixer", "embed", "head"]},
     "fused": {"blocks": "fused", "gradient_checkpointing": True},
+    "watched": {"job": tiny.watching(every=3)},
+    # the rows of the first process alone
+    "rewound": {"bad_steps": (3, 4, 5)},
 }
 MORE_CASES = {
+    "recomputed": {"train": ["mixer", "mlp", "norm"], "gradient_checkpointing": True},
     "block_output": {"objective": {"kind": "block_output"}, "train": ["mixer", "mlp"]},
     "bfloat16_block": {
         "compute_dtype": "bfloat16",
@@ -65,7 +68,7 @@ MORE_CASES = {
 LONG = {"steps": 100, "save_every_steps": None, "heldout_every": 50}
 
 
-def train(folder, *, tied=False, blocks="auto", engine=None, **changes):
+def train(folder, *, tied=False, blocks="auto", engine=None, bad_steps=(), **changes):
     """Train, and save the student as the main process then has it."""
     engine = {**(engine or {}), "blocks": blocks}
     models = {}
@@ -73,6 +76,8 @@ def train(folder, *, tied=False, blocks="auto", engine=None, **changes):
         sizes = {"num_hidden_layers": 2, "tie_word_embeddings": True}
         models["student"] = tiny_student(seed=3, mixers=["kda", "full"], **sizes)
         models["teacher"] = tiny_teacher("qwen3", seed=4, **sizes)
+    if bad_steps:
+        models["student"] = tiny.spoil(tiny.make_student(), bad_steps)
     _, student = tiny.run_stage(folder, engine=engine, **models, **{**SAVING, **changes})
     weights = student.state_dict()
     if not next(iter(weights.values())).is_meta:
