@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from accelerate import Accelerator
 from rich.console import Console
 from torch import Tensor
 
@@ -42,7 +41,7 @@ from gendistill.results.table import ResultRow
 from gendistill.teachers.live import LiveTeacher
 from gendistill.training.console import TrainingConsole
 from gendistill.training.job import StageJob
-from gendistill.training.parallel import Parallel, choose_parallel
+from gendistill.training.parallel import Parallel, connect
 from gendistill.training.stage import StageRun, recompute_activations
 
 # relative errors that pass whatever the plain engine's own are, by dtype of the arithmetic
@@ -125,7 +124,7 @@ class StepBench:
     _operations: Operations | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
-        self.parallel = choose_parallel(Accelerator(cpu=self.cpu))
+        self.parallel = connect(next(iter(self.engines.values())), cpu=self.cpu)
         if not self.parallel.is_main:
             self.console.quiet = True
 
@@ -202,7 +201,7 @@ class StepBench:
             )
             console = TrainingConsole(main=False, console=self.console)
             try:
-                yield StageRun(job, student, teacher, stream, self.parallel, console)
+                yield StageRun(job, student, teacher, stream, self.parallel, console, saved=[])
             finally:
                 stream.close()
                 for each in (student, teacher.model):

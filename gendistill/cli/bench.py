@@ -25,7 +25,7 @@ from gendistill.bench.cases import (
 )
 from gendistill.bench.engines import choose_engines
 from gendistill.bench.shapes import SHAPES, STAGES, Shape
-from gendistill.cli.arguments import Parser, command_line
+from gendistill.cli.arguments import Parser, add_recipe, command_line, load
 from gendistill.cli.launch import add_num_processes, is_launched, launch
 from gendistill.errors import GendistillError, RecipeError
 
@@ -113,7 +113,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "step", help="a training step on the shape of a real model, with random weights"
     )
     _add_step_arguments(step)
-    for parser in (ops, loss, train, tune, step):
+    data = actions.add_parser("data", help="reading, tokenizing and packing the data of a recipe")
+    add_recipe(data)
+    data.add_argument("--stage", metavar="NAME", help="the stage to measure; all unless given")
+    data.add_argument("--seconds", metavar="S", type=float, default=3.0, help="for each measurement (3)")
+    data.add_argument("--json", metavar="PATH", type=Path, help="write a results file")
+    for parser in (ops, loss, train, tune, step, data):
         parser.add_argument("--commit", metavar="SHA", help="the measured code, where git does not know it")
 
 
@@ -172,13 +177,14 @@ def _add_step_arguments(step: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Check and time the ops or the loss, compare training, tune, or time a training step."""
+    """Check and time the ops or the loss, compare training, tune, or time training steps or data."""
     actions = {
         "ops": _run_ops,
         "loss": _run_loss,
         "train": _run_train,
         "tune": _run_tune,
         "step": _run_step,
+        "data": _run_data,
     }
     return actions[arguments.action](arguments)
 
@@ -373,6 +379,34 @@ def _run_step(arguments: argparse.Namespace) -> int:
             write_results_json(
                 arguments.json, command=command_line(), device=device, rows=rows, commit=commit
             )
+    return 0
+
+
+def _run_data(arguments: argparse.Namespace) -> int:
+    if not 0 < arguments.seconds < math.inf:
+        raise RecipeError(f"--seconds must be positive, got {arguments.seconds:g}", where="--seconds")
+    commit = _commit(arguments)
+    recipe = load(arguments)
+    stages = [arguments.stage] if arguments.stage else list(recipe.stages)
+    if unknown := [stage for stage in stages if stage not in recipe.stages]:
+        raise RecipeError(
+            f'recipe {recipe.name} has no stage "{unknown[0]}"; stages: {", ".join(recipe.stages)}',
+            where="--stage",
+        )
+    from gendistill.bench.data import time_stream
+    from gendistill.checkpoints.resolve import load_tokenizer, resolve_checkpoint
+    from gendistill.results.table import write_results_json
+
+    checkpoint = resolve_checkpoint(recipe.teacher.model, revision=recipe.teacher.revision)
+    tokenizer = load_tokenizer(checkpoint.folder)
+    rows, console = [], _console()
+    for stage in stages:
+        found = time_stream(recipe, stage, tokenizer, seconds=arguments.seconds)
+        console.print(str(found), markup=False)
+        rows += found.rows()
+    if arguments.json:
+        device = f"CPU, {os.cpu_count()} cores"
+        write_results_json(arguments.json, command=command_line(), device=device, rows=rows, commit=commit)
     return 0
 
 

@@ -10,7 +10,7 @@ from gendistill.ops.delta_rule import (
     recurrent_gdn,
     recurrent_kda,
 )
-from gendistill.ops.divergence import Divergence, DivergenceOutput, Term, linear_divergence
+from gendistill.ops.divergence import Divergence, DivergenceOutput, Term, TopK, linear_divergence
 from gendistill.ops.gates import bounded_log_decay, l2norm, log_decay, softplus_log_decay
 from gendistill.ops.norm import gated_rms_norm
 from gendistill.ops.reference.attention import sliding_window_attention
@@ -24,6 +24,7 @@ __all__ = [
     "OpOutput",
     "Segments",
     "Term",
+    "TopK",
     "bounded_log_decay",
     "causal_conv",
     "chunk_delta_rule",

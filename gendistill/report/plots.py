@@ -222,7 +222,10 @@ def plot_watched(stage: StageFiles) -> bytes | None:
             )
             axes.set_xlabel("step")
             axes.set_ylabel(label)
-            _log_if_wide(axes, list(chosen.values()))
+            if thick:
+                _log_if_wide(axes, list(chosen.values()))
+            else:
+                axes.set_ylim(0, max(5.0, 1.1 * max(chosen.values())))
         figure.suptitle(_label(stage.name), x=0.01, ha="left", fontsize=11, fontweight="bold")
     return png[0]
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from gendistill.anatomy.adapters import adapter_shapes, is_adaptable
 from gendistill.anatomy.groups import ParamGroup
@@ -189,9 +190,10 @@ def insert_adapters(
 def merge_adapters(student: nn.Module) -> None:
     """Add every adapter to the weight that it adapts, and take it out: the student is a plain one again, in place.
 
-    Without adapters nothing is done. Biases and weights that are not adapted keep their bytes.
+    Without adapters nothing is done. Biases and weights that are not adapted keep their bytes. A student that is still
+    sharded stays as it is: that is what an interrupted stage leaves, and its processes no longer wait for one another.
     """
-    if not hasattr(student, "peft_config"):
+    if not hasattr(student, "peft_config") or any(isinstance(each, DTensor) for each in student.parameters()):
         return
     from peft.tuners.tuners_utils import BaseTunerLayer
 

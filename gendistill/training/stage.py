@@ -59,7 +59,7 @@ from gendistill.training.optim import (
     learning_rate_factor,
     set_learning_rates,
 )
-from gendistill.training.parallel import Parallel, Situation, is_split
+from gendistill.training.parallel import Parallel, Situation
 from gendistill.training.step import StepRunner, seed_step
 from gendistill.training.trackers import Trackers
 
@@ -111,9 +111,7 @@ def train_stage(
         if job.config.gradient_checkpointing:
             recompute_activations(student, False)
         parallel.close()
-        # a stage that failed may leave parts of tensors, which no process can put together alone
-        if not is_split(module):
-            merge_adapters(module)
+        merge_adapters(module)
 
 
 class StageRun:

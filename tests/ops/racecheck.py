@@ -23,6 +23,9 @@ from gendistill_kernels.delta import chunk, layout, rows
 from gendistill_kernels.delta.decode import decode_step
 from gendistill_kernels.delta.layout import Chunks
 from gendistill_kernels.delta.rule import Convolution, Finish, Heads, Rule
+from gendistill_kernels.divergence.dense import compare
+from gendistill_kernels.divergence.layout import CE, JSD, KL, REVERSE_KL, Mix, gradient_in
+from gendistill_kernels.divergence.tail import log_sum, spread
 from gendistill_kernels.norm.gated import gated_norm_backward, gated_norm_forward
 
 LENGTHS = [1, 0, 66, 13]
@@ -120,6 +123,18 @@ def decode(dtype: torch.dtype, channels: int, tokens: int, heads: Heads) -> list
     return [out, state, past]
 
 
+def divergence(dtype: torch.dtype) -> list[Tensor]:
+    """Compare rows of three slices, whose programs wait for each other twice, and do what a known tail needs."""
+    torch.manual_seed(0)
+    student, teacher = (3 * cases.normal(5, 9000) for _ in range(2))
+    targets = torch.randint(0, 9000, (5,), device=cases.DEVICE)
+    mix = Mix((KL, REVERSE_KL, JSD, CE), (1.0,) * 4, (1.0, 2.0, 1.0, 1.0), (0.0, 0.0, 0.5, 0.0))
+    total = log_sum(student)
+    shares = spread(student, total, total, dtype=dtype)
+    values = compare(student, teacher, targets, mix, grad_dtype=dtype)
+    return [total, shares, values, gradient_in(student, dtype)]
+
+
 def make_cases() -> dict[str, Callable[[], Sequence[Tensor]]]:
     """List what to run, by name."""
     found: dict[str, Callable[[], Sequence[Tensor]]] = {}
@@ -142,6 +157,7 @@ def make_cases() -> dict[str, Callable[[], Sequence[Tensor]]]:
                 *decode(dtype, K, tokens=3, heads=Heads(12, 1, 1) if K == 64 else Heads(3, 1, 1)),
             ]
             found[f"norm-{K}-{word}"] = lambda K=K, dtype=dtype: norm(dtype, K)
+        found[f"divergence-{word}"] = lambda dtype=dtype: divergence(dtype)
         found[f"convolution-{word}"] = lambda dtype=dtype: [
             *convolution(dtype, packed=False),
             *convolution(dtype, packed=True),

@@ -387,3 +387,20 @@ def test_kernels_keep_torch_s_contracts(divergences):
     torch.library.opcheck(
         contracts.divergence_spread, (student, factors, factors, torch.bfloat16), test_utils=checks
     )
+
+
+def test_a_row_has_no_more_programs_than_a_gpu_has_processors(monkeypatch):
+    """Programs wait for each other: all of a row must be there at the same time, also on a part of a GPU."""
+    pytest.importorskip("triton", reason="the Triton kernels need triton")
+    from types import SimpleNamespace
+
+    from gendistill_kernels.divergence.dense import _block
+
+    for processors, vocab, block in ((132, 151_936, 4096), (132, 1_000_000, 8192), (16, 151_936, 16_384)):
+        found = SimpleNamespace(multi_processor_count=processors)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, found=found: found)
+        assert _block(4096, vocab, torch.device("cuda")) == block
+    with pytest.raises(
+        ValueError, match=r"300,000 logits are too many for 16 processors .*use the reference"
+    ):
+        _block(4096, 300_000, torch.device("cuda"))

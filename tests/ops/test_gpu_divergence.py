@@ -130,24 +130,30 @@ def test_rows_wait_for_each_other_whatever_else_runs(cases):
         assert all(torch.equal(gradient_in(copy, torch.bfloat16), gradient) for copy in copies)
 
 
-def test_a_graph_replays_with_new_inputs(divergence_cases):
-    terms = divergence_cases.MIXES["kl and ce"]
-    first, second = (
-        divergence_cases.draw(20_000, (2, 64), 128, 128, dtype=torch.bfloat16, device="cuda", seed=seed)
-        for seed in (0, 1)
-    )
-    first, second = (each._replace(labels=each.labels.clamp(min=0)) for each in (first, second))
-    whole = {
-        "teacher_hidden": first.teacher_hidden,
-        "teacher_weight": first.teacher_weight,
-        "num_labels": first.labels.numel(),
-    }
+@pytest.mark.parametrize("k", [None, 20])
+def test_a_graph_replays_with_new_inputs(divergence_cases, k):
+    terms = divergence_cases.MIXES["kl and ce"] if k is None else divergence_cases.AT_ONE["all"]
+
+    def prepare(seed):
+        drawn = divergence_cases.draw(
+            20_000, (2, 64), 128, 128, dtype=torch.bfloat16, device="cuda", seed=seed
+        )
+        drawn = drawn._replace(labels=drawn.labels.clamp(min=0))
+        teacher = {"teacher_hidden": drawn.teacher_hidden, "teacher_weight": drawn.teacher_weight}
+        if k is not None:
+            logits = drawn.teacher_hidden.double() @ drawn.teacher_weight.double().T
+            teacher = {"teacher_top_k": divergence_cases.top_k_of(logits, k)}
+        return drawn, {**teacher, "num_labels": drawn.labels.numel()}
+
+    (first, about), (second, other) = prepare(0), prepare(1)
     leaves, kept = first.leaves(), []
-    graph = capture(lambda: kept.append(call(first, leaves, terms, **whole)))
-    expected = call(second, second.leaves(), terms)
+    graph = capture(lambda: kept.append(call(first, leaves, terms, **about)))
+    expected = call(second, second.leaves(), terms, **other)
     with torch.no_grad():
-        for mine, new in zip((*leaves, *first[2:]), second, strict=True):
-            mine.copy_(new)
+        mine = [*leaves, first.labels, *(about["teacher_top_k"] if k else first[2:4])]
+        new = [*second[:2], second.labels, *(other["teacher_top_k"] if k else second[2:4])]
+        for to, source in zip(mine, new, strict=True):
+            to.copy_(source)
     graph.replay()
     assert torch.equal(kept[-1][0].parts, expected[0].parts)
     assert all(torch.equal(*pair) for pair in zip(kept[-1][1], expected[1], strict=True))

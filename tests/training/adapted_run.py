@@ -1,30 +1,39 @@
-"""Stages with adapters on one process and on two: a script for ``test_adapters.py``."""
+"""Stages with adapters on one process and on two, in both modes: a script for ``test_adapters.py``."""
 
 import importlib.util
 import json
+import signal
 import sys
 from pathlib import Path
 
-_SPEC = importlib.util.spec_from_file_location("tiny_run", Path(__file__).with_name("tiny_run.py"))
+_SPEC = importlib.util.spec_from_file_location("parallel_run", Path(__file__).with_name("parallel_run.py"))
 assert _SPEC is not None
 assert _SPEC.loader is not None
-tiny = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(tiny)
+script = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(script)
 
 CHANGES = {
     "train": ["mixer", "norm"],
     "lora": {"rank": 3, "groups": ["attention", "mlp"]},
-    "save_every_steps": 2,
-    "keep_checkpoints": 3,
+    "micro_batch_size": 2,
 }
 
 
 def main(folder):
-    """Train alone and together; the exit codes go to ``codes.json``."""
-    codes = {
-        "one": tiny.exit_code(tiny.in_child(folder / "one", **CHANGES)),
-        "two": tiny.in_two(folder / "two", **CHANGES),
-    }
+    """Train alone, together, and over again from a checkpoint of the other mode; the codes go to ``codes.json``."""
+    tiny = script.tiny
+    codes = {"one": tiny.exit_code(tiny.in_child(folder / "one", work=script.train, **CHANGES))}
+    for mode, engine in (("ddp", script.DDP), ("fsdp2", script.FSDP2)):
+        codes[mode] = tiny.together(folder / mode, 2, work=script.train, engine=engine, **CHANGES)
+    codes["resumed"] = script.resume(folder / "resumed", folder / "ddp", 4, 2, script.FSDP2, **CHANGES)
+    ranks = tiny.start(
+        folder / "stopped", 2, work=script.train, engine=script.FSDP2, **{**CHANGES, "steps": 100_000}
+    )
+    while len(tiny.rows(folder / "stopped")) < 2:
+        script.time.sleep(0.01)
+    for rank in ranks:
+        tiny.os.kill(rank, signal.SIGTERM)
+    codes["stopped"] = max(tiny.exit_code(rank) for rank in ranks)
     (folder / "codes.json").write_text(json.dumps(codes))
 
 

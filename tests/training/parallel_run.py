@@ -15,7 +15,6 @@ from safetensors.torch import save_file
 from gendistill.config.engine import EngineConfig
 from gendistill.config.objectives import KLConfig
 from gendistill.config.schema import StageConfig
-from gendistill.config.watch import WatchConfig
 from gendistill.losses import build
 from gendistill.losses.logits import LogitObjective, term_of
 from gendistill.teachers.live import LiveTeacher
@@ -46,7 +45,10 @@ CASES = {
     "mixer_output": {"objective": {"kind": "mixer_output"}, "train": ["mixer"]},
     "bfloat16": {"compute_dtype": "bfloat16"},
     "tied": {"tied": True, "train": ["mixer", "embed", "head"]},
-    "fused": {"blocks": "fused", "gradient_checkpointing": True, "watched": True},
+    "fused": {"blocks": "fused", "gradient_checkpointing": True},
+    "watched": {"job": tiny.watching(every=3)},
+    # the rows of the first process alone
+    "rewound": {"bad_steps": (3, 4, 5)},
 }
 MORE_CASES = {
     "recomputed": {"train": ["mixer", "mlp", "norm"], "gradient_checkpointing": True},
@@ -62,27 +64,12 @@ MORE_CASES = {
         "objective": {"kind": "block_output"},
         "train": ["mixer", "mlp"],
     },
-    "lora": {"train": ["norm"], "lora": {"rank": 2, "groups": ["mixer", "mlp"]}},
     "tied_frozen": {"tied": True, "train": ["mixer"]},
 }
 LONG = {"steps": 100, "save_every_steps": None, "heldout_every": 50}
 
 
-class Writer:
-    """Someone who lets student and teacher write."""
-
-    def __init__(self, teacher):
-        self.teacher = teacher
-
-    def answers(self, student):
-        """Return what both write, greedily."""
-        prompt = torch.arange(5, 12)[None]
-        settings = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
-        texts = [str(model.generate(prompt, **settings).tolist()) for model in (student, self.teacher)]
-        return [{"id": "1", "question": "?", "student": texts[0], "teacher": texts[1]}]
-
-
-def train(folder, *, tied=False, blocks="auto", engine=None, watched=False, **changes):
+def train(folder, *, tied=False, blocks="auto", engine=None, bad_steps=(), **changes):
     """Train, and save the student as the main process then has it."""
     engine = {**(engine or {}), "blocks": blocks}
     models = {}
@@ -90,12 +77,9 @@ def train(folder, *, tied=False, blocks="auto", engine=None, watched=False, **ch
         sizes = {"num_hidden_layers": 2, "tie_word_embeddings": True}
         models["student"] = tiny_student(seed=3, mixers=["kda", "full"], **sizes)
         models["teacher"] = tiny_teacher("qwen3", seed=4, **sizes)
-    job = {}
-    if watched:
-        models["teacher"] = tiny.make_teacher()
-        watch = WatchConfig(layers_every_steps=2, answers_every_steps=3)
-        job = {"watch": watch, "examiner": Writer(models["teacher"])}
-    _, student = tiny.run_stage(folder, engine=engine, job=job, **models, **{**SAVING, **changes})
+    if bad_steps:
+        models["student"] = tiny.spoil(tiny.make_student(), bad_steps)
+    _, student = tiny.run_stage(folder, engine=engine, **models, **{**SAVING, **changes})
     weights = student.state_dict()
     if not next(iter(weights.values())).is_meta:
         # an ordinary model again, which runs without the other processes

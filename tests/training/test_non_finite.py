@@ -12,30 +12,11 @@ from gendistill.training.meter import Meter
 SAVING = {"steps": 9, "save_every_steps": 3, "keep_checkpoints": 3}
 
 
-def spoil(student, beginnings):
-    """Make a module's output not finite for rows that begin with one of these texts."""
-
-    def before(module, args, kwargs):
-        begins = tuple(kwargs["input_ids"][0, :4].tolist())
-        module.spoilt = module.training and begins in beginnings
-
-    def after(module, args, output):
-        return output * float("nan") if student.model.spoilt else output
-
-    student.model.register_forward_pre_hook(before, with_kwargs=True)
-    student.model.layers[1].mlp.gate_proj.register_forward_hook(after)
-    return student
-
-
 @pytest.fixture
 def bad(tiny):
     """Make a student for which the rows of some steps, from 1, give no finite loss."""
 
-    def make(*steps):
-        rows = [tiny.batch_of(range(1000 * (step - 1), 1000 * (step - 1) + 4)) for step in steps]
-        return spoil(tiny.make_student(), {tuple(row.input_ids[0, :4].tolist()) for row in rows})
-
-    return make
+    return lambda *steps: tiny.spoil(tiny.make_student(), steps)
 
 
 def rows_of(tiny, folder):

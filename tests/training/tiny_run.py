@@ -15,6 +15,7 @@ from rich.console import Console
 
 from gendistill.config.engine import EngineConfig
 from gendistill.config.schema import StageConfig
+from gendistill.config.watch import WatchConfig
 from gendistill.data.batch import IGNORE, Batch
 from gendistill.errors import GendistillError
 from gendistill.ops import Segments
@@ -77,6 +78,21 @@ def make_teacher(seed=4):
     return tiny_teacher(seed=seed, num_hidden_layers=2)
 
 
+def spoil(student, steps):
+    """Make what a layer computes from the first rows of some steps, from 1, not finite; returns the student."""
+    beginnings = [row(1000 * (step - 1))[0][:4].tolist() for step in steps]
+
+    def before(module, args, kwargs):
+        module.spoilt = module.training and kwargs["input_ids"][0, :4].tolist() in beginnings
+
+    def after(module, args, output):
+        return output * float("nan") if student.model.spoilt else output
+
+    student.model.register_forward_pre_hook(before, with_kwargs=True)
+    student.model.layers[1].mlp.gate_proj.register_forward_hook(after)
+    return student
+
+
 class TinyStream:
     """The same rows in every step whatever the split."""
 
@@ -103,6 +119,29 @@ class TinyStream:
 def heldout():
     """Two batches that no step contains."""
     return [batch_of(range(900, 904)), batch_of(range(904, 906))]
+
+
+class Greedy:
+    """An examiner without tokenizer: answers are ids, and a score is the share of them that are even."""
+
+    def answers(self, student):
+        ids = student.generate(
+            torch.tensor([[5, 6, 7]], device=student.device),
+            max_new_tokens=8,
+            do_sample=False,
+            pad_token_id=0,
+        )
+        return [{"id": 0, "question": "567", "student": str(ids[0, 3:].tolist()), "teacher": ""}]
+
+    def score(self, student, task, limit):
+        ids = json.loads(self.answers(student)[0]["student"])
+        return {"value": sum(each % 2 == 0 for each in ids) / len(ids), "n": len(ids)}
+
+
+def watching(every):
+    """Return the fields of a job that looks at everything every so many steps."""
+    names = ("layers_every_steps", "answers_every_steps", "score_every_steps")
+    return {"watch": WatchConfig(**dict.fromkeys(names, every)), "examiner": Greedy()}
 
 
 def run_stage(

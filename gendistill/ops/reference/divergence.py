@@ -194,15 +194,14 @@ def compare_top_k(
     tail = log_sum(logits).clamp(min=FLOOR)
     buckets = torch.cat([top, tail.unsqueeze(1)], 1)
     known = torch.cat([teacher.log_probs, teacher.tail.unsqueeze(1)], 1).to(buckets.dtype)
-    places = [place for place, term in enumerate(terms) if term.kind is not Divergence.CE]
-    found, grad = compare(buckets, known, targets, [terms[place] for place in places], want_grad)
-    values = found.new_empty(len(terms), len(logits))
-    values[places] = found
-    total = buckets.logsumexp(-1)
-    pull = sum(term.weight for term in terms if term.kind is Divergence.CE)
-    values[[place for place in range(len(terms)) if place not in places]] = total - label.squeeze(1)
+    others = [term for term in terms if term.kind is not Divergence.CE]
+    found, grad = compare(buckets, known, targets, others, want_grad)
+    nll = buckets.logsumexp(-1) - label.squeeze(1)
+    each = iter(found)
+    values = torch.stack([nll if term.kind is Divergence.CE else next(each) for term in terms])
     if not want_grad:
         return values, None
+    pull = sum(term.weight for term in terms if term.kind is Divergence.CE)
     if pull:
         q = buckets.softmax(-1).mul_(pull)
         grad = q if grad is None else grad.add_(q)
@@ -211,9 +210,9 @@ def compare_top_k(
     whole = spread(logits, tail, of_tail)
     if pull:
         # together before they are rounded: they cancel where the student knows the label
-        found = teacher.ids == column
-        of_top = of_top - pull * found
+        is_label = teacher.ids == column
+        of_top = of_top - pull * is_label
         alone = (label - tail.unsqueeze(1)).exp() * of_tail.unsqueeze(1) - pull
-        of_label = torch.where(found.any(1, keepdim=True), (of_top * found).sum(1, keepdim=True), alone)
+        of_label = torch.where(is_label.any(1, keepdim=True), (of_top * is_label).sum(1, keepdim=True), alone)
         whole.scatter_(1, column, of_label.to(whole.dtype))
     return values, whole.scatter_(1, teacher.ids, of_top.to(whole.dtype))

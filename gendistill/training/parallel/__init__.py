@@ -1,6 +1,6 @@
 """How the processes of one run share a stage: alone, or with the data split among them."""
 
-from gendistill.training.parallel.base import Parallel, is_split
+from gendistill.training.parallel.base import Parallel
 from gendistill.training.parallel.choose import choose_parallel, connect
 from gendistill.training.parallel.ddp import DataParallel
 from gendistill.training.parallel.fsdp2 import FullySharded
@@ -15,5 +15,4 @@ __all__ = [
     "Situation",
     "choose_parallel",
     "connect",
-    "is_split",
 ]

@@ -9,7 +9,6 @@ from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from gendistill.training.parallel.peers import Situation
 
@@ -166,11 +165,6 @@ class Parallel(Protocol):
     def close(self) -> None:
         """Let go of what was sharded, and of unused device memory."""
         ...
-
-
-def is_split(module: nn.Module) -> bool:
-    """Whether this process has parts of the module's parameters only."""
-    return any(isinstance(parameter, DTensor) for parameter in module.parameters())
 
 
 def gather_on_main(parallel: Parallel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

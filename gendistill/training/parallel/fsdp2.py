@@ -24,6 +24,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from gendistill.anatomy.adapters import plain_name
 from gendistill.anatomy.student import mixer_names
 from gendistill.errors import TrainingError
 from gendistill.training.parallel.group import Group
@@ -98,7 +99,7 @@ class FullySharded(Group):
         whole = {
             parameter
             for name, parameter in student.model.named_parameters()
-            if name.startswith("layers.") and (parameter.dim() != 2 or name in float32)
+            if name.startswith("layers.") and (parameter.dim() != 2 or plain_name(name) in float32)
         }
         dtype = torch.float32 if self._gather_dtype == "float32" else compute_dtype
         for number, block in enumerate(blocks):

@@ -49,10 +49,9 @@ _ROW, _TEMPERATURE, _TERM = tl.constexpr(2), tl.constexpr(3), tl.constexpr(2)
 
 
 @triton.jit
-def _load(logits, column, inside):
-    """Read logits; minus infinity and what lies outside become a number, NaN stays NaN."""
-    found = tl.load(logits + column, mask=inside, other=_FLOOR).to(tl.float32)
-    return tl.where(found < _FLOOR, _FLOOR, found)
+def _floored(logits):
+    """Make a number of minus infinity; NaN stays NaN."""
+    return tl.where(logits < _FLOOR, _FLOOR, logits)
 
 
 @triton.jit
@@ -157,13 +156,16 @@ def compare_kernel(
     partials += row * (FIELDS * SLICES)
     column = part * BLOCK + tl.arange(0, BLOCK)
     inside = column < V
-    s = _load(student + row * V, column, inside)
+    # all is on its way before anything is waited for
+    if targets is not None:
+        target = tl.load(targets + row)
+    s = tl.load(student + row * V + column, mask=inside, other=_FLOOR)
     if teacher is not None:
-        t = _load(teacher + row * V, column, inside)
+        t = _floored(tl.load(teacher + row * V + column, mask=inside, other=_FLOOR))
+    s = _floored(s)
     if targets is not None:
         # before anybody writes a gradient there; the first program alone writes values
-        target = tl.load(targets + row)
-        label = _load(student + row * V, target, part == 0)
+        label = _floored(tl.load(student + row * V + target, mask=part == 0, other=0.0))
 
     if SUMS or REUSE:
         if teacher is not None:
@@ -193,7 +195,7 @@ def compare_kernel(
         _meet(arrivals + 1 + 2 * row, SLICES)
 
     if SECOND or RESULT:
-        # all that the first temperature needs is on its way before anything is waited for
+        # likewise, all that the first temperature needs
         tops_s = _gather(partials, 0, _FLOOR, SLICES, WIDE)
         z_s0 = _gather(partials, _ROW, 0.0, SLICES, WIDE)
         tops_t, z_t0, forward0 = tops_s, z_s0, z_s0
