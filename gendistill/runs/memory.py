@@ -11,23 +11,21 @@ import math
 import os
 import shutil
 import subprocess
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from gendistill.anatomy.adapters import adapter_shapes
 from gendistill.anatomy.cost import LOSS_CHUNK_BYTES
 from gendistill.anatomy.family import Geometry, outer_shapes
 from gendistill.anatomy.groups import ParamGroup
 from gendistill.anatomy.mixers import MIXERS
-from gendistill.anatomy.moments import moment_bytes, work_bytes
 from gendistill.anatomy.placement import Placement
 from gendistill.anatomy.spec import Kept
 from gendistill.config.mixers import MixersConfig
 from gendistill.config.objectives import BlockOutputConfig, MixerOutputConfig
 from gendistill.config.schema import StageConfig
+from gendistill.runs.learning import Learning
 
 # lengths in tokens at which reports compare caches
 CACHE_LENGTHS = (512, 2048, 8192, 32768, 131072)
@@ -73,74 +71,6 @@ class MemoryEstimate:
     def to_json(self) -> dict[str, Any]:
         """Return the parts and their sum."""
         return {**asdict(self), "total": self.total}
-
-
-@dataclass(frozen=True, slots=True)
-class Learning:
-    """What learns in a stage.
-
-    Attributes:
-        optimizer: Kind of the optimizer.
-        whole: Group and shape of every tensor that learns whole.
-        adapted: Group and shape of every weight that learns through an adapter.
-        rank: Of the adapters.
-    """
-
-    optimizer: str
-    whole: tuple[tuple[ParamGroup, tuple[int, ...]], ...]
-    adapted: tuple[tuple[ParamGroup, tuple[int, ...]], ...] = ()
-    rank: int = 0
-
-    @property
-    def tensors(self) -> list[tuple[ParamGroup, tuple[int, ...]]]:
-        """Group and shape of every tensor that the optimizer is given."""
-        factors = [
-            (group, factor) for group, shape in self.adapted for factor in adapter_shapes(shape, self.rank)
-        ]
-        return [*self.whole, *factors]
-
-    def counts(self) -> dict[ParamGroup, int]:
-        """Count the numbers that learn, per group."""
-        found = Counter[ParamGroup]()
-        for group, shape in self.tensors:
-            found[group] += math.prod(shape)
-        return {group: found[group] for group in ParamGroup if group in found}
-
-    @property
-    def num_trained(self) -> int:
-        """How many numbers learn."""
-        return sum(math.prod(shape) for _, shape in self.tensors)
-
-    @property
-    def num_adapters(self) -> int:
-        """How many of them are in adapters."""
-        return self.num_trained - sum(math.prod(shape) for _, shape in self.whole)
-
-    @property
-    def moments(self) -> int:
-        """Bytes of the optimizer's moments."""
-        return sum(moment_bytes(self.optimizer, group, shape) for group, shape in self.tensors)
-
-    @property
-    def work(self) -> int:
-        """Bytes that a step of the optimizer works on beside them."""
-        groups = dict.fromkeys(group for group, _ in self.tensors)
-        return max(
-            work_bytes(self.optimizer, group, [shape for other, shape in self.tensors if other is group])
-            for group in groups
-        )
-
-    @property
-    def checkpoint(self) -> int:
-        """Bytes of a checkpoint, but for a few kilobytes of names."""
-        return 4 * self.num_trained + self.moments + 4 * len(self.tensors)
-
-    def kept_by_adapters(self, *, dropout: bool) -> int:
-        """Count the numbers that adapters keep per token for the backward pass.
-
-        Each keeps what is between its factors, and with dropout its own copy of what goes into it.
-        """
-        return sum(self.rank + (shape[1] if dropout else 0) for _, shape in self.adapted)
 
 
 def find_device() -> Device:

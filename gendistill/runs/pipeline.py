@@ -42,8 +42,9 @@ from gendistill.report import clear_report, write_report
 from gendistill.runs.advice import advise, check_batches
 from gendistill.runs.examiner import TaskExaminer
 from gendistill.runs.inputs import recipe_steps
+from gendistill.runs.learning import find_learning
 from gendistill.runs.memory import CACHE_LENGTHS
-from gendistill.runs.planning import ModelFacts, find_learning
+from gendistill.runs.planning import ModelFacts
 from gendistill.runs.scoring import resolve_dtype, score
 from gendistill.runs.steps import BEFORE, CONVERT, ROLES, Step, differences, eval_step, stage_step
 from gendistill.runs.workspace import Workspace

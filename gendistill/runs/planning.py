@@ -10,14 +10,13 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from io import StringIO
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from gendistill.anatomy.family import Geometry, attention_shapes, block_shapes, outer_shapes
 from gendistill.anatomy.geometry import check_vocabulary, read_geometry
-from gendistill.anatomy.groups import ParamGroup, param_group
+from gendistill.anatomy.groups import ParamGroup
 from gendistill.anatomy.mixers import MIXERS
 from gendistill.anatomy.placement import Placement
 from gendistill.checkpoints.tensors import TensorInfo, read_tensor_index
@@ -27,7 +26,8 @@ from gendistill.conversion.plan import ConversionPlan, plan_conversion
 from gendistill.errors import RecipeError
 from gendistill.runs.advice import advise, cached_folder, check_batches, has_chat_template
 from gendistill.runs.fitting import Way, ways_to_fit
-from gendistill.runs.memory import Device, Learning, MemoryEstimate, find_device, predict_memory
+from gendistill.runs.learning import Learning, find_learning
+from gendistill.runs.memory import Device, MemoryEstimate, find_device, predict_memory
 from gendistill.types import short_count
 
 if TYPE_CHECKING:
@@ -327,39 +327,6 @@ def expected_tensors(config: dict[str, Any], *, where: str) -> dict[str, TensorI
         shapes.update({prefix + name: shape for name, shape in block_shapes(geometry).items()})
     dtype = _DTYPE_NAMES.get(str(config.get("dtype")).removeprefix("torch."), "F32")
     return {name: TensorInfo(shape, dtype, Path("config.json")) for name, shape in shapes.items()}
-
-
-def find_learning(
-    name: str, stage: StageConfig, conversion: ConversionPlan, teacher: TeacherFacts, *, tied_head: bool
-) -> Learning:
-    """Find what a stage trains, whole and through adapters: exact.
-
-    Raises:
-        RecipeError: A pattern matches nothing, a named group cannot learn, the objective does not fit the models, or a
-            package is missing.
-    """
-    from gendistill.losses.build import build_objective
-    from gendistill.training.adamw8bit import check_bitsandbytes
-    from gendistill.training.adapters import check_peft, choose_adapted
-    from gendistill.training.freeze import choose_trained
-
-    shapes = {step.name: step.shape for step in conversion.steps}
-    groups = {each: param_group(each, conversion.placement.kinds, tied_head=tied_head) for each in shapes}
-    objective = build_objective(stage.objective)
-    objective.bind(SimpleNamespace(**conversion.student_config), teacher)
-    chosen, _ = choose_trained(groups, stage, name=name, tied=tied_head, reaches=objective.reaches)
-    adapted: list[str] = []
-    if stage.lora is not None:
-        adapted, _ = choose_adapted(shapes, groups, stage, name=name, reaches=objective.reaches)
-        check_peft(f"stages.{name}.lora")
-    if stage.optimizer == "adamw8bit":
-        check_bitsandbytes(f"stages.{name}.optimizer")
-    return Learning(
-        stage.optimizer,
-        tuple((groups[each], shapes[each]) for each in shapes if each in chosen),
-        tuple((groups[each], shapes[each]) for each in adapted),
-        stage.lora.rank if stage.lora else 0,
-    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -244,7 +244,8 @@ def test_engines_are_read_from_words():
             read_engine([word], where="--engine")
 
 
-def test_two_processes_share_the_rows(tmp_path):
+@pytest.mark.parametrize("mode", ["ddp", "fsdp2"])
+def test_two_processes_share_the_rows(tmp_path, mode):
     path = tmp_path / "out.json"
     command = [
         sys.executable,
@@ -258,6 +259,7 @@ def test_two_processes_share_the_rows(tmp_path):
         "--steps",
         "2",
     ]
+    command += ["--engine", f"parallel={mode}"]
     more = ["--warmup", "1", "--num-processes", "2", "--json", str(path), "--commit", "0" * 40]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*command, *more], env=environment, capture_output=True, text=True, timeout=120)

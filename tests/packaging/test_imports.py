@@ -29,6 +29,8 @@ TORCH_FREE = (
         "gendistill.provenance",
         "gendistill.anatomy",
         "gendistill.runs.planning",
+        "gendistill.runs.fitting",
+        "gendistill.runs.learning",
         "gendistill.runs.memory",
     ),
     *("gendistill.conversion.plan", "gendistill.checkpoints.tensors"),
