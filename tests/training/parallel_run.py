@@ -43,7 +43,6 @@ SAVING = {"save_every_steps": 2, "keep_checkpoints": 9, "heldout_every": 3}
 # what differs from the plain stage; every one on one process and on two sharded ones
 CASES = {
     "mixer_output": {"objective": {"kind": "mixer_output"}, "train": ["mixer"]},
-    "bfloat16": {"compute_dtype": "bfloat16"},
     "tied": {"tied": True, "train": ["mixer", "embed", "head"]},
     "fused": {"blocks": "fused", "gradient_checkpointing": True},
     "watched": {"job": tiny.watching(every=3)},
@@ -51,6 +50,7 @@ CASES = {
     "rewound": {"bad_steps": (3, 4, 5)},
 }
 MORE_CASES = {
+    "bfloat16": {"compute_dtype": "bfloat16"},
     "recomputed": {"train": ["mixer", "mlp", "norm"], "gradient_checkpointing": True},
     "block_output": {"objective": {"kind": "block_output"}, "train": ["mixer", "mlp"]},
     "bfloat16_block": {
@@ -165,7 +165,7 @@ def main(folder):
         codes[f"copy_{name}"] = tiny.together(
             folder / "copies" / name, world, work=copy_checkpoint, source=source, engine=engine
         )
-    codes["minutes"] = tiny.together(folder / "minutes", 2, engine=FSDP2, steps=None, minutes=0.01)
+    codes["minutes"] = tiny.together(folder / "minutes", 2, engine=FSDP2, steps=None, minutes=0.05)
     codes["bad"] = tiny.together(folder / "bad", 2, engine=FSDP2, lr=1e30)
     patient = {"patience_s": 2}
     lost = {
@@ -180,9 +180,10 @@ def more(folder):
     """Run what takes longer: more objectives, and a hundred steps of each mode."""
     codes = {}
     pairs(folder, codes, MORE_CASES)
-    for name, gather in {"bfloat16_2": "auto", "bfloat16_cast": "float32"}.items():
-        engine = {**FSDP2, "gather": gather}
-        codes[name] = tiny.together(folder / name, 2, work=train, engine=engine, **CASES["bfloat16"])
+    engine = {**FSDP2, "gather": "float32"}
+    codes["bfloat16_cast"] = tiny.together(
+        folder / "bfloat16_cast", 2, work=train, engine=engine, **MORE_CASES["bfloat16"]
+    )
     codes["outside"] = tiny.together(folder / "outside", 2, work=read_outside, engine=FSDP2)
     codes["one"] = tiny.exit_code(tiny.in_child(folder / "one", work=train, micro_batch_size=2, **LONG))
     for name, (world, engine) in MODES.items():
