@@ -24,6 +24,8 @@ from gendistill.bench.inputs import DecodeInputs, SequenceInputs, draw_decode, d
 from gendistill.bench.launches import PLACES, Launch, table_of, watch
 from gendistill.bench.measure import attempt, relative_error
 from gendistill.results.table import ResultRow
+from gendistill_kernels.block import attention, glu, rope
+from gendistill_kernels.block import norm as block_norm
 from gendistill_kernels.conv.causal import conv_backward, conv_forward
 from gendistill_kernels.conv.layout import Tiles
 from gendistill_kernels.delta.chunk import chunk_backward, chunk_forward
@@ -77,6 +79,25 @@ CANDIDATES: dict[str, tuple[Config, ...]] = {
     "norm_forward": tuple(Config(block, warps) for block in (2048, 4096, 8192) for warps in (4, 8)),
     "norm_backward": tuple(
         Config(block, 4, programs=number) for block in (1024, 2048, 4096) for number in (396, 660, 1056)
+    ),
+    **{
+        f"block_{part}_{way}": tuple(Config(block, warps) for block in (1024, 2048, 4096) for warps in (4, 8))
+        for part, way in (("norm", "forward"), ("glu", "forward"), ("glu", "backward"), ("rope", "forward"))
+    },
+    **{
+        f"block_{part}_backward": tuple(
+            Config(block, warps, programs=number)
+            for block in (1024, 2048, 4096)
+            for warps in (4, 8)
+            for number in (264, 528)
+        )
+        for part in ("norm", "rope")
+    },
+    "block_attention": tuple(
+        Config(block, warps, stages=stages)
+        for block in (32, 64, 128)
+        for warps in (4, 8)
+        for stages in (2, 3)
     ),
     "decode": tuple(
         Config(block, warps, registers=limit)
@@ -221,7 +242,7 @@ def code(config: Config) -> str:
 def candidates(job: Job, now: Config) -> list[Config]:
     """Return what the table has, then what else to try: no block larger than what there is, nothing twice."""
     most = ANY
-    if not job.kernel.startswith(("norm", "conv", "decode", "sum_", "divergence", "tail")):
+    if not job.kernel.startswith(("norm", "conv", "block", "decode", "sum_", "divergence", "tail")):
         most = job.key[0] if job.kernel in ("prepare", "prepare_levels", "keys") else job.key[1]
     others = CANDIDATES[job.kernel]
     if job.kernel in _NO_BLOCK:
@@ -348,7 +369,7 @@ def make_jobs(
 ) -> Iterator[Job]:
     """Make what to tune for some cases, one after the other: the tensors of one part of a layer at a time."""
     for case in cases:
-        for part in (_chunked, _convolution, _norm, _decoding, _divergence):
+        for part in (_chunked, _convolution, _norm, _block, _decoding, _divergence):
             yield from (job for job in part(case, dtype, device) if job.kernel in kernels)
 
 
@@ -415,6 +436,55 @@ def _norm(case: Case, dtype: torch.dtype, device: str) -> Iterator[Job]:
 
     for kernel in ("norm_forward", "norm_backward"):
         yield Job(kernel, case.name, (dtype.itemsize,), step=step)
+
+
+def _block(case: Case, dtype: torch.dtype, device: str) -> Iterator[Job]:
+    """A decoder layer between its matrix products, three times as wide inside; documents of 512 tokens."""
+    normal = functools.partial(_normal, device, dtype)
+    rows, heads, channels = case.batch * case.tokens, case.heads, case.channels
+    width, number = heads * channels, heads + 2 * case.kv_heads
+    x, added, grad, more = (normal(rows, width) for _ in range(4))
+    both, wide = normal(rows, 6 * width), normal(rows, 3 * width)
+    qkv, grads = normal(rows, number * channels), normal(rows, number, channels)
+    dq, dk, dv = (part.contiguous() for part in grads.split([heads, case.kv_heads, case.kv_heads], dim=1))
+    gain, q_gain, k_gain = normal(width), normal(channels), normal(channels)
+    angles = _normal(device, torch.float32, rows, channels // 2).repeat(1, 2)
+    cos, sin = angles.cos(), angles.sin()
+    lengths = [min(512, rows - start) for start in range(0, rows, 512)]
+    tiles = attention.tiles_of(lengths, torch.device(device))
+
+    def norm() -> dict[str, Tensor]:
+        total, y, rstd = block_norm.rms_norm_forward(x, added, gain, eps=1e-6, dtype=dtype)
+        found = block_norm.rms_norm_backward(grad, more, total, gain, rstd, added=dtype, want_weight=True)
+        return {
+            "total": total,
+            "y": y,
+            **{f"d {place}": part for place, part in enumerate(found) if part is not None},
+        }
+
+    def swiglu() -> dict[str, Tensor]:
+        return {"h": glu.swiglu_forward(both), "d": glu.swiglu_backward(wide, both, want_hidden=False)[0]}
+
+    def turn() -> dict[str, Tensor]:
+        q, k = rope.rotate_forward(
+            qkv, q_gain, k_gain, cos, sin, num_heads=heads, num_kv_heads=case.kv_heads, eps=1e-6
+        )
+        found = rope.rotate_backward(dq, dk, dv, qkv, q_gain, k_gain, cos, sin, eps=1e-6, want_weights=True)
+        return {
+            "q": q,
+            "k": k,
+            **{f"d {place}": part for place, part in enumerate(found) if part is not None},
+        }
+
+    def attend() -> dict[str, Tensor]:
+        out, lse = attention.attend_forward(dq, dk, dv, tiles, window=None)
+        return {"out": out, "lse": lse}
+
+    steps = {"norm": norm, "glu": swiglu, "rope": turn}
+    for part, step in steps.items():
+        for way in ("forward", "backward"):
+            yield Job(f"block_{part}_{way}", case.name, (dtype.itemsize,), step=step)
+    yield Job("block_attention", case.name, (dtype.itemsize,), step=attend)
 
 
 def _divergence(case: Case, dtype: torch.dtype, device: str) -> Iterator[Job]:

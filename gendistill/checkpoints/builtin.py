@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from gendistill.checkpoints.tensors import SINGLE_NAME
@@ -86,7 +87,8 @@ def save_tiny_checkpoint(
     model.config.save_pretrained(folder)
     if model.generation_config is not None:
         model.generation_config.save_pretrained(folder)
-    weights = dict(model.named_parameters())  # tied ones once
+    # tied ones once
+    weights: dict[str, Tensor] = {**dict(model.named_parameters())}
     save_file(weights, folder / SINGLE_NAME, metadata={"format": "pt"})
     tokenizer.save_pretrained(folder)
     return folder

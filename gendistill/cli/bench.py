@@ -435,6 +435,8 @@ def _step_shape(arguments: argparse.Namespace, name: str) -> Shape:
 
 
 def _check_numbers(arguments: argparse.Namespace) -> None:
+    if arguments.profile < 0:
+        raise RecipeError(f"--profile must not be negative, got {arguments.profile}", where="--profile")
     for name in ("rows", "micro_batch", "seq_len", "mean_tokens", "steps", "warmup", "top"):
         value = getattr(arguments, name)
         if value is not None and value < 1:

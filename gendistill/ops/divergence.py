@@ -167,7 +167,7 @@ def unrounded(a: Tensor, b: Tensor, *, out: Tensor | None = None) -> Tensor:
         out = a.new_empty(len(a), b.shape[1], dtype=precise)
     if a.dtype == out.dtype:
         return torch.mm(a, b, out=out)
-    if a.is_cuda:
+    if _has_wide_products(a):
         return torch.mm(a, b, out_dtype=out.dtype, out=out)
     # On a CPU products of 16 bits come rounded. A second one, less the first, returns what was lost: together they have
     # twice as many bits, at a third of the time of float32 products.
@@ -180,13 +180,18 @@ def accumulate(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
     """Add a product of matrices to a sum in float32 (float64 for float64 inputs), or begin one."""
     if a.dtype == total.dtype:
         torch.mm(a, b, out=total) if first else total.addmm_(a, b)
-    elif a.is_cuda and first:
+    elif _has_wide_products(a) and first:
         torch.mm(a, b, out_dtype=total.dtype, out=total)
-    elif a.is_cuda:
+    elif _has_wide_products(a):
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     else:
         product = a.to(total.dtype) @ b.to(total.dtype)
         total.copy_(product) if first else total.add_(product)
+
+
+def _has_wide_products(part: Tensor) -> bool:
+    """Say whether products of 16 bits can be written as they are summed up, in float32."""
+    return part.is_cuda and torch.version.hip is None
 
 
 class _LinearDivergence(torch.autograd.Function):
@@ -289,7 +294,7 @@ def _product(a: Tensor, b: Tensor, *, out: Tensor) -> None:
     """Multiply matrices into a tensor of any dtype, with one rounding where the device can."""
     if a.dtype == out.dtype:
         torch.mm(a, b, out=out)
-    elif a.is_cuda and out.dtype == torch.float32:
+    elif _has_wide_products(a) and out.dtype == torch.float32:
         torch.mm(a, b, out_dtype=out.dtype, out=out)
     else:
         out.copy_(a @ b)

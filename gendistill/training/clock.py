@@ -44,13 +44,16 @@ class StepClock:
 
     @contextmanager
     def step(self, decoder: nn.Module, blocks: Sequence[nn.Module], *, measured: bool) -> Iterator[None]:
-        """Note the time of the step that is taken inside, if it is to be measured.
+        """Note the time of the step that is taken inside, if it is to be measured; inside another, that one does.
 
         Args:
             decoder: Of the student.
             blocks: Its converted layers, whose ``self_attn`` is the mixer.
             measured: Whether to note anything.
         """
+        if self._running:
+            yield
+            return
         self._spans.clear()
         if not measured:
             yield

@@ -37,7 +37,7 @@ class Garbage:
                 gc.enable()
 
     def collect(self) -> None:
-        """Collect what has been made since, if it is time."""
+        """Collect what has been made since the last time, if it is time: older objects are not looked at again."""
         if time.perf_counter() - self.last > self.seconds:
-            gc.collect()
+            gc.collect(0)
             self.last = time.perf_counter()

@@ -510,8 +510,8 @@ class StageRun:
         else:
             for _ in range(self.progress.step, skip_to):
                 next(self.stream)
-        # in a row with nothing
-        self.progress.unfinished[:1] = [0]
+        # what comes next is in a row with nothing
+        self.progress.unfinished = [0, *(self.progress.unfinished[1:] or [0])]
         back = {"step": step, "to": self.progress.step, "skipped_to": skip_to}
         self.progress.rewinds = [*rewinds, back]
         self.console.warn(

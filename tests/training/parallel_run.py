@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 from gendistill.config.engine import EngineConfig
 from gendistill.config.objectives import KLConfig
 from gendistill.config.schema import StageConfig
-from gendistill.losses.build import build_objective
+from gendistill.losses import build
+from gendistill.losses.logits import LogitObjective, term_of
 from gendistill.teachers.live import LiveTeacher
 from gendistill.testing import tiny_student, tiny_teacher
 from gendistill.training.checkpoint import (
@@ -42,7 +43,6 @@ SAVING = {"save_every_steps": 2, "keep_checkpoints": 9, "heldout_every": 3}
 # what differs from the plain stage; every one on one process and on two sharded ones
 CASES = {
     "mixer_output": {"objective": {"kind": "mixer_output"}, "train": ["mixer"]},
-    "bfloat16": {"compute_dtype": "bfloat16"},
     "tied": {"tied": True, "train": ["mixer", "embed", "head"]},
     "fused": {"blocks": "fused", "gradient_checkpointing": True},
     "watched": {"job": tiny.watching(every=3)},
@@ -50,6 +50,7 @@ CASES = {
     "rewound": {"bad_steps": (3, 4, 5)},
 }
 MORE_CASES = {
+    "bfloat16": {"compute_dtype": "bfloat16"},
     "recomputed": {"train": ["mixer", "mlp", "norm"], "gradient_checkpointing": True},
     "block_output": {"objective": {"kind": "block_output"}, "train": ["mixer", "mlp"]},
     "bfloat16_block": {
@@ -88,12 +89,24 @@ def train(folder, *, tied=False, blocks="auto", engine=None, bad_steps=(), **cha
         save_file({name: value.clone().contiguous() for name, value in weights.items()}, folder / "student")
 
 
+def read_outside(folder, **changes):
+    """Train with an objective that reads a weight past its layer."""
+
+    class Outside(LogitObjective):
+        def __call__(self, student, signals, batch):
+            term = super().__call__(student, signals, batch)
+            return term._replace(total=term.total + student.model.layers[0].mlp.up_proj.weight.sum())
+
+    build.OBJECTIVES["kl"] = lambda config: Outside([term_of(config)])
+    tiny.run_stage(folder, **changes)
+
+
 def copy_checkpoint(folder, *, source, engine, **_):
     """Load a checkpoint and save it again without a step in between."""
     parallel = choose_parallel(Accelerator(cpu=True), EngineConfig(**engine))
     student, stage = tiny.make_student(seed=9), StageConfig(**tiny.STAGE)
     apply_freeze(student, stage)
-    objective, teacher = build_objective(KLConfig()), LiveTeacher(tiny.make_teacher())
+    objective, teacher = build.build_objective(KLConfig()), LiveTeacher(tiny.make_teacher())
     StepRunner(student, objective, teacher, parallel)
     trained, optimizer = trained_parameters(student), build_optimizer(student, stage)
     state = load_checkpoint(source, trained=trained, optimizer=optimizer, parallel=parallel)
@@ -143,11 +156,6 @@ def main(folder):
     for name, (world, engine) in MODES.items():
         codes[name] = tiny.together(folder / name, world, work=train, engine=engine)
     pairs(folder, codes, CASES)
-    engine = {**FSDP2, "gather": "float32"}
-    codes["bfloat16_cast"] = tiny.together(
-        folder / "bfloat16_cast", 2, work=train, engine=engine, **CASES["bfloat16"]
-    )
-
     # 2 sharded -> 4 whole -> 1
     codes["to_4"] = resume(folder / "to_4", folder / "fsdp2_2", 2, 4, DDP)
     codes["to_1"] = resume(folder / "to_1", folder / "to_4", 4, 1, FSDP2)
@@ -157,7 +165,7 @@ def main(folder):
         codes[f"copy_{name}"] = tiny.together(
             folder / "copies" / name, world, work=copy_checkpoint, source=source, engine=engine
         )
-    codes["minutes"] = tiny.together(folder / "minutes", 2, engine=FSDP2, steps=None, minutes=0.01)
+    codes["minutes"] = tiny.together(folder / "minutes", 2, engine=FSDP2, steps=None, minutes=0.05)
     codes["bad"] = tiny.together(folder / "bad", 2, engine=FSDP2, lr=1e30)
     patient = {"patience_s": 2}
     lost = {
@@ -172,6 +180,11 @@ def more(folder):
     """Run what takes longer: more objectives, and a hundred steps of each mode."""
     codes = {}
     pairs(folder, codes, MORE_CASES)
+    engine = {**FSDP2, "gather": "float32"}
+    codes["bfloat16_cast"] = tiny.together(
+        folder / "bfloat16_cast", 2, work=train, engine=engine, **MORE_CASES["bfloat16"]
+    )
+    codes["outside"] = tiny.together(folder / "outside", 2, work=read_outside, engine=FSDP2)
     codes["one"] = tiny.exit_code(tiny.in_child(folder / "one", work=train, micro_batch_size=2, **LONG))
     for name, (world, engine) in MODES.items():
         codes[name] = tiny.together(folder / name, world, work=train, engine=engine, **LONG)

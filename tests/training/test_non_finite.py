@@ -150,6 +150,24 @@ def test_a_stage_that_is_stopped_around_a_rewind_resumes_to_the_same_curve(tiny,
         assert torch.equal(value, again.state_dict()[name]), name
 
 
+def test_a_checkpoint_of_an_older_version_will_do(tiny, bad, tmp_path):
+    """It knows nothing of rewinds."""
+    tiny.run_stage(tmp_path / "new", student=bad(5, 6, 7), **SAVING)
+    with pytest.raises(TrainingError):
+        tiny.run_stage(tmp_path / "old", student=bad(*range(4, 16)), **SAVING)
+    path = tmp_path / "old/stages/tiny/checkpoints/step-000003/state.json"
+    state = json.loads(path.read_text())
+    state["progress"] = {
+        name: state["progress"][name]
+        for name in ("step", "tokens", "seconds", "loss_first", "loss_last", "window")
+    }
+    state["stream"] = {"step": 3}
+    del state["crc32"]
+    path.write_text(json.dumps(state))
+    tiny.run_stage(tmp_path / "old", student=bad(5, 6, 7), **SAVING)
+    assert tiny.rows(tmp_path / "old") == tiny.rows(tmp_path / "new")
+
+
 def test_too_many_rewinds_end_the_stage_with_an_intact_checkpoint(tiny, bad, tmp_path):
     student = bad(*range(5, 16))
     # the rows of steps 5 to 7, then 8 to 10 as steps 4 to 6, then 11 to 13

@@ -14,8 +14,16 @@ SCRIPT = Path(__file__).with_name("parallel_run.py")
 CHECKPOINTS = Path("stages", "tiny", "checkpoints")
 FILES = ("trained.safetensors", "optimizer.safetensors")
 MODES = ("ddp_2", "ddp_4", "fsdp2_2", "fsdp2_4")
-CASES = ("mixer_output", "bfloat16", "tied", "fused", "watched", "rewound")
-MORE_CASES = ("recomputed", "block_output", "bfloat16_block", "fused_bfloat16", "fused_block", "tied_frozen")
+CASES = ("mixer_output", "tied", "fused", "watched", "rewound")
+MORE_CASES = (
+    "bfloat16",
+    "recomputed",
+    "block_output",
+    "bfloat16_block",
+    "fused_bfloat16",
+    "fused_block",
+    "tied_frozen",
+)
 
 
 def run(folder, what):
@@ -73,8 +81,8 @@ def test_every_number_of_processes_and_mode_has_the_same_curve(tiny, stages, mod
 def check_case(tiny, stages, case):
     folder, found, output = stages
     assert found["codes"][case] == found["codes"][f"{case}_2"] == 0, output[-3000:]
-    # a sum of float32 gradients is rounded before it reaches bfloat16 arithmetic in another order
-    rel = 5e-4 if "bfloat16" in case else 2e-6
+    # of whole weights, fused layers have float32 gradients; of gathered ones, those are rounded as autocast rounds them
+    rel = 2e-3 if case == "fused_bfloat16" else 2e-6
     assert_same_curve(tiny, folder / f"{case}_2", folder / f"{case}_one", rel=rel)
 
 
@@ -125,25 +133,22 @@ def test_a_hundred_steps_stay_together(tiny, more_stages, mode):
     assert_same_curve(tiny, folder / mode, folder / "one", rel=2e-5)
 
 
-def test_monitors_see_of_split_models_what_they_see_of_whole_ones(tiny, stages):
-    folder, *_ = stages
-    for mine, theirs in zip(tiny.rows(folder / "fused_2"), tiny.rows(folder / "fused_one"), strict=True):
-        assert mine.get("layers", {}) == pytest.approx(theirs.get("layers", {}), rel=1e-3, abs=1e-5)
-        for name, value in theirs["groups"].items():
-            if name.endswith("/grad_norm"):
-                assert mine["groups"][name] == pytest.approx(value, rel=1e-4)
-    answers = [(folder / name / "stages/tiny/answers.jsonl").read_text() for name in ("fused_2", "fused_one")]
-    assert answers[0] == answers[1]
-    assert '"step": 6' in answers[0]
+@pytest.mark.slow
+def test_an_objective_that_reads_past_a_layer_is_told_so(more_stages):
+    _, found, output = more_stages
+    assert found["codes"]["outside"] == 1
+    assert "reads a parameter outside of the layer" in output
+    assert "set engine.parallel=ddp" in output
 
 
-def test_what_travels_in_bfloat16_is_what_autocast_makes_of_float32(tiny, stages):
-    folder, found, _ = stages
-    assert found["codes"]["bfloat16_cast"] == 0
+@pytest.mark.slow
+def test_what_travels_in_bfloat16_is_what_autocast_makes_of_float32(tiny, more_stages):
+    folder, found, _ = more_stages
+    assert found["codes"]["bfloat16_2"] == found["codes"]["bfloat16_cast"] == 0
     first, *_ = tiny.rows(folder / "bfloat16_2")
     cast, *_ = tiny.rows(folder / "bfloat16_cast")
     assert first["loss"] == cast["loss"]
-    assert_same_curve(tiny, folder / "bfloat16_cast", folder / "bfloat16_2", rel=5e-4)
+    assert_same_curve(tiny, folder / "bfloat16_cast", folder / "bfloat16_2")
 
 
 @pytest.mark.parametrize("mode", [*MODES, *(f"{case}_2" for case in CASES)])

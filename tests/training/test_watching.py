@@ -18,6 +18,7 @@ from gendistill.testing import save_tiny_checkpoint, tiny_student, tiny_teacher
 from gendistill.training import stage
 from gendistill.training.clock import StepClock
 from gendistill.training.layers import compare_layers
+from gendistill.training.monitors import weights
 
 NOTHING = WatchConfig(speed=False, groups=False)
 STEPS = {"steps": 4, "save_every_steps": 3, "keep_checkpoints": 2}
@@ -327,8 +328,10 @@ def test_a_clock_sees_where_the_time_goes():
             return SimpleNamespace(last_hidden_state=x)
 
     decoder, clock = Decoder(), StepClock(torch.device("cpu"))
+    blocks = list(decoder.layers)
     for measured in (False, True):
-        with clock.step(decoder, list(decoder.layers), measured=measured):
+        # whoever measures a step from outside counts it once
+        with clock.step(decoder, blocks, measured=measured), clock.step(decoder, blocks, measured=measured):
             with clock.part("teacher"):
                 time.sleep(0.03)
             with clock.part("student"):
@@ -347,7 +350,7 @@ def test_a_clock_sees_where_the_time_goes():
     assert clock.read() == {}
 
 
-def test_groups_add_up_to_the_whole_gradient_and_see_what_moves(tiny, tmp_path):
+def test_groups_add_up_to_the_whole_gradient_and_see_what_moves(tiny, tmp_path, monkeypatch):
     tiny.run_stage(tmp_path / "moving", steps=3, grad_clip=0.5)
     for row in tiny.rows(tmp_path / "moving"):
         groups = row["groups"]
@@ -357,7 +360,10 @@ def test_groups_add_up_to_the_whole_gradient_and_see_what_moves(tiny, tmp_path):
         assert len(norms) == 6
         assert groups["mlp/moved"] > 0.99
         assert 1e-4 < groups["mlp/change"] < 1e-2
-    tiny.run_stage(tmp_path / "still", steps=2, lr={**dict.fromkeys(tiny.STAGE["train"], 1e-3), "mlp": 1e-30})
+    monkeypatch.setattr(weights, "_SETTLED_STEPS", 2)
+    out, rates = StringIO(), {**dict.fromkeys(tiny.STAGE["train"], 1e-3), "mlp": 1e-30}
+    tiny.run_stage(tmp_path / "still", steps=3, lr=rates, out=out)
+    assert out.getvalue().count("steps few weights differ from the start (mlp 0%)") == 1
     groups = tiny.rows(tmp_path / "still")[-1]["groups"]
     assert (groups["mlp/moved"], groups["mlp/change"]) == (0, 0)
     assert groups["norm/moved"] > 0.5

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from gendistill.anatomy.groups import ParamGroup
 from gendistill.training.job import StageJob
 from gendistill.training.monitors.base import StageInProgress, When
 
@@ -16,6 +17,8 @@ _EFFECTIVE = 0.99  # share of trained tensors that must have changed
 # weights that are compared with the start of the stage, and tensors of a group that they are taken from
 _SAMPLED_WEIGHTS = 4096
 _SAMPLED_TENSORS = 32
+# after so many steps, this share of a group's weights must differ from the start
+_SETTLED_STEPS, _MOVED = 50, 0.5
 
 
 class Groups:
@@ -30,7 +33,8 @@ class Groups:
     every = None
 
     def __init__(self, job: StageJob) -> None:
-        self.limit = job.config.grad_clip
+        self.name, self.limit = job.name, job.config.grad_clip
+        self.has_warned = False
 
     def __call__(self, run: StageInProgress) -> dict[str, float]:
         """Compute everything on the device, and wait for it once."""
@@ -53,7 +57,22 @@ class Groups:
         for name in names:
             if name.endswith("/grad_norm"):
                 found[name] /= clipped
+        self._warn(run, found)
         return {name: value for name, value in found.items() if math.isfinite(value)}
+
+    def _warn(self, run: StageInProgress, found: Mapping[str, float]) -> None:
+        """Say once, early enough to stop, that updates are lost; rows of the embedding wait for their tokens."""
+        still = [
+            f"{name.split('/')[0]} {value:.0%}"
+            for name, value in found.items()
+            if name.endswith("/moved") and value < _MOVED and not name.startswith(ParamGroup.EMBED)
+        ]
+        if still and not self.has_warned and run.progress.step >= _SETTLED_STEPS:
+            self.has_warned = True
+            run.console.warn(
+                f"{self.name}: after {run.progress.step:,} steps few weights differ from the start "
+                f"({', '.join(still)}): the rate may be too small, or the objective does not reach them"
+            )
 
 
 class Effect:

@@ -28,6 +28,7 @@ from gendistill.anatomy.adapters import plain_name
 from gendistill.anatomy.student import mixer_names
 from gendistill.errors import TrainingError
 from gendistill.training.parallel.group import Group
+from gendistill.training.parallel.peers import Situation
 
 _REFUSED = "set engine.parallel=ddp, which keeps models whole"
 
@@ -51,6 +52,27 @@ class FullySharded(Group):
         self._mesh = init_device_mesh(self.device.type, (self.world,))
         self._whole: list[nn.Parameter] = []
         self._undo: list[_Unwrapped] = []
+
+    @contextlib.contextmanager
+    def together(self, situation: Callable[[], Situation]) -> Iterator[None]:
+        """Notice inside that another process is gone, and name what cannot be split.
+
+        Raises:
+            TrainingError: An objective, a mixer or a monitor reads a split parameter outside of its layer.
+        """
+        with super().together(situation):
+            try:
+                yield
+            except RuntimeError as error:
+                if "mixed torch.Tensor and DTensor" not in str(error):
+                    raise
+                raise TrainingError(
+                    "something reads a parameter outside of the layer that it belongs to, where fsdp2 has it in parts: "
+                    "an objective or a mixer that is not one of gendistill's, which should run the layer instead "
+                    "(losses.student.run_mixer)",
+                    where=situation().where,
+                    hint=_REFUSED,
+                ) from error
 
     @property
     def description(self) -> str:
