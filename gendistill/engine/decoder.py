@@ -94,20 +94,32 @@ def why_not(model: Any, *, device: torch.device, dtype: torch.dtype) -> str | No
         device: Where it will run.
         dtype: Of its arithmetic.
     """
-    config = model.config
-    if family_of(config.to_dict()) not in FAMILIES:
-        return f"{config.model_type} is not a family with fused layers ({', '.join(FAMILIES)})"
-    geometry = geometry_of(config.to_dict())
-    if config.hidden_act not in ("silu", "swish"):
-        return f'its MLP uses "{config.hidden_act}"; fused layers know silu'
-    if geometry.mlp_bias:
-        return "its MLP has biases"
-    if getattr(config, "attention_dropout", 0.0):
-        return "it drops attention weights at random (attention_dropout)"
     if any(
         type(layer) is not nn.Linear for name, layer in model.model.named_modules() if name.endswith("_proj")
     ):
         return "some of its linear layers are adapted"
+    return why_no_such(model.config.to_dict(), device=device, dtype=dtype)
+
+
+def why_no_such(config: Mapping[str, Any], *, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Say what keeps every model of a configuration from running fused; None if nothing does.
+
+    Args:
+        config: A family's or a student's.
+        device: Where it will run.
+        dtype: Of its arithmetic.
+    """
+    if family_of(config) not in FAMILIES:
+        return f"{config.get('model_type')} is not a family with fused layers ({', '.join(FAMILIES)})"
+    geometry = geometry_of(config)
+    # what every family has where a config is silent
+    activation = config.get("hidden_act", "silu")
+    if activation not in ("silu", "swish"):
+        return f'its MLP uses "{activation}"; fused layers know silu'
+    if geometry.mlp_bias:
+        return "its MLP has biases"
+    if config.get("attention_dropout"):
+        return "it drops attention weights at random (attention_dropout)"
     if device.type == "cuda":
         if resolve("auto", op="block", device=device) is not Impl.TRITON:
             return "its kernels do not run on this GPU"

@@ -118,6 +118,7 @@ def predict_memory(
     teacher_bytes: int,
     device: Device,
     loss: str,
+    fused: bool = False,
     num_shards: int = 1,
 ) -> MemoryEstimate:
     """Predict the peak of one process.
@@ -139,6 +140,7 @@ def predict_memory(
         teacher_bytes: Bytes per teacher parameter.
         device: Where it runs.
         loss: What computes losses on logits: ``reference`` or ``triton``.
+        fused: Whether decoder layers run fused.
         num_shards: Processes that share parameters, gradients and moments.
     """
     tokens = stage.micro_batch_size * stage.seq_len
@@ -150,9 +152,9 @@ def predict_memory(
     parts = [kept[kind] for kind in placement.kinds]
     if layerwise:
         converted = [parts[layer] for layer in placement.converted_layers]
-        activations = _layerwise_bytes(stage, geometry, converted, tokens, width)
+        activations = _layerwise_bytes(stage, geometry, converted, tokens, width, fused=fused)
     else:
-        activations = _end_to_end_bytes(stage, geometry, parts, tokens, width)
+        activations = _end_to_end_bytes(stage, geometry, parts, tokens, width, fused=fused)
     held = 1 if not stage.gradient_checkpointing or layerwise else geometry.num_layers
     activations += width * tokens * learning.kept_by_adapters(dropout=_drops(stage)) // held
     loss_bytes = 0 if layerwise else _loss_bytes(stage, geometry, tokens, device, loss)
@@ -186,28 +188,34 @@ def _held(num_parameters: int, geometry: Geometry, num_shards: int) -> int:
     return min(num_parameters, num_parameters // num_shards + outside + 2 * block)
 
 
-def _block(geometry: Geometry, mixer: Kept) -> Kept:
-    """Add what norms and MLP keep: ``3h`` and four times the inner width, and two float32 rows."""
-    hidden = geometry.hidden_size
-    return Kept(mixer.numbers + 3 * hidden + 4 * geometry.intermediate_size, mixer.float32 + 2 * hidden)
+def _block(geometry: Geometry, mixer: Kept, *, fused: bool) -> Kept:
+    """Add what norms and MLP keep.
+
+    As the families' modules run: ``3h`` and four times the inner width, and two float32 rows. Fused: of the ``2h`` that
+    a mixer counts for its input, the residual stream before it is one of the float32 rows; the MLP keeps its input and
+    the outputs of gate and up, ``h`` and twice the inner width.
+    """
+    hidden, inner = geometry.hidden_size, geometry.intermediate_size
+    numbers = 2 * inner if fused else 3 * hidden + 4 * inner
+    return Kept(mixer.numbers + numbers, mixer.float32 + 2 * hidden)
 
 
 def _end_to_end_bytes(
-    stage: StageConfig, geometry: Geometry, mixers: Sequence[Kept], tokens: int, width: int
+    stage: StageConfig, geometry: Geometry, mixers: Sequence[Kept], tokens: int, width: int, *, fused: bool
 ) -> int:
     """Sum what all blocks keep; with checkpointing, each block's input and the largest block."""
-    sizes = [tokens * _block(geometry, mixer).num_bytes(width) for mixer in mixers]
+    sizes = [tokens * _block(geometry, mixer, fused=fused).num_bytes(width) for mixer in mixers]
     if stage.gradient_checkpointing:
         return 4 * tokens * geometry.hidden_size * len(sizes) + max(sizes)
     return sum(sizes)
 
 
 def _layerwise_bytes(
-    stage: StageConfig, geometry: Geometry, mixers: Sequence[Kept], tokens: int, width: int
+    stage: StageConfig, geometry: Geometry, mixers: Sequence[Kept], tokens: int, width: int, *, fused: bool
 ) -> int:
     """Sum what the converted layers keep, and the teacher's recorded input and output of each of them."""
     blocks = isinstance(stage.objective, BlockOutputConfig)
-    kept = [_block(geometry, mixer) if blocks else mixer for mixer in mixers]
+    kept = [_block(geometry, mixer, fused=fused) if blocks else mixer for mixer in mixers]
     recorded = 2 * geometry.hidden_size * width
     return sum(tokens * (one.num_bytes(width) + recorded) for one in kept)
 

@@ -267,6 +267,7 @@ def plan_run(recipe: Recipe, *, num_processes: int = 1, device: Device | None = 
         mixers=recipe.student.mixers,
         impl=impl.impl,
         loss=loss,
+        fused=_runs_fused(recipe, conversion.student_config, device),
         teacher=teacher,
         dtype=dtype,
         num_processes=num_processes,
@@ -288,6 +289,18 @@ def _choose_loss(recipe: Recipe, device: Device) -> str:
     from gendistill.losses.logits import choose_loss_impl
 
     return choose_loss_impl(recipe.engine.loss, _torch_device(device)).value
+
+
+def _runs_fused(recipe: Recipe, config: dict[str, Any], device: Device) -> bool:
+    """Whether the student's layers will run fused where they compute in bfloat16."""
+    import torch
+
+    from gendistill.engine.decoder import why_no_such
+
+    where = _torch_device(device)
+    if recipe.engine.blocks == "family" or (recipe.engine.blocks == "auto" and where.type != "cuda"):
+        return False
+    return why_no_such(config, device=where, dtype=torch.bfloat16) is None
 
 
 def read_model(spec: str, *, revision: str, where: str) -> ModelFacts:
@@ -338,6 +351,7 @@ class _Run:
     mixers: MixersConfig
     impl: str | None
     loss: str
+    fused: bool
     teacher: ModelFacts
     dtype: str
     num_processes: int
@@ -367,6 +381,7 @@ class _Run:
             teacher_bytes=_BYTES[self.dtype],
             device=self.device,
             loss=self.loss,
+            fused=self.fused and stage.lora is None and stage.compute_dtype != "float32",
             num_shards=self.num_processes if self.sharded else 1,
         )
 

@@ -84,6 +84,7 @@ LAYERS = {
             "conversion",
             "checkpoints",
             "training",
+            "engine",
             "teachers",
             "losses",
             "data",
