@@ -86,7 +86,8 @@ def save_tiny_checkpoint(
     model.config.save_pretrained(folder)
     if model.generation_config is not None:
         model.generation_config.save_pretrained(folder)
-    weights = dict(model.named_parameters())  # tied ones once
+    # tied ones once
+    weights = {name: value.detach() for name, value in model.named_parameters()}
     save_file(weights, folder / SINGLE_NAME, metadata={"format": "pt"})
     tokenizer.save_pretrained(folder)
     return folder
