@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from gendistill.checkpoints.tensors import SINGLE_NAME
@@ -88,7 +87,7 @@ def save_tiny_checkpoint(
     if model.generation_config is not None:
         model.generation_config.save_pretrained(folder)
     # tied ones once
-    weights: dict[str, Tensor] = {**dict(model.named_parameters())}
+    weights = {name: value.detach() for name, value in model.named_parameters()}
     save_file(weights, folder / SINGLE_NAME, metadata={"format": "pt"})
     tokenizer.save_pretrained(folder)
     return folder
