@@ -146,7 +146,7 @@ def test_a_stage_of_cross_entropy_alone_has_the_teacher_in_memory_too(teacher_fo
     assert run_plan.stages[0].memory.teacher == 4 * run_plan.teacher.num_parameters
 
 
-@pytest.mark.parametrize(("impl", "least", "most"), [("triton", 50, 62), ("reference", 105, 125)])
+@pytest.mark.parametrize(("impl", "least", "most"), [("triton", 44, 50), ("reference", 90, 125)])
 def test_the_published_recipe_fits_80_gb_with_our_kernels_alone(machine, impl, least, most):
     """One H200 was measured at 36 GiB with 2 x 4096 tokens; the recipe has twice as many."""
     machine(cuda=True)
