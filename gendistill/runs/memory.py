@@ -156,7 +156,8 @@ def predict_memory(
     else:
         activations = _end_to_end_bytes(stage, geometry, parts, tokens, width, fused=fused)
     held = 1 if not stage.gradient_checkpointing or layerwise else geometry.num_layers
-    activations += width * tokens * learning.kept_by_adapters(dropout=_drops(stage)) // held
+    if not fused:
+        activations += width * tokens * learning.kept_by_adapters(dropout=_drops(stage)) // held
     loss_bytes = 0 if layerwise else _loss_bytes(stage, geometry, tokens, device, loss)
     student_bytes = 6 if device.kind == "cuda" else 4
     with_adapters = num_student + learning.num_adapters
