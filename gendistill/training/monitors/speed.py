@@ -41,10 +41,12 @@ class Speed:
             self.num_labels += batch.num_labels
         if not run.due.log:
             return None
-        run.meter.read()  # waits for the device
+        # counted while the device still works
         self.count = self.count or operations_of(run)
-        operations, seconds = self.count and self.count(self.documents, self.num_labels), run.watch.elapsed
+        operations = self.count and self.count(self.documents, self.num_labels)
         self._clear()
+        run.meter.read()  # waits for the device
+        seconds = run.watch.elapsed
         if operations is None or seconds <= 0:
             return None
         found = {"tflops": operations / seconds / 1e12}
