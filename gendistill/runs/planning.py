@@ -394,7 +394,16 @@ class _Run:
         steps = stage.steps if stage.tokens is None else math.ceil(stage.tokens / per_step)
         ways = ()
         if memory.total > self.device.total_bytes:
-            ways = tuple(ways_to_fit(name, stage, self.num_processes, self._peak, self.device.total_bytes))
+            ways = tuple(
+                ways_to_fit(
+                    name,
+                    stage,
+                    self.num_processes,
+                    self._peak,
+                    self.device.total_bytes,
+                    num_layers=self.geometry.num_layers,
+                )
+            )
         return StageForecast(
             name=name,
             objective=_describe_objective(stage),
