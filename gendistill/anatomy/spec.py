@@ -145,7 +145,7 @@ class MixerSpec:
     def mixing_flops(self, geometry: Geometry, settings: Any, length: int) -> int:
         """Count the operations that mix one document's tokens in a forward pass, those of its matrices left out.
 
-        None unless a spec says otherwise: utilisation then counts the matrices alone.
+        Zero unless a spec says otherwise: utilisation then counts the matrices alone.
 
         Args:
             geometry: Of the model.
