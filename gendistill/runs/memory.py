@@ -158,7 +158,8 @@ def predict_memory(
     layers = geometry.num_layers
     # of layers that are computed again, one at a time
     held = layers if layerwise else max(1, layers - _recomputed(stage, layers))
-    activations += width * tokens * learning.kept_by_adapters(dropout=_drops(stage)) * held // layers
+    if not fused:
+        activations += width * tokens * learning.kept_by_adapters(dropout=_drops(stage)) * held // layers
     loss_bytes = 0 if layerwise else _loss_bytes(stage, geometry, tokens, device, loss)
     student_bytes = 6 if device.kind == "cuda" else 4
     with_adapters = num_student + learning.num_adapters

@@ -381,7 +381,9 @@ class _Run:
             teacher_bytes=_BYTES[self.dtype],
             device=self.device,
             loss=self.loss,
-            fused=self.fused and stage.lora is None and stage.compute_dtype != "float32",
+            fused=self.fused
+            and stage.compute_dtype != "float32"
+            and not (stage.lora is not None and (stage.lora.dropout or self.sharded)),
             num_shards=self.num_processes if self.sharded else 1,
         )
 

@@ -323,6 +323,8 @@ class StageRun:
             console.stage(name, num_steps=self.lock.steps, step=self.progress.step) as view,
             self.trackers,
         ):
+            # trackers may take seconds to start
+            self.watch.lap()
             while not self.is_over:
                 self.step()
                 self.due = self._due(request)
