@@ -25,6 +25,7 @@ class PackedLinear:
     Args:
         layers: Of one input width; with biases or without.
         dtype: Of arithmetic.
+        learns: Whether parameters learn that require a gradient.
 
     Attributes:
         matrix: ``[rows, in_features]``; zeros below the last layer.
@@ -32,8 +33,9 @@ class PackedLinear:
         widths: Outputs of each layer.
     """
 
-    def __init__(self, layers: Sequence[nn.Linear], dtype: torch.dtype) -> None:
+    def __init__(self, layers: Sequence[nn.Linear], dtype: torch.dtype, *, learns: bool = True) -> None:
         self.layers = tuple(layers)
+        self.learns = learns
         self.widths = tuple(layer.out_features for layer in layers)
         self.parameters: list[Tensor] = [layer.weight for layer in layers]
         self.biases: list[Tensor] = [layer.bias for layer in layers if layer.bias is not None]
@@ -54,7 +56,7 @@ class PackedLinear:
 
     @torch.no_grad()
     def _take(self, parameter: Tensor, target: Tensor) -> None:
-        if parameter.dtype == target.dtype and not parameter.requires_grad:
+        if parameter.dtype == target.dtype and not (self.learns and parameter.requires_grad):
             target.copy_(parameter)
             parameter.data = target
             self.adopted.append(parameter)
@@ -140,10 +142,11 @@ class GatheredLinear(PackedLinear):
         return torch.cat(parts)
 
 
-def pack(layers: Sequence[nn.Linear], dtype: torch.dtype) -> PackedLinear:
+def pack(layers: Sequence[nn.Linear], dtype: torch.dtype, *, learns: bool = True) -> PackedLinear:
     """Pack linear layers, whether this process has their weights whole or not."""
-    is_split = any(isinstance(layer.weight, DTensor) for layer in layers)
-    return (GatheredLinear if is_split else PackedLinear)(layers, dtype)
+    if any(isinstance(layer.weight, DTensor) for layer in layers):
+        return GatheredLinear(layers, dtype)
+    return PackedLinear(layers, dtype, learns=learns)
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:
@@ -194,10 +197,11 @@ class _Packed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, packed: PackedLinear, *parameters: Tensor) -> Tensor:
         # as a matrix: with more dimensions, a bias would be added in a pass of its own
-        flat = x.flatten(0, -2).to(packed.matrix.dtype)
+        matrix = packed.matrix
+        flat = x.flatten(0, -2).to(matrix.dtype)
         ctx.packed, ctx.shape, ctx.dtype = packed, x.shape, x.dtype
         ctx.save_for_backward(flat, packed.saved())
-        return F.linear(flat, packed.matrix, packed.bias).view(*x.shape[:-1], -1)
+        return F.linear(flat, matrix, packed.bias).view(*x.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable

@@ -213,7 +213,14 @@ class _Attend(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         qkv, q_weight, k_weight, cos, sin, q, k, out, lse = ctx.saved_tensors
         grads = _flash_backward(
-            grad.view_as(out), q, k, _values(qkv, ctx.heads), out, lse, ctx.window, ctx.segments
+            grad.reshape(out.shape).contiguous(),
+            q,
+            k,
+            _values(qkv, ctx.heads),
+            out,
+            lse,
+            ctx.window,
+            ctx.segments,
         )
         want = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
         grads = ropes().rotate_backward(

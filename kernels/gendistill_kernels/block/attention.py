@@ -76,7 +76,8 @@ def forward_kernel(
     H: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, V_ROW: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
-    head, tile = tl.program_id(0), tl.program_id(1)
+    # one number for both: only the first of a grid may be large
+    head, tile = tl.program_id(0) % H, tl.program_id(0) // H
     first = tl.load(tiles + tile * 3)
     start = tl.load(tiles + tile * 3 + 1)
     end = tl.load(tiles + tile * 3 + 2)
@@ -132,7 +133,7 @@ def attend_forward(
     wide = max(16, power_of_2(D))
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(H, tokens, dtype=torch.float32, device=q.device)
-    _forward[(H, len(tiles))](
+    _forward[(H * len(tiles),)](
         q, k, v, tiles, out, lse, tokens, 0 if window is None else window, D**-0.5 * _BITS,
         H=H, KV=k.shape[1], D=D, BD=wide, V_ROW=v.stride(0), BM=QUERIES, BN=config.block,
         WINDOW=window is not None, num_warps=config.warps, num_stages=config.stages,
