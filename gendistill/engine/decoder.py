@@ -58,8 +58,8 @@ def fuse(model: Any, dtype: torch.dtype, *, learns: bool = True) -> None:
 
     Args:
         model: A family's own or a student: with ``model`` and ``config``; where it will run.
-        dtype: Of arithmetic. Parameters keep theirs; copies in this dtype are refreshed when parameters change, which
-            writing to their ``.data`` does not tell.
+        dtype: Of arithmetic. Parameters keep theirs; copies in this dtype are refreshed when parameters change or get
+            other memory. Writing to their ``.data`` is not noticed, nor is another parameter in the place of one.
         learns: Whether parameters learn that require a gradient; a teacher's do not, and need no copies in their own
             dtype.
     """
@@ -148,7 +148,7 @@ class FusedDecoder:
         self.patched: list[tuple[nn.Module, str]] = []
         self.sources: list[Tensor] = []
         self.targets: list[Tensor] = []
-        self.versions: list[int] = []
+        self.versions: list[tuple[int, int]] = []
         # a fused optimizer changes parameters without counting their versions up
         self.handle = register_optimizer_step_post_hook(
             functools.partial(_forget_versions, weakref.ref(self))
@@ -194,10 +194,17 @@ class FusedDecoder:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Cast the weights that have changed since the last time, which is once an optimizer step."""
-        versions = [source._version for source in self.sources]
+        """Cast the weights if any has changed since the last time, which is once an optimizer step."""
+        versions = [(source._version, source.data_ptr()) for source in self.sources]
         if versions != self.versions:
-            torch._foreach_copy_(self.targets, self.sources)  # pyright: ignore[reportPrivateImportUsage]
+            # what is a view of its target is there already
+            apart = [
+                (target, source)
+                for target, source, (_, place) in zip(self.targets, self.sources, versions, strict=True)
+                if place != target.data_ptr()
+            ]
+            if apart:
+                torch._foreach_copy_(*map(list, zip(*apart, strict=True)))  # pyright: ignore
             self.versions = versions
 
     def release(self) -> None:

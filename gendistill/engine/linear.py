@@ -28,6 +28,7 @@ class PackedLinear:
         learns: Whether parameters learn that require a gradient.
 
     Attributes:
+        sources, targets: Parameters, and where each is in ``matrix`` or ``bias``.
         matrix: ``[rows, in_features]``; zeros below the last layer.
         bias: ``[rows]``, or None.
         widths: Outputs of each layer.
@@ -47,7 +48,6 @@ class PackedLinear:
         self.places = list(pairwise(accumulate(self.widths, initial=0)))
         self.sources: list[Tensor] = []
         self.targets: list[Tensor] = []
-        self.adopted: list[Tensor] = []
         for layer, (start, end) in zip(self.layers, self.places, strict=True):
             self._take(layer.weight, self.matrix[start:end])
             if layer.bias is not None:
@@ -59,16 +59,15 @@ class PackedLinear:
         if parameter.dtype == target.dtype and not (self.learns and parameter.requires_grad):
             target.copy_(parameter)
             parameter.data = target
-            self.adopted.append(parameter)
-        else:
-            self.sources.append(parameter)
-            self.targets.append(target)
+        self.sources.append(parameter)
+        self.targets.append(target)
 
     def release(self) -> None:
         """Give parameters that are views of the matrix memory of their own."""
-        for parameter in self.adopted:
-            parameter.data = parameter.data.clone()
-        self.adopted = []
+        for parameter, target in zip(self.sources, self.targets, strict=True):
+            if parameter.data_ptr() == target.data_ptr():
+                parameter.data = parameter.data.clone()
+        self.sources, self.targets = [], []
 
     def saved(self) -> Tensor | None:
         """Return what a function keeps of the matrix for its backward pass."""
@@ -100,7 +99,7 @@ class GatheredLinear(PackedLinear):
         self.dtype = dtype
         self.widths = tuple(layer.out_features for layer in layers)
         self.places = list(pairwise(accumulate(self.widths, initial=0)))
-        self.sources, self.targets, self.adopted = [], [], []
+        self.sources, self.targets = [], []
 
     @property
     def parameters(self) -> list[Tensor]:  # pyright: ignore[reportIncompatibleVariableOverride]
