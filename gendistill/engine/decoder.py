@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -298,7 +298,7 @@ def _run_layer(
         return gated_mlp(x, stream, gate_up, down, impl=fused.impl)
 
 
-def _fills(sequences: Any, cells: int) -> bool:
+def _fills(sequences: Any, cells: int) -> TypeGuard[SequenceInfo]:
     """Say whether these are documents that fill a grid."""
     packed = isinstance(sequences, SequenceInfo) and sequences.tokens is None
     return packed and sequences.segments.num_tokens == cells
@@ -316,8 +316,9 @@ def _layout_of(
 ) -> Layout | None:
     """Return the layout of a layer that is run alone, on packed documents; None for any other call."""
     batch, length = hidden_states.shape[:2]
-    alone = position_embeddings is not None and attention_mask is None and past_key_values is None
-    if not alone or not _fills(sequences, batch * length):
+    if position_embeddings is None or attention_mask is not None or past_key_values is not None:
+        return None
+    if not _fills(sequences, batch * length):
         return None
     fused.refresh()
     return _lay_out(fused, batch, sequences, position_embeddings, position_ids)
