@@ -232,6 +232,19 @@ def test_calls_about_anything_else_mean_what_they_mean_to_the_decoder(kind):
             assert distance(found, wanted) < 1e-6
 
 
+@pytest.mark.parametrize("kind", ["teacher", "student"])
+def test_batches_of_training_do_run_fused(kind, monkeypatch):
+    model = make_teacher("llama") if kind == "teacher" else make_student("kda", "llama")
+    fuse(model, torch.float32)
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("the decoder itself ran")
+
+    monkeypatch.setattr(type(model.model), "forward", refuse)
+    monkeypatch.setattr(type(model.model.layers[0]), "forward", refuse)
+    run(model)
+
+
 def test_documents_that_do_not_fill_the_grid_are_refused_as_by_the_student_itself():
     model = make_student("kda")
     batch = packed_batch()

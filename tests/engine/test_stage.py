@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,25 @@ def test_losses_are_those_of_the_family_s_layers(kind, tmp_path):
         assert not is_fused(student)
         losses[blocks] = [row["loss"] for row in tiny.rows(tmp_path / blocks)] + [result.heldout["kl"]]
     assert losses["fused"] == pytest.approx(losses["family"], rel=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_fused_stage_that_resumes_goes_the_same_way(dtype, tmp_path):
+    def run():
+        return tiny.run_stage(
+            tmp_path, engine={"blocks": "fused"}, compute_dtype=dtype, save_every_steps=3, log_every_steps=1
+        )
+
+    result, student = run()
+    losses = [row["loss"] for row in tiny.rows(tmp_path)]
+    shutil.rmtree(tmp_path / "stages" / "tiny" / "checkpoints" / "step-000006")
+    again, resumed = run()
+    assert [row["loss"] for row in tiny.rows(tmp_path)] == losses
+    assert again.heldout == result.heldout
+    weights = resumed.state_dict()
+    assert [
+        name for name, value in student.state_dict().items() if not torch.equal(value, weights[name])
+    ] == []
 
 
 def test_a_teacher_keeps_one_copy_of_its_weights(tmp_path, monkeypatch):
