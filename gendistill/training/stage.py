@@ -155,6 +155,7 @@ class StageRun:
         # the newest checkpoint last
         self.saved = saved
         check_vocabulary(teacher.facts, student.config)
+        _check_apart(self.module, teacher.model)
         scored = [batch for batch in job.heldout if batch.num_labels]
         if not scored:
             raise DataError(
@@ -271,7 +272,7 @@ class StageRun:
             arithmetic = dtype if role == "student" else model.lm_head.weight.dtype
             reason = why_not(model, device=device, dtype=arithmetic)
             if reason is None:
-                fuse(model, arithmetic)
+                fuse(model, arithmetic, learns=role == "student")
                 self.console.say(f"{self.job.name}: the {role}'s layers run fused")
             elif asked == "fused":
                 raise RecipeError(
@@ -594,6 +595,19 @@ def _when_lost(job: StageJob, saved: list[Path]) -> Situation:
         hint="run the same command again, on as many processes or fewer: "
         + ("the stage resumes from there" if saved else "the stage begins again"),
     )
+
+
+def _check_apart(student: nn.Module, teacher: nn.Module | None) -> None:
+    """Refuse a teacher that would learn with its student."""
+    theirs = {} if teacher is None else {parameter: name for name, parameter in teacher.named_parameters()}
+    for parameter in student.parameters():
+        if parameter in theirs:
+            raise RecipeError(
+                f"student and teacher are one model in memory, or share {theirs[parameter]}: the teacher would change "
+                "as the student learns",
+                where="teacher.model",
+                hint="load the teacher once more, as a model of its own",
+            )
 
 
 def _divides(every: int | None, step: int) -> bool:

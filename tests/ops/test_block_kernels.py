@@ -13,6 +13,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 from gendistill.ops import Segments, sliding_window_attention
 from gendistill.ops.reference import block as reference
+from gendistill_kernels.block import attention
 from gendistill_kernels.block.attention import attend_backward, attend_forward, tiles_of
 from gendistill_kernels.block.glu import swiglu_backward, swiglu_forward
 from gendistill_kernels.block.norm import rms_norm_backward, rms_norm_forward
@@ -173,3 +174,20 @@ def test_tiles_cover_every_query_once_and_long_ones_come_first():
     assert sorted(tiles) == [[0, 0, 150], [64, 0, 150], [128, 0, 150], [150, 150, 155], [155, 155, 219]]
     assert tiles[0] == [128, 0, 150]
     assert tiles_of([], torch.device("cpu")).shape == (0, 3)
+
+
+def test_more_tiles_than_a_grid_has_rows_are_launched(monkeypatch):
+    grids = []
+
+    class Recorded:
+        def __getitem__(self, grid):
+            grids.append(grid)
+            return lambda *args, **kwargs: None
+
+    monkeypatch.setattr(attention, "_forward", Recorded())
+    tiles = tiles_of([1] * 70_000, torch.device("cpu"))
+    q, k, v = torch.ones(70_000, 2, 16), torch.ones(70_000, 1, 16), torch.ones(70_000, 1, 16)
+    attend_forward(q, k, v, tiles, window=None)
+    # all but the first size of a grid are 65,535 at most
+    assert all(size <= 65_535 for grid in grids for size in grid[1:])
+    assert grids == [(140_000,)]

@@ -229,7 +229,14 @@ class _Attend(torch.autograd.Function):
         qkv, q_weight, k_weight, cos, sin, q, k, out, lse = ctx.saved_tensors
         differentiate = _own_backward if torch.are_deterministic_algorithms_enabled() else _flash_backward
         grads = differentiate(
-            grad.view_as(out), q, k, _values(qkv, ctx.heads), out, lse, ctx.window, ctx.segments
+            grad.reshape(out.shape).contiguous(),
+            q,
+            k,
+            _values(qkv, ctx.heads),
+            out,
+            lse,
+            ctx.window,
+            ctx.segments,
         )
         want = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
         grads = ropes().rotate_backward(

@@ -82,7 +82,8 @@ def forward_kernel(
     H: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, V_ROW: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
-    head, tile = tl.program_id(0), tl.program_id(1)
+    # one number for both: only the first of a grid may be large
+    head, tile = tl.program_id(0) % H, tl.program_id(0) // H
     first = tl.load(tiles + tile * 3)
     start = tl.load(tiles + tile * 3 + 1)
     end = tl.load(tiles + tile * 3 + 2)
@@ -153,7 +154,7 @@ def queries_kernel(
     H: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, V_ROW: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
-    head, tile = tl.program_id(0), tl.program_id(1)
+    head, tile = tl.program_id(0) % H, tl.program_id(0) // H
     first = tl.load(tiles + tile * 3)
     start = tl.load(tiles + tile * 3 + 1)
     end = tl.load(tiles + tile * 3 + 2)
@@ -217,7 +218,7 @@ def keys_kernel(
     H: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, V_ROW: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
-    shared, tile = tl.program_id(0), tl.program_id(1)
+    shared, tile = tl.program_id(0) % KV, tl.program_id(0) // KV
     first = tl.load(tiles + tile * 3)
     end = tl.load(tiles + tile * 3 + 2)
     key, column = first + tl.arange(0, BN), tl.arange(0, BD)
@@ -273,7 +274,7 @@ def attend_forward(
     wide = max(16, power_of_2(D))
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(H, tokens, dtype=torch.float32, device=q.device)
-    _forward[(H, len(tiles))](
+    _forward[(H * len(tiles),)](
         q, k, v, tiles, out, lse, tokens, 0 if window is None else window, D**-0.5 * _BITS.value,
         H=H, KV=k.shape[1], D=D, BD=wide, V_ROW=v.stride(0), BM=QUERIES, BN=config.block,
         WINDOW=window is not None, num_warps=config.warps, num_stages=config.stages,
@@ -309,12 +310,12 @@ def attend_backward(
     constants = {"H": H, "KV": KV, "D": D, "BD": wide, "V_ROW": v.stride(0), "WINDOW": window is not None}
     reach, scale = 0 if window is None else window, D**-0.5
     config = TABLE.lookup(q.device, "block_attention_queries", q.dtype.itemsize)
-    _queries[(H, len(tiles))](
+    _queries[(H * len(tiles),)](
         grad_out, q, k, v, out, lse, tiles, grad_q, sums, tokens, reach, scale * _BITS.value, scale,
         **constants, BM=QUERIES, BN=config.block, num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     config = TABLE.lookup(q.device, "block_attention_keys", q.dtype.itemsize)
-    _keys[(KV, len(tiles))](
+    _keys[(KV * len(tiles),)](
         grad_out, q, k, v, lse, sums, tiles, grad_k, grad_v, tokens, reach, scale * _BITS.value, scale,
         **constants, BM=min(config.block, QUERIES), BN=QUERIES, num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
