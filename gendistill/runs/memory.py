@@ -124,9 +124,9 @@ def predict_memory(
     """Predict the peak of one process.
 
     ``teacher = teacher_bytes * P_teacher``; ``student = 4 * P_student`` (float32 masters, adapters included), plus
-    ``2 * P_student`` for the bfloat16 copies of autocast on GPU; ``optimizer = 4 * P_trained`` for gradients, plus the
-    moments, ``8 * P_trained`` in float32. Sharded over processes, each has its part of all these, and whole what lies
-    outside the blocks and two blocks at a time.
+    ``2 * P_student`` for bfloat16 copies where the arithmetic is in bfloat16; ``optimizer = 4 * P_trained`` for
+    gradients, plus the moments, ``8 * P_trained`` in float32. Sharded over processes, each has its part of all these,
+    and whole what lies outside the blocks and two blocks at a time.
 
     Args:
         stage: Batch, length and objective.
@@ -144,7 +144,9 @@ def predict_memory(
         num_shards: Processes that share parameters, gradients and moments.
     """
     tokens = stage.micro_batch_size * stage.seq_len
-    width = 2 if device.kind == "cuda" else 4
+    # of a CPU's bfloat16 nothing is assumed: only some have it, and for wide models alone
+    half = device.kind == "cuda" if stage.compute_dtype == "auto" else stage.compute_dtype == "bfloat16"
+    width = 2 if half else 4
     layerwise = isinstance(stage.objective, MixerOutputConfig | BlockOutputConfig)
     kept = {
         kind: MIXERS[kind].kept(geometry, mixers.of(kind), impl) for kind in dict.fromkeys(placement.kinds)
@@ -158,7 +160,7 @@ def predict_memory(
     held = 1 if not stage.gradient_checkpointing or layerwise else geometry.num_layers
     activations += width * tokens * learning.kept_by_adapters(dropout=_drops(stage)) // held
     loss_bytes = 0 if layerwise else _loss_bytes(stage, geometry, tokens, device, loss)
-    student_bytes = 6 if device.kind == "cuda" else 4
+    student_bytes = 6 if half else 4
     with_adapters = num_student + learning.num_adapters
 
     def shared(num_parameters: int, bytes_each: int) -> int:
