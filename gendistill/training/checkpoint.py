@@ -193,11 +193,14 @@ def load_checkpoint(
         trained, optimizer: As they were saved; already sharded.
         parallel: How they are spread.
     Raises:
-        CheckpointError: It was written for other trained parameters, or is damaged.
+        CheckpointError: It was written for other trained parameters or by another optimizer, or is damaged. Nothing
+            has changed then.
     """
     # whole, where they are read
     held: list[dict[str, Tensor]] = []
     state, steps, layouts = parallel.on_main(lambda: _read_for(path, trained, held))
+    for name, parameter in trained.items():
+        _check_moments(path, layouts[name], optimizer.state.get(parameter))
     with torch.no_grad():
         for name, part in parallel.scatter(trained, lambda name: held[0][name]):
             trained[name].copy_(part)
@@ -245,13 +248,19 @@ def _read_for(
     return state, {name: moments[f"{name}.step"].item() for name in weights}, layouts
 
 
-def _restore(state: dict[str, Tensor], found: Mapping[str, Tensor]) -> None:
-    """Put moments in place of those that an optimizer has, or give them to one that has none yet."""
-    if state and state.keys() != found.keys():
+def _check_moments(path: Path, layout: _Layout, state: Mapping[str, Tensor] | None) -> None:
+    """Refuse moments of another optimizer; one that has no state yet makes that of AdamW."""
+    wanted = state or _MOMENT_KEYS
+    if layout.keys() != set(wanted):
         raise CheckpointError(
-            f"the checkpoint was written by another optimizer: it holds {', '.join(found)}, not {', '.join(state)}",
+            f"the checkpoint was written by another optimizer: it holds {', '.join(layout)}, not {', '.join(wanted)}",
+            where=str(path),
             hint="restore the recipe that wrote it, or delete the stage's folder to start the stage again",
         )
+
+
+def _restore(state: dict[str, Tensor], found: Mapping[str, Tensor]) -> None:
+    """Put moments in place of those that an optimizer has, or give them to one that has none yet."""
     for key, value in found.items():
         if key in state:
             state[key].copy_(value)

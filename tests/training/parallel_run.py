@@ -156,6 +156,9 @@ def main(folder):
     for name, (world, engine) in MODES.items():
         codes[name] = tiny.together(folder / name, world, work=train, engine=engine)
     pairs(folder, codes, CASES)
+    codes["rewound_ddp"] = tiny.together(
+        folder / "rewound_ddp", 2, work=train, engine=DDP, **CASES["rewound"]
+    )
     # 2 sharded -> 4 whole -> 1
     codes["to_4"] = resume(folder / "to_4", folder / "fsdp2_2", 2, 4, DDP)
     codes["to_1"] = resume(folder / "to_1", folder / "to_4", 4, 1, FSDP2)

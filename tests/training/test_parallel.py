@@ -92,8 +92,10 @@ def test_sharded_parameters_train_as_whole_ones(tiny, stages, case):
 
 
 def test_processes_go_back_together(tiny, stages):
-    folder, *_ = stages
-    for name in ("rewound_one", "rewound_2"):
+    folder, found, output = stages
+    assert found["codes"]["rewound_ddp"] == 0, output[-3000:]
+    assert_same_curve(tiny, folder / "rewound_ddp", folder / "rewound_one")
+    for name in ("rewound_one", "rewound_2", "rewound_ddp"):
         result = json.loads((folder / name / "stages/tiny/result.json").read_text())
         assert result["rewinds"] == [{"step": 5, "to": 2, "skipped_to": 5}]
         assert result["steps"] == 6
