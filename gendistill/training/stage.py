@@ -246,6 +246,7 @@ class StageRun:
                     self.optimizer,
                     lambda groups: OPTIMIZERS[stage.optimizer](groups, stage.betas),
                     slowest=parallel.largest,
+                    shares=parallel.world > 1,
                 )
             )
             self.optimizer.zero_grad()

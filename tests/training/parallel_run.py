@@ -168,7 +168,8 @@ def main(folder):
         codes[f"copy_{name}"] = tiny.together(
             folder / "copies" / name, world, work=copy_checkpoint, source=source, engine=engine
         )
-    codes["minutes"] = tiny.together(folder / "minutes", 2, engine=FSDP2, steps=None, minutes=0.05)
+    for name, engine in (("minutes", FSDP2), ("minutes_ddp", DDP)):
+        codes[name] = tiny.together(folder / name, 2, engine=engine, steps=None, minutes=0.05)
     codes["bad"] = tiny.together(folder / "bad", 2, engine=FSDP2, lr=1e30)
     patient = {"patience_s": 2}
     lost = {

@@ -178,12 +178,11 @@ def test_a_stage_resumes_on_another_number_of_processes_and_in_the_other_mode(ti
     assert_same_curve(tiny, folder / resumed, folder / "one")
 
 
-def test_a_budget_in_minutes_is_timed_alike_on_sharded_processes(tiny, stages):
+@pytest.mark.parametrize("name", ["minutes", "minutes_ddp"])
+def test_a_budget_in_minutes_is_timed_alike_on_all_processes(stages, name):
     folder, found, _ = stages
-    assert found["codes"]["minutes"] == 0
-    assert (
-        json.loads((folder / "minutes" / "stages" / "tiny" / "plan.json").read_text())["seconds_per_step"] > 0
-    )
+    assert found["codes"][name] == 0
+    assert json.loads((folder / name / "stages" / "tiny" / "plan.json").read_text())["seconds_per_step"] > 0
 
 
 def test_sharded_processes_name_one_place_where_numbers_stop_being_finite(stages):
