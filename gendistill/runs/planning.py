@@ -285,6 +285,7 @@ def plan_run(recipe: Recipe, *, num_processes: int = 1, device: Device | None = 
     impl, loss = _choose_impl(recipe, placement, device), _choose_loss(recipe, device)
     dtype = teacher_dtype(recipe.teacher.dtype, device.kind)
     run = _Run(
+        stages=recipe.stages,
         conversion=conversion,
         geometry=geometry,
         mixers=recipe.student.mixers,
@@ -357,6 +358,7 @@ def expected_tensors(config: dict[str, Any], *, where: str) -> dict[str, TensorI
 class _Run:
     """What all stages of a run share."""
 
+    stages: Mapping[str, StageConfig]
     conversion: ConversionPlan
     geometry: Geometry
     mixers: MixersConfig
@@ -410,6 +412,7 @@ class _Run:
             loss=self.loss,
             fused=self.is_fused(stage),
             num_shards=self.num_processes if self.sharded else 1,
+            buckets=self.num_processes > 1 and not self.sharded,
         )
 
     def forecast(self, name: str, stage: StageConfig) -> StageForecast:
@@ -422,7 +425,8 @@ class _Run:
         steps = stage.steps if stage.tokens is None else math.ceil(stage.tokens / per_step)
         ways = ()
         if memory.total > self.device.total_bytes:
-            ways = tuple(ways_to_fit(name, stage, self.num_processes, self._peak, self.device.total_bytes))
+            found = ways_to_fit(name, stage, self.num_processes, self._peak, self.device.total_bytes)
+            ways = tuple(way for each in found if (way := self._for_all_stages(name, each)) is not None)
         return StageForecast(
             name=name,
             objective=_describe_objective(stage),
@@ -450,6 +454,20 @@ class _Run:
             checkpoint_bytes=learning.checkpoint,
             ways_to_fit=ways,
         )
+
+    def _for_all_stages(self, name: str, way: Way) -> Way | None:
+        """Let the other stages' batches be shared by a way's processes, too; None if one cannot be."""
+        if way.num_processes is None:
+            return way
+        smaller = []
+        for other, stage in self.stages.items():
+            share, rest = divmod(stage.batch_size, way.num_processes)
+            if rest:
+                return None
+            if other != name and share % stage.micro_batch_size:
+                fits = max(rows for rows in range(1, stage.micro_batch_size) if share % rows == 0)
+                smaller.append(f"stages.{other}.micro_batch_size={fits}")
+        return replace(way, overrides=(*way.overrides, *smaller))
 
     def _peak(self, name: str, stage: StageConfig, processes: int | None) -> int | None:
         """Predict the peak of a changed stage, sharded over some processes or as planned; None: it is refused."""

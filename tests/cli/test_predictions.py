@@ -220,3 +220,32 @@ def test_float32_on_a_gpu_takes_twice_the_activations_and_no_copies(planned):
     assert full.activations > 1.5 * half.activations
     assert full.student * 6 == half.student * 4
     assert math.isclose(full.teacher, half.teacher)
+
+
+def parts_of(found, name):
+    (stage,) = [stage for stage in found.stages if stage.name == name]
+    return stage.memory, sum(stage.trained.values())
+
+
+@pytest.mark.parametrize("num_processes", [2, 8])
+def test_processes_hold_what_the_table_of_their_mode_says(planned, num_processes):
+    """The table of docs/parallel.md: P, T and Q parameters, E of an embedding that is the head, L of a layer."""
+    found = planned("engine.parallel=fsdp2", num_processes=num_processes)
+    memory, trained = parts_of(found, "distill")
+    student, teacher, embedding = (
+        found.conversion.num_parameters,
+        found.teacher.num_parameters,
+        151_936 * 1024,
+    )
+    layer, theirs = (student - embedding - 1024) // 28, (teacher - embedding - 1024) // 28
+    assert memory.student == pytest.approx(
+        4 * student / num_processes + 2 * 2 * layer + 4 * embedding, rel=1e-3
+    )
+    assert memory.optimizer == 12 * trained // num_processes
+    assert memory.teacher == pytest.approx(2 * (teacher / num_processes + embedding + 2 * theirs), rel=1e-3)
+    blocks, _ = parts_of(found, "block")
+    assert blocks.student - memory.student == pytest.approx(2 * (21 - 2) * layer, rel=1e-2)
+    whole, _ = parts_of(planned("engine.parallel=ddp", num_processes=num_processes), "distill")
+    assert whole.student == 6 * student
+    assert whole.optimizer == (12 + 4) * trained
+    assert whole.activations == memory.activations
