@@ -136,13 +136,15 @@ def gather_tensors(
     return Tensors(gather_on_main(parallel, trained), gather_on_main(parallel, moments))
 
 
-def save_checkpoint(folder: Path, *, step: int, keep: int, tensors: Tensors, state: dict[str, Any]) -> Path:
+def save_checkpoint(
+    folder: Path, *, step: int, keep: int | None, tensors: Tensors, state: dict[str, Any]
+) -> Path:
     """Write ``folder/step-000050`` and delete all but the newest ``keep``.
 
     Args:
         folder: Folder of the stage's checkpoints.
         step: Steps finished.
-        keep: Checkpoints to keep, this one included.
+        keep: Checkpoints to keep, this one included; None: leave that to ``rotate_checkpoints``.
         tensors: What the stage has changed.
         state: JSON: everything else that a resumed stage needs, under ``progress`` and ``stream``.
     Raises:
@@ -159,7 +161,8 @@ def save_checkpoint(folder: Path, *, step: int, keep: int, tensors: Tensors, sta
         # as it will be read: keys of dictionaries become text
         content = json.loads(json.dumps({"step": step, "files": files, **state}))
         write_json(partial / _STATE, {**content, "crc32": _checksum(content)})
-    _rotate(folder, step, keep)
+    if keep is not None:
+        rotate_checkpoints(folder, step=step, keep=keep)
     return path
 
 
@@ -397,7 +400,8 @@ def _steps(folder: Path) -> list[tuple[int, Path]]:
         ) from error
 
 
-def _rotate(folder: Path, step: int, keep: int) -> None:
+def rotate_checkpoints(folder: Path, *, step: int, keep: int) -> None:
+    """Delete all but the newest ``keep``, of which that of ``step`` is the newest."""
     # later ones were damaged, or this one would not have been written
     steps = sorted(_steps(folder))
     older = [path for other, path in steps if other <= step]

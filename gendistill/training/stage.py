@@ -29,6 +29,7 @@ from gendistill.training.checkpoint import (
     find_checkpoint,
     gather_tensors,
     load_checkpoint,
+    rotate_checkpoints,
     save_checkpoint,
     trained_parameters,
 )
@@ -434,12 +435,18 @@ class StageRun:
                 lambda: save_checkpoint(
                     self.job.checkpoints,
                     step=progress.step,
-                    keep=self.stage.keep_checkpoints,
+                    keep=None,
                     tensors=tensors,
                     state=state,
                 )
             )
+            # all know of the new one before those that they would name are deleted
             self.saved.append(path)
+            self.parallel.on_main(
+                lambda: rotate_checkpoints(
+                    self.job.checkpoints, step=progress.step, keep=self.stage.keep_checkpoints
+                )
+            )
         self.last_save = time.perf_counter()
 
     def _due(self, request: StopRequest) -> Due:

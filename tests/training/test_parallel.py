@@ -207,9 +207,12 @@ def test_the_others_end_and_name_the_lost_process(tiny, stages, name, rank, why)
     assert set(lost["codes"]) == {1}
     # silence, then the time that a process may take to end by itself; a loaded machine takes its own
     assert lost["seconds"] < 30
-    [said] = {line for line in output.splitlines() if "is lost" in line and f"/{name}/" in line}
-    assert f"rank {rank} (process " in said
-    assert why in said
+    lines = {line for line in output.splitlines() if "is lost" in line and f"/{name}/" in line}
     kept = folder / name / CHECKPOINTS
-    assert f"The checkpoint {kept}/step-" in said
+    # one may have heard of a checkpoint that was being saved, another not
+    assert 1 <= len(lines) <= 2, output[-3000:]
+    for said in lines:
+        assert f"rank {rank} (process " in said
+        assert why in said
+        assert f"The checkpoint {kept}/step-" in said
     assert tiny.find_checkpoint(kept, pytest.fail) is not None
