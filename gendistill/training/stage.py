@@ -29,6 +29,7 @@ from gendistill.training.checkpoint import (
     find_checkpoint,
     gather_tensors,
     load_checkpoint,
+    rotate_checkpoints,
     save_checkpoint,
     trained_parameters,
 )
@@ -247,6 +248,7 @@ class StageRun:
                     self.optimizer,
                     lambda groups: OPTIMIZERS[stage.optimizer](groups, stage.betas),
                     slowest=parallel.largest,
+                    shares=parallel.world > 1,
                 )
             )
             self.optimizer.zero_grad()
@@ -436,12 +438,18 @@ class StageRun:
                 lambda: save_checkpoint(
                     self.job.checkpoints,
                     step=progress.step,
-                    keep=self.stage.keep_checkpoints,
+                    keep=None,
                     tensors=tensors,
                     state=state,
                 )
             )
+            # all know of the new one before those that they would name are deleted
             self.saved.append(path)
+            self.parallel.on_main(
+                lambda: rotate_checkpoints(
+                    self.job.checkpoints, step=progress.step, keep=self.stage.keep_checkpoints
+                )
+            )
         self.last_save = time.perf_counter()
 
     def _due(self, request: StopRequest) -> Due:
