@@ -207,8 +207,12 @@ class StageConfig(Section):
         default="auto",
         description="of matmuls and activations; auto: bfloat16 where the device has units for it",
     )
-    gradient_checkpointing: Annotated[bool, Affects.NOTHING] = Field(
-        default=False, description="compute activations again in the backward pass: less memory, more time"
+    gradient_checkpointing: Annotated[
+        bool | Annotated[int, Field(ge=1, le=_MANY_LAYERS)], Affects.NOTHING
+    ] = Field(
+        default=False,
+        description="compute activations again in the backward pass, of every layer or of so many, the first: less "
+        "memory, more time",
     )
     log_every_steps: Annotated[int, Affects.NOTHING] = Field(
         default=1, ge=1, le=_MANY_STEPS, description="steps between lines of metrics.jsonl"

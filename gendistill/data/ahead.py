@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import weakref
 from collections import deque
@@ -31,6 +32,7 @@ class Ahead:
     def __init__(self, make: Callable[[], Any], number: int) -> None:
         self._make = weakref.WeakMethod(make)
         self._number = number
+        self._process = os.getpid()
         self._made: deque[tuple[Any, BaseException | None]] = deque()
         self._changed = threading.Condition()
         self.stopped = False
@@ -64,10 +66,20 @@ class Ahead:
     def take(self) -> Any:
         """Return the next result, as soon as it is there.
 
-        Raises: What the method raised.
+        Raises:
+            Stopped: It is closed.
+            RuntimeError: This process was forked from the one that has the thread.
+            Exception: What the method raised.
         """
+        if os.getpid() != self._process:
+            raise RuntimeError(
+                "what is prepared ahead was begun in another process: its thread did not follow the fork; load a state "
+                "of the stream first"
+            )
         with self._changed:
-            self._changed.wait_for(lambda: self._made)
+            self._changed.wait_for(lambda: self._made or self.stopped)
+            if self.stopped:
+                raise Stopped
             made, error = self._made[0]
             if error is not None:
                 raise error
@@ -77,18 +89,25 @@ class Ahead:
 
     def waits(self) -> bool:
         """Whether there is a result to take now; an error is none."""
+        if os.getpid() != self._process:
+            return False
         with self._changed:
             return bool(self._made) and self._made[0][1] is None
 
-    def close(self, patience: float | None = None) -> None:
+    def close(self, patience: float | None = None) -> bool:
         """Make nothing more, and wait for the thread.
 
         Args:
             patience: Seconds to wait at most; None: to the end.
+        Returns: Whether the thread is gone; if not, it is still at what it makes.
         """
+        if os.getpid() != self._process:
+            # of a forked process, where the lock may never be free
+            return True
         with self._changed:
             self.stopped = True
             self._made.clear()
             self._changed.notify_all()
         if self._thread is not threading.current_thread():
             self._thread.join(patience)
+        return not self._thread.is_alive()

@@ -148,9 +148,8 @@ class BatchStream:
 
     def _halt(self, patience: float | None = None) -> None:
         self._sent, self._used = None, ()
-        if self._ahead is not None:
-            # what it was at is of no interest, but it must not run on beside a restored state
-            self._ahead.close(patience)
+        # what it was at is of no interest, but it must not run on beside a restored state
+        if self._ahead is not None and self._ahead.close(patience):
             self._ahead = None
 
     @property

@@ -29,9 +29,11 @@ class PackedLinear:
     Args:
         layers: Of one input width; with biases or without, plain or with an adapter.
         dtype: Of arithmetic.
+        learns: Whether parameters learn that require a gradient.
 
     Attributes:
         adapters: Of those layers that have one; None without any.
+        sources, targets: Parameters, and where each is in ``matrix`` or ``bias``.
         matrix: ``[rows, in_features]``; zeros below the last layer.
         bias: ``[rows]``, or None.
         widths: Outputs of each layer.
@@ -39,9 +41,10 @@ class PackedLinear:
 
     adapters: Adapters | None = None
 
-    def __init__(self, layers: Sequence[nn.Linear], dtype: torch.dtype) -> None:
+    def __init__(self, layers: Sequence[nn.Linear], dtype: torch.dtype, *, learns: bool = True) -> None:
         given, layers = layers, [plain(layer) for layer in layers]
         self.layers = tuple(layers)
+        self._learns = learns
         self.widths = tuple(layer.out_features for layer in layers)
         self.parameters: list[Tensor] = [layer.weight for layer in layers]
         self.biases: list[Tensor] = [layer.bias for layer in layers if layer.bias is not None]
@@ -53,7 +56,6 @@ class PackedLinear:
         self.places = list(pairwise(accumulate(self.widths, initial=0)))
         self.sources: list[Tensor] = []
         self.targets: list[Tensor] = []
-        self.adopted: list[Tensor] = []
         for layer, (start, end) in zip(self.layers, self.places, strict=True):
             self._take(layer.weight, self.matrix[start:end])
             if layer.bias is not None:
@@ -66,19 +68,18 @@ class PackedLinear:
 
     @torch.no_grad()
     def _take(self, parameter: Tensor, target: Tensor) -> None:
-        if parameter.dtype == target.dtype and not parameter.requires_grad:
+        if parameter.dtype == target.dtype and not (self._learns and parameter.requires_grad):
             target.copy_(parameter)
             parameter.data = target
-            self.adopted.append(parameter)
-        else:
-            self.sources.append(parameter)
-            self.targets.append(target)
+        self.sources.append(parameter)
+        self.targets.append(target)
 
     def release(self) -> None:
         """Give parameters that are views of the matrix memory of their own."""
-        for parameter in self.adopted:
-            parameter.data = parameter.data.clone()
-        self.adopted = []
+        for parameter, target in zip(self.sources, self.targets, strict=True):
+            if parameter.data_ptr() == target.data_ptr():
+                parameter.data = parameter.data.clone()
+        self.sources, self.targets = [], []
 
     def saved(self) -> Tensor | None:
         """Return what a function keeps of the matrix for its backward pass."""
@@ -146,7 +147,7 @@ class GatheredLinear(PackedLinear):
         self.dtype = dtype
         self.widths = tuple(layer.out_features for layer in layers)
         self.places = list(pairwise(accumulate(self.widths, initial=0)))
-        self.sources, self.targets, self.adopted = [], [], []
+        self.sources, self.targets = [], []
 
     @property
     def parameters(self) -> list[Tensor]:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -188,10 +189,11 @@ class GatheredLinear(PackedLinear):
         return torch.cat(parts)
 
 
-def pack(layers: Sequence[nn.Linear], dtype: torch.dtype) -> PackedLinear:
+def pack(layers: Sequence[nn.Linear], dtype: torch.dtype, *, learns: bool = True) -> PackedLinear:
     """Pack linear layers, whether this process has their weights whole or not."""
-    is_split = any(isinstance(plain(layer).weight, DTensor) for layer in layers)
-    return (GatheredLinear if is_split else PackedLinear)(layers, dtype)
+    if any(isinstance(plain(layer).weight, DTensor) for layer in layers):
+        return GatheredLinear(layers, dtype)
+    return PackedLinear(layers, dtype, learns=learns)
 
 
 def _weight_grads(
@@ -224,10 +226,11 @@ class _Packed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, packed: PackedLinear, *parameters: Tensor) -> Tensor:
         # as a matrix: with more dimensions, a bias would be added in a pass of its own
-        flat = x.flatten(0, -2).to(packed.matrix.dtype)
+        matrix = packed.matrix
+        flat = x.flatten(0, -2).to(matrix.dtype)
         ctx.packed, ctx.shape, ctx.dtype = packed, x.shape, x.dtype
         ctx.save_for_backward(flat, packed.saved())
-        return packed.adapt(F.linear(flat, packed.matrix, packed.bias), flat).view(*x.shape[:-1], -1)
+        return packed.adapt(F.linear(flat, matrix, packed.bias), flat).view(*x.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable

@@ -82,7 +82,7 @@ def _swiglu_backward(
     if impl is Impl.TRITON:
         return contract("block").swiglu_backward(grad, both, want_hidden=want_hidden)
     gate, up = both.chunk(2, dim=-1)
-    sigmoid = torch.sigmoid(gate)
-    act = gate * sigmoid
-    grad_gate = grad * up * (sigmoid + act * (1 - sigmoid))
+    act = F.silu(gate)
+    # rounds once, as autograd does
+    grad_gate = torch.ops.aten.silu_backward(grad * up, gate)
     return torch.cat([grad_gate, grad * act], dim=-1), act * up if want_hidden else None

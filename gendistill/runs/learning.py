@@ -15,6 +15,7 @@ from gendistill.config.schema import StageConfig
 from gendistill.conversion.plan import ConversionPlan
 
 if TYPE_CHECKING:
+    from gendistill.losses.base import Objective
     from gendistill.teachers.base import TeacherFacts
 
 
@@ -24,12 +25,16 @@ class Learning:
 
     Attributes:
         optimizer: Kind of the optimizer.
+        objective: What is minimised, bound to both models.
+        names: Of the tensors that learn whole.
         whole: Group and shape of every tensor that learns whole.
         adapted: Group and shape of every weight that learns through an adapter.
         rank: Of the adapters.
     """
 
     optimizer: str
+    objective: Objective
+    names: tuple[str, ...]
     whole: tuple[tuple[ParamGroup, tuple[int, ...]], ...]
     adapted: tuple[tuple[ParamGroup, tuple[int, ...]], ...] = ()
     rank: int = 0
@@ -109,6 +114,8 @@ def find_learning(
         adapted, _ = choose_adapted(shapes, groups, stage, name=name, reaches=objective.reaches)
     return Learning(
         stage.optimizer,
+        objective,
+        tuple(each for each in shapes if each in chosen),
         tuple((groups[each], shapes[each]) for each in shapes if each in chosen),
         tuple((groups[each], shapes[each]) for each in adapted),
         stage.lora.rank if stage.lora else 0,

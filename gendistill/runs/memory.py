@@ -120,13 +120,15 @@ def predict_memory(
     loss: str,
     fused: bool = False,
     num_shards: int = 1,
+    buckets: bool = False,
 ) -> MemoryEstimate:
     """Predict the peak of one process.
 
     ``teacher = teacher_bytes * P_teacher``; ``student = 4 * P_student`` (float32 masters, adapters included), plus
-    ``2 * P_student`` for the bfloat16 copies of autocast on GPU; ``optimizer = 4 * P_trained`` for gradients, plus the
-    moments, ``8 * P_trained`` in float32. Sharded over processes, each has its part of all these, and whole what lies
-    outside the blocks and two blocks at a time.
+    ``2 * P_student`` for bfloat16 copies where the arithmetic is in bfloat16; ``optimizer = 4 * P_trained`` for
+    gradients, plus the moments, ``8 * P_trained`` in float32. Sharded over processes, each has its part of all these,
+    and whole what lies outside the blocks, with its gradients where it learns, and two blocks at a time; an objective
+    that works layer by layer keeps every converted one.
 
     Args:
         stage: Batch, length and objective.
@@ -142,51 +144,76 @@ def predict_memory(
         loss: What computes losses on logits: ``reference`` or ``triton``.
         fused: Whether decoder layers run fused.
         num_shards: Processes that share parameters, gradients and moments.
+        buckets: Whether processes with whole models share gradients, by way of buffers as large as these.
     """
     tokens = stage.micro_batch_size * stage.seq_len
-    width = 2 if device.kind == "cuda" else 4
+    # of a CPU's bfloat16 nothing is assumed: only some have it, and for wide models alone
+    half = device.kind == "cuda" if stage.compute_dtype == "auto" else stage.compute_dtype == "bfloat16"
+    width = 2 if half else 4
     layerwise = isinstance(stage.objective, MixerOutputConfig | BlockOutputConfig)
     kept = {
         kind: MIXERS[kind].kept(geometry, mixers.of(kind), impl) for kind in dict.fromkeys(placement.kinds)
     }
     parts = [kept[kind] for kind in placement.kinds]
+    # blocks whose gathered matrices are there together
+    at_once = len(placement.converted_layers) if layerwise else min(2, geometry.num_layers)
     if layerwise:
         converted = [parts[layer] for layer in placement.converted_layers]
         activations = _layerwise_bytes(stage, geometry, converted, tokens, width, fused=fused)
     else:
         activations = _end_to_end_bytes(stage, geometry, parts, tokens, width, fused=fused)
-    held = 1 if not stage.gradient_checkpointing or layerwise else geometry.num_layers
+    layers = geometry.num_layers
+    # of layers that are computed again, one at a time
+    held = layers if layerwise else max(1, layers - _recomputed(stage, layers))
     if not fused:
-        activations += width * tokens * learning.kept_by_adapters(dropout=_drops(stage)) // held
+        activations += width * tokens * learning.kept_by_adapters(dropout=_drops(stage)) * held // layers
     loss_bytes = 0 if layerwise else _loss_bytes(stage, geometry, tokens, device, loss)
-    student_bytes = 6 if device.kind == "cuda" else 4
-    with_adapters = num_student + learning.num_adapters
-
-    def shared(num_parameters: int, bytes_each: int) -> int:
-        return bytes_each * _held(num_parameters, geometry, num_shards)
-
     return MemoryEstimate(
-        teacher=shared(num_teacher, teacher_bytes),
-        student=shared(with_adapters, student_bytes),
+        teacher=_teacher_bytes(num_teacher, teacher_bytes, geometry, num_shards),
+        student=_student_bytes(
+            num_student + learning.num_adapters, learning, geometry, width, num_shards, at_once
+        ),
         # a step is taken when activations have gone
-        optimizer=(4 * learning.num_trained + learning.moments) // num_shards
+        optimizer=(4 * learning.num_trained * (2 if buckets else 1) + learning.moments) // num_shards
         + max(0, learning.work - activations - loss_bytes),
         activations=activations,
         loss=loss_bytes,
     )
 
 
+def _recomputed(stage: StageConfig, num_layers: int) -> int:
+    """Count the layers whose activations are computed again."""
+    asked = stage.gradient_checkpointing
+    return num_layers if asked is True else min(int(asked), num_layers)
+
+
 def _drops(stage: StageConfig) -> bool:
     return stage.lora is not None and stage.lora.dropout > 0
 
 
-def _held(num_parameters: int, geometry: Geometry, num_shards: int) -> int:
-    """Count the parameters that one of several processes holds at a time."""
+def _teacher_bytes(num_teacher: int, bytes_each: int, geometry: Geometry, num_shards: int) -> int:
+    """Sum its weights: all, or a part of them beside what lies outside its blocks and two blocks, whole."""
     if num_shards == 1:
-        return num_parameters
+        return bytes_each * num_teacher
+    outside, block = _sizes(num_teacher, geometry)
+    return bytes_each * min(num_teacher, num_teacher // num_shards + outside + 2 * block)
+
+
+def _student_bytes(
+    num_student: int, learning: Learning, geometry: Geometry, width: int, num_shards: int, at_once: int
+) -> int:
+    """Sum float32 masters, and what is made of them to be used."""
+    if num_shards == 1:
+        return num_student * (4 if width == 4 else 6)
+    outside, block = _sizes(num_student, geometry)
+    learns = any(group in (ParamGroup.EMBED, ParamGroup.HEAD) for group, _ in learning.whole)
+    return 4 * num_student // num_shards + width * at_once * block + 4 * outside * (2 if learns else 1)
+
+
+def _sizes(num_parameters: int, geometry: Geometry) -> tuple[int, int]:
+    """Count the parameters outside the blocks of a model, and those of a block."""
     outside = sum(math.prod(shape) for shape in outer_shapes(geometry).values())
-    block = (num_parameters - outside) // geometry.num_layers
-    return min(num_parameters, num_parameters // num_shards + outside + 2 * block)
+    return outside, (num_parameters - outside) // geometry.num_layers
 
 
 def _block(geometry: Geometry, mixer: Kept, *, fused: bool) -> Kept:
@@ -204,11 +231,12 @@ def _block(geometry: Geometry, mixer: Kept, *, fused: bool) -> Kept:
 def _end_to_end_bytes(
     stage: StageConfig, geometry: Geometry, mixers: Sequence[Kept], tokens: int, width: int, *, fused: bool
 ) -> int:
-    """Sum what all blocks keep; with checkpointing, each block's input and the largest block."""
+    """Sum what blocks keep. Of those that are computed again it is their input, and later what the largest keeps."""
     sizes = [tokens * _block(geometry, mixer, fused=fused).num_bytes(width) for mixer in mixers]
-    if stage.gradient_checkpointing:
-        return 4 * tokens * geometry.hidden_size * len(sizes) + max(sizes)
-    return sum(sizes)
+    number = _recomputed(stage, len(sizes))
+    inputs = 4 * tokens * geometry.hidden_size * number
+    # when the first of them is computed again, the blocks behind it have let go
+    return inputs + max([sum(sizes[number:]), *sizes[:number]])
 
 
 def _layerwise_bytes(

@@ -446,6 +446,8 @@ def _train(context: _Context, name: str, model: PreTrainedModel, start: Path) ->
             device=parallel.device,
         )
         stack.callback(stream.close)
+        # what another machine has sent is of no use after the stage, also one that does not begin
+        stack.callback(parallel.close)
         student = context.load_student(parallel.folder(start), device=parallel.loads_on)
         job = StageJob(
             name=name,

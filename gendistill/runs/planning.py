@@ -28,6 +28,7 @@ from gendistill.runs.advice import advise, cached_folder, check_batches, has_cha
 from gendistill.runs.fitting import Way, ways_to_fit
 from gendistill.runs.learning import Learning, check_packages, find_learning
 from gendistill.runs.memory import Device, MemoryEstimate, find_device, predict_memory
+from gendistill.runs.timing import TimeEstimate, predict_time
 from gendistill.types import short_count
 
 if TYPE_CHECKING:
@@ -105,6 +106,7 @@ class StageForecast:
         batch: ``(rows per forward, forwards per step, ranks)``.
         compute_dtype: Of matmuls and activations.
         memory: Predicted peak of one process.
+        time: Predicted hours of its steps.
         checkpoint_bytes: Size of one checkpoint.
         ways_to_fit: Where the peak is beyond the device, what would fit, the cheapest first.
     """
@@ -121,6 +123,7 @@ class StageForecast:
     batch: tuple[int, int, int]
     compute_dtype: str
     memory: MemoryEstimate
+    time: TimeEstimate
     checkpoint_bytes: int
     ways_to_fit: tuple[Way, ...] = ()
 
@@ -143,6 +146,12 @@ class RunPlan:
     stages: tuple[StageForecast, ...]
     device: Device
     warnings: tuple[str, ...] = ()
+
+    @property
+    def hours(self) -> float | None:
+        """Predicted hours of all stages; None if one of them cannot be predicted."""
+        each = [stage.time.hours for stage in self.stages]
+        return None if None in each else sum(hours for hours in each if hours is not None)
 
     def render(self, *, stages: bool = True) -> str:
         """Lay the plan out for people.
@@ -169,7 +178,7 @@ class RunPlan:
             tree.print(render_plan(self.conversion))
         lines.append(captured.get().rstrip("\n"))
         if stages:
-            lines += self._stage_lines() + self._memory_lines()
+            lines += self._stage_lines() + self._time_lines() + self._memory_lines()
             lines += [f"warn      {warning}" for warning in self.warnings]
         lines.append(
             f"ok        nothing was run. Drop --dry-run to start; output goes to {self.recipe.run_folder}"
@@ -196,6 +205,19 @@ class RunPlan:
             "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
             for row in rows
         ]
+
+    def _time_lines(self) -> list[str]:
+        if not self.stages:
+            return []
+        parts = ", ".join(f"{stage.name} {_hours(stage.time.hours)}" for stage in self.stages)
+        reasons = dict.fromkeys(stage.time.reason for stage in self.stages if stage.time.reason)
+        timed = all(stage.minutes is not None for stage in self.stages)
+        basis = "; ".join(reasons) or (
+            "as the recipe says" if timed else "steps alone, by the utilisation measured on one H200"
+        )
+        if not reasons and not timed and self.stages[0].batch[2] > 1:
+            basis += ", without what processes send one another"
+        return [f"time      {parts}; {_hours(self.hours)} in all ({basis})"]
 
     def _memory_lines(self) -> list[str]:
         if not self.stages:
@@ -230,6 +252,7 @@ class RunPlan:
             },
             "impl": self.impl.to_json(),
             "stages": [{**asdict(stage), "memory": stage.memory.to_json()} for stage in self.stages],
+            "hours": self.hours,
             "device": asdict(self.device),
             "warnings": list(self.warnings),
         }
@@ -262,12 +285,13 @@ def plan_run(recipe: Recipe, *, num_processes: int = 1, device: Device | None = 
     impl, loss = _choose_impl(recipe, placement, device), _choose_loss(recipe, device)
     dtype = teacher_dtype(recipe.teacher.dtype, device.kind)
     run = _Run(
+        stages=recipe.stages,
         conversion=conversion,
         geometry=geometry,
         mixers=recipe.student.mixers,
         impl=impl.impl,
         loss=loss,
-        fused=_runs_fused(recipe, conversion.student_config, device),
+        blocks=recipe.engine.blocks,
         teacher=teacher,
         dtype=dtype,
         num_processes=num_processes,
@@ -289,18 +313,6 @@ def _choose_loss(recipe: Recipe, device: Device) -> str:
     from gendistill.losses.logits import choose_loss_impl
 
     return choose_loss_impl(recipe.engine.loss, _torch_device(device)).value
-
-
-def _runs_fused(recipe: Recipe, config: dict[str, Any], device: Device) -> bool:
-    """Whether the student's layers will run fused where they compute in bfloat16."""
-    import torch
-
-    from gendistill.engine.decoder import why_no_such
-
-    where = _torch_device(device)
-    if recipe.engine.blocks == "family" or (recipe.engine.blocks == "auto" and where.type != "cuda"):
-        return False
-    return why_no_such(config, device=where, dtype=torch.bfloat16) is None
 
 
 def read_model(spec: str, *, revision: str, where: str) -> ModelFacts:
@@ -346,12 +358,13 @@ def expected_tensors(config: dict[str, Any], *, where: str) -> dict[str, TensorI
 class _Run:
     """What all stages of a run share."""
 
+    stages: Mapping[str, StageConfig]
     conversion: ConversionPlan
     geometry: Geometry
     mixers: MixersConfig
     impl: str | None
     loss: str
-    fused: bool
+    blocks: str
     teacher: ModelFacts
     dtype: str
     num_processes: int
@@ -367,6 +380,22 @@ class _Run:
             tied_head=self.geometry.tied_head,
         )
 
+    def is_fused(self, stage: StageConfig) -> bool:
+        """Whether the student's layers will run fused."""
+        import torch
+
+        from gendistill.engine.decoder import why_no_such
+
+        where = _torch_device(self.device)
+        if (
+            self.blocks == "family"
+            or (self.blocks == "auto" and where.type != "cuda")
+            or (stage.lora is not None and (stage.lora.dropout or self.sharded))
+        ):
+            return False
+        dtype = getattr(torch, _compute_dtype(stage, self.geometry.hidden_size, self.device))
+        return why_no_such(self.conversion.student_config, device=where, dtype=dtype) is None
+
     def memory(self, stage: StageConfig, learning: Learning) -> MemoryEstimate:
         return predict_memory(
             stage,
@@ -381,10 +410,9 @@ class _Run:
             teacher_bytes=_BYTES[self.dtype],
             device=self.device,
             loss=self.loss,
-            fused=self.fused
-            and stage.compute_dtype != "float32"
-            and not (stage.lora is not None and (stage.lora.dropout or self.sharded)),
+            fused=self.is_fused(stage),
             num_shards=self.num_processes if self.sharded else 1,
+            buckets=self.num_processes > 1 and not self.sharded,
         )
 
     def forecast(self, name: str, stage: StageConfig) -> StageForecast:
@@ -392,11 +420,20 @@ class _Run:
         learning = self.learning(name, stage)
         check_packages(name, stage)
         memory = self.memory(stage, learning)
+        dtype = _compute_dtype(stage, self.geometry.hidden_size, self.device)
         per_step = stage.batch_size * stage.seq_len
         steps = stage.steps if stage.tokens is None else math.ceil(stage.tokens / per_step)
         ways = ()
         if memory.total > self.device.total_bytes:
-            ways = tuple(ways_to_fit(name, stage, self.num_processes, self._peak, self.device.total_bytes))
+            found = ways_to_fit(
+                name,
+                stage,
+                self.num_processes,
+                self._peak,
+                self.device.total_bytes,
+                num_layers=self.geometry.num_layers,
+            )
+            ways = tuple(way for each in found if (way := self._for_all_stages(name, each)) is not None)
         return StageForecast(
             name=name,
             objective=_describe_objective(stage),
@@ -408,11 +445,36 @@ class _Run:
             minutes=stage.minutes,
             seq_len=stage.seq_len,
             batch=(stage.micro_batch_size, stage.batch_size // rows, self.num_processes),
-            compute_dtype=_compute_dtype(stage, self.geometry.hidden_size, self.device),
+            compute_dtype=dtype,
             memory=memory,
+            time=predict_time(
+                stage,
+                steps=steps,
+                student=self.conversion.student_config,
+                teacher=self.teacher.config,
+                learning=learning,
+                device=self.device,
+                compute_dtype=dtype,
+                kernels=self.impl in (None, "triton") and self.loss == "triton" and self.is_fused(stage),
+                num_processes=self.num_processes,
+            ),
             checkpoint_bytes=learning.checkpoint,
             ways_to_fit=ways,
         )
+
+    def _for_all_stages(self, name: str, way: Way) -> Way | None:
+        """Let the other stages' batches be shared by a way's processes, too; None if one cannot be."""
+        if way.num_processes is None:
+            return way
+        smaller = []
+        for other, stage in self.stages.items():
+            share, rest = divmod(stage.batch_size, way.num_processes)
+            if rest:
+                return None
+            if other != name and share % stage.micro_batch_size:
+                fits = max(rows for rows in range(1, stage.micro_batch_size) if share % rows == 0)
+                smaller.append(f"stages.{other}.micro_batch_size={fits}")
+        return replace(way, overrides=(*way.overrides, *smaller))
 
     def _peak(self, name: str, stage: StageConfig, processes: int | None) -> int | None:
         """Predict the peak of a changed stage, sharded over some processes or as planned; None: it is refused."""
@@ -489,6 +551,12 @@ def _fit_lines(stage: StageForecast) -> list[str]:
             for way in stage.ways_to_fit
         ),
     ]
+
+
+def _hours(hours: float | None) -> str:
+    if hours is None:
+        return "unknown"
+    return f"{hours:,.2f} h" if hours < 10 else f"{hours:,.0f} h"
 
 
 def _size(num_bytes: int) -> str:

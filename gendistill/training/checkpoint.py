@@ -136,13 +136,15 @@ def gather_tensors(
     return Tensors(gather_on_main(parallel, trained), gather_on_main(parallel, moments))
 
 
-def save_checkpoint(folder: Path, *, step: int, keep: int, tensors: Tensors, state: dict[str, Any]) -> Path:
+def save_checkpoint(
+    folder: Path, *, step: int, keep: int | None, tensors: Tensors, state: dict[str, Any]
+) -> Path:
     """Write ``folder/step-000050`` and delete all but the newest ``keep``.
 
     Args:
         folder: Folder of the stage's checkpoints.
         step: Steps finished.
-        keep: Checkpoints to keep, this one included.
+        keep: Checkpoints to keep, this one included; None: leave that to ``rotate_checkpoints``.
         tensors: What the stage has changed.
         state: JSON: everything else that a resumed stage needs, under ``progress`` and ``stream``.
     Raises:
@@ -159,7 +161,8 @@ def save_checkpoint(folder: Path, *, step: int, keep: int, tensors: Tensors, sta
         # as it will be read: keys of dictionaries become text
         content = json.loads(json.dumps({"step": step, "files": files, **state}))
         write_json(partial / _STATE, {**content, "crc32": _checksum(content)})
-    _rotate(folder, step, keep)
+    if keep is not None:
+        rotate_checkpoints(folder, step=step, keep=keep)
     return path
 
 
@@ -193,11 +196,14 @@ def load_checkpoint(
         trained, optimizer: As they were saved; already sharded.
         parallel: How they are spread.
     Raises:
-        CheckpointError: It was written for other trained parameters, or is damaged.
+        CheckpointError: It was written for other trained parameters or by another optimizer, or is damaged. Nothing
+            has changed then.
     """
     # whole, where they are read
     held: list[dict[str, Tensor]] = []
     state, steps, layouts = parallel.on_main(lambda: _read_for(path, trained, held))
+    for name, parameter in trained.items():
+        _check_moments(path, layouts[name], optimizer.state.get(parameter))
     with torch.no_grad():
         for name, part in parallel.scatter(trained, lambda name: held[0][name]):
             trained[name].copy_(part)
@@ -245,13 +251,19 @@ def _read_for(
     return state, {name: moments[f"{name}.step"].item() for name in weights}, layouts
 
 
-def _restore(state: dict[str, Tensor], found: Mapping[str, Tensor]) -> None:
-    """Put moments in place of those that an optimizer has, or give them to one that has none yet."""
-    if state and state.keys() != found.keys():
+def _check_moments(path: Path, layout: _Layout, state: Mapping[str, Tensor] | None) -> None:
+    """Refuse moments of another optimizer; one that has no state yet makes that of AdamW."""
+    wanted = state or _MOMENT_KEYS
+    if layout.keys() != set(wanted):
         raise CheckpointError(
-            f"the checkpoint was written by another optimizer: it holds {', '.join(found)}, not {', '.join(state)}",
+            f"the checkpoint was written by another optimizer: it holds {', '.join(layout)}, not {', '.join(wanted)}",
+            where=str(path),
             hint="restore the recipe that wrote it, or delete the stage's folder to start the stage again",
         )
+
+
+def _restore(state: dict[str, Tensor], found: Mapping[str, Tensor]) -> None:
+    """Put moments in place of those that an optimizer has, or give them to one that has none yet."""
     for key, value in found.items():
         if key in state:
             state[key].copy_(value)
@@ -388,7 +400,8 @@ def _steps(folder: Path) -> list[tuple[int, Path]]:
         ) from error
 
 
-def _rotate(folder: Path, step: int, keep: int) -> None:
+def rotate_checkpoints(folder: Path, *, step: int, keep: int) -> None:
+    """Delete all but the newest ``keep``, of which that of ``step`` is the newest."""
     # later ones were damaged, or this one would not have been written
     steps = sorted(_steps(folder))
     older = [path for other, path in steps if other <= step]

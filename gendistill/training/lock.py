@@ -162,12 +162,13 @@ def num_steps(
 
 
 def time_step(
-    run: Callable[[Batch], object],
+    run: Callable[..., object],
     micro_batches: Sequence[Batch],
     optimizer: torch.optim.Optimizer,
     make: Callable[[list[dict[str, Any]]], torch.optim.Optimizer],
     *,
     slowest: Callable[[float], float] = float,
+    shares: bool = False,
 ) -> float:
     """Estimate the seconds of one optimizer step without taking one.
 
@@ -175,11 +176,12 @@ def time_step(
     of its largest tensor: its cost is the memory it touches. The caller clears the gradients.
 
     Args:
-        run: Forward and backward of one micro-batch.
+        run: Forward and backward of one micro-batch; with ``last=True`` as of a step's last one.
         micro_batches: Of one step on this process.
         optimizer: Not stepped.
         make: Makes another of its kind, over other parameter groups.
         slowest: Largest of the processes' numbers: all must run as often, because sharded parameters make them wait.
+        shares: Whether processes share gradients after the last micro-batch, which is then timed, too.
     """
     parameters: dict[Tensor, dict[str, Any]] = {
         parameter: group for group in optimizer.param_groups for parameter in group["params"]
@@ -191,12 +193,18 @@ def time_step(
     while len(times) < _MOST_PROBES and sum(times) < _PROBE_SECONDS:
         batch = micro_batches[(len(times) + 1) % len(micro_batches)]
         times.append(slowest(_seconds(device, lambda batch=batch: run(batch))))
+    middle, sharing = sorted(times)[len(times) // 2], 0.0
+    if shares:
+        # buffers are made the first time
+        run(micro_batches[-1], last=True)
+        last = slowest(_seconds(device, lambda: run(micro_batches[-1], last=True)))
+        sharing = max(0.0, last - middle)
     largest = nn.Parameter(model.detach().clone())
     largest.grad = torch.zeros_like(largest)
     probe = make([{**parameters[model], "params": [largest]}])
     probe.step()
     share = sum(parameter.numel() for parameter in parameters) / largest.numel()
-    return sorted(times)[len(times) // 2] * len(micro_batches) + _seconds(device, probe.step) * share
+    return middle * len(micro_batches) + sharing + _seconds(device, probe.step) * share
 
 
 def _seconds(device: torch.device, work: Callable[[], object]) -> float:

@@ -90,12 +90,16 @@ class StepRunner:
             sums += torch.stack([term.total.detach(), *term.parts.values()])
         return self.parallel.sum(sums) / num_labels, counts[1]
 
-    def rehearse(self, batch: Batch) -> None:
+    def rehearse(self, batch: Batch, *, last: bool = False) -> None:
         """Run forward and backward once, for timing; gradients are left behind.
 
-        Where parameters are split, every process has to do it as often.
+        Where parameters are split, or gradients are shared, every process has to do it as often.
+
+        Args:
+            batch: A micro-batch.
+            last: Whether to share gradients, as after the last one of a step.
         """
-        with self.parallel.accumulating(self.module, last=False):
+        with self.parallel.accumulating(self.module, last=last):
             self._forward(self.module, batch).total.backward()
 
     @torch.no_grad()

@@ -129,3 +129,64 @@ def test_a_process_ends_though_a_source_hangs(ends):
             process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=20)
     assert ("KeyboardInterrupt" in errors) == (ends == "interrupt")
+
+
+def test_who_waits_for_what_is_closed_is_told():
+    counter = Counter(1, gate=threading.Event())
+    found: list[BaseException] = []
+
+    def take() -> None:
+        try:
+            counter.ahead.take()
+        except Stopped as error:
+            found.append(error)
+
+    waiting = threading.Thread(target=take, daemon=True)
+    waiting.start()
+    time.sleep(0.05)
+    assert counter.ahead.close()
+    waiting.join(5)
+    assert found
+
+
+def test_closing_says_whether_the_thread_is_gone():
+    gate = threading.Event()
+
+    class Hangs:
+        def make(self) -> None:
+            gate.wait(20)
+
+    hangs = Hangs()
+    ahead = Ahead(hangs.make, 1)
+    assert not ahead.close(0.05)
+    gate.set()
+    assert ahead.close()
+
+
+def test_a_forked_process_is_told_that_the_thread_stayed_behind():
+    program = """
+        import os, sys
+        from gendistill.data.ahead import Ahead
+        class Ones:
+            def make(self):
+                return 1
+        ones = Ones()
+        ahead = Ahead(ones.make, 2)
+        assert ahead.take() == 1
+        # as at a fork that comes while the thread puts a result down
+        ahead._changed.acquire()
+        if os.fork() == 0:
+            try:
+                ahead.take()
+            except RuntimeError as error:
+                print(error, ahead.waits(), ahead.close(), flush=True)
+            os._exit(0)
+        ahead._changed.release()
+        os.wait()
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=30
+    )
+    assert done.returncode == 0, done.stderr
+    assert "was begun in another process" in done.stdout
+    assert done.stdout.endswith("False True\n")

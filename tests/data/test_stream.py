@@ -3,11 +3,13 @@
 import itertools
 import json
 import random
+import threading
 
 import pytest
 import torch
 
 from gendistill.data import stream as stream_module
+from gendistill.data.ahead import Ahead
 from gendistill.data.batch import IGNORE, Batch
 from gendistill.data.stream import build_stream, heldout_batches, pad_id
 from gendistill.errors import DataError, RecipeError
@@ -296,3 +298,29 @@ def test_rows_are_filled_with_the_pad_token_else_with_eos(make_tokenizer):
     plain, padded = make_tokenizer(), make_tokenizer(pad_token="</s>")
     assert (pad_id(plain), pad_id(padded)) == (plain.eos_token_id, padded.pad_token_id)
     assert padded.pad_token_id != padded.eos_token_id
+
+
+def test_a_source_that_hangs_past_the_close_does_not_run_on_beside_a_restored_state(
+    mixed, make_tokenizer, monkeypatch
+):
+    tokenizer = make_tokenizer()
+    plain = build_stream(mixed(engine={"prefetch": 0}), "distill", tokenizer)
+    expected = [(_steps(plain, 1), plain.state_dict()) for _ in range(6)]
+    stream = build_stream(mixed(engine={"prefetch": 1}), "distill", tokenizer)
+    read, hung, goes_on = stream._read_chunk, threading.Event(), threading.Event()
+
+    def hangs():
+        if threading.current_thread() is not threading.main_thread() and not goes_on.is_set():
+            hung.set()
+            goes_on.wait(20)
+        return read()
+
+    monkeypatch.setattr(stream, "_read_chunk", hangs)
+    monkeypatch.setattr(stream_module, "PATIENCE", 0.05)
+    stream._ahead = Ahead(stream._make_step, 1)
+    assert hung.wait(20)
+    stream.close()
+    threading.Timer(0.3, goes_on.set).start()
+    stream.load_state_dict(expected[1][1])
+    assert [(_steps(stream, 1), stream.state_dict()) for _ in range(4)] == expected[2:]
+    stream.close()

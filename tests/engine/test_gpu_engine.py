@@ -127,9 +127,17 @@ def test_adapters_as_close_to_float32_as_peft_itself(monkeypatch):
 SHAPES = [((16, 8), 128, None), ((14, 2), 64, 100), ((9, 3), 64, None)]
 
 
+@pytest.fixture(params=[False, True], ids=["any order", "one order"])
+def deterministic(request):
+    """Ask torch for sums of one order, or not."""
+    torch.use_deterministic_algorithms(request.param, warn_only=True)
+    yield request.param
+    torch.use_deterministic_algorithms(False)
+
+
 @pytest.mark.parametrize("norm", [True, False])
 @pytest.mark.parametrize(("heads", "channels", "window"), SHAPES)
-def test_attention_matches_float64(heads, channels, window, norm):
+def test_attention_matches_float64(heads, channels, window, norm, deterministic):
     torch.manual_seed(0)
     lengths = [300, 1, 211]
     segments, tokens = Segments(lengths, device=GPU), sum(lengths)

@@ -32,6 +32,7 @@ TORCH_FREE = (
         "gendistill.runs.fitting",
         "gendistill.runs.learning",
         "gendistill.runs.memory",
+        "gendistill.runs.timing",
     ),
     *("gendistill.conversion.plan", "gendistill.checkpoints.tensors"),
     *("gendistill.conversion.render", "gendistill_evals"),

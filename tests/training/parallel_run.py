@@ -156,6 +156,9 @@ def main(folder):
     for name, (world, engine) in MODES.items():
         codes[name] = tiny.together(folder / name, world, work=train, engine=engine)
     pairs(folder, codes, CASES)
+    codes["rewound_ddp"] = tiny.together(
+        folder / "rewound_ddp", 2, work=train, engine=DDP, **CASES["rewound"]
+    )
     # 2 sharded -> 4 whole -> 1
     codes["to_4"] = resume(folder / "to_4", folder / "fsdp2_2", 2, 4, DDP)
     codes["to_1"] = resume(folder / "to_1", folder / "to_4", 4, 1, FSDP2)
@@ -165,7 +168,8 @@ def main(folder):
         codes[f"copy_{name}"] = tiny.together(
             folder / "copies" / name, world, work=copy_checkpoint, source=source, engine=engine
         )
-    codes["minutes"] = tiny.together(folder / "minutes", 2, engine=FSDP2, steps=None, minutes=0.05)
+    for name, engine in (("minutes", FSDP2), ("minutes_ddp", DDP)):
+        codes[name] = tiny.together(folder / name, 2, engine=engine, steps=None, minutes=0.05)
     codes["bad"] = tiny.together(folder / "bad", 2, engine=FSDP2, lr=1e30)
     patient = {"patience_s": 2}
     lost = {

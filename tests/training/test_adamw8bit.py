@@ -1,13 +1,17 @@
 """AdamW with packed moments: close to AdamW, exact where it claims to be, and without bitsandbytes a clear refusal."""
 
 import importlib.util
+import json
 import math
+import os
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from gendistill.anatomy import moments
 from gendistill.anatomy.groups import ParamGroup
@@ -224,16 +228,33 @@ def test_a_checkpoint_restores_every_byte(backend, tmp_path):
 PROGRESS = {"step": 3, "tokens": 0, "seconds": 0.0, "loss_first": None, "loss_last": None, "window": []}
 
 
-def test_a_checkpoint_of_the_other_optimizer_is_refused(backend, tmp_path):
+@pytest.mark.parametrize(
+    ("saved", "loaded", "has_stepped"),
+    [
+        (torch.optim.AdamW, AdamW8bit, False),
+        (AdamW8bit, torch.optim.AdamW, False),
+        (AdamW8bit, torch.optim.AdamW, True),
+    ],
+)
+def test_a_checkpoint_of_the_other_optimizer_is_refused_before_anything_is_changed(
+    backend, tmp_path, saved, loaded, has_stepped
+):
     values = parameters()
-    exact = optimizer(values, torch.optim.AdamW)
-    take_steps(values, exact, 1)
-    tensors = gather_tensors(values, exact, ALONE)
+    before = optimizer(values, saved)
+    take_steps(values, before, 1)
+    tensors = gather_tensors(values, before, ALONE)
     path = save_checkpoint(
         tmp_path, step=3, keep=1, tensors=tensors, state={"progress": PROGRESS, "stream": {}}
     )
-    with pytest.raises(CheckpointError, match="another optimizer"):
-        load_checkpoint(path, trained=values, optimizer=optimizer(values), parallel=ALONE)
+    others = parameters(seed=5)
+    after = optimizer(others, loaded)
+    if has_stepped:
+        take_steps(others, after, 1)
+    kept = snapshot(others, after)
+    with pytest.raises(CheckpointError, match="another optimizer") as caught:
+        load_checkpoint(path, trained=others, optimizer=after, parallel=ALONE)
+    assert caught.value.where == str(path)
+    assert equal(kept, snapshot(others, after))
 
 
 def test_a_stage_resumes_to_the_same_bytes(backend, tiny, tmp_path, monkeypatch):
@@ -270,3 +291,49 @@ def test_without_bitsandbytes_the_mend_is_named(monkeypatch, tiny, tmp_path):
     )
     with pytest.raises(RecipeError, match="not installed"):
         tiny.run_stage(tmp_path, optimizer="adamw8bit")
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """What two processes have trained with moments in 8 bits."""
+    folder = tmp_path_factory.mktemp("packed")
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("packed_run.py")), str(folder)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder, json.loads((folder / "codes.json").read_text()), done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("name", ["two", "resumed", "alone"])
+def test_two_processes_keep_the_moments_that_one_would(tiny, shared, name):
+    folder, codes, output = shared
+    assert codes["one"] == codes[name] == 0, output[-3000:]
+    one, two = tiny.rows(folder / "one"), tiny.rows(folder / name)
+    assert len(one) == len(two) == 6
+    for mine, theirs in zip(two, one, strict=True):
+        # gradients are summed in another order, which moves single numbers to another code
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
+
+
+def test_packed_moments_are_the_same_bits_after_a_resume_on_two_processes(shared):
+    folder, codes, output = shared
+    assert codes["copy"] == 0, output[-3000:]
+    for mine, theirs in (
+        (folder / "copy" / "step-000004", folder / "two" / CHECKPOINTS / "step-000004"),
+        (folder / "resumed" / CHECKPOINTS / "step-000006", folder / "two" / CHECKPOINTS / "step-000006"),
+    ):
+        found, wanted = (load_file(each / "optimizer.safetensors") for each in (mine, theirs))
+        assert found.keys() == wanted.keys()
+        assert any(value.dtype is torch.uint8 for value in found.values())
+        for key, value in found.items():
+            assert torch.equal(value, wanted[key]), key
+
+
+def test_packed_moments_of_sharded_tensors_are_refused(shared):
+    _, codes, output = shared
+    assert codes["sharded"] == RecipeError.exit_code
+    assert "adamw8bit packs the moments of whole tensors, and these are sharded" in output

@@ -92,8 +92,10 @@ def test_sharded_parameters_train_as_whole_ones(tiny, stages, case):
 
 
 def test_processes_go_back_together(tiny, stages):
-    folder, *_ = stages
-    for name in ("rewound_one", "rewound_2"):
+    folder, found, output = stages
+    assert found["codes"]["rewound_ddp"] == 0, output[-3000:]
+    assert_same_curve(tiny, folder / "rewound_ddp", folder / "rewound_one")
+    for name in ("rewound_one", "rewound_2", "rewound_ddp"):
         result = json.loads((folder / name / "stages/tiny/result.json").read_text())
         assert result["rewinds"] == [{"step": 5, "to": 2, "skipped_to": 5}]
         assert result["steps"] == 6
@@ -176,12 +178,11 @@ def test_a_stage_resumes_on_another_number_of_processes_and_in_the_other_mode(ti
     assert_same_curve(tiny, folder / resumed, folder / "one")
 
 
-def test_a_budget_in_minutes_is_timed_alike_on_sharded_processes(tiny, stages):
+@pytest.mark.parametrize("name", ["minutes", "minutes_ddp"])
+def test_a_budget_in_minutes_is_timed_alike_on_all_processes(stages, name):
     folder, found, _ = stages
-    assert found["codes"]["minutes"] == 0
-    assert (
-        json.loads((folder / "minutes" / "stages" / "tiny" / "plan.json").read_text())["seconds_per_step"] > 0
-    )
+    assert found["codes"][name] == 0
+    assert json.loads((folder / name / "stages" / "tiny" / "plan.json").read_text())["seconds_per_step"] > 0
 
 
 def test_sharded_processes_name_one_place_where_numbers_stop_being_finite(stages):
@@ -206,9 +207,12 @@ def test_the_others_end_and_name_the_lost_process(tiny, stages, name, rank, why)
     assert set(lost["codes"]) == {1}
     # silence, then the time that a process may take to end by itself; a loaded machine takes its own
     assert lost["seconds"] < 30
-    [said] = {line for line in output.splitlines() if "is lost" in line and f"/{name}/" in line}
-    assert f"rank {rank} (process " in said
-    assert why in said
+    lines = {line for line in output.splitlines() if "is lost" in line and f"/{name}/" in line}
     kept = folder / name / CHECKPOINTS
-    assert f"The checkpoint {kept}/step-" in said
+    # one may have heard of a checkpoint that was being saved, another not
+    assert 1 <= len(lines) <= 2, output[-3000:]
+    for said in lines:
+        assert f"rank {rank} (process " in said
+        assert why in said
+        assert f"The checkpoint {kept}/step-" in said
     assert tiny.find_checkpoint(kept, pytest.fail) is not None

@@ -1,18 +1,23 @@
 """Fault drills of a whole stage: full disk, cut files and SIGTERM each leave an intact checkpoint and a clear word."""
 
 import os
+import re
 import signal
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors import SafetensorError
 
-from gendistill.errors import OutputError
+from gendistill.errors import OutputError, TrainingError
 from gendistill.training import checkpoint
+from gendistill.training.checkpoint import find_checkpoint
 from gendistill.training.interrupt import StageStopped
 from gendistill.training.log import MetricLog
+from gendistill.training.parallel import Single
 from gendistill.training.stage import StageRun
 
+CHECKPOINTS = Path("stages") / "tiny" / "checkpoints"
 SAVING = {"steps": 6, "save_every_steps": 2, "keep_checkpoints": 2}
 
 
@@ -134,3 +139,32 @@ def test_a_metrics_file_that_was_cut_loses_no_step(tiny, tmp_path, whole):
     tiny.run_stage(tmp_path, **SAVING)
     assert tiny.rows(tmp_path) == whole
     assert len(MetricLog(path, up_to=6).rows) == 6
+
+
+def test_what_a_process_says_is_intact_is_there_though_it_has_not_heard_of_the_next_one(tiny, tmp_path):
+    class Deaf(Single):
+        """A process that is lost to the others between the main process's save and the word of it."""
+
+        def together(self, situation):
+            self.situation = situation
+            return super().together(situation)
+
+        def on_main(self, work):
+            found = work()
+            if found == tmp_path / CHECKPOINTS / "step-000004":
+                raise TrainingError("rank 1 is lost")
+            return found
+
+    deaf = Deaf(torch.device("cpu"))
+    with pytest.raises(TrainingError, match="rank 1 is lost"):
+        tiny.run_stage(tmp_path, parallel=deaf, save_every_steps=2, keep_checkpoints=1)
+    said = re.fullmatch("The checkpoint (.*) is intact", deaf.situation().kept)
+    assert said is not None
+    assert find_checkpoint(tmp_path / CHECKPOINTS, pytest.fail) is not None
+    assert Path(said[1]).is_dir()
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_no_more_checkpoints_stay_than_asked(tiny, tmp_path, keep):
+    tiny.run_stage(tmp_path, save_every_steps=2, keep_checkpoints=keep)
+    assert len(list((tmp_path / CHECKPOINTS).iterdir())) == keep

@@ -1,0 +1,251 @@
+"""Predicted memory and time beside what one H200 measured in `gendistill bench step`."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+import pytest
+import torch
+from transformers import AutoConfig
+
+from gendistill.anatomy.cost import peak_flops, step_flops
+from gendistill.anatomy.family import geometry_of
+from gendistill.anatomy.placement import Placement
+from gendistill.bench.documents import Drawer
+from gendistill.bench.shapes import SHAPES, stage_config
+from gendistill.config.load import load_recipe
+from gendistill.config.mixers import MixersConfig
+from gendistill.conversion.plan import plan_conversion
+from gendistill.runs.learning import find_learning
+from gendistill.runs.memory import Device, predict_memory
+from gendistill.runs.planning import ModelFacts, expected_tensors, plan_run
+from gendistill.runs.timing import predict_time, utilisation
+
+H200 = Device("cuda", "NVIDIA H200", 141 * 10**9)
+
+
+class Case:
+    """A stage of a shape on an H200, with everything on our kernels."""
+
+    def __init__(self, shape, stage, micro_batch=None, **changes):
+        self.shape = SHAPES[shape]
+        micro_batch = micro_batch or self.shape.micro_batch
+        self.config = AutoConfig.for_model(self.shape.family, **self.shape.sizes).to_dict()
+        self.teacher = ModelFacts(shape, self.config, expected_tensors(self.config, where=shape))
+        self.placement = Placement.parse(self.shape.placement, num_layers=self.config["num_hidden_layers"])
+        self.conversion = plan_conversion(self.config, self.teacher.tensors, self.placement, MixersConfig())
+        self.stage = stage_config(
+            stage,
+            seq_len=self.shape.seq_len,
+            rows=self.shape.rows,
+            micro_batch=micro_batch,
+            checkpointing=False,
+        ).model_copy(update=changes)
+        self.learning = find_learning(
+            stage, self.stage, self.conversion, self.teacher.as_teacher("bfloat16"), tied_head=True
+        )
+
+    def memory(self):
+        return predict_memory(
+            self.stage,
+            geometry=geometry_of(self.config),
+            placement=self.placement,
+            mixers=MixersConfig(),
+            impl="triton",
+            num_teacher=self.teacher.num_parameters,
+            num_student=self.conversion.num_parameters,
+            learning=self.learning,
+            teacher_bytes=2,
+            device=H200,
+            loss="triton",
+            fused=True,
+        )
+
+    def time(self, **changes):
+        settings = {
+            "steps": 3600,
+            "student": self.conversion.student_config,
+            "teacher": self.config,
+            "learning": self.learning,
+            "device": H200,
+            "compute_dtype": "bfloat16",
+            "kernels": True,
+        }
+        return predict_time(self.stage, **{**settings, **changes})
+
+
+@pytest.mark.parametrize(
+    ("shape", "stage", "micro_batch", "gigabytes"),
+    [
+        ("qwen3-0.6b", "distill", 4, 47.5),
+        ("qwen3-0.6b", "distill", 2, 29.4),
+        ("qwen3-0.6b", "block", 4, 38.8),
+        ("qwen3-0.6b", "block", 2, 22.6),
+        ("qwen2.5-0.5b", "distill", 8, 30.1),
+        ("smollm2-135m", "distill", 32, 31.1),
+    ],
+)
+def test_predicted_memory_is_within_a_fifth_of_the_measured_peak(shape, stage, micro_batch, gigabytes):
+    memory = Case(shape, stage, micro_batch).memory()
+    assert memory.total == pytest.approx(gigabytes * 1e9, rel=0.2)
+    parts = memory.to_json()
+    assert parts.pop("total") == sum(parts.values())
+
+
+@pytest.mark.parametrize(
+    ("shape", "stage", "mfu"),
+    [
+        ("qwen3-0.6b", "distill", 0.36),
+        ("qwen3-0.6b", "block", 0.30),
+        ("qwen2.5-0.5b", "distill", 0.38),
+        ("smollm2-135m", "distill", 0.25),
+    ],
+)
+def test_predicted_time_is_within_a_fifth_of_what_the_measured_utilisation_makes_of_documents(
+    shape, stage, mfu
+):
+    """The bench counts the documents that it draws; a plan knows no document."""
+    case = Case(shape, stage)
+    sizes = {"seq_len": case.shape.seq_len, "mean_tokens": case.shape.mean_tokens, "seed": 0}
+    drawer, documents, tokens = Drawer(vocab_size=9, **sizes), Counter(), 0
+    step = case.stage.batch_size * case.stage.seq_len
+    while tokens < 20 * step:
+        length = len(drawer.draw(len(documents) + tokens))
+        documents[length] += 1
+        tokens += length
+    operations = step_flops(
+        case.conversion.student_config,
+        case.config,
+        documents=documents,
+        num_labels=tokens,
+        trained=case.learning.names,
+        reaches=case.learning.objective.reaches,
+        apart=stage == "block",
+        compares_logits=stage == "distill",
+    ).total
+    seconds = operations / tokens * step / (peak_flops(H200.name) * mfu)
+    # 3600 steps take as many hours as one takes seconds
+    assert case.time().hours == pytest.approx(seconds, rel=0.05)
+
+
+def test_time_is_shared_by_processes_and_grows_with_what_is_computed_again():
+    case = Case("qwen3-0.6b", "distill")
+    hours = case.time().hours
+    assert case.time(num_processes=4).hours == pytest.approx(hours / 4)
+    assert case.time(steps=7200).hours == pytest.approx(2 * hours)
+    again = Case("qwen3-0.6b", "distill", gradient_checkpointing=True).time().hours
+    assert 1.1 < again / hours < 1.4
+    block, once = (Case("qwen3-0.6b", "block", gradient_checkpointing=each).time() for each in (True, False))
+    assert block == once
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"device": Device("cpu", "CPU with 2 cores", 10**9)}, "on a CPU"),
+        (
+            {"device": Device("cuda", "NVIDIA H200 MIG 1g.18gb", 10**9)},
+            "the peak of NVIDIA H200 MIG 1g.18gb is not",
+        ),
+        ({"device": Device("cuda", "some GPU", 10**9)}, "the peak of some GPU is not known"),
+        ({"compute_dtype": "float32"}, "not in float32"),
+        ({"kernels": False}, "with our kernels"),
+    ],
+)
+def test_what_has_not_been_measured_is_not_predicted(changes, reason):
+    found = Case("smollm2-135m", "distill").time(**changes)
+    assert found.hours is None
+    assert reason in found.reason
+
+
+def test_minutes_are_a_time_everywhere():
+    case = Case("smollm2-135m", "distill", minutes=90.0)
+    assert case.time(steps=None, device=Device("cpu", "CPU", 10**9)).hours == 1.5
+
+
+def test_the_nearest_measured_width_counts():
+    end_to_end, block = (Case("qwen3-0.6b", stage).stage for stage in ("distill", "block"))
+    assert [utilisation(end_to_end, width) for width in (64, 700, 896, 4096)] == [0.25, 0.25, 0.38, 0.36]
+    assert {utilisation(block, width) for width in (64, 4096)} == {0.30}
+
+
+@pytest.fixture
+def planned(monkeypatch):
+    """Return a function that plans the recipe of Qwen3-0.6B on a device, of which torch sees it if it is a GPU."""
+
+    def plan(*overrides, device=H200, **settings):
+        case = Case("qwen3-0.6b", "distill")
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: device.kind == "cuda")
+        monkeypatch.setattr("gendistill.ops.select.obstacle", lambda op, device: None)
+        monkeypatch.setattr("gendistill.ops.select.contract", lambda op: None)
+        monkeypatch.setattr("gendistill.runs.planning.read_model", lambda *_, **__: case.teacher)
+        recipe = load_recipe("qwen3-0.6b-kda", [f"student.placement={case.shape.placement}", *overrides])
+        return plan_run(recipe, device=device, **settings)
+
+    return plan
+
+
+def test_the_plan_says_hours_by_stage_and_in_all(planned):
+    found = planned()
+    plain = found.to_json()
+    hours = [stage["time"]["hours"] for stage in plain["stages"]]
+    assert all(each > 0 for each in hours)
+    assert plain["hours"] == found.hours == pytest.approx(sum(hours))
+    (line,) = [line for line in found.render().splitlines() if line.startswith("time ")]
+    for stage in found.stages:
+        assert f"{stage.name} {stage.time.hours:.2f} h" in line
+    assert line.endswith("(steps alone, by the utilisation measured on one H200)")
+    assert "without what processes send" in planned(num_processes=2).render()
+
+
+def test_a_stage_without_fused_layers_is_not_predicted_and_neither_is_the_sum(planned):
+    found = planned("engine.blocks=family")
+    assert found.hours is None
+    assert "distill unknown" in found.render()
+    assert "unknown in all (utilisation has been measured with our kernels and fused layers" in found.render()
+    on_cpu = planned(device=Device("cpu", "CPU", 10**11))
+    assert on_cpu.to_json()["hours"] is None
+    assert "unknown in all (no utilisation has been measured on a CPU)" in on_cpu.render()
+
+
+def test_float32_on_a_gpu_takes_twice_the_activations_and_no_copies(planned):
+    half, full = (
+        planned("engine.blocks=family", f"stages.distill.compute_dtype={dtype}")
+        for dtype in ("auto", "float32")
+    )
+    half, full = (
+        next(each for each in found.stages if each.name == "distill").memory for found in (half, full)
+    )
+    assert full.activations > 1.5 * half.activations
+    assert full.student * 6 == half.student * 4
+    assert math.isclose(full.teacher, half.teacher)
+
+
+def parts_of(found, name):
+    (stage,) = [stage for stage in found.stages if stage.name == name]
+    return stage.memory, sum(stage.trained.values())
+
+
+@pytest.mark.parametrize("num_processes", [2, 8])
+def test_processes_hold_what_the_table_of_their_mode_says(planned, num_processes):
+    """The table of docs/parallel.md: P, T and Q parameters, E of an embedding that is the head, L of a layer."""
+    found = planned("engine.parallel=fsdp2", num_processes=num_processes)
+    memory, trained = parts_of(found, "distill")
+    student, teacher, embedding = (
+        found.conversion.num_parameters,
+        found.teacher.num_parameters,
+        151_936 * 1024,
+    )
+    layer, theirs = (student - embedding - 1024) // 28, (teacher - embedding - 1024) // 28
+    assert memory.student == pytest.approx(
+        4 * student / num_processes + 2 * 2 * layer + 4 * embedding, rel=1e-3
+    )
+    assert memory.optimizer == 12 * trained // num_processes
+    assert memory.teacher == pytest.approx(2 * (teacher / num_processes + embedding + 2 * theirs), rel=1e-3)
+    blocks, _ = parts_of(found, "block")
+    assert blocks.student - memory.student == pytest.approx(2 * (21 - 2) * layer, rel=1e-2)
+    whole, _ = parts_of(planned("engine.parallel=ddp", num_processes=num_processes), "distill")
+    assert whole.student == 6 * student
+    assert whole.optimizer == (12 + 4) * trained
+    assert whole.activations == memory.activations
