@@ -148,7 +148,8 @@ def step_flops(
             learning = whole | {name for name in part.names if f"{place}.{name}" in adapted}
             for name, cost, is_inner in part.matrices:
                 forward += cost
-                backward += cost * (name in whole) + cost * (before or (is_inner and bool(learning)))
+                # what an inner matrix reads comes from the others
+                backward += cost * (name in whole) + cost * (before or (is_inner and bool(learning - {name})))
             forward += part.mixing
             mixed = any(not name.endswith(_LAST) for name in learning)
             backward += 2 * part.mixing * (before or mixed)
