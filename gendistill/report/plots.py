@@ -177,6 +177,7 @@ def plot_stage(stage: StageFiles) -> bytes | None:
         objective = f": {_label(stage.result['objective'])}" if stage.result else ", unfinished"
         axes.set_title(f"{_label(stage.name)}{objective}")
         axes.set_xlabel("step")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_ylabel("training loss")
         _log_if_wide(axes, [row["loss"] for row in rows])
     return png[0]
@@ -221,6 +222,7 @@ def plot_watched(stage: StageFiles) -> bytes | None:
                 markersize=3,
             )
             axes.set_xlabel("step")
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
             axes.set_ylabel(label)
             if thick:
                 _log_if_wide(axes, list(chosen.values()))
