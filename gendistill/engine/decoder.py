@@ -19,6 +19,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from gendistill.anatomy.family import FAMILIES, Geometry, family_of, geometry_of
+from gendistill.engine.adapted import why_not_packed
 from gendistill.engine.linear import PackedLinear, pack
 from gendistill.engine.mlp import gated_mlp
 from gendistill.mixers.base import Mixer, SequenceInfo
@@ -100,10 +101,9 @@ def why_not(model: Any, *, device: torch.device, dtype: torch.dtype) -> str | No
         device: Where it will run.
         dtype: Of its arithmetic.
     """
-    if any(
-        type(layer) is not nn.Linear for name, layer in model.model.named_modules() if name.endswith("_proj")
-    ):
-        return "some of its linear layers are adapted"
+    for name, layer in model.model.named_modules():
+        if name.endswith("_proj") and (reason := why_not_packed(layer)):
+            return reason
     if not is_fused(model) and (found := _passed_over(model.model)):
         return found
     return why_no_such(model.config.to_dict(), device=device, dtype=dtype)

@@ -81,7 +81,8 @@ class Learning:
     def kept_by_adapters(self, *, dropout: bool) -> int:
         """Count the numbers that adapters keep per token for the backward pass.
 
-        Each keeps what is between its factors, and with dropout its own copy of what goes into it.
+        Each keeps what is between its factors, and with dropout its own copy of what goes into it. Beside fused layers
+        it keeps nothing: what is between its factors is computed again.
         """
         return sum(self.rank + (shape[1] if dropout else 0) for _, shape in self.adapted)
 

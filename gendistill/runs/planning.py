@@ -381,7 +381,9 @@ class _Run:
             teacher_bytes=_BYTES[self.dtype],
             device=self.device,
             loss=self.loss,
-            fused=self.fused and stage.lora is None and stage.compute_dtype != "float32",
+            fused=self.fused
+            and stage.compute_dtype != "float32"
+            and not (stage.lora is not None and (stage.lora.dropout or self.sharded)),
             num_shards=self.num_processes if self.sharded else 1,
         )
 
@@ -394,7 +396,16 @@ class _Run:
         steps = stage.steps if stage.tokens is None else math.ceil(stage.tokens / per_step)
         ways = ()
         if memory.total > self.device.total_bytes:
-            ways = tuple(ways_to_fit(name, stage, self.num_processes, self._peak, self.device.total_bytes))
+            ways = tuple(
+                ways_to_fit(
+                    name,
+                    stage,
+                    self.num_processes,
+                    self._peak,
+                    self.device.total_bytes,
+                    num_layers=self.geometry.num_layers,
+                )
+            )
         return StageForecast(
             name=name,
             objective=_describe_objective(stage),

@@ -196,7 +196,7 @@ class StageRun:
         self.module.float().to(parallel.loads_on).train()
         self.teacher.to(parallel.device, place=parallel.place_teacher)
         if stage.gradient_checkpointing:
-            recompute_activations(self.student, True)
+            recompute_activations(self.student, stage.gradient_checkpointing)
         self.objective.calibrate(self.teacher, calibration.to(parallel.device))
         self.before = checksums(self.module.named_parameters())
         checkpoint = parallel.on_main(lambda: find_checkpoint(job.checkpoints, self.console.say))
@@ -324,6 +324,8 @@ class StageRun:
             console.stage(name, num_steps=self.lock.steps, step=self.progress.step) as view,
             self.trackers,
         ):
+            # trackers may take seconds to start
+            self.watch.lap()
             while not self.is_over:
                 self.step()
                 self.due = self._due(request)
@@ -612,12 +614,14 @@ def _divides(every: int | None, step: int) -> bool:
     return every is not None and step % every == 0
 
 
-def recompute_activations(student: Any, enable: bool) -> None:
-    """Switch gradient checkpointing of every decoder layer on or off."""
+def recompute_activations(student: Any, layers: bool | int) -> None:
+    """Switch gradient checkpointing on for every decoder layer, for the first so many, or off."""
     with warnings.catch_warnings():
         # 5.17 knows only these names, later releases announce others for version 6
         warnings.simplefilter("ignore", FutureWarning)
-        if enable:
-            student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        else:
+        if layers is False:
             student.gradient_checkpointing_disable()
+            return
+        student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for layer in student.model.layers[len(student.model.layers) if layers is True else layers :]:
+        layer.gradient_checkpointing = False

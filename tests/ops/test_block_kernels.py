@@ -14,7 +14,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 from gendistill.ops import Segments, sliding_window_attention
 from gendistill.ops.reference import block as reference
 from gendistill_kernels.block import attention
-from gendistill_kernels.block.attention import attend_forward, tiles_of
+from gendistill_kernels.block.attention import attend_backward, attend_forward, tiles_of
 from gendistill_kernels.block.glu import swiglu_backward, swiglu_forward
 from gendistill_kernels.block.norm import rms_norm_backward, rms_norm_forward
 from gendistill_kernels.block.rope import rotate_backward, rotate_forward
@@ -150,10 +150,15 @@ def test_attention_to_packed_documents_matches_float64(heads, channels, window):
     v = torch.randn(tokens, KV + 2, channels)[:, 2:]
     tiles = tiles_of(lengths, torch.device("cpu"))
     out, lse = attend_forward(q, k, v, tiles, window=window)
-    q64, k64, v64 = (part.double()[None] for part in (q, k, v))
+    q64, k64, v64 = (part.double()[None].requires_grad_() for part in (q, k, v))
     segments = Segments(lengths)
     expected = sliding_window_attention(q64, k64, v64, window=window, segments=segments)[0]
-    assert distance(out, expected) < LIMIT
+    assert distance(out, expected.detach()) < LIMIT
+    grad = torch.randn_like(out)
+    grads = attend_backward(grad, q, k, v, out, lse, tiles, window=window)
+    (expected * grad.double()).sum().backward()
+    for found, exact in zip(grads, (q64, k64, v64), strict=True):
+        assert distance(found, exact.grad[0]) < 3 * LIMIT
     # attention to ones, unnormalised, is the sum whose logarithm is kept
     scores = torch.einsum("nhd,mhd->hnm", q64[0], k64[0].repeat_interleave(H // KV, 1)) * channels**-0.5
     place = torch.arange(tokens)
@@ -161,7 +166,7 @@ def test_attention_to_packed_documents_matches_float64(heads, channels, window):
     seen = (place[:, None] >= place) & (document[:, None] == document)
     if window is not None:
         seen &= place[:, None] - place < window
-    assert distance(lse, scores.masked_fill(~seen, float("-inf")).logsumexp(-1)) < LIMIT
+    assert distance(lse, scores.detach().masked_fill(~seen, float("-inf")).logsumexp(-1)) < LIMIT
 
 
 def test_tiles_cover_every_query_once_and_long_ones_come_first():
