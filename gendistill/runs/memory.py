@@ -1,8 +1,8 @@
 """Predict the peak memory of a training stage. Imports no torch.
 
 Weights, gradients and moments are exact. Activations are an estimate from the shapes that each block keeps for its
-backward pass; what the allocator wastes is not counted. Measured once: SmolLM2-135M with 8 KDA layers, end to end,
-4 x 256 tokens on a CPU, 5.0 GB resident at the peak, 4.9 GB predicted.
+backward pass; what the allocator wastes is not counted. Measured: SmolLM2-135M with 8 KDA layers, end to end, 4 x 256
+tokens on a CPU, 5.0 GB resident at the peak, 4.9 GB predicted; six stages of three shapes on one H200, within 2.5%.
 """
 
 from __future__ import annotations

@@ -556,7 +556,7 @@ def _fit_lines(stage: StageForecast) -> list[str]:
 def _hours(hours: float | None) -> str:
     if hours is None:
         return "unknown"
-    return f"{hours:,.2f} h" if hours < 10 else f"{hours:,.0f} h"
+    return f"{hours:,.0f} h" if hours >= 100 else f"{hours:.3g} h"
 
 
 def _size(num_bytes: int) -> str:

@@ -194,9 +194,17 @@ def test_the_plan_says_hours_by_stage_and_in_all(planned):
     assert plain["hours"] == found.hours == pytest.approx(sum(hours))
     (line,) = [line for line in found.render().splitlines() if line.startswith("time ")]
     for stage in found.stages:
-        assert f"{stage.name} {stage.time.hours:.2f} h" in line
+        assert f"{stage.name} {stage.time.hours:.3g} h" in line
     assert line.endswith("(steps alone, by the utilisation measured on one H200)")
     assert "without what processes send" in planned(num_processes=2).render()
+
+
+@pytest.mark.parametrize(
+    ("steps", "said"), [(1, "distill 0.000495 h"), (10**6, "distill 495 h"), (10**7, " 4,951 h")]
+)
+def test_hours_are_readable_whatever_their_size(planned, steps, said):
+    found = planned("stages.distill.tokens=null", f"stages.distill.steps={steps}").render()
+    assert said in found, [line for line in found.splitlines() if line.startswith("time")]
 
 
 def test_a_stage_without_fused_layers_is_not_predicted_and_neither_is_the_sum(planned):
