@@ -17,9 +17,9 @@ from gendistill.api.values import Dataset, Evaluation, Model, Run, check_types
 from gendistill.checkpoints.resolve import (
     read_tensor_index,
 )
-from gendistill.config.engine import EngineConfig
 from gendistill.config.load import build_recipe, load_recipe
 from gendistill.config.schema import Recipe
+from gendistill.config.watch import check_trackers
 from gendistill.conversion.execute import apply_plan
 from gendistill.conversion.impl import choose_impl
 from gendistill.conversion.plan import plan_conversion
@@ -30,7 +30,7 @@ from gendistill.models.io import load_student, save_student
 from gendistill.report import compute_gap
 from gendistill.runs import pipeline
 from gendistill.runs.advice import advise
-from gendistill.runs.examiner import TaskExaminer
+from gendistill.runs.examiner import TaskExaminer, check_examiner
 from gendistill.runs.inputs import data_inputs
 from gendistill.runs.scoring import score
 from gendistill.teachers.live import LiveTeacher
@@ -40,6 +40,7 @@ from gendistill.training.interrupt import StageStopped
 from gendistill.training.lock import weights_digest
 from gendistill.training.parallel import FullySharded, connect
 from gendistill.training.stage import StageJob, StageResult, train_stage
+from gendistill_evals import task_identity
 
 _SOURCE = "dataset"  # the name of the only source in the recipes made here
 _NO_DATA = {"data": {_SOURCE: {"path": "unused.jsonl"}}}
@@ -142,6 +143,9 @@ def distill(
     name: str = "distill",
     seed: int = 42,
     folder: str | Path | None = None,
+    watch: Mapping[str, Any] | None = None,
+    trackers: str | Sequence[str] = (),
+    engine: Mapping[str, Any] | None = None,
     quiet: bool = False,
     **settings: Any,
 ) -> StageResult:
@@ -156,19 +160,24 @@ def distill(
         train: Groups that learn, of mixer, attention, mlp, norm, embed, head.
         name: Of the stage; it is part of the seed of the data's order.
         seed: Of data order and dropout.
-        folder: Keeps metrics and checkpoints, and a stage that was interrupted goes on from there; None: a
+        folder: Keeps metrics, answers and checkpoints, and a stage that was interrupted goes on from there; None: a
             temporary one.
+        watch: What is looked at meanwhile, as under ``watch:`` in a recipe: ``{"score_every_steps": 500}``.
+        trackers: Dashboards that get the metrics as well, of tensorboard, trackio, wandb; they need ``folder``.
+        engine: How it is computed, as under ``engine:`` in a recipe: ``{"blocks": "family"}``. Models stay whole.
         quiet: Whether to show no progress.
         settings: Others of a stage: ``tokens="20M"`` (or ``steps`` or ``minutes``) and ``lr`` are needed;
             ``batch_size``, ``micro_batch_size``, ``schedule``, ``weight_decay`` and the rest have defaults.
     Raises:
         RecipeError: A setting that is not allowed, or a stage that does not fit student or teacher.
         DataError: Rows that cannot be used.
+        EvalError: Tasks or questions that cannot be read or asked.
         CheckpointError: What the folder keeps was trained from other settings, rows, teacher or student.
         TrainingError: A loss or gradient that is not finite, or Ctrl-C between two steps.
     """
     _check_models("gendistill.distill()", student, teacher, data)
     check_types("gendistill.distill()", objective=(objective, str, Mapping), train=(train, str, Sequence))
+    sections = _run_sections("gendistill.distill()", watch, trackers, engine)
     stage = {
         "objective": {"kind": objective} if isinstance(objective, str) else dict(objective),
         "train": train.split() if isinstance(train, str) else list(train),
@@ -176,14 +185,29 @@ def distill(
         **settings,
     }
     recipe = _recipe(
-        "gendistill.distill()", teacher.name, seed=seed, **_data_sections(data), stages={name: stage}
+        "gendistill.distill()",
+        teacher.name,
+        seed=seed,
+        **_data_sections(data),
+        stages={name: stage},
+        **sections,
     )
-    parallel = connect(EngineConfig())
-    if isinstance(parallel, FullySharded):
+    if recipe.trackers and folder is None:
         raise RecipeError(
-            "gendistill.distill() keeps models whole, and accelerate is set to FSDP",
-            where="ACCELERATE_USE_FSDP",
-            hint="launch without --use_fsdp, or write a recipe with engine.parallel: fsdp2 and use gendistill.run()",
+            "trackers continue the run that the stage's folder names, and there is none",
+            where="gendistill.distill()  trackers",
+            hint='give it a folder: folder="stage"',
+        )
+    check_trackers(recipe.trackers)
+    check_examiner(recipe, teacher.tokenizer, teacher.checkpoint.config)
+    parallel = connect(recipe.engine)
+    if isinstance(parallel, FullySharded):
+        asked = recipe.engine.parallel == "fsdp2"
+        raise RecipeError(
+            f"gendistill.distill() keeps models whole, and {'engine.parallel' if asked else 'accelerate'} is set to "
+            "shard them",
+            where="engine.parallel" if asked else "ACCELERATE_USE_FSDP",
+            hint="leave that out; or write a recipe with engine.parallel: fsdp2 and use gendistill.run()",
         )
     for warning in advise(
         recipe, teacher.checkpoint.config, chat_template=bool(teacher.tokenizer.chat_template)
@@ -209,7 +233,15 @@ def distill(
                 seed=seed,
                 heldout=heldout,
                 lock=lock,
-                examiner=TaskExaminer(teacher.model, teacher.tokenizer),
+                engine=recipe.engine,
+                watch=recipe.watch,
+                examiner=TaskExaminer(
+                    teacher.model,
+                    teacher.tokenizer,
+                    questions=recipe.watch.questions,
+                    answer_tokens=recipe.watch.answer_tokens,
+                ),
+                trackers=recipe.trackers,
             ),
             student=student.as_student(),
             teacher=LiveTeacher(teacher.model),
@@ -288,15 +320,25 @@ def evaluate(
     return Evaluation(gap, results)
 
 
-def run(recipe: str | Path | Recipe, *overrides: str) -> Run:
+def run(
+    recipe: str | Path | Recipe,
+    *overrides: str,
+    watch: Mapping[str, Any] | None = None,
+    trackers: str | Sequence[str] | None = None,
+    engine: Mapping[str, Any] | None = None,
+) -> Run:
     """Run a whole recipe into its folder; finished steps are skipped.
 
     Args:
         recipe: Built-in name, YAML file, run folder, or a loaded recipe.
-        overrides: ``"stages.distill.tokens=50M"`` and the like; not beside a loaded recipe.
+        overrides: ``"stages.distill.tokens=50M"`` and the like; not beside a loaded recipe, nor is what follows.
+        watch, trackers, engine: As for ``distill``; each setting takes the place of the recipe's. None of them makes
+            finished steps run again.
     Raises:
         RecipeError: Everything that is wrong in the recipe.
     """
+    sections = _run_sections("gendistill.run()", watch, trackers, engine)
+    overrides = (*overrides, *_as_overrides(sections))
     if isinstance(recipe, Recipe):
         if overrides:
             raise RecipeError(
@@ -308,6 +350,32 @@ def run(recipe: str | Path | Recipe, *overrides: str) -> Run:
     else:
         loaded = load_recipe(recipe, overrides)
     return Run(pipeline.run(loaded, command=f"gendistill.run({loaded.name!r})").root)
+
+
+def _run_sections(
+    caller: str,
+    watch: Mapping[str, Any] | None,
+    trackers: str | Sequence[str] | None,
+    engine: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """Collect what says how stages run, and changes nothing that comes out."""
+    sections = {"watch": watch, "engine": engine}
+    check_types(caller, **{name: (each, Mapping) for name, each in sections.items() if each is not None})
+    found: dict[str, Any] = {name: dict(each) for name, each in sections.items() if each is not None}
+    if trackers is not None:
+        check_types(caller, trackers=(trackers, str, Sequence))
+        found["trackers"] = trackers.split() if isinstance(trackers, str) else list(trackers)
+    return found
+
+
+def _as_overrides(sections: Mapping[str, Any]) -> list[str]:
+    """Write sections as overrides, a setting each; JSON is YAML."""
+    settings = {
+        f"{name}.{key}" if isinstance(section, dict) else name: value
+        for name, section in sections.items()
+        for key, value in (section.items() if isinstance(section, dict) else [("", section)])
+    }
+    return [f"{name}={json.dumps(value, default=str)}" for name, value in settings.items()]
 
 
 def _student_section(
@@ -354,7 +422,9 @@ def _stops_between_steps(folder: str | Path | None) -> Iterator[None]:
 
 def _lock(recipe: Recipe, stage: str, teacher: Model) -> dict[str, Any]:
     """Describe what a stage depends on besides its settings and its student."""
+    stop = recipe.stages[stage].stop_early
     return {
+        **({} if stop is None else {"stop_early": task_identity(stop.task)}),
         "teacher": {
             "weights": weights_digest(checksums(teacher.model.named_parameters())),
             "tokenizer and settings": teacher.checkpoint.companions_fingerprint,

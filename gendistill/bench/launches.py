@@ -58,6 +58,8 @@ PLACES = {
     "block_rope_forward": Place(rope, "_forward"),
     "block_rope_backward": Place(rope, "_backward"),
     "block_attention": Place(attention, "_forward"),
+    "block_attention_queries": Place(attention, "_queries"),
+    "block_attention_keys": Place(attention, "_keys"),
     "decode": Place(decode, "_decode"),
     "decode_group": Place(decode, "_decode"),
     "divergence": Place(dense, "_compare"),

@@ -13,11 +13,10 @@ from typing import Any
 
 import torch
 
-from gendistill.anatomy.cost import step_flops
 from gendistill.bench.clock import Clock
 from gendistill.bench.step_rows import StepTime
 from gendistill.data.batch import Batch
-from gendistill.training.monitors.speed import lengths
+from gendistill.training.monitors import speed
 from gendistill.training.parallel import Parallel
 from gendistill.training.stage import StageRun
 
@@ -106,23 +105,9 @@ def time_steps(
 
 def operations_of(run: StageRun) -> Operations:
     """Return what counts the operations of a stage's batches on this process; it outlives the stage."""
-    needs, reaches = run.objective.needs, run.objective.reaches
-    student, teacher = run.student.config.to_dict(), run.teacher.facts.config
-    trained = set(run.trained)
-
-    def count(batches: Sequence[Batch]) -> float:
-        return step_flops(
-            student,
-            teacher,
-            documents=Counter(documents(batches)),
-            num_labels=sum(batch.num_labels for batch in batches),
-            trained=trained,
-            reaches=reaches,
-            apart=bool(needs.mixer_io or needs.block_io),
-            compares_logits=needs.hidden,
-        ).total
-
-    return count
+    count = speed.operations_of(run)
+    assert count is not None, "a live teacher says what it is made of"
+    return lambda batches: count(Counter(documents(batches)), sum(batch.num_labels for batch in batches))
 
 
 def take_apart(run: StageRun) -> dict[str, float]:
@@ -136,7 +121,7 @@ def take_apart(run: StageRun) -> dict[str, float]:
 
 def documents(batches: Sequence[Batch]) -> list[int]:
     """List the lengths of all documents, without padding."""
-    return [length for batch in batches for length in lengths(batch)]
+    return [length for batch in batches for length in speed.lengths(batch)]
 
 
 def find_syncs(step: Callable[[], Any]) -> dict[str, int]:

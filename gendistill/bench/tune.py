@@ -93,12 +93,12 @@ CANDIDATES: dict[str, tuple[Config, ...]] = {
         )
         for part in ("norm", "rope")
     },
-    "block_attention": tuple(
-        Config(block, warps, stages=stages)
-        for block in (32, 64, 128)
-        for warps in (4, 8)
-        for stages in (2, 3)
-    ),
+    **{
+        f"block_attention{part}": tuple(
+            Config(block, warps, stages=stages) for block in blocks for warps in (4, 8) for stages in (2, 3)
+        )
+        for part, blocks in (("", (32, 64, 128)), ("_queries", (32, 64, 128)), ("_keys", (32, 64)))
+    },
     "decode": tuple(
         Config(block, warps, registers=limit)
         for block in (8192, 16384)
@@ -478,13 +478,15 @@ def _block(case: Case, dtype: torch.dtype, device: str) -> Iterator[Job]:
 
     def attend() -> dict[str, Tensor]:
         out, lse = attention.attend_forward(dq, dk, dv, tiles, window=None)
-        return {"out": out, "lse": lse}
+        found = attention.attend_backward(dq, dq, dk, dv, out, lse, tiles, window=None)
+        return {"out": out, "lse": lse, **{f"d {place}": part for place, part in enumerate(found)}}
 
     steps = {"norm": norm, "glu": swiglu, "rope": turn}
     for part, step in steps.items():
         for way in ("forward", "backward"):
             yield Job(f"block_{part}_{way}", case.name, (dtype.itemsize,), step=step)
-    yield Job("block_attention", case.name, (dtype.itemsize,), step=attend)
+    for part in ("", "_queries", "_keys"):
+        yield Job(f"block_attention{part}", case.name, (dtype.itemsize,), step=attend)
 
 
 def _divergence(case: Case, dtype: torch.dtype, device: str) -> Iterator[Job]:

@@ -207,8 +207,12 @@ class StageConfig(Section):
         default="auto",
         description="of matmuls and activations; auto: bfloat16 where the device has units for it",
     )
-    gradient_checkpointing: Annotated[bool, Affects.NOTHING] = Field(
-        default=False, description="compute activations again in the backward pass: less memory, more time"
+    gradient_checkpointing: Annotated[
+        bool | Annotated[int, Field(ge=1, le=_MANY_LAYERS)], Affects.NOTHING
+    ] = Field(
+        default=False,
+        description="compute activations again in the backward pass, of every layer or of so many, the first: less "
+        "memory, more time",
     )
     log_every_steps: Annotated[int, Affects.NOTHING] = Field(
         default=1, ge=1, le=_MANY_STEPS, description="steps between lines of metrics.jsonl"
@@ -337,10 +341,10 @@ class Recipe(Section):
         if not isinstance(self.data.get(self.heldout.data), SourceConfig):
             problems.append(f'heldout.data names "{self.heldout.data}", which is not a source {known}')
         for name, stage in self.stages.items():
-            if stage.lora is not None and self.engine.blocks == "fused":
+            if self.engine.blocks == "fused" and stage.lora is not None and stage.lora.dropout:
                 problems.append(
-                    f"stages.{name}.lora puts adapters into linear layers, which engine.blocks fused packs together; "
-                    "use engine.blocks auto, which fuses what has none"
+                    f"stages.{name}.lora.dropout goes before every adapter alone, and engine.blocks fused runs several "
+                    "layers on one input; use engine.blocks auto, which fuses what can be, or leave dropout out"
                 )
             if stage.optimizer == "adamw8bit" and self.engine.parallel == "fsdp2":
                 problems.append(

@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from gendistill.anatomy.family import FAMILIES, Geometry, family_of, geometry_of
+from gendistill.engine.adapted import why_not_packed
 from gendistill.engine.linear import PackedLinear, pack
 from gendistill.engine.mlp import gated_mlp
 from gendistill.mixers.base import Mixer, SequenceInfo
@@ -28,6 +29,9 @@ from gendistill.ops.select import Impl, resolve
 _MARK = "_fused_decoder"
 # dtypes that torch's flash attention takes
 _HALF = (torch.bfloat16, torch.float16)
+# what a decoder that runs fused reads, and what it may be told besides
+_READ = ("input_ids", "position_ids", "sequences")
+_INPUTS = {*_READ, "cu_seq_lens_q", "cu_seq_lens_k"}
 
 
 @dataclass(slots=True)
@@ -50,15 +54,18 @@ class Layout:
     dtype: torch.dtype
 
 
-def fuse(model: Any, dtype: torch.dtype) -> None:
+def fuse(model: Any, dtype: torch.dtype, *, learns: bool = True) -> None:
     """Let a causal language model run fused until :func:`release`; :func:`why_not` must have nothing against it.
 
     Args:
         model: A family's own or a student: with ``model`` and ``config``; where it will run.
-        dtype: Of arithmetic. Parameters keep theirs; copies in this dtype are refreshed when parameters change.
+        dtype: Of arithmetic. Parameters keep theirs; copies in this dtype are refreshed when parameters change or get
+            other memory. Writing to their ``.data`` is not noticed, nor is another parameter in the place of one.
+        learns: Whether parameters learn that require a gradient; a teacher's do not, and need no copies in their own
+            dtype.
     """
     release(model)
-    object.__setattr__(model.model, _MARK, FusedDecoder(model, dtype))
+    object.__setattr__(model.model, _MARK, FusedDecoder(model, dtype, learns=learns))
 
 
 def release(model: Any) -> None:
@@ -78,7 +85,7 @@ def unfused(model: Any) -> Iterator[None]:
         yield
     finally:
         if fused is not None:
-            fuse(model, fused.dtype)
+            fuse(model, fused.dtype, learns=fused.learns)
 
 
 def is_fused(model: Any) -> bool:
@@ -94,10 +101,9 @@ def why_not(model: Any, *, device: torch.device, dtype: torch.dtype) -> str | No
         device: Where it will run.
         dtype: Of its arithmetic.
     """
-    if any(
-        type(layer) is not nn.Linear for name, layer in model.model.named_modules() if name.endswith("_proj")
-    ):
-        return "some of its linear layers are adapted"
+    for name, layer in model.model.named_modules():
+        if name.endswith("_proj") and (reason := why_not_packed(layer)):
+            return reason
     return why_no_such(model.config.to_dict(), device=device, dtype=dtype)
 
 
@@ -133,31 +139,41 @@ def why_no_such(config: Mapping[str, Any], *, device: torch.device, dtype: torch
 class FusedDecoder:
     """A decoder that runs fused until it is released; arguments as :func:`fuse`."""
 
-    def __init__(self, model: Any, dtype: torch.dtype) -> None:
+    def __init__(self, model: Any, dtype: torch.dtype, *, learns: bool = True) -> None:
         self.decoder: Any = model.model
-        self.dtype = dtype
+        self.dtype, self.learns = dtype, learns
         self.geometry = geometry_of(model.config.to_dict())
         self.impl = resolve("auto", op="block", device=self.decoder.norm.weight.device)
         self.packed: list[PackedLinear] = []
         self.patched: list[tuple[nn.Module, str]] = []
-        for index, layer in enumerate(self.decoder.layers):
-            self._patch_layer(index, layer)
-        self._patch(self.decoder, "forward", functools.partial(_run_decoder, self))
-        self.sources = [source for packed in self.packed for source in packed.sources]
-        self.targets = [target for packed in self.packed for target in packed.targets]
-        self.versions: list[int] = []
+        self.sources: list[Tensor] = []
+        self.targets: list[Tensor] = []
+        self.versions: list[tuple[int, int]] = []
         # a fused optimizer changes parameters without counting their versions up
         self.handle = register_optimizer_step_post_hook(
             functools.partial(_forget_versions, weakref.ref(self))
         )
+        try:
+            for index, layer in enumerate(self.decoder.layers):
+                self._patch_layer(index, layer)
+            self._patch(self.decoder, "forward", functools.partial(_run_decoder, self))
+        except BaseException:
+            # nobody else could: memory may have run out halfway
+            self.release()
+            raise
+        self.sources += [source for packed in self.packed for source in packed.sources]
+        self.targets += [target for packed in self.packed for target in packed.targets]
 
     def _patch(self, module: nn.Module, name: str, value: Any) -> None:
         # an instance's own attribute; the module's class stays as it is
         object.__setattr__(module, name, value)
         self.patched.append((module, name))
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError("a decoder that runs fused cannot be copied or pickled; call release(model) first")
+
     def _pack(self, *layers: nn.Linear) -> PackedLinear:
-        self.packed.append(pack(layers, self.dtype))
+        self.packed.append(pack(layers, self.dtype, learns=self.learns))
         return self.packed[-1]
 
     def _patch_layer(self, index: int, layer: Any) -> None:
@@ -178,10 +194,17 @@ class FusedDecoder:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Cast the weights that have changed since the last time, which is once an optimizer step."""
-        versions = [source._version for source in self.sources]
+        """Cast the weights if any has changed since the last time, which is once an optimizer step."""
+        versions = [(source._version, source.data_ptr()) for source in self.sources]
         if versions != self.versions:
-            torch._foreach_copy_(self.targets, self.sources)  # pyright: ignore[reportPrivateImportUsage]
+            # what is a view of its target is there already
+            apart = [
+                (target, source)
+                for target, source, (_, place) in zip(self.targets, self.sources, versions, strict=True)
+                if place != target.data_ptr()
+            ]
+            if apart:
+                torch._foreach_copy_(*map(list, zip(*apart, strict=True)))  # pyright: ignore
             self.versions = versions
 
     def release(self) -> None:
@@ -189,9 +212,10 @@ class FusedDecoder:
         self.handle.remove()
         for module, name in reversed(self.patched):
             object.__delattr__(module, name)
-        for packed in self.packed:
-            packed.release()
-        self.patched, self.packed, self.sources, self.targets = [], [], [], []
+        self.patched, self.sources, self.targets = [], [], []
+        # one after the other: a model need not be in memory twice
+        while self.packed:
+            self.packed.pop().release()
 
 
 def _forget_versions(fused: Callable[[], FusedDecoder | None], *_: Any) -> None:
@@ -209,40 +233,27 @@ class _Attention:
     window: int | None
 
 
-def _run_decoder(
-    fused: FusedDecoder,
-    input_ids: Tensor | None = None,
-    position_ids: Tensor | None = None,
-    sequences: SequenceInfo | None = None,
-    **others: Any,
-) -> Any:
+def _run_decoder(fused: FusedDecoder, *args: Any, **inputs: Any) -> Any:
     """Run a decoder on packed documents; anything else is left to the decoder itself."""
     decoder = fused.decoder
+    others = [
+        name for name in inputs.keys() - _INPUTS if inputs[name] is not None and inputs[name] is not False
+    ]
+    input_ids, position_ids, sequences = (inputs.get(name) for name in _READ)
     if (
-        sequences is None
+        args
+        or others
         or input_ids is None
-        or others.get("use_cache")
-        or others.get("attention_mask") is not None
+        or position_ids is None
+        or not _fills(sequences, input_ids.numel())
     ):
-        given = {"input_ids": input_ids, "position_ids": position_ids, "sequences": sequences}
-        return type(decoder).forward(
-            decoder, **{name: value for name, value in given.items() if value is not None}, **others
-        )
+        return type(decoder).forward(decoder, *args, **inputs)
     fused.refresh()
     # the arithmetic is explicit from here on
     with torch.autocast(input_ids.device.type, enabled=False):
         stream = decoder.embed_tokens(input_ids)
-        cos, sin = decoder.rotary_emb(
-            torch.empty((), dtype=torch.float32, device=stream.device), position_ids
-        )
-        layout = Layout(
-            sequences,
-            cos.expand(stream.shape[0], -1, -1).flatten(0, 1).contiguous(),
-            sin.expand(stream.shape[0], -1, -1).flatten(0, 1).contiguous(),
-            (cos, sin),
-            position_ids,
-            fused.dtype,
-        )
+        angles = decoder.rotary_emb(torch.empty((), dtype=torch.float32, device=stream.device), position_ids)
+        layout = _lay_out(fused, stream.shape[0], sequences, angles, position_ids)
         for layer in decoder.layers:
             # what watches layers finds what it would find without fusion
             stream = layer(
@@ -269,7 +280,7 @@ def _run_layer(
     **others: Any,
 ) -> Tensor:
     if layout is None:
-        layout = _layout_of(fused, **others)
+        layout = _layout_of(fused, hidden_states, **others)
     if layout is None:
         return type(layer).forward(layer, hidden_states, **others)
     settings: Any = {"eps": fused.geometry.norm_eps, "dtype": layout.dtype, "impl": fused.impl}
@@ -287,8 +298,15 @@ def _run_layer(
         return gated_mlp(x, stream, gate_up, down, impl=fused.impl)
 
 
+def _fills(sequences: Any, cells: int) -> TypeGuard[SequenceInfo]:
+    """Say whether these are documents that fill a grid."""
+    packed = isinstance(sequences, SequenceInfo) and sequences.tokens is None
+    return packed and sequences.segments.num_tokens == cells
+
+
 def _layout_of(
     fused: FusedDecoder,
+    hidden_states: Tensor,
     sequences: Any = None,
     position_embeddings: tuple[Tensor, Tensor] | None = None,
     position_ids: Tensor | None = None,
@@ -297,11 +315,24 @@ def _layout_of(
     **_: Any,
 ) -> Layout | None:
     """Return the layout of a layer that is run alone, on packed documents; None for any other call."""
-    packed = isinstance(sequences, SequenceInfo) and sequences.tokens is None
-    if not packed or position_embeddings is None or attention_mask is not None or past_key_values is not None:
+    batch, length = hidden_states.shape[:2]
+    if position_embeddings is None or attention_mask is not None or past_key_values is not None:
+        return None
+    if not _fills(sequences, batch * length):
         return None
     fused.refresh()
-    cos, sin = (part.flatten(0, 1).contiguous() for part in position_embeddings)
+    return _lay_out(fused, batch, sequences, position_embeddings, position_ids)
+
+
+def _lay_out(
+    fused: FusedDecoder,
+    batch: int,
+    sequences: SequenceInfo,
+    position_embeddings: tuple[Tensor, Tensor],
+    position_ids: Tensor | None,
+) -> Layout:
+    # kernels read a row for every token
+    cos, sin = (part.expand(batch, -1, -1).flatten(0, 1).contiguous() for part in position_embeddings)
     return Layout(sequences, cos, sin, position_embeddings, position_ids, fused.dtype)
 
 
@@ -314,7 +345,7 @@ def _run_mixer(
     **inputs: Any,
 ) -> Any:
     if layout is None:
-        layout = _layout_of(fused, **inputs)
+        layout = _layout_of(fused, hidden_states, **inputs)
     run = type(mixer).forward
     if layout is None:
         return run(mixer, hidden_states, **inputs)

@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 
+from gendistill.engine.adapted import Adapters, plain
+from gendistill.engine.products import product
+
 # rows of a packed matrix: products with other widths fall off the fast paths of matrix units
 _MULTIPLE = 8
 
@@ -21,19 +24,27 @@ class PackedLinear:
 
     The layers keep their parameters, and get the gradients. Parameters that do not learn and have that dtype already
     become views of the packed matrix, which then costs no memory; :meth:`release` gives them memory of their own.
+    Adapters beside a layer stay beside it: what they add is added to its output.
 
     Args:
-        layers: Of one input width; with biases or without.
+        layers: Of one input width; with biases or without, plain or with an adapter.
         dtype: Of arithmetic.
+        learns: Whether parameters learn that require a gradient.
 
     Attributes:
+        adapters: Of those layers that have one; None without any.
+        sources, targets: Parameters, and where each is in ``matrix`` or ``bias``.
         matrix: ``[rows, in_features]``; zeros below the last layer.
         bias: ``[rows]``, or None.
         widths: Outputs of each layer.
     """
 
-    def __init__(self, layers: Sequence[nn.Linear], dtype: torch.dtype) -> None:
+    adapters: Adapters | None = None
+
+    def __init__(self, layers: Sequence[nn.Linear], dtype: torch.dtype, *, learns: bool = True) -> None:
+        given, layers = layers, [plain(layer) for layer in layers]
         self.layers = tuple(layers)
+        self._learns = learns
         self.widths = tuple(layer.out_features for layer in layers)
         self.parameters: list[Tensor] = [layer.weight for layer in layers]
         self.biases: list[Tensor] = [layer.bias for layer in layers if layer.bias is not None]
@@ -45,36 +56,74 @@ class PackedLinear:
         self.places = list(pairwise(accumulate(self.widths, initial=0)))
         self.sources: list[Tensor] = []
         self.targets: list[Tensor] = []
-        self.adopted: list[Tensor] = []
         for layer, (start, end) in zip(self.layers, self.places, strict=True):
             self._take(layer.weight, self.matrix[start:end])
             if layer.bias is not None:
                 assert self.bias is not None
                 self._take(layer.bias, self.bias[start:end])
+        if any(layer is not own for layer, own in zip(given, layers, strict=True)):
+            self.adapters = Adapters(given, self.places, dtype)
+            self.sources += self.adapters.parameters
+            self.targets += self.adapters.targets
 
     @torch.no_grad()
     def _take(self, parameter: Tensor, target: Tensor) -> None:
-        if parameter.dtype == target.dtype and not parameter.requires_grad:
+        if parameter.dtype == target.dtype and not (self._learns and parameter.requires_grad):
             target.copy_(parameter)
             parameter.data = target
-            self.adopted.append(parameter)
-        else:
-            self.sources.append(parameter)
-            self.targets.append(target)
+        self.sources.append(parameter)
+        self.targets.append(target)
 
     def release(self) -> None:
         """Give parameters that are views of the matrix memory of their own."""
-        for parameter in self.adopted:
-            parameter.data = parameter.data.clone()
-        self.adopted = []
+        for parameter, target in zip(self.sources, self.targets, strict=True):
+            if parameter.data_ptr() == target.data_ptr():
+                parameter.data = parameter.data.clone()
+        self.sources, self.targets = [], []
 
     def saved(self) -> Tensor | None:
         """Return what a function keeps of the matrix for its backward pass."""
         return self.matrix
 
+    @property
+    def weights(self) -> list[Tensor]:
+        """The weights, then the factors of the adapters: what :meth:`weight_grads` returns gradients of."""
+        return [*self.parameters, *(self.adapters.parameters if self.adapters else ())]
+
+    @property
+    def learns(self) -> bool:
+        """Whether any of them learns."""
+        return any(weight.requires_grad for weight in self.weights)
+
+    def adapt(self, out: Tensor, x: Tensor) -> Tensor:
+        """Add what adapters say about ``x`` ``[N, in_features]`` to ``out`` ``[N, rows]``, in place, and return it."""
+        if self.adapters:
+            self.adapters.add_to(out, x)
+        return out
+
+    def outer(self, grad: Tensor) -> Tensor | None:
+        """Return the gradient between the factors of adapters from that of the output; None without adapters."""
+        return self.adapters.outer(grad) if self.adapters else None
+
+    def input_grad(self, grad: Tensor, matrix: Tensor, outer: Tensor | None) -> Tensor:
+        """Return the gradient of the input ``[N, in_features]``.
+
+        Args:
+            grad: Of the output, ``[N, rows]``.
+            matrix: As many rows of the packed one.
+            outer: What :meth:`outer` returns.
+        """
+        found = grad @ matrix
+        return found.addmm_(outer, self.adapters.down) if self.adapters and outer is not None else found
+
+    def weight_grads(self, grad: Tensor, x: Tensor, outer: Tensor | None) -> list[Tensor | None]:
+        """Return the gradients of :attr:`weights` that learn."""
+        found = _weight_grads(grad, x, self.places, self.parameters)
+        return found + self.adapters.grads(grad, x, outer) if self.adapters and outer is not None else found
+
     def __call__(self, x: Tensor) -> Tensor:
         """Run all layers on ``[..., in_features]``; returns ``[..., rows]`` in the dtype of arithmetic."""
-        return _Packed.apply(x, self, *self.parameters, *self.biases)  # pyright: ignore[reportReturnType]
+        return _Packed.apply(x, self, *self.weights, *self.biases)  # pyright: ignore[reportReturnType]
 
     def split(self, out: Tensor) -> tuple[Tensor, ...]:
         """Cut an output into those of the layers."""
@@ -98,7 +147,7 @@ class GatheredLinear(PackedLinear):
         self.dtype = dtype
         self.widths = tuple(layer.out_features for layer in layers)
         self.places = list(pairwise(accumulate(self.widths, initial=0)))
-        self.sources, self.targets, self.adopted = [], [], []
+        self.sources, self.targets = [], []
 
     @property
     def parameters(self) -> list[Tensor]:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -140,31 +189,14 @@ class GatheredLinear(PackedLinear):
         return torch.cat(parts)
 
 
-def pack(layers: Sequence[nn.Linear], dtype: torch.dtype) -> PackedLinear:
+def pack(layers: Sequence[nn.Linear], dtype: torch.dtype, *, learns: bool = True) -> PackedLinear:
     """Pack linear layers, whether this process has their weights whole or not."""
-    is_split = any(isinstance(layer.weight, DTensor) for layer in layers)
-    return (GatheredLinear if is_split else PackedLinear)(layers, dtype)
+    if any(isinstance(plain(layer).weight, DTensor) for layer in layers):
+        return GatheredLinear(layers, dtype)
+    return PackedLinear(layers, dtype, learns=learns)
 
 
-def product(left: Tensor, right: Tensor) -> Tensor:
-    """Multiply matrices into float32 (float64 from such), without rounding the sums on the way."""
-    if left.dtype in (torch.float32, torch.float64):
-        return left @ right
-    if left.device.type == "cuda":
-        return torch.mm(left, right, out_dtype=torch.float32)
-    return left.float() @ right.float()
-
-
-def add_product(added: Tensor, left: Tensor, right: Tensor, *, in_place: bool = False) -> Tensor:
-    """Return ``added + left @ right`` in the dtype of ``added``, in its memory if it may be overwritten."""
-    if added.dtype == left.dtype:
-        return torch.addmm(added, left, right, out=added if in_place else None)
-    if left.device.type == "cuda" and added.dtype == torch.float32:
-        return torch.addmm(added, left, right, out_dtype=torch.float32, out=added if in_place else None)
-    return added + product(left, right).to(added.dtype)
-
-
-def weight_grads(
+def _weight_grads(
     grad: Tensor, x: Tensor, places: Sequence[tuple[int, int]], parameters: Sequence[Tensor]
 ) -> list[Tensor | None]:
     """Return the gradient of every packed weight that learns, in its dtype, from one product if all of them do.
@@ -194,10 +226,11 @@ class _Packed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, packed: PackedLinear, *parameters: Tensor) -> Tensor:
         # as a matrix: with more dimensions, a bias would be added in a pass of its own
-        flat = x.flatten(0, -2).to(packed.matrix.dtype)
+        matrix = packed.matrix
+        flat = x.flatten(0, -2).to(matrix.dtype)
         ctx.packed, ctx.shape, ctx.dtype = packed, x.shape, x.dtype
         ctx.save_for_backward(flat, packed.saved())
-        return F.linear(flat, packed.matrix, packed.bias).view(*x.shape[:-1], -1)
+        return packed.adapt(F.linear(flat, matrix, packed.bias), flat).view(*x.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
@@ -207,8 +240,10 @@ class _Packed(torch.autograd.Function):
         flat = grad.flatten(0, -2)
         if matrix is None:
             matrix = packed.matrix
-        grad_x = (flat @ matrix).view(ctx.shape).to(ctx.dtype) if ctx.needs_input_grad[0] else None
-        grads = weight_grads(flat, x, packed.places, packed.parameters)
+        outer, grad_x = packed.outer(flat), None
+        if ctx.needs_input_grad[0]:
+            grad_x = packed.input_grad(flat, matrix, outer).view(ctx.shape).to(ctx.dtype)
+        grads = packed.weight_grads(flat, x, outer)
         bias_grads: list[Tensor | None] = [None] * len(packed.biases)
         if any(bias.requires_grad for bias in packed.biases):
             sums = flat.sum(0, dtype=torch.promote_types(flat.dtype, torch.float32))

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gendistill.engine.linear import PackedLinear, add_product, weight_grads
+from gendistill.engine.linear import PackedLinear
+from gendistill.engine.products import add_product
 from gendistill.ops.reference.block import swiglu
 from gendistill.ops.select import Impl, contract
 
@@ -26,10 +27,11 @@ def gated_mlp(x: Tensor, stream: Tensor, gate_up: PackedLinear, down: PackedLine
         impl: Of the product in between.
     """
     if not torch.is_grad_enabled():
-        hidden = _swiglu(F.linear(x.flatten(0, -2), _rows(gate_up)), impl)
-        return add_product(stream.flatten(0, -2), hidden, down.matrix.T, in_place=True).view(stream.shape)
-    parameters = (*gate_up.parameters, *down.parameters)
-    return _GatedMLP.apply(x, stream, gate_up, down, impl, *parameters)  # pyright: ignore[reportReturnType]
+        flat = x.flatten(0, -2)
+        hidden = _swiglu(gate_up.adapt(F.linear(flat, _rows(gate_up)), flat), impl)
+        out = add_product(stream.flatten(0, -2), hidden, down.matrix.T, in_place=True)
+        return down.adapt(out, hidden).view(stream.shape)
+    return _GatedMLP.apply(x, stream, gate_up, down, impl, *gate_up.weights, *down.weights)  # pyright: ignore[reportReturnType]
 
 
 class _GatedMLP(torch.autograd.Function):
@@ -38,11 +40,12 @@ class _GatedMLP(torch.autograd.Function):
         ctx: Any, x: Tensor, stream: Tensor, gate_up: PackedLinear, down: PackedLinear, impl: Impl, *_: Tensor
     ) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
-        both = F.linear(flat, _rows(gate_up))
+        both = gate_up.adapt(F.linear(flat, _rows(gate_up)), flat)
         hidden = _swiglu(both, impl)
         ctx.save_for_backward(flat, both, gate_up.saved(), down.saved())
         ctx.packed, ctx.impl, ctx.shape = (gate_up, down), impl, x.shape
-        return add_product(stream.view(flat.shape), hidden, down.matrix.T).view(stream.shape)
+        out = add_product(stream.view(flat.shape), hidden, down.matrix.T)
+        return down.adapt(out, hidden).view(stream.shape)
 
     @staticmethod
     @once_differentiable
@@ -52,13 +55,16 @@ class _GatedMLP(torch.autograd.Function):
         if down_matrix is None:
             down_matrix = down.matrix
         out = grad.reshape(x.shape).to(x.dtype)
+        outer = down.outer(out)
         grad_both, hidden = _swiglu_backward(
-            out @ down_matrix, both, down.parameters[0].requires_grad, ctx.impl
+            down.input_grad(out, down_matrix, outer), both, down.learns, ctx.impl
         )
-        grad_x = (grad_both @ _rows(gate_up)).view(ctx.shape) if ctx.needs_input_grad[0] else None
-        down_grad = [None] if hidden is None else weight_grads(out, hidden, down.places, down.parameters)
-        grads = weight_grads(grad_both, x, gate_up.places, gate_up.parameters)
-        return (grad_x, grad if ctx.needs_input_grad[1] else None, None, None, None, *grads, *down_grad)
+        down_grads = [None] * len(down.weights) if hidden is None else down.weight_grads(out, hidden, outer)
+        outer, grad_x = gate_up.outer(grad_both), None
+        if ctx.needs_input_grad[0]:
+            grad_x = gate_up.input_grad(grad_both, _rows(gate_up), outer).view(ctx.shape)
+        grads = gate_up.weight_grads(grad_both, x, outer)
+        return (grad_x, grad if ctx.needs_input_grad[1] else None, None, None, None, *grads, *down_grads)
 
 
 def _rows(packed: PackedLinear) -> Tensor:
@@ -76,7 +82,7 @@ def _swiglu_backward(
     if impl is Impl.TRITON:
         return contract("block").swiglu_backward(grad, both, want_hidden=want_hidden)
     gate, up = both.chunk(2, dim=-1)
-    sigmoid = torch.sigmoid(gate)
-    act = gate * sigmoid
-    grad_gate = grad * up * (sigmoid + act * (1 - sigmoid))
+    act = F.silu(gate)
+    # rounds once, as autograd does
+    grad_gate = torch.ops.aten.silu_backward(grad * up, gate)
     return torch.cat([grad_gate, grad * act], dim=-1), act * up if want_hidden else None

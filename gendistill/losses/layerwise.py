@@ -93,12 +93,13 @@ class LayerwiseObjective:
     def __call__(self, student: StudentLike, signals: TeacherSignals, batch: Batch) -> LossTerm:
         """Run each linear layer on the teacher's input and sum the errors over counted positions."""
         counts = batch.labels != IGNORE
+        left_out = counted_positions(counts, counts.numel() - batch.num_labels, ignore_index=True)
         dtype = output_head(student).dtype
         errors = []
         for layer, io in self._io(signals).items():
             output = self._run(student.model.layers[layer], io, batch, dtype)
             scale = 1 / self.target_energy[layer] if self.norm == "relative" else None
-            errors.append(_Distance.apply(output, io.output, counts, self.norm, scale))
+            errors.append(_Distance.apply(output, io.output, left_out, self.norm, scale))
         parts = torch.stack(errors)
         count = torch.full((), batch.num_labels, dtype=torch.int64, device=parts.device)
         return LossTerm(parts.mean(), count, dict(zip(self.part_names, parts.detach(), strict=True)))
@@ -120,33 +121,35 @@ class LayerwiseObjective:
 
 
 class _Distance(torch.autograd.Function):
-    """The error of an output, summed over counted positions in float32; kept for the backward pass is the error alone.
+    """The error of an output, summed over positions in float32; kept for the backward pass is the error alone.
 
-    Positions that do not count are masked instead of left out: gathering rows costs more than they do.
+    Positions that do not count get an error of zero, whatever the output is there: gathering the others costs more.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, output: Tensor, target: Tensor, counts: Tensor, norm: Norm, scale: Tensor | None
+        ctx: Any, output: Tensor, target: Tensor, left_out: Tensor, norm: Norm, scale: Tensor | None
     ) -> Tensor:
         error = output - target if output.dtype == torch.float32 else output.float() - target
+        error = error.contiguous()
+        error.view(-1, error.shape[-1]).index_fill_(0, left_out, 0.0)
         rows = torch.linalg.vector_norm(error, dim=-1)
         if norm == "l2":
             # the norm has no derivative where it is zero; torch takes zero there, too
-            slope = torch.where(counts & (rows > 0), 1 / rows, 0.0)
+            slope = torch.where(rows > 0, 1 / rows, 0.0).unsqueeze(-1)
         else:
             factor = 1 / error.shape[-1] if scale is None else scale
             rows = rows.square() * factor
-            slope = counts * (2 * factor)
+            slope = rows.new_ones(()) * (2 * factor)
         ctx.save_for_backward(error, slope)
         ctx.dtype = output.dtype
-        return torch.where(counts, rows, 0.0).sum()
+        return rows.sum()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         error, slope = ctx.saved_tensors
-        return (error * (slope * grad).unsqueeze(-1)).to(ctx.dtype), None, None, None, None
+        return (error * (slope * grad)).to(ctx.dtype), None, None, None, None
 
 
 def align_mixers(config: MixerOutputConfig) -> LayerwiseObjective:

@@ -209,7 +209,7 @@ class KDA(Mixer):
             return [], []
         convs: Any = (self.q_conv1d, self.k_conv1d, self.v_conv1d)
         biases = [conv.bias for conv in convs]
-        return [conv.weight[:, 0] for conv in convs], [bias for bias in biases if bias is not None]
+        return [conv.weight.squeeze(1) for conv in convs], [bias for bias in biases if bias is not None]
 
     def _convolve(
         self, x: Tensor, sequences: SequenceInfo | None, state: MixerState | None, impl: Impl

@@ -60,7 +60,8 @@ def attend(
         eps: Of the norms.
         window: Positions a query sees, its own included; None for all earlier ones.
         segments: The documents, N tokens in all.
-        impl: Implementation; ``triton`` attends with the flash attention that torch brings.
+        impl: Implementation. The gradient of ``triton`` is that of torch's flash attention, which sums in any order, or
+            of our own kernels where torch is asked for deterministic algorithms.
     Returns: ``[N, H * D]``.
     """
     run = _contract().attend if is_triton(impl) else reference.attend

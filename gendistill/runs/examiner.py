@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from gendistill_evals.evaluate import check_evaluation
 from gendistill_evals.hf import HFModel
+from gendistill_evals.model import Limits
 from gendistill_evals.protocols import PROTOCOLS, ProtocolFamily, lead_protocols
 from gendistill_evals.task import load_questions, load_tasks
 from gendistill_evals.transcripts import write_answers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from gendistill.config.schema import Recipe
 
 
 class TaskExaminer:
@@ -71,3 +76,33 @@ class TaskExaminer:
 
     def _model(self, model: PreTrainedModel) -> HFModel:
         return HFModel(model, self.tokenizer, batch_size=self.batch_size)
+
+
+def check_examiner(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, config: Mapping[str, Any]) -> None:
+    """Refuse what a recipe's stages could not ask while they train.
+
+    Args:
+        recipe: Its ``watch:`` section and its stages' ``stop_early`` count.
+        tokenizer: Of both models.
+        config: The teacher's.
+    Raises:
+        EvalError: A task or questions that cannot be read or asked.
+    """
+    limits = model_limits(config)
+    written = [lead_protocols()[ProtocolFamily.GENERATION]]
+    stops = [stage.stop_early for stage in recipe.stages.values() if stage.stop_early is not None]
+    scored = [(stop.task, stop.limit) for stop in stops]
+    watch = recipe.watch
+    if watch.score_every_steps is not None:
+        scored.append((watch.task, watch.task_limit))
+    for task, limit in scored:
+        check_evaluation(limits, tokenizer, tasks=[task], protocols=written, limit=limit)
+    if watch.answers_every_steps is not None:
+        check_evaluation(
+            limits, tokenizer, tasks=[], questions=watch.questions, question_tokens=watch.answer_tokens
+        )
+
+
+def model_limits(config: Mapping[str, Any]) -> Limits:
+    """Return what a model of a configuration can be asked."""
+    return Limits(max_tokens=config.get("max_position_embeddings"), vocab_size=config.get("vocab_size"))

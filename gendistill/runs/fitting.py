@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from gendistill.anatomy.groups import ParamGroup
@@ -12,6 +12,7 @@ from gendistill.config.schema import StageConfig
 
 _MOST_PROCESSES = 64
 _RANK = 16
+_THIRD = "about a third more time"
 # what a pretrained model already knows, and a few numbers can adapt; new mixers have everything to learn
 _PRETRAINED = (ParamGroup.ATTENTION, ParamGroup.MLP)
 
@@ -43,7 +44,9 @@ class Way:
         return " ".join((*self.overrides, *flag))
 
 
-def ways_to_fit(name: str, stage: StageConfig, num_processes: int, peak: Peak, limit: int) -> Iterator[Way]:
+def ways_to_fit(
+    name: str, stage: StageConfig, num_processes: int, peak: Peak, limit: int, *, num_layers: int
+) -> Iterator[Way]:
     """Yield ways, the cheapest first; none if nothing here helps.
 
     A way that costs more is named only if more rows per forward fit with it: these are what it buys. Ways with
@@ -55,10 +58,11 @@ def ways_to_fit(name: str, stage: StageConfig, num_processes: int, peak: Peak, l
         num_processes: As planned.
         peak: Predicts.
         limit: Bytes of the device.
+        num_layers: Of the student: of as many as needed activations are computed again.
     """
     alone = sharded = 0
     for change in _changes(name, stage):
-        for rows, way in _sized(name, stage, change, num_processes, peak, limit):
+        for rows, way in _sized(name, stage, change, num_processes, peak, limit, num_layers):
             if rows > (max(alone, sharded) if change.sharded else alone):
                 yield way
             if change.sharded:
@@ -80,9 +84,7 @@ class _Change:
 def _changes(name: str, stage: StageConfig) -> Iterator[_Change]:
     """Yield what can be changed, by what it costs: nothing, time, rounding, machines, what learns."""
     at = f"stages.{name}."
-    recompute = _Change(
-        {"gradient_checkpointing": True}, (f"{at}gradient_checkpointing=true",), "about a third more time"
-    )
+    recompute = _Change({"gradient_checkpointing": True}, (f"{at}gradient_checkpointing=true",), _THIRD)
     eight = _Change(
         {"optimizer": "adamw8bit"}, (f"{at}optimizer=adamw8bit",), "moments are rounded; needs bitsandbytes"
     )
@@ -136,7 +138,13 @@ def _adapters(at: str, stage: StageConfig) -> _Change | None:
 
 
 def _sized(
-    name: str, stage: StageConfig, change: _Change, num_processes: int, peak: Peak, limit: int
+    name: str,
+    stage: StageConfig,
+    change: _Change,
+    num_processes: int,
+    peak: Peak,
+    limit: int,
+    num_layers: int,
 ) -> Iterator[tuple[int, Way]]:
     """Yield a change at the most rows per forward with which it fits, on the fewest processes, and these rows."""
     counts: list[int | None] = [None]
@@ -150,8 +158,27 @@ def _sized(
                 continue
             fewer = rows < stage.micro_batch_size
             size = (f"stages.{name}.micro_batch_size={rows}",) if fewer else ()
-            yield rows, Way((*size, *change.overrides), count, predicted, change.cost)
+            found = Way((*size, *change.overrides), count, predicted, change.cost)
+            yield (
+                rows,
+                _fewest_layers(found, name, stage.model_copy(update=settings), peak, limit, num_layers),
+            )
             return
+
+
+def _fewest_layers(way: Way, name: str, stage: StageConfig, peak: Peak, limit: int, num_layers: int) -> Way:
+    """Compute no more layers again than needed, where a way computes all of them again."""
+    every = f"stages.{name}.gradient_checkpointing=true"
+    if every not in way.overrides:
+        return way
+    for layers in range(1, num_layers):
+        predicted = peak(name, stage.model_copy(update={"gradient_checkpointing": layers}), way.num_processes)
+        if predicted is not None and predicted <= limit:
+            some = f"stages.{name}.gradient_checkpointing={layers}"
+            overrides = tuple(some if each == every else each for each in way.overrides)
+            time = f"about {layers / num_layers / 3:.0%} more time"
+            return replace(way, overrides=overrides, peak=predicted, cost=way.cost.replace(_THIRD, time))
+    return way
 
 
 def _rows(stage: StageConfig, num_processes: int) -> list[int]:

@@ -162,8 +162,11 @@ def predict_memory(
         activations = _layerwise_bytes(stage, geometry, converted, tokens, width, fused=fused)
     else:
         activations = _end_to_end_bytes(stage, geometry, parts, tokens, width, fused=fused)
-    held = 1 if not stage.gradient_checkpointing or layerwise else geometry.num_layers
-    activations += width * tokens * learning.kept_by_adapters(dropout=_drops(stage)) // held
+    layers = geometry.num_layers
+    # of layers that are computed again, one at a time
+    held = layers if layerwise else max(1, layers - recomputed_layers(stage, layers))
+    if not fused:
+        activations += width * tokens * learning.kept_by_adapters(dropout=_drops(stage)) * held // layers
     loss_bytes = 0 if layerwise else _loss_bytes(stage, geometry, tokens, device, loss)
     return MemoryEstimate(
         teacher=_teacher_bytes(num_teacher, teacher_bytes, geometry, num_shards),
@@ -176,6 +179,12 @@ def predict_memory(
         activations=activations,
         loss=loss_bytes,
     )
+
+
+def recomputed_layers(stage: StageConfig, num_layers: int) -> int:
+    """Count the layers whose activations are computed again."""
+    asked = stage.gradient_checkpointing
+    return num_layers if asked is True else min(int(asked), num_layers)
 
 
 def _drops(stage: StageConfig) -> bool:
@@ -222,11 +231,12 @@ def _block(geometry: Geometry, mixer: Kept, *, fused: bool) -> Kept:
 def _end_to_end_bytes(
     stage: StageConfig, geometry: Geometry, mixers: Sequence[Kept], tokens: int, width: int, *, fused: bool
 ) -> int:
-    """Sum what all blocks keep; with checkpointing, each block's input and the largest block."""
+    """Sum what blocks keep. Of those that are computed again it is their input, and later what the largest keeps."""
     sizes = [tokens * _block(geometry, mixer, fused=fused).num_bytes(width) for mixer in mixers]
-    if stage.gradient_checkpointing:
-        return 4 * tokens * geometry.hidden_size * len(sizes) + max(sizes)
-    return sum(sizes)
+    number = recomputed_layers(stage, len(sizes))
+    inputs = 4 * tokens * geometry.hidden_size * number
+    # when the first of them is computed again, the blocks behind it have let go
+    return inputs + max([sum(sizes[number:]), *sizes[:number]])
 
 
 def _layerwise_bytes(

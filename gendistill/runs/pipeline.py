@@ -40,7 +40,7 @@ from gendistill.paths import RunDir, real_path, write_json
 from gendistill.provenance import installed_versions, source_commit, today
 from gendistill.report import clear_report, write_report
 from gendistill.runs.advice import advise, check_batches
-from gendistill.runs.examiner import TaskExaminer
+from gendistill.runs.examiner import TaskExaminer, check_examiner, model_limits
 from gendistill.runs.inputs import recipe_steps
 from gendistill.runs.learning import check_packages, find_learning
 from gendistill.runs.memory import CACHE_LENGTHS
@@ -281,29 +281,13 @@ def _compare_machines(
 def _check_questions(context: _Context) -> None:
     """Refuse what evaluation and stages could not ask, before hours of training."""
     from gendistill_evals.evaluate import check_evaluation
-    from gendistill_evals.model import Limits
-    from gendistill_evals.protocols import ProtocolFamily, lead_protocols
 
-    recipe, asked, config = context.recipe, context.recipe.eval, context.teacher.config
-    limits = Limits(max_tokens=config.get("max_position_embeddings"), vocab_size=config.get("vocab_size"))
-    written = [lead_protocols()[ProtocolFamily.GENERATION]]
-    stops = [stage.stop_early for stage in recipe.stages.values() if stage.stop_early is not None]
-    scored = [(stop.task, stop.limit) for stop in stops]
-    if recipe.watch.score_every_steps is not None:
-        scored.append((recipe.watch.task, recipe.watch.task_limit))
-    for task, limit in scored:
-        check_evaluation(limits, context.tokenizer, tasks=[task], protocols=written, limit=limit)
-    if recipe.watch.answers_every_steps is not None:
-        check_evaluation(
-            limits,
-            context.tokenizer,
-            tasks=[],
-            questions=recipe.watch.questions,
-            question_tokens=recipe.watch.answer_tokens,
-        )
+    recipe, config = context.recipe, context.teacher.config
+    check_examiner(recipe, context.tokenizer, config)
+    asked = recipe.eval
     if asked.tasks or asked.questions is not None:
         check_evaluation(
-            limits,
+            model_limits(config),
             context.tokenizer,
             tasks=asked.tasks,
             protocols=asked.protocols,

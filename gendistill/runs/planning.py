@@ -387,11 +387,10 @@ class _Run:
         from gendistill.engine.decoder import why_no_such
 
         where = _torch_device(self.device)
-        if (
-            self.blocks == "family"
-            or (self.blocks == "auto" and where.type != "cuda")
-            or stage.lora is not None
-        ):
+        if self.blocks == "family" or (self.blocks == "auto" and where.type != "cuda"):
+            return False
+        split = self.sharded and self.num_processes > 1
+        if stage.lora is not None and (stage.lora.dropout or split):
             return False
         dtype = getattr(torch, _compute_dtype(stage, self.geometry.hidden_size, self.device))
         return why_no_such(self.conversion.student_config, device=where, dtype=dtype) is None
@@ -425,7 +424,14 @@ class _Run:
         steps = stage.steps if stage.tokens is None else math.ceil(stage.tokens / per_step)
         ways = ()
         if memory.total > self.device.total_bytes:
-            found = ways_to_fit(name, stage, self.num_processes, self._peak, self.device.total_bytes)
+            found = ways_to_fit(
+                name,
+                stage,
+                self.num_processes,
+                self._peak,
+                self.device.total_bytes,
+                num_layers=self.geometry.num_layers,
+            )
             ways = tuple(way for each in found if (way := self._for_all_stages(name, each)) is not None)
         return StageForecast(
             name=name,

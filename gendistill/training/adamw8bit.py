@@ -144,9 +144,15 @@ class _Slab:
             eps=group["eps"],
             maximize=False,
         )
+        # packed again, moments without a gradient would be rounded again
+        idle = [self.state[parameter] for parameter in self.parameters if parameter.grad is None]
+        kept = [{key: value.clone() for key, value in state.items()} for state in idle]
         for flat, values in zip(self.moments, whole, strict=True):
             if isinstance(flat, _Packed):
                 flat.pack(values, unless=found_inf)
+        for state, before in zip(idle, kept, strict=True):
+            for key, value in before.items():
+                state[key].copy_(value)
 
 
 class _Packed:

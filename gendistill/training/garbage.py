@@ -16,10 +16,12 @@ class Garbage:
 
     Args:
         seconds: Between two collections, at least.
+        whole: Every how many of them look at all that has been made since the beginning: what was in use at one
+            collection and not any more at the next would stay otherwise.
     """
 
-    def __init__(self, seconds: float = 0.5) -> None:
-        self.seconds = seconds
+    def __init__(self, seconds: float = 0.5, *, whole: int = 400) -> None:
+        self.seconds, self.whole, self.number = seconds, whole, 0
         self.last = time.perf_counter()
 
     @contextmanager
@@ -37,7 +39,8 @@ class Garbage:
                 gc.enable()
 
     def collect(self) -> None:
-        """Collect what has been made since the last time, if it is time: older objects are not looked at again."""
+        """Collect what has been made since the last time, if it is time; older objects are looked at rarely."""
         if time.perf_counter() - self.last > self.seconds:
-            gc.collect(0)
+            self.number += 1
+            gc.collect(0 if self.number % self.whole else 2)
             self.last = time.perf_counter()

@@ -156,6 +156,7 @@ class StageRun:
         # the newest checkpoint last
         self.saved = saved
         check_vocabulary(teacher.facts, student.config)
+        _check_apart(self.module, teacher.model)
         scored = [batch for batch in job.heldout if batch.num_labels]
         if not scored:
             raise DataError(
@@ -196,7 +197,7 @@ class StageRun:
         self.module.float().to(parallel.loads_on).train()
         self.teacher.to(parallel.device, place=parallel.place_teacher)
         if stage.gradient_checkpointing:
-            recompute_activations(self.student, True)
+            recompute_activations(self.student, stage.gradient_checkpointing)
         self.objective.calibrate(self.teacher, calibration.to(parallel.device))
         self.before = checksums(self.module.named_parameters())
         checkpoint = parallel.on_main(lambda: find_checkpoint(job.checkpoints, self.console.say))
@@ -273,7 +274,7 @@ class StageRun:
             arithmetic = dtype if role == "student" else model.lm_head.weight.dtype
             reason = why_not(model, device=device, dtype=arithmetic)
             if reason is None:
-                fuse(model, arithmetic)
+                fuse(model, arithmetic, learns=role == "student")
                 self.console.say(f"{self.job.name}: the {role}'s layers run fused")
             elif asked == "fused":
                 raise RecipeError(
@@ -325,6 +326,8 @@ class StageRun:
             console.stage(name, num_steps=self.lock.steps, step=self.progress.step) as view,
             self.trackers,
         ):
+            # trackers may take seconds to start
+            self.watch.lap()
             while not self.is_over:
                 self.step()
                 self.due = self._due(request)
@@ -602,16 +605,31 @@ def _when_lost(job: StageJob, saved: list[Path]) -> Situation:
     )
 
 
+def _check_apart(student: nn.Module, teacher: nn.Module | None) -> None:
+    """Refuse a teacher that would learn with its student."""
+    theirs = {} if teacher is None else {parameter: name for name, parameter in teacher.named_parameters()}
+    for parameter in student.parameters():
+        if parameter in theirs:
+            raise RecipeError(
+                f"student and teacher are one model in memory, or share {theirs[parameter]}: the teacher would change "
+                "as the student learns",
+                where="teacher.model",
+                hint="load the teacher once more, as a model of its own",
+            )
+
+
 def _divides(every: int | None, step: int) -> bool:
     return every is not None and step % every == 0
 
 
-def recompute_activations(student: Any, enable: bool) -> None:
-    """Switch gradient checkpointing of every decoder layer on or off."""
+def recompute_activations(student: Any, layers: bool | int) -> None:
+    """Switch gradient checkpointing on for every decoder layer, for the first so many, or off."""
     with warnings.catch_warnings():
         # 5.17 knows only these names, later releases announce others for version 6
         warnings.simplefilter("ignore", FutureWarning)
-        if enable:
-            student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        else:
+        if layers is False:
             student.gradient_checkpointing_disable()
+            return
+        student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for layer in student.model.layers[len(student.model.layers) if layers is True else layers :]:
+        layer.gradient_checkpointing = False

@@ -45,8 +45,8 @@ class Trackers:
             TrainingError: One does not start; it says why.
         """
         for name in self.names:
-            tracker = LOGGER_TYPE_TO_CLASS[name](*self._place(name), **self._settings(name))
             try:
+                tracker = LOGGER_TYPE_TO_CLASS[name](*self._place(name), **self._settings(name))
                 tracker.start()
                 if name != "tensorboard":  # which would make a run of its own of it
                     settings = self.job.config.model_dump(mode="json", exclude_none=True)
@@ -54,6 +54,7 @@ class Trackers:
                         dict(flat({"stage": self.job.name, **settings}, words=True))
                     )
             except Exception as error:
+                self.__exit__()
                 raise TrainingError(
                     f"{name} does not start: {type(error).__name__}: {error}",
                     where="trackers",

@@ -5,11 +5,16 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
+from importlib import metadata
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 import gendistill as gd
+from gendistill.api import calls
 from gendistill.errors import CheckpointError, GendistillError, OutputError, RecipeError
 from gendistill.training.interrupt import StageStopped
 from gendistill.training.stage import StageRun
@@ -110,6 +115,22 @@ def test_a_stage_that_stopped_goes_on_in_its_folder(rows, tmp_path):
         (lambda t, s, d: gd.distill(s, t, d, lr=1e-3, steps=1, objective="kll"), "kll"),
         (lambda t, s, d: gd.distill(s, t, d, lr=1e-3, steps=1, train="mixers"), "mixers"),
         (lambda t, s, d: gd.distill(t, t, d, lr=1e-3, steps=1), "not a student"),
+        (lambda t, s, d: gd.distill(s, t, d, lr=1e-3, steps=1, watch=5), "watch has to be a Mapping"),
+        (
+            lambda t, s, d: gd.distill(s, t, d, lr=1e-3, steps=1, watch={"speeed": True}),
+            'did you mean "speed"',
+        ),
+        (
+            lambda t, s, d: gd.distill(
+                s, t, d, lr=1e-3, steps=1, watch={"score_every_steps": 1, "task": "nothing"}
+            ),
+            "nothing",
+        ),
+        (lambda t, s, d: gd.distill(s, t, d, lr=1e-3, steps=1, engine={"blocks": "fast"}), "fast"),
+        (lambda t, s, d: gd.distill(s, t, d, lr=1e-3, steps=1, trackers="mlflow"), "mlflow"),
+        (lambda t, s, d: gd.distill(s, t, d, lr=1e-3, steps=1, trackers="wandb"), "folder="),
+        (lambda t, s, d: gd.run("tiny", watch={"speeed": True}), 'did you mean "speed"'),
+        (lambda t, s, d: gd.run(gd.load_recipe("tiny"), engine={"loss": "auto"}), "not with a loaded one"),
         (lambda t, s, d: gd.evaluate(s, tasks=["nothing"]), "nothing"),
         (lambda t, s, d: gd.evaluate(s, tasks=["everyday"], protocols=["letters"]), "letters"),
         (lambda t, s, d: t.save("there"), "not a student"),
@@ -216,6 +237,89 @@ def test_ctrl_c_says_what_is_left_and_how_to_go_on(rows, monkeypatch, folder):
         gd.distill(student, teacher, data, folder=folder, **settings)
     again = gd.convert(teacher, "kda", impl="reference")
     assert gd.distill(again, teacher, data, folder=folder, **settings).steps == 3
+
+
+def test_a_stage_is_watched_tracked_and_computed_as_asked(rows, task, tmp_path, monkeypatch):
+    runs = []
+    module: Any = ModuleType("wandb")
+    module.config = SimpleNamespace(update=lambda *_, **__: None)
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    real = metadata.distribution
+    monkeypatch.setattr(metadata, "distribution", lambda name: name == "wandb" or real(name))
+    jobs = []
+    train = calls.train_stage
+    monkeypatch.setattr(calls, "train_stage", lambda job, **given: (jobs.append(job), train(job, **given))[1])
+
+    def logs(values, step=None):
+        runs[-1].logged.append((step, values))
+
+    teacher = gd.load("builtin:tiny")
+    student = gd.convert(teacher, "kda full", impl="reference")
+    data = gd.dataset(rows, seq_len=32, heldout_rows=4, heldout_seq_len=32)
+    module.init = lambda **_: (
+        runs.append(SimpleNamespace(logged=[], log=logs, finish=lambda: None)) or runs[-1]
+    )
+    (tmp_path / "open.jsonl").write_text('{"id": "why", "question": "Why?"}\n')
+    gd.distill(
+        student,
+        teacher,
+        data,
+        lr=1e-3,
+        steps=2,
+        batch_size=4,
+        log_every_steps=1,
+        folder=tmp_path / "stage",
+        watch={
+            "answers_every_steps": 2,
+            "questions": "open.jsonl",
+            "answer_tokens": 3,
+            "score_every_steps": 2,
+            "task": str(task),
+        },
+        trackers="wandb",
+        engine={"blocks": "fused", "prefetch": 0},
+        quiet=True,
+    )
+    assert (jobs[0].engine.blocks, jobs[0].engine.prefetch) == ("fused", 0)
+    (answer,) = map(json.loads, (tmp_path / "stage/answers.jsonl").read_text().splitlines())
+    assert (answer["step"], answer["question"]) == (2, "Why?")
+    assert answer["num_tokens"] <= 3
+    last = json.loads((tmp_path / "stage/metrics.jsonl").read_text().splitlines()[-1])
+    assert last["score"]["n"] == 4
+    assert [step for step, _ in runs[0].logged] == [1, 2]
+
+
+def test_a_stage_that_stops_early_does_not_go_on_with_other_items(rows, task, tmp_path):
+    teacher = gd.load("builtin:tiny")
+    data = gd.dataset(rows, seq_len=32, heldout_rows=4, heldout_seq_len=32)
+
+    def train():
+        gd.distill(
+            gd.convert(teacher, "kda full", impl="reference"),
+            teacher,
+            data,
+            lr=1e-3,
+            steps=2,
+            batch_size=4,
+            folder=tmp_path / "stage",
+            stop_early={"task": str(task), "every_steps": 1},
+            quiet=True,
+        )
+
+    train()
+    items = tmp_path / "items.jsonl"
+    items.write_text(items.read_text().replace("+ 1", "+ 2"))
+    with pytest.raises(CheckpointError, match="stop_early"):
+        train()
+
+
+def test_how_a_recipe_runs_is_said_in_python_too_and_changes_nothing_that_comes_out(tmp_path):
+    output = f"output={tmp_path / 'runs'}"
+    first = gd.run("tiny", output, watch={"speed": False, "groups": False}, engine={"blocks": "fused"})
+    rows = [json.loads(line) for line in next(first.folder.glob("stages/*/metrics.jsonl")).open()]
+    assert not {"speed", "groups"} & rows[0].keys()
+    again = gd.run("tiny", output, trackers=[])
+    assert [json.loads(line) for line in next(again.folder.glob("stages/*/metrics.jsonl")).open()] == rows
 
 
 def test_a_recipe_runs_into_its_folder(tmp_path):

@@ -258,7 +258,10 @@ def test_checkpointing_and_smaller_micro_batches_lower_the_prediction(teacher_fo
     def peak(*overrides):
         return plan(teacher_folder, *overrides).stages[1].memory.activations
 
-    assert peak("stages.distill.gradient_checkpointing=true") < peak()
+    def recomputing(layers):
+        return peak(f"stages.distill.gradient_checkpointing={layers}")
+
+    assert recomputing("true") == recomputing(4) < recomputing(2) < recomputing(1) < peak()
     assert peak("stages.distill.micro_batch_size=1") * 2 == peak()
     assert peak("stages.distill.seq_len=64") == 2 * peak()
 
@@ -292,7 +295,11 @@ def test_the_cheapest_way_comes_first_and_a_dearer_one_buys_rows(monkeypatch):
     start = lines.index("warn      distill will not fit; what would, the cheapest first:")
     first, second, after = (line.split() for line in lines[start + 1 : start + 4])
     assert first == ["stages.distill.micro_batch_size=4", "61.9", "GB", "results", "stay", "the", "same"]
-    assert second[0] == "stages.distill.gradient_checkpointing=true"
+    setting, layers = second[0].split("=")
+    assert setting == "stages.distill.gradient_checkpointing"
+    assert 0 < int(layers) < 28
+    fewer = fitting(monkeypatch, 80, f"{setting}={int(layers) - 1}")
+    assert fewer.stages[2].memory.total > 80e9 >= fitting(monkeypatch, 80, second[0]).stages[2].memory.total
     assert after[:2] == ["warn", "instruct"]
 
 

@@ -119,7 +119,7 @@ FLIPS: dict[type[Section], tuple[dict[str, Any], dict[str, Any]]] = {
             "weight_decay": 0.0,
             "grad_clip": 0.5,
             "schedule": {"kind": "linear"},
-            "gradient_checkpointing": True,
+            "gradient_checkpointing": 3,
             "log_every_steps": 5,
             "save_every_steps": 5,
             "save_every_minutes": 1.0,

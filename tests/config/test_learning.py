@@ -61,9 +61,9 @@ REFUSED = {
         ["stages.distill.optimizer=adamw8bit", "engine.parallel=fsdp2"],
         ["stages.distill.optimizer is adamw8bit", "use adamw, whose moments are shared among the processes"],
     ),
-    "adapters in fused layers": (
-        ["stages.distill.lora={rank: 2, groups: [attention]}", "engine.blocks=fused"],
-        ["stages.distill.lora puts adapters into linear layers", "use engine.blocks auto"],
+    "dropout before adapters of fused layers": (
+        ["stages.distill.lora={rank: 2, groups: [attention], dropout: 0.1}", "engine.blocks=fused"],
+        ["stages.distill.lora.dropout goes before every adapter alone", "use engine.blocks auto"],
     ),
     "an optimizer that does not exist": (
         ["stages.distill.optimizer=adam8bit"],

@@ -99,7 +99,7 @@ def test_layers_are_compared_on_the_first_positions_only(pair, monkeypatch):
     first, second = batch_of([8]), batch_of([8], seed=1)
     alone = probe_student(student, LiveTeacher(teacher), [first])["layers"]
     assert probe_student(student, LiveTeacher(teacher), [first, second])["layers"] != alone
-    monkeypatch.setattr("gendistill.conversion.probe._LAYER_POSITIONS", first.num_labels)
+    monkeypatch.setattr("gendistill.training.layers._MOST_POSITIONS", first.num_labels)
     assert probe_student(student, LiveTeacher(teacher), [first, second])["layers"] == alone
 
 

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+import weakref
+
 import pytest
 import torch
+from safetensors.torch import load_file
+from torch.optim.optimizer import _global_optimizer_post_hooks
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from gendistill.data.batch import Batch, model_inputs
-from gendistill.engine.decoder import fuse, is_fused, release, why_not
+from gendistill.engine.decoder import fuse, is_fused, release, unfused, why_not
+from gendistill.engine.linear import GatheredLinear, PackedLinear, pack
+from gendistill.mixers.base import SequenceInfo
 from gendistill.models import HybridConfig, HybridForCausalLM
 from gendistill.ops import Segments
 
@@ -30,7 +38,21 @@ FAMILIES = {
     ),
     "mistral with a window": MistralConfig(**SIZES, sliding_window=6),
     "qwen2": Qwen2Config(**SIZES),
+    "qwen2 with windows in its last layers": Qwen2Config(
+        **SIZES, use_sliding_window=True, max_window_layers=2, sliding_window=6
+    ),
     "qwen3": Qwen3Config(**SIZES, head_dim=16),
+    "qwen3 with windows and other heads": Qwen3Config(
+        **{**SIZES, "num_key_value_heads": 1},
+        head_dim=20,
+        use_sliding_window=True,
+        sliding_window=5,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+    ),
+    "llama beyond its positions": LlamaConfig(
+        **{**SIZES, "max_position_embeddings": 8},
+        rope_parameters={"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4},
+    ),
 }
 STUDENTS = {
     "kda": ["kda", "full", "kda", "kda"],
@@ -119,6 +141,175 @@ def test_every_kind_of_layer_runs_beside_fused_ones(mixers):
     compare(make_student(mixers, family), 1e-6)
 
 
+def copies(decoder):
+    """Count the weights that are in memory twice."""
+    pairs = zip(decoder.sources, decoder.targets, strict=True)
+    return sum(source.data_ptr() != target.data_ptr() for source, target in pairs)
+
+
+def test_weights_of_a_model_that_does_not_learn_are_in_memory_once():
+    # as transformers loads it: every parameter requires a gradient
+    model = make_teacher("qwen3").eval()
+    with torch.no_grad():
+        hidden = model.model(**model_inputs(packed_batch())).last_hidden_state
+        fuse(model, torch.float32, learns=False)
+        decoder = vars(model.model)["_fused_decoder"]
+        assert copies(decoder) == 0
+        with unfused(model):
+            pass
+        assert copies(vars(model.model)["_fused_decoder"]) == 0
+        fused_hidden = model.model(**model_inputs(packed_batch())).last_hidden_state
+    assert distance(fused_hidden, hidden) < 1e-6
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_memory_goes_back_piece_by_piece(monkeypatch):
+    model = make_teacher("qwen3")
+    fuse(model, torch.float32, learns=False)
+    matrices = [weakref.ref(packed.matrix) for packed in vars(model.model)["_fused_decoder"].packed]
+    most, give = [], PackedLinear.release
+
+    def watched(packed):
+        most.append(sum(matrix() is not None for matrix in matrices))
+        give(packed)
+
+    monkeypatch.setattr(PackedLinear, "release", watched)
+    release(model)
+    # a reference lives on while its matrix is given back
+    assert most == list(range(len(matrices), 0, -1))
+    assert [matrix() for matrix in matrices] == [None] * len(matrices)
+
+
+def test_a_model_that_could_not_be_fused_to_the_end_is_as_before(monkeypatch):
+    model = make_teacher("qwen3").requires_grad_(False)
+    hidden = model.model(**model_inputs(packed_batch())).last_hidden_state
+    made = []
+
+    def scarce(*args, **kwargs):
+        if len(made) == 5:
+            raise torch.OutOfMemoryError("no more")
+        made.append(pack(*args, **kwargs))
+        return made[-1]
+
+    hooks = len(_global_optimizer_post_hooks)
+    monkeypatch.setattr("gendistill.engine.decoder.pack", scarce)
+    with pytest.raises(torch.OutOfMemoryError):
+        fuse(model, torch.float32)
+    assert not is_fused(model)
+    assert not any("forward" in vars(module) for module in model.modules())
+    assert torch.equal(model.model(**model_inputs(packed_batch())).last_hidden_state, hidden)
+    sizes = {
+        value.untyped_storage().nbytes() - value.numel() * 4 for value in model.model.layers.parameters()
+    }
+    assert sizes == {0}
+    assert len(_global_optimizer_post_hooks) == hooks
+
+
+@pytest.mark.parametrize("kind", ["teacher", "student"])
+def test_calls_about_anything_else_mean_what_they_mean_to_the_decoder(kind):
+    model = (make_teacher("llama") if kind == "teacher" else make_student("kda", "llama")).eval()
+    ids, mask = torch.randint(0, 97, (2, 9)), torch.ones(2, 9, dtype=torch.int64)
+    mask[0, :3] = 0
+    batch = packed_batch()
+    embedded = {
+        **model_inputs(batch),
+        "input_ids": None,
+        "inputs_embeds": model.model.embed_tokens(batch.input_ids),
+    }
+    with torch.no_grad():
+
+        def answers():
+            return [
+                model.model(ids, mask).last_hidden_state,
+                model.model(ids).last_hidden_state,
+                model.model(**embedded).last_hidden_state,
+                model.model(**model_inputs(batch), output_hidden_states=True).hidden_states[1],
+            ]
+
+        expected = answers()
+        fuse(model, torch.float32)
+        for found, wanted in zip(answers(), expected, strict=True):
+            assert distance(found, wanted) < 1e-6
+
+
+@pytest.mark.parametrize("kind", ["teacher", "student"])
+def test_batches_of_training_do_run_fused(kind, monkeypatch):
+    model = make_teacher("llama") if kind == "teacher" else make_student("kda", "llama")
+    fuse(model, torch.float32)
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("the decoder itself ran")
+
+    monkeypatch.setattr(type(model.model), "forward", refuse)
+    monkeypatch.setattr(type(model.model.layers[0]), "forward", refuse)
+    run(model)
+
+
+def test_documents_that_do_not_fill_the_grid_are_refused_as_by_the_student_itself():
+    model = make_student("kda")
+    batch = packed_batch()
+    wrong = {**model_inputs(batch), "sequences": SequenceInfo(Segments([TOKENS]))}
+    fuse(model, torch.float32)
+    with pytest.raises(ValueError, match="64 cells"):
+        model.model(**wrong)
+    mask = torch.ones(2, TOKENS, dtype=torch.int64)
+    mask[0, 5:] = 0
+    with pytest.raises(ValueError, match="must cover"):
+        model.model(**{**wrong, "sequences": SequenceInfo.from_mask(mask)})
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_a_layer_alone_takes_angles_that_its_rows_share(layer):
+    model = make_student("kda")
+    torch.manual_seed(0)
+    stream = torch.randn(2, TOKENS, 48)
+    positions = torch.arange(TOKENS)[None]
+    inputs = {
+        "position_embeddings": model.model.rotary_emb(stream, positions),
+        "position_ids": positions.expand(2, -1),
+        "sequences": SequenceInfo(Segments([TOKENS, TOKENS])),
+    }
+    block = model.model.layers[layer]
+    expected = block(stream, **inputs)
+    fuse(model, torch.float32)
+    assert distance(block(stream, **inputs), expected) < 1e-6
+
+
+def test_a_fused_model_is_neither_copied_nor_pickled():
+    model = make_teacher("qwen3")
+    fuse(model, torch.float32)
+    with pytest.raises(TypeError, match=r"release\(model\)"):
+        copy.deepcopy(model)
+    with pytest.raises(TypeError, match=r"release\(model\)"):
+        pickle.dumps(model)
+    release(model)
+    hidden, _ = run(model)
+    assert torch.equal(run(copy.deepcopy(model))[0], hidden)
+
+
+def test_a_fused_model_may_be_saved(tmp_path):
+    model = make_teacher("qwen3").requires_grad_(False)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    fuse(model, torch.float32)
+    model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")
+    assert saved.keys() == before.keys()
+    assert all(torch.equal(saved[name], value) for name, value in before.items())
+
+
+def test_what_is_split_is_put_together_once_a_pass(monkeypatch):
+    layers = [torch.nn.Linear(8, 5), torch.nn.Linear(8, 6, bias=False)]
+    expected, plain = PackedLinear(layers, torch.float32, learns=False), GatheredLinear(layers, torch.float32)
+    calls, put = [], GatheredLinear._pack
+    monkeypatch.setattr(GatheredLinear, "_pack", lambda self, parts: calls.append(1) or put(self, parts))
+    x = torch.randn(3, 8, requires_grad=True)
+    out = plain(x)
+    assert torch.equal(out, expected(x))
+    assert len(calls) == 2, "the matrix and the bias"
+    out.sum().backward()
+    assert len(calls) == 3, "the matrix again"
+
+
 def test_frozen_parameters_get_no_gradient_and_keep_memory_of_their_own_afterwards():
     model = make_student("kda")
     for name, parameter in model.named_parameters():
@@ -149,6 +340,30 @@ def test_a_step_of_the_optimizer_is_seen_by_the_next_forward_pass():
     release(model)
     hidden, _ = run(model)
     assert distance(fused_hidden, hidden) < 1e-6
+
+
+@pytest.mark.parametrize("learns", [True, False])
+def test_other_memory_behind_a_parameter_is_seen(learns):
+    model = make_student("kda").requires_grad_(learns)
+
+    def answer():
+        with torch.no_grad():
+            return model.model(**model_inputs(packed_batch())).last_hidden_state
+
+    fuse(model, torch.float32)
+    before = answer()
+    flat = torch.nn.utils.parameters_to_vector(model.parameters())
+    torch.nn.utils.vector_to_parameters(flat + 0.01, model.parameters())
+    fused = answer()
+    assert distance(fused, before) > 1e-3
+    release(model)
+    assert distance(fused, answer()) < 1e-6
+    fuse(model, torch.float32)
+    answer()
+    model.load_state_dict({name: value + 0.01 for name, value in model.state_dict().items()})
+    fused = answer()
+    release(model)
+    assert distance(fused, answer()) < 1e-6
 
 
 def test_weights_are_cast_once_as_long_as_they_stay():

@@ -18,11 +18,19 @@ from gendistill.ops.block import attend, rms_norm
 
 pytestmark = pytest.mark.gpu
 GPU = torch.device("cuda")
-_SPEC = importlib.util.spec_from_file_location("test_decoder", Path(__file__).with_name("test_decoder.py"))
-assert _SPEC is not None
-assert _SPEC.loader is not None
-small = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(small)
+
+
+def load(name):
+    """Load a module of this folder."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+small = load("test_decoder")
 
 WIDE = {"hidden_size": 256, "intermediate_size": 640, "num_attention_heads": 4, "num_key_value_heads": 2}
 LENGTHS = [130, 382, 1, 255, 256]
@@ -96,12 +104,40 @@ def test_a_teacher_in_bfloat16(family, monkeypatch):
     assert small.distance(found, exact) < 1.2 * small.distance(plain, exact)
 
 
+def test_adapters_as_close_to_float32_as_peft_itself(monkeypatch):
+    pytest.importorskip("peft")
+    adapted = load("test_adapted")
+    monkeypatch.setitem(small.FAMILIES, "qwen3", widened(small.FAMILIES["qwen3"]))
+    model = adapted.adapt(small.make_student("kda"), "everything").to(GPU)
+    exact, exact_grads = run(model, autocast=False)
+    plain, plain_grads = run(model, autocast=True)
+    fuse(model, torch.bfloat16)
+    found, grads = run(model, autocast=True)
+    assert is_fused(model)
+    release(model)
+    assert grads.keys() == exact_grads.keys()
+    assert small.distance(found, exact) < 1.2 * small.distance(plain, exact) + 1e-3
+    every = [
+        torch.cat([each[name].flatten() for name in exact_grads])
+        for each in (grads, plain_grads, exact_grads)
+    ]
+    assert small.distance(every[0], every[2]) < 1.2 * small.distance(every[1], every[2]) + 1e-3
+
+
 SHAPES = [((16, 8), 128, None), ((14, 2), 64, 100), ((9, 3), 64, None)]
+
+
+@pytest.fixture(params=[False, True], ids=["any order", "one order"])
+def deterministic(request):
+    """Ask torch for sums of one order, or not."""
+    torch.use_deterministic_algorithms(request.param, warn_only=True)
+    yield request.param
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize("norm", [True, False])
 @pytest.mark.parametrize(("heads", "channels", "window"), SHAPES)
-def test_attention_matches_float64(heads, channels, window, norm):
+def test_attention_matches_float64(heads, channels, window, norm, deterministic):
     torch.manual_seed(0)
     lengths = [300, 1, 211]
     segments, tokens = Segments(lengths, device=GPU), sum(lengths)

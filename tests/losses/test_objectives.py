@@ -1,5 +1,6 @@
 """Objectives against sums written out by hand on tiny models."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -240,3 +241,36 @@ def test_alignment_with_a_teacher_of_another_shape_is_refused(student):
 def test_vocabulary_mismatch_names_both_sizes():
     with pytest.raises(RecipeError, match=r"151,936.*152,064"):
         check_vocabulary(SimpleNamespace(vocab_size=151_936), SimpleNamespace(vocab_size=152_064))
+
+
+@pytest.mark.parametrize("norm", ["mse", "l2", "relative"])
+def test_what_does_not_count_may_overflow_in_the_teacher(student, teacher, norm):
+    batch = make_batch()
+    objective = build_objective(MixerOutputConfig(norm=norm))
+    live = LiveTeacher(teacher)
+    objective.bind(student.config, live.facts)
+    objective.calibrate(live, batch)
+    signals = live.signals(batch, objective.needs)
+    grads = []
+    for value in (None, float("inf"), float("nan")):
+        for io in signals.mixers.values():
+            if value is not None:
+                io.output[batch.labels == IGNORE] = value
+        student.zero_grad()
+        term = objective(student, signals, batch)
+        term.total.backward()
+        grads.append([each.grad.clone() for each in student.parameters() if each.grad is not None])
+    assert grads[0]
+    for other in grads[1:]:
+        assert all(torch.equal(one, two) for one, two in zip(grads[0], other, strict=True))
+
+
+def test_a_batch_in_which_nothing_counts_scores_nothing(student, teacher):
+    batch = make_batch()
+    live, objective = LiveTeacher(teacher), build_objective(MixerOutputConfig(norm="l2"))
+    objective.bind(student.config, live.facts)
+    empty = replace(batch, labels=torch.full_like(batch.labels, IGNORE), num_labels=0)
+    term = objective(student, live.signals(empty, objective.needs), empty)
+    term.total.backward()
+    assert (term.total.item(), term.count.item()) == (0.0, 0)
+    assert all(each.grad is None or not each.grad.any() for each in student.parameters())

@@ -13,7 +13,7 @@ from gendistill.bench.launches import PLACES
 from gendistill.ops import Divergence, Segments, Term, causal_conv, gated_rms_norm, sliding_window_attention
 from gendistill.ops.reference import block as reference
 from gendistill.ops.reference.divergence import compare as reference_compare
-from gendistill_kernels.block.attention import attend_forward, tiles_of
+from gendistill_kernels.block.attention import attend_backward, attend_forward, tiles_of
 from gendistill_kernels.block.glu import swiglu_backward, swiglu_forward
 from gendistill_kernels.block.norm import rms_norm_backward, rms_norm_forward
 from gendistill_kernels.block.rope import rotate_backward, rotate_forward
@@ -170,8 +170,9 @@ def _block(cases: Any, dtype: torch.dtype) -> tuple[Call, Call]:
         ]
         q, k = rotate_forward(qkv, *weights, cos, sin, num_heads=4, num_kv_heads=2, eps=1e-6)
         turned = rotate_backward(*parts, qkv, *weights, cos, sin, eps=1e-6, want_weights=True)
-        attended, _ = attend_forward(*parts, tiles, window=None)
-        return _named([*found, q, k, *turned, attended])
+        attended, lse = attend_forward(*parts, tiles, window=None)
+        attended = attended, *attend_backward(parts[0], *parts, attended, lse, tiles, window=None)
+        return _named([*found, q, k, *turned, *attended])
 
     def answer() -> dict[str, Tensor]:
         def norm(x: Tensor, added: Tensor, weight: Tensor) -> Any:
@@ -185,9 +186,12 @@ def _block(cases: Any, dtype: torch.dtype) -> tuple[Call, Call]:
             both = ((q, q_weight), (k, k_weight))
             return [*(reference.turn(part, w, cos.double(), sin.double(), eps=1e-6) for part, w in both), v]
 
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return sliding_window_attention(q[None], k[None], v[None], segments=segments)[0]
+
         q, k, _, *turned = _differentiated(turn, [qkv, *weights], list(parts))
-        attended = sliding_window_attention(*(part[None].double() for part in parts), segments=segments)[0]
-        return _named([total, y, d_x, d_added, d_weight, h, d_both, q, k, *turned, attended])
+        attended = _differentiated(attend, list(parts), [parts[0]])
+        return _named([total, y, d_x, d_added, d_weight, h, d_both, q, k, *turned, *attended])
 
     return call, answer
 

@@ -13,7 +13,8 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 from gendistill.ops import Segments, sliding_window_attention
 from gendistill.ops.reference import block as reference
-from gendistill_kernels.block.attention import attend_forward, tiles_of
+from gendistill_kernels.block import attention
+from gendistill_kernels.block.attention import attend_backward, attend_forward, tiles_of
 from gendistill_kernels.block.glu import swiglu_backward, swiglu_forward
 from gendistill_kernels.block.norm import rms_norm_backward, rms_norm_forward
 from gendistill_kernels.block.rope import rotate_backward, rotate_forward
@@ -149,10 +150,15 @@ def test_attention_to_packed_documents_matches_float64(heads, channels, window):
     v = torch.randn(tokens, KV + 2, channels)[:, 2:]
     tiles = tiles_of(lengths, torch.device("cpu"))
     out, lse = attend_forward(q, k, v, tiles, window=window)
-    q64, k64, v64 = (part.double()[None] for part in (q, k, v))
+    q64, k64, v64 = (part.double()[None].requires_grad_() for part in (q, k, v))
     segments = Segments(lengths)
     expected = sliding_window_attention(q64, k64, v64, window=window, segments=segments)[0]
-    assert distance(out, expected) < LIMIT
+    assert distance(out, expected.detach()) < LIMIT
+    grad = torch.randn_like(out)
+    grads = attend_backward(grad, q, k, v, out, lse, tiles, window=window)
+    (expected * grad.double()).sum().backward()
+    for found, exact in zip(grads, (q64, k64, v64), strict=True):
+        assert distance(found, exact.grad[0]) < 3 * LIMIT
     # attention to ones, unnormalised, is the sum whose logarithm is kept
     scores = torch.einsum("nhd,mhd->hnm", q64[0], k64[0].repeat_interleave(H // KV, 1)) * channels**-0.5
     place = torch.arange(tokens)
@@ -160,7 +166,7 @@ def test_attention_to_packed_documents_matches_float64(heads, channels, window):
     seen = (place[:, None] >= place) & (document[:, None] == document)
     if window is not None:
         seen &= place[:, None] - place < window
-    assert distance(lse, scores.masked_fill(~seen, float("-inf")).logsumexp(-1)) < LIMIT
+    assert distance(lse, scores.detach().masked_fill(~seen, float("-inf")).logsumexp(-1)) < LIMIT
 
 
 def test_tiles_cover_every_query_once_and_long_ones_come_first():
@@ -168,3 +174,20 @@ def test_tiles_cover_every_query_once_and_long_ones_come_first():
     assert sorted(tiles) == [[0, 0, 150], [64, 0, 150], [128, 0, 150], [150, 150, 155], [155, 155, 219]]
     assert tiles[0] == [128, 0, 150]
     assert tiles_of([], torch.device("cpu")).shape == (0, 3)
+
+
+def test_more_tiles_than_a_grid_has_rows_are_launched(monkeypatch):
+    grids = []
+
+    class Recorded:
+        def __getitem__(self, grid):
+            grids.append(grid)
+            return lambda *args, **kwargs: None
+
+    monkeypatch.setattr(attention, "_forward", Recorded())
+    tiles = tiles_of([1] * 70_000, torch.device("cpu"))
+    q, k, v = torch.ones(70_000, 2, 16), torch.ones(70_000, 1, 16), torch.ones(70_000, 1, 16)
+    attend_forward(q, k, v, tiles, window=None)
+    # all but the first size of a grid are 65,535 at most
+    assert all(size <= 65_535 for grid in grids for size in grid[1:])
+    assert grids == [(140_000,)]

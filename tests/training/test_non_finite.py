@@ -95,6 +95,14 @@ def test_three_in_a_row_go_back_to_the_checkpoint_and_leave_the_rows_out(tiny, b
         assert row["loss"] == expected[row["step"]]["loss"]
 
 
+def test_a_step_that_is_skipped_after_a_return_is_told_as_well(tiny, bad, tmp_path):
+    out = StringIO()
+    tiny.run_stage(tmp_path, student=bad(4, 6, 7, 8, 10), out=out, **SAVING)
+    assert "back to 3" in out.getvalue()
+    assert out.getvalue().count("1 of 4 steps were not finite and changed nothing") == 1
+    assert "1 of 5 steps were not finite and changed nothing" in out.getvalue()
+
+
 @pytest.mark.parametrize("log_every", [2, 5])
 def test_when_the_host_looks_does_not_matter(tiny, bad, tmp_path, monkeypatch, log_every):
     """On a GPU it looks at log lines only; steps that are taken meanwhile change nothing."""

@@ -9,11 +9,13 @@ from io import StringIO
 import pytest
 import torch
 
+from gendistill.data.batch import model_inputs
 from gendistill.errors import CheckpointError, RecipeError, TrainingError
 from gendistill.losses import logits
 from gendistill.ops import Impl
 from gendistill.testing import tiny_teacher
 from gendistill.training import stage
+from gendistill.training.stage import recompute_activations
 
 
 def digest(parameter):
@@ -31,17 +33,35 @@ def test_micro_batch_split_changes_nothing(tiny, tmp_path):
         "whole": {"micro_batch_size": 8},
         "split": {"micro_batch_size": 1},
         "recomputed": {"micro_batch_size": 4, "gradient_checkpointing": True},
+        "one layer recomputed": {"micro_batch_size": 4, "gradient_checkpointing": 1},
     }.items():
         _, student = tiny.run_stage(tmp_path / name, steps=3, **changes)
         runs[name] = (tiny.rows(tmp_path / name), dict(student.named_parameters()))
     rows, weights = runs["whole"]
-    for name in ("split", "recomputed"):
+    for name in ("split", "recomputed", "one layer recomputed"):
         for mine, theirs in zip(runs[name][0], rows, strict=True):
             assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
             assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-5)
         for key, value in runs[name][1].items():
             # Adam turns a rounding error of a near-zero gradient into a part of a step of 1e-3
             assert torch.allclose(value, weights[key], atol=2e-4), key
+
+
+@pytest.mark.parametrize(("asked", "expected"), [(False, [0, 0]), (1, [1, 0]), (True, [1, 1]), (5, [1, 1])])
+def test_activations_of_the_first_layers_are_computed_again(tiny, asked, expected):
+    student = tiny.make_student().train()
+    recompute_activations(student, asked)
+    calls = [0, 0]
+    for index, layer in enumerate(student.model.layers):
+        layer.mlp.register_forward_pre_hook(
+            lambda *_, index=index: calls.__setitem__(index, calls[index] + 1)
+        )
+    batch = tiny.batch_of(range(2))
+    student.model(**model_inputs(batch)).last_hidden_state.sum().backward()
+    assert calls == [1 + more for more in expected]
+    recompute_activations(student, False)
+    student.model(**model_inputs(batch)).last_hidden_state.sum().backward()
+    assert calls == [2 + more for more in expected]
 
 
 @pytest.mark.parametrize("norm", ["mse", "relative"])

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from importlib import metadata
 from io import StringIO
 from types import ModuleType, SimpleNamespace
@@ -121,6 +122,38 @@ def test_a_tracker_that_does_not_start_is_an_error_before_the_first_step(tiny, t
     ):
         tiny.run_stage(tmp_path, job={"trackers": ("trackio",)}, **STEPS)
     assert not tiny.rows(tmp_path)
+
+
+def test_trackers_that_have_started_are_finished_if_a_later_one_does_not_start(
+    tiny, tmp_path, twin, monkeypatch
+):
+    runs = twin("wandb")
+    twin("trackio")
+
+    def fails(**settings):
+        raise ValueError("no such project")
+
+    monkeypatch.setattr(sys.modules["trackio"], "init", fails)
+    with pytest.raises(TrainingError, match="trackio does not start"):
+        tiny.run_stage(tmp_path, job={"trackers": ("wandb", "trackio")}, **STEPS)
+    assert runs[0].finished
+
+
+def test_the_time_in_which_a_tracker_starts_is_none_of_the_first_steps(tiny, tmp_path, twin, monkeypatch):
+    twin("wandb")
+    init, late, clock = sys.modules["wandb"].init, [0.0], time.perf_counter
+
+    def slowly(**settings):
+        late[0] += 1000.0
+        return init(**settings)
+
+    monkeypatch.setattr(sys.modules["wandb"], "init", slowly)
+    monkeypatch.setattr(
+        "gendistill.training.meter.time", SimpleNamespace(perf_counter=lambda: clock() + late[0])
+    )
+    result, _ = tiny.run_stage(tmp_path, job={"trackers": ("wandb",)}, **STEPS)
+    assert late == [1000.0]
+    assert result.seconds < 1000
 
 
 def test_a_missing_tracker_is_refused_with_what_to_install(tiny, tmp_path, monkeypatch, capsys):

@@ -18,7 +18,7 @@ from gendistill.testing import save_tiny_checkpoint, tiny_student, tiny_teacher
 from gendistill.training import stage
 from gendistill.training.clock import StepClock
 from gendistill.training.layers import compare_layers
-from gendistill.training.monitors import weights
+from gendistill.training.monitors import speed, weights
 
 NOTHING = WatchConfig(speed=False, groups=False)
 STEPS = {"steps": 4, "save_every_steps": 3, "keep_checkpoints": 2}
@@ -375,6 +375,55 @@ def test_change_is_from_the_start_of_the_stage_also_after_a_resume(tiny, tmp_pat
     (tmp_path / "cut/stages/tiny/checkpoints/step-000004/state.json").unlink()
     tiny.run_stage(tmp_path / "cut", **STEPS)
     assert tiny.rows(tmp_path / "cut") == tiny.rows(tmp_path / "whole")
+
+
+def test_a_sample_of_weights_is_not_of_one_layer_or_one_column():
+    parameters = [torch.nn.Parameter(torch.full((64, 4096), float(number))) for number in range(84)]
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter += torch.arange(4096) / 4096
+    found = weights._sample(parameters)
+    kinds = {int(value) % 3 for value in found}
+    assert kinds == {0, 1, 2}, "gate, up and down of every block"
+    columns = (found.frac() * 4096).round().int()
+    assert columns.unique().numel() > 1000
+    assert len(found) <= 32 * 2 * 4096
+    assert torch.equal(found, weights._sample(parameters))
+
+
+def test_a_step_that_is_not_finite_has_no_norms_by_group(tiny, tmp_path):
+    student, calls = tiny.make_student(), []
+
+    def overflow(gradient):
+        calls.append(1)
+        # a step has two micro-batches; only this tensor's own gradient is spoilt
+        return torch.full_like(gradient, float("inf")) if len(calls) == 3 else gradient
+
+    student.model.norm.weight.register_hook(overflow)
+    tiny.run_stage(tmp_path, student=student, steps=3)
+    norms = [[name for name in row["groups"] if name.endswith("/grad_norm")] for row in tiny.rows(tmp_path)]
+    assert [len(each) for each in norms] == [6, 0, 6]
+    assert "mlp/moved" in tiny.rows(tmp_path)[1]["groups"]
+
+
+def test_speed_counts_no_steps_from_before_a_return(tiny, tmp_path, monkeypatch):
+    counted = []
+
+    def count(*models, documents, **given):
+        counted.append(sum(length * number for length, number in documents.items()))
+        return step_flops(*models, documents=documents, **given)
+
+    monkeypatch.setattr(speed, "step_flops", count)
+    tiny.run_stage(
+        tmp_path,
+        student=tiny.spoil(tiny.make_student(), [5, 6, 7]),
+        steps=8,
+        log_every_steps=4,
+        save_every_steps=3,
+    )
+    step = tiny.BATCH_SIZE * tiny.SEQ_LEN
+    # a line after step 4; back from 7 to 3; again one after step 4, then after step 8
+    assert counted == [4 * step, 1 * step, 4 * step]
 
 
 def test_layers_are_compared_as_the_probe_does(tiny, tmp_path):

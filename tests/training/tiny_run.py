@@ -177,7 +177,7 @@ def run_stage(
         teacher=LiveTeacher(make_teacher() if teacher is None else teacher),
         stream=TinyStream(stage.micro_batch_size, parallel.rank, parallel.world),
         parallel=parallel,
-        console=TrainingConsole(main=parallel.is_main, console=Console(file=out or sys.stdout, width=200)),
+        console=TrainingConsole(main=parallel.is_main, console=Console(file=out or sys.stdout, width=500)),
     )
     return result, student
 

@@ -86,6 +86,21 @@ class AttentionKernels(Protocol):
         """Return the output ``[N, H, D]`` and ``[H, N]``, the logarithm of every query's sum."""
         ...
 
+    def attend_backward(
+        self,
+        grad_out: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        tiles: Tensor,
+        *,
+        window: int | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the gradients of q, k and v."""
+        ...
+
 
 class GLUKernels(Protocol):
     """The kernels, as ``gendistill_kernels.block.glu`` has them."""
@@ -212,8 +227,16 @@ class _Attend(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         qkv, q_weight, k_weight, cos, sin, q, k, out, lse = ctx.saved_tensors
-        grads = _flash_backward(
-            grad.view_as(out), q, k, _values(qkv, ctx.heads), out, lse, ctx.window, ctx.segments
+        differentiate = _own_backward if torch.are_deterministic_algorithms_enabled() else _flash_backward
+        grads = differentiate(
+            grad.reshape(out.shape).contiguous(),
+            q,
+            k,
+            _values(qkv, ctx.heads),
+            out,
+            lse,
+            ctx.window,
+            ctx.segments,
         )
         want = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
         grads = ropes().rotate_backward(
@@ -227,6 +250,21 @@ def _values(qkv: Tensor, heads: tuple[int, int]) -> Tensor:
     return qkv.unflatten(-1, (num_heads + 2 * num_kv_heads, -1))[:, num_heads + num_kv_heads :]
 
 
+def _own_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    window: int | None,
+    segments: Segments,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Differentiate attention by our kernels, whose sums have one order."""
+    kernels = attentions()
+    return kernels.attend_backward(grad, q, k, v, out, lse, segments.table(kernels.tiles_of), window=window)
+
+
 def _flash_backward(
     grad: Tensor,
     q: Tensor,
@@ -237,7 +275,7 @@ def _flash_backward(
     window: int | None,
     segments: Segments,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Differentiate attention by the kernel that torch brings, from what ours has kept."""
+    """Differentiate attention by the kernel that torch brings, from what ours has kept; it adds up in any order."""
     ends, longest = segments.cu_seqlens, max(segments.lengths, default=0)
     more: dict[str, Any] = {"scale": q.shape[-1] ** -0.5}
     if window is not None and window < longest:

@@ -34,11 +34,13 @@ class NonFinite:
             return None
         reading = run.meter.read()
         if reading.stuck_at is None and not (run.is_over and reading.skipped == run.progress.step):
-            if run.due.log and reading.skipped > self.said:
-                run.console.warn(
-                    f"{self.job.name}: {reading.skipped:,} of {run.progress.step:,} steps were not finite and changed "
-                    "nothing"
-                )
+            if run.due.log:
+                if reading.skipped > self.said:
+                    run.console.warn(
+                        f"{self.job.name}: {reading.skipped:,} of {run.progress.step:,} steps were not finite and "
+                        "changed nothing"
+                    )
+                # fewer after a return to a checkpoint
                 self.said = reading.skipped
             return None
         bad_step = reading.stuck_at or run.progress.step

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -11,6 +11,9 @@ from gendistill.anatomy.cost import peak_flops, step_flops
 from gendistill.data.batch import PADDING, Batch
 from gendistill.training.job import StageJob
 from gendistill.training.monitors.base import StageInProgress, When
+
+# operations of steps, from the numbers of documents by length and the number of labels
+Count = Callable[[Mapping[int, int], int], int]
 
 
 class Speed:
@@ -24,20 +27,26 @@ class Speed:
 
     def __init__(self) -> None:
         self.documents: Counter[int] = Counter()
-        self.num_labels = 0
-        self.configs: tuple[Any, Any] | None = None
+        self.num_labels = self.step = 0
+        self.count: Count | None = None
 
     def __call__(self, run: StageInProgress) -> dict[str, float] | None:
         """Count the step's documents; before a log line, divide by the time since the last one."""
+        if run.progress.step <= self.step:
+            # the stage has gone back, and its watch began anew
+            self._clear()
+        self.step = run.progress.step
         for batch in run.micro_batches:
             self.documents.update(lengths(batch))
             self.num_labels += batch.num_labels
         if not run.due.log:
             return None
+        # counted while the device still works
+        self.count = self.count or operations_of(run)
+        operations = self.count and self.count(self.documents, self.num_labels)
+        self._clear()
         run.meter.read()  # waits for the device
-        operations, seconds = self._flops(run), run.watch.elapsed
-        self.documents.clear()
-        self.num_labels = 0
+        seconds = run.watch.elapsed
         if operations is None or seconds <= 0:
             return None
         found = {"tflops": operations / seconds / 1e12}
@@ -45,24 +54,35 @@ class Speed:
         peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
         return found if peak is None else {**found, "mfu": operations / seconds / peak}
 
-    def _flops(self, run: StageInProgress) -> int | None:
-        """Count the operations since the last log line; None for a teacher that does not say what it is made of."""
-        needs = run.objective.needs
-        if self.configs is None:
-            self.configs = run.student.config.to_dict(), run.teacher.facts.config
-        student, teacher = self.configs
-        if needs and teacher is None:
-            return None
+    def _clear(self) -> None:
+        self.documents.clear()
+        self.num_labels = 0
+
+
+def operations_of(run: StageInProgress) -> Count | None:
+    """Return what counts the operations of a stage's steps on this process; it outlives the stage.
+
+    Returns: A function of the numbers of documents by length and the number of labels; None for a teacher that does
+        not say what it is made of.
+    """
+    needs, reaches, trained = run.objective.needs, run.objective.reaches, set(run.trained)
+    student, teacher = run.student.config.to_dict(), run.teacher.facts.config
+    if needs and teacher is None:
+        return None
+
+    def count(documents: Mapping[int, int], num_labels: int) -> int:
         return step_flops(
             student,
             teacher if needs else None,
-            documents=self.documents,
-            num_labels=self.num_labels,
-            trained=run.trained.keys(),
-            reaches=run.objective.reaches,
+            documents=documents,
+            num_labels=num_labels,
+            trained=trained,
+            reaches=reaches,
             apart=bool(needs.mixer_io or needs.block_io),
             compares_logits=needs.hidden,
         ).total
+
+    return count
 
 
 class Shares:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Mapping
 
 import torch
@@ -24,9 +25,9 @@ _SETTLED_STEPS, _MOVED = 50, 0.5
 class Groups:
     """Gradient norms of the latest step, and how far weights have moved since the stage began, by group.
 
-    ``<group>/grad_norm`` is before clipping. Of a sample of weights, ``<group>/moved`` is the share that differs from
-    the start, and ``<group>/change`` the norm of the difference over that of the start. Numbers that are not finite
-    are left out.
+    ``<group>/grad_norm`` is before clipping, and left out after a step that was not finite. Of a sample of weights,
+    ``<group>/moved`` is the share that differs from the start, and ``<group>/change`` the norm of the difference over
+    that of the start. Numbers that are not finite are left out.
     """
 
     when: When = "log"
@@ -39,9 +40,11 @@ class Groups:
     def __call__(self, run: StageInProgress) -> dict[str, float]:
         """Compute everything on the device, and wait for it once."""
         names, numbers = [], []
+        reading = run.meter.read()
         for group, parameters in groups(run.optimizer).items():
             gradients = [each.grad for each in parameters if each.grad is not None]
-            if gradients:
+            # clipping by a norm that is not finite has made zeros of the others
+            if gradients and not reading.in_a_row:
                 names.append(f"{group}/grad_norm")
                 numbers.append(run.parallel.norm(gradients))
             now, start = _sample(parameters), run.start[group]
@@ -53,7 +56,7 @@ class Groups:
             names += [f"{group}/moved", f"{group}/change"]
             numbers += [moved / count, (difference / size).sqrt()]
         found = dict(zip(names, torch.stack(numbers).tolist(), strict=True))
-        clipped = min(1.0, self.limit / (run.meter.read().grad_norm + 1e-6))
+        clipped = min(1.0, self.limit / (reading.grad_norm + 1e-6))
         for name in names:
             if name.endswith("/grad_norm"):
                 found[name] /= clipped
@@ -113,7 +116,11 @@ def sample_weights(optimizer: torch.optim.Optimizer) -> Mapping[str, Tensor]:
 
 
 def _sample(parameters: list[nn.Parameter]) -> Tensor:
-    """Copy evenly spread weights of evenly spread tensors; of a sharded tensor, those of this process's part."""
-    chosen = parameters[:: math.ceil(len(parameters) / _SAMPLED_TENSORS)]
+    """Copy some weights of some tensors, always the same; of a sharded tensor, those of this process's part."""
+    # every third tensor could be the same layer of every block, every 1,024th weight the same column
+    count = min(len(parameters), _SAMPLED_TENSORS)
+    chosen = random.Random(0).sample(parameters, count)
     own = [each.to_local() if isinstance(each, DTensor) else each for each in chosen]
-    return torch.cat([each.detach().reshape(-1)[:: max(1, each.numel() // _SAMPLED_WEIGHTS)] for each in own])
+    return torch.cat(
+        [each.detach().reshape(-1)[:: max(1, each.numel() // _SAMPLED_WEIGHTS) | 1] for each in own]
+    )

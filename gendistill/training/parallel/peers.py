@@ -6,6 +6,7 @@ process that waits in a collective cannot look around, and one that waits for th
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import pickle
@@ -23,6 +24,8 @@ from gendistill.errors import GendistillError, TrainingError
 
 # a process that has lost another may still end by itself, with an error of its own
 _GRACE_S = 10.0
+# what a thread may take to end with the process
+_REST_S = 2.0
 _BEAT_S = 1.0
 _LONGEST_NAP_S = 0.1
 # ranks that a process watches; together they watch all, and the store is asked little
@@ -82,9 +85,16 @@ class Peers:
         self._beside = [other for other in self._others if place and self._who[other]["place"] == place]
         self._next = [(rank + step) % world for step in range(1, 1 + min(_WATCHED, world - 1))]
         self._answered = time.monotonic()
+        self._over = threading.Event()
         # of its own connection: a thread that waits for an answer keeps the others from asking
-        for work, arguments in ((self._beat, (store.clone(),)), (self._guard, ())):
-            threading.Thread(target=work, args=arguments, name="gendistill peers", daemon=True).start()
+        self._threads = [
+            threading.Thread(target=work, args=arguments, name="gendistill peers", daemon=True)
+            for work, arguments in ((self._beat, (store.clone(),)), (self._guard, ()))
+        ]
+        for thread in self._threads:
+            thread.start()
+        # a thread that comes back from the store into an interpreter that has gone aborts the process
+        atexit.register(self._rest)
 
     @contextmanager
     def watching(self, situation: Callable[[], Situation]) -> Iterator[None]:
@@ -151,13 +161,18 @@ class Peers:
             time.sleep(nap)
             nap = min(2 * nap, _LONGEST_NAP_S)
 
+    def _rest(self) -> None:
+        """Have the threads end, unless one waits for a store that does not answer."""
+        self._over.set()
+        for thread in self._threads:
+            thread.join(_REST_S)
+
     def _beat(self, store: Any) -> None:
         beat = min(_BEAT_S, self.patience_s / 5)
         count, seen, scope = 0, {other: (b"", 0.0) for other in self._next}, 0
         last = time.monotonic()
-        while True:
+        while not self._over.wait(beat):
             count += 1
-            time.sleep(beat)
             now = time.monotonic()
             watched = bool(self._situations) and self._lost is None
             # who was asleep itself, or begins to watch, cannot know how long the others have been silent
@@ -182,8 +197,7 @@ class Peers:
         """Notice that the store does not answer: a cable that is pulled breaks no connection."""
         beat = min(_BEAT_S, self.patience_s / 5)
         last, scope = time.monotonic(), 0
-        while True:
-            time.sleep(beat)
+        while not self._over.wait(beat):
             now = time.monotonic()
             if scope != self._scope or now - last > self.patience_s / 2:
                 scope, self._answered = self._scope, max(now, self._answered)

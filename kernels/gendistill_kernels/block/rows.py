@@ -16,6 +16,10 @@ def _rows(processors: int) -> tuple[ByBytes, ...]:
         ByBytes("block_rope_backward", 4, Config(2048, 4, programs=4 * processors)),
         ByBytes("block_attention", 2, Config(64, 4, stages=3)),
         ByBytes("block_attention", 4, Config(16, 4)),
+        ByBytes("block_attention_queries", 2, Config(64, 4, stages=2)),
+        ByBytes("block_attention_queries", 4, Config(16, 4)),
+        ByBytes("block_attention_keys", 2, Config(64, 4, stages=2)),
+        ByBytes("block_attention_keys", 4, Config(16, 4)),
     )
 
 
@@ -25,7 +29,11 @@ TABLE = Table(
         for part in ("norm", "glu", "rope")
         for way in ("forward", "backward")
     }
-    | {"block_attention": "keys of a tile"},
+    | {
+        "block_attention": "keys of a tile",
+        "block_attention_queries": "keys of a tile",
+        "block_attention_keys": "queries of a tile",
+    },
     # 132 processors on sm_90; no kernel has run on the others
     rows={"sm_90": _rows(132), "sm_80": _rows(108), "any": _rows(64)},
     words=bytes_in_words,
