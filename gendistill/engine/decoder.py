@@ -104,7 +104,29 @@ def why_not(model: Any, *, device: torch.device, dtype: torch.dtype) -> str | No
     for name, layer in model.model.named_modules():
         if name.endswith("_proj") and (reason := why_not_packed(layer)):
             return reason
+    if not is_fused(model) and (found := _passed_over(model.model)):
+        return found
     return why_no_such(model.config.to_dict(), device=device, dtype=dtype)
+
+
+def _passed_over(decoder: nn.Module) -> str | None:
+    """Name what somebody has added to a decoder's modules and fused layers would not run; None if there is nothing."""
+    for name, module in decoder.named_modules():
+        if "forward" in vars(module):
+            return (
+                f"{name or 'its decoder'} has a forward pass of its own, as accelerate's device_map gives it"
+            )
+        # layers and mixers are called as ever
+        inner = name == "norm" or (name.count(".") > 1 and not name.endswith(".self_attn"))
+        hooks = (
+            module._forward_hooks,
+            module._forward_pre_hooks,
+            module._backward_hooks,
+            module._backward_pre_hooks,
+        )
+        if inner and any(hooks):
+            return f"a hook on {name} would not be called"
+    return None
 
 
 def why_no_such(config: Mapping[str, Any], *, device: torch.device, dtype: torch.dtype) -> str | None:

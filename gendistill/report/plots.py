@@ -176,7 +176,7 @@ def plot_stage(stage: StageFiles) -> bytes | None:
         )
         objective = f": {_label(stage.result['objective'])}" if stage.result else ", unfinished"
         axes.set_title(f"{_label(stage.name)}{objective}")
-        axes.set_xlabel("step")
+        _steps(axes)
         axes.set_ylabel("training loss")
         _log_if_wide(axes, [row["loss"] for row in rows])
     return png[0]
@@ -220,7 +220,7 @@ def plot_watched(stage: StageFiles) -> bytes | None:
                 marker="o",
                 markersize=3,
             )
-            axes.set_xlabel("step")
+            _steps(axes)
             axes.set_ylabel(label)
             if thick:
                 _log_if_wide(axes, list(chosen.values()))
@@ -305,6 +305,14 @@ def plot_cache(rows: Sequence[Mapping[str, int]]) -> bytes | None:
         axes.set_xlabel("tokens of context")
         axes.set_ylabel("MiB")
     return png[0]
+
+
+def _steps(axes: Axes) -> None:
+    """Label an axis of whole steps."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.set_xlabel("step")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def _legend(figure: Figure, entries: Sequence[tuple[str, str]]) -> None:

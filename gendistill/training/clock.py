@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -37,7 +38,8 @@ class StepClock:
         self._running = False
         self._spans: list[tuple[Part, Any, Any]] = []
         self._mixer_from: Any = None
-        self._mixer_out: Tensor | None = None
+        # recomputed, it has its block's activations behind it: to hold it would be to hold these
+        self._mixer_out: weakref.ref[Tensor] | None = None
         self._decoder_end: Any = None
         # a backward pass whose end is still to come
         self._open: tuple[Part, Any] | None = None
@@ -149,13 +151,13 @@ class StepClock:
     def _after_mixer(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self._notes:
             self._spans.append(("mixers", self._mixer_from, self._mark()))
-            self._mixer_out = output[0]
+            self._mixer_out = weakref.ref(output[0])
             self._on_gradient(output[0], lambda: self._begin("mixers"))
 
     def _after_block(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         out = output[0] if isinstance(output, tuple) else output
         # a loss may run the mixer in the place of the block
-        if self._notes and out is not self._mixer_out:
+        if self._notes and not (self._mixer_out and out is self._mixer_out()):
             self._on_gradient(out, self._close)
 
     def _after_decoder(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:

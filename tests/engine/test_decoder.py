@@ -420,6 +420,32 @@ def test_what_cannot_run_fused_is_said(change, reason):
     assert reason in found
 
 
+@pytest.mark.parametrize(
+    "place", ["norm", "layers.1.mlp", "layers.2.self_attn.q_proj", "layers.0.input_layernorm"]
+)
+def test_what_would_be_passed_over_keeps_layers_as_they_are(place):
+    model = make_teacher("qwen3")
+    where = {"device": torch.device("cpu"), "dtype": torch.float32}
+    module = model.model.get_submodule(place)
+    for register in (
+        module.register_forward_hook,
+        module.register_forward_pre_hook,
+        module.register_full_backward_hook,
+    ):
+        handle = register(lambda *_: None)
+        assert f"a hook on {place} would" in (why_not(model, **where) or "")
+        handle.remove()
+    module.forward = module.forward
+    assert f"{place} has a forward pass of its own" in (why_not(model, **where) or "")
+    del module.forward
+    model.model.register_forward_hook(lambda *_: None)
+    model.model.layers[1].register_forward_hook(lambda *_: None)
+    model.model.layers[1].self_attn.register_forward_hook(lambda *_: None)
+    assert why_not(model, **where) is None
+    fuse(model, torch.float32)
+    assert why_not(model, **where) is None
+
+
 def test_bfloat16_stays_close_to_float32():
     model = make_student("kda")
     hidden, grads = run(model)

@@ -25,6 +25,9 @@ def main(folder):
     codes = {"one": tiny.exit_code(tiny.in_child(folder / "one", work=script.train, **CHANGES))}
     for mode, engine in (("ddp", script.DDP), ("fsdp2", script.FSDP2)):
         codes[mode] = tiny.together(folder / mode, 2, work=script.train, engine=engine, **CHANGES)
+    fused = {"work": script.train, "blocks": "fused", **CHANGES}
+    codes["ddp_fused"] = tiny.together(folder / "ddp_fused", 2, engine=script.DDP, **fused)
+    codes["fsdp2_fused"] = tiny.together(folder / "fsdp2_fused", 2, engine=script.FSDP2, **fused)
     codes["resumed"] = script.resume(folder / "resumed", folder / "ddp", 4, 2, script.FSDP2, **CHANGES)
     ranks = tiny.start(
         folder / "stopped", 2, work=script.train, engine=script.FSDP2, **{**CHANGES, "steps": 100_000}

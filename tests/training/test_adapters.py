@@ -321,7 +321,7 @@ def shared(tmp_path_factory):
     return folder, json.loads((folder / "codes.json").read_text()), done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("mode", ["ddp", "fsdp2", "resumed"])
+@pytest.mark.parametrize("mode", ["ddp", "ddp_fused", "fsdp2", "resumed"])
 def test_two_processes_adapt_as_one_does(tiny, shared, mode):
     folder, codes, output = shared
     assert codes[mode] == codes["one"] == 0, output[-3000:]
@@ -341,6 +341,12 @@ def test_two_processes_adapt_as_one_does(tiny, shared, mode):
         for name, value in mine.items():
             assert torch.allclose(value, theirs[name], atol=2e-4), name
     assert not [name for name in students[1] if is_adapter(name) or "base_layer" in name]
+
+
+def test_sharded_adapters_beside_fused_layers_are_refused_with_the_reason(shared):
+    _, codes, output = shared
+    assert codes["fsdp2_fused"] == RecipeError("", where="", hint="").exit_code
+    assert "the student cannot run fused: its adapters are split among processes" in output
 
 
 def test_sharded_adapters_are_left_alone_when_a_stage_is_stopped(shared):

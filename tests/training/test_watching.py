@@ -1,6 +1,8 @@
 """What is looked at while a stage trains: true, at its moments, and without a trace in what is trained."""
 
+import gc
 import json
+import weakref
 from collections import Counter
 from io import StringIO
 from types import SimpleNamespace
@@ -348,6 +350,21 @@ def test_a_clock_sees_where_the_time_goes():
     wanted = {"teacher": 0.03, "mixers": 0.16, "student": 0.08, "loss": 0.1, "optimizer": 0.02, "other": 0.03}
     assert {name: share * seconds for name, share in found.items()} == pytest.approx(wanted, abs=0.03)
     assert clock.read() == {}
+
+
+def test_a_clock_keeps_no_activations(tiny):
+    """Where they are computed again, a mixer's output has those of its block behind it."""
+    student, seen = tiny.make_student().train(), []
+    clock = StepClock(torch.device("cpu"))
+    with clock.step(student.model, [student.model.layers[0]], measured=True):
+        student.model.layers[0].self_attn.register_forward_hook(
+            lambda module, inputs, output: seen.append(weakref.ref(output[0]))
+        )
+        with clock.part("student"):
+            student.model(torch.arange(8)[None])
+        gc.collect()
+        assert len(seen) == 1
+        assert seen[0]() is None
 
 
 def test_groups_add_up_to_the_whole_gradient_and_see_what_moves(tiny, tmp_path, monkeypatch):
