@@ -24,6 +24,11 @@ def is_adapter(name: str) -> bool:
     return ".lora_A." in name or ".lora_B." in name
 
 
+def adapter_name(weight: str) -> str:
+    """Return what the first factor of a weight's adapter is called."""
+    return f"{weight.removesuffix('.weight')}.lora_A.default.weight"
+
+
 def is_adaptable(name: str, shape: Sequence[int]) -> bool:
     """Whether a tensor is the weight of a linear layer; filters of convolutions have three sizes, gates one."""
     return name.endswith(".weight") and len(shape) == 2

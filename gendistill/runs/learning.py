@@ -27,6 +27,7 @@ class Learning:
         optimizer: Kind of the optimizer.
         objective: What is minimised, bound to both models.
         names: Of the tensors that learn whole.
+        adapted_names: Of the weights that learn through an adapter.
         whole: Group and shape of every tensor that learns whole.
         adapted: Group and shape of every weight that learns through an adapter.
         rank: Of the adapters.
@@ -35,6 +36,7 @@ class Learning:
     optimizer: str
     objective: Objective
     names: tuple[str, ...]
+    adapted_names: tuple[str, ...]
     whole: tuple[tuple[ParamGroup, tuple[int, ...]], ...]
     adapted: tuple[tuple[ParamGroup, tuple[int, ...]], ...] = ()
     rank: int = 0
@@ -116,6 +118,7 @@ def find_learning(
         stage.optimizer,
         objective,
         tuple(each for each in shapes if each in chosen),
+        tuple(adapted),
         tuple((groups[each], shapes[each]) for each in shapes if each in chosen),
         tuple((groups[each], shapes[each]) for each in adapted),
         stage.lora.rank if stage.lora else 0,

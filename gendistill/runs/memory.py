@@ -164,7 +164,7 @@ def predict_memory(
         activations = _end_to_end_bytes(stage, geometry, parts, tokens, width, fused=fused)
     layers = geometry.num_layers
     # of layers that are computed again, one at a time
-    held = layers if layerwise else max(1, layers - _recomputed(stage, layers))
+    held = layers if layerwise else max(1, layers - recomputed_layers(stage, layers))
     if not fused:
         activations += width * tokens * learning.kept_by_adapters(dropout=_drops(stage)) * held // layers
     loss_bytes = 0 if layerwise else _loss_bytes(stage, geometry, tokens, device, loss)
@@ -181,7 +181,7 @@ def predict_memory(
     )
 
 
-def _recomputed(stage: StageConfig, num_layers: int) -> int:
+def recomputed_layers(stage: StageConfig, num_layers: int) -> int:
     """Count the layers whose activations are computed again."""
     asked = stage.gradient_checkpointing
     return num_layers if asked is True else min(int(asked), num_layers)
@@ -233,7 +233,7 @@ def _end_to_end_bytes(
 ) -> int:
     """Sum what blocks keep. Of those that are computed again it is their input, and later what the largest keeps."""
     sizes = [tokens * _block(geometry, mixer, fused=fused).num_bytes(width) for mixer in mixers]
-    number = _recomputed(stage, len(sizes))
+    number = recomputed_layers(stage, len(sizes))
     inputs = 4 * tokens * geometry.hidden_size * number
     # when the first of them is computed again, the blocks behind it have let go
     return inputs + max([sum(sizes[number:]), *sizes[:number]])

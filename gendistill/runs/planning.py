@@ -387,11 +387,10 @@ class _Run:
         from gendistill.engine.decoder import why_no_such
 
         where = _torch_device(self.device)
-        if (
-            self.blocks == "family"
-            or (self.blocks == "auto" and where.type != "cuda")
-            or (stage.lora is not None and (stage.lora.dropout or self.sharded))
-        ):
+        if self.blocks == "family" or (self.blocks == "auto" and where.type != "cuda"):
+            return False
+        split = self.sharded and self.num_processes > 1
+        if stage.lora is not None and (stage.lora.dropout or split):
             return False
         dtype = getattr(torch, _compute_dtype(stage, self.geometry.hidden_size, self.device))
         return why_no_such(self.conversion.student_config, device=where, dtype=dtype) is None

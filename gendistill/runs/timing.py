@@ -12,18 +12,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from gendistill.anatomy.adapters import adapter_name
 from gendistill.anatomy.cost import forward_flops, peak_flops, step_flops
 from gendistill.config.objectives import BlockOutputConfig, MixerOutputConfig
 from gendistill.config.schema import StageConfig
 from gendistill.runs.learning import Learning
-from gendistill.runs.memory import Device
+from gendistill.runs.memory import Device, recomputed_layers
 
 # Share of the dense bfloat16 peak by hidden size, as `gendistill bench step` measured it on one H200 with our kernels,
-# fused layers and documents of 500 tokens on average: the Qwen3-0.6B, Qwen2.5-0.5B and SmolLM2-135M shapes. The nearest
-# size counts, so that a much wider model is predicted to be slower than it is, and a much narrower one faster. Layer by
-# layer only the output of blocks has been measured.
-END_TO_END = {576: 0.25, 896: 0.38, 1024: 0.36}
-LAYER_BY_LAYER = {1024: 0.30}
+# fused layers and documents of 500 tokens on average: medians of the SmolLM2-135M, Qwen2.5-0.5B and Qwen3-0.6B shapes
+# in docs/results/training-h200.json, with which a test compares them. The nearest size counts, so that a much wider
+# model is predicted to be slower than it is, and a much narrower one faster. Layer by layer only the output of blocks
+# has been measured.
+END_TO_END = {576: 0.15, 896: 0.38, 1024: 0.36}
+LAYER_BY_LAYER = {1024: 0.26}
 # Attention costs as much in documents of this length as in log-normal ones of 500 tokens on average (spread 1), whose
 # lengths, squared, sum up to that many times their tokens.
 DOCUMENT_TOKENS = round(500 * math.e)
@@ -109,13 +111,14 @@ def stage_flops(
         teacher if needs else None,
         documents=documents,
         num_labels=tokens,
-        trained=learning.names,
+        trained=(*learning.names, *map(adapter_name, learning.adapted_names)),
         reaches=learning.objective.reaches,
         apart=_is_layerwise(stage),
         compares_logits=needs.hidden,
     ).total
-    if stage.gradient_checkpointing and not _is_layerwise(stage):
-        found += forward_flops(student, documents)
+    if not _is_layerwise(stage):
+        layers = student["num_hidden_layers"]
+        found += forward_flops(student, documents) * recomputed_layers(stage, layers) // layers
     return found
 
 

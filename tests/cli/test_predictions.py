@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoConfig
 
-from gendistill.anatomy.cost import peak_flops, step_flops
+from gendistill.anatomy.cost import step_flops
 from gendistill.anatomy.family import geometry_of
 from gendistill.anatomy.placement import Placement
 from gendistill.bench.documents import Drawer
 from gendistill.bench.shapes import SHAPES, stage_config
 from gendistill.config.load import load_recipe
+from gendistill.config.lora import LoRAConfig
 from gendistill.config.mixers import MixersConfig
 from gendistill.conversion.plan import plan_conversion
 from gendistill.runs.learning import find_learning
 from gendistill.runs.memory import Device, predict_memory
 from gendistill.runs.planning import ModelFacts, expected_tensors, plan_run
-from gendistill.runs.timing import predict_time, utilisation
+from gendistill.runs.timing import predict_time, stage_flops, utilisation
 
 H200 = Device("cuda", "NVIDIA H200", 141 * 10**9)
 
@@ -93,28 +96,36 @@ def test_predicted_memory_is_within_a_fifth_of_the_measured_peak(shape, stage, m
     assert parts.pop("total") == sum(parts.values())
 
 
-@pytest.mark.parametrize(
-    ("shape", "stage", "mfu"),
-    [
-        ("qwen3-0.6b", "distill", 0.36),
-        ("qwen3-0.6b", "block", 0.30),
-        ("qwen2.5-0.5b", "distill", 0.38),
-        ("smollm2-135m", "distill", 0.25),
-    ],
-)
-def test_predicted_time_is_within_a_fifth_of_what_the_measured_utilisation_makes_of_documents(
-    shape, stage, mfu
-):
+RESULTS = Path(__file__).parents[2] / "docs" / "results" / "training-h200.json"
+MEASURED = [
+    ("qwen3-0.6b", "distill"),
+    ("qwen3-0.6b", "block"),
+    ("qwen2.5-0.5b", "distill"),
+    ("smollm2-135m", "distill"),
+]
+
+
+@pytest.mark.parametrize(("shape", "stage"), MEASURED)
+def test_predicted_time_is_within_a_fifth_of_the_measured_one(shape, stage):
+    rows = {row["name"]: row["value"] for row in json.loads(RESULTS.read_text())["rows"]}
+    case = Case(shape, stage)
+    seconds = case.stage.batch_size * case.stage.seq_len / rows[f"{stage} stage, {shape}: tokens/s"]
+    mfu = rows[f"{stage} stage, {shape}: MFU"]
+    # 3600 steps take as many hours as one takes seconds
+    assert case.time().hours == pytest.approx(seconds, rel=0.2), (
+        f"measured again? the MFU in gendistill/runs/timing.py is to be {mfu:.2f}"
+    )
+
+
+@pytest.mark.parametrize(("shape", "stage"), MEASURED)
+def test_documents_of_one_length_stand_for_those_of_web_text(shape, stage):
     """The bench counts the documents that it draws; a plan knows no document."""
     case = Case(shape, stage)
     sizes = {"seq_len": case.shape.seq_len, "mean_tokens": case.shape.mean_tokens, "seed": 0}
-    drawer, documents, tokens = Drawer(vocab_size=9, **sizes), Counter(), 0
-    step = case.stage.batch_size * case.stage.seq_len
-    while tokens < 20 * step:
-        length = len(drawer.draw(len(documents) + tokens))
-        documents[length] += 1
-        tokens += length
-    operations = step_flops(
+    drawer = Drawer(vocab_size=9, **sizes)
+    documents = Counter(len(drawer.draw(number)) for number in range(4000))
+    tokens = sum(length * count for length, count in documents.items())
+    drawn = step_flops(
         case.conversion.student_config,
         case.config,
         documents=documents,
@@ -124,9 +135,10 @@ def test_predicted_time_is_within_a_fifth_of_what_the_measured_utilisation_makes
         apart=stage == "block",
         compares_logits=stage == "distill",
     ).total
-    seconds = operations / tokens * step / (peak_flops(H200.name) * mfu)
-    # 3600 steps take as many hours as one takes seconds
-    assert case.time().hours == pytest.approx(seconds, rel=0.05)
+    planned = stage_flops(
+        case.stage, student=case.conversion.student_config, teacher=case.config, learning=case.learning
+    )
+    assert planned / (case.stage.batch_size * case.stage.seq_len) == pytest.approx(drawn / tokens, rel=0.05)
 
 
 def test_time_is_shared_by_processes_and_grows_with_what_is_computed_again():
@@ -136,6 +148,10 @@ def test_time_is_shared_by_processes_and_grows_with_what_is_computed_again():
     assert case.time(steps=7200).hours == pytest.approx(2 * hours)
     again = Case("qwen3-0.6b", "distill", gradient_checkpointing=True).time().hours
     assert 1.1 < again / hours < 1.4
+    some = Case("qwen3-0.6b", "distill", gradient_checkpointing=7).time().hours
+    assert some - hours == pytest.approx((again - hours) / 4)
+    lora = Case("qwen3-0.6b", "distill", train=(), lora=LoRAConfig(rank=8, groups=("mlp",)))
+    assert 0.5 < lora.time().hours / hours < 1
     block, once = (Case("qwen3-0.6b", "block", gradient_checkpointing=each).time() for each in (True, False))
     assert block == once
 
@@ -166,8 +182,8 @@ def test_minutes_are_a_time_everywhere():
 
 def test_the_nearest_measured_width_counts():
     end_to_end, block = (Case("qwen3-0.6b", stage).stage for stage in ("distill", "block"))
-    assert [utilisation(end_to_end, width) for width in (64, 700, 896, 4096)] == [0.25, 0.25, 0.38, 0.36]
-    assert {utilisation(block, width) for width in (64, 4096)} == {0.30}
+    assert [utilisation(end_to_end, width) for width in (64, 700, 896, 4096)] == [0.15, 0.15, 0.38, 0.36]
+    assert {utilisation(block, width) for width in (64, 4096)} == {0.26}
 
 
 @pytest.fixture
