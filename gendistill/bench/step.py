@@ -34,11 +34,12 @@ from gendistill.bench.stock import Parts, StockStep
 from gendistill.bench.trace import trace_steps
 from gendistill.config.engine import EngineConfig
 from gendistill.config.schema import StageConfig
-from gendistill.data.batch import Batch
+from gendistill.data.batch import Batch, with_room
 from gendistill.engine.decoder import release
 from gendistill.errors import GendistillError
 from gendistill.results.table import ResultRow
 from gendistill.teachers.live import LiveTeacher
+from gendistill.training.capture import needs_room
 from gendistill.training.console import TrainingConsole
 from gendistill.training.job import StageJob
 from gendistill.training.parallel import Parallel, connect
@@ -200,9 +201,13 @@ class StepBench:
                 engine=engine,
             )
             console = TrainingConsole(main=False, console=self.console)
+            run = None
             try:
-                yield StageRun(job, student, teacher, stream, self.parallel, console, saved=[])
+                run = StageRun(job, student, teacher, stream, self.parallel, console, saved=[])
+                yield run
             finally:
+                if run is not None:
+                    run.runner.release()
                 stream.close()
                 for each in (student, teacher.model):
                     release(each)
@@ -234,6 +239,7 @@ class StepBench:
                 world=self.parallel.world,
                 prefetch=engine.prefetch,
                 device=self.device,
+                room=needs_room(engine, self.parallel),
             )
         )
 
@@ -265,7 +271,11 @@ class StepBench:
     def _solve(self, engine: EngineConfig, *, exact: bool = False) -> tuple[Found, torch.dtype]:
         """Compute the gradients of one batch; returns also the dtype of the arithmetic."""
         with self.opened(engine, stream=self.stream(engine), exact=exact) as run:
-            losses, _ = run.runner.accumulate([self._check_batch()])
+            batch = with_room(self._check_batch()).to(self.device)
+            # what is compared is a launch of what has been captured
+            for _ in range(run.runner.rehearsals + 1 if run.runner.captured else 1):
+                run.runner.clear(run.optimizer)
+                losses, _ = run.runner.accumulate([batch])
             gradients = {
                 name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.float()
                 for name, parameter in run.trained.items()
@@ -280,7 +290,7 @@ class StepBench:
         stream = self.stream(engine)
         with self.opened(engine, stream=stream) as run, run.garbage.left_alone():
             self._operations = operations_of(run)
-            found = self._time_steps(name, run.step, stream)
+            found = self._time_steps(name, run.step, stream, peak=lambda runner=run.runner: runner.peak_bytes)
             found = dataclasses.replace(found, parts=take_apart(run))
             if on_gpu:
                 waits = find_syncs(run.step)
@@ -295,7 +305,7 @@ class StepBench:
         self._free()
         return found
 
-    def _time_steps(self, name: str, step: Any, stream: TimedStream) -> StepTime:
+    def _time_steps(self, name: str, step: Any, stream: TimedStream, **more: Any) -> StepTime:
         assert self._operations is not None
         return time_steps(
             name,
@@ -305,6 +315,7 @@ class StepBench:
             parallel=self.parallel,
             steps=self.steps,
             warmup=self.warmup,
+            **more,
         )
 
     def _time_peer(self, exact: float | None) -> StepTime | None:

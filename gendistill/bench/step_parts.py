@@ -59,6 +59,7 @@ def time_steps(
     parallel: Parallel,
     steps: int,
     warmup: int,
+    peak: Callable[[], int] | None = None,
 ) -> StepTime:
     """Time steps; nothing waits for the device between two of them.
 
@@ -70,6 +71,7 @@ def time_steps(
         parallel: Where.
         steps: To be timed.
         warmup: Steps before.
+        peak: Returns the most bytes of a GPU in use since its peaks were last forgotten; by default what is allocated.
     """
     device, clock = parallel.device, Clock(parallel.device)
     started = time.perf_counter()
@@ -99,7 +101,7 @@ def time_steps(
         host=min(host),
         waited=stream.waited / steps,
         cold=cold,
-        memory_gb=torch.cuda.max_memory_allocated(device) / 1e9 if clock.on_gpu else None,
+        memory_gb=(peak or torch.cuda.max_memory_allocated)() / 1e9 if clock.on_gpu else None,
     )
 
 

@@ -42,3 +42,8 @@ class EngineConfig(Section):
         description="decoder layers of teacher and student: the family's own modules, or fused ones; "
         "auto: fused on GPU",
     )
+    capture: Annotated[Literal["auto", "never", "always"], Affects.NOTHING] = Field(
+        default="auto",
+        description="forward and backward passes as CUDA graphs, which leave the host little to do; auto: where both "
+        "models run fused on a GPU, whole on every process; always: an error where they cannot",
+    )

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gendistill.mixers.base import SequenceInfo
 from gendistill.ops import Segments
+from gendistill.ops.types import UnknownLengths
 
 IGNORE = -100
 PADDING = 0
@@ -52,6 +53,15 @@ class Batch:
         if all(moved[name] is getattr(self, name) for name in names):
             return self
         return replace(self, **moved, segments=Segments(self.segments.lengths, device=device))
+
+
+class Unknown:
+    """A number of a batch that the host does not know: whoever looks at it gets an error."""
+
+    def _refuse(self, *_: object) -> Any:
+        raise UnknownLengths
+
+    __bool__ = __eq__ = __hash__ = __int__ = __index__ = __float__ = __lt__ = __le__ = __gt__ = __ge__ = _refuse
 
 
 def model_inputs(batch: Batch) -> dict[str, Any]:

@@ -76,6 +76,17 @@ def release(model: Any) -> None:
         fused.release()
 
 
+def refreshed(model: Any) -> FusedDecoder | None:
+    """Cast the weights of a model that runs fused, if any has changed, and return what it runs as; None for another.
+
+    A forward pass does this itself; CUDA graphs, which repeat one, take the copies of this very object as they are.
+    """
+    fused = vars(model.model).get(_MARK)
+    if fused is not None:
+        fused.refresh()
+    return fused
+
+
 @contextmanager
 def unfused(model: Any) -> Iterator[None]:
     """Have a model run as its classes say for a while, so that every module says what it computes."""

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 Part = Literal["teacher", "student", "mixers", "loss", "optimizer", "step"]
 PARTS: tuple[Part, ...] = ("teacher", "mixers", "student", "loss", "optimizer")
+# a part, and the marks at its ends
+Span = tuple[Part, Any, Any]
 # these contain others: what is left of them is reported
 _INSIDE: dict[Part, tuple[Part, ...]] = {
     "student": ("mixers", "loss"),
@@ -31,12 +33,15 @@ class StepClock:
 
     Args:
         device: Where steps are computed.
+
+    Attributes:
+        running: Whether the step that is being taken is measured.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._running = False
-        self._spans: list[tuple[Part, Any, Any]] = []
+        self.running = False
+        self._spans: list[Span] = []
         self._mixer_from: Any = None
         # recomputed, it has its block's activations behind it: to hold it would be to hold these
         self._mixer_out: weakref.ref[Tensor] | None = None
@@ -53,14 +58,14 @@ class StepClock:
             blocks: Its converted layers, whose ``self_attn`` is the mixer.
             measured: Whether to note anything.
         """
-        if self._running:
+        if self.running:
             yield
             return
         self._spans.clear()
         if not measured:
             yield
             return
-        self._running = True
+        self.running = True
         handles = [decoder.register_forward_hook(self._after_decoder)]
         for block in blocks:
             mixer: Any = block.self_attn
@@ -73,7 +78,7 @@ class StepClock:
             with self.part("step"):
                 yield
         finally:
-            self._running = False
+            self.running = False
             self._mixer_out = self._open = self._decoder_end = None
             for handle in handles:
                 handle.remove()
@@ -81,7 +86,7 @@ class StepClock:
     @contextmanager
     def part(self, name: Part, *, backward: bool = False) -> Iterator[None]:
         """Note how long the device takes for what is asked of it inside."""
-        if not self._notes:
+        if not self.running:
             yield
             return
         start = self._mark()
@@ -116,40 +121,49 @@ class StepClock:
         shares = {name: alone[name] / whole for name in PARTS if name in alone}
         return {**shares, "other": alone["step"] / whole, "seconds": seconds["step"]}
 
-    @property
-    def _notes(self) -> bool:
-        """Whether marks are made: inside a graph that is being captured they would measure nothing."""
-        return self._running and not (self.device.type == "cuda" and torch.cuda.is_current_stream_capturing())
+    @contextmanager
+    def aside(self) -> Iterator[list[Span]]:
+        """Note what is asked of the device inside in the list that this yields, and not in the step's."""
+        spans, self._spans = self._spans, []
+        try:
+            yield self._spans
+        finally:
+            self._spans = spans
+
+    def add(self, spans: Sequence[Span]) -> None:
+        """Count spans to the step: those of a graph that is launched again, which makes their marks anew."""
+        self._spans += spans
 
     def _mark(self) -> Any:
         if self.device.type != "cuda":
             return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
+        # in a graph that is being captured, a mark that every launch of the graph makes anew
+        event = torch.cuda.Event(enable_timing=True, external=torch.cuda.is_current_stream_capturing())
         event.record()
         return event
 
     def _begin(self, name: Part) -> None:
         """Begin a part's backward pass; it ends the one before."""
-        if self._notes:
+        if self.running:
             mark = self._mark()
             self._close(mark)
             self._open = (name, mark)
 
     def _close(self, end: Any = None) -> None:
         """End the backward pass that is open."""
-        if self._notes and self._open is not None:
+        if self.running and self._open is not None:
             name, start = self._open
             self._spans.append((name, start, end or self._mark()))
             self._open = None
 
     def _before_mixer(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._notes:
+        if self.running:
             given = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
             self._on_gradient(given, self._close)
             self._mixer_from = self._mark()
 
     def _after_mixer(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if self._notes:
+        if self.running:
             self._spans.append(("mixers", self._mixer_from, self._mark()))
             self._mixer_out = weakref.ref(output[0])
             self._on_gradient(output[0], lambda: self._begin("mixers"))
@@ -157,11 +171,11 @@ class StepClock:
     def _after_block(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         out = output[0] if isinstance(output, tuple) else output
         # a loss may run the mixer in the place of the block
-        if self._notes and not (self._mixer_out and out is self._mixer_out()):
+        if self.running and not (self._mixer_out and out is self._mixer_out()):
             self._on_gradient(out, self._close)
 
     def _after_decoder(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if self._notes:
+        if self.running:
             self._decoder_end = self._mark()
             self._on_gradient(output.last_hidden_state, self._close)
 

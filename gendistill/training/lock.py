@@ -169,6 +169,7 @@ def time_step(
     *,
     slowest: Callable[[float], float] = float,
     shares: bool = False,
+    repeats: int = 1,
 ) -> float:
     """Estimate the seconds of one optimizer step without taking one.
 
@@ -182,16 +183,19 @@ def time_step(
         make: Makes another of its kind, over other parameter groups.
         slowest: Largest of the processes' numbers: all must run as often, because sharded parameters make them wait.
         shares: Whether processes share gradients after the last micro-batch, which is then timed, too.
+        repeats: How often a micro-batch runs before it takes the time that it takes from then on; if more than once,
+            the first stands for all.
     """
     parameters: dict[Tensor, dict[str, Any]] = {
         parameter: group for group in optimizer.param_groups for parameter in group["params"]
     }
     model = max(parameters, key=Tensor.numel)
     device = model.device
-    run(micro_batches[0])
+    for _ in range(repeats):
+        run(micro_batches[0])
     times: list[float] = []
     while len(times) < _MOST_PROBES and sum(times) < _PROBE_SECONDS:
-        batch = micro_batches[(len(times) + 1) % len(micro_batches)]
+        batch = micro_batches[0 if repeats > 1 else (len(times) + 1) % len(micro_batches)]
         times.append(slowest(_seconds(device, lambda batch=batch: run(batch))))
     middle, sharing = sorted(times)[len(times) // 2], 0.0
     if shares:

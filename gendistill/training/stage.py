@@ -15,7 +15,7 @@ from torch import nn
 
 from gendistill.anatomy.placement import converted_layers, placed_kinds
 from gendistill.data.batch import Batch
-from gendistill.engine.decoder import fuse, release, why_not
+from gendistill.engine.decoder import fuse, is_fused, release, why_not
 from gendistill.errors import DataError, RecipeError, TrainingError
 from gendistill.losses.build import build_objective
 from gendistill.losses.logits import LogitObjective, choose_loss_impl
@@ -23,6 +23,7 @@ from gendistill.losses.student import StudentLike
 from gendistill.paths import write_json
 from gendistill.teachers.base import Teacher, check_vocabulary
 from gendistill.training.adapters import insert_adapters, merge_adapters
+from gendistill.training.capture import why_not_captured
 from gendistill.training.checkpoint import (
     Progress,
     checksums,
@@ -97,6 +98,7 @@ def train_stage(
     """
     module = cast(nn.Module, student)
     saved: list[Path] = []
+    run = None
     try:
         with parallel.together(lambda: _when_lost(job, saved)):
             run = StageRun(job, student, teacher, stream, parallel, console, saved=saved)
@@ -104,6 +106,8 @@ def train_stage(
             parallel.unshard(run.runner.plain_module)
             return result
     finally:
+        if run is not None:
+            run.runner.release()
         for model in (student, teacher.model):
             if model is not None:
                 release(model)
@@ -211,6 +215,7 @@ class StageRun:
         self._fuse(dtype)
         self.trained = trained_parameters(self.module)
         self.optimizer = build_optimizer(self.module, stage)
+        self._capture()
         self.start = sample_weights(self.optimizer) if job.watch.groups else {}
         # timed first and trained on afterwards, as the first step
         self.fetched: list[Batch] | None = None
@@ -249,9 +254,10 @@ class StageRun:
                     lambda groups: OPTIMIZERS[stage.optimizer](groups, stage.betas),
                     slowest=parallel.largest,
                     shares=parallel.world > 1,
+                    repeats=runner.rehearsals,
                 )
             )
-            self.optimizer.zero_grad()
+            self.runner.clear(self.optimizer)
         spent = parallel.largest(time.perf_counter() - started)
         decided = StageLock(
             steps=num_steps(stage, seconds_per_step, spent, name=job.name),
@@ -284,6 +290,38 @@ class StageRun:
                 )
             else:
                 self.console.say(f"{self.job.name}: the {role}'s layers run as its family has them: {reason}")
+
+    def _capture(self) -> None:
+        """Let passes be captured as CUDA graphs, where the engine says so."""
+        asked, runner, parallel = self.job.engine.capture, self.runner, self.parallel
+        teacher = self.teacher.model
+        reason = why_not_captured(
+            runner.plain_module,
+            device=parallel.device,
+            fused=is_fused(self.student) and (teacher is None or is_fused(teacher)),
+            averages=parallel.averages,
+            live=teacher is not None or not self.objective.needs,
+        )
+        if asked != "never" and reason is None:
+            runner.capture(self.trained.values(), failed=self._not_captured)
+        elif asked == "always":
+            raise RecipeError(
+                f"passes cannot be captured: {reason}",
+                where="engine.capture",
+                hint="use engine.capture=auto, which captures what can be",
+            )
+        elif parallel.averages and parallel.world > 1:
+            runner.hold_gradients(self.trained.values())
+
+    def _not_captured(self, reason: str) -> None:
+        """Say why passes are not captured after all."""
+        if self.job.engine.capture == "always":
+            raise TrainingError(
+                f"passes cannot be captured: {reason}",
+                where="engine.capture",
+                hint="use engine.capture=auto, which goes on without graphs",
+            )
+        self.console.warn(f"{self.job.name}: goes on without CUDA graphs ({reason})")
 
     def _restore(self, checkpoint: Path) -> None:
         """Take weights, moments, rows and progress from a checkpoint."""
@@ -355,7 +393,7 @@ class StageRun:
             seed_step(self.parallel, self.job.seed, self.progress.step)
             factor = learning_rate_factor(self.stage.schedule, self.progress.step, self.lock.steps)
             self.rates = set_learning_rates(self.optimizer, factor)
-            self.optimizer.zero_grad()
+            self.runner.clear(self.optimizer)
             losses, tokens = self.runner.accumulate(self.micro_batches)
             with clock.part("optimizer"):
                 norm = self.parallel.clip(self.trained.values(), self.stage.grad_clip)
@@ -395,7 +433,7 @@ class StageRun:
         self.logged_tokens = reading.tokens
         self.meter.reset()
         if self.parallel.device.type == "cuda":
-            row["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+            row["memory_gib"] = self.runner.peak_bytes / 2**30
         with self.watch.paused():
             self._ask("log")
         if clash := row.keys() & self.found.keys():
@@ -630,6 +668,10 @@ def recompute_activations(student: Any, layers: bool | int) -> None:
         if layers is False:
             student.gradient_checkpointing_disable()
             return
-        student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # the generator's state, which dropout alone would read, cannot be asked for while graphs are captured
+        drops = any(isinstance(part, nn.Dropout) and part.p > 0 for part in student.modules())
+        student.gradient_checkpointing_enable(
+            gradient_checkpointing_kwargs={"use_reentrant": False, "preserve_rng_state": drops}
+        )
     for layer in student.model.layers[len(student.model.layers) if layers is True else layers :]:
         layer.gradient_checkpointing = False

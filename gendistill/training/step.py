@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gendistill.data.batch import Batch
+from gendistill.engine.decoder import refreshed
 from gendistill.losses.base import LossTerm, Objective
 from gendistill.teachers.base import Teacher, TeacherSignals
+from gendistill.training.capture import RUNS_UNTIL_LAUNCHED, CapturedPasses, HeldGradients
 from gendistill.training.clock import StepClock
 from gendistill.training.parallel import Parallel
 
@@ -61,6 +63,53 @@ class StepRunner:
         self.parallel = parallel
         self.device = parallel.device
         self.clock = StepClock(parallel.device)
+        self.captured: CapturedPasses | None = None
+        self._gradients: HeldGradients | None = None
+        self._fused: list[Any] = []
+        self._scale = torch.ones((), device=parallel.device)
+
+    def capture(self, trained: Iterable[nn.Parameter], *, failed: Callable[[str], None]) -> None:
+        """Launch passes as CUDA graphs from now on; :func:`why_not_captured` must have nothing against it.
+
+        Args:
+            trained: What gets gradients.
+            failed: Told why, if it cannot be done after all.
+        """
+        self.hold_gradients(trained)
+        self.captured = CapturedPasses(
+            self._passes, models=self._models, clock=self.clock, device=self.device, failed=failed
+        )
+
+    def hold_gradients(self, trained: Iterable[nn.Parameter]) -> None:
+        """Keep gradients in one tensor, in which processes share them after the last micro-batch."""
+        self._gradients = HeldGradients(trained)
+
+    @property
+    def rehearsals(self) -> int:
+        """How often a micro-batch has to be run until the next time is as fast as all that follow."""
+        return 1 if self.captured is None else RUNS_UNTIL_LAUNCHED
+
+    def clear(self, optimizer: torch.optim.Optimizer) -> None:
+        """Forget the gradients of an optimizer's parameters."""
+        if self._gradients is None:
+            optimizer.zero_grad()
+        else:
+            self._gradients.clear()
+
+    def release(self) -> None:
+        """Let go of graphs and of their memory."""
+        if self.captured is not None:
+            self.captured.release()
+            self.captured = None
+
+    @property
+    def peak_bytes(self) -> int:
+        """Most bytes of the GPU that have been in use at a time, as far as that is known."""
+        highest = torch.cuda.max_memory_allocated(self.device)
+        if self.captured is None:
+            return highest
+        # what passes take inside of graphs comes and goes unseen
+        return max(highest, torch.cuda.memory_allocated(self.device) + self.captured.num_bytes)
 
     def accumulate(self, micro_batches: Sequence[Batch]) -> tuple[Tensor, Tensor]:
         """Add the gradients of the step's mean loss to ``grad``.
@@ -79,16 +128,43 @@ class StepRunner:
         counts = self.parallel.sum(torch.tensor(local).to(self.device, non_blocking=True))
         num_labels = counts[0].clamp(min=1)
         # data parallelism averages gradients over processes: undo its division
-        scale = self.parallel.world / num_labels
+        self._scale.copy_(self.parallel.world / num_labels)
         sums = torch.zeros(1 + len(self.objective.part_names), device=self.device)
+        self._refresh()
         for number, batch in enumerate(micro_batches):
-            last = number == len(micro_batches) - 1
-            with self.parallel.accumulating(self.module, last=last):
-                term = self._forward(self.module, batch)
-                with self.clock.part("student", backward=True):
-                    (term.total * scale).backward()
-            sums += torch.stack([term.total.detach(), *term.parts.values()])
+            sums += self._run(batch, last=number == len(micro_batches) - 1)
         return self.parallel.sum(sums) / num_labels, counts[1]
+
+    def _run(self, batch: Batch, *, last: bool) -> Tensor:
+        """Add a micro-batch's gradients; returns the sums of the loss and its parts."""
+        if self.captured is not None and all(self._fused):
+            sums = self.captured(batch.to(self.device))
+        else:
+            with self.parallel.accumulating(self.module, last=last):
+                sums = self._passes(batch, self.module)
+        if last and self._gradients is not None:
+            self.parallel.average(self._gradients.whole)
+        return sums
+
+    def _passes(self, batch: Batch, module: nn.Module | None = None) -> Tensor:
+        term = self._forward(module or self.plain_module, batch)
+        with self.clock.part("student", backward=True):
+            (term.total * self._scale).backward()
+        return torch.stack([term.total.detach(), *term.parts.values()])
+
+    @property
+    def _models(self) -> list[Any]:
+        return [model for model in (self.plain_module.student, self.teacher.model) if model is not None]
+
+    def _refresh(self) -> None:
+        """Bring what is derived from weights up to date, which a graph takes as it is."""
+        if self.captured is None:
+            return
+        fused = [refreshed(model) for model in self._models]
+        if fused != self._fused:
+            # the copies that graphs read are gone
+            self.captured.forget()
+            self._fused = fused
 
     def rehearse(self, batch: Batch, *, last: bool = False) -> None:
         """Run forward and backward once, for timing; gradients are left behind.
@@ -99,8 +175,8 @@ class StepRunner:
             batch: A micro-batch.
             last: Whether to share gradients, as after the last one of a step.
         """
-        with self.parallel.accumulating(self.module, last=last):
-            self._forward(self.module, batch).total.backward()
+        self._refresh()
+        self._run(batch, last=last)
 
     @torch.no_grad()
     def loss(self, batch: Batch) -> Tensor:

@@ -1,4 +1,4 @@
-"""Loss curves of one stage under several ways to compute it: ``python tests/training/curve_visit.py FOLDER --json OUT``.
+"""Loss curves of a stage under several ways to compute it: ``python tests/training/curve_visit.py FOLDER --json OUT``.
 
 The same steps through ``train_stage`` on one process, once more on one, on two in both modes, and from a checkpoint in
 the middle, on one process and in the other mode. Written as rows of a results file: the largest relative difference of

@@ -67,7 +67,7 @@ class NonFinite:
         if bad_step != run.progress.step:
             return "it happened between two log lines; set log_every_steps: 1 to see where"
         # clipping has spread the first NaN over all gradients: compute them again
-        run.optimizer.zero_grad()
+        run.runner.clear(run.optimizer)
         with unfused(run.student):
             run.runner.accumulate(run.micro_batches)
             found = first_non_finite(

@@ -103,6 +103,15 @@ class Parallel(Protocol):
         """Return a context for one micro-batch's passes; gradients are shared in the ``last`` one of a step."""
         ...
 
+    @property
+    def averages(self) -> bool:
+        """Whether gradients are shared by ``average``, once they are all there, and not while they are computed."""
+        ...
+
+    def average(self, gradients: Tensor) -> None:
+        """Average gradients over the processes in place; does nothing where that has been done. Collective."""
+        ...
+
     def norm(self, gradients: Iterable[Tensor]) -> Tensor:
         """Return the norm of all gradients together, with the parts on other processes. Collective."""
         ...

@@ -79,7 +79,9 @@ def choose_parallel(accelerator: Accelerator, engine: EngineConfig | None = None
         return Single(accelerator.device)
     if engine.parallel == "fsdp2" or _has_plugin():
         return FullySharded(accelerator, patience_s=engine.patience_s, gather=engine.gather)
-    return DataParallel(accelerator, patience_s=engine.patience_s)
+    # hooks cannot look into a graph
+    captures = engine.capture != "never" and accelerator.device.type == "cuda"
+    return DataParallel(accelerator, patience_s=engine.patience_s, overlaps=not captures)
 
 
 def check_environment() -> None:

@@ -7,13 +7,25 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator
 from torch import Tensor, nn
 
 from gendistill.training.parallel.group import Group
 
 
 class DataParallel(Group):
-    """Several processes that share gradients."""
+    """Several processes that share gradients.
+
+    Args:
+        accelerator: Of more than one process.
+        patience_s: As for ``Group``.
+        overlaps: Whether gradients are shared while others are still computed, by torch's own wrapper of a module;
+            else all at once by ``average``, between CUDA graphs that no hook can look into.
+    """
+
+    def __init__(self, accelerator: Accelerator, *, patience_s: float, overlaps: bool = True) -> None:
+        super().__init__(accelerator, patience_s=patience_s)
+        self.averages = not overlaps
 
     @property
     def description(self) -> str:
@@ -26,8 +38,13 @@ class DataParallel(Group):
         return self.device
 
     def shard(self, module: nn.Module, *, compute_dtype: torch.dtype) -> nn.Module:
-        """Wrap the module, so that the processes share gradients."""
-        return self.accelerator.prepare_model(module)
+        """Have all processes begin with the same module, and share its gradients."""
+        if not self.averages:
+            return self.accelerator.prepare_model(module)
+        module.to(self.device)
+        for tensor in [*module.parameters(), *module.buffers()]:
+            dist.broadcast(tensor.detach(), src=0)
+        return module
 
     def unshard(self, module: nn.Module) -> None:
         """Do nothing: every process has the module whole."""
@@ -41,7 +58,13 @@ class DataParallel(Group):
 
     def accumulating(self, module: nn.Module, *, last: bool) -> AbstractContextManager[None]:
         """Share gradients in the last micro-batch only."""
-        return nullcontext() if last else self.accelerator.no_sync(module)
+        return nullcontext() if last or self.averages else self.accelerator.no_sync(module)
+
+    def average(self, gradients: Tensor) -> None:
+        """Average gradients over the processes, unless the module's wrapper has."""
+        if self.averages:
+            dist.all_reduce(gradients)
+            gradients /= self.world
 
     def norm(self, gradients: Iterable[Tensor]) -> Tensor:
         """Return the norm of all gradients together, which are whole here."""

@@ -74,6 +74,11 @@ class FullySharded(Group):
                     hint=_REFUSED,
                 ) from error
 
+    averages = False
+
+    def average(self, gradients: Tensor) -> None:
+        """Do nothing: gradients are shared as they are computed."""
+
     @property
     def description(self) -> str:
         """What is shared."""

@@ -28,6 +28,7 @@ class Single:
     is_main = True
     machines = 1
     leads_machine = True
+    averages = True
     description = "one process"
 
     def __init__(self, device: torch.device) -> None:
@@ -55,6 +56,9 @@ class Single:
     def accumulating(self, module: nn.Module, *, last: bool) -> contextlib.nullcontext[None]:
         """Do nothing."""
         return contextlib.nullcontext()
+
+    def average(self, gradients: Tensor) -> None:
+        """Do nothing."""
 
     def norm(self, gradients: Iterable[Tensor]) -> Tensor:
         """Return the norm of all gradients together, which are whole here."""

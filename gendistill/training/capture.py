@@ -1,0 +1,297 @@
+"""The passes of a micro-batch as CUDA graphs: captured once, then launched as a whole, with little for the host to do.
+
+A graph repeats what it was captured with: the same kernels at the same addresses. So gradients stay where they are from
+step to step, and what differs from batch to batch goes through tensors that a graph reads: tokens, labels, positions,
+and the index tables of documents, which have room for any documents of about as many (:func:`with_room`). What only the
+host would know of a batch, lengths of documents and numbers of labels, cannot be read during a capture: it fails, and
+the stage goes on without graphs, rather than repeat one batch's numbers for all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gendistill.config.engine import EngineConfig
+from gendistill.data.batch import Batch, Unknown
+from gendistill.ops.types import Segments
+from gendistill.training.clock import Span, StepClock
+from gendistill.training.parallel import Parallel
+
+# kinds of batches that get a graph: by number of documents, and of labels that count
+MOST_GRAPHS = 24
+
+# of a stage's first micro-batch: without tables, with them, captured
+RUNS_UNTIL_LAUNCHED = 3
+
+Passes = Callable[[Batch], Tensor]
+Key = tuple[Any, ...]
+
+
+@dataclass(slots=True)
+class _Graph:
+    """What one kind of batch runs as.
+
+    Attributes:
+        inputs: What it reads.
+        values: What it returns, overwritten by every launch.
+        spans: Times that it notes.
+        launch: Run it.
+    """
+
+    inputs: list[Tensor]
+    values: Tensor
+    spans: list[Span]
+    launch: Callable[[], None]
+
+
+class CapturedPasses:
+    """Forward and backward passes of micro-batches, launched as graphs where a batch's kind has been seen before.
+
+    The first batch of a kind runs eagerly: it compiles kernels and makes index tables. The second one's passes are
+    captured and launched. All graphs, and eager runs as far as torch lets them, share one pool of memory: no two of
+    them run at a time.
+
+    Args:
+        passes: Adds a batch's gradients to ``grad``, which exists, and returns ``[P]`` float32; reads the host for
+            nothing but shapes.
+        models: Run in the passes; what has been hooked to them would not be called by a graph.
+        clock: Whose marks in the passes become parts of a graph.
+        device: A GPU.
+        failed: Told why once, if passes cannot be captured; everything is eager from then on.
+    """
+
+    def __init__(
+        self,
+        passes: Passes,
+        *,
+        models: Sequence[nn.Module],
+        clock: StepClock,
+        device: torch.device,
+        failed: Callable[[str], None],
+    ) -> None:
+        self.passes, self.models, self.clock, self.device = passes, models, clock, device
+        self.failed = failed
+        self.graphs: dict[Key, _Graph | None] = {}
+        self.given_up = False
+        # what makes the index tables that passes ask for; None until passes have run
+        self._builders: set[Callable[..., Any]] | None = None
+        self._pool: Any = None
+
+    @property
+    def num_graphs(self) -> int:
+        """Number of graphs."""
+        return sum(graph is not None for graph in self.graphs.values())
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the pool, all of which passes need at some time."""
+        return sum(part["total_size"] for part in self._pool.snapshot()) if self._pool is not None else 0
+
+    def release(self) -> None:
+        """Let go of all graphs and of their memory."""
+        self.graphs, self._pool = {}, None
+
+    def forget(self) -> None:
+        """Capture everything anew: something that graphs read or write lies elsewhere now."""
+        self.graphs = {}
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """Run a batch's passes; what is returned is valid until the next call."""
+        key = (self.clock.running, *kind_of(batch))
+        # the first batches of a stage come without the tables that passes will ask for
+        lacks = self._builders is None or not self._builders <= {*batch.segments.builders}
+        full = key not in self.graphs and len(self.graphs) >= MOST_GRAPHS
+        if self.given_up or lacks or full or key not in self.graphs:
+            if not (self.given_up or lacks or full):
+                self.graphs[key] = None
+            return self._run_eagerly(batch)
+        graph = self.graphs[key]
+        if graph is None:
+            graph = self._try_to_capture(batch)
+            if graph is None:
+                return self._run_eagerly(batch)
+            self.graphs[key] = graph
+        torch._foreach_copy_(graph.inputs, tensors_of(batch))
+        graph.launch()
+        self.clock.add(graph.spans)
+        return graph.values
+
+    def _try_to_capture(self, batch: Batch) -> _Graph | None:
+        static = static_copy(batch)
+        try:
+            # the clock's own hooks leave marks in the graph
+            if not self.clock.running and (hooked := _hooked(self.models)):
+                raise _Hooked(f"a hook on {hooked} would not be called")
+            with self.clock.aside() as spans:
+                values, launch = self._capture(static)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            # nothing of a capture has run: no gradient has been added to
+            self.given_up = True
+            self.release()
+            first = str(error).strip().splitlines()[0] if str(error).strip() else ""
+            self.failed(f"{type(error).__name__}: {first}")
+            return None
+        return _Graph(tensors_of(static), values, spans, launch)
+
+    def _capture(self, batch: Batch) -> tuple[Tensor, Callable[[], None]]:
+        """Capture a batch's passes; returns what they return, and what launches them."""
+        graph = torch.cuda.CUDAGraph()
+        # other threads prepare batches meanwhile
+        with torch.cuda.graph(graph, pool=self._get_pool().id, capture_error_mode="thread_local"):
+            values = self.passes(batch)
+        return values, graph.replay
+
+    def _get_pool(self) -> Any:
+        if self._pool is None:
+            self._pool = torch.cuda.MemPool()
+        return self._pool
+
+    def _run_eagerly(self, batch: Batch) -> Tensor:
+        """Run passes in memory from where graphs have theirs."""
+        on_gpu = self.device.type == "cuda" and not self.given_up
+        pool = torch.cuda.use_mem_pool(self._get_pool(), self.device) if on_gpu else nullcontext()
+        with pool:
+            values = self.passes(batch)
+        self._builders = (self._builders or set()) | {*batch.segments.builders}
+        return values
+
+
+class _Hooked(RuntimeError):
+    """What somebody has hooked to a model would be left out."""
+
+
+def _hooked(models: Sequence[nn.Module]) -> str | None:
+    """Name a module or parameter that calls somebody else; None if none does."""
+    for model in models:
+        for name, module in model.named_modules():
+            if (
+                module._forward_hooks
+                or module._forward_pre_hooks
+                or module._backward_hooks
+                or module._backward_pre_hooks
+            ):
+                return name or type(module).__name__
+        for name, parameter in model.named_parameters():
+            if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
+                return name
+    return None
+
+
+def kind_of(batch: Batch) -> Key:
+    """Return what two batches have in common that one graph can run."""
+    shapes = tuple((tuple(part.shape), part.dtype) for part in tensors_of(batch))
+    return (batch.places, len(batch.segments.lengths), batch.segments.builders, shapes)
+
+
+def tensors_of(batch: Batch) -> list[Tensor]:
+    """List all tensors of a batch, those of its index tables as well, in an order that its kind decides."""
+    found = [batch.input_ids, batch.labels, batch.position_ids, batch.segments.cu_seqlens]
+    for table in batch.segments.tables.values():
+        found += _tensors_in(table)
+    return found
+
+
+def _tensors_in(table: Any) -> list[Tensor]:
+    if isinstance(table, Tensor):
+        return [table]
+    parts = table if isinstance(table, tuple) else ()
+    return [tensor for part in parts for tensor in _tensors_in(part)]
+
+
+def static_copy(batch: Batch) -> Batch:
+    """Copy a batch into tensors of its own; what the host knows of this batch alone is unknown in the copy."""
+
+    def copied(table: Any) -> Any:
+        if isinstance(table, Tensor):
+            return table.clone()
+        if not isinstance(table, tuple):
+            return table
+        return getattr(type(table), "_make", tuple)([copied(part) for part in table])
+
+    segments = Segments.unknown(
+        len(batch.segments.lengths),
+        num_tokens=batch.segments.num_tokens,
+        longest=batch.input_ids.shape[1],
+        cu_seqlens=batch.segments.cu_seqlens.clone(),
+        tables={build: copied(table) for build, table in batch.segments.tables.items()},
+    )
+    unknown: Any = Unknown()
+    return replace(
+        batch,
+        input_ids=batch.input_ids.clone(),
+        labels=batch.labels.clone(),
+        position_ids=batch.position_ids.clone(),
+        segments=segments,
+        num_labels=unknown,
+        num_tokens=unknown,
+        document_ids=(),
+    )
+
+
+class HeldGradients:
+    """Gradients that lie in one tensor and stay there.
+
+    Args:
+        parameters: Of one dtype, on one device.
+
+    Attributes:
+        whole: ``[N]``, all of them.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        self._parameters = list(parameters)
+        # 16 numbers keep every gradient at a multiple of 64 bytes
+        sizes = [-(-parameter.numel() // 16) * 16 for parameter in self._parameters]
+        first = self._parameters[0]
+        self.whole = torch.zeros(sum(sizes), dtype=first.dtype, device=first.device)
+        self._parts = [
+            part[: parameter.numel()].view(parameter.shape)
+            for part, parameter in zip(self.whole.split(sizes), self._parameters, strict=True)
+        ]
+        self.clear()
+
+    def clear(self) -> None:
+        """Set all gradients to zero, and to be where they were."""
+        self.whole.zero_()
+        for parameter, part in zip(self._parameters, self._parts, strict=True):
+            if parameter.grad is not part:
+                parameter.grad = part
+
+
+def needs_room(engine: EngineConfig, parallel: Parallel) -> bool:
+    """Say whether a stage's batches should have room for others of their kind, since passes may be captured."""
+    return engine.capture != "never" and parallel.averages and parallel.device.type == "cuda"
+
+
+def why_not_captured(
+    module: nn.Module, *, device: torch.device, fused: bool, averages: bool, live: bool
+) -> str | None:
+    """Say what keeps a stage's passes from being captured; None if nothing is known to.
+
+    Args:
+        module: The student, with its objective.
+        device: Where it runs.
+        fused: Whether student and teacher run fused.
+        averages: Whether processes share gradients after the passes.
+        live: Whether the teacher is a model that is run, or there is none.
+    """
+    if device.type != "cuda":
+        return f"graphs are CUDA's, and the stage runs on {device.type}"
+    if not averages:
+        return "processes share weights or gradients in the middle of a pass"
+    if not live:
+        return "the teacher is not a model that is run"
+    if not fused:
+        return "the layers of student or teacher do not run fused, and others ask the GPU for masks"
+    drops = [name for name, part in module.named_modules() if isinstance(part, nn.Dropout) and part.p > 0]
+    if drops:
+        return f"{drops[0]} drops activations at random"
+    return None
