@@ -31,6 +31,8 @@ class Batch:
         num_tokens: Tokens that are not padding.
         document_ids: A number for every segment that its tokens alone decide (``document_id``), or ``PADDING``.
             What a teacher says about a document depends on nothing else. Empty for a batch made by hand.
+        places: Positions that a loss takes, at least ``num_labels``; the surplus counts nothing. None: exactly those
+            whose label counts.
     """
 
     input_ids: Tensor
@@ -40,6 +42,7 @@ class Batch:
     num_labels: int
     num_tokens: int
     document_ids: tuple[int, ...] = ()
+    places: int | None = None
 
     @property
     def cu_seqlens(self) -> Tensor:

@@ -93,7 +93,11 @@ class LayerwiseObjective:
     def __call__(self, student: StudentLike, signals: TeacherSignals, batch: Batch) -> LossTerm:
         """Run each linear layer on the teacher's input and sum the errors over counted positions."""
         counts = batch.labels != IGNORE
-        left_out = counted_positions(counts, counts.numel() - batch.num_labels, ignore_index=True)
+        if batch.places is None:
+            left_out = counted_positions(counts, counts.numel() - batch.num_labels, ignore_index=True)
+            count = torch.full((), batch.num_labels, dtype=torch.int64, device=counts.device)
+        else:
+            left_out, count = ~counts, counts.sum()
         dtype = output_head(student).dtype
         errors = []
         for layer, io in self._io(signals).items():
@@ -101,7 +105,6 @@ class LayerwiseObjective:
             scale = 1 / self.target_energy[layer] if self.norm == "relative" else None
             errors.append(_Distance.apply(output, io.output, left_out, self.norm, scale))
         parts = torch.stack(errors)
-        count = torch.full((), batch.num_labels, dtype=torch.int64, device=parts.device)
         return LossTerm(parts.mean(), count, dict(zip(self.part_names, parts.detach(), strict=True)))
 
     def _io(self, signals: TeacherSignals) -> dict[int, ModuleIO]:
@@ -124,6 +127,7 @@ class _Distance(torch.autograd.Function):
     """The error of an output, summed over positions in float32; kept for the backward pass is the error alone.
 
     Positions that do not count get an error of zero, whatever the output is there: gathering the others costs more.
+    They come as an index of the flattened positions or, where their number is not known to the host, as a mask.
     """
 
     @staticmethod
@@ -132,7 +136,10 @@ class _Distance(torch.autograd.Function):
     ) -> Tensor:
         error = output - target if output.dtype == torch.float32 else output.float() - target
         error = error.contiguous()
-        error.view(-1, error.shape[-1]).index_fill_(0, left_out, 0.0)
+        if left_out.dtype == torch.bool:
+            error.masked_fill_(left_out.unsqueeze(-1), 0.0)
+        else:
+            error.view(-1, error.shape[-1]).index_fill_(0, left_out, 0.0)
         rows = torch.linalg.vector_norm(error, dim=-1)
         if norm == "l2":
             # the norm has no derivative where it is zero; torch takes zero there, too

@@ -61,7 +61,8 @@ class LogitObjective:
             terms=self.terms,
             teacher_hidden=signals.hidden,
             teacher_weight=signals.head,
-            num_labels=batch.num_labels,
+            num_labels=batch.num_labels if batch.places is None else None,
+            places=batch.places,
             ignore_index=IGNORE,
             impl=self.impl,
         )

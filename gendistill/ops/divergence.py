@@ -49,6 +49,7 @@ def linear_divergence(
     teacher_weight: Tensor | None = None,
     teacher_top_k: TopK | None = None,
     num_labels: int | None = None,
+    places: int | None = None,
     ignore_index: int = -100,
     chunk_size: int | None = None,
     impl: Impl | str = Impl.REFERENCE,
@@ -69,12 +70,17 @@ def linear_divergence(
         teacher_top_k: Instead of the two: the teacher's likeliest tokens, ``[B, T, k]``, and what the others have
             together, which is compared as if it were one more token.
         num_labels: Number of labels that count, if known on the host: saves a device synchronisation.
+        places: Instead of that number, one at least as large, so that shapes depend on no label and the device is never
+            asked, as a captured graph needs it. The surplus adds nothing to values and gradients, and costs as much
+            time as positions that count. If more labels count, what a device other than the CPU leaves out goes
+            unnoticed: the caller answers for it.
         ignore_index: Label of positions that do not count.
         chunk_size: Tokens per chunk; by default from the vocabulary.
         impl: Implementation; :func:`gendistill.ops.resolve` chooses one.
     Raises:
-        ValueError: No term, a term without its teacher, two teachers, vocabularies of different sizes, or a
-            temperature at which the mass of ``teacher_top_k``'s other tokens is not known.
+        ValueError: No term, a term without its teacher, two teachers, vocabularies of different sizes, a
+            temperature at which the mass of ``teacher_top_k``'s other tokens is not known, both ``num_labels`` and
+            ``places``, or, on a CPU, fewer places than labels that count.
     Source: JSD as in arXiv 2306.13649, eq. 1.
     """
     if not terms:
@@ -97,10 +103,17 @@ def linear_divergence(
             f"vocabularies differ: student {student_weight.shape[0]}, teacher {teacher_weight.shape[0]}"
         )
 
-    index = counted_positions(labels, num_labels, ignore_index=ignore_index)
+    if places is not None and num_labels is not None:
+        raise ValueError(
+            "linear_divergence takes num_labels or places: as many positions, or at least as many"
+        )
+
+    index = counted_positions(labels, num_labels, places=places, ignore_index=ignore_index)
+    surplus = None if places is None else index < 0
 
     def counted(part: Tensor, trailing: int = 1) -> Tensor:
-        return part.flatten(0, -1 - trailing).index_select(0, index)
+        rows = part.flatten(0, -1 - trailing)
+        return rows.index_select(0, index) if surplus is None else _Rows.apply(rows, index, surplus)
 
     teacher: tuple[Tensor, ...] = ()
     if uses_teacher and teacher_top_k is not None:
@@ -115,19 +128,40 @@ def linear_divergence(
         counted(student_hidden),
         student_weight,
         counted(labels, 0),
+        surplus,
         teacher,
         tuple(terms),
         chunk_size,
         chosen,
         torch.is_grad_enabled(),
     )
-    count = torch.full((), index.numel(), dtype=torch.int64, device=labels.device)
+    if surplus is None:
+        count = torch.full((), index.numel(), dtype=torch.int64, device=labels.device)
+    else:
+        count = surplus.logical_not().sum()
     return DivergenceOutput(total, count, parts)
 
 
-def counted_positions(labels: Tensor, num_labels: int | None = None, *, ignore_index: int = -100) -> Tensor:
-    """List the positions of the flattened rows whose label counts; given their number, without a synchronisation."""
+def counted_positions(
+    labels: Tensor, num_labels: int | None = None, *, places: int | None = None, ignore_index: int = -100
+) -> Tensor:
+    """List the positions of the flattened rows whose label counts; given their number, without a synchronisation.
+
+    Args:
+        labels: Of any shape.
+        num_labels: Number of labels that count.
+        places: Length of the list, instead; -1 is at the end of one that is longer.
+        ignore_index: Label of positions that do not count.
+    Raises:
+        ValueError: On a CPU, more labels count than there are places. Other devices list the first.
+    """
     counted = labels.flatten() != ignore_index
+    if places is not None:
+        if labels.device.type == "cpu" and (number := int(counted.sum())) > places:
+            raise ValueError(
+                f"{number} labels count, more than places={places}; it must be at least as large"
+            )
+        return torch.nonzero_static(counted, size=places, fill_value=-1).squeeze(1)
     if num_labels is None or labels.device.type != "cuda":
         return counted.nonzero().squeeze(1)
     return torch.nonzero_static(counted, size=num_labels).squeeze(1)
@@ -194,6 +228,30 @@ def _has_wide_products(part: Tensor) -> bool:
     return part.is_cuda and torch.version.hip is None
 
 
+class _Rows(torch.autograd.Function):
+    """Rows by their index; surplus ones are zero, whatever is there, and what they get as a gradient goes nowhere.
+
+    Where all of a position is zero, so are all logits, and their gradients too, but for cross-entropy and a teacher of
+    k tokens (all of them token 0), where they are finite: times a row of zeros, they add nothing to the head's.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, index: Tensor, surplus: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.shape = rows.shape
+        found = rows.index_select(0, index.clamp(min=0))
+        return found.masked_fill_(surplus.view(-1, *(1,) * (rows.dim() - 1)), 0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (index,) = ctx.saved_tensors
+        length, *sizes = ctx.shape
+        # the remainder of -1 is a row past the end, which is cut off; atomic sums would queue up there
+        whole = grad.new_zeros(length + 1, *sizes)
+        return whole.index_copy_(0, index.remainder(length + 1), grad)[:length], None, None
+
+
 class _LinearDivergence(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -201,6 +259,7 @@ class _LinearDivergence(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         targets: Tensor,
+        surplus: Tensor | None,
         teacher: tuple[Tensor, ...],
         terms: tuple[Term, ...],
         chunk_size: int,
@@ -248,7 +307,8 @@ class _LinearDivergence(torch.autograd.Function):
 
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
-        sums = torch.cat(values, 1).sum(1) if values else hidden.new_zeros(len(terms), dtype=precise)
+        rows = torch.cat(values, 1) if values else hidden.new_zeros(len(terms), 0, dtype=precise)
+        sums = (rows if surplus is None else rows.masked_fill(surplus, 0)).sum(1)
         ctx.mark_non_differentiable(sums)
         return sum_terms(sums, terms), sums
 
@@ -262,7 +322,7 @@ class _LinearDivergence(torch.autograd.Function):
             # rounded as it is written
             scaled = torch.empty_like(grad_weight, dtype=ctx.weight_dtype)
             grad_weight = torch.mul(grad_weight, grad_total, out=scaled)
-        return grad_hidden, grad_weight, None, None, None, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None, None, None, None
 
 
 def _compare(

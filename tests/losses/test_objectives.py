@@ -256,13 +256,75 @@ def test_what_does_not_count_may_overflow_in_the_teacher(student, teacher, norm)
         for io in signals.mixers.values():
             if value is not None:
                 io.output[batch.labels == IGNORE] = value
-        student.zero_grad()
-        term = objective(student, signals, batch)
-        term.total.backward()
-        grads.append([each.grad.clone() for each in student.parameters() if each.grad is not None])
+        for places in (None, batch.num_labels + 2):
+            student.zero_grad()
+            term = objective(student, signals, replace(batch, places=places))
+            term.total.backward()
+            grads.append([each.grad.clone() for each in student.parameters() if each.grad is not None])
     assert grads[0]
     for other in grads[1:]:
         assert all(torch.equal(one, two) for one, two in zip(grads[0], other, strict=True))
+
+
+class Captured:
+    """A batch as a captured pass sees it: the host does not know how many labels count."""
+
+    def __init__(self, batch, places):
+        self.batch, self.places = batch, places
+
+    def __getattr__(self, name):
+        assert name not in ("num_labels", "num_tokens"), f"{name} differs between batches of a captured pass"
+        return getattr(self.batch, name)
+
+
+OBJECTIVES = [
+    KLConfig(),
+    CEConfig(),
+    MixConfig(terms=(KLConfig(direction="reverse", temperature=2.0), JSDConfig(beta=0.3), CEConfig())),
+    *(
+        kind(norm=norm)
+        for kind in (MixerOutputConfig, BlockOutputConfig)
+        for norm in ("mse", "l2", "relative")
+    ),
+]
+
+
+@pytest.mark.parametrize("double", [False, True], ids=["float32", "float64"])
+@pytest.mark.parametrize(
+    "config", OBJECTIVES, ids=lambda config: f"{config.kind} {getattr(config, 'norm', '')}"
+)
+def test_places_give_the_same_loss_without_knowing_how_many_count(student, teacher, config, double):
+    student, teacher = (model.double() if double else model for model in (student, teacher))
+    batch, live, objective = make_batch(), LiveTeacher(teacher), build_objective(config)
+    objective.bind(student.config, live.facts)
+    objective.calibrate(live, batch)
+    signals = live.signals(batch, objective.needs)
+
+    def step(batch):
+        student.zero_grad()
+        term = objective(student, signals, batch)
+        term.total.backward()
+        grads = {name: p.grad.double() for name, p in student.named_parameters() if p.grad is not None}
+        return term, grads
+
+    limit = 1e-12 if double else 1e-6
+    expected, gradients = step(batch)
+    assert expected.count.item() == batch.num_labels < batch.labels.numel()
+    for places in (batch.num_labels, batch.num_labels + 2, batch.labels.numel()):
+        assert step(replace(batch, places=places))[0].total.item() == pytest.approx(
+            expected.total.item(), rel=limit
+        )
+        term, found = step(Captured(batch, places))
+        assert (term.count.item(), term.count.dtype) == (batch.num_labels, torch.int64)
+        torch.testing.assert_close(term.total, expected.total, rtol=limit, atol=0)
+        torch.testing.assert_close(term.parts, expected.parts, rtol=limit, atol=0)
+        assert found.keys() == gradients.keys()
+        # of all parameters together: single ones may be sums that cancel
+        whole, difference = (
+            torch.stack([each.norm() for each in grads]).norm()
+            for grads in (gradients.values(), [found[name] - gradients[name] for name in gradients])
+        )
+        assert difference <= limit * whole
 
 
 def test_a_batch_in_which_nothing_counts_scores_nothing(student, teacher):
@@ -270,7 +332,9 @@ def test_a_batch_in_which_nothing_counts_scores_nothing(student, teacher):
     live, objective = LiveTeacher(teacher), build_objective(MixerOutputConfig(norm="l2"))
     objective.bind(student.config, live.facts)
     empty = replace(batch, labels=torch.full_like(batch.labels, IGNORE), num_labels=0)
-    term = objective(student, live.signals(empty, objective.needs), empty)
-    term.total.backward()
-    assert (term.total.item(), term.count.item()) == (0.0, 0)
-    assert all(each.grad is None or not each.grad.any() for each in student.parameters())
+    for places in (None, 2):
+        batch = replace(empty, places=places)
+        term = objective(student, live.signals(batch, objective.needs), batch)
+        term.total.backward()
+        assert (term.total.item(), term.count.item()) == (0.0, 0)
+        assert all(each.grad is None or not each.grad.any() for each in student.parameters())

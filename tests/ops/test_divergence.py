@@ -39,7 +39,7 @@ def divergences(divergence_cases):
     return divergence_cases
 
 
-def run(problem, terms, impl, *, trained=True, chunk_size=5, teacher=None, leaves=None):
+def run(problem, terms, impl, *, trained=True, chunk_size=5, teacher=None, leaves=None, places=None):
     """Return the output and the gradients, of the hidden states and, where the head is trained, of the head."""
     hidden, weight = leaves or problem.leaves()
     weight.requires_grad_(trained)
@@ -50,6 +50,7 @@ def run(problem, terms, impl, *, trained=True, chunk_size=5, teacher=None, leave
         problem.labels,
         terms=terms,
         chunk_size=chunk_size,
+        places=places,
         impl=impl,
         **(whole if teacher is None else {"teacher_top_k": teacher}),
     )
@@ -171,6 +172,99 @@ def test_gradients_are_finite_differences(divergences, impl):
         moved = [part + step * way for part, way in zip(problem[:2], directions, strict=True)]
         values.append(run(problem._replace(hidden=moved[0], weight=moved[1]), terms, impl)[0].total * 3)
     assert ((values[0] - values[1]) / 2e-2).item() == pytest.approx(slope.item(), rel=5e-3)
+
+
+def check_places(divergences, problem, terms, impl, *, teacher=None, trained=True, limit=1e-6):
+    """Compare with the call without places: as many as count, all positions, and, not interpreted, further numbers."""
+    counted = problem.labels != divergences.IGNORE
+    number = int(counted.sum())
+    expected, gradients = run(problem, terms, impl, trained=trained, teacher=teacher)
+    further = (number + 3, counted.numel() + 4) if impl == "reference" else ()
+    for places in (number, counted.numel(), *further):
+        output, found = run(problem, terms, impl, trained=trained, teacher=teacher, places=places)
+        assert (output.count.item(), output.count.dtype) == (number, torch.int64)
+        torch.testing.assert_close(output.total, expected.total, rtol=limit, atol=0)
+        torch.testing.assert_close(output.parts, expected.parts, rtol=limit, atol=0)
+        assert len(found) == 1 + trained
+        for mine, theirs in zip(found, gradients, strict=True):
+            assert mine.dtype == theirs.dtype
+            assert divergences.error(mine, theirs) < limit
+        assert not found[0][~counted].any()
+
+
+def few(divergences, *, first=False):
+    """Draw a small problem, for the interpreter; surplus places read its first position, which counts or does not."""
+    problem = divergences.draw(65, (2, 4))
+    problem.labels[0, 0] = 5 if first else divergences.IGNORE
+    problem.labels[1] = torch.tensor([divergences.IGNORE, 64, 0, 7])
+    return problem
+
+
+@pytest.mark.parametrize("name", MIXES)
+def test_surplus_places_change_nothing(divergences, impl, name):
+    check_places(divergences, few(divergences, first=True), divergences.MIXES[name], impl)
+
+
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("name", MIXES)
+def test_surplus_places_change_nothing_in_both_dtypes(divergences, name, trained):
+    for first in (True, False):
+        problem = divergences.draw()
+        problem.labels[0, 0] = 5 if first else divergences.IGNORE
+        for each, limit in ((problem, 1e-6), (problem.double(), 1e-12)):
+            check_places(
+                divergences, each, divergences.MIXES[name], "reference", trained=trained, limit=limit
+            )
+
+
+@pytest.mark.parametrize("k", [1, 5, 65])
+@pytest.mark.parametrize("name", ["kl at 1.0", "reverse_kl at 1.0", "jsd at 1.0", "ce", "all"])
+def test_surplus_places_change_nothing_for_a_teacher_of_k_tokens(divergences, impl, k, name):
+    problem = few(divergences, first=k == 5)
+    teacher = divergences.top_k_of(problem.teacher_hidden @ problem.teacher_weight.T, k)
+    check_places(divergences, problem, divergences.AT_ONE[name], impl, teacher=teacher)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_surplus_places_hide_what_does_not_count(divergences, impl, bad):
+    """The bits of the result do not depend on it, for a whole teacher and for one of k tokens with no ids at all."""
+    problem = few(divergences)
+    teacher = divergences.top_k_of(problem.teacher_hidden @ problem.teacher_weight.T, 5)
+    without = problem.labels == divergences.IGNORE
+    assert without[0, 0]
+    dirty = problem._replace(hidden=problem.hidden.clone(), teacher_hidden=problem.teacher_hidden.clone())
+    other = type(teacher)(*(part.clone() for part in teacher))
+    for part in (dirty.hidden, dirty.teacher_hidden, other.log_probs, other.tail):
+        part[without] = bad
+    other.ids[without] = -1
+    for name, clean_teacher, dirty_teacher in (("all", None, None), ("kl at 1.0", teacher, other)):
+        clean, expected = run(problem, divergences.MIXES[name], impl, teacher=clean_teacher, places=6)
+        output, found = run(dirty, divergences.MIXES[name], impl, teacher=dirty_teacher, places=6)
+        assert torch.equal(output.parts, clean.parts)
+        assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+        assert not found[0][without].any()
+
+
+def test_places_alone_give_zero_and_zero_gradients(divergences, impl):
+    problem = few(divergences)
+    problem = problem._replace(labels=torch.full_like(problem.labels, divergences.IGNORE))
+    teacher = divergences.top_k_of(problem.teacher_hidden @ problem.teacher_weight.T, 5)
+    for name, chosen in (("all", None), ("kl at 1.0", teacher)):
+        for places in (0, 3, 8):
+            output, found = run(problem, divergences.MIXES[name], impl, teacher=chosen, places=places)
+            assert (output.total.item(), output.count.item()) == (0.0, 0)
+            assert not any(grad.any() for grad in found)
+
+
+def test_surplus_places_under_autocast(divergences):
+    problem = divergences.draw()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected, gradients = run(problem, divergences.MIXES["all"], "reference", chunk_size=1000)
+        output, found = run(problem, divergences.MIXES["all"], "reference", chunk_size=1000, places=32)
+    torch.testing.assert_close(output.parts, expected.parts, rtol=1e-5, atol=0)
+    for mine, theirs in zip(found, gradients, strict=True):
+        assert mine.dtype == theirs.dtype
+        assert divergences.error(mine, theirs) < 1e-3
 
 
 @pytest.mark.parametrize("name", MIXES)
@@ -354,6 +448,17 @@ def test_wrong_calls_are_refused(divergences):
             teacher_hidden=problem.teacher_hidden,
             teacher_weight=problem.teacher_weight,
             teacher_top_k=teacher,
+        )
+    number = int((problem.labels != divergences.IGNORE).sum())
+    with pytest.raises(ValueError, match=rf"{number} labels count, more than places={number - 1};"):
+        run(problem, divergences.MIXES["ce"], "reference", places=number - 1)
+    with pytest.raises(ValueError, match="num_labels or places"):
+        linear_divergence(
+            *problem[:2],
+            problem.labels,
+            terms=divergences.MIXES["ce"],
+            num_labels=number,
+            places=number,
         )
 
 

@@ -159,6 +159,41 @@ def test_a_graph_replays_with_new_inputs(divergence_cases, k):
     assert all(torch.equal(*pair) for pair in zip(kept[-1][1], expected[1], strict=True))
 
 
+@pytest.mark.parametrize("k", [None, 20])
+def test_a_graph_with_places_replays_with_other_labels(divergence_cases, k):
+    """One graph serves batches of which more labels count, fewer, or none, and the device is never waited for."""
+    terms = divergence_cases.AT_ONE["all"]
+    problem = divergence_cases.draw(20_000, (2, 64), 128, 128, dtype=torch.bfloat16, device="cuda")
+    teacher = {"teacher_hidden": problem.teacher_hidden, "teacher_weight": problem.teacher_weight}
+    if k is not None:
+        logits = problem.teacher_hidden.double() @ problem.teacher_weight.double().T
+        teacher = {"teacher_top_k": divergence_cases.top_k_of(logits, k)}
+    every = problem.labels.clamp(min=0)
+    leaves, kept = problem.leaves(), []
+    graph = capture(lambda: kept.append(call(problem, leaves, terms, **teacher, places=80)))
+    torch.manual_seed(0)
+    for number in (80, 40, 1, 0):
+        places = torch.randperm(128, device="cuda")[:number]
+        problem.labels.fill_(divergence_cases.IGNORE)
+        problem.labels.view(-1)[places] = every.view(-1)[places]
+        graph.replay()
+        output, found = kept[-1]
+        expected, gradients = call(problem, problem.leaves(), terms, **teacher, num_labels=number)
+        assert output.count.item() == number
+        torch.testing.assert_close(output.parts, expected.parts, rtol=1e-5, atol=0)
+        for mine, theirs in zip(found, gradients, strict=True):
+            assert divergence_cases.error(mine, theirs.double()) < LIMITS[torch.bfloat16]
+        assert not found[0][problem.labels == divergence_cases.IGNORE].any()
+        with torch.no_grad():
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                linear_divergence(
+                    *problem[:2], problem.labels, terms=terms, impl="triton", **teacher, places=80
+                )
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+
 @pytest.mark.parametrize("trained", [True, False])
 def test_memory_at_the_size_of_the_bar(divergence_cases, trained):
     """8192 tokens, 1024 channels, 151,936 logits: 2.2 GB beside the inputs, as the torch reference has it right."""
