@@ -1,0 +1,266 @@
+"""Passes that are captured and launched again, where a launch repeats what was captured and knows no batch but its own.
+
+CUDA graphs need a GPU (``test_gpu_capture.py``). Here a capture is a call whose effects are undone, and a launch calls
+the same function on the same static batch again: what a graph would not know, such a launch does not know either.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+
+from gendistill.data.batch import IGNORE, Unknown, with_room
+from gendistill.ops.types import UnknownLengths
+from gendistill.training.capture import (
+    MOST_GRAPHS,
+    CapturedPasses,
+    HeldGradients,
+    kind_of,
+    static_copy,
+    tensors_of,
+    why_not_captured,
+)
+from gendistill.training.clock import StepClock
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(97, 6, dtype=torch.float64)
+        self.head = nn.Linear(6, 97, dtype=torch.float64)
+
+
+class Repeated(CapturedPasses):
+    """Calls in the place of graphs."""
+
+    captures = 0
+
+    def _capture(self, batch):
+        type(self).captures += 1
+        before = self.held.whole.clone()
+        values = self.passes(batch)
+        self.held.whole.copy_(before)
+        return values, lambda: values.copy_(self.passes(batch))
+
+
+def starts(lengths, device):
+    """A table of documents, in the place of a kernel's."""
+    ends = torch.tensor([0, *lengths]).cumsum(0)
+    return (ends[:-1].to(device), None, 3)
+
+
+def passes_of(model, *, asks=lambda batch: None):
+    def passes(batch):
+        asks(batch)
+        first, *_ = batch.segments.table(starts)
+        logits = model.head(model.embed(batch.input_ids)).flatten(0, 1)
+        losses = nn.functional.cross_entropy(
+            logits, batch.labels.flatten(), ignore_index=IGNORE, reduction="none"
+        )
+        # a document's first token counts twice, whichever documents there are
+        total = losses.sum() + losses[first.clamp(max=len(losses) - 1)].sum()
+        total.backward()
+        return torch.stack([total.detach(), losses.sum().detach()])
+
+    return passes
+
+
+def made(model, passes, **more):
+    failed = []
+    found = Repeated(
+        passes,
+        models=[model],
+        clock=StepClock(torch.device("cpu")),
+        device=torch.device("cpu"),
+        failed=failed.append,
+        **more,
+    )
+    found.held = HeldGradients(model.parameters())
+    return found, failed
+
+
+@pytest.fixture
+def batches(tiny):
+    """Of one kind, since few documents and labels differ; all with their table, as the stream packs it."""
+    found = [with_room(tiny.batch_of(range(4 * number, 4 * number + 4))) for number in range(9)]
+    for batch in found:
+        batch.segments.table(starts)
+    return found
+
+
+def test_launches_give_what_eager_passes_give(batches):
+    model = Model()
+    passes = passes_of(model)
+    captured, failed = made(model, passes)
+    Repeated.captures = 0
+    lengths = {tuple(batch.segments.lengths) for batch in batches}
+    labels = {batch.num_labels for batch in batches}
+    assert len(lengths) > 5
+    assert len(labels) > 3
+    for batch in batches:
+        captured.held.clear()
+        expected = passes(batch)
+        gradients = captured.held.whole.clone()
+        captured.held.clear()
+        assert torch.equal(captured(batch), expected)
+        assert torch.equal(captured.held.whole, gradients)
+    kinds = {kind_of(batch) for batch in batches}
+    assert not failed
+    assert len(kinds) < 4
+    assert captured.num_graphs == Repeated.captures
+    assert 0 < captured.num_graphs <= len(kinds)
+
+
+def test_the_first_batch_of_a_kind_runs_eagerly_and_the_second_is_captured(batches):
+    model, calls = Model(), []
+    passes = passes_of(model, asks=lambda batch: calls.append(type(batch.num_labels)))
+    captured, _ = made(model, passes)
+    same = [batch for batch in batches if kind_of(batch) == kind_of(batches[0])]
+    for batch in same[:3]:
+        captured(batch)
+    # learns which tables are asked for, sees the kind, captures it and launches it
+    assert calls == [int, int, Unknown, Unknown]
+    captured(same[0])
+    assert calls[4:] == [Unknown]
+
+
+def test_batches_without_their_tables_run_eagerly(tiny, batches):
+    model = Model()
+    captured, failed = made(model, passes_of(model))
+    for _ in range(4):
+        captured(with_room(tiny.batch_of(range(4))))
+    assert captured.num_graphs == 0
+    for batch in (batches[0], batches[0], batches[0]):
+        captured(batch)
+    assert captured.num_graphs == 1
+    assert not failed
+
+
+@pytest.mark.parametrize(
+    ("asks", "said"),
+    [
+        (lambda batch: sum(batch.segments.lengths), "UnknownLengths"),
+        (lambda batch: batch.num_labels > 3, "UnknownLengths"),
+        (lambda batch: 1 / batch.num_tokens, "TypeError"),
+        (lambda batch: bool(batch.num_labels), "UnknownLengths"),
+        (lambda batch: batch.segments.chunks(4), "UnknownLengths"),
+        (lambda batch: batch.segments.table(lambda lengths, device: lengths), "UnknownLengths"),
+    ],
+)
+def test_what_the_host_alone_knows_keeps_passes_eager_and_right(batches, asks, said):
+    model = Model()
+    passes = passes_of(model, asks=asks)
+    captured, failed = made(model, passes)
+    for batch in batches:
+        expected = passes(batch)
+        assert torch.equal(captured(batch), expected)
+    assert captured.given_up
+    assert captured.num_graphs == 0
+    assert len(failed) == 1
+    assert said in failed[0]
+
+
+def test_a_hook_keeps_passes_eager(batches):
+    for hook in (
+        lambda model: model.head.register_forward_hook(lambda *_: None),
+        lambda model: model.embed.weight.register_hook(lambda _: None),
+    ):
+        model = Model()
+        hook(model)
+        captured, failed = made(model, passes_of(model))
+        for batch in batches:
+            captured(batch)
+        assert captured.given_up
+        assert "would not be called" in failed[0]
+
+
+def test_there_is_an_end_to_graphs(batches):
+    model = Model()
+    captured, _ = made(model, passes_of(model))
+    captured(batches[0])
+    captured.graphs = {number: None for number in range(MOST_GRAPHS)}
+    for _ in range(4):
+        captured(batches[0])
+    assert captured.num_graphs == 0
+
+
+def test_forgetting_captures_anew(batches):
+    model = Model()
+    captured, _ = made(model, passes_of(model))
+    for _ in range(3):
+        captured(batches[0])
+    assert captured.num_graphs == 1
+    captured.forget()
+    assert captured.num_graphs == 0
+    for _ in range(2):
+        captured(batches[0])
+    assert captured.num_graphs == 1
+
+
+def test_a_static_copy_shares_nothing_and_keeps_the_kind(batches):
+    copy = static_copy(batches[0])
+    assert kind_of(copy) == kind_of(batches[0])
+    for mine, theirs in zip(tensors_of(copy), tensors_of(batches[0]), strict=True):
+        assert torch.equal(mine, theirs)
+        assert mine.data_ptr() != theirs.data_ptr()
+    assert copy.segments.longest == copy.input_ids.shape[1]
+    for look in (bool, int, float, hash, lambda one: one == 3, lambda one: one < 3):
+        with pytest.raises(UnknownLengths):
+            look(copy.num_labels)
+    with pytest.raises(TypeError):
+        copy.num_tokens + 1
+    # on its device already: nothing of it is looked at
+    assert copy.to("cpu") is copy
+
+
+def test_kinds_differ_by_what_a_graph_has_fixed(batches):
+    batch = batches[0]
+    other = dataclasses.replace(batch, places=batch.labels.numel() + 1)
+    assert kind_of(other) != kind_of(batch)
+
+
+def test_held_gradients_stay_where_they_are():
+    model = Model()
+    held = HeldGradients(model.parameters())
+    places = [parameter.grad.data_ptr() for parameter in model.parameters()]
+    model.head(model.embed(torch.arange(5))).sum().backward()
+    assert held.whole.abs().sum() > 0
+    model.zero_grad()
+    held.clear()
+    assert places == [parameter.grad.data_ptr() for parameter in model.parameters()]
+    assert not held.whole.any()
+    first, *_, last = model.parameters()
+    last.grad.fill_(1.0)
+    assert not first.grad.any()
+    assert held.whole.sum() == last.numel()
+
+
+def test_times_noted_in_a_capture_count_with_every_launch():
+    clock = StepClock(torch.device("cpu"))
+    model = nn.Linear(2, 2)
+    with clock.step(model, [], measured=True):
+        with clock.aside() as spans, clock.part("teacher"):
+            pass
+        clock.add(spans)
+        clock.add(spans)
+    ((name, start, end),) = spans
+    assert name == "teacher"
+    found = clock.read()
+    assert found["teacher"] * found["seconds"] == pytest.approx(2 * (end - start))
+
+
+def test_what_keeps_passes_from_being_captured_is_said():
+    gpu, given = torch.device("cuda"), {"fused": True, "averages": True, "live": True}
+    assert why_not_captured(Model(), device=gpu, **given) is None
+    for change, word in (
+        ({"device": torch.device("cpu")}, "cpu"),
+        ({"averages": False}, "processes"),
+        ({"live": False}, "teacher"),
+        ({"fused": False}, "fused"),
+    ):
+        assert word in why_not_captured(Model(), **{"device": gpu, **given, **change})
+    dropping = nn.Sequential(Model(), nn.Dropout(0.1))
+    assert "at random" in why_not_captured(dropping, device=gpu, **given)

@@ -1,0 +1,71 @@
+"""CUDA graphs of passes: the same losses and weights as without, few launches, and memory that comes back."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from gendistill.bench.shapes import SHAPES
+from gendistill.bench.step import StepBench
+from gendistill.config.engine import EngineConfig
+
+pytestmark = pytest.mark.gpu
+
+
+def train(stage, steps, **engine):
+    """Take steps on a small shape that has all kinds of layers; returns losses, weights and the number of graphs."""
+    bench = StepBench(shape=SHAPES["tiny"], stage=stage)
+    config = EngineConfig(**engine)
+    with bench.opened(config, stream=bench.stream(config)) as run:
+        found = []
+        for _ in range(steps):
+            run.step()
+            found.append(run.meter.read().losses[0])
+            run.meter.reset()
+        weights = {name: value.detach().clone() for name, value in run.trained.items()}
+        graphs = run.runner.captured.num_graphs if run.runner.captured else 0
+    return found, weights, graphs
+
+
+@pytest.fixture
+def deterministic():
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("stage", ["distill", "block"])
+def test_graphs_train_as_eager_steps_do(deterministic, stage):
+    losses, weights, graphs = train(stage, 12, capture="always")
+    expected, others, none = train(stage, 12, capture="never")
+    assert graphs > 0
+    assert none == 0
+    assert losses == pytest.approx(expected, rel=1e-5)
+    for name, value in weights.items():
+        assert torch.allclose(value, others[name], atol=1e-5), name
+
+
+@pytest.mark.parametrize("stage", ["distill", "block"])
+def test_measured_steps_say_what_takes_the_time(stage):
+    bench = StepBench(shape=SHAPES["tiny"], stage=stage)
+    config = EngineConfig(capture="always")
+    with bench.opened(config, stream=bench.stream(config)) as run:
+        clock, model = run.runner.clock, run.student.model
+        blocks = [model.layers[layer] for layer in run.converted]
+        for _ in range(8):
+            with clock.step(model, blocks, measured=True):
+                run.step()
+            shares = clock.read()
+        assert run.runner.captured.num_graphs > 0
+    assert 0 < shares["mixers"] < 1
+    assert 0 < shares["teacher"] < 1
+    assert sum(share for name, share in shares.items() if name != "seconds") == pytest.approx(1, abs=0.05)
+
+
+def test_memory_comes_back():
+    train("distill", 2, capture="never")
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    train("distill", 8, capture="always")
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() <= before + 2**25
