@@ -26,6 +26,7 @@ from gendistill.bench.measure import attempt, relative_error
 from gendistill.results.table import ResultRow
 from gendistill_kernels.block import attention, glu, rope
 from gendistill_kernels.block import norm as block_norm
+from gendistill_kernels.block.layout import Tiles as AttentionTiles
 from gendistill_kernels.conv.causal import conv_backward, conv_forward
 from gendistill_kernels.conv.layout import Tiles
 from gendistill_kernels.delta.chunk import chunk_backward, chunk_forward
@@ -451,7 +452,7 @@ def _block(case: Case, dtype: torch.dtype, device: str) -> Iterator[Job]:
     angles = _normal(device, torch.float32, rows, channels // 2).repeat(1, 2)
     cos, sin = angles.cos(), angles.sin()
     lengths = [min(512, rows - start) for start in range(0, rows, 512)]
-    tiles = attention.tiles_of(lengths, torch.device(device))
+    tiles = AttentionTiles.of(lengths, device)
 
     def norm() -> dict[str, Tensor]:
         total, y, rstd = block_norm.rms_norm_forward(x, added, gain, eps=1e-6, dtype=dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -55,7 +56,34 @@ class Batch:
         moved = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
         if all(moved[name] is getattr(self, name) for name in names):
             return self
-        return replace(self, **moved, segments=Segments(self.segments.lengths, device=device))
+        segments = Segments(self.segments.lengths, device=device, room=self.segments.room)
+        return replace(self, **moved, segments=segments)
+
+
+def with_room(batch: Batch) -> Batch:
+    """Make the shapes of a batch those of many others: of all with as many rows and about as many documents and labels.
+
+    At least one empty document is appended, and more up to a number of which there are few: multiples of 16 up to 128,
+    of 32 up to 256, and so on, always of an eighth to a quarter. ``places`` is set to a sixteenth of the positions or a
+    multiple of it. Tokens, labels and what any document gives stay what they are. A batch with room stays as it is.
+    """
+    lengths = batch.segments.lengths
+    if batch.segments.room:
+        return batch
+    least = len(lengths) + 1
+    step = max(64, 1 << (least.bit_length() - 1)) // 4
+    empty = _round_up(least, step) - len(lengths)
+    positions = batch.labels.numel()
+    return replace(
+        batch,
+        segments=Segments([*lengths, *[0] * empty], device=batch.segments.device, room=True),
+        document_ids=batch.document_ids and (*batch.document_ids, *[PADDING] * empty),
+        places=min(_round_up(batch.num_labels, math.ceil(positions / 16)), positions),
+    )
+
+
+def _round_up(number: int, step: int) -> int:
+    return -(-number // step) * step
 
 
 class Unknown:

@@ -82,7 +82,7 @@ class Packed:
                 build: _mapped(table, lambda slot: tensor(slot.number), _Slot)
                 for build, table in tables.items()
             }
-            segments = Segments.placed(batch.segments.lengths, tensor(ends), placed)
+            segments = Segments.placed(batch.segments.lengths, tensor(ends), placed, room=batch.segments.room)
             moved = {name: tensor(number) for name, number in zip(_NAMES, numbers, strict=True)}
             found.append(replace(batch, **moved, segments=segments))
         return found

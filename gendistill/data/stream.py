@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from gendistill.config.schema import MixtureConfig, Recipe, SourceConfig
 from gendistill.data.ahead import PATIENCE, Ahead, Stopped
-from gendistill.data.batch import Batch
+from gendistill.data.batch import Batch, with_room
 from gendistill.data.feed import Feed, Packed, Sent
 from gendistill.data.files import BadRow, Row, warn_once
 from gendistill.data.first_token import note_first_tokens
@@ -71,6 +71,7 @@ class BatchStream:
         world: Number of processes.
         prefetch: Steps that may be prepared ahead; 0: each when it is asked for.
         device: Where batches are to be; they stay on the host for any device but a GPU.
+        room: Give batches room (``with_room``).
         notes: What is odd about the rows, for people; like ``prefetch`` an attribute of the same name.
     """
 
@@ -87,6 +88,7 @@ class BatchStream:
         world: int = 1,
         prefetch: int = 2,
         device: torch.device | None = None,
+        room: bool = False,
         notes: Sequence[str] = (),
     ) -> None:
         assert batch_size % world == 0
@@ -99,6 +101,7 @@ class BatchStream:
         self._pad_id = pad_id
         self._rank = rank
         self._world = world
+        self._room = room
         self._waiting: list[_Waiting] = []
         self._chunk_states: dict[int, dict[str, Any]] = {}
         self._num_chunks = 0
@@ -273,6 +276,8 @@ class BatchStream:
             )
             for start in range(0, share, self._micro_batch_size)
         ]
+        if self._room:
+            batches = [with_room(batch) for batch in batches]
         packed = Packed(batches, self._builders) if self._feed else None
         return _Step(batches, self._snapshot(), packed)
 

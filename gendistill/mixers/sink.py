@@ -140,7 +140,7 @@ class SinkAttention(Mixer):
             first = self._slots(at.starts, at.lengths)
             return out, SinkState(_take(k, *first), _take(v, *first), at.lengths)
         # short rows are filled up with tokens that no later one of the row follows, so that nobody sees them
-        rows = (at.starts[:, None] + torch.arange(max(segments.lengths, default=0), device=q.device)).clamp(
+        rows = (at.starts[:, None] + torch.arange(segments.longest, device=q.device)).clamp(
             max=max(len(q) - 1, 0)
         )
         if not len(q):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate, pairwise
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -17,21 +17,67 @@ class OpOutput(NamedTuple):
     state: Tensor
 
 
+class UnknownLengths(RuntimeError):
+    """The lengths of documents were asked for where only the device knows them."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the lengths of documents differ from batch to batch and are not known to the host here"
+        )
+
+
+class _Unknown(Sequence[int]):
+    """Lengths of which only the number is known."""
+
+    def __init__(self, number: int) -> None:
+        self._number = number
+
+    def __len__(self) -> int:
+        return self._number
+
+    def _refuse(self, *_: Any, **__: Any) -> NoReturn:
+        raise UnknownLengths
+
+    __getitem__ = __iter__ = __contains__ = __reversed__ = __eq__ = __add__ = __radd__ = __array__ = _refuse
+    __hash__ = None  # pyright: ignore[reportAssignmentType]
+
+
+@runtime_checkable
+class Fillable(Protocol):
+    """A table of tiles that can have more entries than its sequences need."""
+
+    def filled(self, tokens: int, sequences: int) -> Any:
+        """Append entries that change nothing, up to a number that depends on these two alone."""
+        ...
+
+
 class Segments:
     """Independent sequences laid end to end on one token axis.
 
     Args:
         lengths: Tokens of each sequence; zero is allowed.
         device: Where index tensors are made.
+        room: Make tables whose shapes depend only on the numbers of tokens and of sequences, so that work that was
+            recorded with them can be repeated with those of other lengths. The last sequence must then be empty: what
+            fills a table is added to it.
 
     Attributes:
         lengths: Tokens of each sequence, on the host.
         num_tokens: Their sum.
         cu_seqlens: ``[N + 1]`` int32, ends of the sequences.
+        room: As given.
+
+    Raises:
+        ValueError: There is to be room, and the last sequence is not empty.
     """
 
-    def __init__(self, lengths: list[int], *, device: torch.device | str = "cpu") -> None:
-        self.lengths = lengths
+    def __init__(self, lengths: list[int], *, device: torch.device | str = "cpu", room: bool = False) -> None:
+        if room and (not lengths or lengths[-1]):
+            raise ValueError(
+                f"with room, the last sequence must be empty; got {len(lengths)} of lengths ..., "
+                f"{', '.join(map(str, lengths[-3:]))}; append one of length 0"
+            )
+        self.lengths, self.room = lengths, room
         self.num_tokens = sum(lengths)
         self.device = torch.device(device)
         ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
@@ -40,10 +86,16 @@ class Segments:
         self._layouts: dict[int, ChunkLayout] = {}
         self._taps: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
         self._tables: dict[Callable[..., Any], Any] = {}
+        self._longest: int | None = None
 
     @classmethod
     def placed(
-        cls, lengths: list[int], cu_seqlens: Tensor, tables: Mapping[Callable[..., Any], Any]
+        cls,
+        lengths: list[int],
+        cu_seqlens: Tensor,
+        tables: Mapping[Callable[..., Any], Any],
+        *,
+        room: bool = False,
     ) -> Segments:
         """Take what is on a device already.
 
@@ -51,9 +103,45 @@ class Segments:
             lengths: Tokens of each sequence.
             cu_seqlens: ``[N + 1]`` int32, as the attribute of this name.
             tables: What :meth:`table` returns, by what would make it there.
+            room: As the attribute of this name.
         """
+        return cls._of(lengths, sum(lengths), None, cu_seqlens, tables, room)
+
+    @classmethod
+    def unknown(
+        cls,
+        documents: int,
+        num_tokens: int,
+        longest: int,
+        cu_seqlens: Tensor,
+        tables: Mapping[Callable[..., Any], Any],
+    ) -> Segments:
+        """Describe documents whose lengths only the device knows; these may change with what lies in the tensors.
+
+        Whoever asks for a length, or for a table that is not given, gets :class:`UnknownLengths`.
+
+        Args:
+            documents: How many, empty ones included.
+            num_tokens: Of all.
+            longest: A number of tokens that none exceeds.
+            cu_seqlens: ``[documents + 1]`` int32, as the attribute of this name.
+            tables: As for :meth:`placed`, with room.
+        """
+        assert cu_seqlens.shape == (documents + 1,)
+        return cls._of(_Unknown(documents), num_tokens, longest, cu_seqlens, tables, True)
+
+    @classmethod
+    def _of(
+        cls,
+        lengths: Any,
+        num_tokens: int,
+        longest: int | None,
+        cu_seqlens: Tensor,
+        tables: Mapping[Callable[..., Any], Any],
+        room: bool,
+    ) -> Segments:
         made = cls.__new__(cls)
-        made.lengths, made.num_tokens = lengths, sum(lengths)
+        made.lengths, made.num_tokens, made._longest, made.room = lengths, num_tokens, longest, room
         made.device, made.cu_seqlens = cu_seqlens.device, cu_seqlens
         made._layouts, made._taps, made._tables = {}, {}, dict(tables)
         return made
@@ -69,14 +157,32 @@ class Segments:
     def chunks(self, size: int) -> ChunkLayout:
         """Return the layout that cuts every sequence into chunks of ``size`` tokens."""
         if size not in self._layouts:
-            self._layouts[size] = ChunkLayout.build(self.lengths, size, self.device)
+            self._layouts[size] = ChunkLayout.build(self._known_lengths(), size, self.device)
         return self._layouts[size]
 
     def table(self, build: Callable[[list[int], torch.device], Any]) -> Any:
-        """Return ``build(lengths, device)``, made once; kernels keep their index tensors here."""
+        """Return ``build(lengths, device)``, made once; kernels keep their index tensors here.
+
+        With room, one that is :class:`Fillable` is filled.
+        """
         if build not in self._tables:
-            self._tables[build] = build(self.lengths, self.device)
+            made = build(self._known_lengths(), self.device)
+            if self.room and isinstance(made, Fillable):
+                made = made.filled(self.num_tokens, len(self.lengths))
+            self._tables[build] = made
         return self._tables[build]
+
+    def _known_lengths(self) -> list[int]:
+        if isinstance(self.lengths, _Unknown):
+            raise UnknownLengths
+        return self.lengths
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence, or a number that none exceeds if only the device knows them."""
+        if self._longest is None:
+            self._longest = max(self.lengths, default=0)
+        return self._longest
 
     @property
     def builders(self) -> tuple[Callable[..., Any], ...]:
@@ -92,7 +198,7 @@ class Segments:
         """
         if history not in self._taps:
             token, before, last, start = [], [], [], 0
-            for length in self.lengths:
+            for length in self._known_lengths():
                 before.append(range(start, start + history))
                 token.extend(range(start + history, start + history + length))
                 last.append(range(start + length, start + length + history))

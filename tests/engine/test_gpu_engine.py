@@ -159,6 +159,39 @@ def test_attention_matches_float64(heads, channels, window, norm, deterministic)
             assert small.distance(leaf.grad, double.grad) < 1e-2
 
 
+@pytest.mark.parametrize(("heads", "channels", "window"), SHAPES)
+def test_attention_with_room_or_to_documents_of_unknown_lengths_is_attention(
+    heads, channels, window, deterministic
+):
+    torch.manual_seed(0)
+    lengths = [300, 1, 211]
+    empty, tokens = [0] * 13, sum(lengths)
+    room = Segments([*lengths, *empty], device=GPU, room=True)
+    qkv = torch.randn(tokens, (heads[0] + 2 * heads[1]) * channels, device=GPU).bfloat16()
+    angles = torch.rand(tokens, channels // 2, device=GPU).repeat(1, 2) * 6
+    angles, grad = (
+        (angles.cos(), angles.sin()),
+        torch.randn(tokens, heads[0] * channels, device=GPU).bfloat16(),
+    )
+    found = []
+    for segments in (Segments(lengths, device=GPU), room, None):
+        if segments is None:
+            tables = {build: room.table(build) for build in room.builders}
+            segments = Segments.unknown(len(room.lengths), tokens, tokens, room.cu_seqlens, tables)
+        leaf = qkv.clone().requires_grad_()
+        out = attend(
+            leaf, None, None, *angles, heads=heads, window=window, segments=segments, impl=Impl.TRITON
+        )
+        out.backward(grad)
+        found.append((out.detach(), leaf.grad))
+    (expected, expected_grad), *others = found
+    for out, gradient in others:
+        assert torch.equal(out, expected)
+        if deterministic:
+            assert torch.equal(gradient, expected_grad)
+        assert small.distance(gradient, expected_grad) < 6e-3
+
+
 @pytest.mark.parametrize("stream", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("width", [576, 896, 1024, 4096])
 def test_norms_match_float64(width, stream):

@@ -13,8 +13,9 @@ from gendistill.bench.launches import PLACES
 from gendistill.ops import Divergence, Segments, Term, causal_conv, gated_rms_norm, sliding_window_attention
 from gendistill.ops.reference import block as reference
 from gendistill.ops.reference.divergence import compare as reference_compare
-from gendistill_kernels.block.attention import attend_backward, attend_forward, tiles_of
+from gendistill_kernels.block.attention import attend_backward, attend_forward
 from gendistill_kernels.block.glu import swiglu_backward, swiglu_forward
+from gendistill_kernels.block.layout import Tiles
 from gendistill_kernels.block.norm import rms_norm_backward, rms_norm_forward
 from gendistill_kernels.block.rope import rotate_backward, rotate_forward
 from gendistill_kernels.conv.causal import conv_backward, conv_forward
@@ -156,7 +157,7 @@ def _block(cases: Any, dtype: torch.dtype) -> tuple[Call, Call]:
     parts = grads[:, :4].contiguous(), grads[:, 4:6].contiguous(), grads[:, 6:].contiguous()
 
     lengths = [150, 50]
-    tiles, segments = tiles_of(lengths, x.device), Segments(lengths, device=x.device)
+    tiles, segments = Tiles.of(lengths, x.device), Segments(lengths, device=x.device)
 
     def call() -> dict[str, Tensor]:
         total, y, rstd = rms_norm_forward(x, added, weight, eps=1e-6, dtype=dtype)

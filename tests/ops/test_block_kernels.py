@@ -14,8 +14,9 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 from gendistill.ops import Segments, sliding_window_attention
 from gendistill.ops.reference import block as reference
 from gendistill_kernels.block import attention
-from gendistill_kernels.block.attention import attend_backward, attend_forward, tiles_of
+from gendistill_kernels.block.attention import attend_backward, attend_forward
 from gendistill_kernels.block.glu import swiglu_backward, swiglu_forward
+from gendistill_kernels.block.layout import Tiles
 from gendistill_kernels.block.norm import rms_norm_backward, rms_norm_forward
 from gendistill_kernels.block.rope import rotate_backward, rotate_forward
 from gendistill_kernels.runtime.lookup import Config, forced
@@ -148,7 +149,7 @@ def test_attention_to_packed_documents_matches_float64(heads, channels, window):
     tokens, (H, KV) = sum(lengths), heads
     q, k = torch.randn(tokens, H, channels), torch.randn(tokens, KV, channels)
     v = torch.randn(tokens, KV + 2, channels)[:, 2:]
-    tiles = tiles_of(lengths, torch.device("cpu"))
+    tiles = Tiles.of(lengths, "cpu")
     out, lse = attend_forward(q, k, v, tiles, window=window)
     q64, k64, v64 = (part.double()[None].requires_grad_() for part in (q, k, v))
     segments = Segments(lengths)
@@ -170,10 +171,10 @@ def test_attention_to_packed_documents_matches_float64(heads, channels, window):
 
 
 def test_tiles_cover_every_query_once_and_long_ones_come_first():
-    tiles = tiles_of([150, 0, 5, 64], torch.device("cpu")).tolist()
+    tiles = Tiles.of([150, 0, 5, 64], "cpu").places.tolist()
     assert sorted(tiles) == [[0, 0, 150], [64, 0, 150], [128, 0, 150], [150, 150, 155], [155, 155, 219]]
     assert tiles[0] == [128, 0, 150]
-    assert tiles_of([], torch.device("cpu")).shape == (0, 3)
+    assert Tiles.of([], "cpu").places.shape == (0, 3)
 
 
 def test_more_tiles_than_a_grid_has_rows_are_launched(monkeypatch):
@@ -185,7 +186,7 @@ def test_more_tiles_than_a_grid_has_rows_are_launched(monkeypatch):
             return lambda *args, **kwargs: None
 
     monkeypatch.setattr(attention, "_forward", Recorded())
-    tiles = tiles_of([1] * 70_000, torch.device("cpu"))
+    tiles = Tiles.of([1] * 70_000, "cpu")
     q, k, v = torch.ones(70_000, 2, 16), torch.ones(70_000, 1, 16), torch.ones(70_000, 1, 16)
     attend_forward(q, k, v, tiles, window=None)
     # all but the first size of a grid are 65,535 at most

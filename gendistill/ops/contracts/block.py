@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gendistill.ops.types import Segments
+from gendistill_kernels.block.layout import Tiles
 
 
 class NormKernels(Protocol):
@@ -76,12 +76,8 @@ class RopeKernels(Protocol):
 class AttentionKernels(Protocol):
     """The kernels, as ``gendistill_kernels.block.attention`` has them."""
 
-    def tiles_of(self, lengths: Sequence[int], device: torch.device) -> Tensor:
-        """Return the tiles of queries of documents."""
-        ...
-
     def attend_forward(
-        self, q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, *, window: int | None
+        self, q: Tensor, k: Tensor, v: Tensor, tiles: Tiles, *, window: int | None
     ) -> tuple[Tensor, Tensor]:
         """Return the output ``[N, H, D]`` and ``[H, N]``, the logarithm of every query's sum."""
         ...
@@ -94,7 +90,7 @@ class AttentionKernels(Protocol):
         v: Tensor,
         out: Tensor,
         lse: Tensor,
-        tiles: Tensor,
+        tiles: Tiles,
         *,
         window: int | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -215,10 +211,8 @@ class _Attend(torch.autograd.Function):
         q, k = ropes().rotate_forward(
             qkv, q_weight, k_weight, cos, sin, num_heads=num_heads, num_kv_heads=num_kv_heads, eps=eps
         )
-        kernels = attentions()
-        out, lse = kernels.attend_forward(
-            q, k, _values(qkv, heads), segments.table(kernels.tiles_of), window=window
-        )
+        tiles = segments.table(Tiles.of)
+        out, lse = attentions().attend_forward(q, k, _values(qkv, heads), tiles, window=window)
         ctx.save_for_backward(qkv, q_weight, k_weight, cos, sin, q, k, out, lse)
         ctx.heads, ctx.eps, ctx.window, ctx.segments = heads, eps, window, segments
         return out.flatten(1)
@@ -261,8 +255,8 @@ def _own_backward(
     segments: Segments,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Differentiate attention by our kernels, whose sums have one order."""
-    kernels = attentions()
-    return kernels.attend_backward(grad, q, k, v, out, lse, segments.table(kernels.tiles_of), window=window)
+    tiles = segments.table(Tiles.of)
+    return attentions().attend_backward(grad, q, k, v, out, lse, tiles, window=window)
 
 
 def _flash_backward(
@@ -276,7 +270,7 @@ def _flash_backward(
     segments: Segments,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Differentiate attention by the kernel that torch brings, from what ours has kept; it adds up in any order."""
-    ends, longest = segments.cu_seqlens, max(segments.lengths, default=0)
+    ends, longest = segments.cu_seqlens, segments.longest
     more: dict[str, Any] = {"scale": q.shape[-1] ** -0.5}
     if window is not None and window < longest:
         more |= {"window_size_left": window - 1, "window_size_right": 0}

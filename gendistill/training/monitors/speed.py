@@ -101,7 +101,7 @@ class Shares:
 def lengths(batch: Batch) -> list[int]:
     """List the lengths of a batch's documents, padding left out where the batch says what is padding."""
     if not batch.document_ids:
-        return list(batch.segments.lengths)
+        return [length for length in batch.segments.lengths if length]
     pairs = zip(batch.segments.lengths, batch.document_ids, strict=True)
     return [length for length, document in pairs if document != PADDING]
 

@@ -19,34 +19,17 @@ tile of keys, all heads that share them, and finds dk and dv. No sum depends on 
 # inside a kernel the language is Triton's: range, tuples and constants mean what its compiler says
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from gendistill_kernels.block.layout import TILE, Tiles
 from gendistill_kernels.block.rows import TABLE, power_of_2
 from gendistill_kernels.runtime.launch import Launcher, on_its_device
 
-# tokens of a tile, of queries and of keys alike: the table of tiles, which is made where a batch is, depends on it
-QUERIES = 64
 _BITS = tl.constexpr(1.4426950408889634)
 _NATS = tl.constexpr(0.6931471805599453)
-
-
-def tiles_of(lengths: Sequence[int], device: torch.device) -> Tensor:
-    """Cut documents that lie end to end into tiles of queries.
-
-    Returns: ``[tiles, 3]`` int32: first query, first and one past the last token of its document; those with the most
-        keys come first.
-    """
-    tiles, start = [], 0
-    for length in lengths:
-        tiles += [(start + first, start, start + length) for first in range(0, length, QUERIES)]
-        start += length
-    tiles.sort(key=lambda tile: tile[1] - tile[0])
-    return torch.tensor(tiles, dtype=torch.int32).reshape(-1, 3).to(device, non_blocking=True)
 
 
 @triton.jit
@@ -257,7 +240,7 @@ _keys = Launcher(keys_kernel)
 
 @on_its_device
 def attend_forward(
-    q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, *, window: int | None
+    q: Tensor, k: Tensor, v: Tensor, tiles: Tiles, *, window: int | None
 ) -> tuple[Tensor, Tensor]:
     """Attend; float32 scores and sums.
 
@@ -265,7 +248,7 @@ def attend_forward(
         q: ``[N, H, D]`` contiguous, D up to 256.
         k: ``[N, KV, D]`` contiguous.
         v: ``[N, KV, D]``, heads and channels contiguous, rows any distance apart.
-        tiles: What :func:`tiles_of` returns for the documents.
+        tiles: Of the documents.
         window: Positions a query sees, its own included; None for all earlier ones.
     Returns: ``[N, H, D]``, and float32 ``[H, N]``, the logarithm of every query's sum.
     """
@@ -274,9 +257,9 @@ def attend_forward(
     wide = max(16, power_of_2(D))
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(H, tokens, dtype=torch.float32, device=q.device)
-    _forward[(H * len(tiles),)](
-        q, k, v, tiles, out, lse, tokens, 0 if window is None else window, D**-0.5 * _BITS.value,
-        H=H, KV=k.shape[1], D=D, BD=wide, V_ROW=v.stride(0), BM=QUERIES, BN=config.block,
+    _forward[(H * len(tiles.places),)](
+        q, k, v, tiles.places, out, lse, tokens, 0 if window is None else window, D**-0.5 * _BITS.value,
+        H=H, KV=k.shape[1], D=D, BD=wide, V_ROW=v.stride(0), BM=TILE, BN=config.block,
         WINDOW=window is not None, num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     return out, lse
@@ -290,7 +273,7 @@ def attend_backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    tiles: Tensor,
+    tiles: Tiles,
     *,
     window: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -310,13 +293,13 @@ def attend_backward(
     constants = {"H": H, "KV": KV, "D": D, "BD": wide, "V_ROW": v.stride(0), "WINDOW": window is not None}
     reach, scale = 0 if window is None else window, D**-0.5
     config = TABLE.lookup(q.device, "block_attention_queries", q.dtype.itemsize)
-    _queries[(H * len(tiles),)](
-        grad_out, q, k, v, out, lse, tiles, grad_q, sums, tokens, reach, scale * _BITS.value, scale,
-        **constants, BM=QUERIES, BN=config.block, num_warps=config.warps, num_stages=config.stages,
+    _queries[(H * len(tiles.places),)](
+        grad_out, q, k, v, out, lse, tiles.places, grad_q, sums, tokens, reach, scale * _BITS.value, scale,
+        **constants, BM=TILE, BN=config.block, num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     config = TABLE.lookup(q.device, "block_attention_keys", q.dtype.itemsize)
-    _keys[(KV * len(tiles),)](
-        grad_out, q, k, v, lse, sums, tiles, grad_k, grad_v, tokens, reach, scale * _BITS.value, scale,
-        **constants, BM=min(config.block, QUERIES), BN=QUERIES, num_warps=config.warps, num_stages=config.stages,
+    _keys[(KV * len(tiles.places),)](
+        grad_out, q, k, v, lse, sums, tiles.places, grad_k, grad_v, tokens, reach, scale * _BITS.value, scale,
+        **constants, BM=min(config.block, TILE), BN=TILE, num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     return grad_q, grad_k, grad_v

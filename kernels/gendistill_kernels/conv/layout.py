@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from gendistill_kernels.runtime.room import fill, most_tiles
+
 # tokens of a tile
 TILE = 64
 
@@ -39,6 +41,18 @@ class Tiles(NamedTuple):
                 torch.tensor(part, dtype=torch.int32).to(device, non_blocking=True)
                 for part in (ends, owners, firsts)
             )
+        )
+
+    def filled(self, tokens: int, sequences: int) -> Tiles:
+        """Append dead tiles up to a number that sequences of any lengths, ``tokens`` in all, do not exceed.
+
+        A dead tile is one more of the last sequence, which must be empty: it copies the same state once more.
+        """
+        assert self.owners is not None
+        assert self.firsts is not None
+        number = most_tiles(tokens, sequences, TILE)
+        return self._replace(
+            owners=fill(self.owners, number, sequences - 1), firsts=fill(self.firsts, number, 0)
         )
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gendistill_kernels.delta.rule import Inputs, Rule
 from gendistill_kernels.runtime.memory import Shape, Space, offsets
+from gendistill_kernels.runtime.room import fill, most_tiles
 
 # tokens of a chunk
 CHUNK = 64
@@ -155,6 +156,17 @@ class Chunks(NamedTuple):
             end += length
         parts = (_longest_first(sequences), starts, sizes, *_spans(lengths))
         return cls(*(torch.tensor(part, dtype=torch.int32).to(device, non_blocking=True) for part in parts))
+
+    def filled(self, tokens: int, sequences: int) -> Chunks:
+        """Append dead chunks up to a number that sequences of any lengths, ``tokens`` in all, do not exceed.
+
+        A dead chunk has no token, and no sequence it is of. What is kept of it may be anything; what is added up over
+        chunks counts it as zero. Spans stay as they are: there are some only where a sequence is long.
+        """
+        assert self.starts is not None
+        assert self.lengths is not None
+        number = most_tiles(tokens, sequences, CHUNK)
+        return self._replace(starts=fill(self.starts, number, 0), lengths=fill(self.lengths, number, 0))
 
     @classmethod
     def of_rows(cls, rows: int, tokens: int, device: torch.device) -> Chunks:
