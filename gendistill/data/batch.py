@@ -12,6 +12,7 @@ from torch import Tensor
 from gendistill.mixers.base import SequenceInfo
 from gendistill.ops import Segments
 from gendistill.ops.types import UnknownLengths
+from gendistill_kernels.runtime.room import num_tiles
 
 IGNORE = -100
 PADDING = 0
@@ -63,20 +64,24 @@ class Batch:
 def with_room(batch: Batch) -> Batch:
     """Make the shapes of a batch those of many others: of all with as many rows and about as many documents and labels.
 
-    At least one empty document is appended, and more up to a number of which there are few: multiples of 16 up to 128,
-    of 32 up to 256, and so on, always of an eighth to a quarter. ``places`` is set to a sixteenth of the positions or a
-    multiple of it. Tokens, labels and what any document gives stay what they are. A batch with room stays as it is.
+    At least one empty document is appended, and more up to a number of which there are few: multiples of 16 up to 64,
+    of 32 up to 128, and so on, always of a quarter to a half, since empty ones cost nothing. Dead tiles of documents
+    cost as much as others: there are 16 at most, or a thirty-second part. ``places`` is set to a sixteenth of the
+    positions or a multiple of it. Tokens, labels and what any document gives stay what they are. A batch with room
+    stays as it is.
     """
     lengths = batch.segments.lengths
     if batch.segments.room:
         return batch
     least = len(lengths) + 1
-    step = max(64, 1 << (least.bit_length() - 1)) // 4
+    step = max(16, (1 << (least.bit_length() - 1)) // 2)
+    tiles = num_tiles(lengths)
+    room = _round_up(tiles, max(16, (1 << (tiles.bit_length() - 1)) // 32))
     empty = _round_up(least, step) - len(lengths)
     positions = batch.labels.numel()
     return replace(
         batch,
-        segments=Segments([*lengths, *[0] * empty], device=batch.segments.device, room=True),
+        segments=Segments([*lengths, *[0] * empty], device=batch.segments.device, room=room),
         document_ids=batch.document_ids and (*batch.document_ids, *[PADDING] * empty),
         places=min(_round_up(batch.num_labels, math.ceil(positions / 16)), positions),
     )
@@ -92,7 +97,9 @@ class Unknown:
     def _refuse(self, *_: object) -> Any:
         raise UnknownLengths
 
-    __bool__ = __eq__ = __hash__ = __int__ = __index__ = __float__ = __lt__ = __le__ = __gt__ = __ge__ = _refuse
+    __bool__ = __eq__ = __hash__ = __int__ = __index__ = __float__ = __lt__ = __le__ = __gt__ = __ge__ = (
+        _refuse
+    )
 
 
 def model_inputs(batch: Batch) -> dict[str, Any]:

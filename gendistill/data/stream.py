@@ -290,6 +290,7 @@ def build_stream(
     rank: int = 0,
     world: int = 1,
     device: torch.device | None = None,
+    room: bool = False,
 ) -> BatchStream:
     """Build the training stream of one stage of a recipe.
 
@@ -302,6 +303,7 @@ def build_stream(
         rank: This process.
         world: Number of processes.
         device: Where batches are to be.
+        room: Give batches room (``with_room``).
     Raises:
         DataError: A dataset is missing, empty, lacks a column, or does not fit the stage's mask.
         RecipeError: ``batch_size`` cannot be shared equally by the ranks.
@@ -349,6 +351,7 @@ def build_stream(
         world=world,
         prefetch=recipe.engine.prefetch,
         device=device,
+        room=room,
         notes=[note for note in notes if note],
     )
 

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple, NoReturn, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from gendistill_kernels.runtime.room import num_tiles
+
 
 class OpOutput(NamedTuple):
     """An op's output and the state after the last token."""
@@ -46,7 +48,7 @@ class _Unknown(Sequence[int]):
 class Fillable(Protocol):
     """A table of tiles that can have more entries than its sequences need."""
 
-    def filled(self, tokens: int, sequences: int) -> Any:
+    def filled(self, tiles: int, sequences: int) -> Any:
         """Append entries that change nothing, up to a number that depends on these two alone."""
         ...
 
@@ -57,9 +59,10 @@ class Segments:
     Args:
         lengths: Tokens of each sequence; zero is allowed.
         device: Where index tensors are made.
-        room: Make tables whose shapes depend only on the numbers of tokens and of sequences, so that work that was
-            recorded with them can be repeated with those of other lengths. The last sequence must then be empty: what
-            fills a table is added to it.
+        room: Make tables as long as sequences with this many tiles of 64 tokens would have, so that work that was
+            recorded with them can be repeated with other sequences: shapes of tables then depend only on this and the
+            number of sequences. The last sequence must be empty: what fills a table is added to it. 0: no longer than
+            needed.
 
     Attributes:
         lengths: Tokens of each sequence, on the host.
@@ -68,15 +71,17 @@ class Segments:
         room: As given.
 
     Raises:
-        ValueError: There is to be room, and the last sequence is not empty.
+        ValueError: The last sequence is not empty, or there is less room than needed.
     """
 
-    def __init__(self, lengths: list[int], *, device: torch.device | str = "cpu", room: bool = False) -> None:
+    def __init__(self, lengths: list[int], *, device: torch.device | str = "cpu", room: int = 0) -> None:
         if room and (not lengths or lengths[-1]):
             raise ValueError(
                 f"with room, the last sequence must be empty; got {len(lengths)} of lengths ..., "
                 f"{', '.join(map(str, lengths[-3:]))}; append one of length 0"
             )
+        if room and room < (needed := num_tiles(lengths)):
+            raise ValueError(f"the sequences have {needed} tiles, and there is room for {room}")
         self.lengths, self.room = lengths, room
         self.num_tokens = sum(lengths)
         self.device = torch.device(device)
@@ -95,7 +100,7 @@ class Segments:
         cu_seqlens: Tensor,
         tables: Mapping[Callable[..., Any], Any],
         *,
-        room: bool = False,
+        room: int = 0,
     ) -> Segments:
         """Take what is on a device already.
 
@@ -115,6 +120,8 @@ class Segments:
         longest: int,
         cu_seqlens: Tensor,
         tables: Mapping[Callable[..., Any], Any],
+        *,
+        room: int,
     ) -> Segments:
         """Describe documents whose lengths only the device knows; these may change with what lies in the tensors.
 
@@ -125,10 +132,11 @@ class Segments:
             num_tokens: Of all.
             longest: A number of tokens that none exceeds.
             cu_seqlens: ``[documents + 1]`` int32, as the attribute of this name.
-            tables: As for :meth:`placed`, with room.
+            tables: As for :meth:`placed`.
+            room: As the attribute of this name.
         """
         assert cu_seqlens.shape == (documents + 1,)
-        return cls._of(_Unknown(documents), num_tokens, longest, cu_seqlens, tables, True)
+        return cls._of(_Unknown(documents), num_tokens, longest, cu_seqlens, tables, room)
 
     @classmethod
     def _of(
@@ -138,7 +146,7 @@ class Segments:
         longest: int | None,
         cu_seqlens: Tensor,
         tables: Mapping[Callable[..., Any], Any],
-        room: bool,
+        room: int,
     ) -> Segments:
         made = cls.__new__(cls)
         made.lengths, made.num_tokens, made._longest, made.room = lengths, num_tokens, longest, room
@@ -168,7 +176,7 @@ class Segments:
         if build not in self._tables:
             made = build(self._known_lengths(), self.device)
             if self.room and isinstance(made, Fillable):
-                made = made.filled(self.num_tokens, len(self.lengths))
+                made = made.filled(self.room, len(self.lengths))
             self._tables[build] = made
         return self._tables[build]
 
@@ -183,6 +191,11 @@ class Segments:
         if self._longest is None:
             self._longest = max(self.lengths, default=0)
         return self._longest
+
+    @property
+    def tables(self) -> Mapping[Callable[..., Any], Any]:
+        """The tables that have been asked for, by what made them."""
+        return self._tables
 
     @property
     def builders(self) -> tuple[Callable[..., Any], ...]:

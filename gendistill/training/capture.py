@@ -26,6 +26,8 @@ from gendistill.training.parallel import Parallel
 # kinds of batches that get a graph: by number of documents, and of labels that count
 MOST_GRAPHS = 24
 
+# batches in a row without a table; a stream that prepares steps ahead needs a few of them to learn what is asked for
+MOST_LACKING = 256
 # of a stage's first micro-batch: without tables, with them, captured
 RUNS_UNTIL_LAUNCHED = 3
 
@@ -81,6 +83,7 @@ class CapturedPasses:
         self.given_up = False
         # what makes the index tables that passes ask for; None until passes have run
         self._builders: set[Callable[..., Any]] | None = None
+        self._lacking = 0
         self._pool: Any = None
 
     @property
@@ -110,6 +113,9 @@ class CapturedPasses:
         if self.given_up or lacks or full or key not in self.graphs:
             if not (self.given_up or lacks or full):
                 self.graphs[key] = None
+            self._lacking = self._lacking + 1 if lacks else 0
+            if self._lacking == MOST_LACKING and not self.given_up:
+                self._give_up("every batch needs a table of documents that no batch before it had")
             return self._run_eagerly(batch)
         graph = self.graphs[key]
         if graph is None:
@@ -123,8 +129,8 @@ class CapturedPasses:
         return graph.values
 
     def _try_to_capture(self, batch: Batch) -> _Graph | None:
-        static = static_copy(batch)
         try:
+            static = static_copy(batch)
             # the clock's own hooks leave marks in the graph
             if not self.clock.running and (hooked := _hooked(self.models)):
                 raise _Hooked(f"a hook on {hooked} would not be called")
@@ -134,12 +140,15 @@ class CapturedPasses:
             raise
         except Exception as error:
             # nothing of a capture has run: no gradient has been added to
-            self.given_up = True
-            self.release()
-            first = str(error).strip().splitlines()[0] if str(error).strip() else ""
-            self.failed(f"{type(error).__name__}: {first}")
+            lines = str(error).strip().splitlines()
+            self._give_up(": ".join([type(error).__name__, *lines[:1]]))
             return None
         return _Graph(tensors_of(static), values, spans, launch)
+
+    def _give_up(self, reason: str) -> None:
+        self.given_up = True
+        self.release()
+        self.failed(reason)
 
     def _capture(self, batch: Batch) -> tuple[Tensor, Callable[[], None]]:
         """Capture a batch's passes; returns what they return, and what launches them."""
@@ -187,8 +196,10 @@ def _hooked(models: Sequence[nn.Module]) -> str | None:
 
 def kind_of(batch: Batch) -> Key:
     """Return what two batches have in common that one graph can run."""
+    segments = batch.segments
     shapes = tuple((tuple(part.shape), part.dtype) for part in tensors_of(batch))
-    return (batch.places, len(batch.segments.lengths), batch.segments.builders, shapes)
+    fixed = tuple(_fixed_in(table) for table in segments.tables.values())
+    return (batch.places, len(segments.lengths), segments.room, segments.builders, shapes, fixed)
 
 
 def tensors_of(batch: Batch) -> list[Tensor]:
@@ -206,15 +217,33 @@ def _tensors_in(table: Any) -> list[Tensor]:
     return [tensor for part in parts for tensor in _tensors_in(part)]
 
 
+def _fixed_in(table: Any) -> Any:
+    """Return what a graph of a table has fixed: all but its tensors."""
+    if isinstance(table, Tensor):
+        return None
+    if isinstance(table, tuple):
+        return tuple(_fixed_in(part) for part in table)
+    # of anything else no graph is made
+    return table if isinstance(table, bool | int | float | str | None) else type(table)
+
+
 def static_copy(batch: Batch) -> Batch:
-    """Copy a batch into tensors of its own; what the host knows of this batch alone is unknown in the copy."""
+    """Copy a batch into tensors of its own; what the host knows of this batch alone is unknown in the copy.
+
+    Raises:
+        TypeError: A table consists of more than tensors, numbers and tuples of these.
+    """
 
     def copied(table: Any) -> Any:
         if isinstance(table, Tensor):
             return table.clone()
-        if not isinstance(table, tuple):
-            return table
-        return getattr(type(table), "_make", tuple)([copied(part) for part in table])
+        if isinstance(table, tuple):
+            return getattr(type(table), "_make", tuple)([copied(part) for part in table])
+        if not isinstance(table, bool | int | float | str | None):
+            raise TypeError(
+                f"a table of documents has a {type(table).__name__} in it, which a graph cannot read"
+            )
+        return table
 
     segments = Segments.unknown(
         len(batch.segments.lengths),
@@ -222,6 +251,7 @@ def static_copy(batch: Batch) -> Batch:
         longest=batch.input_ids.shape[1],
         cu_seqlens=batch.segments.cu_seqlens.clone(),
         tables={build: copied(table) for build, table in batch.segments.tables.items()},
+        room=batch.segments.room,
     )
     unknown: Any = Unknown()
     return replace(

@@ -30,6 +30,7 @@ pytestmark = [pytest.mark.interpret, pytest.mark.usefixtures("poisoned")]
 DOCUMENTS = [1, 50, 0, 66, 23]
 LENGTHS = [*DOCUMENTS, 0, 0]
 TOKENS = sum(LENGTHS)
+ROOM = 9
 
 
 def assert_same(found, expected):
@@ -64,8 +65,8 @@ def test_dead_chunks_change_no_bit_of_the_delta_rule(cases, monkeypatch, name):
         decay[:, 80:82, 1] = -300.0
         x = x._replace(decay=decay)
     plain = Chunks.of(LENGTHS, "cpu")
-    filled = plain.filled(TOKENS, len(LENGTHS))
-    assert len(plain.starts) < len(filled.starts) == TOKENS // 64 + len(LENGTHS)
+    filled = plain.filled(ROOM, len(LENGTHS))
+    assert len(plain.starts) < len(filled.starts) == ROOM
     state = torch.randn(len(LENGTHS), 2, 16, 16) if [*RULES].index(name) % 2 else None
     grads = cases.upstream(x, len(LENGTHS))
     found, expected = (cases.run(x, rule, state, grads, chunks) for chunks in (filled, plain))
@@ -88,7 +89,7 @@ def test_dead_chunks_and_sequences_that_are_scanned_in_spans_get_on(cases, monke
     assert plain.spans is not None
     grads = cases.upstream(x, len(LENGTHS))
     found, expected = (
-        cases.run(x, rule, None, grads, chunks) for chunks in (plain.filled(TOKENS, len(LENGTHS)), plain)
+        cases.run(x, rule, None, grads, chunks) for chunks in (plain.filled(ROOM, len(LENGTHS)), plain)
     )
     assert_same([*found.values()], [*expected.values()])
 
@@ -99,8 +100,8 @@ def test_dead_tiles_change_no_bit_of_the_convolution():
     state = torch.randn(len(LENGTHS), 5, 3)
     d_out, d_last = torch.randn_like(x), torch.randn(len(LENGTHS), 5, 3)
     plain = Tiles.of(LENGTHS, "cpu")
-    filled = plain.filled(TOKENS, len(LENGTHS))
-    assert len(plain.owners) < len(filled.owners) == TOKENS // 64 + len(LENGTHS)
+    filled = plain.filled(ROOM, len(LENGTHS))
+    assert len(plain.owners) < len(filled.owners) == ROOM + len(LENGTHS)
     results, summed = [], []
     for tiles in (filled, plain):
         shared = {"activation": "silu", "state": state, "tiles": tiles}
@@ -118,8 +119,8 @@ def test_dead_tiles_change_no_bit_of_attention(window):
     q, k, v = torch.randn(TOKENS, 4, 16), torch.randn(TOKENS, 2, 16), torch.randn(TOKENS, 2, 16)
     grad = torch.randn_like(q)
     plain = AttentionTiles.of(LENGTHS, "cpu")
-    filled = plain.filled(TOKENS, len(LENGTHS))
-    assert len(plain.places) < len(filled.places) == TOKENS // 64 + len(LENGTHS)
+    filled = plain.filled(ROOM, len(LENGTHS))
+    assert len(plain.places) < len(filled.places) == ROOM
     results = []
     for tiles in (filled, plain):
         out, lse = attend_forward(q, k, v, tiles, window=window)
@@ -129,12 +130,12 @@ def test_dead_tiles_change_no_bit_of_attention(window):
 
 def check(op, inputs):
     """Compare an op on the documents with it on them and empty ones with room, and on these unknown to the host."""
-    room = Segments(LENGTHS, room=True)
+    room = Segments(LENGTHS, room=ROOM)
     results = []
     for segments in (Segments(DOCUMENTS), room, None):
         if segments is None:
             tables = {build: room.table(build) for build in room.builders}
-            segments = Segments.unknown(len(LENGTHS), TOKENS, TOKENS, room.cu_seqlens, tables)
+            segments = Segments.unknown(len(LENGTHS), TOKENS, TOKENS, room.cu_seqlens, tables, room=ROOM)
         leaves = [part.detach().clone().requires_grad_() for part in inputs]
         out = op(*leaves, segments)
         torch.manual_seed(1)

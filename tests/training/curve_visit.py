@@ -45,7 +45,9 @@ RUNS = {
 
 def train(arguments: argparse.Namespace) -> None:
     """Train one run, as a process of the launcher or alone."""
-    shape = dataclasses.replace(SHAPES[arguments.shape], rows=arguments.rows, micro_batch=arguments.micro_batch)
+    shape = dataclasses.replace(
+        SHAPES[arguments.shape], rows=arguments.rows, micro_batch=arguments.micro_batch
+    )
     # sharper logits than those of weights just drawn
     shape = dataclasses.replace(shape, sizes={**shape.sizes, "initializer_range": arguments.spread})
     engine = EngineConfig(**json.loads(arguments.engine))
@@ -105,7 +107,10 @@ def compare(arguments: argparse.Namespace, words: list[str]) -> int:
         run = [__file__, str(folder), *words, "--train", "--engine", json.dumps(engine)]
         done = subprocess.run([*start, *run], env=os.environ, capture_output=True, text=True)
         if done.returncode:
-            print(f"{name}: exit code {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}", flush=True)
+            print(
+                f"{name}: exit code {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}",
+                flush=True,
+            )
             continue
         found = curves[name] = losses(folder)
         if name == "one process":
@@ -128,7 +133,9 @@ def compare(arguments: argparse.Namespace, words: list[str]) -> int:
         )
     if arguments.json:
         device = device_name(torch.device("cpu" if arguments.cpu else "cuda"))
-        command = " ".join(["python", "tests/training/curve_visit.py", "FOLDER", *words]).partition(" --json")[0]
+        command = " ".join(["python", "tests/training/curve_visit.py", "FOLDER", *words]).partition(
+            " --json"
+        )[0]
         write_results_json(arguments.json, command=command, device=device, rows=rows, commit=arguments.commit)
         arguments.json.with_suffix(".curves").write_text(json.dumps(curves))
     return 0 if len(curves) == len(RUNS) else 1
@@ -142,7 +149,9 @@ def main() -> int:
     parser.add_argument("--rows", type=int, default=16, help="of a step")
     parser.add_argument("--micro-batch", type=int, default=8)
     parser.add_argument("--lr", type=float, default=3e-4)
-    parser.add_argument("--spread", type=float, default=0.05, help="standard deviation of the teacher's weights")
+    parser.add_argument(
+        "--spread", type=float, default=0.05, help="standard deviation of the teacher's weights"
+    )
     parser.add_argument("--cpu", action="store_true")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--commit")

@@ -8,10 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gendistill_kernels.runtime.room import fill, most_tiles
-
-# tokens of a tile, of queries and of keys alike: this table, which is made where a batch is, depends on it
-TILE = 64
+from gendistill_kernels.runtime.room import TILE, fill
 
 
 class Tiles(NamedTuple):
@@ -35,6 +32,6 @@ class Tiles(NamedTuple):
         places = torch.tensor(tiles, dtype=torch.int32).reshape(-1, 3)
         return cls(places.to(device, non_blocking=True))
 
-    def filled(self, tokens: int, documents: int) -> Tiles:
-        """Append dead tiles, of no query, up to a number that no documents of ``tokens`` in all exceed."""
-        return Tiles(fill(self.places, most_tiles(tokens, documents, TILE), 0))
+    def filled(self, tiles: int, documents: int) -> Tiles:
+        """Append dead tiles, of no query, until there are ``tiles``."""
+        return Tiles(fill(self.places, tiles, 0))

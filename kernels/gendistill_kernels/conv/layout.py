@@ -8,10 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gendistill_kernels.runtime.room import fill, most_tiles
-
-# tokens of a tile
-TILE = 64
+from gendistill_kernels.runtime.room import TILE, fill
 
 
 class Tiles(NamedTuple):
@@ -43,14 +40,14 @@ class Tiles(NamedTuple):
             )
         )
 
-    def filled(self, tokens: int, sequences: int) -> Tiles:
-        """Append dead tiles up to a number that sequences of any lengths, ``tokens`` in all, do not exceed.
+    def filled(self, tiles: int, sequences: int) -> Tiles:
+        """Append dead tiles until there are ``tiles`` and one for every sequence, as if all were empty.
 
         A dead tile is one more of the last sequence, which must be empty: it copies the same state once more.
         """
         assert self.owners is not None
         assert self.firsts is not None
-        number = most_tiles(tokens, sequences, TILE)
+        number = tiles + sequences
         return self._replace(
             owners=fill(self.owners, number, sequences - 1), firsts=fill(self.firsts, number, 0)
         )

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from gendistill_kernels.delta.rule import Inputs, Rule
 from gendistill_kernels.runtime.memory import Shape, Space, offsets
-from gendistill_kernels.runtime.room import fill, most_tiles
+from gendistill_kernels.runtime.room import TILE, fill
 
 # tokens of a chunk
-CHUNK = 64
+CHUNK = TILE
 # A longer sequence is cut into spans of this many chunks, which are scanned at the same time. Its own length alone
 # decides that, so that a sequence does not depend on what else is in the batch; and no GPU, for bits depend on it.
 SPAN = 128
@@ -157,16 +157,15 @@ class Chunks(NamedTuple):
         parts = (_longest_first(sequences), starts, sizes, *_spans(lengths))
         return cls(*(torch.tensor(part, dtype=torch.int32).to(device, non_blocking=True) for part in parts))
 
-    def filled(self, tokens: int, sequences: int) -> Chunks:
-        """Append dead chunks up to a number that sequences of any lengths, ``tokens`` in all, do not exceed.
+    def filled(self, tiles: int, sequences: int) -> Chunks:
+        """Append dead chunks until there are ``tiles``.
 
         A dead chunk has no token, and no sequence it is of. What is kept of it may be anything; what is added up over
         chunks counts it as zero. Spans stay as they are: there are some only where a sequence is long.
         """
         assert self.starts is not None
         assert self.lengths is not None
-        number = most_tiles(tokens, sequences, CHUNK)
-        return self._replace(starts=fill(self.starts, number, 0), lengths=fill(self.lengths, number, 0))
+        return self._replace(starts=fill(self.starts, tiles, 0), lengths=fill(self.lengths, tiles, 0))
 
     @classmethod
     def of_rows(cls, rows: int, tokens: int, device: torch.device) -> Chunks:

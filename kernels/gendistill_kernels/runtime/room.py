@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
+# tokens of a tile, of every kernel that cuts packed sequences up
+TILE = 64
 
-def most_tiles(tokens: int, sequences: int, size: int) -> int:
-    """Bound the tiles of ``size`` tokens that so many sequences of any lengths have; an empty one may have one."""
-    # one of l tokens has at most floor(l / size) + 1, and the floors add up to at most that of the sum
-    return tokens // size + sequences
+
+def num_tiles(lengths: Iterable[int]) -> int:
+    """Count the tiles of sequences of these lengths; an empty one has none."""
+    return sum(-(-length // TILE) for length in lengths)
 
 
 def fill(entries: Tensor, number: int, dead: int) -> Tensor:
