@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import pickle
 import weakref
 
@@ -12,7 +13,7 @@ from safetensors.torch import load_file
 from torch.optim.optimizer import _global_optimizer_post_hooks
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
-from gendistill.data.batch import Batch, model_inputs
+from gendistill.data.batch import Batch, model_inputs, with_room
 from gendistill.engine.decoder import fuse, is_fused, release, unfused, why_not
 from gendistill.engine.linear import GatheredLinear, PackedLinear, pack
 from gendistill.mixers.base import SequenceInfo
@@ -243,6 +244,29 @@ def test_batches_of_training_do_run_fused(kind, monkeypatch):
     monkeypatch.setattr(type(model.model), "forward", refuse)
     monkeypatch.setattr(type(model.model.layers[0]), "forward", refuse)
     run(model)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_batches_with_room_are_what_they_are_without(fused):
+    model, batch = make_student("all kinds", "mistral with a window"), packed_batch()
+    if fused:
+        fuse(model, torch.float32)
+    with torch.no_grad():
+        found, expected = (
+            model.model(**model_inputs(each)).last_hidden_state for each in (with_room(batch), batch)
+        )
+    assert distance(found, expected) < 1e-6
+
+
+def test_attention_needs_no_lengths_of_documents():
+    model, batch = make_teacher("llama"), with_room(packed_batch())
+    fuse(model, torch.float32)
+    known = batch.segments
+    segments = Segments.unknown(len(known.lengths), 2 * TOKENS, TOKENS, known.cu_seqlens, {})
+    unknown = dataclasses.replace(batch, segments=segments)
+    with torch.no_grad():
+        found, expected = (model.model(**model_inputs(each)).last_hidden_state for each in (unknown, batch))
+    assert torch.equal(found, expected)
 
 
 def test_documents_that_do_not_fill_the_grid_are_refused_as_by_the_student_itself():
