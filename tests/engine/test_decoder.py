@@ -262,7 +262,7 @@ def test_attention_needs_no_lengths_of_documents():
     model, batch = make_teacher("llama"), with_room(packed_batch())
     fuse(model, torch.float32)
     known = batch.segments
-    segments = Segments.unknown(len(known.lengths), 2 * TOKENS, TOKENS, known.cu_seqlens, {})
+    segments = Segments.unknown(len(known.lengths), 2 * TOKENS, TOKENS, known.cu_seqlens, {}, room=known.room)
     unknown = dataclasses.replace(batch, segments=segments)
     with torch.no_grad():
         found, expected = (model.model(**model_inputs(each)).last_hidden_state for each in (unknown, batch))

@@ -166,7 +166,7 @@ def test_attention_with_room_or_to_documents_of_unknown_lengths_is_attention(
     torch.manual_seed(0)
     lengths = [300, 1, 211]
     empty, tokens = [0] * 13, sum(lengths)
-    room = Segments([*lengths, *empty], device=GPU, room=True)
+    room = Segments([*lengths, *empty], device=GPU, room=16)
     qkv = torch.randn(tokens, (heads[0] + 2 * heads[1]) * channels, device=GPU).bfloat16()
     angles = torch.rand(tokens, channels // 2, device=GPU).repeat(1, 2) * 6
     angles, grad = (
@@ -177,7 +177,7 @@ def test_attention_with_room_or_to_documents_of_unknown_lengths_is_attention(
     for segments in (Segments(lengths, device=GPU), room, None):
         if segments is None:
             tables = {build: room.table(build) for build in room.builders}
-            segments = Segments.unknown(len(room.lengths), tokens, tokens, room.cu_seqlens, tables)
+            segments = Segments.unknown(len(room.lengths), tokens, tokens, room.cu_seqlens, tables, room=16)
         leaf = qkv.clone().requires_grad_()
         out = attend(
             leaf, None, None, *angles, heads=heads, window=window, segments=segments, impl=Impl.TRITON

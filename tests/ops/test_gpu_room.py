@@ -48,7 +48,7 @@ def test_dead_chunks_change_no_bit_of_the_delta_rule(cases, name, channels):
     plain = Chunks.of(LENGTHS, DEVICE)
     grads = cases.upstream(x, len(LENGTHS))
     found, expected = (
-        cases.run(x, rule, None, grads, chunks) for chunks in (plain.filled(TOKENS, len(LENGTHS)), plain)
+        cases.run(x, rule, None, grads, chunks) for chunks in (plain.filled(32, len(LENGTHS)), plain)
     )
     assert_same(found.values(), expected.values())
 
@@ -58,7 +58,7 @@ def test_dead_tiles_change_no_bit_of_convolution_and_attention(cases):
     x, d_out = (cases.normal(1, TOKENS, 300, dtype=torch.bfloat16) for _ in range(2))
     weight, d_last = cases.normal(300, 4), cases.normal(len(LENGTHS), 300, 3)
     plain, results, weights = Tiles.of(LENGTHS, DEVICE), [], []
-    for tiles in (plain.filled(TOKENS, len(LENGTHS)), plain):
+    for tiles in (plain.filled(32, len(LENGTHS)), plain):
         grads = conv_backward(d_out, d_last, x, weight, activation="silu", tiles=tiles)
         results.append([*conv_forward(x, weight, activation="silu", tiles=tiles), grads.x])
         weights.append(grads.weight)
@@ -67,7 +67,7 @@ def test_dead_tiles_change_no_bit_of_convolution_and_attention(cases):
     torch.testing.assert_close(*weights, rtol=1e-4, atol=1e-3)
     q, k, v = (cases.normal(TOKENS, heads, 128, dtype=torch.bfloat16) for heads in (4, 2, 2))
     plain, results = AttentionTiles.of(LENGTHS, DEVICE), []
-    for tiles in (plain.filled(TOKENS, len(LENGTHS)), plain):
+    for tiles in (plain.filled(32, len(LENGTHS)), plain):
         out, lse = attend_forward(q, k, v, tiles, window=None)
         results.append([out, lse, *attend_backward(q, q, k, v, out, lse, tiles, window=None)])
     assert_same(*results)
