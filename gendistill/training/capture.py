@@ -10,7 +10,6 @@ the stage goes on without graphs, rather than repeat one batch's numbers for all
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -85,6 +84,7 @@ class CapturedPasses:
         self._builders: set[Callable[..., Any]] | None = None
         self._lacking = 0
         self._pool: Any = None
+        self._stream: Any = None
 
     @property
     def num_graphs(self) -> int:
@@ -123,7 +123,7 @@ class CapturedPasses:
             if graph is None:
                 return self._run_eagerly(batch)
             self.graphs[key] = graph
-        torch._foreach_copy_(graph.inputs, tensors_of(batch))
+        torch._foreach_copy_(graph.inputs, tensors_of(batch))  # pyright: ignore
         graph.launch()
         self.clock.add(graph.spans)
         return graph.values
@@ -140,8 +140,10 @@ class CapturedPasses:
             raise
         except Exception as error:
             # nothing of a capture has run: no gradient has been added to
-            lines = str(error).strip().splitlines()
-            self._give_up(": ".join([type(error).__name__, *lines[:1]]))
+            # the end of a capture that has failed fails, too
+            first = error.__context__ or error
+            lines = str(first).strip().splitlines()
+            self._give_up(": ".join([type(first).__name__, *lines[:1]]))
             return None
         return _Graph(tensors_of(static), values, spans, launch)
 
@@ -154,9 +156,16 @@ class CapturedPasses:
         """Capture a batch's passes; returns what they return, and what launches them."""
         graph = torch.cuda.CUDAGraph()
         # other threads prepare batches meanwhile
-        with torch.cuda.graph(graph, pool=self._get_pool().id, capture_error_mode="thread_local"):
+        with torch.cuda.graph(
+            graph, pool=self._get_pool().id, stream=self._get_stream(), capture_error_mode="thread_local"
+        ):
             values = self.passes(batch)
         return values, graph.replay
+
+    def _get_stream(self) -> Any:
+        if self._stream is None:
+            self._stream = torch.cuda.Stream()
+        return self._stream
 
     def _get_pool(self) -> Any:
         if self._pool is None:
@@ -164,11 +173,15 @@ class CapturedPasses:
         return self._pool
 
     def _run_eagerly(self, batch: Batch) -> Tensor:
-        """Run passes in memory from where graphs have theirs."""
-        on_gpu = self.device.type == "cuda" and not self.given_up
-        pool = torch.cuda.use_mem_pool(self._get_pool(), self.device) if on_gpu else nullcontext()
-        with pool:
+        """Run passes on the stream and in the memory of graphs: what is free of it belongs to a stream."""
+        if self.device.type != "cuda" or self.given_up:
             values = self.passes(batch)
+        else:
+            own, current = self._get_stream(), torch.cuda.current_stream()
+            own.wait_stream(current)
+            with torch.cuda.stream(own), torch.cuda.use_mem_pool(self._get_pool()):
+                values = self.passes(batch)
+            current.wait_stream(own)
         self._builders = (self._builders or set()) | {*batch.segments.builders}
         return values
 
