@@ -96,7 +96,7 @@ class StepBench:
         engines: By the name under which each is shown; the first is what the others are compared with.
         peer: Stock parts to time as well.
         steps: Timed ones.
-        warmup: Steps before; kernels are compiled in them.
+        warmup: Steps before; kernels are compiled in them, and passes captured.
         checkpointing: Whether activations are computed again.
         profile_steps: Steps of the first engine to profile on a GPU; 0 for none.
         trace: Where to write these for a browser.
@@ -112,7 +112,7 @@ class StepBench:
     engines: Mapping[str, EngineConfig] = field(default_factory=lambda: {"default": EngineConfig()})
     peer: Peer | None = None
     steps: int = 8
-    warmup: int = 3
+    warmup: int = 6
     checkpointing: bool = False
     profile_steps: int = 0
     trace: Path | None = None

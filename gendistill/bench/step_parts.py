@@ -20,6 +20,8 @@ from gendistill.training.monitors import speed
 from gendistill.training.parallel import Parallel
 from gendistill.training.stage import StageRun
 
+_MOST_MEASURED = 8
+
 Operations = Callable[[Sequence[Batch]], float]
 
 
@@ -113,11 +115,16 @@ def operations_of(run: StageRun) -> Operations:
 
 
 def take_apart(run: StageRun) -> dict[str, float]:
-    """Take one more step, and return the shares of its parts, as the trainer's own clock has them."""
+    """Take a step more, or some, and return the shares of its parts, as the trainer's own clock has them."""
     clock, model = run.runner.clock, run.student.model
-    with clock.step(model, [model.layers[layer] for layer in run.converted], measured=True):
-        run.step()
-    shares = clock.read()
+    shares: dict[str, float] = {}
+    # none are known of a step in which passes are captured: there are as many as there are kinds of batches
+    for _ in range(_MOST_MEASURED):
+        with clock.step(model, [model.layers[layer] for layer in run.converted], measured=True):
+            run.step()
+        shares = clock.read()
+        if shares:
+            break
     return {part: share for part, share in shares.items() if part != "seconds"}
 
 

@@ -145,7 +145,7 @@ def _add_step_arguments(step: argparse.ArgumentParser) -> None:
     ):
         step.add_argument(name, metavar="N", type=int, help=f"{what} (as the shape has it)")
     step.add_argument("--steps", metavar="N", type=int, default=8, help="timed steps (8)")
-    step.add_argument("--warmup", metavar="N", type=int, default=3, help="steps before these (3)")
+    step.add_argument("--warmup", metavar="N", type=int, default=6, help="steps before these (6)")
     step.add_argument("--checkpointing", action="store_true", help="compute activations again going backward")
     step.add_argument(
         "--engine",

@@ -54,9 +54,9 @@ class _Graph:
 class CapturedPasses:
     """Forward and backward passes of micro-batches, launched as graphs where a batch's kind has been seen before.
 
-    The first batch of a kind runs eagerly: it compiles kernels and makes index tables. The second one's passes are
-    captured and launched. All graphs, and eager runs as far as torch lets them, share one pool of memory: no two of
-    them run at a time.
+    The first batches run eagerly: they compile kernels and make index tables. From the second of a kind on, passes are
+    captured and launched; once there is a graph, batches of other kinds are captured at first sight, for an eager run
+    beside graphs would take its memory a second time. All graphs share one pool of memory: no two run at a time.
 
     Args:
         passes: Adds a batch's gradients to ``grad``, which exists, and returns ``[P]`` float32; reads the host for
@@ -78,18 +78,18 @@ class CapturedPasses:
     ) -> None:
         self.passes, self.models, self.clock, self.device = passes, models, clock, device
         self.failed = failed
-        self.graphs: dict[Key, _Graph | None] = {}
+        self.graphs: dict[Key, _Graph] = {}
+        self._seen: set[Key] = set()
         self.given_up = False
         # what makes the index tables that passes ask for; None until passes have run
         self._builders: set[Callable[..., Any]] | None = None
         self._lacking = 0
         self._pool: Any = None
-        self._stream: Any = None
 
     @property
     def num_graphs(self) -> int:
         """Number of graphs."""
-        return sum(graph is not None for graph in self.graphs.values())
+        return len(self.graphs)
 
     @property
     def num_bytes(self) -> int:
@@ -107,26 +107,28 @@ class CapturedPasses:
     def __call__(self, batch: Batch) -> Tensor:
         """Run a batch's passes; what is returned is valid until the next call."""
         key = (self.clock.running, *kind_of(batch))
-        # the first batches of a stage come without the tables that passes will ask for
-        lacks = self._builders is None or not self._builders <= {*batch.segments.builders}
-        full = key not in self.graphs and len(self.graphs) >= MOST_GRAPHS
-        if self.given_up or lacks or full or key not in self.graphs:
-            if not (self.given_up or lacks or full):
-                self.graphs[key] = None
-            self._lacking = self._lacking + 1 if lacks else 0
-            if self._lacking == MOST_LACKING and not self.given_up:
-                self._give_up("every batch needs a table of documents that no batch before it had")
-            return self._run_eagerly(batch)
-        graph = self.graphs[key]
-        if graph is None:
+        graph = self.graphs.get(key)
+        if graph is None and self._may_capture(batch, key):
             graph = self._try_to_capture(batch)
-            if graph is None:
-                return self._run_eagerly(batch)
-            self.graphs[key] = graph
+            if graph is not None:
+                self.graphs[key] = graph
+        if graph is None:
+            self._seen.add(key)
+            return self._run_eagerly(batch)
         torch._foreach_copy_(graph.inputs, tensors_of(batch))  # pyright: ignore
         graph.launch()
         self.clock.add(graph.spans)
         return graph.values
+
+    def _may_capture(self, batch: Batch, key: Key) -> bool:
+        # the first batches of a stage come without the tables that passes will ask for
+        lacks = self._builders is None or not self._builders <= {*batch.segments.builders}
+        self._lacking = self._lacking + 1 if lacks else 0
+        if self._lacking == MOST_LACKING and not self.given_up:
+            self._give_up("every batch needs a table of documents that no batch before it had")
+        if self.given_up or lacks or len(self.graphs) >= MOST_GRAPHS:
+            return False
+        return bool(self.graphs) or key in self._seen
 
     def _try_to_capture(self, batch: Batch) -> _Graph | None:
         try:
@@ -137,7 +139,8 @@ class CapturedPasses:
             with self.clock.aside() as spans:
                 values, launch = self._capture(static)
         except torch.OutOfMemoryError:
-            raise
+            self._give_up("graphs take more memory than there is")
+            return None
         except Exception as error:
             # nothing of a capture has run: no gradient has been added to
             # the end of a capture that has failed fails, too
@@ -145,6 +148,8 @@ class CapturedPasses:
             lines = str(first).strip().splitlines()
             self._give_up(": ".join([type(first).__name__, *lines[:1]]))
             return None
+        # a step in which something is captured says little about others
+        self.clock.discard()
         return _Graph(tensors_of(static), values, spans, launch)
 
     def _give_up(self, reason: str) -> None:
@@ -156,16 +161,9 @@ class CapturedPasses:
         """Capture a batch's passes; returns what they return, and what launches them."""
         graph = torch.cuda.CUDAGraph()
         # other threads prepare batches meanwhile
-        with torch.cuda.graph(
-            graph, pool=self._get_pool().id, stream=self._get_stream(), capture_error_mode="thread_local"
-        ):
+        with torch.cuda.graph(graph, pool=self._get_pool().id, capture_error_mode="thread_local"):
             values = self.passes(batch)
         return values, graph.replay
-
-    def _get_stream(self) -> Any:
-        if self._stream is None:
-            self._stream = torch.cuda.Stream()
-        return self._stream
 
     def _get_pool(self) -> Any:
         if self._pool is None:
@@ -173,15 +171,8 @@ class CapturedPasses:
         return self._pool
 
     def _run_eagerly(self, batch: Batch) -> Tensor:
-        """Run passes on the stream and in the memory of graphs: what is free of it belongs to a stream."""
-        if self.device.type != "cuda" or self.given_up:
-            values = self.passes(batch)
-        else:
-            own, current = self._get_stream(), torch.cuda.current_stream()
-            own.wait_stream(current)
-            with torch.cuda.stream(own), torch.cuda.use_mem_pool(self._get_pool()):
-                values = self.passes(batch)
-            current.wait_stream(own)
+        """Run passes, and learn which tables they ask for."""
+        values = self.passes(batch)
         self._builders = (self._builders or set()) | {*batch.segments.builders}
         return values
 

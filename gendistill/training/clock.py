@@ -40,7 +40,7 @@ class StepClock:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.running = False
+        self.running = self._discarded = False
         self._spans: list[Span] = []
         self._mixer_from: Any = None
         # recomputed, it has its block's activations behind it: to hold it would be to hold these
@@ -65,7 +65,7 @@ class StepClock:
         if not measured:
             yield
             return
-        self.running = True
+        self.running, self._discarded = True, False
         handles = [decoder.register_forward_hook(self._after_decoder)]
         for block in blocks:
             mixer: Any = block.self_attn
@@ -79,6 +79,8 @@ class StepClock:
                 yield
         finally:
             self.running = False
+            if self._discarded:
+                self._spans.clear()
             self._mixer_out = self._open = self._decoder_end = None
             for handle in handles:
                 handle.remove()
@@ -133,6 +135,10 @@ class StepClock:
     def add(self, spans: Sequence[Span]) -> None:
         """Count spans to the step: those of a graph that is launched again, which makes their marks anew."""
         self._spans += spans
+
+    def discard(self) -> None:
+        """Have the step that is being taken count as not measured."""
+        self._discarded = True
 
     def _mark(self) -> Any:
         if self.device.type != "cuda":

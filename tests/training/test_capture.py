@@ -121,10 +121,12 @@ def test_the_first_batch_of_a_kind_runs_eagerly_and_the_second_is_captured(batch
     same = [batch for batch in batches if kind_of(batch) == kind_of(batches[0])]
     for batch in same[:3]:
         captured(batch)
-    # learns which tables are asked for, sees the kind, captures it and launches it
-    assert calls == [int, int, Unknown, Unknown]
-    captured(same[0])
-    assert calls[4:] == [Unknown]
+    # learns which tables are asked for, captures, launches, launches again
+    assert calls == [int, Unknown, Unknown, Unknown]
+    other = next(batch for batch in batches if kind_of(batch) != kind_of(batches[0]))
+    captured(other)
+    # of another kind, beside a graph
+    assert calls[4:] == [Unknown, Unknown]
 
 
 def test_batches_without_their_tables_run_eagerly(tiny, batches):
@@ -133,8 +135,8 @@ def test_batches_without_their_tables_run_eagerly(tiny, batches):
     for _ in range(4):
         captured(with_room(tiny.batch_of(range(4))))
     assert captured.num_graphs == 0
-    for batch in (batches[0], batches[0], batches[0]):
-        captured(batch)
+    for _ in range(2):
+        captured(batches[0])
     assert captured.num_graphs == 1
     assert not failed
 
@@ -215,7 +217,7 @@ def test_there_is_an_end_to_graphs(batches):
     captured.graphs = {number: None for number in range(MOST_GRAPHS)}
     for _ in range(4):
         captured(batches[0])
-    assert captured.num_graphs == 0
+    assert captured.num_graphs == MOST_GRAPHS
 
 
 def test_forgetting_captures_anew(batches):
@@ -226,8 +228,7 @@ def test_forgetting_captures_anew(batches):
     assert captured.num_graphs == 1
     captured.forget()
     assert captured.num_graphs == 0
-    for _ in range(2):
-        captured(batches[0])
+    captured(batches[0])
     assert captured.num_graphs == 1
 
 
@@ -281,6 +282,31 @@ def test_times_noted_in_a_capture_count_with_every_launch():
     assert name == "teacher"
     found = clock.read()
     assert found["teacher"] * found["seconds"] == pytest.approx(2 * (end - start))
+
+
+def test_a_step_in_which_passes_are_captured_counts_as_not_measured(batches):
+    model = Model()
+    captured, _ = made(model, passes_of(model))
+    clock, found = captured.clock, []
+    for _ in range(4):
+        with clock.step(model, [], measured=True), clock.part("student"):
+            captured(batches[0])
+        found.append(bool(clock.read()))
+    assert found == [True, False, True, True]
+
+
+def test_memory_that_does_not_suffice_keeps_passes_eager(monkeypatch, batches):
+    model = Model()
+    captured, failed = made(model, passes_of(model))
+
+    def capture(batch):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(captured, "_capture", capture)
+    for batch in batches:
+        captured(batch)
+    assert captured.given_up
+    assert "memory" in failed[0]
 
 
 def test_what_keeps_passes_from_being_captured_is_said():

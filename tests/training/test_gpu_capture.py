@@ -51,11 +51,11 @@ def test_measured_steps_say_what_takes_the_time(stage):
     config = EngineConfig(capture="always")
     with bench.opened(config, stream=bench.stream(config)) as run:
         clock, model = run.runner.clock, run.student.model
-        blocks = [model.layers[layer] for layer in run.converted]
-        for _ in range(8):
+        blocks, shares = [model.layers[layer] for layer in run.converted], {}
+        for _ in range(12):
             with clock.step(model, blocks, measured=True):
                 run.step()
-            shares = clock.read()
+            shares = clock.read() or shares
         assert run.runner.captured.num_graphs > 0
     assert 0 < shares["mixers"] < 1
     assert 0 < shares["teacher"] < 1
@@ -63,7 +63,8 @@ def test_measured_steps_say_what_takes_the_time(stage):
 
 
 def test_memory_comes_back():
-    train("distill", 2, capture="never")
+    # cuBLAS keeps what it needs on a stream
+    train("distill", 8, capture="always")
     torch.cuda.empty_cache()
     before = torch.cuda.memory_reserved()
     train("distill", 8, capture="always")

@@ -1,0 +1,49 @@
+"""Two processes that average gradients after the passes, as beside CUDA graphs, train as one does."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from gendistill.training.parallel.ddp import DataParallel
+
+
+@pytest.fixture(scope="module")
+def averaged(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("averaged")
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("average_run.py")), str(folder)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder, json.loads((folder / "codes.json").read_text()), done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("name", ["end to end", "layer by layer", "two micro-batches each"])
+def test_averaged_gradients_are_those_of_one_process(tiny, averaged, name):
+    folder, codes, output = averaged
+    assert codes[f"{name}, one"] == codes[f"{name}, two"] == 0, output[-3000:]
+    one, two = (tiny.rows(folder / name / number) for number in ("one", "two"))
+    assert len(one) == len(two) == 6
+    for mine, theirs in zip(two, one, strict=True):
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+        assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-5)
+
+
+def test_only_what_does_not_overlap_is_averaged(monkeypatch):
+    shared = []
+    monkeypatch.setattr("torch.distributed.all_reduce", shared.append)
+    process, gradients = object.__new__(DataParallel), torch.full((3,), 4.0)
+    process.world = 2
+    for averages in (False, True):
+        process.averages = averages
+        process.average(gradients)
+    assert shared == [gradients]
+    assert gradients.tolist() == [2.0, 2.0, 2.0]
