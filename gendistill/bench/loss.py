@@ -107,7 +107,9 @@ class Liger:
     def mean(self, case: LossCase, x: LossInputs) -> Tensor:
         """As :class:`LossContestant` says."""
         beta = {"kl": 0.0, "jsd": 0.5, "reverse_kl": 1.0}[case.kind]
-        return self._loss(jsd_beta=beta)(x.hidden, x.weight, x.teacher_hidden, x.teacher_weight)
+        every = (x.hidden, x.weight, x.teacher_hidden, x.teacher_weight)
+        # no labels: every position counts
+        return self._loss(jsd_beta=beta)(*every, None)
 
 
 def exact_mean(case: LossCase, x: LossInputs) -> tuple[Tensor, ...]:

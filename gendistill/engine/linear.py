@@ -127,6 +127,9 @@ class PackedLinear:
 
     def split(self, out: Tensor) -> tuple[Tensor, ...]:
         """Cut an output into those of the layers."""
+        if self.widths == out.shape[-1:]:
+            # going backward, a part that is all of it would be copied
+            return (out,)
         rest = out.shape[-1] - sum(self.widths)
         return out.split([*self.widths, rest] if rest else list(self.widths), dim=-1)[: len(self.widths)]
 
