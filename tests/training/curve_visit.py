@@ -1,4 +1,4 @@
-"""Loss curves of one stage under several ways to compute it: ``python tests/training/curve_visit.py FOLDER --json OUT``.
+"""Loss curves of a stage under several ways to compute it: ``python tests/training/curve_visit.py FOLDER --json OUT``.
 
 The same steps through ``train_stage`` on one process, once more on one, on two in both modes, and from a checkpoint in
 the middle, on one process and in the other mode. Written as rows of a results file: the largest relative difference of
@@ -37,6 +37,7 @@ RUNS = {
     "one process again": (1, ONE, None, 1e-3),
     "two processes, ddp": (2, ONE, None, 1e-3),
     "two processes, fsdp2": (2, {"parallel": "fsdp2"}, None, 1e-3),
+    "two processes, fsdp2, gathered for a layer": (2, {"parallel": "fsdp2", "reshard": "always"}, None, 1e-3),
     "resumed on one process": (1, ONE, "one process", 1e-4),
     "resumed on two processes, fsdp2, from one": (2, {"parallel": "fsdp2"}, "one process", 1e-3),
     "resumed on one process, from two, fsdp2": (1, ONE, "two processes, fsdp2", 1e-3),
@@ -45,7 +46,9 @@ RUNS = {
 
 def train(arguments: argparse.Namespace) -> None:
     """Train one run, as a process of the launcher or alone."""
-    shape = dataclasses.replace(SHAPES[arguments.shape], rows=arguments.rows, micro_batch=arguments.micro_batch)
+    shape = dataclasses.replace(
+        SHAPES[arguments.shape], rows=arguments.rows, micro_batch=arguments.micro_batch
+    )
     # sharper logits than those of weights just drawn
     shape = dataclasses.replace(shape, sizes={**shape.sizes, "initializer_range": arguments.spread})
     engine = EngineConfig(**json.loads(arguments.engine))
@@ -105,7 +108,10 @@ def compare(arguments: argparse.Namespace, words: list[str]) -> int:
         run = [__file__, str(folder), *words, "--train", "--engine", json.dumps(engine)]
         done = subprocess.run([*start, *run], env=os.environ, capture_output=True, text=True)
         if done.returncode:
-            print(f"{name}: exit code {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}", flush=True)
+            print(
+                f"{name}: exit code {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}",
+                flush=True,
+            )
             continue
         found = curves[name] = losses(folder)
         if name == "one process":
@@ -128,7 +134,9 @@ def compare(arguments: argparse.Namespace, words: list[str]) -> int:
         )
     if arguments.json:
         device = device_name(torch.device("cpu" if arguments.cpu else "cuda"))
-        command = " ".join(["python", "tests/training/curve_visit.py", "FOLDER", *words]).partition(" --json")[0]
+        command = " ".join(["python", "tests/training/curve_visit.py", "FOLDER", *words]).partition(
+            " --json"
+        )[0]
         write_results_json(arguments.json, command=command, device=device, rows=rows, commit=arguments.commit)
         arguments.json.with_suffix(".curves").write_text(json.dumps(curves))
     return 0 if len(curves) == len(RUNS) else 1
@@ -142,7 +150,9 @@ def main() -> int:
     parser.add_argument("--rows", type=int, default=16, help="of a step")
     parser.add_argument("--micro-batch", type=int, default=8)
     parser.add_argument("--lr", type=float, default=3e-4)
-    parser.add_argument("--spread", type=float, default=0.05, help="standard deviation of the teacher's weights")
+    parser.add_argument(
+        "--spread", type=float, default=0.05, help="standard deviation of the teacher's weights"
+    )
     parser.add_argument("--cpu", action="store_true")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--commit")
