@@ -11,7 +11,7 @@ from gendistill.config.engine import EngineConfig
 from gendistill.errors import RecipeError
 
 # how processes share a stage is nothing to compare in one process
-_OF_SEVERAL = ("parallel", "gather")
+_OF_SEVERAL = ("parallel", "gather", "reshard")
 
 
 def plain_value(name: str) -> Any:

@@ -8,6 +8,9 @@ from pydantic import Field
 
 from gendistill.config.base import Affects, Section
 
+# of a device's memory, for the gathered weights of one model
+_SMALL_SHARE = 1 / 20
+
 
 class EngineConfig(Section):
     """How stages are computed. Every setting is a switch for speed or memory; results stay the same up to rounding."""
@@ -20,6 +23,12 @@ class EngineConfig(Section):
         default="auto",
         description="fsdp2: dtype in which the matrices of a layer travel between processes; auto: that of the "
         "arithmetic, which autocast would take them to anyway",
+    )
+    reshard: Annotated[Literal["auto", "always", "step"], Affects.NOTHING] = Field(
+        default="auto",
+        description="fsdp2: when weights that are gathered are let go: after every layer (always), or at the end of a "
+        "step, with a frozen teacher whole on every process (step), which is faster and takes more memory; auto: step "
+        "for each of the two models whose weights take less than a twentieth of the device's memory",
     )
     patience_s: Annotated[float, Affects.NOTHING] = Field(
         default=60.0,
@@ -47,3 +56,14 @@ class EngineConfig(Section):
         description="forward and backward passes as CUDA graphs, which leave the host little to do; auto: where both "
         "models run fused on a GPU, whole on every process; always: an error where they cannot",
     )
+
+    def keeps_whole(self, num_bytes: float, device_bytes: float) -> bool:
+        """Say whether processes that share a model by ``fsdp2`` keep its weights gathered.
+
+        Args:
+            num_bytes: Of the gathered weights.
+            device_bytes: Memory of one device.
+        """
+        if self.reshard == "auto":
+            return _SMALL_SHARE * device_bytes > num_bytes
+        return self.reshard == "step"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from gendistill.engine.products import add_product, product
+from gendistill.engine.products import add_product, grad_dtype, product
 
 
 def plain(layer: Any) -> nn.Linear:
@@ -89,7 +89,9 @@ class Adapters:
         found: list[Tensor] = []
         for (start, end), (low, high), _, scale in self._parts():
             found += [whole[low:high], scale * product(grad[:, start:end].T, inner[:, low:high])]
-        return [each.to(parameter.dtype) for each, parameter in zip(found, self.parameters, strict=True)]
+        return [
+            each.to(grad_dtype(parameter)) for each, parameter in zip(found, self.parameters, strict=True)
+        ]
 
     def _parts(self) -> zip[tuple[tuple[int, int], tuple[int, int], Tensor, float]]:
         return zip(self.places, self.ranks, self.ups, self.scales, strict=True)

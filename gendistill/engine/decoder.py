@@ -61,8 +61,8 @@ def fuse(model: Any, dtype: torch.dtype, *, learns: bool = True) -> None:
         model: A family's own or a student: with ``model`` and ``config``; where it will run.
         dtype: Of arithmetic. Parameters keep theirs; copies in this dtype are refreshed when parameters change or get
             other memory. Writing to their ``.data`` is not noticed, nor is another parameter in the place of one.
-        learns: Whether parameters learn that require a gradient; a teacher's do not, and need no copies in their own
-            dtype.
+        learns: Whether an optimizer changes parameters that require a gradient; those of a teacher, and copies that
+            are written again every step, need no further copies in their own dtype.
     """
     release(model)
     object.__setattr__(model.model, _MARK, FusedDecoder(model, dtype, learns=learns))
@@ -91,12 +91,16 @@ def refreshed(model: Any) -> FusedDecoder | None:
 def unfused(model: Any) -> Iterator[None]:
     """Have a model run as its classes say for a while, so that every module says what it computes."""
     fused = vars(model.model).get(_MARK)
-    release(model)
+    if fused is None:
+        yield
+        return
+    object.__delattr__(model.model, _MARK)
+    fused.leave()
     try:
         yield
     finally:
-        if fused is not None:
-            fuse(model, fused.dtype, learns=fused.learns)
+        fused.enter()
+        object.__setattr__(model.model, _MARK, fused)
 
 
 def is_fused(model: Any) -> bool:
@@ -178,7 +182,7 @@ class FusedDecoder:
         self.geometry = geometry_of(model.config.to_dict())
         self.impl = resolve("auto", op="block", device=self.decoder.norm.weight.device)
         self.packed: list[PackedLinear] = []
-        self.patched: list[tuple[nn.Module, str]] = []
+        self.patched: list[tuple[nn.Module, str, Any]] = []
         self.sources: list[Tensor] = []
         self.targets: list[Tensor] = []
         self.versions: list[tuple[int, int]] = []
@@ -190,6 +194,7 @@ class FusedDecoder:
             for index, layer in enumerate(self.decoder.layers):
                 self._patch_layer(index, layer)
             self._patch(self.decoder, "forward", functools.partial(_run_decoder, self))
+            self.enter()
         except BaseException:
             # nobody else could: memory may have run out halfway
             self.release()
@@ -198,9 +203,18 @@ class FusedDecoder:
         self.targets += [target for packed in self.packed for target in packed.targets]
 
     def _patch(self, module: nn.Module, name: str, value: Any) -> None:
-        # an instance's own attribute; the module's class stays as it is
-        object.__setattr__(module, name, value)
-        self.patched.append((module, name))
+        self.patched.append((module, name, value))
+
+    def enter(self) -> None:
+        """Have the modules run fused."""
+        for module, name, value in self.patched:
+            # an instance's own attribute; the module's class stays as it is
+            object.__setattr__(module, name, value)
+
+    def leave(self) -> None:
+        """Have the modules run as their classes say, and keep the packed weights."""
+        for module, name, _ in self.patched:
+            vars(module).pop(name, None)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise TypeError("a decoder that runs fused cannot be copied or pickled; call release(model) first")
@@ -243,8 +257,7 @@ class FusedDecoder:
     def release(self) -> None:
         """Let the modules run as their classes say."""
         self.handle.remove()
-        for module, name in reversed(self.patched):
-            object.__delattr__(module, name)
+        self.leave()
         self.patched, self.sources, self.targets = [], [], []
         # one after the other: a model need not be in memory twice
         while self.packed:

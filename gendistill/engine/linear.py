@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 
 from gendistill.engine.adapted import Adapters, plain
-from gendistill.engine.products import product
+from gendistill.engine.products import grad_dtype, product
 
 # rows of a packed matrix: products with other widths fall off the fast paths of matrix units
 _MULTIPLE = 8
@@ -29,7 +29,7 @@ class PackedLinear:
     Args:
         layers: Of one input width; with biases or without, plain or with an adapter.
         dtype: Of arithmetic.
-        learns: Whether parameters learn that require a gradient.
+        learns: Whether an optimizer changes parameters that require a gradient.
 
     Attributes:
         adapters: Of those layers that have one; None without any.
@@ -202,7 +202,7 @@ def pack(layers: Sequence[nn.Linear], dtype: torch.dtype, *, learns: bool = True
 def _weight_grads(
     grad: Tensor, x: Tensor, places: Sequence[tuple[int, int]], parameters: Sequence[Tensor]
 ) -> list[Tensor | None]:
-    """Return the gradient of every packed weight that learns, in its dtype, from one product if all of them do.
+    """Return the gradient of every packed weight that learns, as it wants it, from one product if all of them do.
 
     Args:
         grad: ``[N, rows]``.
@@ -216,11 +216,11 @@ def _weight_grads(
     if all(wanted):
         whole = product(grad.T, x)
         return [
-            whole[start:end].to(parameter.dtype)
+            whole[start:end].to(grad_dtype(parameter))
             for (start, end), parameter in zip(places, parameters, strict=True)
         ]
     return [
-        product(grad[:, start:end].T, x).to(parameter.dtype) if parameter.requires_grad else None
+        product(grad[:, start:end].T, x).to(grad_dtype(parameter)) if parameter.requires_grad else None
         for (start, end), parameter in zip(places, parameters, strict=True)
     ]
 
@@ -256,7 +256,7 @@ class _Packed(torch.autograd.Function):
                 if layer.bias is not None
             ]
             bias_grads = [
-                sums[start:end].to(bias.dtype) if bias.requires_grad else None
+                sums[start:end].to(grad_dtype(bias)) if bias.requires_grad else None
                 for (start, end), bias in zip(places, packed.biases, strict=True)
             ]
         return (grad_x, None, *grads, *bias_grads)

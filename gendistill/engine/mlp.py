@@ -45,7 +45,8 @@ class _GatedMLP(torch.autograd.Function):
         ctx.save_for_backward(flat, both, gate_up.saved(), down.saved())
         ctx.packed, ctx.impl, ctx.shape = (gate_up, down), impl, x.shape
         out = add_product(stream.view(flat.shape), hidden, down.matrix.T)
-        return down.adapt(out, hidden).view(stream.shape)
+        # not as a view of something that nobody else has: fully_shard warns of what may be written to
+        return torch.ops.aten._unsafe_view(down.adapt(out, hidden), stream.shape)
 
     @staticmethod
     @once_differentiable

@@ -22,3 +22,8 @@ def add_product(added: Tensor, left: Tensor, right: Tensor, *, in_place: bool = 
     if left.device.type == "cuda" and added.dtype == torch.float32:
         return torch.addmm(added, left, right, out_dtype=torch.float32, out=added if in_place else None)
     return added + product(left, right).to(added.dtype)
+
+
+def grad_dtype(parameter: Tensor) -> torch.dtype:
+    """Return the dtype in which a parameter's gradient is wanted, which is not always its own."""
+    return parameter.grad_dtype or parameter.dtype

@@ -98,7 +98,10 @@ def _changes(name: str, stage: StageConfig) -> Iterator[_Change]:
             yield _both(first, second)
     shards = _Change(
         {"optimizer": "adamw"},
-        (*(() if packed else (f"{at}optimizer=adamw",)), "engine.parallel=fsdp2"),
+        (
+            *(() if packed else (f"{at}optimizer=adamw",)),
+            *("engine.parallel=fsdp2", "engine.reshard=always"),
+        ),
         "as many devices",
         sharded=True,
     )
@@ -149,7 +152,7 @@ def _sized(
     """Yield a change at the most rows per forward with which it fits, on the fewest processes, and these rows."""
     counts: list[int | None] = [None]
     if change.sharded:
-        counts = [2**power for power in range(1, _MOST_PROCESSES.bit_length()) if 2**power > num_processes]
+        counts = [2**power for power in range(1, _MOST_PROCESSES.bit_length()) if 2**power >= num_processes]
     for count in counts:
         for rows in _rows(stage, count or num_processes):
             settings = {**change.settings, "micro_batch_size": rows}

@@ -22,6 +22,7 @@ from gendistill.anatomy.groups import ParamGroup
 from gendistill.anatomy.mixers import MIXERS
 from gendistill.anatomy.placement import Placement
 from gendistill.anatomy.spec import Kept
+from gendistill.config.engine import EngineConfig
 from gendistill.config.mixers import MixersConfig
 from gendistill.config.objectives import BlockOutputConfig, MixerOutputConfig
 from gendistill.config.schema import StageConfig
@@ -120,6 +121,7 @@ def predict_memory(
     loss: str,
     fused: bool = False,
     num_shards: int = 1,
+    engine: EngineConfig | None = None,
     buckets: bool = False,
 ) -> MemoryEstimate:
     """Predict the peak of one process.
@@ -128,7 +130,8 @@ def predict_memory(
     ``2 * P_student`` for bfloat16 copies where the arithmetic is in bfloat16; ``optimizer = 4 * P_trained`` for
     gradients, plus the moments, ``8 * P_trained`` in float32. Sharded over processes, each has its part of all these,
     and whole what lies outside the blocks, with its gradients where it learns, and two blocks at a time; an objective
-    that works layer by layer keeps every converted one.
+    that works layer by layer keeps every converted one. Where the engine keeps gathered weights for a step, there are
+    whole copies of all blocks and whole gradients, too, and the teacher is not sharded.
 
     Args:
         stage: Batch, length and objective.
@@ -144,17 +147,20 @@ def predict_memory(
         loss: What computes losses on logits: ``reference`` or ``triton``.
         fused: Whether decoder layers run fused.
         num_shards: Processes that share parameters, gradients and moments.
+        engine: When sharded weights that are gathered are let go.
         buckets: Whether processes with whole models share gradients, by way of buffers as large as these.
     """
     tokens = stage.micro_batch_size * stage.seq_len
-    # of a CPU's bfloat16 nothing is assumed: only some have it, and for wide models alone
-    half = device.kind == "cuda" if stage.compute_dtype == "auto" else stage.compute_dtype == "bfloat16"
-    width = 2 if half else 4
+    width = _width(stage, device)
     layerwise = isinstance(stage.objective, MixerOutputConfig | BlockOutputConfig)
     kept = {
         kind: MIXERS[kind].kept(geometry, mixers.of(kind), impl) for kind in dict.fromkeys(placement.kinds)
     }
     parts = [kept[kind] for kind in placement.kinds]
+    engine = engine or EngineConfig()
+    copied = num_shards > 1 and stays_gathered(
+        engine, stage, geometry=geometry, num_student=num_student + learning.num_adapters, device=device
+    )
     # blocks whose gathered matrices are there together
     at_once = len(placement.converted_layers) if layerwise else min(2, geometry.num_layers)
     if layerwise:
@@ -169,16 +175,57 @@ def predict_memory(
         activations += width * tokens * learning.kept_by_adapters(dropout=_drops(stage)) * held // layers
     loss_bytes = 0 if layerwise else _loss_bytes(stage, geometry, tokens, device, loss)
     return MemoryEstimate(
-        teacher=_teacher_bytes(num_teacher, teacher_bytes, geometry, num_shards),
-        student=_student_bytes(
-            num_student + learning.num_adapters, learning, geometry, width, num_shards, at_once
+        teacher=_teacher_bytes(
+            num_teacher,
+            teacher_bytes,
+            geometry,
+            1 if engine.keeps_whole(teacher_bytes * num_teacher, device.total_bytes) else num_shards,
         ),
+        student=_student_bytes(
+            num_student + learning.num_adapters,
+            learning,
+            geometry,
+            width,
+            num_shards,
+            None if copied else at_once,
+        )
+        # those of all micro-batches are added up before they are shared
+        + (4 * learning.num_trained if copied else 0),
         # a step is taken when activations have gone
         optimizer=(4 * learning.num_trained * (2 if buckets else 1) + learning.moments) // num_shards
         + max(0, learning.work - activations - loss_bytes),
         activations=activations,
         loss=loss_bytes,
     )
+
+
+def stays_gathered(
+    engine: EngineConfig, stage: StageConfig, *, geometry: Geometry, num_student: int, device: Device
+) -> bool:
+    """Say whether processes that share a student will have whole copies of it for the length of a step.
+
+    Args:
+        engine: How it is computed.
+        stage: Whose arithmetic it is.
+        geometry: Of the student.
+        num_student: Parameters of it, adapters included.
+        device: Of each process.
+    """
+    copies = _copies_bytes(num_student, geometry, _width(stage, device))
+    return engine.keeps_whole(copies, device.total_bytes)
+
+
+def _width(stage: StageConfig, device: Device) -> int:
+    """Return the bytes of a number of the arithmetic."""
+    # of a CPU's bfloat16 nothing is assumed: only some have it, and for wide models alone
+    half = device.kind == "cuda" if stage.compute_dtype == "auto" else stage.compute_dtype == "bfloat16"
+    return 2 if half else 4
+
+
+def _copies_bytes(num_student: int, geometry: Geometry, width: int) -> int:
+    """Sum whole copies: blocks in the dtype of arithmetic, the rest in float32."""
+    outside, _ = _sizes(num_student, geometry)
+    return width * (num_student - outside) + 4 * outside
 
 
 def recomputed_layers(stage: StageConfig, num_layers: int) -> int:
@@ -200,14 +247,22 @@ def _teacher_bytes(num_teacher: int, bytes_each: int, geometry: Geometry, num_sh
 
 
 def _student_bytes(
-    num_student: int, learning: Learning, geometry: Geometry, width: int, num_shards: int, at_once: int
+    num_student: int,
+    learning: Learning,
+    geometry: Geometry,
+    width: int,
+    num_shards: int,
+    at_once: int | None,
 ) -> int:
-    """Sum float32 masters, and what is made of them to be used."""
+    """Sum float32 masters, and what is made of them to be used: of so many blocks at once, or of all for a step."""
     if num_shards == 1:
         return num_student * (4 if width == 4 else 6)
+    masters = 4 * num_student // num_shards
+    if at_once is None:
+        return masters + _copies_bytes(num_student, geometry, width)
     outside, block = _sizes(num_student, geometry)
     learns = any(group in (ParamGroup.EMBED, ParamGroup.HEAD) for group, _ in learning.whole)
-    return 4 * num_student // num_shards + width * at_once * block + 4 * outside * (2 if learns else 1)
+    return masters + width * at_once * block + 4 * outside * (2 if learns else 1)
 
 
 def _sizes(num_parameters: int, geometry: Geometry) -> tuple[int, int]:

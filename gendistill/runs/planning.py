@@ -20,6 +20,7 @@ from gendistill.anatomy.groups import ParamGroup
 from gendistill.anatomy.mixers import MIXERS
 from gendistill.anatomy.placement import Placement
 from gendistill.checkpoints.tensors import TensorInfo, read_tensor_index
+from gendistill.config.engine import EngineConfig
 from gendistill.config.mixers import MixersConfig
 from gendistill.config.schema import Recipe, StageConfig, teacher_dtype
 from gendistill.conversion.plan import ConversionPlan, plan_conversion
@@ -27,7 +28,7 @@ from gendistill.errors import RecipeError
 from gendistill.runs.advice import advise, cached_folder, check_batches, has_chat_template
 from gendistill.runs.fitting import Way, ways_to_fit
 from gendistill.runs.learning import Learning, check_packages, find_learning
-from gendistill.runs.memory import Device, MemoryEstimate, find_device, predict_memory
+from gendistill.runs.memory import Device, MemoryEstimate, find_device, predict_memory, stays_gathered
 from gendistill.runs.timing import TimeEstimate, predict_time
 from gendistill.types import short_count
 
@@ -291,7 +292,7 @@ def plan_run(recipe: Recipe, *, num_processes: int = 1, device: Device | None = 
         mixers=recipe.student.mixers,
         impl=impl.impl,
         loss=loss,
-        blocks=recipe.engine.blocks,
+        engine=recipe.engine,
         teacher=teacher,
         dtype=dtype,
         num_processes=num_processes,
@@ -364,7 +365,7 @@ class _Run:
     mixers: MixersConfig
     impl: str | None
     loss: str
-    blocks: str
+    engine: EngineConfig
     teacher: ModelFacts
     dtype: str
     num_processes: int
@@ -387,13 +388,25 @@ class _Run:
         from gendistill.engine.decoder import why_no_such
 
         where = _torch_device(self.device)
-        if self.blocks == "family" or (self.blocks == "auto" and where.type != "cuda"):
+        blocks = self.engine.blocks
+        if blocks == "family" or (blocks == "auto" and where.type != "cuda"):
             return False
-        split = self.sharded and self.num_processes > 1
-        if stage.lora is not None and (stage.lora.dropout or split):
+        if stage.lora is not None and (stage.lora.dropout or self._is_split(stage)):
             return False
         dtype = getattr(torch, _compute_dtype(stage, self.geometry.hidden_size, self.device))
         return why_no_such(self.conversion.student_config, device=where, dtype=dtype) is None
+
+    def _is_split(self, stage: StageConfig) -> bool:
+        """Whether each of the student's layers will have its parameters whole only while it runs."""
+        if not self.sharded or self.num_processes == 1:
+            return False
+        return not stays_gathered(
+            self.engine,
+            stage,
+            geometry=self.geometry,
+            num_student=self.conversion.num_parameters,
+            device=self.device,
+        )
 
     def memory(self, stage: StageConfig, learning: Learning) -> MemoryEstimate:
         return predict_memory(
@@ -411,6 +424,7 @@ class _Run:
             loss=self.loss,
             fused=self.is_fused(stage),
             num_shards=self.num_processes if self.sharded else 1,
+            engine=self.engine,
             buckets=self.num_processes > 1 and not self.sharded,
         )
 
@@ -477,7 +491,11 @@ class _Run:
 
     def _peak(self, name: str, stage: StageConfig, processes: int | None) -> int | None:
         """Predict the peak of a changed stage, sharded over some processes or as planned; None: it is refused."""
-        changed = self if processes is None else replace(self, num_processes=processes, sharded=True)
+        changed = self
+        if processes is not None:
+            # memory is what is missing
+            engine = self.engine.model_copy(update={"reshard": "always"})
+            changed = replace(self, num_processes=processes, sharded=True, engine=engine)
         try:
             return changed.memory(stage, changed.learning(name, stage)).total
         except RecipeError:

@@ -212,7 +212,8 @@ class StageRun:
         # sharding needs to know
         dtype = lock.dtype if lock else self._choose_dtype()
         self.runner = StepRunner(self.module, self.objective, self.teacher, parallel, compute_dtype=dtype)
-        self._fuse(dtype)
+        with parallel.whole(self.runner.plain_module) as copied:
+            self._fuse(dtype, learns=not copied)
         self.trained = trained_parameters(self.module)
         self.optimizer = build_optimizer(self.module, stage)
         self._capture()
@@ -268,7 +269,7 @@ class StageRun:
         parallel.on_main(lambda: write_lock(job.plan, decided))
         return decided
 
-    def _fuse(self, dtype: torch.dtype) -> None:
+    def _fuse(self, dtype: torch.dtype, *, learns: bool) -> None:
         """Let decoders run fused, in this dtype of arithmetic, where the engine says so."""
         asked, device = self.job.engine.blocks, self.parallel.device
         if asked == "family" or (asked == "auto" and device.type != "cuda"):
@@ -280,7 +281,7 @@ class StageRun:
             arithmetic = dtype if role == "student" else model.lm_head.weight.dtype
             reason = why_not(model, device=device, dtype=arithmetic)
             if reason is None:
-                fuse(model, arithmetic, learns=role == "student")
+                fuse(model, arithmetic, learns=learns and role == "student")
                 self.console.say(f"{self.job.name}: the {role}'s layers run fused")
             elif asked == "fused":
                 raise RecipeError(

@@ -309,7 +309,9 @@ def test_a_way_may_need_more_devices_or_learn_less(monkeypatch):
         gigabytes: [way.command for way in fitting(monkeypatch, gigabytes).stages[2].ways_to_fit]
         for gigabytes in (8.5, 9.5)
     }
-    assert any("engine.parallel=fsdp2 --num-processes" in command for command in commands[8.5])
+    assert any(
+        "engine.parallel=fsdp2 engine.reshard=always --num-processes" in command for command in commands[8.5]
+    )
     assert any("distill.lora.groups=[mlp]" in command for command in commands[9.5])
 
 

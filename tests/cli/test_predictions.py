@@ -254,7 +254,7 @@ def parts_of(found, name):
 @pytest.mark.parametrize("num_processes", [2, 8])
 def test_processes_hold_what_the_table_of_their_mode_says(planned, num_processes):
     """The table of docs/parallel.md: P, T and Q parameters, E of an embedding that is the head, L of a layer."""
-    found = planned("engine.parallel=fsdp2", num_processes=num_processes)
+    found = planned("engine.parallel=fsdp2", "engine.reshard=always", num_processes=num_processes)
     memory, trained = parts_of(found, "distill")
     student, teacher, embedding = (
         found.conversion.num_parameters,
@@ -273,3 +273,43 @@ def test_processes_hold_what_the_table_of_their_mode_says(planned, num_processes
     assert whole.student == 6 * student
     assert whole.optimizer == (12 + 4) * trained
     assert whole.activations == memory.activations
+
+
+@pytest.mark.parametrize("num_processes", [2, 8])
+def test_processes_that_keep_gathered_weights_hold_what_the_table_says(planned, num_processes):
+    settings = ("engine.parallel=fsdp2", "engine.reshard=step")
+    found = planned(*settings, num_processes=num_processes)
+    student, teacher = found.conversion.num_parameters, found.teacher.num_parameters
+    embedding = 151_936 * 1024
+    for name in ("distill", "block"):
+        memory, trained = parts_of(found, name)
+        copies = 2 * (student - embedding) + 4 * embedding
+        assert memory.student == pytest.approx(4 * student / num_processes + copies + 4 * trained, rel=1e-3)
+        assert memory.optimizer == 12 * trained // num_processes
+        assert memory.teacher == 2 * teacher
+    always = planned(settings[0], "engine.reshard=always", num_processes=num_processes)
+    assert parts_of(found, "distill")[0].activations == parts_of(always, "distill")[0].activations
+
+
+def test_gathered_weights_are_kept_where_each_model_takes_less_than_a_twentieth_of_the_device(planned):
+    def memory(device, reshard):
+        words = ("engine.parallel=fsdp2", f"engine.reshard={reshard}")
+        return parts_of(planned(*words, num_processes=2, device=device), "distill")[0]
+
+    for gigabytes, kept in ((141, "step"), (20, "always")):
+        device = Device("cuda", "a GPU", gigabytes * 10**9)
+        assert memory(device, "auto") == memory(device, kept)
+        assert memory(device, "step").total > memory(device, "always").total
+    # the teacher takes 1.2 GB, the student 1.5 GB
+    between = Device("cuda", "a GPU", 27 * 10**9)
+    assert memory(between, "auto").teacher == memory(between, "step").teacher
+    assert memory(between, "auto").student == memory(between, "always").student
+
+
+def test_adapters_beside_fused_layers_need_whole_copies(planned):
+    words = ("engine.parallel=fsdp2", "stages.distill.lora.rank=8", "stages.distill.lora.groups=[attention]")
+    step, always = (
+        parts_of(planned(*words, f"engine.reshard={reshard}", num_processes=2), "distill")[0]
+        for reshard in ("step", "always")
+    )
+    assert step.activations < always.activations

@@ -150,6 +150,7 @@ FLIPS: dict[type[Section], tuple[dict[str, Any], dict[str, Any]]] = {
         {
             "parallel": "fsdp2",
             "gather": "float32",
+            "reshard": "step",
             "patience_s": 30.0,
             "loss": "reference",
             "prefetch": 0,
@@ -263,7 +264,7 @@ def test_what_only_logs_saves_or_splits_work_affects_nothing():
         },
         HeldOutConfig: {"every_steps"},
         EvalConfig: {"batch_size", "bootstrap"},
-        EngineConfig: {"parallel", "gather", "patience_s", "loss", "prefetch", "blocks"},
+        EngineConfig: {"parallel", "gather", "reshard", "patience_s", "loss", "prefetch", "blocks"},
         WatchConfig: set(WatchConfig.model_fields),
         Recipe: {"version", "name", "output", "engine", "watch", "trackers"},
     }

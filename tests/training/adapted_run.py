@@ -23,11 +23,15 @@ def main(folder):
     """Train alone, together, and over again from a checkpoint of the other mode; the codes go to ``codes.json``."""
     tiny = script.tiny
     codes = {"one": tiny.exit_code(tiny.in_child(folder / "one", work=script.train, **CHANGES))}
-    for mode, engine in (("ddp", script.DDP), ("fsdp2", script.FSDP2)):
+    for mode, engine in (("ddp", script.DDP), ("fsdp2", script.FSDP2), ("always", script.ALWAYS)):
         codes[mode] = tiny.together(folder / mode, 2, work=script.train, engine=engine, **CHANGES)
     fused = {"work": script.train, "blocks": "fused", **CHANGES}
     codes["ddp_fused"] = tiny.together(folder / "ddp_fused", 2, engine=script.DDP, **fused)
     codes["fsdp2_fused"] = tiny.together(folder / "fsdp2_fused", 2, engine=script.FSDP2, **fused)
+    codes["always_fused"] = tiny.together(folder / "always_fused", 2, engine=script.ALWAYS, **fused)
+    codes["resumed_always"] = script.resume(
+        folder / "resumed_always", folder / "ddp", 4, 2, script.ALWAYS, **CHANGES
+    )
     codes["resumed"] = script.resume(folder / "resumed", folder / "ddp", 4, 2, script.FSDP2, **CHANGES)
     ranks = tiny.start(
         folder / "stopped", 2, work=script.train, engine=script.FSDP2, **{**CHANGES, "steps": 100_000}

@@ -37,6 +37,7 @@ RUNS = {
     "one process again": (1, ONE, None, 1e-3),
     "two processes, ddp": (2, ONE, None, 1e-3),
     "two processes, fsdp2": (2, {"parallel": "fsdp2"}, None, 1e-3),
+    "two processes, fsdp2, gathered for a layer": (2, {"parallel": "fsdp2", "reshard": "always"}, None, 1e-3),
     "resumed on one process": (1, ONE, "one process", 1e-4),
     "resumed on two processes, fsdp2, from one": (2, {"parallel": "fsdp2"}, "one process", 1e-3),
     "resumed on one process, from two, fsdp2": (1, ONE, "two processes, fsdp2", 1e-3),

@@ -27,7 +27,7 @@ from gendistill.training.checkpoint import (
 )
 from gendistill.training.freeze import apply_freeze
 from gendistill.training.optim import build_optimizer
-from gendistill.training.parallel import choose_parallel
+from gendistill.training.parallel import choose_parallel, copies
 from gendistill.training.step import StepRunner
 
 _SPEC = importlib.util.spec_from_file_location("tiny_run", Path(__file__).with_name("tiny_run.py"))
@@ -37,10 +37,19 @@ tiny = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(tiny)
 
 
-DDP, FSDP2 = {"parallel": "ddp"}, {"parallel": "fsdp2"}
-MODES = {"ddp_2": (2, DDP), "ddp_4": (4, DDP), "fsdp2_2": (2, FSDP2), "fsdp2_4": (4, FSDP2)}
+DDP = {"parallel": "ddp"}
+# gathered for a step, and for a layer
+FSDP2, ALWAYS = ({"parallel": "fsdp2", "reshard": reshard} for reshard in ("step", "always"))
+MODES = {
+    "ddp_2": (2, DDP),
+    "ddp_4": (4, DDP),
+    "fsdp2_2": (2, FSDP2),
+    "fsdp2_4": (4, FSDP2),
+    "always_2": (2, ALWAYS),
+    "always_4": (4, ALWAYS),
+}
 SAVING = {"save_every_steps": 2, "keep_checkpoints": 9, "heldout_every": 3}
-# what differs from the plain stage; every one on one process and on two sharded ones
+# what differs from the plain stage; every one on one process and on two sharded ones of either kind
 CASES = {
     "mixer_output": {"objective": {"kind": "mixer_output"}, "train": ["mixer"]},
     "tied": {"tied": True, "train": ["mixer", "embed", "head"]},
@@ -101,6 +110,23 @@ def read_outside(folder, **changes):
     tiny.run_stage(folder, **changes)
 
 
+def count_collectives(folder, **changes):
+    """Train, and note how often weights were gathered and gradients shared."""
+    counts = {"gathered": 0, "shared": 0}
+
+    def counted(name, work):
+        def run(*args, **settings):
+            counts[name] += 1
+            return work(*args, **settings)
+
+        return run
+
+    copies._all_gather = counted("gathered", copies._all_gather)
+    copies._reduce_scatter = counted("shared", copies._reduce_scatter)
+    train(folder, **changes)
+    (folder / "counts.json").write_text(json.dumps(counts))
+
+
 def copy_checkpoint(folder, *, source, engine, **_):
     """Load a checkpoint and save it again without a step in between."""
     parallel = choose_parallel(Accelerator(cpu=True), EngineConfig(**engine))
@@ -146,7 +172,10 @@ def pairs(folder, codes, cases):
         codes[name] = tiny.exit_code(
             tiny.in_child(folder / f"{name}_one", work=train, micro_batch_size=2, **changes)
         )
-        codes[f"{name}_2"] = tiny.together(folder / f"{name}_2", 2, work=train, engine=FSDP2, **changes)
+        for suffix, engine in (("2", FSDP2), ("always", ALWAYS)):
+            codes[f"{name}_{suffix}"] = tiny.together(
+                folder / f"{name}_{suffix}", 2, work=train, engine=engine, **changes
+            )
 
 
 def main(folder):
@@ -161,20 +190,26 @@ def main(folder):
     )
     # 2 sharded -> 4 whole -> 1
     codes["to_4"] = resume(folder / "to_4", folder / "fsdp2_2", 2, 4, DDP)
+    codes["to_always"] = resume(folder / "to_always", folder / "fsdp2_2", 2, 2, ALWAYS)
     codes["to_1"] = resume(folder / "to_1", folder / "to_4", 4, 1, FSDP2)
     source = folder / "fsdp2_4" / "stages" / "tiny" / "checkpoints" / "step-000004"
-    for name in ("ddp_2", "fsdp2_2"):
+    for name in ("ddp_2", "fsdp2_2", "always_2"):
         world, engine = MODES[name]
         codes[f"copy_{name}"] = tiny.together(
             folder / "copies" / name, world, work=copy_checkpoint, source=source, engine=engine
         )
     for name, engine in (("minutes", FSDP2), ("minutes_ddp", DDP)):
         codes[name] = tiny.together(folder / name, 2, engine=engine, steps=None, minutes=0.05)
+    for rows in (1, 2):
+        codes[f"rows_{rows}"] = tiny.together(
+            folder / f"rows_{rows}", 2, work=count_collectives, engine=FSDP2, micro_batch_size=rows
+        )
     codes["bad"] = tiny.together(folder / "bad", 2, engine=FSDP2, lr=1e30)
     patient = {"patience_s": 2}
     lost = {
         "killed_ddp": lose(folder / "killed_ddp", 4, 1, signal.SIGKILL, engine=DDP),
         "killed_fsdp2": lose(folder / "killed_fsdp2", 2, 0, signal.SIGKILL, engine={**FSDP2, **patient}),
+        "killed_always": lose(folder / "killed_always", 2, 1, signal.SIGKILL, engine={**ALWAYS, **patient}),
         "stopped": lose(folder / "stopped", 2, 1, signal.SIGSTOP, engine={**DDP, **patient}),
     }
     (folder / "codes.json").write_text(json.dumps({"codes": codes, "lost": lost}))
@@ -184,11 +219,16 @@ def more(folder):
     """Run what takes longer: more objectives, and a hundred steps of each mode."""
     codes = {}
     pairs(folder, codes, MORE_CASES)
-    engine = {**FSDP2, "gather": "float32"}
-    codes["bfloat16_cast"] = tiny.together(
-        folder / "bfloat16_cast", 2, work=train, engine=engine, **MORE_CASES["bfloat16"]
-    )
-    codes["outside"] = tiny.together(folder / "outside", 2, work=read_outside, engine=FSDP2)
+    for suffix, engine in (("2", FSDP2), ("always", ALWAYS)):
+        codes[f"bfloat16_cast_{suffix}"] = tiny.together(
+            folder / f"bfloat16_cast_{suffix}",
+            2,
+            work=train,
+            engine={**engine, "gather": "float32"},
+            **MORE_CASES["bfloat16"],
+        )
+    codes["outside"] = tiny.together(folder / "outside", 2, work=read_outside, engine=ALWAYS)
+    codes["outside_2"] = tiny.together(folder / "outside_2", 2, work=read_outside, engine=FSDP2)
     codes["one"] = tiny.exit_code(tiny.in_child(folder / "one", work=train, micro_batch_size=2, **LONG))
     for name, (world, engine) in MODES.items():
         codes[name] = tiny.together(folder / name, world, work=train, engine=engine, **LONG)

@@ -321,7 +321,9 @@ def shared(tmp_path_factory):
     return folder, json.loads((folder / "codes.json").read_text()), done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("mode", ["ddp", "ddp_fused", "fsdp2", "resumed"])
+@pytest.mark.parametrize(
+    "mode", ["ddp", "ddp_fused", "fsdp2", "fsdp2_fused", "always", "resumed", "resumed_always"]
+)
 def test_two_processes_adapt_as_one_does(tiny, shared, mode):
     folder, codes, output = shared
     assert codes[mode] == codes["one"] == 0, output[-3000:]
@@ -345,7 +347,7 @@ def test_two_processes_adapt_as_one_does(tiny, shared, mode):
 
 def test_sharded_adapters_beside_fused_layers_are_refused_with_the_reason(shared):
     _, codes, output = shared
-    assert codes["fsdp2_fused"] == RecipeError("", where="", hint="").exit_code
+    assert codes["always_fused"] == RecipeError("", where="", hint="").exit_code
     assert "the student cannot run fused: its adapters are split among processes" in output
 
 

@@ -33,12 +33,13 @@ def losses(folder, *words):
     return [json.loads(line)["loss"] for line in lines], done.stdout
 
 
-@pytest.mark.parametrize("mode", ["ddp", "fsdp2"])
+@pytest.mark.parametrize(("mode", "reshard"), [("ddp", "auto"), ("fsdp2", "step"), ("fsdp2", "always")])
 @pytest.mark.parametrize("blocks", ["auto", "family"])
-def test_two_gpus_train_as_one_does(tmp_path, mode, blocks):
+def test_two_gpus_train_as_one_does(tmp_path, mode, reshard, blocks):
     engine = f"engine.blocks={blocks}"
     one, _ = losses(tmp_path / "one", engine)
-    two, output = losses(tmp_path / "two", engine, f"engine.parallel={mode}", "--num-processes", "2")
+    shared = (f"engine.parallel={mode}", f"engine.reshard={reshard}", "--num-processes", "2")
+    two, output = losses(tmp_path / "two", engine, *shared)
     assert f"2 processes, each with {'the whole' if mode == 'ddp' else 'a part of'} student" in output
     assert len(two) == len(one) == 10
     assert two == pytest.approx(one, rel=2e-2)

@@ -13,7 +13,9 @@ from safetensors.torch import load_file
 SCRIPT = Path(__file__).with_name("parallel_run.py")
 CHECKPOINTS = Path("stages", "tiny", "checkpoints")
 FILES = ("trained.safetensors", "optimizer.safetensors")
-MODES = ("ddp_2", "ddp_4", "fsdp2_2", "fsdp2_4")
+MODES = ("ddp_2", "ddp_4", "fsdp2_2", "fsdp2_4", "always_2", "always_4")
+# gathered weights are let go at the end of a step, or after every layer
+KINDS = ("2", "always")
 CASES = ("mixer_output", "tied", "fused", "watched", "rewound")
 MORE_CASES = (
     "bfloat16",
@@ -78,32 +80,48 @@ def test_every_number_of_processes_and_mode_has_the_same_curve(tiny, stages, mod
     assert_same_curve(tiny, folder / mode, folder / "one")
 
 
-def check_case(tiny, stages, case):
+def check_case(tiny, stages, case, kind):
     folder, found, output = stages
-    assert found["codes"][case] == found["codes"][f"{case}_2"] == 0, output[-3000:]
-    # of whole weights, fused layers have float32 gradients; of gathered ones, those are rounded as autocast rounds them
-    rel = 2e-3 if case == "fused_bfloat16" else 2e-6
-    assert_same_curve(tiny, folder / f"{case}_2", folder / f"{case}_one", rel=rel)
+    assert found["codes"][case] == found["codes"][f"{case}_{kind}"] == 0, output[-3000:]
+    # of whole weights and copies, fused layers have float32 gradients; of those that are gathered for a layer, they are
+    # rounded as autocast rounds them
+    rel = 2e-3 if (case, kind) == ("fused_bfloat16", "always") else 2e-6
+    assert_same_curve(tiny, folder / f"{case}_{kind}", folder / f"{case}_one", rel=rel)
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("case", CASES)
-def test_sharded_parameters_train_as_whole_ones(tiny, stages, case):
-    check_case(tiny, stages, case)
+def test_sharded_parameters_train_as_whole_ones(tiny, stages, case, kind):
+    check_case(tiny, stages, case, kind)
+
+
+def test_copies_are_gathered_and_gradients_shared_once_a_step(tiny, stages):
+    folder, found, output = stages
+    counts = []
+    for rows in (1, 2):
+        assert found["codes"][f"rows_{rows}"] == 0, output[-3000:]
+        counts.append(json.loads((folder / f"rows_{rows}" / "counts.json").read_text()))
+    assert counts[0] == counts[1]
+    # six steps, each of one bucket; before the first one for fused layers, and for two scores on held-out text
+    assert counts[0]["shared"] == 6
+    assert 6 <= counts[0]["gathered"] <= 6 + 3
+    assert_same_curve(tiny, folder / "rows_1", folder / "rows_2")
 
 
 def test_processes_go_back_together(tiny, stages):
     folder, found, output = stages
     assert found["codes"]["rewound_ddp"] == 0, output[-3000:]
     assert_same_curve(tiny, folder / "rewound_ddp", folder / "rewound_one")
-    for name in ("rewound_one", "rewound_2", "rewound_ddp"):
+    for name in ("rewound_one", "rewound_2", "rewound_always", "rewound_ddp"):
         result = json.loads((folder / name / "stages/tiny/result.json").read_text())
         assert result["rewinds"] == [{"step": 5, "to": 2, "skipped_to": 5}]
         assert result["steps"] == 6
 
 
-def test_a_sharded_student_is_watched_as_a_whole_one(tiny, stages):
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_sharded_student_is_watched_as_a_whole_one(tiny, stages, kind):
     folder, *_ = stages
-    one, two = (tiny.rows(folder / name) for name in ("watched_one", "watched_2"))
+    one, two = (tiny.rows(folder / name) for name in ("watched_one", f"watched_{kind}"))
     for mine, theirs in zip(two, one, strict=True):
         for watched in ("layers", "score"):
             assert mine.get(watched, {}) == pytest.approx(theirs.get(watched, {}), rel=1e-4)
@@ -114,16 +132,18 @@ def test_a_sharded_student_is_watched_as_a_whole_one(tiny, stages):
             assert mine["groups"][name] == pytest.approx(theirs["groups"][name], rel=1e-4)
         assert mine["groups"]["mlp/moved"] > 0.9
     answers = [
-        (folder / name / "stages/tiny/answers.jsonl").read_text() for name in ("watched_one", "watched_2")
+        (folder / name / "stages/tiny/answers.jsonl").read_text()
+        for name in ("watched_one", f"watched_{kind}")
     ]
     assert answers[0] == answers[1]
     assert len(answers[0].splitlines()) == 2
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("case", MORE_CASES)
-def test_sharded_parameters_train_as_whole_ones_with_other_objectives(tiny, more_stages, case):
-    check_case(tiny, more_stages, case)
+def test_sharded_parameters_train_as_whole_ones_with_other_objectives(tiny, more_stages, case, kind):
+    check_case(tiny, more_stages, case, kind)
 
 
 @pytest.mark.slow
@@ -141,19 +161,22 @@ def test_an_objective_that_reads_past_a_layer_is_told_so(more_stages):
     assert found["codes"]["outside"] == 1
     assert "reads a parameter outside of the layer" in output
     assert "set engine.parallel=ddp" in output
+    # copies are whole for the length of a step
+    assert found["codes"]["outside_2"] == 0
 
 
 @pytest.mark.slow
-def test_what_travels_in_bfloat16_is_what_autocast_makes_of_float32(tiny, more_stages):
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_travels_in_bfloat16_is_what_autocast_makes_of_float32(tiny, more_stages, kind):
     folder, found, _ = more_stages
-    assert found["codes"]["bfloat16_2"] == found["codes"]["bfloat16_cast"] == 0
-    first, *_ = tiny.rows(folder / "bfloat16_2")
-    cast, *_ = tiny.rows(folder / "bfloat16_cast")
+    assert found["codes"][f"bfloat16_{kind}"] == found["codes"][f"bfloat16_cast_{kind}"] == 0
+    first, *_ = tiny.rows(folder / f"bfloat16_{kind}")
+    cast, *_ = tiny.rows(folder / f"bfloat16_cast_{kind}")
     assert first["loss"] == cast["loss"]
-    assert_same_curve(tiny, folder / "bfloat16_cast", folder / "bfloat16_2")
+    assert_same_curve(tiny, folder / f"bfloat16_cast_{kind}", folder / f"bfloat16_{kind}")
 
 
-@pytest.mark.parametrize("mode", [*MODES, *(f"{case}_2" for case in CASES)])
+@pytest.mark.parametrize("mode", [*MODES, *(f"{case}_{kind}" for case in CASES for kind in KINDS)])
 def test_the_main_process_ends_with_the_whole_student_that_was_checkpointed(stages, mode):
     folder, *_ = stages
     weights = load_file(folder / mode / "student")
@@ -162,7 +185,7 @@ def test_the_main_process_ends_with_the_whole_student_that_was_checkpointed(stag
     assert all(torch.equal(weights[name], value) for name, value in trained.items())
 
 
-@pytest.mark.parametrize("copy", ["ddp_2", "fsdp2_2"])
+@pytest.mark.parametrize("copy", ["ddp_2", "fsdp2_2", "always_2"])
 def test_a_checkpoint_is_the_same_bits_whoever_loads_and_saves_it(stages, copy):
     folder, found, output = stages
     assert found["codes"][f"copy_{copy}"] == 0, output[-3000:]
@@ -171,7 +194,7 @@ def test_a_checkpoint_is_the_same_bits_whoever_loads_and_saves_it(stages, copy):
     )
 
 
-@pytest.mark.parametrize("resumed", ["to_4", "to_1"])
+@pytest.mark.parametrize("resumed", ["to_4", "to_always", "to_1"])
 def test_a_stage_resumes_on_another_number_of_processes_and_in_the_other_mode(tiny, stages, resumed):
     folder, found, _ = stages
     assert found["codes"][resumed] == 0
@@ -200,6 +223,7 @@ def test_sharded_processes_name_one_place_where_numbers_stop_being_finite(stages
     [
         ("killed_ddp", 1, "it has ended"),
         ("killed_fsdp2", 0, "it has ended"),
+        ("killed_always", 1, "it has ended"),
         ("stopped", 1, "nothing was heard of it for 2 s"),
     ],
 )

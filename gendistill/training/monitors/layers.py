@@ -27,6 +27,7 @@ class Layers:
         """Run the teacher up to its last hidden states, and every new mixer once."""
         batch = next(batch for batch in run.job.heldout if batch.num_labels)
         found = compare_layers(run.student, run.teacher, [batch], compute_dtype=run.lock.dtype)
+        run.parallel.settle(run.runner.plain_module)
         numbers: dict[str, float] = {}
         for layer, sums in found.items():
             if not sums.num_positions:

@@ -95,6 +95,13 @@ class Parallel(Protocol):
         """
         ...
 
+    def whole(self, module: nn.Module) -> AbstractContextManager[bool]:
+        """Return a context in which a sharded module has the parameters that stand in it while it runs. Collective.
+
+        It says whether they are copies that no optimizer changes.
+        """
+        ...
+
     def settle(self, module: nn.Module) -> None:
         """Let go of what passes without gradients have left in memory."""
         ...

@@ -78,7 +78,7 @@ def choose_parallel(accelerator: Accelerator, engine: EngineConfig | None = None
     if accelerator.num_processes == 1:
         return Single(accelerator.device)
     if engine.parallel == "fsdp2" or _has_plugin():
-        return FullySharded(accelerator, patience_s=engine.patience_s, gather=engine.gather)
+        return FullySharded(accelerator, engine)
     # hooks cannot look into a graph
     captures = engine.capture != "never" and accelerator.device.type == "cuda"
     return DataParallel(accelerator, patience_s=engine.patience_s, overlaps=not captures)

@@ -53,6 +53,10 @@ class DataParallel(Group):
         """Move the model."""
         model.to(self.device)
 
+    def whole(self, module: nn.Module) -> AbstractContextManager[bool]:
+        """Do nothing."""
+        return nullcontext(False)
+
     def settle(self, module: nn.Module) -> None:
         """Do nothing."""
 

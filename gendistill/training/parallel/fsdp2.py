@@ -1,20 +1,26 @@
-"""Several processes that hold a part of student and teacher each: torch's ``fully_shard``, applied by ourselves.
+"""Several processes that hold a part of student and teacher each, in one of two ways.
 
-Accelerate shards one model only, and on CPU none at all while it says that it does; so it only starts the processes.
+Of a decoder block, the matrices are split. They are gathered in the dtype of the arithmetic: the numbers that autocast
+would have made of them, half as many bytes. Everything else of a block (gates, norms, biases, taps of convolutions) is
+small, stays whole on every process and float32, and its gradients are averaged at the end of a step. Embedding, final
+norm and head are split too, gathered in float32 when the step begins and kept until its end, because losses read the
+head outside of any layer.
 
-Of a decoder block, the matrices are split. They are gathered when the block runs, in the dtype of the arithmetic: the
-numbers that autocast would have made of them, half as many bytes. Everything else of a block (gates, norms, biases,
-taps of convolutions) is small, stays whole on every process and float32, and its gradients are averaged at the end of
-a step. Embedding, final norm and head are split too, gathered in float32 when the step begins and kept until its end,
-because losses read the head outside of any layer.
+``always``: torch's ``fully_shard`` gathers a block when it runs, and lets go of it afterwards; gradients are shared in
+every micro-batch. Least memory; the host works for every layer of every pass. Accelerate shards one model only, and on
+CPU none at all while it says that it does; so it only starts the processes.
+
+``step``: whole copies stand in the student from the beginning of a step to its end (``copies``), gradients add up in
+whole ones and are shared once, in the last backward pass; a teacher is whole for good. In between the host has nothing
+to do that it would not have on one process.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, Literal, cast
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -26,7 +32,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from gendistill.anatomy.adapters import plain_name
 from gendistill.anatomy.student import mixer_names
+from gendistill.config.engine import EngineConfig
 from gendistill.errors import TrainingError
+from gendistill.training.parallel.copies import WholeCopies
 from gendistill.training.parallel.group import Group
 from gendistill.training.parallel.peers import Situation
 
@@ -38,20 +46,18 @@ class FullySharded(Group):
 
     Args:
         accelerator: Of more than one process.
-        patience_s: As for ``Group``.
-        gather: ``auto`` gathers a block's matrices in the dtype of the arithmetic, ``float32`` as they are.
+        engine: How long to wait for others, in which dtype matrices are gathered, and when they are let go.
     """
 
-    def __init__(
-        self, accelerator: Accelerator, *, patience_s: float, gather: Literal["auto", "float32"] = "auto"
-    ) -> None:
-        super().__init__(accelerator, patience_s=patience_s)
+    def __init__(self, accelerator: Accelerator, engine: EngineConfig) -> None:
+        super().__init__(accelerator, patience_s=engine.patience_s)
         # a launcher's default under which transformers loads weights on the first process only
         os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
-        self._gather_dtype = gather
+        self.engine = engine
         self._mesh = init_device_mesh(self.device.type, (self.world,))
         self._whole: list[nn.Parameter] = []
         self._undo: list[_Unwrapped] = []
+        self._copies: WholeCopies | None = None
 
     @contextlib.contextmanager
     def together(self, situation: Callable[[], Situation]) -> Iterator[None]:
@@ -98,15 +104,41 @@ class FullySharded(Group):
         student: Any = module.student
         blocks = list(student.model.layers)
         _check_apart(blocks)
-        # classes and hooks as they are now
-        self._undo = [_Unwrapped(each) for each in module.modules()]
         float32 = mixer_names(student.config.to_dict(), lambda spec: spec.float32)
         whole = {
             parameter
             for name, parameter in student.model.named_parameters()
             if name.startswith("layers.") and (parameter.dim() != 2 or plain_name(name) in float32)
         }
-        dtype = torch.float32 if self._gather_dtype == "float32" else compute_dtype
+        # in the order of the module, which is the same on every process
+        self._whole = [parameter for parameter in module.parameters() if parameter in whole]
+        dtype = torch.float32 if self.engine.gather == "float32" else compute_dtype
+        inside = {parameter for block in blocks for parameter in block.parameters()}
+        if self._keeps(
+            parameter.numel() * (dtype if parameter in inside else torch.float32).itemsize
+            for parameter in module.parameters()
+            if parameter not in whole
+        ):
+            self._copies = WholeCopies(
+                module,
+                kept=whole,
+                dtype_of=lambda parameter: dtype if parameter in inside else torch.float32,
+                mesh=self._mesh,
+                device=self.device,
+            )
+            # a block may run alone
+            self._copies.watch([module, *blocks])
+        else:
+            self._split_blocks(module, blocks, whole, dtype)
+        _check_sharded(module, whole)
+        return module
+
+    def _split_blocks(
+        self, module: nn.Module, blocks: Sequence[nn.Module], whole: set[nn.Parameter], dtype: torch.dtype
+    ) -> None:
+        """Split every block, and what lies around them, so that each is gathered when it runs."""
+        # classes and hooks as they are now
+        self._undo = [_Unwrapped(each) for each in module.modules()]
         for number, block in enumerate(blocks):
             fully_shard(
                 block,
@@ -123,13 +155,15 @@ class FullySharded(Group):
             parameter.data = parameter.data.to(self.device)
         for unwrapped in self._undo:
             unwrapped.note_added()
-        # in the order of the module, which is the same on every process
-        self._whole = [parameter for parameter in module.parameters() if parameter in whole]
-        _check_sharded(module, whole)
-        return module
+
+    def _keeps(self, num_bytes: Iterable[int]) -> bool:
+        """Whether a model stays gathered whose parameters then take these bytes; all processes decide alike."""
+        memory = -self.largest(-float(_device_bytes(self.device)))
+        return self.engine.keeps_whole(sum(num_bytes), memory)
 
     def unshard(self, module: nn.Module) -> None:
         """Make an ordinary module of it again, whole on the first process and in main memory; empty on the others."""
+        self._drop_copies()
         self.settle(module)
         places: dict[Tensor, list[tuple[nn.Module, str]]] = {}
         for owner in module.modules():
@@ -148,13 +182,29 @@ class FullySharded(Group):
             for name, buffer in owner.named_buffers(recurse=False):
                 owner._buffers[name] = buffer.to(self.loads_on)
 
+    def close(self) -> None:
+        """Let go of copies, too."""
+        self._drop_copies()
+        super().close()
+
+    def _drop_copies(self) -> None:
+        if self._copies is not None:
+            self._copies.release()
+            self._copies = None
+
     def place_teacher(self, model: nn.Module) -> None:
-        """Split the matrices of a frozen model in place, but for its head, which every loss on logits reads."""
+        """Split the matrices of a frozen model in place, but for its head, which every loss on logits reads.
+
+        A model that stays gathered is not split at all.
+        """
         causal: Any = model
         decoder, head = causal.model, causal.lm_head
         if isinstance(decoder, FSDPModule):
             return
         model.requires_grad_(False)
+        if self._keeps(parameter.numel() * parameter.element_size() for parameter in model.parameters()):
+            model.to(self.device)
+            return
         whole = {parameter for parameter in decoder.layers.parameters() if parameter.dim() != 2}
         whole.update(head.parameters())
         settings: dict[str, Any] = {
@@ -170,23 +220,57 @@ class FullySharded(Group):
             parameter.data = parameter.data.to(self.device)
         _check_sharded(decoder, whole)
 
+    @contextlib.contextmanager
+    def whole(self, module: nn.Module) -> Iterator[bool]:
+        """Have the whole copies stand in the module, if there are any."""
+        if self._copies is None:
+            yield False
+            return
+        self._copies.use()
+        try:
+            yield True
+        finally:
+            self._copies.put_away()
+
     def settle(self, module: nn.Module) -> None:
         """Let go of what a pass without gradients has gathered and left."""
+        if self._copies is not None:
+            self._copies.put_away()
         for each in module.modules():
             if isinstance(each, FSDPModule):
                 each.reshard()
 
     @contextlib.contextmanager
     def accumulating(self, module: nn.Module, *, last: bool) -> Iterator[None]:
-        """Share gradients in every micro-batch: whole ones would take as much memory as a whole student."""
-        yield
-        grads = [parameter.grad for parameter in self._whole if parameter.grad is not None]
-        if last and grads:
-            flat = torch.cat([grad.flatten() for grad in grads])
-            dist.all_reduce(flat)
-            flat /= self.world
-            for grad, part in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
-                grad.copy_(part.view_as(grad))
+        """Share gradients of copies in the last micro-batch, else in each: there, whole ones are what is saved."""
+        if self._copies is not None:
+            # arrives while the teacher runs
+            self._copies.start()
+            if last:
+                self._copies.expect_gradients()
+        try:
+            yield
+            if not last:
+                return
+            if self._copies is not None:
+                self._copies.share_gradients()
+                self._copies.put_away()
+            self._average([parameter.grad for parameter in self._whole if parameter.grad is not None])
+        except BaseException:
+            self.settle(module)
+            raise
+
+    def _average(self, grads: list[Tensor]) -> None:
+        """Average whole gradients over processes, in place."""
+        if not grads:
+            return
+        flat = torch.cat([grad.flatten() for grad in grads])
+        dist.all_reduce(flat)
+        flat /= self.world
+        parts = flat.split([grad.numel() for grad in grads])
+        torch._foreach_copy_(  # pyright: ignore[reportPrivateImportUsage]
+            grads, [part.view_as(grad) for grad, part in zip(grads, parts, strict=True)]
+        )
 
     @torch.no_grad()
     def norm(self, gradients: Iterable[Tensor]) -> Tensor:
@@ -222,6 +306,9 @@ class FullySharded(Group):
         self, like: Mapping[str, Tensor], read: Callable[[str], Tensor]
     ) -> Iterator[tuple[str, Tensor]]:
         """Send every process its part of the tensors, one after the other."""
+        # copies would not be those of the new parts
+        if self._copies is not None:
+            self._copies.put_away()
         for name, tensor in like.items():
             whole = torch.empty(tensor.shape, dtype=tensor.dtype, device=self.device)
             if self.is_main:
@@ -231,6 +318,12 @@ class FullySharded(Group):
             else:
                 dist.broadcast(whole, src=0)
                 yield name, whole
+
+
+def _device_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 class _Unwrapped:

@@ -50,6 +50,10 @@ class Single:
         """Move the model."""
         model.to(self.device)
 
+    def whole(self, module: nn.Module) -> contextlib.nullcontext[bool]:
+        """Do nothing."""
+        return contextlib.nullcontext(False)
+
     def settle(self, module: nn.Module) -> None:
         """Do nothing."""
 
