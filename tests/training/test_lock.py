@@ -2,6 +2,7 @@
 
 import time
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -29,19 +30,19 @@ class Parallel(Single):
 
 
 def estimate(parallel, micro_batches):
-    weight = torch.nn.Parameter(torch.zeros(10))
-    runner = object.__new__(StepRunner)
-    runner.parallel, runner.module = parallel, None
+    student = torch.nn.Linear(10, 1)
+    objective, teacher = SimpleNamespace(part_names=()), SimpleNamespace(model=None)
+    runner = StepRunner(student, objective, teacher, parallel)
 
-    class Term:
-        total = weight.sum()
+    def passes(batch, module=None):
+        time.sleep(0.01)
+        return torch.zeros(1)
 
-    runner._forward = lambda module, batch: Term
-    Term.total.backward = lambda: time.sleep(0.01)
+    runner._passes = passes
     return time_step(
         runner.rehearse,
         micro_batches,
-        torch.optim.AdamW([weight], fused=True),
+        torch.optim.AdamW([student.weight], fused=True),
         lambda groups: torch.optim.AdamW(groups, fused=True),
         slowest=parallel.largest,
         shares=parallel.world > 1,
