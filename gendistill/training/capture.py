@@ -9,7 +9,7 @@ the stage goes on without graphs, rather than repeat one batch's numbers for all
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,6 +21,7 @@ from gendistill.data.batch import Batch, Unknown
 from gendistill.ops.types import Segments
 from gendistill.training.clock import Span, StepClock
 from gendistill.training.parallel import Parallel
+from gendistill.training.parallel.copies import Quiet
 
 # kinds of batches that get a graph: by number of documents, and of labels that count
 MOST_GRAPHS = 24
@@ -181,21 +182,23 @@ class _Hooked(RuntimeError):
     """What somebody has hooked to a model would be left out."""
 
 
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
 def _hooked(models: Sequence[nn.Module]) -> str | None:
     """Name a module or parameter that calls somebody else; None if none does."""
     for model in models:
         for name, module in model.named_modules():
-            if (
-                module._forward_hooks
-                or module._forward_pre_hooks
-                or module._backward_hooks
-                or module._backward_pre_hooks
-            ):
+            if any(_loud(getattr(module, kind)) for kind in _HOOKS):
                 return name or type(module).__name__
         for name, parameter in model.named_parameters():
-            if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
+            if _loud(parameter._backward_hooks) or _loud(parameter._post_accumulate_grad_hooks):
                 return name
     return None
+
+
+def _loud(hooks: Mapping[int, Any] | None) -> bool:
+    return any(not isinstance(hook, Quiet) for hook in (hooks or {}).values())
 
 
 def kind_of(batch: Batch) -> Key:
@@ -274,7 +277,7 @@ class HeldGradients:
     """Gradients that lie in one tensor and stay there.
 
     Args:
-        parameters: Of one dtype, on one device.
+        parameters: On one device. Gradients are float32, also of parameters of 16 bits that say so (``grad_dtype``).
 
     Attributes:
         whole: ``[N]``, all of them.
@@ -285,7 +288,8 @@ class HeldGradients:
         # 16 numbers keep every gradient at a multiple of 64 bytes
         sizes = [-(-parameter.numel() // 16) * 16 for parameter in self._parameters]
         first = self._parameters[0]
-        self.whole = torch.zeros(sum(sizes), dtype=first.dtype, device=first.device)
+        dtype = torch.promote_types(first.dtype, torch.float32)
+        self.whole = torch.zeros(sum(sizes), dtype=dtype, device=first.device)
         self._parts = [
             part[: parameter.numel()].view(parameter.shape)
             for part, parameter in zip(self.whole.split(sizes), self._parameters, strict=True)
@@ -302,11 +306,11 @@ class HeldGradients:
 
 def needs_room(engine: EngineConfig, parallel: Parallel) -> bool:
     """Say whether a stage's batches should have room for others of their kind, since passes may be captured."""
-    return engine.capture != "never" and parallel.averages and parallel.device.type == "cuda"
+    return engine.capture != "never" and parallel.device.type == "cuda"
 
 
 def why_not_captured(
-    module: nn.Module, *, device: torch.device, fused: bool, averages: bool, live: bool
+    module: nn.Module, *, device: torch.device, fused: bool, apart: bool, live: bool
 ) -> str | None:
     """Say what keeps a stage's passes from being captured; None if nothing is known to.
 
@@ -314,12 +318,12 @@ def why_not_captured(
         module: The student, with its objective.
         device: Where it runs.
         fused: Whether student and teacher run fused.
-        averages: Whether processes share gradients after the passes.
+        apart: Whether processes share nothing inside of passes.
         live: Whether the teacher is a model that is run, or there is none.
     """
     if device.type != "cuda":
         return f"graphs are CUDA's, and the stage runs on {device.type}"
-    if not averages:
+    if not apart:
         return "processes share weights or gradients in the middle of a pass"
     if not live:
         return "the teacher is not a model that is run"

@@ -300,7 +300,7 @@ class StageRun:
             runner.plain_module,
             device=parallel.device,
             fused=is_fused(self.student) and (teacher is None or is_fused(teacher)),
-            averages=parallel.averages,
+            apart=parallel.captures,
             live=teacher is not None or not self.objective.needs,
         )
         if asked != "never" and reason is None:

@@ -82,7 +82,7 @@ class StepRunner:
 
     def hold_gradients(self, trained: Iterable[nn.Parameter]) -> None:
         """Keep gradients in one tensor, in which processes share them after the last micro-batch."""
-        self._gradients = HeldGradients(trained)
+        self._gradients = HeldGradients(self.parallel.holders(trained))
 
     @property
     def rehearsals(self) -> int:
@@ -91,9 +91,8 @@ class StepRunner:
 
     def clear(self, optimizer: torch.optim.Optimizer) -> None:
         """Forget the gradients of an optimizer's parameters."""
-        if self._gradients is None:
-            optimizer.zero_grad()
-        else:
+        optimizer.zero_grad()
+        if self._gradients is not None:
             self._gradients.clear()
 
     def release(self) -> None:
@@ -137,12 +136,13 @@ class StepRunner:
 
     def _run(self, batch: Batch, *, last: bool) -> Tensor:
         """Add a micro-batch's gradients; returns the sums of the loss and its parts."""
+        shared = not self.parallel.averages
         if self.captured is not None and all(self._fused):
-            sums = self.captured(batch.to(self.device))
+            sums, shared = self.captured(batch.to(self.device)), False
         else:
             with self.parallel.accumulating(self.module, last=last):
                 sums = self._passes(batch, self.module)
-        if last and self._gradients is not None:
+        if last and not shared and self._gradients is not None:
             self.parallel.average(self._gradients.whole)
         return sums
 
@@ -160,6 +160,7 @@ class StepRunner:
         """Bring what is derived from weights up to date, which a graph takes as it is."""
         if self.captured is None:
             return
+        self.parallel.ready()
         fused = [refreshed(model) for model in self._models]
         if fused != self._fused:
             # the copies that graphs read are gone

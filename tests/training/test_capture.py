@@ -310,11 +310,11 @@ def test_memory_that_does_not_suffice_keeps_passes_eager(monkeypatch, batches):
 
 
 def test_what_keeps_passes_from_being_captured_is_said():
-    gpu, given = torch.device("cuda"), {"fused": True, "averages": True, "live": True}
+    gpu, given = torch.device("cuda"), {"fused": True, "apart": True, "live": True}
     assert why_not_captured(Model(), device=gpu, **given) is None
     for change, word in (
         ({"device": torch.device("cpu")}, "cpu"),
-        ({"averages": False}, "processes"),
+        ({"apart": False}, "processes"),
         ({"live": False}, "teacher"),
         ({"fused": False}, "fused"),
     ):

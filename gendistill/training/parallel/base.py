@@ -115,8 +115,25 @@ class Parallel(Protocol):
         """Whether gradients are shared by ``average``, once they are all there, and not while they are computed."""
         ...
 
+    @property
+    def captures(self) -> bool:
+        """Whether passes may be captured as CUDA graphs, now that models are placed: nothing is shared inside them."""
+        ...
+
+    def holders(self, trained: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+        """List what gets gradients in passes that may be captured, in the place of what an optimizer updates."""
+        ...
+
+    def ready(self) -> None:
+        """Have weights be where passes that were captured read them. Collective."""
+        ...
+
     def average(self, gradients: Tensor) -> None:
-        """Average gradients over the processes in place; does nothing where that has been done. Collective."""
+        """Average gradients over the processes, after passes in which nothing was shared. Collective.
+
+        Args:
+            gradients: Of all ``holders``, as one tensor.
+        """
         ...
 
     def norm(self, gradients: Iterable[Tensor]) -> Tensor:

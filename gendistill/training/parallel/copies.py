@@ -24,6 +24,16 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
+class Quiet:
+    """A hook that has nothing to do in passes that are captured: graphs need not call it."""
+
+    def __init__(self, act: Callable[..., None]) -> None:
+        self._act = act
+
+    def __call__(self, *args: Any) -> None:
+        self._act(*args)
+
+
 class WholeCopies:
     """Parameters of a module, split in place among processes, and their copies.
 
@@ -86,15 +96,22 @@ class WholeCopies:
         self._sharing: list[tuple[_Bucket, Tensor, Any]] | None = None
         self._begun = 0
         self._handles: list[Any] = [
-            each.copy.register_post_accumulate_grad_hook(lambda _, bucket=bucket: self._arrived(bucket))
+            each.copy.register_post_accumulate_grad_hook(
+                Quiet(lambda _, bucket=bucket: self._arrived(bucket))
+            )
             for bucket in self._order
             for each in bucket.split
         ]
 
+    @property
+    def learning(self) -> list[nn.Parameter]:
+        """The copies that get gradients."""
+        return [each.copy for each in self._split if each.learns]
+
     def watch(self, modules: Iterable[nn.Module]) -> None:
         """Have the copies stand in their places whenever one of these modules is called."""
         self._handles += [
-            each.register_forward_pre_hook(lambda *_: self.use(), prepend=True) for each in modules
+            each.register_forward_pre_hook(Quiet(lambda *_: self.use()), prepend=True) for each in modules
         ]
 
     @torch.no_grad()

@@ -64,6 +64,18 @@ class DataParallel(Group):
         """Share gradients in the last micro-batch only."""
         return nullcontext() if last or self.averages else self.accelerator.no_sync(module)
 
+    @property
+    def captures(self) -> bool:
+        """Whether no hook of a wrapper would have to run inside a graph."""
+        return self.averages
+
+    def holders(self, trained: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+        """Return them."""
+        return list(trained)
+
+    def ready(self) -> None:
+        """Do nothing."""
+
     def average(self, gradients: Tensor) -> None:
         """Average gradients over the processes, unless the module's wrapper has."""
         if self.averages:

@@ -58,6 +58,7 @@ class FullySharded(Group):
         self._whole: list[nn.Parameter] = []
         self._undo: list[_Unwrapped] = []
         self._copies: WholeCopies | None = None
+        self._teacher_is_split = False
 
     @contextlib.contextmanager
     def together(self, situation: Callable[[], Situation]) -> Iterator[None]:
@@ -82,8 +83,32 @@ class FullySharded(Group):
 
     averages = False
 
+    @property
+    def captures(self) -> bool:
+        """Whether both models stay whole inside of a step."""
+        return self._copies is not None and not self._teacher_is_split
+
+    def holders(self, trained: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+        """Return the copies that learn, and what is not split."""
+        assert self._copies is not None
+        return [*self._copies.learning, *(each for each in self._whole if each.requires_grad)]
+
+    def ready(self) -> None:
+        """Have the copies stand in their places."""
+        assert self._copies is not None
+        self._copies.use()
+
     def average(self, gradients: Tensor) -> None:
-        """Do nothing: gradients are shared as they are computed."""
+        """Share the gradients of the copies, and average those of what is not split."""
+        assert self._copies is not None
+        self._copies.expect_gradients()
+        self._share()
+
+    def _share(self) -> None:
+        if self._copies is not None:
+            self._copies.share_gradients()
+            self._copies.put_away()
+        self._average([parameter.grad for parameter in self._whole if parameter.grad is not None])
 
     @property
     def description(self) -> str:
@@ -205,6 +230,7 @@ class FullySharded(Group):
         if self._keeps(parameter.numel() * parameter.element_size() for parameter in model.parameters()):
             model.to(self.device)
             return
+        self._teacher_is_split = True
         whole = {parameter for parameter in decoder.layers.parameters() if parameter.dim() != 2}
         whole.update(head.parameters())
         settings: dict[str, Any] = {
@@ -250,12 +276,8 @@ class FullySharded(Group):
                 self._copies.expect_gradients()
         try:
             yield
-            if not last:
-                return
-            if self._copies is not None:
-                self._copies.share_gradients()
-                self._copies.put_away()
-            self._average([parameter.grad for parameter in self._whole if parameter.grad is not None])
+            if last:
+                self._share()
         except BaseException:
             self.settle(module)
             raise

@@ -29,6 +29,7 @@ class Single:
     machines = 1
     leads_machine = True
     averages = True
+    captures = True
     description = "one process"
 
     def __init__(self, device: torch.device) -> None:
@@ -60,6 +61,13 @@ class Single:
     def accumulating(self, module: nn.Module, *, last: bool) -> contextlib.nullcontext[None]:
         """Do nothing."""
         return contextlib.nullcontext()
+
+    def holders(self, trained: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+        """Return them."""
+        return list(trained)
+
+    def ready(self) -> None:
+        """Do nothing."""
 
     def average(self, gradients: Tensor) -> None:
         """Do nothing."""
