@@ -9,6 +9,7 @@ the stage goes on without graphs, rather than repeat one batch's numbers for all
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,8 +24,11 @@ from gendistill.training.clock import Span, StepClock
 from gendistill.training.parallel import Parallel
 from gendistill.training.parallel.copies import Quiet
 
-# kinds of batches that get a graph: by number of documents, and of labels that count
-MOST_GRAPHS = 24
+# Kinds of batches that have a graph at a time: by number of documents, and of labels that count. Plain text has about ten,
+# chats with labels on answers alone up to eighty; each takes the host a few megabytes.
+MOST_GRAPHS = 64
+# launches that have to make up for a graph that takes another one's place, and how many of them are remembered
+LAUNCHES_PER_LOSS, MOST_CREDIT = 3, 256
 
 # batches in a row without a table; a stream that prepares steps ahead needs a few of them to learn what is asked for
 MOST_LACKING = 256
@@ -57,7 +61,8 @@ class CapturedPasses:
 
     The first batches run eagerly: they compile kernels and make index tables. From the second of a kind on, passes are
     captured and launched; once there is a graph, batches of other kinds are captured at first sight, for an eager run
-    beside graphs would take its memory a second time. All graphs share one pool of memory: no two run at a time.
+    beside graphs would take its memory a second time. Where there are enough, the one used longest ago makes room. All
+    graphs share one pool of memory: no two run at a time.
 
     Args:
         passes: Adds a batch's gradients to ``grad``, which exists, and returns ``[P]`` float32; reads the host for
@@ -66,6 +71,8 @@ class CapturedPasses:
         clock: Whose marks in the passes become parts of a graph.
         device: A GPU.
         failed: Told why once, if passes cannot be captured; everything is eager from then on.
+        objective: Minimised in the passes; like the modules of the models, it may read attributes of its own there,
+            and change none.
     """
 
     def __init__(
@@ -76,15 +83,25 @@ class CapturedPasses:
         clock: StepClock,
         device: torch.device,
         failed: Callable[[str], None],
+        objective: Any = None,
     ) -> None:
-        self.passes, self.models, self.clock, self.device = passes, models, clock, device
-        self.failed = failed
+        self.passes, self.clock, self.device = passes, clock, device
+        self.failed, self.objective = failed, objective
+        # a step has no time to search them again
+        self._modules = [
+            (name or type(model).__name__, module)
+            for model in models
+            for name, module in model.named_modules()
+        ]
+        self._stands_on: list[Any] = []
+        self._read: _Attributes = {}
+        # the one used longest ago first
         self.graphs: dict[Key, _Graph] = {}
         self._seen: set[Key] = set()
         self.given_up = False
         # what makes the index tables that passes ask for; None until passes have run
         self._builders: set[Callable[..., Any]] | None = None
-        self._lacking = 0
+        self._lacking = self._credit = 0
         self._pool: Any = None
 
     @property
@@ -98,24 +115,42 @@ class CapturedPasses:
         return sum(part["total_size"] for part in self._pool.snapshot()) if self._pool is not None else 0
 
     def release(self) -> None:
-        """Let go of all graphs and of their memory."""
+        """Let go of all graphs and of their memory; what comes next is captured anew."""
         self.graphs, self._pool = {}, None
 
-    def forget(self) -> None:
-        """Capture everything anew: something that graphs read or write lies elsewhere now."""
-        self.graphs = {}
+    def look(self) -> None:
+        """Look, before a step, whether graphs would still do what passes do, and let go of them if not."""
+        if self.given_up:
+            return
+        stands_on: list[Any] = []
+        for _, module in self._modules:
+            stands_on.append(module.training)
+            for tensor in (*module._parameters.values(), *module._buffers.values()):
+                if tensor is not None:
+                    stands_on += (tensor.data_ptr(), tensor.requires_grad)
+        read = _attributes([("objective", self.objective)])
+        if stands_on != self._stands_on or _changed(self._read, read):
+            self.release()
+        self._stands_on, self._read = stands_on, read
+        # the clock's own hooks leave marks in the graph
+        if not self.clock.running and (hooked := _hooked(self._modules)):
+            self._give_up(f"a hook on {hooked} would not be called")
 
     def __call__(self, batch: Batch) -> Tensor:
         """Run a batch's passes; what is returned is valid until the next call."""
         key = (self.clock.running, *kind_of(batch))
         graph = self.graphs.get(key)
-        if graph is None and self._may_capture(batch, key):
+        if graph is not None:
+            self._credit = min(self._credit + 1, MOST_CREDIT)
+        elif self._may_capture(batch, key):
             graph = self._try_to_capture(batch)
             if graph is not None:
                 self.graphs[key] = graph
         if graph is None:
             self._seen.add(key)
             return self._run_eagerly(batch)
+        # now the last
+        self.graphs[key] = self.graphs.pop(key)
         torch._foreach_copy_(graph.inputs, tensors_of(batch))  # pyright: ignore
         graph.launch()
         self.clock.add(graph.spans)
@@ -127,31 +162,42 @@ class CapturedPasses:
         self._lacking = self._lacking + 1 if lacks else 0
         if self._lacking == MOST_LACKING and not self.given_up:
             self._give_up("every batch needs a table of documents that no batch before it had")
-        if self.given_up or lacks or len(self.graphs) >= MOST_GRAPHS:
+        if self.given_up or lacks or not (self.graphs or key in self._seen):
             return False
-        return bool(self.graphs) or key in self._seen
+        if len(self.graphs) >= MOST_GRAPHS:
+            del self.graphs[next(iter(self.graphs))]
+            self._credit -= LAUNCHES_PER_LOSS
+            if self._credit < 0:
+                self._give_up("batches are of too many kinds")
+        return not self.given_up
 
     def _try_to_capture(self, batch: Batch) -> _Graph | None:
         try:
             static = static_copy(batch)
-            # the clock's own hooks leave marks in the graph
-            if not self.clock.running and (hooked := _hooked(self.models)):
-                raise _Hooked(f"a hook on {hooked} would not be called")
+            if not self.clock.running and (hooked := _hooked(self._modules)):
+                raise _NotRepeated(f"a hook on {hooked} would not be called")
+            before = self._all_attributes()
             with self.clock.aside() as spans:
                 values, launch = self._capture(static)
+            if changed := _changed(before, self._all_attributes()):
+                raise _NotRepeated(f"{changed} is another after every pass, and would stay as it is")
         except torch.OutOfMemoryError:
-            self._give_up("graphs take more memory than there is")
-            return None
+            reason = "graphs take more memory than there is"
         except Exception as error:
             # nothing of a capture has run: no gradient has been added to
-            # the end of a capture that has failed fails, too
-            first = error.__context__ or error
-            lines = str(first).strip().splitlines()
-            self._give_up(": ".join([type(first).__name__, *lines[:1]]))
+            reason = _reason(error)
+        else:
+            reason = None
+        if reason is not None:
+            # what the error held in memory is gone here
+            self._give_up(reason)
             return None
         # a step in which something is captured says little about others
         self.clock.discard()
         return _Graph(tensors_of(static), values, spans, launch)
+
+    def _all_attributes(self) -> _Attributes:
+        return _attributes([*self._modules, ("objective", self.objective)])
 
     def _give_up(self, reason: str) -> None:
         self.given_up = True
@@ -178,23 +224,65 @@ class CapturedPasses:
         return values
 
 
-class _Hooked(RuntimeError):
-    """What somebody has hooked to a model would be left out."""
+class _NotRepeated(RuntimeError):
+    """What somebody does in passes would be left out."""
+
+
+def _reason(error: BaseException) -> str:
+    # the end of a capture that has failed fails, too
+    first = error.__context__ or error
+    lines = str(first).strip().splitlines()
+    return ": ".join([type(first).__name__, *lines[:1]])
 
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def _hooked(models: Sequence[nn.Module]) -> str | None:
+def _hooked(modules: Iterable[tuple[str, nn.Module]]) -> str | None:
     """Name a module or parameter that calls somebody else; None if none does."""
-    for model in models:
-        for name, module in model.named_modules():
-            if any(_loud(getattr(module, kind)) for kind in _HOOKS):
-                return name or type(module).__name__
-        for name, parameter in model.named_parameters():
-            if _loud(parameter._backward_hooks) or _loud(parameter._post_accumulate_grad_hooks):
-                return name
+    for name, module in modules:
+        if any(_loud(getattr(module, kind)) for kind in _HOOKS):
+            return name
+        for own, parameter in module._parameters.items():
+            if parameter is not None and (
+                _loud(parameter._backward_hooks) or _loud(parameter._post_accumulate_grad_hooks)
+            ):
+                return f"{name}.{own}"
     return None
+
+
+# by whose it is, its name, and the place in it
+_Attributes = dict[tuple[str, str, Any], Any]
+_PLAIN = (bool, int, float, complex, str, bytes, torch.device)
+
+
+def _attributes(owners: Iterable[tuple[str, Any]]) -> _Attributes:
+    """List what objects have as attributes, and what is in those that are lists and the like."""
+    found: _Attributes = {}
+    for owner, each in owners:
+        for name, value in getattr(each, "__dict__", {}).items():
+            if isinstance(value, Mapping):
+                parts: Iterable[tuple[Any, Any]] = value.items()
+            elif isinstance(value, list | tuple | set | frozenset | deque):
+                parts = enumerate(value)
+            else:
+                parts = ((None, value),)
+            found |= {(owner, name, place): part for place, part in parts}
+    return found
+
+
+def _changed(before: _Attributes, after: _Attributes) -> str | None:
+    """Name an attribute that is not the same as before; what is in a tensor is not looked at."""
+    for key in [*after, *(before.keys() - after.keys())]:
+        one, other = (part.get(key, _Attributes) for part in (before, after))
+        if one is not other and not (type(one) is type(other) and isinstance(one, _PLAIN) and one == other):
+            owner, name, place = key
+            return f"{owner}{f'.{place}' if name in _OF_MODULES else f'.{name}'}"
+    return None
+
+
+# of a module's attributes, those that are seen as attributes themselves
+_OF_MODULES = ("_parameters", "_buffers", "_modules")
 
 
 def _loud(hooks: Mapping[int, Any] | None) -> bool:
@@ -227,7 +315,7 @@ def _tensors_in(table: Any) -> list[Tensor]:
 def _fixed_in(table: Any) -> Any:
     """Return what a graph of a table has fixed: all but its tensors."""
     if isinstance(table, Tensor):
-        return None
+        return Tensor
     if isinstance(table, tuple):
         return tuple(_fixed_in(part) for part in table)
     # of anything else no graph is made

@@ -77,7 +77,12 @@ class StepRunner:
         """
         self.hold_gradients(trained)
         self.captured = CapturedPasses(
-            self._passes, models=self._models, clock=self.clock, device=self.device, failed=failed
+            self._passes,
+            models=self._models,
+            clock=self.clock,
+            device=self.device,
+            failed=failed,
+            objective=self.objective,
         )
 
     def hold_gradients(self, trained: Iterable[nn.Parameter]) -> None:
@@ -164,8 +169,9 @@ class StepRunner:
         fused = [refreshed(model) for model in self._models]
         if fused != self._fused:
             # the copies that graphs read are gone
-            self.captured.forget()
+            self.captured.release()
             self._fused = fused
+        self.captured.look()
 
     def rehearse(self, batch: Batch, *, last: bool = False) -> None:
         """Run forward and backward once, for timing; gradients are left behind.

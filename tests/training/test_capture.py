@@ -7,6 +7,8 @@ the same function on the same static batch again: what a graph would not know, s
 from __future__ import annotations
 
 import dataclasses
+import gc
+import weakref
 
 import pytest
 import torch
@@ -15,7 +17,6 @@ from torch import nn
 from gendistill.data.batch import IGNORE, Unknown, with_room
 from gendistill.ops.types import UnknownLengths
 from gendistill.training.capture import (
-    MOST_GRAPHS,
     CapturedPasses,
     HeldGradients,
     kind_of,
@@ -210,28 +211,6 @@ def test_a_hook_keeps_passes_eager(batches):
         assert "would not be called" in failed[0]
 
 
-def test_there_is_an_end_to_graphs(batches):
-    model = Model()
-    captured, _ = made(model, passes_of(model))
-    captured(batches[0])
-    captured.graphs = {number: None for number in range(MOST_GRAPHS)}
-    for _ in range(4):
-        captured(batches[0])
-    assert captured.num_graphs == MOST_GRAPHS
-
-
-def test_forgetting_captures_anew(batches):
-    model = Model()
-    captured, _ = made(model, passes_of(model))
-    for _ in range(3):
-        captured(batches[0])
-    assert captured.num_graphs == 1
-    captured.forget()
-    assert captured.num_graphs == 0
-    captured(batches[0])
-    assert captured.num_graphs == 1
-
-
 def test_a_static_copy_shares_nothing_and_keeps_the_kind(batches):
     copy = static_copy(batches[0])
     assert kind_of(copy) == kind_of(batches[0])
@@ -321,3 +300,175 @@ def test_what_keeps_passes_from_being_captured_is_said():
         assert word in why_not_captured(Model(), **{"device": gpu, **given, **change})
     dropping = nn.Sequential(Model(), nn.Dropout(0.1))
     assert "at random" in why_not_captured(dropping, device=gpu, **given)
+
+
+def test_where_there_are_enough_graphs_the_one_used_longest_ago_makes_room(monkeypatch, batches):
+    monkeypatch.setattr("gendistill.training.capture.MOST_GRAPHS", 2)
+    model = Model()
+    passes = passes_of(model)
+    captured, failed = made(model, passes)
+    kinds = [dataclasses.replace(batches[0], places=places) for places in (1000, 2000, 3000)]
+    for batch in (kinds[0], *[kinds[0]] * 9, kinds[1], kinds[0], kinds[2]):
+        assert torch.equal(captured(batch), passes(batch))
+    # none beside graphs ran eagerly, which would take the memory of passes a second time
+    assert [key[1] for key in captured.graphs] == [1000, 3000]
+    Repeated.captures = 0
+    captured(kinds[0])
+    captured(kinds[2])
+    assert Repeated.captures == 0
+    captured(kinds[1])
+    assert Repeated.captures == 1
+    assert not failed
+
+
+def test_batches_of_ever_new_kinds_end_graphs(monkeypatch, batches):
+    monkeypatch.setattr("gendistill.training.capture.MOST_GRAPHS", 3)
+    model = Model()
+    passes = passes_of(model)
+    captured, failed = made(model, passes)
+    captured(batches[0])
+    captured(batches[0])
+    Repeated.captures = 0
+    for places in range(1000, 1040):
+        batch = dataclasses.replace(batches[0], places=places)
+        assert torch.equal(captured(batch), passes(batch))
+    assert captured.given_up
+    assert Repeated.captures < 10
+    assert failed == ["batches are of too many kinds"]
+
+
+def launched(model, batches, **more):
+    """Return passes with a graph of the first batch."""
+    captured, failed = made(model, passes_of(model), **more)
+    for _ in range(3):
+        captured.look()
+        captured(batches[0])
+    captured.look()
+    assert captured.num_graphs == 1
+    return captured, failed
+
+
+def test_a_hook_that_comes_later_ends_graphs(batches):
+    for hook in (
+        lambda model, act: model.head.register_forward_hook(act),
+        lambda model, act: model.head.register_forward_pre_hook(act),
+        lambda model, act: model.head.register_full_backward_hook(act),
+        lambda model, act: model.embed.weight.register_hook(act),
+        lambda model, act: model.embed.weight.register_post_accumulate_grad_hook(act),
+    ):
+        model, called = Model(), []
+        captured, failed = launched(model, batches)
+        hook(model, lambda *_, called=called: called.append(1))
+        captured.look()
+        captured(batches[0])
+        assert called
+        assert captured.given_up
+        assert "would not be called" in failed[0]
+
+
+def test_hooks_of_the_clock_end_nothing(batches):
+    model = Model()
+    captured, failed = launched(model, batches)
+    with captured.clock.step(model, [], measured=True):
+        captured.look()
+    captured.look()
+    assert captured.num_graphs == 1
+    assert not failed
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model, aim: setattr(model.head.weight, "data", model.head.weight.data.clone()),
+        lambda model, aim: setattr(model.head, "weight", nn.Parameter(model.head.weight.detach().clone())),
+        lambda model, aim: model.register_buffer("scale", torch.ones(3)),
+        lambda model, aim: model.head.weight.requires_grad_(False),
+        lambda model, aim: model.eval(),
+        lambda model, aim: setattr(aim, "temperature", 2.0),
+        lambda model, aim: aim.weights.append(2.0),
+    ],
+)
+def test_what_graphs_have_fixed_is_captured_anew_once_it_has_changed(batches, change):
+    class Aim:
+        def __init__(self):
+            self.temperature, self.weights = 1.0, [1.0]
+
+    model, aim = Model(), Aim()
+    model.register_buffer("scale", torch.ones(3))
+    captured, failed = launched(model, batches, objective=aim)
+    change(model, aim)
+    captured.look()
+    assert captured.num_graphs == 0
+    assert not failed
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        (lambda model: setattr(model, "calls", model.calls + 1), "calls"),
+        (lambda model: setattr(model, "mean", 0.9 * model.mean), "mean"),
+        (lambda model: model.kept.append(torch.ones(1)), "kept"),
+        (lambda model: model.found.update({0: torch.ones(1)}), "found"),
+    ],
+)
+def test_passes_that_keep_something_in_python_stay_eager(batches, change, name):
+    model = Model()
+    model.calls, model.kept, model.found = 0, [], {}
+    model.register_buffer("mean", torch.ones(3))
+    captured, failed = made(model, passes_of(model, asks=lambda batch: change(model)))
+    for batch in batches:
+        captured(batch)
+    assert captured.given_up
+    assert name in failed[0]
+
+
+def test_an_objective_that_counts_its_calls_stays_eager(batches):
+    class Aim:
+        calls = 0
+
+    model, aim = Model(), Aim()
+    passes = passes_of(model, asks=lambda batch: setattr(aim, "calls", aim.calls + 1))
+    captured, failed = made(model, passes, objective=aim)
+    for batch in batches:
+        captured(batch)
+    assert captured.given_up
+    assert "objective.calls" in failed[0]
+
+
+def test_nothing_of_a_capture_that_failed_stays_in_memory(batches):
+    model, refs = Model(), []
+
+    def asks(batch):
+        found = torch.ones(5)
+        if isinstance(batch.num_labels, Unknown):
+            refs.append(weakref.ref(found))
+            bool(batch.num_labels)
+
+    captured, failed = made(model, passes_of(model, asks=asks))
+    # as in training, where the collector is kept out of the way
+    gc.disable()
+    try:
+        for _ in range(4):
+            captured(batches[0])
+        assert failed
+        assert refs[0]() is None
+    finally:
+        gc.enable()
+
+
+def test_what_is_released_is_captured_anew(batches):
+    captured, _ = launched(Model(), batches)
+    captured._pool = object()
+    captured.release()
+    # eager passes may be next, beside which there would be no use for its memory
+    assert captured._pool is None
+    captured(batches[0])
+    assert captured.num_graphs == 1
+
+
+def test_a_table_and_nothing_are_of_two_kinds(batches):
+    batch = batches[0]
+    first, none, three = batch.segments.tables[starts]
+    kind = kind_of(batch)
+    batch.segments.tables[starts] = (none, first, three)
+    assert kind_of(batch) != kind
