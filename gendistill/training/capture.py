@@ -24,8 +24,8 @@ from gendistill.training.clock import Span, StepClock
 from gendistill.training.parallel import Parallel
 from gendistill.training.parallel.copies import Quiet
 
-# Kinds of batches that have a graph at a time: by number of documents, and of labels that count. Plain text has about ten,
-# chats with labels on answers alone up to eighty; each takes the host a few megabytes.
+# Kinds of batches that have a graph at a time: by number of documents, and of labels that count. Plain text has about
+# ten, chats with labels on answers alone up to eighty; each takes a few megabytes beside the memory that all share.
 MOST_GRAPHS = 64
 # launches that have to make up for a graph that takes another one's place, and how many of them are remembered
 LAUNCHES_PER_LOSS, MOST_CREDIT = 3, 256

@@ -50,7 +50,7 @@ from gendistill.training.lock import (
 )
 from gendistill.training.log import MetricLog
 from gendistill.training.meter import Meter, Stopwatch
-from gendistill.training.monitors import MONITORS, Rewind, Stop, When
+from gendistill.training.monitors import MONITORS, Monitor, Rewind, Stop, When
 from gendistill.training.monitors.heldout import heldout_scores
 from gendistill.training.monitors.weights import sample_weights
 from gendistill.training.optim import (
@@ -171,7 +171,13 @@ class StageRun:
         if isinstance(self.objective, LogitObjective):
             self.objective.impl = choose_loss_impl(job.engine.loss, parallel.device)
         self.converted = converted_layers(placed_kinds(student.config))
-        self._assemble(scored[0])
+        try:
+            self._assemble(scored[0])
+        except BaseException:
+            # nobody else could: what has been timed may have been captured
+            if (runner := getattr(self, "runner", None)) is not None:
+                runner.release()
+            raise
         self.micro_batches: list[Batch] = []
         self.rates: dict[str, float] = {}
         self.watch = Stopwatch()
@@ -523,7 +529,7 @@ class StageRun:
                 monitor.every is None or _divides(monitor.every, self.progress.step)
             ):
                 continue
-            found = monitor(self)
+            found = self._answer(monitor)
             if isinstance(found, Rewind):
                 self.back = name, found
                 continue
@@ -531,6 +537,18 @@ class StageRun:
                 self.wish, found = (name, found), found.found
             if found:
                 self.found[name] = dict(found)
+
+    def _answer(self, monitor: Monitor) -> Mapping[str, float] | Stop | Rewind | None:
+        """Ask a monitor; where memory runs out, once more without graphs, whose own nobody else could use."""
+        graphs = self.runner.captured
+        try:
+            return monitor(self)
+        except torch.OutOfMemoryError:
+            # several processes are asked together
+            if self.parallel.world > 1 or graphs is None or not graphs.num_graphs:
+                raise
+        graphs.release()
+        return monitor(self)
 
     def _go_back(self, name: str, rewind: Rewind) -> None:
         """Go on from the newest intact checkpoint, with the rows behind those that led astray.
@@ -600,6 +618,7 @@ class StageRun:
 
     def _finish(self) -> StageResult:
         """See what training has changed, score held-out text and write the result."""
+        self.runner.release()
         after = checksums(self.parallel.gather(self.trained))
         self.unchanged = self.parallel.on_main(
             lambda: [name for name in self.trained if after[name] == self.before[name]]
@@ -669,10 +688,18 @@ def recompute_activations(student: Any, layers: bool | int) -> None:
         if layers is False:
             student.gradient_checkpointing_disable()
             return
-        # the generator's state, which dropout alone would read, cannot be asked for while graphs are captured
-        drops = any(isinstance(part, nn.Dropout) and part.p > 0 for part in student.modules())
+        # the generator's state cannot be asked for while graphs are captured
         student.gradient_checkpointing_enable(
-            gradient_checkpointing_kwargs={"use_reentrant": False, "preserve_rng_state": drops}
+            gradient_checkpointing_kwargs={"use_reentrant": False, "preserve_rng_state": _may_draw(student)}
         )
     for layer in student.model.layers[len(student.model.layers) if layers is True else layers :]:
         layer.gradient_checkpointing = False
+
+
+def _may_draw(student: Any) -> bool:
+    """Whether a layer may draw random numbers; of modules from outside nothing is known."""
+    known = ("torch", "transformers", "peft", "gendistill")
+    return bool(getattr(student.config, "attention_dropout", 0)) or any(
+        type(part).__module__.partition(".")[0] not in known or (isinstance(part, nn.Dropout) and part.p > 0)
+        for part in student.modules()
+    )

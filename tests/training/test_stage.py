@@ -15,7 +15,8 @@ from gendistill.losses import logits
 from gendistill.ops import Impl
 from gendistill.testing import tiny_teacher
 from gendistill.training import stage
-from gendistill.training.stage import recompute_activations
+from gendistill.training.stage import StageRun, recompute_activations
+from gendistill.training.step import StepRunner
 
 
 def digest(parameter):
@@ -62,6 +63,95 @@ def test_activations_of_the_first_layers_are_computed_again(tiny, asked, expecte
     recompute_activations(student, False)
     student.model(**model_inputs(batch)).last_hidden_state.sum().backward()
     assert calls == [2 + more for more in expected]
+
+
+class Noisy(torch.nn.Module):
+    """What somebody else might have put into a layer: it draws, and is no ``Dropout``."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x) * torch.rand_like(x)
+
+
+@pytest.mark.parametrize("draws", ["a module from outside", "attention of the family"])
+def test_what_is_drawn_at_random_is_the_same_when_it_is_computed_again(tiny, draws):
+    student = tiny.make_student().train()
+    if draws == "a module from outside":
+        student.model.layers[0].mlp = Noisy(student.model.layers[0].mlp)
+    else:
+        student.config.attention_dropout = 0.5
+        student.model.layers[1].self_attn.attention_dropout = 0.5
+    batch, found = tiny.batch_of(range(2)), []
+    for again in (False, True):
+        student.zero_grad()
+        recompute_activations(student, again)
+        torch.manual_seed(0)
+        student.model(**model_inputs(batch)).last_hidden_state.square().sum().backward()
+        found.append([value.grad for value in student.model.parameters()])
+    for one, other in zip(*found, strict=True):
+        assert torch.allclose(one, other, atol=1e-5)
+
+
+def test_a_stage_that_does_not_begin_lets_go_of_what_its_steps_hold(tiny, tmp_path, monkeypatch):
+    released = []
+    monkeypatch.setattr(StepRunner, "release", lambda self: released.append(self))
+
+    def fails(self, locked):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(StageRun, "_decide", fails)
+    with pytest.raises(torch.OutOfMemoryError):
+        tiny.run_stage(tmp_path)
+    assert released
+
+
+def test_graphs_are_gone_when_heldout_text_is_scored_at_the_end(tiny, tmp_path, monkeypatch):
+    order, score = [], stage.heldout_scores
+    monkeypatch.setattr(StepRunner, "release", lambda self: order.append("release"))
+    monkeypatch.setattr(stage, "heldout_scores", lambda run: order.append("score") or score(run))
+    tiny.run_stage(tmp_path, steps=1)
+    assert order[:2] == ["release", "score"]
+
+
+class Hungry:
+    """A monitor that fits beside nothing."""
+
+    when, every = "log", 1
+
+    def __init__(self):
+        self.asked = 0
+
+    def __call__(self, run):
+        self.asked += 1
+        if run.runner.captured is not None and run.runner.captured.num_graphs:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return {"found": 1.0}
+
+
+@pytest.mark.parametrize("graphs", [0, 1])
+def test_graphs_make_room_for_a_monitor(tiny, tmp_path, monkeypatch, graphs):
+    class Held:
+        num_graphs, num_bytes = graphs, 0
+
+        def release(self):
+            self.num_graphs = 0
+
+    monitor = Hungry()
+    monkeypatch.setitem(stage.MONITORS, "hungry", lambda job: monitor)
+    ask = StageRun._ask
+
+    def asked(self, when):
+        self.runner.captured = Held() if when == "log" else None
+        ask(self, when)
+        self.runner.captured = None
+
+    monkeypatch.setattr(StageRun, "_ask", asked)
+    tiny.run_stage(tmp_path, steps=1)
+    assert monitor.asked == 1 + graphs
+    assert tiny.rows(tmp_path)[0]["hungry"] == {"found": 1.0}
 
 
 @pytest.mark.parametrize("norm", ["mse", "relative"])
