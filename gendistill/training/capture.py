@@ -129,7 +129,7 @@ class CapturedPasses:
                 if tensor is not None:
                     stands_on += (tensor.data_ptr(), tensor.requires_grad)
         read = _attributes([("objective", self.objective)])
-        if stands_on != self._stands_on or _changed(self._read, read):
+        if stands_on != self._stands_on or changed(self._read, read):
             self.release()
         self._stands_on, self._read = stands_on, read
         # the clock's own hooks leave marks in the graph
@@ -179,8 +179,8 @@ class CapturedPasses:
             before = self._all_attributes()
             with self.clock.aside() as spans:
                 values, launch = self._capture(static)
-            if changed := _changed(before, self._all_attributes()):
-                raise _NotRepeated(f"{changed} is another after every pass, and would stay as it is")
+            if other := changed(before, self._all_attributes()):
+                raise _NotRepeated(f"{other} is another after every pass, and would stay as it is")
         except torch.OutOfMemoryError:
             reason = "graphs take more memory than there is"
         except Exception as error:
@@ -271,7 +271,7 @@ def _attributes(owners: Iterable[tuple[str, Any]]) -> _Attributes:
     return found
 
 
-def _changed(before: _Attributes, after: _Attributes) -> str | None:
+def changed(before: _Attributes, after: _Attributes) -> str | None:
     """Name an attribute that is not the same as before; what is in a tensor is not looked at."""
     for key in [*after, *(before.keys() - after.keys())]:
         one, other = (part.get(key, _Attributes) for part in (before, after))

@@ -687,13 +687,21 @@ def recompute_activations(student: Any, layers: bool | int) -> None:
         warnings.simplefilter("ignore", FutureWarning)
         if layers is False:
             student.gradient_checkpointing_disable()
+            _unhook_embeddings(student)
             return
         # the generator's state cannot be asked for while graphs are captured
         student.gradient_checkpointing_enable(
             gradient_checkpointing_kwargs={"use_reentrant": False, "preserve_rng_state": _may_draw(student)}
         )
+    _unhook_embeddings(student)
     for layer in student.model.layers[len(student.model.layers) if layers is True else layers :]:
         layer.gradient_checkpointing = False
+
+
+def _unhook_embeddings(student: Any) -> None:
+    """Remove the hook by which transformers has embeddings require a gradient: nothing here needs one."""
+    if getattr(student, "_require_grads_hook", None) is not None:
+        student.disable_input_require_grads()
 
 
 def _may_draw(student: Any) -> bool:

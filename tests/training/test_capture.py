@@ -19,12 +19,14 @@ from gendistill.ops.types import UnknownLengths
 from gendistill.training.capture import (
     CapturedPasses,
     HeldGradients,
+    changed,
     kind_of,
     static_copy,
     tensors_of,
     why_not_captured,
 )
 from gendistill.training.clock import StepClock
+from gendistill.training.step import StepRunner
 
 
 class Model(nn.Module):
@@ -472,3 +474,82 @@ def test_a_table_and_nothing_are_of_two_kinds(batches):
     kind = kind_of(batch)
     batch.segments.tables[starts] = (none, first, three)
     assert kind_of(batch) != kind
+
+
+OBJECTIVES = ({"kind": "kl"}, {"kind": "mixer_output", "norm": "relative"}, {"kind": "block_output"})
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("measured", [False, True])
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda each: each["kind"])
+def test_passes_of_a_stage_leave_everything_as_it_is(
+    tiny, monkeypatch, tmp_path, checkpointing, measured, objective
+):
+    """What a stage's own passes changed would end every stage's graphs."""
+    seen, passes = [], StepRunner._passes
+
+    def watched(runner, batch, module=None):
+        captured = CapturedPasses(
+            runner._passes,
+            models=runner._models,
+            clock=runner.clock,
+            device=runner.device,
+            failed=seen.append,
+            objective=runner.objective,
+        )
+        captured.look()
+        stands_on, before = captured._stands_on, captured._all_attributes()
+        found = passes(runner, batch, module)
+        captured.look()
+        assert changed(before, captured._all_attributes()) is None
+        assert captured._stands_on == stands_on
+        assert len(before) > 100
+        seen.append(None)
+        return found
+
+    monkeypatch.setattr(StepRunner, "_passes", watched)
+    tiny.run_stage(
+        tmp_path,
+        engine={"blocks": "fused"},
+        objective=objective,
+        train=["mixer"],
+        steps=2,
+        log_every_steps=1 if measured else 2,
+        gradient_checkpointing=checkpointing,
+    )
+    assert len(seen) > 3
+    assert not any(seen)
+
+
+def test_a_graph_stays_from_step_to_step(tiny, monkeypatch, tmp_path):
+    """Steps of the optimizer, log lines with all that they look at, and checkpoints end none."""
+    looks = []
+
+    class Watching(CapturedPasses):
+        def __call__(self, batch):
+            self.graphs.setdefault("kept", None)
+            return self.passes(batch)
+
+        def look(self):
+            super().look()
+            looks.append((len(self.graphs), self.given_up))
+
+    monkeypatch.setattr("gendistill.training.step.CapturedPasses", Watching)
+    monkeypatch.setattr("gendistill.training.stage.why_not_captured", lambda *_, **__: None)
+    result, student = tiny.run_stage(
+        tmp_path / "held",
+        engine={"blocks": "fused"},
+        steps=4,
+        log_every_steps=2,
+        save_every_steps=2,
+        heldout_every=2,
+        job=tiny.watching(2),
+    )
+    assert looks == [(0, False), *[(1, False)] * 3]
+    monkeypatch.undo()
+    expected, other = tiny.run_stage(
+        tmp_path / "eager", engine={"blocks": "fused"}, steps=4, log_every_steps=2, save_every_steps=2
+    )
+    assert result.loss_last == expected.loss_last
+    for one, two in zip(student.parameters(), other.parameters(), strict=True):
+        assert torch.equal(one, two)

@@ -65,6 +65,17 @@ def test_activations_of_the_first_layers_are_computed_again(tiny, asked, expecte
     assert calls == [2 + more for more in expected]
 
 
+def test_nothing_is_hooked_to_a_student_whose_activations_are_computed_again(tiny):
+    """A hook would keep passes from being captured, and have gradients go further down than what learns."""
+    student = tiny.make_student().train()
+    for parameter in student.parameters():
+        parameter.requires_grad_(False)
+    for asked in (True, 1, False):
+        recompute_activations(student, asked)
+        assert not any(module._forward_hooks or module._forward_pre_hooks for module in student.modules())
+        assert not student.model.embed_tokens(torch.tensor([[1]])).requires_grad
+
+
 class Noisy(torch.nn.Module):
     """What somebody else might have put into a layer: it draws, and is no ``Dropout``."""
 
