@@ -66,9 +66,9 @@ def with_room(batch: Batch) -> Batch:
 
     At least one empty document is appended, and more up to a number of which there are few: multiples of 16 up to 64,
     of 32 up to 128, and so on, always of a quarter to a half, since empty ones cost nothing. Dead tiles of documents
-    cost as much as others: there are 16 at most, or a thirty-second part. ``places`` is set to a sixteenth of the
-    positions or a multiple of it. Tokens, labels and what any document gives stay what they are. A batch with room
-    stays as it is.
+    cost as much as others: there are 4 at most, or an eighth of up to 128, of more 16, or a thirty-second part.
+    ``places`` is set to a sixteenth of the positions or a multiple of it, also where no label counts. Tokens, labels
+    and what any document gives stay what they are. A batch with room stays as it is.
     """
     lengths = batch.segments.lengths
     if batch.segments.room:
@@ -76,14 +76,15 @@ def with_room(batch: Batch) -> Batch:
     least = len(lengths) + 1
     step = max(16, (1 << (least.bit_length() - 1)) // 2)
     tiles = num_tiles(lengths)
-    room = _round_up(tiles, max(16, (1 << (tiles.bit_length() - 1)) // 32))
+    size = 1 << (tiles.bit_length() - 1)
+    room = _round_up(tiles, max(4, min(16, size // 8), size // 32))
     empty = _round_up(least, step) - len(lengths)
     positions = batch.labels.numel()
     return replace(
         batch,
         segments=Segments([*lengths, *[0] * empty], device=batch.segments.device, room=room),
         document_ids=batch.document_ids and (*batch.document_ids, *[PADDING] * empty),
-        places=min(_round_up(batch.num_labels, math.ceil(positions / 16)), positions),
+        places=min(_round_up(max(batch.num_labels, 1), math.ceil(positions / 16)), positions),
     )
 
 
