@@ -147,7 +147,7 @@ def predict_memory(
         loss: What computes losses on logits: ``reference`` or ``triton``.
         fused: Whether decoder layers run fused.
         num_shards: Processes that share parameters, gradients and moments.
-        engine: When sharded weights that are gathered are let go.
+        engine: When sharded weights that are gathered are let go, and whether passes are captured.
         buckets: Whether processes with whole models share gradients, by way of buffers as large as these.
     """
     tokens = stage.micro_batch_size * stage.seq_len
@@ -161,6 +161,7 @@ def predict_memory(
     copied = num_shards > 1 and stays_gathered(
         engine, stage, geometry=geometry, num_student=num_student + learning.num_adapters, device=device
     )
+    captured = fused and device.kind == "cuda" and engine.capture != "never" and (num_shards == 1 or copied)
     # blocks whose gathered matrices are there together
     at_once = len(placement.converted_layers) if layerwise else min(2, geometry.num_layers)
     if layerwise:
@@ -191,9 +192,9 @@ def predict_memory(
         )
         # those of all micro-batches are added up before they are shared
         + (4 * learning.num_trained if copied else 0),
-        # a step is taken when activations have gone
+        # a step is taken when activations have gone, whose memory graphs keep
         optimizer=(4 * learning.num_trained * (2 if buckets else 1) + learning.moments) // num_shards
-        + max(0, learning.work - activations - loss_bytes),
+        + max(0, learning.work - (0 if captured else activations + loss_bytes)),
         activations=activations,
         loss=loss_bytes,
     )

@@ -16,6 +16,7 @@ from gendistill.anatomy.family import geometry_of
 from gendistill.anatomy.placement import Placement
 from gendistill.bench.documents import Drawer
 from gendistill.bench.shapes import SHAPES, stage_config
+from gendistill.config.engine import EngineConfig
 from gendistill.config.load import load_recipe
 from gendistill.config.lora import LoRAConfig
 from gendistill.config.mixers import MixersConfig
@@ -49,7 +50,7 @@ class Case:
             stage, self.stage, self.conversion, self.teacher.as_teacher("bfloat16"), tied_head=True
         )
 
-    def memory(self):
+    def memory(self, **engine):
         return predict_memory(
             self.stage,
             geometry=geometry_of(self.config),
@@ -63,6 +64,7 @@ class Case:
             device=H200,
             loss="triton",
             fused=True,
+            engine=EngineConfig(**engine),
         )
 
     def time(self, **changes):
@@ -115,6 +117,16 @@ def test_predicted_time_is_within_a_fifth_of_the_measured_one(shape, stage):
     assert case.time().hours == pytest.approx(seconds, rel=0.2), (
         f"measured again? the MFU in gendistill/runs/timing.py is to be {mfu:.2f}"
     )
+
+
+def test_an_optimizer_cannot_work_in_the_memory_of_graphs():
+    case = Case("qwen3-0.6b", "distill", optimizer="adamw8bit")
+    graphs, without = case.memory(), case.memory(capture="never")
+    assert case.learning.work > 100e6
+    assert graphs.optimizer - without.optimizer == case.learning.work
+    assert graphs.total - without.total == case.learning.work
+    # nothing without graphs
+    assert Case("qwen3-0.6b", "distill").memory() == Case("qwen3-0.6b", "distill").memory(capture="never")
 
 
 @pytest.mark.parametrize(("shape", "stage"), MEASURED)
