@@ -25,7 +25,7 @@ from gendistill.training.parallel import Parallel
 from gendistill.training.parallel.copies import Quiet
 
 # Kinds of batches that have a graph at a time: by number of documents, and of labels that count. Plain text has about
-# ten, chats with labels on answers alone up to eighty; each takes a few megabytes beside the memory that all share.
+# ten, chats with labels on answers alone up to eighty. Each takes memory of its own beside that which all share.
 MOST_GRAPHS = 64
 # launches that have to make up for a graph that takes another one's place, and how many of them are remembered
 LAUNCHES_PER_LOSS, MOST_CREDIT = 3, 256
@@ -138,6 +138,8 @@ class CapturedPasses:
 
     def __call__(self, batch: Batch) -> Tensor:
         """Run a batch's passes; what is returned is valid until the next call."""
+        if self.given_up:
+            return self.passes(batch)
         key = (self.clock.running, *kind_of(batch))
         graph = self.graphs.get(key)
         if graph is not None:
@@ -172,6 +174,8 @@ class CapturedPasses:
         return not self.given_up
 
     def _try_to_capture(self, batch: Batch) -> _Graph | None:
+        # a step in which something is captured says little about others
+        self.clock.discard()
         try:
             static = static_copy(batch)
             if not self.clock.running and (hooked := _hooked(self._modules)):
@@ -192,8 +196,6 @@ class CapturedPasses:
             # what the error held in memory is gone here
             self._give_up(reason)
             return None
-        # a step in which something is captured says little about others
-        self.clock.discard()
         return _Graph(tensors_of(static), values, spans, launch)
 
     def _all_attributes(self) -> _Attributes:

@@ -81,7 +81,7 @@ class StepClock:
             self.running = False
             if self._discarded:
                 self._spans.clear()
-            self._mixer_out = self._open = self._decoder_end = None
+            self._forget_beginnings()
             for handle in handles:
                 handle.remove()
 
@@ -131,6 +131,8 @@ class StepClock:
             yield self._spans
         finally:
             self._spans = spans
+            # after an error, the beginnings of spans that have no end
+            self._forget_beginnings()
 
     def add(self, spans: Sequence[Span]) -> None:
         """Count spans to the step: those of a graph that is launched again, which makes their marks anew."""
@@ -147,6 +149,9 @@ class StepClock:
         event = torch.cuda.Event(enable_timing=True, external=torch.cuda.is_current_stream_capturing())
         event.record()
         return event
+
+    def _forget_beginnings(self) -> None:
+        self._mixer_out = self._open = self._decoder_end = None
 
     def _begin(self, name: Part) -> None:
         """Begin a part's backward pass; it ends the one before."""

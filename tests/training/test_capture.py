@@ -553,3 +553,39 @@ def test_a_graph_stays_from_step_to_step(tiny, monkeypatch, tmp_path):
     assert result.loss_last == expected.loss_last
     for one, two in zip(student.parameters(), other.parameters(), strict=True):
         assert torch.equal(one, two)
+
+
+def test_a_capture_that_fails_in_a_measured_step_leaves_no_marks(batches):
+    """Marks of a capture are never made: to read them would be an error on a GPU."""
+    model, marks = Model(), []
+    captured, failed = made(model, passes_of(model, asks=lambda batch: asks(batch)))
+    clock = captured.clock
+
+    def asks(batch):
+        with clock.part("student", backward=True):
+            clock._begin("mixers")
+            marks.append(clock._open[1])
+            bool(batch.num_labels)
+
+    for number in range(4):
+        with clock.step(model, [], measured=True):
+            captured(batches[0])
+            assert number != 1 or captured.given_up
+            used = [mark for _, start, end in clock._spans for mark in (start, end)]
+            assert number != 1 or marks[1] not in used
+        # a step with a capture says little about others
+        assert bool(clock.read()) == (number != 1)
+    assert failed
+
+
+def test_nothing_more_is_remembered_of_batches_once_passes_stay_eager(batches):
+    model = Model()
+    captured, _ = made(model, passes_of(model, asks=lambda batch: bool(batch.num_labels)))
+    captured(batches[0])
+    captured(batches[0])
+    assert captured.given_up
+    captured._seen.clear()
+    captured._builders = None
+    captured(dataclasses.replace(batches[0], places=1000))
+    assert not captured._seen
+    assert captured._builders is None
