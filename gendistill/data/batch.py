@@ -88,6 +88,11 @@ def with_room(batch: Batch) -> Batch:
     )
 
 
+def without_surplus(batch: Batch) -> Batch:
+    """Have a loss take only the positions whose label counts, where shapes need not be those of other batches."""
+    return batch if batch.places is None else replace(batch, places=None)
+
+
 def _round_up(number: int, step: int) -> int:
     return -(-number // step) * step
 

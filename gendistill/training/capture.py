@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from gendistill.config.engine import EngineConfig
-from gendistill.data.batch import Batch, Unknown
+from gendistill.data.batch import Batch, Unknown, without_surplus
 from gendistill.ops.types import Segments
 from gendistill.training.clock import Span, StepClock
 from gendistill.training.parallel import Parallel
@@ -139,7 +139,7 @@ class CapturedPasses:
     def __call__(self, batch: Batch) -> Tensor:
         """Run a batch's passes; what is returned is valid until the next call."""
         if self.given_up:
-            return self.passes(batch)
+            return self.passes(without_surplus(batch))
         key = (self.clock.running, *kind_of(batch))
         graph = self.graphs.get(key)
         if graph is not None:
@@ -150,7 +150,7 @@ class CapturedPasses:
                 self.graphs[key] = graph
         if graph is None:
             self._seen.add(key)
-            return self._run_eagerly(batch)
+            return self.passes(without_surplus(batch)) if self.given_up else self._run_eagerly(batch)
         # now the last
         self.graphs[key] = self.graphs.pop(key)
         torch._foreach_copy_(graph.inputs, tensors_of(batch))  # pyright: ignore

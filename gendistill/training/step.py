@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gendistill.data.batch import Batch
+from gendistill.data.batch import Batch, without_surplus
 from gendistill.engine.decoder import refreshed
 from gendistill.losses.base import LossTerm, Objective
 from gendistill.teachers.base import Teacher, TeacherSignals
@@ -146,7 +146,7 @@ class StepRunner:
             sums, shared = self.captured(batch.to(self.device)), False
         else:
             with self.parallel.accumulating(self.module, last=last):
-                sums = self._passes(batch, self.module)
+                sums = self._passes(without_surplus(batch), self.module)
         if last and not shared and self._gradients is not None:
             self.parallel.average(self._gradients.whole)
         return sums

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from gendistill.data.batch import IGNORE, Unknown, with_room
+from gendistill.losses.logits import LogitObjective
 from gendistill.ops.types import UnknownLengths
 from gendistill.training.capture import (
     CapturedPasses,
@@ -589,3 +590,39 @@ def test_nothing_more_is_remembered_of_batches_once_passes_stay_eager(batches):
     captured(dataclasses.replace(batches[0], places=1000))
     assert not captured._seen
     assert captured._builders is None
+
+
+def test_eager_passes_take_no_surplus_positions(tiny, monkeypatch, tmp_path):
+    """A stage's batches have room as long as it might be captured; if it is not, the room costs time for nothing."""
+    given, call = [], LogitObjective.__call__
+
+    class Roomy(tiny.TinyStream):
+        def __next__(self):
+            return [with_room(batch) for batch in super().__next__()]
+
+    def watched(objective, student, signals, batch):
+        given.append(batch.places)
+        return call(objective, student, signals, batch)
+
+    monkeypatch.setattr(LogitObjective, "__call__", watched)
+    monkeypatch.setattr(tiny, "TinyStream", Roomy)
+    result, _ = tiny.run_stage(tmp_path / "room", steps=2)
+    assert given
+    assert set(given) == {None}
+    monkeypatch.undo()
+    expected, _ = tiny.run_stage(tmp_path / "plain", steps=2)
+    assert result.loss_last == pytest.approx(expected.loss_last, rel=1e-6)
+
+
+def test_passes_that_stay_eager_after_all_take_none_either(batches):
+    model, places = Model(), []
+
+    def asks(batch):
+        places.append(batch.places)
+        bool(batch.num_labels)
+
+    captured, _ = made(model, passes_of(model, asks=asks))
+    for _ in range(3):
+        captured(batches[0])
+    assert captured.given_up
+    assert places[-1] is None
