@@ -8,13 +8,14 @@ import torch
 from gendistill.bench.shapes import SHAPES
 from gendistill.bench.step import StepBench
 from gendistill.config.engine import EngineConfig
+from gendistill.training import capture
 
 pytestmark = pytest.mark.gpu
 
 
-def train(stage, steps, **engine):
+def train(stage, steps, *, checkpointing=False, **engine):
     """Take steps on a small shape that has all kinds of layers; returns losses, weights and the number of graphs."""
-    bench = StepBench(shape=SHAPES["tiny"], stage=stage)
+    bench = StepBench(shape=SHAPES["tiny"], stage=stage, checkpointing=checkpointing)
     config = EngineConfig(**engine)
     with bench.opened(config, stream=bench.stream(config)) as run:
         found = []
@@ -34,11 +35,17 @@ def deterministic():
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.parametrize("stage", ["distill", "block"])
-def test_graphs_train_as_eager_steps_do(deterministic, stage):
-    losses, weights, graphs = train(stage, 12, capture="always")
-    expected, others, none = train(stage, 12, capture="never")
-    assert graphs > 0
+@pytest.mark.parametrize(
+    ("stage", "checkpointing", "most"),
+    [("distill", False, 64), ("distill", True, 64), ("distill", False, 1), ("block", False, 64)],
+)
+def test_graphs_train_as_eager_steps_do(deterministic, monkeypatch, stage, checkpointing, most):
+    monkeypatch.setattr(capture, "MOST_GRAPHS", most)
+    # however often one makes room for another
+    monkeypatch.setattr(capture, "LAUNCHES_PER_LOSS", 0)
+    losses, weights, graphs = train(stage, 12, checkpointing=checkpointing, capture="always")
+    expected, others, none = train(stage, 12, checkpointing=checkpointing, capture="never")
+    assert 0 < graphs <= most
     assert none == 0
     assert losses == pytest.approx(expected, rel=1e-5)
     for name, value in weights.items():
