@@ -61,7 +61,8 @@ class CapturedPasses:
 
     The first batches run eagerly: they compile kernels and make index tables. From the second of a kind on, passes are
     captured and launched; once there is a graph, batches of other kinds are captured at first sight, for an eager run
-    beside graphs would take its memory a second time. Where there are enough, the one used longest ago makes room. All
+    beside graphs would take its memory a second time. If that fails, graphs go, and the kind runs eagerly once: kernels
+    that it alone needs cannot be loaded during a capture. Where there are enough, the one used longest ago makes room. All
     graphs share one pool of memory: no two run at a time.
 
     Args:
@@ -145,11 +146,11 @@ class CapturedPasses:
         if graph is not None:
             self._credit = min(self._credit + 1, MOST_CREDIT)
         elif self._may_capture(batch, key):
-            graph = self._try_to_capture(batch)
+            graph = self._try_to_capture(batch, key)
             if graph is not None:
                 self.graphs[key] = graph
+        self._seen.add(key)
         if graph is None:
-            self._seen.add(key)
             return self.passes(without_surplus(batch)) if self.given_up else self._run_eagerly(batch)
         # now the last
         self.graphs[key] = self.graphs.pop(key)
@@ -173,7 +174,7 @@ class CapturedPasses:
                 self._give_up("batches are of too many kinds")
         return not self.given_up
 
-    def _try_to_capture(self, batch: Batch) -> _Graph | None:
+    def _try_to_capture(self, batch: Batch, key: Key) -> _Graph | None:
         # a step in which something is captured says little about others
         self.clock.discard()
         try:
@@ -187,13 +188,19 @@ class CapturedPasses:
                 raise _NotRepeated(f"{other} is another after every pass, and would stay as it is")
         except torch.OutOfMemoryError:
             reason = "graphs take more memory than there is"
+        except _NotRepeated as error:
+            reason = str(error)
         except Exception as error:
             # nothing of a capture has run: no gradient has been added to
-            reason = _reason(error)
+            reason = _reason(error) if key in self._seen else _NOT_YET
         else:
             reason = None
+        # what the error held in memory is gone here
+        if reason is _NOT_YET:
+            # it runs eagerly once
+            self.release()
+            return None
         if reason is not None:
-            # what the error held in memory is gone here
             self._give_up(reason)
             return None
         return _Graph(tensors_of(static), values, spans, launch)
@@ -224,6 +231,10 @@ class CapturedPasses:
         values = self.passes(batch)
         self._builders = (self._builders or set()) | {*batch.segments.builders}
         return values
+
+
+# of a kind that has not run yet: kernels of its own cannot be loaded while a stream is captured
+_NOT_YET = "not yet"
 
 
 class _NotRepeated(RuntimeError):

@@ -626,3 +626,42 @@ def test_passes_that_stay_eager_after_all_take_none_either(batches):
         captured(batches[0])
     assert captured.given_up
     assert places[-1] is None
+
+
+def test_a_kind_whose_kernels_are_not_there_yet_runs_eagerly_once(batches):
+    """Triton loads no kernel while a stream is captured, and a first long document needs others than short ones."""
+    model, loaded = Model(), set()
+
+    def asks(batch):
+        if isinstance(batch.num_labels, Unknown) and batch.places not in loaded:
+            raise RuntimeError("Triton Error [CUDA]: operation not permitted when stream is capturing")
+        loaded.add(batch.places)
+
+    passes = passes_of(model)
+    captured, failed = made(model, passes_of(model, asks=asks))
+    other = dataclasses.replace(batches[0], places=1000)
+    numbers = []
+    for batch in (*[batches[0]] * 2, other, other, batches[0]):
+        captured.held.clear()
+        assert torch.equal(captured(batch), passes(batch))
+        numbers.append(captured.num_graphs)
+    # the memory of passes is not taken twice
+    assert numbers == [0, 1, 0, 1, 2]
+    assert not failed
+
+
+def test_a_kind_that_fails_again_ends_graphs(batches):
+    model = Model()
+
+    def asks(batch):
+        if isinstance(batch.num_labels, Unknown) and batch.places == 1000:
+            raise RuntimeError("never")
+
+    captured, failed = made(model, passes_of(model, asks=asks))
+    other = dataclasses.replace(batches[0], places=1000)
+    for batch in (batches[0], batches[0], other):
+        captured(batch)
+    assert not captured.given_up
+    captured(other)
+    assert captured.given_up
+    assert failed == ["RuntimeError: never"]
