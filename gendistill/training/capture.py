@@ -62,8 +62,8 @@ class CapturedPasses:
     The first batches run eagerly: they compile kernels and make index tables. From the second of a kind on, passes are
     captured and launched; once there is a graph, batches of other kinds are captured at first sight, for an eager run
     beside graphs would take its memory a second time. If that fails, graphs go, and the kind runs eagerly once: kernels
-    that it alone needs cannot be loaded during a capture. Where there are enough, the one used longest ago makes room. All
-    graphs share one pool of memory: no two run at a time.
+    that it alone needs cannot be loaded during a capture. Where there are enough graphs, the one used longest ago makes
+    room. All share one pool of memory: no two run at a time.
 
     Args:
         passes: Adds a batch's gradients to ``grad``, which exists, and returns ``[P]`` float32; reads the host for
