@@ -148,7 +148,8 @@ def predict_memory(
         fused: Whether decoder layers run fused.
         num_shards: Processes that share parameters, gradients and moments.
         engine: When sharded weights that are gathered are let go.
-        buckets: Whether processes with whole models share gradients, by way of buffers as large as these.
+        buckets: Whether processes with whole models share gradients while others are computed, by way of buffers as
+            large as these.
     """
     tokens = stage.micro_batch_size * stage.seq_len
     width = _width(stage, device)
@@ -186,6 +187,7 @@ def predict_memory(
             learning,
             geometry,
             width,
+            _gathered_width(engine, width),
             num_shards,
             None if copied else at_once,
         )
@@ -211,7 +213,7 @@ def stays_gathered(
         num_student: Parameters of it, adapters included.
         device: Of each process.
     """
-    copies = _copies_bytes(num_student, geometry, _width(stage, device))
+    copies = _copies_bytes(num_student, geometry, _gathered_width(engine, _width(stage, device)))
     return engine.keeps_whole(copies, device.total_bytes)
 
 
@@ -222,8 +224,13 @@ def _width(stage: StageConfig, device: Device) -> int:
     return 2 if half else 4
 
 
+def _gathered_width(engine: EngineConfig, width: int) -> int:
+    """Return the bytes of a number of a block's weights that are gathered."""
+    return 4 if engine.gather == "float32" else width
+
+
 def _copies_bytes(num_student: int, geometry: Geometry, width: int) -> int:
-    """Sum whole copies: blocks in the dtype of arithmetic, the rest in float32."""
+    """Sum whole copies: blocks in a dtype of this width, the rest in float32."""
     outside, _ = _sizes(num_student, geometry)
     return width * (num_student - outside) + 4 * outside
 
@@ -251,6 +258,7 @@ def _student_bytes(
     learning: Learning,
     geometry: Geometry,
     width: int,
+    gathered: int,
     num_shards: int,
     at_once: int | None,
 ) -> int:
@@ -258,6 +266,8 @@ def _student_bytes(
     if num_shards == 1:
         return num_student * (4 if width == 4 else 6)
     masters = 4 * num_student // num_shards
+    # what arrives in another dtype than that of arithmetic is cast
+    width = gathered if gathered == width else gathered + width
     if at_once is None:
         return masters + _copies_bytes(num_student, geometry, width)
     outside, block = _sizes(num_student, geometry)

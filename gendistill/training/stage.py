@@ -311,8 +311,6 @@ class StageRun:
                 where="engine.capture",
                 hint="use engine.capture=auto, which captures what can be",
             )
-        elif parallel.averages and parallel.world > 1:
-            runner.hold_gradients(self.trained.values())
 
     def _not_captured(self, reason: str) -> None:
         """Say why passes are not captured after all."""

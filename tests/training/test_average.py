@@ -9,7 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from gendistill.config.objectives import KLConfig
+from gendistill.losses.logits import compare_logits
+from gendistill.teachers.live import LiveTeacher
 from gendistill.training.parallel.ddp import DataParallel
+from gendistill.training.parallel.single import Single
+from gendistill.training.step import StepRunner
 
 # one process; then with gradients that stay where they are, alone and on two processes, whole or sharded; and without
 # graphs
@@ -76,3 +81,25 @@ def test_only_what_does_not_overlap_is_averaged(monkeypatch):
         process.average(gradients)
     assert shared == [gradients]
     assert gradients.tolist() == [2.0, 2.0, 2.0]
+
+
+class Two(Single):
+    """The first of two processes, of which the other one has no gradients."""
+
+    world = 2
+
+    def average(self, gradients):
+        gradients /= self.world
+
+
+def test_whoever_runs_a_step_has_its_gradients_averaged(tiny):
+    """A loss is divided by the labels of all processes: what a process computes is ``world`` times its share."""
+
+    def norm(parallel):
+        student = tiny.make_student()
+        runner = StepRunner(student, compare_logits(KLConfig()), LiveTeacher(tiny.make_teacher()), parallel)
+        runner.accumulate([tiny.batch_of([1, 2])])
+        return torch.nn.utils.get_total_norm([each.grad for each in student.parameters()])
+
+    one, two = norm(Single(torch.device("cpu"))), norm(Two(torch.device("cpu")))
+    assert two.item() == pytest.approx(one.item(), rel=1e-5)
