@@ -127,11 +127,12 @@ def predict_memory(
     """Predict the peak of one process.
 
     ``teacher = teacher_bytes * P_teacher``; ``student = 4 * P_student`` (float32 masters, adapters included), plus
-    ``2 * P_student`` for bfloat16 copies where the arithmetic is in bfloat16; ``optimizer = 4 * P_trained`` for
-    gradients, plus the moments, ``8 * P_trained`` in float32. Sharded over processes, each has its part of all these,
-    and whole what lies outside the blocks, with its gradients where it learns, and two blocks at a time; an objective
-    that works layer by layer keeps every converted one. Where the engine keeps gathered weights for a step, there are
-    whole copies of all blocks and whole gradients, too, and the teacher is not sharded.
+    ``2 * P_student`` for bfloat16 copies where the arithmetic is in bfloat16 (4 where layers run fused in float32);
+    ``optimizer = 4 * P_trained`` for gradients, plus the moments, ``8 * P_trained`` in float32. Sharded over processes,
+    each has its part of all these, and whole what lies outside the blocks, with its gradients where it learns, and two
+    blocks at a time; an objective that works layer by layer keeps every converted one. Where the engine keeps gathered
+    weights for a step, there are whole copies of all blocks and whole gradients, too, and the teacher is not sharded.
+    What is gathered in another dtype than that of the arithmetic is there in both.
 
     Args:
         stage: Batch, length and objective.
@@ -190,6 +191,7 @@ def predict_memory(
             _gathered_width(engine, width),
             num_shards,
             None if copied else at_once,
+            fused=fused,
         )
         # those of all micro-batches are added up before they are shared
         + (4 * learning.num_trained if copied else 0),
@@ -261,10 +263,13 @@ def _student_bytes(
     gathered: int,
     num_shards: int,
     at_once: int | None,
+    *,
+    fused: bool,
 ) -> int:
     """Sum float32 masters, and what is made of them to be used: of so many blocks at once, or of all for a step."""
     if num_shards == 1:
-        return num_student * (4 if width == 4 else 6)
+        # fused layers pack what learns, whatever its dtype
+        return num_student * (4 + (width if fused or width < 4 else 0))
     masters = 4 * num_student // num_shards
     # what arrives in another dtype than that of arithmetic is cast
     width = gathered if gathered == width else gathered + width

@@ -330,6 +330,16 @@ def test_weights_that_are_gathered_in_float32_are_cast_beside_it(planned):
         )
 
 
+def test_fused_layers_pack_their_weights_in_float32_too(planned):
+    words = ("stages.distill.compute_dtype=float32", "student.impl=reference")
+    cpu = Device("cpu", "CPU", 10**12)
+    plain, fused = (
+        parts_of(planned(*words, f"engine.blocks={blocks}", device=cpu), "distill")[0].student
+        for blocks in ("family", "fused")
+    )
+    assert fused == 2 * plain
+
+
 def test_adapters_beside_fused_layers_need_whole_copies(planned):
     words = ("engine.parallel=fsdp2", "stages.distill.lora.rank=8", "stages.distill.lora.groups=[attention]")
     step, always = (

@@ -1,15 +1,17 @@
 """Stages that average held gradients, as beside CUDA graphs: a script for ``test_average.py``."""
 
-import functools
 import importlib.util
 import json
+import os
 import sys
 from pathlib import Path
 
+from accelerate import Accelerator
+
+from gendistill.config.engine import EngineConfig
 from gendistill.testing import tiny_student, tiny_teacher
 from gendistill.training import capture, stage
-from gendistill.training.parallel import choose
-from gendistill.training.parallel.ddp import DataParallel
+from gendistill.training.parallel import choose_parallel
 
 _SPEC = importlib.util.spec_from_file_location("tiny_run", Path(__file__).with_name("tiny_run.py"))
 assert _SPEC is not None
@@ -45,6 +47,8 @@ class Eager(capture.CapturedPasses):
     def __init__(self, *args, **settings):
         super().__init__(*args, **settings)
         self.given_up = True
+        if os.environ.get("RANK") == "1":
+            self.failed("what only this process has met")
 
 
 def train(folder, *, tied=False, bad_steps=(), **changes):
@@ -65,14 +69,16 @@ def held(folder, **changes):
     stage.is_fused = lambda model: True
     sys.modules["gendistill.training.step"].CapturedPasses = Eager
     sys.modules["gendistill.training.step"].refreshed = lambda model: model
-    choose.DataParallel = functools.partial(DataParallel, overlaps=False)
-    train(folder, **changes)
+    averaged(folder, **changes)
 
 
 def averaged(folder, **changes):
     """Train on whole models without a wrapper, and without graphs."""
-    choose.DataParallel = functools.partial(DataParallel, overlaps=False)
-    train(folder, **changes)
+    EngineConfig.may_capture = lambda *_: True
+    engine = EngineConfig(**changes.get("engine", {}))
+    parallel = choose_parallel(Accelerator(cpu=True), engine)
+    assert parallel.averages == (engine.parallel == "ddp")
+    train(folder, parallel=parallel, **changes)
 
 
 def main(folder, wanted):

@@ -71,6 +71,13 @@ def test_a_stage_in_minutes_ends(tiny, averaged, kind):
     assert tiny.rows(folder / "minutes" / kind)
 
 
+def test_a_process_that_gives_up_alone_says_so(averaged):
+    *_, output = averaged
+    said = "tiny: goes on without CUDA graphs (what only this process has met)"
+    warnings = {line for line in output.splitlines() if "without CUDA graphs" in line}
+    assert warnings == {f"warning: rank 1: {said}"}
+
+
 def test_only_what_does_not_overlap_is_averaged(monkeypatch):
     shared = []
     monkeypatch.setattr("torch.distributed.all_reduce", shared.append)
