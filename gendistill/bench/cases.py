@@ -11,6 +11,7 @@ VOCABULARY = 151_936
 FORWARD, TRAIN = "forward", "forward+backward"
 MEMORY, LAUNCHES, BANDWIDTH = "peak extra memory", "launches", "bandwidth"
 STEP = "step"
+GRAPH = "CUDA graph"
 SPEED = "times as fast as the peer"
 _SMALL_TOKENS = 200
 COLD_QUANTITIES = ("empty cache", "warm cache")

@@ -20,7 +20,7 @@ from rich.table import Table
 from torch import Tensor
 
 from gendistill.bench import measure
-from gendistill.bench.cases import LOSS_BARS, LOSS_ERROR_BAR, MEMORY, TRAIN, LossCase
+from gendistill.bench.cases import GRAPH, LOSS_BARS, LOSS_ERROR_BAR, MEMORY, TRAIN, LossCase
 from gendistill.bench.measure import Step, attempt
 from gendistill.bench.rows import Measurement, measurement_table
 from gendistill.ops import Divergence, Impl, Term, linear_divergence
@@ -227,19 +227,35 @@ class LossBench:
             else:
                 self._say(f"{who.label} is not measured: {reason}")
         times = measure.time_rounds(steps)
+        replays = self._replays(steps)
+        launched = measure.time_rounds(replays) if replays else {}
         peaks = {label: measure.peak_extra_mib(step) * 2**20 / 1e9 for label, step in steps.items()}
-        medians = {label: timing.median for label, timing in times.items()}
-        spread = "; ".join(
-            f"{label}: rounds {time.low:.4g} to {time.high:.4g}" for label, time in times.items()
+        medians, graphs = (
+            {label: timing.median for label, timing in found.items()} for found in (times, launched)
         )
         others = [label for label in steps if label != self.ours.label] or [None]
         for peer in others:
             found = [
-                _measurement(case, TRAIN, "ms", medians, self.ours.label, peer, note=spread),
+                _measurement(case, TRAIN, "ms", medians, self.ours.label, peer, note=_spread(times)),
+                _measurement(
+                    case, f"{TRAIN}, {GRAPH}", "ms", graphs, self.ours.label, peer, note=_spread(launched)
+                ),
                 _measurement(case, f"{TRAIN}, {MEMORY}", "GB", peaks, self.ours.label, peer),
             ]
             self.console.print(measurement_table(found, peer))
             self.rows += [row for each in found if (row := each.row(peer)) is not None]
+
+    def _replays(self, steps: Mapping[str, Step]) -> dict[str, Step]:
+        """Capture steps as CUDA graphs, as training launches them; returns what launches each that can be captured."""
+        found: dict[str, Step] = {}
+        if self.device == "cuda":
+            for label, step in steps.items():
+                graph, reason = attempt(lambda step=step: measure.capture(step))
+                if reason is None:
+                    found[label] = graph.replay
+                else:
+                    self._say(f"{label} is not captured: {reason}")
+        return found
 
     def _say(self, text: str) -> None:
         self.console.print(f"[dim]{time.monotonic() - self._start:6.1f} s[/]  {escape(text)}", soft_wrap=True)
@@ -251,6 +267,10 @@ def _step(who: LossContestant, case: LossCase, x: LossInputs) -> Callable[[], tu
         return loss.detach(), *torch.autograd.grad(loss, x.leaves)
 
     return step
+
+
+def _spread(times: Mapping[str, measure.Timing]) -> str:
+    return "; ".join(f"{label}: rounds {time.low:.4g} to {time.high:.4g}" for label, time in times.items())
 
 
 def _compare(runs: Sequence[Sequence[Tensor]], exact: Sequence[Tensor]) -> tuple[list[float], bool]:
@@ -273,8 +293,8 @@ def _measurement(
         case=case.name,
         quantity=quantity,
         unit=unit,
-        ours=values[ours],
-        peer=None if peer is None else values[peer],
+        ours=values.get(ours),
+        peer=None if peer is None else values.get(peer),
         bar=LOSS_BARS.get((case.name, unit)),
         note=note,
     )

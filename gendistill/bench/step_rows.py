@@ -120,8 +120,9 @@ def result_rows(
     for each in found[1:]:
         case = f"{stage} stage, {shape}, {each.name}"
         low, high = each.spread
-        note = f"{low:,.0f} to {high:,.0f}; {each.speed / first.speed:.3f} times {first.name}"
+        note, times = f"{low:,.0f} to {high:,.0f}", each.speed / first.speed
         rows.append(_row(f"{case}: {SPEED}", each.speed, SPEED, "higher", n=len(each.seconds), note=note))
+        rows.append(_row(f"{case}: times {first.name}", times, "times", "higher"))
         if each.memory_gb is not None:
             rows.append(_row(f"{case}: {MEMORY}", each.memory_gb, "GB", "lower"))
     return rows

@@ -106,3 +106,14 @@ def test_every_bar_is_of_a_case():
 def test_without_cuda_it_says_so(capsys):
     assert main(["bench", "loss"]) == 1
     assert "gendistill bench loss measures on a CUDA device" in capsys.readouterr().err
+
+
+def test_what_can_be_captured_is_timed_as_a_graph_too(monkeypatch):
+    monkeypatch.setattr(LossBench, "_replays", lambda self, steps: dict(steps))
+    made, _ = bench(monkeypatch)
+    assert made.run() == 0
+    rows = {row.name: row for row in made.rows}
+    for case in CASES:
+        eager = rows[f"{case.name}: forward+backward"]
+        graph = rows[f"{case.name}: forward+backward, CUDA graph"]
+        assert (graph.value, graph.bar, graph.unit) == (eager.value, eager.bar, eager.unit)
