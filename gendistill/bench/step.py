@@ -188,6 +188,8 @@ class StepBench:
             stream: Of batches; closed at the end.
             exact: Whether all arithmetic is float32 and eager, from the same weights.
         """
+        # each has a way of its own to share a stage
+        self.parallel = connect(engine, cpu=self.cpu)
         model = make_teacher(self.shape, device=self.device, dtype=self.teacher_dtype, seed=self.seed)
         student = make_student(model, self.shape, impl="reference" if exact else "auto")
         teacher = LiveTeacher(model.float() if exact else model)

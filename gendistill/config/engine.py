@@ -57,6 +57,14 @@ class EngineConfig(Section):
         "models run fused on a GPU, whole on every process; always: an error where they cannot",
     )
 
+    def may_capture(self, device: str) -> bool:
+        """Say whether passes may become CUDA graphs, for which batches and shared gradients are made ready.
+
+        Args:
+            device: Kind of it, such as ``cuda``.
+        """
+        return self.capture != "never" and device == "cuda"
+
     def keeps_whole(self, num_bytes: float, device_bytes: float) -> bool:
         """Say whether processes that share a model by ``fsdp2`` keep its weights gathered.
 

@@ -127,11 +127,12 @@ def predict_memory(
     """Predict the peak of one process.
 
     ``teacher = teacher_bytes * P_teacher``; ``student = 4 * P_student`` (float32 masters, adapters included), plus
-    ``2 * P_student`` for bfloat16 copies where the arithmetic is in bfloat16; ``optimizer = 4 * P_trained`` for
-    gradients, plus the moments, ``8 * P_trained`` in float32. Sharded over processes, each has its part of all these,
-    and whole what lies outside the blocks, with its gradients where it learns, and two blocks at a time; an objective
-    that works layer by layer keeps every converted one. Where the engine keeps gathered weights for a step, there are
-    whole copies of all blocks and whole gradients, too, and the teacher is not sharded.
+    ``2 * P_student`` for bfloat16 copies where the arithmetic is in bfloat16 (4 where layers run fused in float32);
+    ``optimizer = 4 * P_trained`` for gradients, plus the moments, ``8 * P_trained`` in float32. Sharded over processes,
+    each has its part of all these, and whole what lies outside the blocks, with its gradients where it learns, and two
+    blocks at a time; an objective that works layer by layer keeps every converted one. Where the engine keeps gathered
+    weights for a step, there are whole copies of all blocks and whole gradients, too, and the teacher is not sharded.
+    What is gathered in another dtype than that of the arithmetic is there in both.
 
     Args:
         stage: Batch, length and objective.
@@ -148,7 +149,8 @@ def predict_memory(
         fused: Whether decoder layers run fused.
         num_shards: Processes that share parameters, gradients and moments.
         engine: When sharded weights that are gathered are let go, and whether passes are captured.
-        buckets: Whether processes with whole models share gradients, by way of buffers as large as these.
+        buckets: Whether processes with whole models share gradients while others are computed, by way of buffers as
+            large as these.
     """
     tokens = stage.micro_batch_size * stage.seq_len
     width = _width(stage, device)
@@ -187,8 +189,10 @@ def predict_memory(
             learning,
             geometry,
             width,
+            _gathered_width(engine, width),
             num_shards,
             None if copied else at_once,
+            fused=fused,
         )
         # those of all micro-batches are added up before they are shared
         + (4 * learning.num_trained if copied else 0),
@@ -212,7 +216,7 @@ def stays_gathered(
         num_student: Parameters of it, adapters included.
         device: Of each process.
     """
-    copies = _copies_bytes(num_student, geometry, _width(stage, device))
+    copies = _copies_bytes(num_student, geometry, _gathered_width(engine, _width(stage, device)))
     return engine.keeps_whole(copies, device.total_bytes)
 
 
@@ -223,8 +227,13 @@ def _width(stage: StageConfig, device: Device) -> int:
     return 2 if half else 4
 
 
+def _gathered_width(engine: EngineConfig, width: int) -> int:
+    """Return the bytes of a number of a block's weights that are gathered."""
+    return 4 if engine.gather == "float32" else width
+
+
 def _copies_bytes(num_student: int, geometry: Geometry, width: int) -> int:
-    """Sum whole copies: blocks in the dtype of arithmetic, the rest in float32."""
+    """Sum whole copies: blocks in a dtype of this width, the rest in float32."""
     outside, _ = _sizes(num_student, geometry)
     return width * (num_student - outside) + 4 * outside
 
@@ -252,13 +261,19 @@ def _student_bytes(
     learning: Learning,
     geometry: Geometry,
     width: int,
+    gathered: int,
     num_shards: int,
     at_once: int | None,
+    *,
+    fused: bool,
 ) -> int:
     """Sum float32 masters, and what is made of them to be used: of so many blocks at once, or of all for a step."""
     if num_shards == 1:
-        return num_student * (4 if width == 4 else 6)
+        # fused layers pack what learns, whatever its dtype
+        return num_student * (4 + (width if fused or width < 4 else 0))
     masters = 4 * num_student // num_shards
+    # what arrives in another dtype than that of arithmetic is cast
+    width = gathered if gathered == width else gathered + width
     if at_once is None:
         return masters + _copies_bytes(num_student, geometry, width)
     outside, block = _sizes(num_student, geometry)

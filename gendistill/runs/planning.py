@@ -425,7 +425,9 @@ class _Run:
             fused=self.is_fused(stage),
             num_shards=self.num_processes if self.sharded else 1,
             engine=self.engine,
-            buckets=self.num_processes > 1 and not self.sharded,
+            buckets=self.num_processes > 1
+            and not self.sharded
+            and not self.engine.may_capture(self.device.kind),
         )
 
     def forecast(self, name: str, stage: StageConfig) -> StageForecast:

@@ -407,7 +407,7 @@ class HeldGradients:
 
 def needs_room(engine: EngineConfig, parallel: Parallel) -> bool:
     """Say whether a stage's batches should have room for others of their kind, since passes may be captured."""
-    return engine.capture != "never" and parallel.device.type == "cuda"
+    return engine.may_capture(parallel.device.type)
 
 
 def why_not_captured(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 import time
 import warnings
 from collections.abc import Mapping
@@ -317,8 +318,6 @@ class StageRun:
                 where="engine.capture",
                 hint="use engine.capture=auto, which captures what can be",
             )
-        elif parallel.averages and parallel.world > 1:
-            runner.hold_gradients(self.trained.values())
 
     def _not_captured(self, reason: str) -> None:
         """Say why passes are not captured after all."""
@@ -328,7 +327,12 @@ class StageRun:
                 where="engine.capture",
                 hint="use engine.capture=auto, which goes on without graphs",
             )
-        self.console.warn(f"{self.job.name}: goes on without CUDA graphs ({reason})")
+        said = f"{self.job.name}: goes on without CUDA graphs ({reason})"
+        if self.parallel.is_main:
+            self.console.warn(said)
+        else:
+            # each decides alone, and the slowest sets the pace of all
+            print(f"warning: rank {self.parallel.rank}: {said}", file=sys.stderr, flush=True)
 
     def _restore(self, checkpoint: Path) -> None:
         """Take weights, moments, rows and progress from a checkpoint."""

@@ -65,6 +65,8 @@ class StepRunner:
         self.clock = StepClock(parallel.device)
         self.captured: CapturedPasses | None = None
         self._gradients: HeldGradients | None = None
+        if parallel.averages and parallel.world > 1:
+            self._hold_gradients(each for each in student.parameters() if each.requires_grad)
         self._fused: list[Any] = []
         self._scale = torch.ones((), device=parallel.device)
 
@@ -75,7 +77,8 @@ class StepRunner:
             trained: What gets gradients.
             failed: Told why, if it cannot be done after all.
         """
-        self.hold_gradients(trained)
+        if self._gradients is None:
+            self._hold_gradients(trained)
         self.captured = CapturedPasses(
             self._passes,
             models=self._models,
@@ -85,7 +88,7 @@ class StepRunner:
             objective=self.objective,
         )
 
-    def hold_gradients(self, trained: Iterable[nn.Parameter]) -> None:
+    def _hold_gradients(self, trained: Iterable[nn.Parameter]) -> None:
         """Keep gradients in one tensor, in which processes share them after the last micro-batch."""
         self._gradients = HeldGradients(self.parallel.holders(trained))
 

@@ -28,6 +28,7 @@ from gendistill.errors import GendistillError, RecipeError
 from gendistill.ops import Segments, chunk_kda
 from gendistill.ops.conv import causal_conv
 from gendistill.results.table import load_results
+from gendistill.training.parallel import Single
 
 CPU = torch.device("cpu")
 TINY = SHAPES["tiny"]
@@ -244,8 +245,23 @@ def test_engines_are_read_from_words():
             read_engine([word], where="--engine")
 
 
-@pytest.mark.parametrize("mode", ["ddp", "fsdp2"])
-def test_two_processes_share_the_rows(tmp_path, mode):
+def test_every_engine_shares_a_stage_in_its_own_way(monkeypatch):
+    asked = []
+
+    def connect(engine, *, cpu):
+        asked.append(engine)
+        return Single(CPU)
+
+    monkeypatch.setattr("gendistill.bench.step.connect", connect)
+    engines = {mode: EngineConfig(parallel=mode) for mode in ("ddp", "fsdp2")}
+    bench = StepBench(shape=TINY, cpu=True, engines=engines)
+    for engine in engines.values():
+        with bench.opened(engine, stream=bench.stream(engine)) as run:
+            assert asked[-1] is engine
+            assert run.parallel is bench.parallel
+
+
+def test_two_processes_share_the_rows_in_both_modes(tmp_path):
     path = tmp_path / "out.json"
     command = [
         sys.executable,
@@ -259,12 +275,13 @@ def test_two_processes_share_the_rows(tmp_path, mode):
         "--steps",
         "2",
     ]
-    command += ["--engine", f"parallel={mode}"]
+    command += ["--engine", "parallel=ddp", "--compare", "parallel=fsdp2"]
     more = ["--warmup", "1", "--num-processes", "2", "--json", str(path), "--commit", "0" * 40]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*command, *more], env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("tokens a step in micro-batches of 2 on 2 x CPU") == 1
+    assert "parallel=fsdp2: " in done.stdout
     [first, *_] = load_results(path).rows
     assert first.name == "distill stage, tiny, 2 processes: tokens/s"
     assert first.bar is None

@@ -285,8 +285,12 @@ def test_processes_hold_what_the_table_of_their_mode_says(planned, num_processes
     assert blocks.student - memory.student == pytest.approx(2 * (21 - 2) * layer, rel=1e-2)
     whole, _ = parts_of(planned("engine.parallel=ddp", num_processes=num_processes), "distill")
     assert whole.student == 6 * student
-    assert whole.optimizer == (12 + 4) * trained
+    # what is shared beside graphs is shared where it lies
+    assert whole.optimizer == 12 * trained
     assert whole.activations == memory.activations
+    words = ("engine.parallel=ddp", "engine.capture=never")
+    overlapping, _ = parts_of(planned(*words, num_processes=num_processes), "distill")
+    assert overlapping.optimizer == (12 + 4) * trained
 
 
 @pytest.mark.parametrize("num_processes", [2, 8])
@@ -318,6 +322,36 @@ def test_gathered_weights_are_kept_where_each_model_takes_less_than_a_twentieth_
     between = Device("cuda", "a GPU", 27 * 10**9)
     assert memory(between, "auto").teacher == memory(between, "step").teacher
     assert memory(between, "auto").student == memory(between, "always").student
+
+
+def test_weights_that_are_gathered_in_float32_are_cast_beside_it(planned):
+    def student(*words, gather, **settings):
+        words = ("engine.parallel=fsdp2", f"engine.gather={gather}", *words)
+        found = planned(*words, num_processes=2, **settings)
+        return parts_of(found, "distill")[0].student, found.conversion.num_parameters - 151_936 * 1024
+
+    half, blocks = student("engine.reshard=step", gather="auto")
+    full, _ = student("engine.reshard=step", gather="float32")
+    assert full - half == pytest.approx(4 * blocks, rel=1e-3)
+    half, _ = student("engine.reshard=always", gather="auto")
+    full, _ = student("engine.reshard=always", gather="float32")
+    assert full - half == pytest.approx(4 * 2 * blocks / 28, rel=1e-3)
+    # copies of 1.5 GB are kept on this device, those of 2.5 GB are not
+    device = Device("cuda", "a GPU", 40 * 10**9)
+    for gather, kept in (("auto", "step"), ("float32", "always")):
+        assert student(gather=gather, device=device) == student(
+            f"engine.reshard={kept}", gather=gather, device=device
+        )
+
+
+def test_fused_layers_pack_their_weights_in_float32_too(planned):
+    words = ("stages.distill.compute_dtype=float32", "student.impl=reference")
+    cpu = Device("cpu", "CPU", 10**12)
+    plain, fused = (
+        parts_of(planned(*words, f"engine.blocks={blocks}", device=cpu), "distill")[0].student
+        for blocks in ("family", "fused")
+    )
+    assert fused == 2 * plain
 
 
 def test_adapters_beside_fused_layers_need_whole_copies(planned):

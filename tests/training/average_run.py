@@ -1,14 +1,17 @@
 """Stages that average held gradients, as beside CUDA graphs: a script for ``test_average.py``."""
 
-import functools
 import importlib.util
 import json
+import os
 import sys
 from pathlib import Path
 
+from accelerate import Accelerator
+
+from gendistill.config.engine import EngineConfig
+from gendistill.testing import tiny_student, tiny_teacher
 from gendistill.training import capture, stage
-from gendistill.training.parallel import choose
-from gendistill.training.parallel.ddp import DataParallel
+from gendistill.training.parallel import choose_parallel
 
 _SPEC = importlib.util.spec_from_file_location("tiny_run", Path(__file__).with_name("tiny_run.py"))
 assert _SPEC is not None
@@ -17,14 +20,25 @@ tiny = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(tiny)
 
 CASES = {
-    "end to end": {},
-    "layer by layer": {"objective": {"kind": "mixer_output"}, "train": ["mixer"]},
-    "two micro-batches each": {"micro_batch_size": 2},
+    "two micro-batches each": {},
+    "one micro-batch each": {
+        "objective": {"kind": "mixer_output"},
+        "train": ["mixer"],
+        "micro_batch_size": 4,
+    },
     "fused bfloat16": {"engine": {"blocks": "fused"}, "compute_dtype": "bfloat16"},
-    "minutes": {"steps": None, "minutes": 0.05},
+    "adapters": {
+        **{"engine": {"blocks": "fused"}, "compute_dtype": "bfloat16", "train": ["mixer", "norm"]},
+        "lora": {"rank": 2, "groups": ["attention", "mlp"]},
+    },
+    "tied": {"tied": True, "train": ["mixer", "embed", "head"]},
+    # the rows of the first process alone
+    "rewound": {"bad_steps": (3, 4, 5), "save_every_steps": 2},
+    # of steps as short as these, lines and scores would take most of the time
+    "minutes": {"steps": None, "minutes": 0.03, "log_every_steps": 50, "heldout_every": None},
 }
 FSDP2 = {"parallel": "fsdp2", "reshard": "step"}
-SAVING = {"save_every_steps": 2, "keep_checkpoints": 9, "heldout_every": 3}
+SCORED = {"heldout_every": 3}
 
 
 class Eager(capture.CapturedPasses):
@@ -33,6 +47,20 @@ class Eager(capture.CapturedPasses):
     def __init__(self, *args, **settings):
         super().__init__(*args, **settings)
         self.given_up = True
+        if os.environ.get("RANK") == "1":
+            self.failed("what only this process has met")
+
+
+def train(folder, *, tied=False, bad_steps=(), **changes):
+    """Train on one process, or in torch's own wrapper."""
+    models = {}
+    if tied:
+        sizes = {"num_hidden_layers": 2, "tie_word_embeddings": True}
+        models["student"] = tiny_student(seed=3, mixers=["kda", "full"], **sizes)
+        models["teacher"] = tiny_teacher("qwen3", seed=4, **sizes)
+    if bad_steps:
+        models["student"] = tiny.spoil(tiny.make_student(), bad_steps)
+    tiny.run_stage(folder, **models, **{**SCORED, **changes})
 
 
 def held(folder, **changes):
@@ -41,28 +69,33 @@ def held(folder, **changes):
     stage.is_fused = lambda model: True
     sys.modules["gendistill.training.step"].CapturedPasses = Eager
     sys.modules["gendistill.training.step"].refreshed = lambda model: model
-    choose.DataParallel = functools.partial(DataParallel, overlaps=False)
-    tiny.run_stage(folder, **{**SAVING, **changes})
+    averaged(folder, **changes)
 
 
 def averaged(folder, **changes):
     """Train on whole models without a wrapper, and without graphs."""
-    choose.DataParallel = functools.partial(DataParallel, overlaps=False)
-    tiny.run_stage(folder, **{**SAVING, **changes})
+    EngineConfig.may_capture = lambda *_: True
+    engine = EngineConfig(**changes.get("engine", {}))
+    parallel = choose_parallel(Accelerator(cpu=True), engine)
+    assert parallel.averages == (engine.parallel == "ddp")
+    train(folder, parallel=parallel, **changes)
 
 
-def main(folder):
-    """Train alone and together; the codes go to ``codes.json``."""
+def main(folder, wanted):
+    """Train alone and together, every case as often as wanted; the codes go to ``codes.json``."""
     codes = {}
-    for name, changes in CASES.items():
-        place, engine = folder / name, changes.get("engine", {})
-        codes[f"{name}, one"] = tiny.exit_code(tiny.in_child(place / "one", **{**SAVING, **changes}))
-        codes[f"{name}, held"] = tiny.exit_code(tiny.in_child(place / "held", work=held, **changes))
-        for kind, work, more in (("ddp", held, {}), ("fsdp2", held, FSDP2), ("averaged", averaged, {})):
-            both = {**changes, "engine": {**engine, **more}}
-            codes[f"{name}, {kind}"] = tiny.together(place / kind, 2, work=work, **both)
+    for name, kinds in wanted.items():
+        for kind in kinds:
+            place, changes = folder / name / kind, dict(CASES[name])
+            if kind.startswith("one"):
+                work = held if kind == "one held" else train
+                codes[f"{name}, {kind}"] = tiny.exit_code(tiny.in_child(place, work=work, **changes))
+                continue
+            changes["engine"] = {**changes.get("engine", {}), **(FSDP2 if kind == "fsdp2" else {})}
+            work = averaged if kind == "averaged" else held
+            codes[f"{name}, {kind}"] = tiny.together(place, 2, work=work, **changes)
     (folder / "codes.json").write_text(json.dumps(codes))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), json.loads(sys.argv[2]))

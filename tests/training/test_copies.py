@@ -7,7 +7,12 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
+from gendistill.config.engine import EngineConfig
+from gendistill.engine.decoder import fuse, release
+from gendistill.testing import tiny_student, tiny_teacher
+from gendistill.training.parallel import copies as copies_of
 from gendistill.training.parallel.copies import WholeCopies
+from gendistill.training.parallel.fsdp2 import FullySharded
 
 
 @pytest.fixture
@@ -84,3 +89,71 @@ def test_a_gradient_that_comes_after_it_was_shared_is_not_lost_in_silence(mesh):
             module(torch.ones(2, 4)).float().sum().backward()
     with pytest.raises(RuntimeError, match="in two parts"):
         copies.share_gradients()
+
+
+def test_fused_layers_see_that_copies_have_new_numbers(mesh):
+    """Also where no optimizer has taken a step in between: a stage that goes back to a checkpoint."""
+    student = tiny_student(seed=0, num_hidden_layers=2, mixers=["kda", "full"])
+    copies = WholeCopies(
+        student, kept=set(), dtype_of=lambda _: torch.float32, mesh=mesh, device=torch.device("cpu")
+    )
+    copies.use()
+    fuse(student, torch.bfloat16, learns=False)
+    fused = student.model._fused_decoder
+    fused.refresh()
+    copies.put_away()
+    part = student.model.layers[1].mlp.down_proj.weight
+    with torch.no_grad():
+        part.to_local().fill_(3.0)
+    copies.use()
+    fused.refresh()
+    assert fused.packed[-1].matrix.eq(3.0).all()
+    release(student)
+
+
+@pytest.mark.parametrize("ahead", [True, False])
+def test_a_whole_copy_is_there_twice_only_while_it_is_awaited_beside_other_work(mesh, monkeypatch, ahead):
+    monkeypatch.setattr(copies_of, "_BUCKET_BYTES", 1)
+    flying, most = set(), []
+
+    def gather(bucket, work=copies_of._Bucket.gather):
+        flying.add(bucket)
+        most.append(len(flying))
+        return work(bucket)
+
+    def spread(bucket, gathered, work=copies_of._Bucket.spread):
+        flying.remove(bucket)
+        work(bucket, gathered)
+
+    monkeypatch.setattr(copies_of._Bucket, "gather", gather)
+    monkeypatch.setattr(copies_of._Bucket, "spread", spread)
+    module = nn.Sequential(*(nn.Linear(3, 3) for _ in range(4)))
+    copies = WholeCopies(
+        module, kept=set(), dtype_of=lambda _: torch.float32, mesh=mesh, device=torch.device("cpu")
+    )
+    if ahead:
+        copies.start()
+    copies.use()
+    assert len(most) == 8
+    assert max(most) == (8 if ahead else 2)
+    assert not flying
+    for linear in module:
+        assert torch.equal(linear.weight, copies._split[2 * list(module).index(linear)].local)
+
+
+def test_a_pass_with_a_teacher_in_parts_is_not_captured_whoever_split_it(mesh):
+    def stage(engine):
+        process = object.__new__(FullySharded)
+        process.engine, process.device, process.world = engine, torch.device("cpu"), 1
+        process._mesh, process._teacher_is_split, process._copies = mesh, False, object()
+        return process
+
+    teacher = tiny_teacher(seed=4, num_hidden_layers=2)
+    engine = EngineConfig(parallel="fsdp2", reshard="always")
+    for _ in range(2):
+        process = stage(engine)
+        process.place_teacher(teacher)
+        assert not process.captures
+    whole = stage(EngineConfig(parallel="fsdp2", reshard="step"))
+    whole.place_teacher(tiny_teacher(seed=4, num_hidden_layers=2))
+    assert whole.captures

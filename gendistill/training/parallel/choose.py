@@ -80,8 +80,8 @@ def choose_parallel(accelerator: Accelerator, engine: EngineConfig | None = None
     if engine.parallel == "fsdp2" or _has_plugin():
         return FullySharded(accelerator, engine)
     # hooks cannot look into a graph
-    captures = engine.capture != "never" and accelerator.device.type == "cuda"
-    return DataParallel(accelerator, patience_s=engine.patience_s, overlaps=not captures)
+    overlaps = not engine.may_capture(accelerator.device.type)
+    return DataParallel(accelerator, patience_s=engine.patience_s, overlaps=overlaps)
 
 
 def check_environment() -> None:

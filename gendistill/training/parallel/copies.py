@@ -7,6 +7,7 @@ micro-batches of a step, so that nothing happens in a layer's forward and backwa
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
-# of a whole copy: what travels in one collective, and is there twice meanwhile
+# of a whole copy or its gradient: what travels in one collective, and is there twice meanwhile
 _BUCKET_BYTES = 2**27
 
 # older and newer names of the same
@@ -116,7 +117,7 @@ class WholeCopies:
 
     @torch.no_grad()
     def start(self) -> None:
-        """Begin to gather copies that are not in use; other work of the device goes on meanwhile. Collective."""
+        """Begin to gather all copies that are not in use; other work of the device goes on meanwhile. Collective."""
         if self.in_use or self._pending is not None:
             return
         self._pending = [(bucket, *bucket.gather()) for bucket in self._old]
@@ -126,13 +127,20 @@ class WholeCopies:
         """Put the copies in the places of the parts, with the numbers that these have now. Collective."""
         if self.in_use:
             return
-        self.start()
-        assert self._pending is not None
-        while self._pending:
-            bucket, gathered, work = self._pending.pop()
+        # what was started is all there twice; else, two buckets at a time
+        arriving = deque(self._pending or ())
+        waiting = deque(self._old if self._pending is None else ())
+        self._pending = None
+        while arriving or waiting:
+            while waiting and len(arriving) < 2:
+                bucket = waiting.popleft()
+                arriving.append((bucket, *bucket.gather()))
+            bucket, gathered, work = arriving.popleft()
             work.wait()
             bucket.spread(gathered)
-        self._pending, self._old = None, []
+            # before the next one takes memory
+            del gathered, work
+        self._old = []
         for each in self._split:
             each.show(each.copy)
         self.in_use = True
@@ -293,8 +301,8 @@ class _Bucket:
         return gathered.view(self.world, self.slots), work
 
     def spread(self, gathered: Tensor) -> None:
-        """Fill the copies from what has arrived."""
-        _copy(self._of_wholes([each.copy.data for each in self.split]), self._of_slots(gathered))
+        """Fill the copies from what has arrived; whoever has made something of them sees that they have changed."""
+        _copy(self._of_wholes([each.copy for each in self.split]), self._of_slots(gathered))
 
     def reduce(self) -> tuple[Tensor, Any]:
         """Begin to add up the copies' gradients, which end; returns what is sent, and what to wait for."""

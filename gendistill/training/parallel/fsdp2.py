@@ -224,7 +224,8 @@ class FullySharded(Group):
         """
         causal: Any = model
         decoder, head = causal.model, causal.lm_head
-        if isinstance(decoder, FSDPModule):
+        self._teacher_is_split = isinstance(decoder, FSDPModule)
+        if self._teacher_is_split:
             return
         model.requires_grad_(False)
         if self._keeps(parameter.numel() * parameter.element_size() for parameter in model.parameters()):
