@@ -54,7 +54,7 @@ class Layout:
     dtype: torch.dtype
 
 
-def fuse(model: Any, dtype: torch.dtype, *, learns: bool = True) -> None:
+def fuse(model: Any, dtype: torch.dtype, *, learns: bool = True, deterministic: bool = False) -> None:
     """Let a causal language model run fused until :func:`release`; :func:`why_not` must have nothing against it.
 
     Args:
@@ -63,9 +63,12 @@ def fuse(model: Any, dtype: torch.dtype, *, learns: bool = True) -> None:
             other memory. Writing to their ``.data`` is not noticed, nor is another parameter in the place of one.
         learns: Whether an optimizer changes parameters that require a gradient; those of a teacher, and copies that
             are written again every step, need no further copies in their own dtype.
+        deterministic: Whether attention's gradients have the same bits every time.
     """
     release(model)
-    object.__setattr__(model.model, _MARK, FusedDecoder(model, dtype, learns=learns))
+    object.__setattr__(
+        model.model, _MARK, FusedDecoder(model, dtype, learns=learns, deterministic=deterministic)
+    )
 
 
 def release(model: Any) -> None:
@@ -176,9 +179,11 @@ def why_no_such(config: Mapping[str, Any], *, device: torch.device, dtype: torch
 class FusedDecoder:
     """A decoder that runs fused until it is released; arguments as :func:`fuse`."""
 
-    def __init__(self, model: Any, dtype: torch.dtype, *, learns: bool = True) -> None:
+    def __init__(
+        self, model: Any, dtype: torch.dtype, *, learns: bool = True, deterministic: bool = False
+    ) -> None:
         self.decoder: Any = model.model
-        self.dtype, self.learns = dtype, learns
+        self.dtype, self.learns, self.deterministic = dtype, learns, deterministic
         self.geometry = geometry_of(model.config.to_dict())
         self.impl = resolve("auto", op="block", device=self.decoder.norm.weight.device)
         self.packed: list[PackedLinear] = []
@@ -430,6 +435,7 @@ def _run_attention(
         eps=geometry.norm_eps,
         window=parts.window,
         segments=layout.sequences.segments,
+        deterministic=fused.deterministic,
         impl=fused.impl,
     )
     return parts.out(out).view(hidden_states.shape), None

@@ -163,7 +163,7 @@ def predict_memory(
     copied = num_shards > 1 and stays_gathered(
         engine, stage, geometry=geometry, num_student=num_student + learning.num_adapters, device=device
     )
-    captured = fused and device.kind == "cuda" and engine.capture != "never" and (num_shards == 1 or copied)
+    captured = fused and engine.may_capture(device.kind) and (num_shards == 1 or copied)
     # blocks whose gathered matrices are there together
     at_once = len(placement.converted_layers) if layerwise else min(2, geometry.num_layers)
     if layerwise:

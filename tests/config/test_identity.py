@@ -151,6 +151,8 @@ FLIPS: dict[type[Section], tuple[dict[str, Any], dict[str, Any]]] = {
             "parallel": "fsdp2",
             "gather": "float32",
             "reshard": "step",
+            "capture": "never",
+            "deterministic": True,
             "patience_s": 30.0,
             "loss": "reference",
             "prefetch": 0,
@@ -264,7 +266,7 @@ def test_what_only_logs_saves_or_splits_work_affects_nothing():
         },
         HeldOutConfig: {"every_steps"},
         EvalConfig: {"batch_size", "bootstrap"},
-        EngineConfig: {"parallel", "gather", "reshard", "patience_s", "loss", "prefetch", "blocks"},
+        EngineConfig: set(EngineConfig.model_fields),
         WatchConfig: set(WatchConfig.model_fields),
         Recipe: {"version", "name", "output", "engine", "watch", "trackers"},
     }

@@ -52,6 +52,15 @@ def test_graphs_train_as_eager_steps_do(deterministic, monkeypatch, stage, check
         assert torch.allclose(value, others[name], atol=1e-5), name
 
 
+@pytest.mark.parametrize("capture_", ["always", "never"])
+def test_a_deterministic_stage_has_the_same_bits_every_time(capture_):
+    settings = {"capture": capture_, "deterministic": True}
+    (losses, weights, _), (again, others, _) = (train("distill", 10, **settings) for _ in range(2))
+    assert losses == again
+    for name, value in weights.items():
+        assert torch.equal(value, others[name]), name
+
+
 @pytest.mark.parametrize("stage", ["distill", "block"])
 def test_measured_steps_say_what_takes_the_time(stage):
     bench = StepBench(shape=SHAPES["tiny"], stage=stage)

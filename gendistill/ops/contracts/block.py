@@ -186,11 +186,11 @@ def attend(
     eps: float,
     window: int | None,
     segments: Segments,
+    deterministic: bool,
 ) -> Tensor:
     """Run the kernels; arguments as :func:`gendistill.ops.block.attend`."""
-    return _Attend.apply(
-        qkv.contiguous(), q_weight, k_weight, cos.contiguous(), sin.contiguous(), heads, eps, window, segments
-    )  # pyright: ignore[reportReturnType]
+    qkv, cos, sin = qkv.contiguous(), cos.contiguous(), sin.contiguous()
+    return _Attend.apply(qkv, q_weight, k_weight, cos, sin, heads, eps, window, segments, deterministic)  # pyright: ignore[reportReturnType]
 
 
 class _Attend(torch.autograd.Function):
@@ -206,6 +206,7 @@ class _Attend(torch.autograd.Function):
         eps: float,
         window: int | None,
         segments: Segments,
+        deterministic: bool,
     ) -> Tensor:
         num_heads, num_kv_heads = heads
         q, k = ropes().rotate_forward(
@@ -215,13 +216,14 @@ class _Attend(torch.autograd.Function):
         out, lse = attentions().attend_forward(q, k, _values(qkv, heads), tiles, window=window)
         ctx.save_for_backward(qkv, q_weight, k_weight, cos, sin, q, k, out, lse)
         ctx.heads, ctx.eps, ctx.window, ctx.segments = heads, eps, window, segments
+        ctx.deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
         return out.flatten(1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         qkv, q_weight, k_weight, cos, sin, q, k, out, lse = ctx.saved_tensors
-        differentiate = _own_backward if torch.are_deterministic_algorithms_enabled() else _flash_backward
+        differentiate = _own_backward if ctx.deterministic else _flash_backward
         grads = differentiate(
             grad.reshape(out.shape).contiguous(),
             q,
@@ -236,7 +238,7 @@ class _Attend(torch.autograd.Function):
         grads = ropes().rotate_backward(
             *grads, qkv, q_weight, k_weight, cos, sin, eps=ctx.eps, want_weights=want
         )
-        return (*grads, None, None, None, None, None, None)
+        return (*grads, None, None, None, None, None, None, None)
 
 
 def _values(qkv: Tensor, heads: tuple[int, int]) -> Tensor:
