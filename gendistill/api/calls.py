@@ -34,7 +34,6 @@ from gendistill.runs.examiner import TaskExaminer, check_examiner
 from gendistill.runs.inputs import data_inputs
 from gendistill.runs.scoring import score
 from gendistill.teachers.live import LiveTeacher
-from gendistill.training.capture import needs_room
 from gendistill.training.checkpoint import checksums
 from gendistill.training.console import TrainingConsole
 from gendistill.training.interrupt import StageStopped
@@ -224,7 +223,6 @@ def distill(
         rank=parallel.rank,
         world=parallel.world,
         device=parallel.device,
-        room=needs_room(recipe.engine, parallel),
     )
     with _stops_between_steps(folder), _folder(folder) as place, contextlib.closing(stream):
         return train_stage(

@@ -39,7 +39,6 @@ from gendistill.engine.decoder import release
 from gendistill.errors import GendistillError
 from gendistill.results.table import ResultRow
 from gendistill.teachers.live import LiveTeacher
-from gendistill.training.capture import needs_room
 from gendistill.training.console import TrainingConsole
 from gendistill.training.job import StageJob
 from gendistill.training.parallel import Parallel, connect
@@ -241,7 +240,7 @@ class StepBench:
                 world=self.parallel.world,
                 prefetch=engine.prefetch,
                 device=self.device,
-                room=needs_room(engine, self.parallel),
+                room=engine.may_capture(self.device.type),
             )
         )
 

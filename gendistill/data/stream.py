@@ -290,7 +290,6 @@ def build_stream(
     rank: int = 0,
     world: int = 1,
     device: torch.device | None = None,
-    room: bool = False,
 ) -> BatchStream:
     """Build the training stream of one stage of a recipe.
 
@@ -302,8 +301,7 @@ def build_stream(
         tokenizer: The teacher's tokenizer.
         rank: This process.
         world: Number of processes.
-        device: Where batches are to be.
-        room: Give batches room (``with_room``).
+        device: Where batches are to be; they have room (``with_room``) where passes on them may be captured.
     Raises:
         DataError: A dataset is missing, empty, lacks a column, or does not fit the stage's mask.
         RecipeError: ``batch_size`` cannot be shared equally by the ranks.
@@ -351,7 +349,7 @@ def build_stream(
         world=world,
         prefetch=recipe.engine.prefetch,
         device=device,
-        room=room,
+        room=device is not None and recipe.engine.may_capture(device.type),
         notes=[note for note in notes if note],
     )
 

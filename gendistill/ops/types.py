@@ -9,8 +9,6 @@ from typing import Any, NamedTuple, NoReturn, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from gendistill_kernels.runtime.room import num_tiles
-
 
 class OpOutput(NamedTuple):
     """An op's output and the state after the last token."""
@@ -71,7 +69,7 @@ class Segments:
         room: As given.
 
     Raises:
-        ValueError: The last sequence is not empty, or there is less room than needed.
+        ValueError: There is to be room, and the last sequence is not empty.
     """
 
     def __init__(self, lengths: list[int], *, device: torch.device | str = "cpu", room: int = 0) -> None:
@@ -80,8 +78,6 @@ class Segments:
                 f"with room, the last sequence must be empty; got {len(lengths)} of lengths ..., "
                 f"{', '.join(map(str, lengths[-3:]))}; append one of length 0"
             )
-        if room and room < (needed := num_tiles(lengths)):
-            raise ValueError(f"the sequences have {needed} tiles, and there is room for {room}")
         self.lengths, self.room = lengths, room
         self.num_tokens = sum(lengths)
         self.device = torch.device(device)

@@ -51,7 +51,6 @@ from gendistill.runs.workspace import Workspace
 from gendistill.teachers.base import check_vocabulary
 from gendistill.teachers.live import LiveTeacher
 from gendistill.text import printable_lines
-from gendistill.training.capture import needs_room
 from gendistill.training.console import TrainingConsole
 from gendistill.training.job import StageJob
 from gendistill.training.parallel import Parallel, Situation, connect
@@ -445,7 +444,6 @@ def _train(context: _Context, name: str, model: PreTrainedModel, start: Path) ->
             rank=parallel.rank,
             world=parallel.world,
             device=parallel.device,
-            room=needs_room(recipe.engine, parallel),
         )
         stack.callback(stream.close)
         # what another machine has sent is of no use after the stage, also one that does not begin

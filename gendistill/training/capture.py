@@ -17,11 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gendistill.config.engine import EngineConfig
 from gendistill.data.batch import Batch, Unknown, without_surplus
 from gendistill.ops.types import Segments
 from gendistill.training.clock import Span, StepClock
-from gendistill.training.parallel import Parallel
 from gendistill.training.parallel.copies import Quiet
 
 # Kinds of batches that have a graph at a time: by number of documents, and of labels that count. Plain text has about
@@ -403,11 +401,6 @@ class HeldGradients:
         for parameter, part in zip(self._parameters, self._parts, strict=True):
             if parameter.grad is not part:
                 parameter.grad = part
-
-
-def needs_room(engine: EngineConfig, parallel: Parallel) -> bool:
-    """Say whether a stage's batches should have room for others of their kind, since passes may be captured."""
-    return engine.may_capture(parallel.device.type)
 
 
 def why_not_captured(

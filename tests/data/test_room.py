@@ -129,3 +129,26 @@ def test_a_stream_with_room_yields_the_same_documents_and_labels_in_shapes_of_fe
     assert len(kinds) <= 3
     plain.close()
     room.close()
+
+
+@pytest.mark.parametrize(
+    ("device", "capture", "room"),
+    [
+        ("cuda", "auto", True),
+        ("cuda", "never", False),
+        ("cpu", "always", False),
+        (None, "auto", False),
+    ],
+)
+def test_streams_of_recipes_have_room_where_passes_may_be_captured(
+    monkeypatch, make_tokenizer, device, capture, room
+):
+    from gendistill.config.load import load_recipe
+    from gendistill.data import stream
+
+    monkeypatch.setattr(stream, "Feed", lambda device: None)
+    recipe = load_recipe("tiny", [f"engine.capture={capture}"])
+    device = None if device is None else torch.device(device)
+    found = stream.build_stream(recipe, "distill", make_tokenizer(), device=device)
+    assert found._room == room
+    found.close()

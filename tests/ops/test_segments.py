@@ -70,8 +70,10 @@ def test_room_without_an_empty_sequence_at_the_end_is_refused(lengths):
 
 
 def test_less_room_than_needed_is_refused():
-    with pytest.raises(ValueError, match="the sequences have 3 tiles, and there is room for 2"):
-        Segments([65, 1, 0], room=2)
+    segments = Segments([65, 1, 0], room=2)
+    for build in (Chunks.of, AttentionTiles.of):
+        with pytest.raises(ValueError, match="the sequences have 3 tiles, and there is room for 2"):
+            segments.table(build)
 
 
 def test_reference_ops_see_no_difference_between_sequences_with_room_and_without():

@@ -19,5 +19,6 @@ def num_tiles(lengths: Iterable[int]) -> int:
 def fill(entries: Tensor, number: int, dead: int) -> Tensor:
     """Append rows of ``dead`` until there are ``number``."""
     missing = number - entries.shape[0]
-    assert missing >= 0, f"{entries.shape[0]} entries do not fit in {number}"
+    if missing < 0:
+        raise ValueError(f"the sequences have {entries.shape[0]} tiles, and there is room for {number}")
     return torch.cat([entries, entries.new_full((missing, *entries.shape[1:]), dead)])
