@@ -247,14 +247,11 @@ class LossBench:
 
     def _replays(self, steps: Mapping[str, Step]) -> dict[str, Step]:
         """Capture steps as CUDA graphs, as training launches them; returns what launches each that can be captured."""
-        found: dict[str, Step] = {}
-        if self.device == "cuda":
-            for label, step in steps.items():
-                graph, reason = attempt(lambda step=step: measure.capture(step))
-                if reason is None:
-                    found[label] = graph.replay
-                else:
-                    self._say(f"{label} is not captured: {reason}")
+        if self.device != "cuda":
+            return {}
+        found, reasons = measure.capture_all(steps)
+        for label, reason in reasons.items():
+            self._say(f"{label} is not captured: {reason}")
         return found
 
     def _say(self, text: str) -> None:

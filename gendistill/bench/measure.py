@@ -153,6 +153,18 @@ def capture(step: Step) -> torch.cuda.CUDAGraph:
     return graph
 
 
+def capture_all(steps: Mapping[str, Step]) -> tuple[dict[str, Step], dict[str, str]]:
+    """Capture steps by name; returns what launches each that can be captured, and why the others cannot."""
+    replays, reasons = {}, {}
+    for name, step in steps.items():
+        graph, reason = attempt(lambda step=step: capture(step))
+        if reason is None:
+            replays[name] = graph.replay
+        else:
+            reasons[name] = reason
+    return replays, reasons
+
+
 def peak_extra_mib(step: Step) -> float:
     """Return how much memory a step needs at most besides what is there already."""
     step()

@@ -223,14 +223,10 @@ class Bench:
 
     def _graphs(self, steps: Mapping[str, Step]) -> tuple[dict[str, Step], list[str]]:
         """Capture steps; returns what replays them, and why some cannot be captured."""
-        graphs, failures = {}, []
-        for name, step in steps.items():
-            graph, reason = attempt(lambda step=step: measure.capture(step))
-            if reason is None:
-                graphs[name] = graph.replay
-            else:
-                failures.append(f"no CUDA graph of {self._name(name)}: {reason}")
-                self._say(failures[-1])
+        graphs, reasons = measure.capture_all(steps)
+        failures = [f"no CUDA graph of {self._name(name)}: {reason}" for name, reason in reasons.items()]
+        for failure in failures:
+            self._say(failure)
         return graphs, failures
 
     def _times(

@@ -9,7 +9,6 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from gendistill.config.engine import EngineConfig
-from gendistill.testing import tiny_student, tiny_teacher
 from gendistill.training import capture, stage
 from gendistill.training.parallel import choose_parallel
 
@@ -53,13 +52,7 @@ class Eager(capture.CapturedPasses):
 
 def train(folder, *, tied=False, bad_steps=(), **changes):
     """Train on one process, or in torch's own wrapper."""
-    models = {}
-    if tied:
-        sizes = {"num_hidden_layers": 2, "tie_word_embeddings": True}
-        models["student"] = tiny_student(seed=3, mixers=["kda", "full"], **sizes)
-        models["teacher"] = tiny_teacher("qwen3", seed=4, **sizes)
-    if bad_steps:
-        models["student"] = tiny.spoil(tiny.make_student(), bad_steps)
+    models = tiny.special_models(tied=tied, bad_steps=bad_steps)
     tiny.run_stage(folder, **models, **{**SCORED, **changes})
 
 

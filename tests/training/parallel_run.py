@@ -18,7 +18,6 @@ from gendistill.config.schema import StageConfig
 from gendistill.losses import build
 from gendistill.losses.logits import LogitObjective, term_of
 from gendistill.teachers.live import LiveTeacher
-from gendistill.testing import tiny_student, tiny_teacher
 from gendistill.training.checkpoint import (
     gather_tensors,
     load_checkpoint,
@@ -81,13 +80,7 @@ LONG = {"steps": 100, "save_every_steps": None, "heldout_every": 50}
 def train(folder, *, tied=False, blocks="auto", engine=None, bad_steps=(), **changes):
     """Train, and save the student as the main process then has it."""
     engine = {**(engine or {}), "blocks": blocks}
-    models = {}
-    if tied:
-        sizes = {"num_hidden_layers": 2, "tie_word_embeddings": True}
-        models["student"] = tiny_student(seed=3, mixers=["kda", "full"], **sizes)
-        models["teacher"] = tiny_teacher("qwen3", seed=4, **sizes)
-    if bad_steps:
-        models["student"] = tiny.spoil(tiny.make_student(), bad_steps)
+    models = tiny.special_models(tied=tied, bad_steps=bad_steps)
     _, student = tiny.run_stage(folder, engine=engine, **models, **{**SAVING, **changes})
     weights = student.state_dict()
     if not next(iter(weights.values())).is_meta:

@@ -93,6 +93,18 @@ def spoil(student, steps):
     return student
 
 
+def special_models(*, tied=False, bad_steps=()):
+    """Make the models of a stage that are not the usual ones: with tied embeddings, or spoilt in some steps."""
+    models = {}
+    if tied:
+        sizes = {"num_hidden_layers": 2, "tie_word_embeddings": True}
+        models["student"] = tiny_student(seed=3, mixers=["kda", "full"], **sizes)
+        models["teacher"] = tiny_teacher("qwen3", seed=4, **sizes)
+    if bad_steps:
+        models["student"] = spoil(make_student(), bad_steps)
+    return models
+
+
 class TinyStream:
     """The same rows in every step whatever the split."""
 
