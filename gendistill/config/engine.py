@@ -57,12 +57,6 @@ class EngineConfig(Section):
         "models run fused on a GPU, whole on every process; always: an error where they cannot",
     )
 
-    deterministic: Annotated[bool, Affects.NOTHING] = Field(
-        default=False,
-        description="GPU: gradients of fused attention with the same bits every time, by kernels that add up in one "
-        "order; a stage that runs again, or goes on from a checkpoint, is then bit by bit the same",
-    )
-
     def may_capture(self, device: str) -> bool:
         """Say whether passes may become CUDA graphs, for which batches and shared gradients are made ready.
 

@@ -27,7 +27,7 @@ from gendistill.ops.block import attend, rms_norm
 from gendistill.ops.select import Impl, resolve
 
 _MARK = "_fused_decoder"
-# dtypes that torch's flash attention takes
+# dtypes of arithmetic on a GPU
 _HALF = (torch.bfloat16, torch.float16)
 # what a decoder that runs fused reads, and what it may be told besides
 _READ = ("input_ids", "position_ids", "sequences")
@@ -54,7 +54,7 @@ class Layout:
     dtype: torch.dtype
 
 
-def fuse(model: Any, dtype: torch.dtype, *, learns: bool = True, deterministic: bool = False) -> None:
+def fuse(model: Any, dtype: torch.dtype, *, learns: bool = True) -> None:
     """Let a causal language model run fused until :func:`release`; :func:`why_not` must have nothing against it.
 
     Args:
@@ -63,12 +63,9 @@ def fuse(model: Any, dtype: torch.dtype, *, learns: bool = True, deterministic: 
             other memory. Writing to their ``.data`` is not noticed, nor is another parameter in the place of one.
         learns: Whether an optimizer changes parameters that require a gradient; those of a teacher, and copies that
             are written again every step, need no further copies in their own dtype.
-        deterministic: Whether attention's gradients have the same bits every time.
     """
     release(model)
-    object.__setattr__(
-        model.model, _MARK, FusedDecoder(model, dtype, learns=learns, deterministic=deterministic)
-    )
+    object.__setattr__(model.model, _MARK, FusedDecoder(model, dtype, learns=learns))
 
 
 def release(model: Any) -> None:
@@ -170,20 +167,18 @@ def why_no_such(config: Mapping[str, Any], *, device: torch.device, dtype: torch
         if resolve("auto", op="block", device=device) is not Impl.TRITON:
             return "its kernels do not run on this GPU"
         if dtype not in _HALF:
-            return f"{dtype} is not a dtype of flash attention"
+            return f"fused layers compute in bfloat16 or float16 on a GPU, not in {dtype}"
         if geometry.head_dim % 8 or geometry.head_dim > 256:
-            return f"heads of {geometry.head_dim} channels are not for flash attention"
+            return f"its heads have {geometry.head_dim} channels; fused attention takes multiples of 8, up to 256"
     return None
 
 
 class FusedDecoder:
     """A decoder that runs fused until it is released; arguments as :func:`fuse`."""
 
-    def __init__(
-        self, model: Any, dtype: torch.dtype, *, learns: bool = True, deterministic: bool = False
-    ) -> None:
+    def __init__(self, model: Any, dtype: torch.dtype, *, learns: bool = True) -> None:
         self.decoder: Any = model.model
-        self.dtype, self.learns, self.deterministic = dtype, learns, deterministic
+        self.dtype, self.learns = dtype, learns
         self.geometry = geometry_of(model.config.to_dict())
         self.impl = resolve("auto", op="block", device=self.decoder.norm.weight.device)
         self.packed: list[PackedLinear] = []
@@ -435,7 +430,6 @@ def _run_attention(
         eps=geometry.norm_eps,
         window=parts.window,
         segments=layout.sequences.segments,
-        deterministic=fused.deterministic,
         impl=fused.impl,
     )
     return parts.out(out).view(hidden_states.shape), None

@@ -48,7 +48,6 @@ def attend(
     eps: float = 1e-6,
     window: int | None = None,
     segments: Segments,
-    deterministic: bool = False,
     impl: Impl | str = Impl.REFERENCE,
 ) -> Tensor:
     """Attend causally within each of the packed documents, from what the projections made of them.
@@ -61,15 +60,12 @@ def attend(
         eps: Of the norms.
         window: Positions a query sees, its own included; None for all earlier ones.
         segments: The documents, N tokens in all.
-        deterministic: Whether gradients have the same bits every time. Those of ``triton`` are of torch's flash
-            attention, which sums in any order, or of our own kernels then, and where torch is asked for deterministic
-            algorithms.
         impl: Implementation.
     Returns: ``[N, H * D]``.
     """
     more = {"heads": heads, "eps": eps, "window": window, "segments": segments}
     if is_triton(impl):
-        return _contract().attend(qkv, q_weight, k_weight, cos, sin, **more, deterministic=deterministic)
+        return _contract().attend(qkv, q_weight, k_weight, cos, sin, **more)
     return reference.attend(qkv, q_weight, k_weight, cos, sin, **more)
 
 

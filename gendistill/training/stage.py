@@ -221,7 +221,6 @@ class StageRun:
         self.runner = StepRunner(self.module, self.objective, self.teacher, parallel, compute_dtype=dtype)
         with parallel.whole(self.runner.plain_module) as copied:
             self._fuse(dtype, learns=not copied)
-        self._warn_of_chance()
         self.trained = trained_parameters(self.module)
         self.optimizer = build_optimizer(self.module, stage)
         self._capture()
@@ -289,8 +288,7 @@ class StageRun:
             arithmetic = dtype if role == "student" else model.lm_head.weight.dtype
             reason = why_not(model, device=device, dtype=arithmetic)
             if reason is None:
-                deterministic = self.job.engine.deterministic
-                fuse(model, arithmetic, learns=learns and role == "student", deterministic=deterministic)
+                fuse(model, arithmetic, learns=learns and role == "student")
                 self.console.say(f"{self.job.name}: the {role}'s layers run fused")
             elif asked == "fused":
                 raise RecipeError(
@@ -300,15 +298,6 @@ class StageRun:
                 )
             else:
                 self.console.say(f"{self.job.name}: the {role}'s layers run as its family has them: {reason}")
-
-    def _warn_of_chance(self) -> None:
-        """Say so if the same bits were asked for and are not to be had."""
-        on_gpu = self.parallel.device.type == "cuda"
-        if self.job.engine.deterministic and on_gpu and not is_fused(self.student):
-            self.console.warn(
-                f"{self.job.name}: engine.deterministic asks for the same bits every time, and attention that does not "
-                "run fused adds up in any order on a GPU"
-            )
 
     def _capture(self) -> None:
         """Let passes be captured as CUDA graphs, where the engine says so."""

@@ -152,7 +152,6 @@ FLIPS: dict[type[Section], tuple[dict[str, Any], dict[str, Any]]] = {
             "gather": "float32",
             "reshard": "step",
             "capture": "never",
-            "deterministic": True,
             "patience_s": 30.0,
             "loss": "reference",
             "prefetch": 0,

@@ -124,20 +124,18 @@ def test_adapters_as_close_to_float32_as_peft_itself(monkeypatch):
     assert small.distance(every[0], every[2]) < 1.2 * small.distance(every[1], every[2]) + 1e-3
 
 
-SHAPES = [((16, 8), 128, None), ((14, 2), 64, 100), ((9, 3), 64, None)]
-
-
-@pytest.fixture(params=[False, True], ids=["any order", "one order"])
-def deterministic(request):
-    """Ask torch for sums of one order, or not."""
-    torch.use_deterministic_algorithms(request.param, warn_only=True)
-    yield request.param
-    torch.use_deterministic_algorithms(False)
+SHAPES = [
+    ((16, 8), 128, None),
+    ((14, 2), 64, 100),
+    ((9, 3), 64, None),
+    ((4, 2), 256, None),
+    ((4, 1), 80, 64),
+]
 
 
 @pytest.mark.parametrize("norm", [True, False])
 @pytest.mark.parametrize(("heads", "channels", "window"), SHAPES)
-def test_attention_matches_float64(heads, channels, window, norm, deterministic):
+def test_attention_matches_float64(heads, channels, window, norm):
     torch.manual_seed(0)
     lengths = [300, 1, 211]
     segments, tokens = Segments(lengths, device=GPU), sum(lengths)
@@ -160,9 +158,7 @@ def test_attention_matches_float64(heads, channels, window, norm, deterministic)
 
 
 @pytest.mark.parametrize(("heads", "channels", "window"), SHAPES)
-def test_attention_with_room_or_to_documents_of_unknown_lengths_is_attention(
-    heads, channels, window, deterministic
-):
+def test_attention_with_room_or_to_documents_of_unknown_lengths_is_attention(heads, channels, window):
     torch.manual_seed(0)
     lengths = [300, 1, 211]
     empty, tokens = [0] * 13, sum(lengths)
@@ -187,9 +183,7 @@ def test_attention_with_room_or_to_documents_of_unknown_lengths_is_attention(
     (expected, expected_grad), *others = found
     for out, gradient in others:
         assert torch.equal(out, expected)
-        if deterministic:
-            assert torch.equal(gradient, expected_grad)
-        assert small.distance(gradient, expected_grad) < 6e-3
+        assert torch.equal(gradient, expected_grad)
 
 
 @pytest.mark.parametrize("stream", [torch.float32, torch.bfloat16])

@@ -96,18 +96,3 @@ def test_the_module_of_a_non_finite_loss_is_still_named(tmp_path):
     student.model.layers[1].mlp.down_proj.register_forward_hook(poison)
     with pytest.raises(TrainingError, match="down_proj"):
         tiny.run_stage(tmp_path, student=student, engine={"blocks": "family"})
-
-
-@pytest.mark.parametrize("asked", [False, True])
-def test_attention_is_told_whether_its_bits_matter(asked, monkeypatch, tmp_path):
-    from gendistill.engine import decoder
-
-    told, attend = set(), decoder.attend
-
-    def watched(*args, deterministic, **settings):
-        told.add(deterministic)
-        return attend(*args, deterministic=deterministic, **settings)
-
-    monkeypatch.setattr(decoder, "attend", watched)
-    tiny.run_stage(tmp_path, engine={"blocks": "fused", "deterministic": asked}, steps=1)
-    assert told == {asked}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import itertools
 import os
 import re
@@ -13,6 +14,8 @@ pytest.importorskip("triton", reason="the Triton kernels need triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
+from gendistill_kernels.block import attention
+from gendistill_kernels.block.layout import Tiles
 from gendistill_kernels.delta import chunk, decode
 from gendistill_kernels.delta.layout import Chunks
 from gendistill_kernels.delta.rule import Convolution, Heads, Inputs, Rule
@@ -190,3 +193,27 @@ def test_an_overlapping_step_waits_before_it_touches_memory(machine_code, monkey
     ]
     assert names.index("ACQBULK") < touched[0]
     assert "PREEXIT" in names
+
+
+@pytest.mark.parametrize(("H", "KV", "D"), [(16, 8, 128), (14, 2, 64), (8, 4, 256)])
+@pytest.mark.parametrize("window", [None, 300])
+def test_attention_fits_into_shared_memory(machine_code, monkeypatch, H, KV, D, window):
+    calls = []
+    for name in ("_forward", "_queries", "_keys"):
+        kernel = getattr(attention, name).function
+        # a grid, and a launch with constants by name
+        stand_in = collections.defaultdict(
+            lambda kernel=kernel: lambda *arguments, **settings: calls.append((kernel, arguments, settings))
+        )
+        monkeypatch.setattr(attention, name, stand_in)
+    q, k = (torch.zeros(512, heads, D, dtype=torch.bfloat16) for heads in (H, KV))
+    tiles = Tiles.of([500, 12], "cpu")
+    out, lse = attention.attend_forward(q, k, k, tiles, window=window)
+    attention.attend_backward(torch.zeros_like(q), q, k, k, out, lse, tiles, window=window)
+    assert len(calls) == 3
+    for kernel, arguments, settings in calls:
+        options = {key: settings.pop(key) for key in machine_code.OPTIONS if key in settings}
+        taken = machine_code.usage(machine_code.build(kernel, arguments, settings, options))
+        assert taken.shared <= SHARED_BYTES["sm_90"]
+        # gradients of a tile of keys do not all stay in registers
+        assert taken.stack < 512

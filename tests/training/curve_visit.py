@@ -1,9 +1,9 @@
 """Loss curves of a stage under several ways to compute it: ``python tests/training/curve_visit.py FOLDER --json OUT``.
 
 The same steps through ``train_stage`` on one process, once more on one, on two in both modes, and from a checkpoint in
-the middle, on one process and in the other mode; and those of one process with attention of the same bits every time.
-Written as rows of a results file: the largest relative difference of a step's loss from that of the first run of its
-kind. On a machine with one GPU the runs of two are left out; ``--cpu --shape tiny`` tries it in a minute.
+the middle, on one process and in the other mode. Written as rows of a results file: the largest relative difference of
+a step's loss from that of the first run. On a machine with one GPU the runs of two are left out; ``--cpu --shape tiny``
+tries it in a minute.
 """
 
 from __future__ import annotations
@@ -32,33 +32,28 @@ from gendistill.training.console import TrainingConsole
 from gendistill.training.job import StageJob
 from gendistill.training.stage import train_stage
 
-ONE, SAME, FSDP = {"parallel": "ddp"}, {"parallel": "ddp", "deterministic": True}, {"parallel": "fsdp2"}
+ONE, FSDP = {"parallel": "ddp"}, {"parallel": "fsdp2"}
+FIRST = "one process"
 
 
 class Run(NamedTuple):
-    """A run: its processes, its engine, the run it is compared with, the one it goes on from, and its bar."""
+    """A run: its processes, its engine, the run it goes on from, and its bar."""
 
     world: int
     engine: dict[str, Any]
-    against: str | None = "one process"
     source: str | None = None
     bar: float = 1e-3
 
 
 RUNS = {
-    "one process": Run(1, ONE, against=None),
-    "one process again": Run(1, ONE),
+    FIRST: Run(1, ONE),
+    "one process again": Run(1, ONE, bar=1e-4),
     "two processes, ddp": Run(2, ONE),
     "two processes, fsdp2": Run(2, FSDP),
     "two processes, fsdp2, gathered for a layer": Run(2, {**FSDP, "reshard": "always"}),
-    "resumed on one process": Run(1, ONE, source="one process", bar=1e-4),
-    "resumed on two processes, fsdp2, from one": Run(2, FSDP, source="one process"),
+    "resumed on one process": Run(1, ONE, source=FIRST, bar=1e-4),
+    "resumed on two processes, fsdp2, from one": Run(2, FSDP, source=FIRST),
     "resumed on one process, from two, fsdp2": Run(1, ONE, source="two processes, fsdp2"),
-    "one process, deterministic": Run(1, SAME),
-    "one process, deterministic, again": Run(1, SAME, against="one process, deterministic", bar=1e-4),
-    "resumed on one process, deterministic": Run(
-        1, SAME, against="one process, deterministic", source="one process, deterministic", bar=1e-4
-    ),
 }
 
 
@@ -115,9 +110,9 @@ def compare(arguments: argparse.Namespace, words: list[str]) -> int:
     runs = {name: run for name, run in RUNS.items() if gpus is None or run.world <= gpus}
     for name in (name for name in RUNS if name not in runs):
         print(f"{name}: left out, this machine has {gpus} GPU", flush=True)
-    for name, (world, engine, against, source, bar) in runs.items():
+    for name, (world, engine, source, bar) in runs.items():
         folder = arguments.folder / name.replace(" ", "-").replace(",", "")
-        if not {against, source} - {None} <= curves.keys():
+        if not {FIRST, source} - {name, None} <= curves.keys():
             print(f"{name}: left out, what it is compared with failed", flush=True)
             continue
         if source is not None:
@@ -137,9 +132,9 @@ def compare(arguments: argparse.Namespace, words: list[str]) -> int:
             )
             continue
         found = curves[name] = losses(folder)
-        if against is None:
+        if name == FIRST:
             continue
-        exact = curves[against]
+        exact = curves[FIRST]
         apart = [abs(a - b) / abs(b) for a, b in zip(found, exact, strict=True)]
         worst = max(range(len(apart)), key=apart.__getitem__)
         note = f"at step {worst + 1} of {len(exact)}; the loss falls from {exact[0]:.4g} to {exact[-1]:.4g}"

@@ -186,11 +186,10 @@ def attend(
     eps: float,
     window: int | None,
     segments: Segments,
-    deterministic: bool,
 ) -> Tensor:
     """Run the kernels; arguments as :func:`gendistill.ops.block.attend`."""
     qkv, cos, sin = qkv.contiguous(), cos.contiguous(), sin.contiguous()
-    return _Attend.apply(qkv, q_weight, k_weight, cos, sin, heads, eps, window, segments, deterministic)  # pyright: ignore[reportReturnType]
+    return _Attend.apply(qkv, q_weight, k_weight, cos, sin, heads, eps, window, segments)  # pyright: ignore[reportReturnType]
 
 
 class _Attend(torch.autograd.Function):
@@ -206,7 +205,6 @@ class _Attend(torch.autograd.Function):
         eps: float,
         window: int | None,
         segments: Segments,
-        deterministic: bool,
     ) -> Tensor:
         num_heads, num_kv_heads = heads
         q, k = ropes().rotate_forward(
@@ -216,76 +214,32 @@ class _Attend(torch.autograd.Function):
         out, lse = attentions().attend_forward(q, k, _values(qkv, heads), tiles, window=window)
         ctx.save_for_backward(qkv, q_weight, k_weight, cos, sin, q, k, out, lse)
         ctx.heads, ctx.eps, ctx.window, ctx.segments = heads, eps, window, segments
-        ctx.deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
         return out.flatten(1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         qkv, q_weight, k_weight, cos, sin, q, k, out, lse = ctx.saved_tensors
-        differentiate = _own_backward if ctx.deterministic else _flash_backward
-        grads = differentiate(
+        grads = attentions().attend_backward(
             grad.reshape(out.shape).contiguous(),
             q,
             k,
             _values(qkv, ctx.heads),
             out,
             lse,
-            ctx.window,
-            ctx.segments,
+            ctx.segments.table(Tiles.of),
+            window=ctx.window,
         )
         want = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
         grads = ropes().rotate_backward(
             *grads, qkv, q_weight, k_weight, cos, sin, eps=ctx.eps, want_weights=want
         )
-        return (*grads, None, None, None, None, None, None, None)
+        return (*grads, None, None, None, None, None, None)
 
 
 def _values(qkv: Tensor, heads: tuple[int, int]) -> Tensor:
     num_heads, num_kv_heads = heads
     return qkv.unflatten(-1, (num_heads + 2 * num_kv_heads, -1))[:, num_heads + num_kv_heads :]
-
-
-def _own_backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    window: int | None,
-    segments: Segments,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Differentiate attention by our kernels, whose sums have one order."""
-    tiles = segments.table(Tiles.of)
-    return attentions().attend_backward(grad, q, k, v, out, lse, tiles, window=window)
-
-
-def _flash_backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    window: int | None,
-    segments: Segments,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Differentiate attention by the kernel that torch brings, from what ours has kept; it adds up in any order."""
-    ends, longest = segments.cu_seqlens, segments.longest
-    more: dict[str, Any] = {"scale": q.shape[-1] ** -0.5}
-    if window is not None and window < longest:
-        more |= {"window_size_left": window - 1, "window_size_right": 0}
-    # nothing is dropped at random: the state of the generator is not read
-    random, unused = _no_randomness(q.device)
-    return torch.ops.aten._flash_attention_backward(
-        grad, q, k, v, out, lse, ends, ends, longest, longest, 0.0, True, random, unused, **more
-    )
-
-
-@functools.cache
-def _no_randomness(device: torch.device) -> tuple[Tensor, Tensor]:
-    return torch.zeros(2, dtype=torch.uint64, device=device), torch.empty(0, device=device)
 
 
 def swiglu_forward(both: Tensor) -> Tensor:

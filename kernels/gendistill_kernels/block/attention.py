@@ -27,6 +27,7 @@ from torch import Tensor
 from gendistill_kernels.block.layout import TILE, Tiles
 from gendistill_kernels.block.rows import TABLE, power_of_2
 from gendistill_kernels.runtime.launch import Launcher, on_its_device
+from gendistill_kernels.runtime.lookup import Config
 
 _BITS = tl.constexpr(1.4426950408889634)
 _NATS = tl.constexpr(0.6931471805599453)
@@ -233,6 +234,14 @@ def keys_kernel(
     tl.store(grad_v + place, d_values.to(grad_v.dtype.element_ty), mask=inside)
 
 
+# channels of a tile that four warps hold in registers
+_WIDE = 128
+
+
+def _warps(config: Config, channels: int) -> int:
+    return config.warps if channels <= _WIDE else 2 * config.warps
+
+
 _forward = Launcher(forward_kernel)
 _queries = Launcher(queries_kernel)
 _keys = Launcher(keys_kernel)
@@ -260,7 +269,7 @@ def attend_forward(
     _forward[(H * len(tiles.places),)](
         q, k, v, tiles.places, out, lse, tokens, 0 if window is None else window, D**-0.5 * _BITS.value,
         H=H, KV=k.shape[1], D=D, BD=wide, V_ROW=v.stride(0), BM=TILE, BN=config.block,
-        WINDOW=window is not None, num_warps=config.warps, num_stages=config.stages,
+        WINDOW=window is not None, num_warps=_warps(config, wide), num_stages=config.stages,
     )  # fmt: skip
     return out, lse
 
@@ -295,11 +304,11 @@ def attend_backward(
     config = TABLE.lookup(q.device, "block_attention_queries", q.dtype.itemsize)
     _queries[(H * len(tiles.places),)](
         grad_out, q, k, v, out, lse, tiles.places, grad_q, sums, tokens, reach, scale * _BITS.value, scale,
-        **constants, BM=TILE, BN=config.block, num_warps=config.warps, num_stages=config.stages,
+        **constants, BM=TILE, BN=config.block, num_warps=_warps(config, wide), num_stages=config.stages,
     )  # fmt: skip
     config = TABLE.lookup(q.device, "block_attention_keys", q.dtype.itemsize)
     _keys[(KV * len(tiles.places),)](
         grad_out, q, k, v, lse, sums, tiles.places, grad_k, grad_v, tokens, reach, scale * _BITS.value, scale,
-        **constants, BM=min(config.block, TILE), BN=TILE, num_warps=config.warps, num_stages=config.stages,
+        **constants, BM=min(config.block, TILE), BN=TILE, num_warps=_warps(config, wide), num_stages=config.stages,
     )  # fmt: skip
     return grad_q, grad_k, grad_v
