@@ -6,7 +6,7 @@ from gendistill_kernels.runtime.lookup import ByBytes, Config, Table, bytes_in_w
 
 # logits are float32, whatever the models compute in
 _ROWS = (
-    ByBytes("divergence", 4, Config(4096, 8)),
+    ByBytes("divergence", 4, Config(4096, 4)),
     ByBytes("tail_sum", 4, Config(4096, 8)),
     ByBytes("tail_gradient", 4, Config(4096, 8)),
 )
