@@ -16,9 +16,9 @@ _THIRD = "about a third more time"
 # what a pretrained model already knows, and a few numbers can adapt; new mixers have everything to learn
 _PRETRAINED = (ParamGroup.ATTENTION, ParamGroup.MLP)
 
-# predicts the peak in bytes of a stage of this name, as planned (None) or sharded over so many processes; None: the
-# stage would be refused
-Peak = Callable[[str, StageConfig, int | None], int | None]
+# predicts the peak in bytes of a stage of this name, as planned (None) or sharded over so many processes, and with
+# CUDA graphs as planned or without any; None: the stage would be refused
+Peak = Callable[[str, StageConfig, int | None, bool], int | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +79,7 @@ class _Change:
     overrides: tuple[str, ...]
     cost: str
     sharded: bool = False
+    captured: bool = True
 
 
 def _changes(name: str, stage: StageConfig) -> Iterator[_Change]:
@@ -91,6 +92,7 @@ def _changes(name: str, stage: StageConfig) -> Iterator[_Change]:
     again = [] if stage.gradient_checkpointing else [recompute]
     packed = [] if stage.optimizer == "adamw8bit" else [eight]
     yield _Change({}, (), "results stay the same")
+    yield _Change({}, ("engine.capture=never",), "more work for the host", captured=False)
     yield from again
     yield from packed
     for first in again:
@@ -156,7 +158,7 @@ def _sized(
     for count in counts:
         for rows in _rows(stage, count or num_processes):
             settings = {**change.settings, "micro_batch_size": rows}
-            predicted = peak(name, stage.model_copy(update=settings), count)
+            predicted = peak(name, stage.model_copy(update=settings), count, change.captured)
             if predicted is None or predicted > limit:
                 continue
             fewer = rows < stage.micro_batch_size
@@ -175,7 +177,8 @@ def _fewest_layers(way: Way, name: str, stage: StageConfig, peak: Peak, limit: i
     if every not in way.overrides:
         return way
     for layers in range(1, num_layers):
-        predicted = peak(name, stage.model_copy(update={"gradient_checkpointing": layers}), way.num_processes)
+        again = stage.model_copy(update={"gradient_checkpointing": layers})
+        predicted = peak(name, again, way.num_processes, True)
         if predicted is not None and predicted <= limit:
             some = f"stages.{name}.gradient_checkpointing={layers}"
             overrides = tuple(some if each == every else each for each in way.overrides)

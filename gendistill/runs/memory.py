@@ -35,6 +35,9 @@ CACHE_LENGTHS = (512, 2048, 8192, 32768, 131072)
 _LOSS_BUFFERS = {"cpu": 5, "cuda": 5, "triton": 2}
 # Python, torch and transformers on a CPU; the CUDA context and library workspaces on a GPU
 _RUNTIME_BYTES = 600_000_000
+# What the memory of CUDA graphs holds besides activations, as a part of these: blocks that their lifetimes leave free.
+# 0.21 to 0.27 in docs/results/training-h200.json, of what is there without graphs.
+_BETWEEN_BLOCKS = 0.24
 _PATIENCE_S = 20
 
 
@@ -132,7 +135,8 @@ def predict_memory(
     each has its part of all these, and whole what lies outside the blocks, with its gradients where it learns, and two
     blocks at a time; an objective that works layer by layer keeps every converted one. Where the engine keeps gathered
     weights for a step, there are whole copies of all blocks and whole gradients, too, and the teacher is not sharded.
-    What is gathered in another dtype than that of the arithmetic is there in both.
+    What is gathered in another dtype than that of the arithmetic is there in both. Passes as CUDA graphs need about a
+    quarter more for activations.
 
     Args:
         stage: Batch, length and objective.
@@ -163,7 +167,9 @@ def predict_memory(
     copied = num_shards > 1 and stays_gathered(
         engine, stage, geometry=geometry, num_student=num_student + learning.num_adapters, device=device
     )
-    captured = fused and engine.may_capture(device.kind) and (num_shards == 1 or copied)
+    # mixers in torch read the lengths of documents on the host
+    captured = impl != "reference" and fused and engine.may_capture(device.kind)
+    captured = captured and (num_shards == 1 or copied)
     # blocks whose gathered matrices are there together
     at_once = len(placement.converted_layers) if layerwise else min(2, geometry.num_layers)
     if layerwise:
@@ -176,6 +182,8 @@ def predict_memory(
     held = layers if layerwise else max(1, layers - recomputed_layers(stage, layers))
     if not fused:
         activations += width * tokens * learning.kept_by_adapters(dropout=_drops(stage)) * held // layers
+    if captured:
+        activations += round(activations * _BETWEEN_BLOCKS)
     loss_bytes = 0 if layerwise else _loss_bytes(stage, geometry, tokens, device, loss)
     return MemoryEstimate(
         teacher=_teacher_bytes(

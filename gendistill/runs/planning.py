@@ -491,9 +491,11 @@ class _Run:
                 smaller.append(f"stages.{other}.micro_batch_size={fits}")
         return replace(way, overrides=(*way.overrides, *smaller))
 
-    def _peak(self, name: str, stage: StageConfig, processes: int | None) -> int | None:
+    def _peak(self, name: str, stage: StageConfig, processes: int | None, captured: bool) -> int | None:
         """Predict the peak of a changed stage, sharded over some processes or as planned; None: it is refused."""
         changed = self
+        if not captured:
+            changed = replace(self, engine=self.engine.model_copy(update={"capture": "never"}))
         if processes is not None:
             # memory is what is missing
             engine = self.engine.model_copy(update={"reshard": "always"})

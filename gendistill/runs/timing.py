@@ -21,11 +21,11 @@ from gendistill.runs.memory import Device, recomputed_layers
 
 # Share of the dense bfloat16 peak by hidden size, as `gendistill bench step` measured it on one H200 with our kernels,
 # fused layers and documents of 500 tokens on average: medians of the SmolLM2-135M, Qwen2.5-0.5B and Qwen3-0.6B shapes
-# in docs/results, with CUDA graphs where those were measured; a test compares them. The nearest size counts, so that a
+# in docs/results; a test compares them. The nearest size counts, so that a
 # much wider model is predicted to be slower than it is, and a much narrower one faster. Layer by layer only the output
 # of blocks has been measured.
-END_TO_END = {576: 0.26, 896: 0.37, 1024: 0.36}
-LAYER_BY_LAYER = {1024: 0.31}
+END_TO_END = {576: 0.28, 896: 0.40, 1024: 0.38}
+LAYER_BY_LAYER = {1024: 0.32}
 # Attention costs as much in documents of this length as in log-normal ones of 500 tokens on average (spread 1), whose
 # lengths, squared, sum up to that many times their tokens.
 DOCUMENT_TOKENS = round(500 * math.e)

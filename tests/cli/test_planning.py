@@ -146,9 +146,9 @@ def test_a_stage_of_cross_entropy_alone_has_the_teacher_in_memory_too(teacher_fo
     assert run_plan.stages[0].memory.teacher == 4 * run_plan.teacher.num_parameters
 
 
-@pytest.mark.parametrize(("impl", "least", "most"), [("triton", 44, 50), ("reference", 90, 125)])
+@pytest.mark.parametrize(("impl", "least", "most"), [("triton", 50, 58), ("reference", 90, 125)])
 def test_the_published_recipe_fits_80_gb_with_our_kernels_alone(machine, impl, least, most):
-    """One H200 was measured at 36 GiB with 2 x 4096 tokens; the recipe has twice as many."""
+    """One H200 was measured at 55 GB with its 4 x 4096 tokens."""
     machine(cuda=True)
     recipe = load_recipe("qwen3-0.6b-kda", [f"student.impl={impl}"])
     facts = ModelFacts("Qwen/Qwen3-0.6B", QWEN3_06B, expected_tensors(QWEN3_06B, where="teacher.model"))
@@ -301,6 +301,16 @@ def test_the_cheapest_way_comes_first_and_a_dearer_one_buys_rows(monkeypatch):
     fewer = fitting(monkeypatch, 80, f"{setting}={int(layers) - 1}")
     assert fewer.stages[2].memory.total > 80e9 >= fitting(monkeypatch, 80, second[0]).stages[2].memory.total
     assert after[:2] == ["warn", "instruct"]
+
+
+def test_a_stage_may_fit_without_graphs(machine, monkeypatch):
+    machine(cuda=True)
+    planned = fitting(monkeypatch, 50, impl="triton").stages[2]
+    assert "engine.capture=never" in [way.command for way in planned.ways_to_fit]
+    # nor is it said where there are none
+    planned = fitting(monkeypatch, 40, "engine.blocks=family", impl="triton").stages[2]
+    assert planned.ways_to_fit
+    assert not any("capture" in way.command for way in planned.ways_to_fit)
 
 
 def test_a_way_may_need_more_devices_or_learn_less(monkeypatch):

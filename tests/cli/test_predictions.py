@@ -92,7 +92,7 @@ class Case:
     ],
 )
 def test_predicted_memory_is_within_a_fifth_of_the_measured_peak(shape, stage, micro_batch, gigabytes):
-    memory = Case(shape, stage, micro_batch).memory()
+    memory = Case(shape, stage, micro_batch).memory(capture="never")
     assert memory.total == pytest.approx(gigabytes * 1e9, rel=0.2)
     parts = memory.to_json()
     assert parts.pop("total") == sum(parts.values())
@@ -107,12 +107,22 @@ MEASURED = [
 ]
 
 
+@pytest.fixture(scope="module")
+def measured():
+    """Return what was measured on an H200 with the default engine, by name."""
+    file = json.loads((RESULTS / "training-h200.json").read_text())
+    return {row["name"]: row["value"] for row in file["rows"]}
+
+
 @pytest.mark.parametrize(("shape", "stage"), MEASURED)
-def test_predicted_time_is_within_a_fifth_of_the_measured_one(shape, stage):
-    # the later one with graphs, as they are launched by default
-    files = (json.loads((RESULTS / f"{name}-h200.json").read_text()) for name in ("training", "graphs"))
-    rows = {row["name"]: row["value"] for file in files for row in file["rows"]}
-    case = Case(shape, stage)
+def test_memory_with_graphs_is_within_a_fifth_of_the_measured_peak(shape, stage, measured):
+    peak = measured[f"{stage} stage, {shape}: peak memory"] * 1e9
+    assert Case(shape, stage).memory().total == pytest.approx(peak, rel=0.05)
+
+
+@pytest.mark.parametrize(("shape", "stage"), MEASURED)
+def test_predicted_time_is_within_a_fifth_of_the_measured_one(shape, stage, measured):
+    rows, case = measured, Case(shape, stage)
     seconds = case.stage.batch_size * case.stage.seq_len / rows[f"{stage} stage, {shape}: tokens/s"]
     mfu = rows[f"{stage} stage, {shape}: MFU"]
     # 3600 steps take as many hours as one takes seconds
@@ -126,9 +136,9 @@ def test_an_optimizer_cannot_work_in_the_memory_of_graphs():
     graphs, without = case.memory(), case.memory(capture="never")
     assert case.learning.work > 100e6
     assert graphs.optimizer - without.optimizer == case.learning.work
-    assert graphs.total - without.total == case.learning.work
-    # nothing without graphs
-    assert Case("qwen3-0.6b", "distill").memory() == Case("qwen3-0.6b", "distill").memory(capture="never")
+    # which is as large without them, and more with them
+    plain = Case("qwen3-0.6b", "distill")
+    assert plain.memory().optimizer == plain.memory(capture="never").optimizer
 
 
 @pytest.mark.parametrize(("shape", "stage"), MEASURED)
@@ -196,8 +206,8 @@ def test_minutes_are_a_time_everywhere():
 
 def test_the_nearest_measured_width_counts():
     end_to_end, block = (Case("qwen3-0.6b", stage).stage for stage in ("distill", "block"))
-    assert [utilisation(end_to_end, width) for width in (64, 700, 896, 4096)] == [0.26, 0.26, 0.37, 0.36]
-    assert {utilisation(block, width) for width in (64, 4096)} == {0.31}
+    assert [utilisation(end_to_end, width) for width in (64, 700, 896, 4096)] == [0.28, 0.28, 0.40, 0.38]
+    assert {utilisation(block, width) for width in (64, 4096)} == {0.32}
 
 
 @pytest.fixture
@@ -230,7 +240,7 @@ def test_the_plan_says_hours_by_stage_and_in_all(planned):
 
 
 @pytest.mark.parametrize(
-    ("steps", "said"), [(1, "distill 0.000495 h"), (10**6, "distill 495 h"), (10**7, " 4,951 h")]
+    ("steps", "said"), [(1, "distill 0.000469 h"), (10**6, "distill 469 h"), (10**7, " 4,690 h")]
 )
 def test_hours_are_readable_whatever_their_size(planned, steps, said):
     found = planned("stages.distill.tokens=null", f"stages.distill.steps={steps}").render()
@@ -287,10 +297,10 @@ def test_processes_hold_what_the_table_of_their_mode_says(planned, num_processes
     assert whole.student == 6 * student
     # what is shared beside graphs is shared where it lies
     assert whole.optimizer == 12 * trained
-    assert whole.activations == memory.activations
     words = ("engine.parallel=ddp", "engine.capture=never")
     overlapping, _ = parts_of(planned(*words, num_processes=num_processes), "distill")
     assert overlapping.optimizer == (12 + 4) * trained
+    assert overlapping.activations == memory.activations < whole.activations
 
 
 @pytest.mark.parametrize("num_processes", [2, 8])
@@ -306,7 +316,8 @@ def test_processes_that_keep_gathered_weights_hold_what_the_table_says(planned, 
         assert memory.optimizer == 12 * trained // num_processes
         assert memory.teacher == 2 * teacher
     always = planned(settings[0], "engine.reshard=always", num_processes=num_processes)
-    assert parts_of(found, "distill")[0].activations == parts_of(always, "distill")[0].activations
+    eager = planned(*settings, "engine.capture=never", num_processes=num_processes)
+    assert parts_of(eager, "distill")[0].activations == parts_of(always, "distill")[0].activations
 
 
 def test_gathered_weights_are_kept_where_each_model_takes_less_than_a_twentieth_of_the_device(planned):

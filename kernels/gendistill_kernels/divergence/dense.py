@@ -361,6 +361,8 @@ def compare(
     arrivals = torch.zeros(1 + 2 * N, dtype=torch.int32, device=student.device)
     grad = None if grad_dtype is None else gradient_in(student, grad_dtype)
     second = bool({REVERSE_KL, JSD} & {*mix.kinds})
+    # a mixture's logarithms do not fit into the registers of so few
+    warps = 2 * config.warps if JSD in mix.kinds else config.warps
     stages = [(True, second, True)]
     if INTERPRETED:
         # programs run one after the other, and none can wait
@@ -370,6 +372,6 @@ def compare(
             student, teacher if mix.uses_teacher else None, targets if CE in mix.kinds else None,
             grad, values, partials, arrivals, N, V, 0 if grad is None else grad.stride(0),
             SLICES=slices, WIDE=triton.next_power_of_2(slices), BLOCK=block, FIELDS=fields, **constants,
-            SUMS=sums, SECOND=second, RESULT=result, MEET=not INTERPRETED, num_warps=config.warps,
+            SUMS=sums, SECOND=second, RESULT=result, MEET=not INTERPRETED, num_warps=warps,
         )  # fmt: skip
     return values
