@@ -10,13 +10,14 @@ from __future__ import annotations
 import os
 import time
 from collections import deque
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Self
 
 import torch
 
 from gendistill.errors import GendistillError
+from gendistill.generation.likelihood import Pair, Pass, passes, readings
 from gendistill.generation.request import Answer, Prompt, Stats
 from gendistill.generation.runner import Chosen, Runner
 from gendistill.generation.sampling import Sampling
@@ -31,8 +32,11 @@ _PASS_TOKENS = {"cuda": 8192, "cpu": 1024}
 _AHEAD = {"cuda": 1, "cpu": 0}
 # what of a device's free memory goes to rows; the rest is for passes
 _SHARE = 0.8
+# rows of logits at a time that are scored
+_LOGITS = 1024
 
 Result = tuple[int, Answer]
+Watch = Callable[[int, int], None]
 
 
 class Engine:
@@ -81,6 +85,7 @@ class Engine:
         self._memory_bytes = memory_bytes
         self._ahead = _AHEAD.get(kind, 0)
         self._runs = False
+        self._watch: Watch | None = None
         self.stats = Stats()
 
     def __enter__(self) -> Self:
@@ -102,7 +107,12 @@ class Engine:
     # ----- answers -----
 
     def generate(
-        self, prompts: Sequence[Prompt], *, end_ids: Collection[int], sampling: Sampling | None = None
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        end_ids: Collection[int],
+        sampling: Sampling | None = None,
+        watch: Watch | None = None,
     ) -> Iterator[Result]:
         """Yield index and answer of every prompt as it ends.
 
@@ -113,6 +123,7 @@ class Engine:
             prompts: In the order in which they are begun.
             end_ids: Tokens that end an answer; none for answers of full length.
             sampling: How tokens are chosen; None for the likeliest.
+            watch: Called with a prompt's index and every token of its answer as it comes, an end token included.
         Raises:
             GendistillError: Memory does not suffice for a single row, or another call has not ended.
         """
@@ -121,6 +132,7 @@ class Engine:
                 "an engine runs one call at a time: take all answers of the last, or close it"
             )
         self._runs, began, self.stats = True, time.perf_counter(), Stats()
+        self._watch = watch
         try:
             rows = []
             for index, prompt in enumerate(prompts):
@@ -215,6 +227,8 @@ class Engine:
             row.tokens.append(token)
             row.log_probs.append(log_prob)
             self.stats.new_tokens += 1
+            if self._watch is not None:
+                self._watch(row.index, token)
             if row.ending.add(token):
                 row.over = True
                 ending: Any = row.ending
@@ -288,6 +302,23 @@ class Engine:
         self.stats.halved += 1
         slots, pages = self._make_room(list(schedule.waiting), schedule.slots // 2)
         schedule.resize(slots=slots, pages=pages)
+
+    # ----- likelihood -----
+
+    def log_probs(self, pairs: Sequence[Pair]) -> Iterator[tuple[int, list[float]]]:
+        """Yield the number of every pair and the natural-log probability of every token of its continuation.
+
+        Args:
+            pairs: Token ids of a context and of what continues it, at least one each; no longer than the model's
+                positions.
+        """
+        runner = self._runner
+        runner.refresh()
+        for taken in passes(readings(pairs), self._pass_tokens):
+            what = Pass.of(taken, pairs, runner.device)
+            values = iter(runner.score(what, most=_LOGITS))
+            for number, length in what.pairs:
+                yield number, [next(values) for _ in range(length)]
 
     # ----- memory -----
 

@@ -45,7 +45,7 @@ class Sizes:
 class Memory:
     """The memory of so many rows, for every layer of a model.
 
-    Layers find theirs through :meth:`attend`, :meth:`read` and :meth:`write`, for the rows that the last ``look`` names.
+    Layers find theirs through :meth:`attend`, :meth:`read` and :meth:`write`, for the rows that were named last.
 
     Args:
         sizes: Of the model.

@@ -1,8 +1,8 @@
 """A model that goes on with the rows of an engine: prompts in passes, then a token of every row in a step.
 
 What a step needs lies on the device and is changed there: a step reads the tokens that the one before has chosen. The
-host adds pages and rows, and reads what was chosen when it comes. On a GPU a step of so many rows is a CUDA graph, which
-is recorded once and stays right while weights change in place.
+host adds pages and rows, and reads what was chosen when it comes. On a GPU a step of so many rows is a CUDA graph,
+which is recorded once and stays right while weights change in place.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 from gendistill.engine.decoder import FusedDecoder, fuse, go_on, is_fused, refreshed, release, why_not
 from gendistill.engine.linear import pack
 from gendistill.errors import GendistillError
+from gendistill.generation.likelihood import Pass
 from gendistill.generation.memory import Memory, Sizes
 from gendistill.generation.sampling import Sampling, choose
 from gendistill.generation.schedule import Move, Piece, Row
@@ -189,10 +190,10 @@ class Runner:
             width: Pages of the longest row.
         """
         there = self.memory
-        if there is not None and (slots, pages) == (there.num_slots, there.num_pages):
-            if width <= self._places.table.shape[1]:
-                self._places.positions.fill_(-1)
-                return
+        fits = there is not None and (slots, pages) == (there.num_slots, there.num_pages)
+        if fits and width <= self._places.table.shape[1]:
+            self._places.positions.fill_(-1)
+            return
         self.forget_all()
         self.memory = Memory(self.sizes(), slots=slots, pages=pages, device=self.device)
         self._places = _Places.of(slots, width, self.device)
@@ -302,6 +303,29 @@ class Runner:
         there = self._places
         return Chosen(rows, *(part[:number] for part in (there.tokens, there.log_probs, there.finite)))
 
+    @torch.no_grad()
+    def score(self, what: Pass, *, most: int) -> list[float]:
+        """Return the natural-log probability of every target, in order.
+
+        Args:
+            what: To read and to score.
+            most: Logits at a time, in rows.
+        """
+        out = self.model.model(
+            input_ids=what.input_ids,
+            position_ids=what.position_ids,
+            sequences=what.sequences,
+            use_cache=False,
+        )
+        hidden = out.last_hidden_state[0]
+        found: list[Tensor] = []
+        for start in range(0, len(what.places), most):
+            rows = slice(start, start + most)
+            logits = self._logits(hidden[what.places[rows]])
+            chosen = logits.gather(1, what.targets[rows, None])[:, 0]
+            found.append(chosen - logits.logsumexp(-1))
+        return torch.cat(found).tolist()
+
     def _step(self, number: int, sampling: Sampling) -> None:
         assert self.memory is not None
         there = self._places
@@ -310,7 +334,9 @@ class Runner:
         )
         lives = positions >= 0
         at = positions.clamp(min=0)
-        page = table.gather(1, (at // PAGE)[:, None])[:, 0].to(torch.int64)
+        # a model without attention has no pages
+        place = (at // PAGE).clamp(max=table.shape[1] - 1)
+        page = table.gather(1, place[:, None])[:, 0].to(torch.int64)
         cells = torch.where(lives, page * PAGE + at % PAGE, 0)
         lengths = torch.where(lives, at + 1, 0).to(torch.int32)
         starts = torch.arange(number + 1, dtype=torch.int32, device=self.device)
