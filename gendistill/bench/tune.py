@@ -110,6 +110,7 @@ CANDIDATES: dict[str, tuple[Config, ...]] = {
         Config(block, warps, registers=255) for block in (8192, 16384, 32768) for warps in (4, 8)
     ),
     "divergence": tuple(Config(block, warps) for block in (2048, 4096, 8192) for warps in (4, 8)),
+    "divergence_mixture": tuple(Config(block, warps) for block in (2048, 4096, 8192) for warps in (4, 8)),
     "tail_sum": tuple(Config(block, warps) for block in (2048, 4096, 8192) for warps in (4, 8)),
     "tail_gradient": tuple(Config(block, warps) for block in (2048, 4096, 8192) for warps in (4, 8)),
 }
@@ -496,9 +497,10 @@ def _divergence(case: Case, dtype: torch.dtype, device: str) -> Iterator[Job]:
     student, teacher = (3 * _normal(device, torch.float32, rows, VOCABULARY) for _ in range(2))
     targets = torch.randint(0, VOCABULARY, (rows,), device=device)
     mix = divergence.Mix((divergence.KL, divergence.CE), (0.9, 0.1), (1.0, 1.0), (0.0, 0.0))
+    mixture = divergence.Mix((divergence.JSD,), (1.0,), (1.0,), (0.5,))
     factors = torch.randn(rows, device=device)
 
-    def step() -> dict[str, Tensor]:
+    def step(mix: divergence.Mix) -> dict[str, Tensor]:
         logits = student.clone()
         values = compare(logits, teacher, targets, mix, grad_dtype=dtype)
         return {"values": values, "d logits": divergence.gradient_in(logits, dtype)}
@@ -507,7 +509,8 @@ def _divergence(case: Case, dtype: torch.dtype, device: str) -> Iterator[Job]:
         total = log_sum(student)
         return {"total": total, "d logits": spread(student, total, factors, dtype=dtype)}
 
-    yield Job("divergence", case.name, (4,), step=step)
+    yield Job("divergence", case.name, (4,), step=functools.partial(step, mix))
+    yield Job("divergence_mixture", case.name, (4,), step=functools.partial(step, mixture))
     for kernel in ("tail_sum", "tail_gradient"):
         yield Job(kernel, case.name, (4,), step=tail)
 
