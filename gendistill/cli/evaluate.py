@@ -130,7 +130,7 @@ def _score_model(arguments: argparse.Namespace) -> int:
         tasks=tasks,
         protocols=_protocols(arguments.protocols or _BOTH),
         limit=arguments.limit,
-        batch_size=arguments.batch_size or 8,
+        batch_size=arguments.batch_size,
         out=out,
         teacher=arguments.teacher,
         questions=arguments.questions,

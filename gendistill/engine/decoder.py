@@ -331,7 +331,8 @@ def go_on(
         layout = _lay_out(fused, stream.shape[0], sequences, angles, position_ids)
         layout.memory = memory
         for layer in decoder.layers:
-            stream = layer(stream, layout=layout)
+            # nothing is computed again, whatever a stage that trains the model says
+            stream = layer.forward(stream, layout=layout)
         rows = stream.flatten(0, 1)
         if wanted is not None:
             rows = rows[wanted]

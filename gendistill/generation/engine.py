@@ -51,6 +51,7 @@ class Engine:
         max_rows: Most rows at a time; by default as many as memory allows, up to 512 on a GPU and 16 on a CPU.
         pass_tokens: Most tokens of prompts that are read in one pass.
         memory_bytes: For keys, values and states; by default most of what is free.
+        learns: Whether the model is being trained: its parameters stay where they are, beside copies of them.
         capture: Whether decode steps on a GPU are CUDA graphs.
 
     Attributes:
@@ -68,6 +69,7 @@ class Engine:
         max_rows: int | None = None,
         pass_tokens: int | None = None,
         memory_bytes: int | None = None,
+        learns: bool = False,
         capture: bool = True,
     ) -> None:
         for name, value in (
@@ -78,7 +80,7 @@ class Engine:
             if value is not None and value < 1:
                 raise GendistillError(f"{name} must be at least 1, got {value}")
         self.model, self.tokenizer = model, tokenizer
-        self._runner = Runner(model, capture=capture)
+        self._runner = Runner(model, learns=learns, capture=capture)
         kind = self._runner.device.type
         self._max_rows = max_rows or _ROWS.get(kind, 16)
         self._pass_tokens = pass_tokens or _PASS_TOKENS.get(kind, 1024)

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from gendistill.engine.decoder import FusedDecoder, fuse, go_on, is_fused, refreshed, release, why_not
+from gendistill.engine.decoder import FusedDecoder, fuse, go_on, is_fused, refreshed, release
+from gendistill.engine.decoder import why_not as why_not_fused
 from gendistill.engine.linear import pack
 from gendistill.errors import GendistillError
 from gendistill.generation.likelihood import Pass
@@ -102,27 +103,27 @@ class Runner:
 
     Args:
         model: Causal language model, with ``model``, ``lm_head`` and ``config``, where it will run.
+        learns: Whether it is being trained: its parameters stay where they are, beside copies.
         capture: Whether steps are recorded as CUDA graphs where the model is on a GPU.
 
     Raises:
         GendistillError: The model's layers cannot run fused; says why.
     """
 
-    def __init__(self, model: Any, *, capture: bool = True) -> None:
+    def __init__(self, model: Any, *, learns: bool = False, capture: bool = True) -> None:
+        reason = why_not(model)
+        if reason is not None:
+            raise GendistillError(
+                f"the engine cannot run this {model.config.model_type} model: {reason}",
+                hint="generate with transformers' model.generate",
+            )
         self.model = model
         self.device: torch.device = model.lm_head.weight.device
         self._fuses = not is_fused(model)
         if self._fuses:
-            dtype = model.lm_head.weight.dtype
-            reason = why_not(model, device=self.device, dtype=dtype) or _why_no_angles(model)
-            if reason:
-                raise GendistillError(
-                    f"the engine cannot run this {model.config.model_type} model: {reason}",
-                    hint="generate with transformers' model.generate",
-                )
-            fuse(model, dtype, learns=False)
+            fuse(model, model.lm_head.weight.dtype, learns=learns)
         self.decoder = self._refreshed()
-        self._head = pack([model.lm_head], self.decoder.dtype, learns=not self._fuses)
+        self._head = pack([model.lm_head], self.decoder.dtype, learns=learns or not self._fuses)
         self.memory: Memory | None = None
         self._captures = capture and self.device.type == "cuda"
         self._graphs: dict[tuple[int, Sampling], torch.cuda.CUDAGraph] = {}
@@ -394,8 +395,21 @@ def _bucket(number: int) -> int:
     return 1 << (number - 1).bit_length() if number <= 64 else -(-number // 64) * 64
 
 
-def _why_no_angles(model: Any) -> str | None:
-    """Say if rotary positions depend on what runs beside a sequence; None if they do not."""
+def why_not(model: Any) -> str | None:
+    """Say what keeps the engine from running a model; None if nothing does.
+
+    Args:
+        model: Causal language model, where it will run.
+    """
+    head = getattr(model, "lm_head", None)
+    if not hasattr(model, "model") or not isinstance(head, nn.Linear):
+        return f"{type(model).__name__} has no model and lm_head as the families have them"
+    if head.bias is not None:
+        return "its head has biases"
+    if is_fused(model):
+        return None
+    if reason := why_not_fused(model, device=head.weight.device, dtype=head.weight.dtype):
+        return reason
     kind = getattr(model.model.rotary_emb, "rope_type", "default")
     if kind in ("dynamic", "longrope"):
         return f'its rotary positions ("{kind}") depend on the longest sequence beside'

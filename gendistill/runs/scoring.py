@@ -15,6 +15,7 @@ from rich.text import Text
 import gendistill_evals
 from gendistill.checkpoints.resolve import Checkpoint, load_causal_lm, load_tokenizer, resolve_checkpoint
 from gendistill.config.schema import teacher_dtype
+from gendistill.runs.asking import asked
 from gendistill.text import printable
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ def score_checkpoint(
     tasks: tuple[str, ...],
     protocols: tuple[str, ...],
     limit: int | None,
-    batch_size: int,
+    batch_size: int | None,
     out: Path,
     teacher: str | None,
     questions: str | None,
@@ -39,7 +40,7 @@ def score_checkpoint(
         tasks: Built-in task names or paths.
         protocols: Names in ``gendistill_evals.PROTOCOLS``.
         limit: Items per task, or None.
-        batch_size: Sequences per forward.
+        batch_size: Sequences at a time, or None for as many as memory allows.
         out: Folder of the results.
         teacher: Model that scores the open answers, or None.
         questions: Open questions: built-in name or path, or None.
@@ -91,14 +92,22 @@ def score(
         console: Where progress is shown; standard output if None.
     Returns: The content of ``results.json``.
     """
-    with _eval_progress(console or Console(highlight=False), role) as progress:
+    shown, rows = console or Console(highlight=False), settings["batch_size"]
+
+    def say(line: str) -> None:
+        shown.print(Text(f"{role:<9} {printable(line)}"))
+
+    with contextlib.ExitStack() as stack:
+        scored = stack.enter_context(asked(model, tokenizer, batch_size=rows, say=say))
+        judge = None
+        if teacher is not None:
+            judge = stack.enter_context(asked(teacher, tokenizer, batch_size=rows))
+        progress = stack.enter_context(_eval_progress(shown, role))
         return gendistill_evals.evaluate_model(
-            model,
-            tokenizer,
+            scored,
             tasks=settings["tasks"],
             protocols=settings["protocols"],
             limit=settings["limit"],
-            batch_size=settings["batch_size"],
             questions=settings["questions"],
             question_tokens=settings.get("question_tokens", 64),
             out_dir=out,
@@ -106,7 +115,7 @@ def score(
             model_name=name,
             role=role,
             progress=progress,
-            teacher=teacher,
+            teacher=judge,
         )
 
 
