@@ -31,6 +31,8 @@ from gendistill_kernels.runtime.launch import Launcher, on_its_device
 _LEAST, _LONG, _EXTRA = 2, 64, 8
 # shares of a sequence; of all of them one program reads the maxima
 _MOST = 256
+# of a program that joins
+_CHANNELS = 32
 
 
 class Shares(NamedTuple):
@@ -93,39 +95,41 @@ def decode_kernel(
     most = tl.full([BG], float("-inf"), tl.float32)
     total = tl.zeros([BG], tl.float32)
     acc = tl.zeros([BG, BD], tl.float32)
+    at = tl.load(table + first // PAGE)
     for key in range(first, last, BN):
-        acc, most, total = step(
-            query, keys, values, table, key, begin, last, acc, most, total, row, window, scale,
+        at, acc, most, total = step(
+            query, keys, values, table, at, key, begin, last, acc, most, total, row, window, scale,
             column, D, BN, KV, PAGE, True, WINDOW,
         )  # fmt: skip
     if WHOLE:
         acc /= tl.where(total > 0, total, 1.0)[:, None]
         tl.store(out + head[:, None] * D + column[None, :], acc.to(out.dtype.element_ty), mask=inside)
     else:
-        at = head * number + mine
-        tl.store(out + at[:, None] * D + column[None, :], acc, mask=inside)
-        tl.store(levels + 2 * at, most, mask=member < G)
-        tl.store(levels + 2 * at + 1, total, mask=member < G)
+        place = head * number + mine
+        tl.store(out + place[:, None] * D + column[None, :], acc, mask=inside)
+        tl.store(levels + 2 * place, most, mask=member < G)
+        tl.store(levels + 2 * place + 1, total, mask=member < G)
 
 
 @triton.jit(do_not_specialize=["number", "wanted", "window"])
 def join_kernel(
     found, levels, lengths, out, number, wanted, window,
-    H: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BS: tl.constexpr, BM: tl.constexpr,
+    H: tl.constexpr, D: tl.constexpr, BC: tl.constexpr, BS: tl.constexpr, BM: tl.constexpr,
     PAGE: tl.constexpr, LEAST: tl.constexpr, LONG: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BC + tl.arange(0, BC)
     length = tl.load(lengths + head // H)
     begin = tl.maximum(length - window, 0) if WINDOW else 0
     _, _, used = _cut(length, begin, number, wanted, PAGE, LEAST, LONG)
     levels += 2 * head * number
-    share, column = tl.arange(0, BS), tl.arange(0, BD)
+    share = tl.arange(0, BS)
     level = tl.load(levels + 2 * share, mask=share < used, other=float("-inf"))
     sums = tl.load(levels + 2 * share + 1, mask=share < used, other=0.0)
     top = tl.max(level, 0)
     top = tl.where(top == float("-inf"), 0.0, top)
     total = tl.sum(tl.exp2(level - top) * sums, 0)
-    acc = tl.zeros([BD], tl.float32)
+    acc = tl.zeros([BC], tl.float32)
     for first in range(0, used, BM):
         some = first + tl.arange(0, BM)
         weight = tl.exp2(tl.load(levels + 2 * some, mask=some < used, other=float("-inf")) - top)
@@ -176,9 +180,11 @@ def decode(
     if whole:
         return out
     config = TABLE.lookup(q.device, "paged_join", q.dtype.itemsize)
-    _join[(rows * H,)](
+    # where sequences are few, programs share the channels of a head
+    channels = wide if shares.wanted == 1 else min(wide, _CHANNELS)
+    _join[(rows * H, wide // channels)](
         found, levels, lengths, out, *shares, reach,
-        H=H, D=D, BD=wide, BS=power_of_2(shares.number),
-        BM=min(max(1, config.block // wide), power_of_2(shares.number)), **pages, num_warps=config.warps,
+        H=H, D=D, BC=channels, BS=power_of_2(shares.number),
+        BM=min(max(1, config.block // channels), power_of_2(shares.number)), **pages, num_warps=config.warps,
     )  # fmt: skip
     return out

@@ -23,6 +23,8 @@ from gendistill_kernels.paged.rows import TABLE
 from gendistill_kernels.paged.step import BITS, step
 from gendistill_kernels.runtime.launch import Launcher, on_its_device
 
+# queries that a warp takes, by bytes of an element: of two bytes as many as a product's rows
+_QUERIES = {2: 16, 4: 8}
 # channels of a tile above which a program has shared memory for fewer tiles of keys
 _WIDE = 128
 # what no tile's number reaches
@@ -67,17 +69,19 @@ def prefill_kernel(
     if WINDOW:
         begin = tl.maximum(0, first + ahead - window + 1)
         whole = begin // BN * BN
+        page = tl.load(table + whole // PAGE)
     else:
         # keys that every query of the tile sees
         whole = (first + ahead + 1) // BN * BN
+        page = tl.load(table)
         for key in range(0, whole, BN):
-            acc, most, total = step(
-                query, keys, values, table, key, begin, last, acc, most, total, row, window, scale,
+            page, acc, most, total = step(
+                query, keys, values, table, page, key, begin, last, acc, most, total, row, window, scale,
                 column, D, BN, KV, PAGE, False, False,
             )  # fmt: skip
     for key in range(whole, last, BN):
-        acc, most, total = step(
-            query, keys, values, table, key, begin, last, acc, most, total, row, window, scale,
+        page, acc, most, total = step(
+            query, keys, values, table, page, key, begin, last, acc, most, total, row, window, scale,
             column, D, BN, KV, PAGE, True, WINDOW,
         )  # fmt: skip
     tl.store(out + place, (acc / total[:, None]).to(out.dtype.element_ty), mask=inside)
@@ -112,8 +116,8 @@ def prefill(
     PAGE, KV = keys.shape[1:3]
     config = TABLE.lookup(q.device, "paged_prefill", q.dtype.itemsize)
     wide = max(16, power_of_2(D))
-    # a warp takes 16 queries
-    queries, shared = 16 * config.warps, H // KV
+    queries, shared = _QUERIES[q.dtype.itemsize] * config.warps, H // KV
+    # the largest power of two that divides it
     group = min(shared & -shared, queries)
     sequences = len(lengths)
     tiles = tokens * group // queries + sequences

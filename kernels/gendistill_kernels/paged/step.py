@@ -12,18 +12,19 @@ BITS = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def step(
-    q, keys, values, table, first, begin, end, acc, most, total, row, window, scale,
+    q, keys, values, table, page, first, begin, end, acc, most, total, row, window, scale,
     column, D: tl.constexpr, BN: tl.constexpr, KV: tl.constexpr, PAGE: tl.constexpr,
     MASKED: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
-    """Take the keys from ``first`` on, of one page: of those without a mask, else from ``begin`` to before ``end``.
+    """Take the keys from ``first`` on, which lie in ``page``; with a mask those from ``begin`` to before ``end`` only.
 
-    ``row`` are the positions of the queries; scores are logarithms to the base of two.
+    ``row`` are the positions of the queries; scores are logarithms to the base of two. Returns the page of the keys
+    that follow, too: a load whose address comes from another load of the same turn would be started late.
     """
+    following = tl.load(table + tl.minimum(first + BN, end - 1) // PAGE)
     token = tl.arange(0, BN)
     key = first + token
-    page = tl.load(table + first // PAGE).to(tl.int64)
-    cell = (page * PAGE + first % PAGE) * (KV * D) + token[:, None] * (KV * D) + column[None, :]
+    cell = (page.to(tl.int64) * PAGE + first % PAGE) * (KV * D) + token[:, None] * (KV * D) + column[None, :]
     there = (column < D)[None, :]
     if MASKED:
         there = there & ((key >= begin) & (key < end))[:, None]
@@ -41,4 +42,4 @@ def step(
     shrink = tl.exp2(most - shift)
     found = tl.load(values + cell, mask=there, other=0.0)
     acc = tl.dot(weights.to(found.dtype), found, acc * shrink[:, None], input_precision="ieee")
-    return acc, top, total * shrink + tl.sum(weights, 1)
+    return following, acc, top, total * shrink + tl.sum(weights, 1)
