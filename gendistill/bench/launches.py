@@ -66,6 +66,7 @@ PLACES = {
     "decode": Place(decode, "_decode"),
     "decode_group": Place(decode, "_decode"),
     "divergence": Place(dense, "_compare"),
+    "divergence_mixture": Place(dense, "_compare"),
     "tail_sum": Place(tail, "_log_sum"),
     "tail_gradient": Place(tail, "_spread"),
     "paged_store": Place(store, "_store"),

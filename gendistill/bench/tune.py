@@ -114,6 +114,7 @@ CANDIDATES: dict[str, tuple[Config, ...]] = {
         Config(block, warps, registers=255) for block in (8192, 16384, 32768) for warps in (4, 8)
     ),
     "divergence": tuple(Config(block, warps) for block in (2048, 4096, 8192) for warps in (4, 8)),
+    "divergence_mixture": tuple(Config(block, warps) for block in (2048, 4096, 8192) for warps in (4, 8)),
     "tail_sum": tuple(Config(block, warps) for block in (2048, 4096, 8192) for warps in (4, 8)),
     "tail_gradient": tuple(Config(block, warps) for block in (2048, 4096, 8192) for warps in (4, 8)),
     "paged_store": tuple(Config(block, warps) for block in (512, 1024, 2048, 4096) for warps in (2, 4)),
@@ -509,7 +510,8 @@ def _paged(case: Case, dtype: torch.dtype, device: str) -> Iterator[Job]:
     """Prefill the case's rows, then take one token of each; their pages lie in no order."""
     normal = functools.partial(_normal, device, dtype)
     rows, tokens, channels = case.batch, case.tokens, case.channels
-    width = -(-tokens // PAGE)
+    # room for a few pages more, so that even a short sequence may be shared out
+    width = max(4, -(-tokens // PAGE))
     number, heads = rows * tokens, case.heads + 2 * case.kv_heads
     qkv, gain = normal(number, heads * channels), normal(channels)
     q = normal(number, case.heads, channels)
@@ -544,9 +546,10 @@ def _divergence(case: Case, dtype: torch.dtype, device: str) -> Iterator[Job]:
     student, teacher = (3 * _normal(device, torch.float32, rows, VOCABULARY) for _ in range(2))
     targets = torch.randint(0, VOCABULARY, (rows,), device=device)
     mix = divergence.Mix((divergence.KL, divergence.CE), (0.9, 0.1), (1.0, 1.0), (0.0, 0.0))
+    mixture = divergence.Mix((divergence.JSD,), (1.0,), (1.0,), (0.5,))
     factors = torch.randn(rows, device=device)
 
-    def step() -> dict[str, Tensor]:
+    def step(mix: divergence.Mix) -> dict[str, Tensor]:
         logits = student.clone()
         values = compare(logits, teacher, targets, mix, grad_dtype=dtype)
         return {"values": values, "d logits": divergence.gradient_in(logits, dtype)}
@@ -555,7 +558,8 @@ def _divergence(case: Case, dtype: torch.dtype, device: str) -> Iterator[Job]:
         total = log_sum(student)
         return {"total": total, "d logits": spread(student, total, factors, dtype=dtype)}
 
-    yield Job("divergence", case.name, (4,), step=step)
+    yield Job("divergence", case.name, (4,), step=functools.partial(step, mix))
+    yield Job("divergence_mixture", case.name, (4,), step=functools.partial(step, mixture))
     for kernel in ("tail_sum", "tail_gradient"):
         yield Job(kernel, case.name, (4,), step=tail)
 

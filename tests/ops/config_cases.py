@@ -62,7 +62,7 @@ def make(cases: Any, row: Row | ByBytes, *, save: bool) -> tuple[Call, Call]:
             "conv": _convolution,
             "norm": _norm,
             "block": _block,
-            "divergence": _divergence,
+            "divergence": functools.partial(_divergence, mixture=row.kernel == "divergence_mixture"),
             "tail": _tail,
             "paged": functools.partial(_paged, row.kernel),
         }
@@ -255,10 +255,15 @@ def _paged(kernel: str, cases: Any, dtype: torch.dtype) -> tuple[Call, Call]:
     return call, answer
 
 
-def _divergence(cases: Any, dtype: torch.dtype) -> tuple[Call, Call]:
-    """Compare rows of several slices, of which the last is not full, by every divergence at two temperatures."""
+def _divergence(cases: Any, dtype: torch.dtype, *, mixture: bool) -> tuple[Call, Call]:
+    """Compare rows of several slices, of which the last is not full, at two temperatures.
+
+    Args:
+        mixture: By every divergence, or by all but that from the models' mixture.
+    """
     torch.manual_seed(0)
-    terms = [Term(kind, 0.5 + kind_number, 1.0, 0.3) for kind_number, kind in enumerate(Divergence)]
+    kinds = [kind for kind in Divergence if mixture or kind is not Divergence.JSD]
+    terms = [Term(kind, 0.5 + kind_number, 1.0, 0.3) for kind_number, kind in enumerate(kinds)]
     terms.append(Term(Divergence.FORWARD_KL, 1.0, 2.0))
     mix = Mix(
         tuple(KINDS[term.kind.value] for term in terms),

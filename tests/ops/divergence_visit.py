@@ -161,7 +161,7 @@ def time_kernel() -> None:
     for name, mix in mixes.items():
         line = []
         for block, warps in BLOCKS if name == "kl" else BLOCKS[:3]:
-            with forced("divergence", Config(block, warps)):
+            with forced("divergence_mixture" if name == "jsd" else "divergence", Config(block, warps)):
 
                 def step(mix=mix):
                     compare(student, teacher, targets, mix, grad_dtype=torch.bfloat16)

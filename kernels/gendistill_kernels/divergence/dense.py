@@ -351,7 +351,7 @@ def compare(
                 f"logits must be float32 and contiguous, got {logits.dtype} of {logits.stride()}"
             )
     N, V = student.shape
-    config = TABLE.lookup(student.device, "divergence", 4)
+    config = TABLE.lookup(student.device, "divergence_mixture" if JSD in mix.kinds else "divergence", 4)
     block = _block(config.block, V, student.device)
     slices, constants = math.ceil(V / block), _constants(mix)
     fields = _ROW.value + _TEMPERATURE.value * len(constants["RATES"]) + _TERM.value * len(mix.kinds)
@@ -361,8 +361,6 @@ def compare(
     arrivals = torch.zeros(1 + 2 * N, dtype=torch.int32, device=student.device)
     grad = None if grad_dtype is None else gradient_in(student, grad_dtype)
     second = bool({REVERSE_KL, JSD} & {*mix.kinds})
-    # a mixture's logarithms do not fit into the registers of so few
-    warps = 2 * config.warps if JSD in mix.kinds else config.warps
     stages = [(True, second, True)]
     if INTERPRETED:
         # programs run one after the other, and none can wait
@@ -372,6 +370,6 @@ def compare(
             student, teacher if mix.uses_teacher else None, targets if CE in mix.kinds else None,
             grad, values, partials, arrivals, N, V, 0 if grad is None else grad.stride(0),
             SLICES=slices, WIDE=triton.next_power_of_2(slices), BLOCK=block, FIELDS=fields, **constants,
-            SUMS=sums, SECOND=second, RESULT=result, MEET=not INTERPRETED, num_warps=warps,
+            SUMS=sums, SECOND=second, RESULT=result, MEET=not INTERPRETED, num_warps=config.warps,
         )  # fmt: skip
     return values
