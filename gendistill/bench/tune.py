@@ -123,8 +123,8 @@ CANDIDATES: dict[str, tuple[Config, ...]] = {
     ),
     "paged_decode": tuple(
         Config(block, warps, stages=stages, programs=number)
-        for block, warps in ((32, 4), (64, 2), (64, 4), (64, 8))
-        for stages in (2, 3, 4)
+        for block, warps in ((32, 4), (64, 4), (64, 8))
+        for stages in (2, 3)
         for number in (396, 792)
     ),
     "paged_join": tuple(Config(block, warps) for block in (2048, 4096, 8192) for warps in (2, 4)),
@@ -517,7 +517,8 @@ def _paged(case: Case, dtype: torch.dtype, device: str) -> Iterator[Job]:
     q = normal(number, case.heads, channels)
     angles = _normal(device, torch.float32, number, channels // 2).repeat(1, 2)
     cos, sin = angles.cos(), angles.sin()
-    memory = [normal(rows * width, PAGE, case.kv_heads, channels) for _ in range(2)]
+    memory = rows * width, PAGE, case.kv_heads, channels
+    memory = normal(*memory), normal(*memory)
     table = torch.randperm(rows * width, device=device).view(rows, width)
     place = torch.arange(tokens, device=device)
     cells = (table[:, place // PAGE] * PAGE + place % PAGE).flatten()
