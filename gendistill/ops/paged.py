@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from gendistill.ops.reference import paged as reference
-from gendistill.ops.select import Impl, is_triton
+from gendistill.ops.select import Impl, contract, is_triton
 from gendistill.ops.types import PAGE, Pages
 
 __all__ = ["PAGE", "Pages", "paged_attend"]
@@ -52,8 +54,16 @@ def paged_attend(
     _check(qkv, q_weight, k_weight, cos, sin, keys, values, heads, window, pages)
     more = {"heads": heads, "eps": eps, "window": window, "pages": pages}
     if is_triton(impl):
-        raise ValueError('paged_attend has no kernels yet; use impl="reference"')
+        return _contract().paged_attend(qkv, q_weight, k_weight, cos, sin, keys, values, **more)
     return reference.paged_attend(qkv, q_weight, k_weight, cos, sin, keys, values, **more)
+
+
+def _contract():
+    if TYPE_CHECKING:
+        import gendistill.ops.contracts.paged as found
+
+        return found
+    return contract("paged")
 
 
 def _check(
