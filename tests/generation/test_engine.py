@@ -145,17 +145,18 @@ def test_what_cannot_be_answered_says_why_and_changes_nothing_for_others(student
     bad = [
         Prompt([], 4),
         Prompt([1, 2], 0),
+        Prompt([1, 2], 4, ("",)),
         Prompt([1, 97], 4),
         Prompt([-1], 4),
         Prompt([1] * student.config.max_position_embeddings, 1),
     ]
     plain, _ = answers(student, asked)
-    found, _ = answers(student, [*bad[:3], *asked, *bad[3:]])
-    assert [answer.token_ids for answer in found[3:5]] == [answer.token_ids for answer in plain]
-    errors = [answer.error for answer in (*found[:3], *found[5:])]
+    found, _ = answers(student, [*bad[:4], *asked, *bad[4:]])
+    assert [answer.token_ids for answer in found[4:6]] == [answer.token_ids for answer in plain]
+    errors = [answer.error for answer in (*found[:4], *found[6:])]
     for error, words in zip(
         errors,
-        ("no token", "at least 1, got 0", "knows tokens 0 to 96", "token -1", "positions"),
+        ("no token", "at least 1, got 0", "a stop text must", "knows tokens 0 to 96", "token -1", "positions"),
         strict=True,
     ):
         assert words in error
