@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from gendistill.bench.pair import for_inference
 from gendistill.engine.decoder import fuse, release
 from gendistill.generation.engine import Engine
 from gendistill.generation.request import Prompt
