@@ -35,7 +35,8 @@ class KeepingModel:
     """A language model that keeps its results in a folder, and asks for what it does not hold.
 
     It is a ``LanguageModel`` itself, with the identity and the limits of the one inside. Results that were kept come
-    first. Equal questions are asked once. Several models, processes and evaluations may share a folder.
+    first. Equal questions are asked once, so what tells two samples of a prompt apart, such as a seed, belongs to the
+    request or the decoding. Several models, processes and evaluations may share a folder.
 
     Args:
         model: Any language model; its weights stay as they are while this is in use.
