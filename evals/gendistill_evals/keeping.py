@@ -105,12 +105,15 @@ class KeepingModel:
         Raises:
             EvalError: As the model; or a log-probability that is not finite, or a result that cannot be kept.
         """
+        keys, context, packed = [], None, b""
+        for pair in pairs:
+            # The options of an item have one prompt between them.
+            if pair.context is not context:
+                context, packed = pair.context, _packed(pair.context)
+            keys.append(self._key(len(packed).to_bytes(8), packed, _packed(pair.continuation)))
         return self._results(
             "log_probs",
-            [
-                self._key(len(pair.context).to_bytes(8), _packed(pair.context), _packed(pair.continuation))
-                for pair in pairs
-            ],
+            keys,
             names=[pair.name for pair in pairs],
             ask=lambda wanted: self.model.log_probs([pairs[index] for index in wanted]),
             plain=lambda values: {"log_probs": [float(value) for value in values]},
@@ -177,7 +180,7 @@ class KeepingModel:
         for key, stored in store.read(list(places)):
             try:
                 result, seconds = read(stored, places[key][0]), float(stored["seconds"])
-            except (ValueError, TypeError, KeyError, OverflowError):
+            except (ValueError, TypeError, KeyError):
                 # Intact, but not ours: it is asked for and kept anew.
                 continue
             self._seconds[key] = seconds
@@ -240,8 +243,7 @@ def _plain_answer(answer: Generated) -> dict[str, Any]:
 
 
 def _read_answer(stored: Any) -> Generated:
-    text, ended = stored["text"], stored["ended"]
-    if not isinstance(text, str) or not isinstance(ended, bool):
+    tokens, text, ended = stored["token_ids"], stored["text"], stored["ended"]
+    if not isinstance(tokens, list) or not isinstance(text, str) or not isinstance(ended, bool):
         raise ValueError
-    # Refuses what is not a list of whole numbers, much faster than a loop over them.
-    return Generated(tuple(array("q", stored["token_ids"])), text, ended)
+    return Generated(tuple(tokens), text, ended)
