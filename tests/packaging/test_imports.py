@@ -68,6 +68,7 @@ LAYERS = {
     "bench": {
         *(
             "training",
+            "generation",
             "teachers",
             "engine",
             "conversion",
