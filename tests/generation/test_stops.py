@@ -23,6 +23,7 @@ STOPS = [
     ("\n\n",),
     (" ",),
     ("END",),
+    ("日",),
     ("DEN", "END E"),
     ("a b", "b a"),
     ("aa", "a\na", "aab"),
@@ -60,22 +61,26 @@ def plainly(
     return _finish(tokenizer, row, decoding, stop, stopped_at), len(row)
 
 
-def sequences(tokenizer: PreTrainedTokenizerBase, count: int, *, seed: int) -> list[list[int]]:
-    """Draw tokens, from few of them in most sequences so that stop texts come about; some ids name no token."""
+def sequences(
+    tokenizer: PreTrainedTokenizerBase, runs: Sequence[list[int]], count: int, *, seed: int
+) -> list[list[int]]:
+    """Draw tokens and runs of them, from few in most sequences so that stop texts come about; some ids name none."""
     rng = random.Random(seed)
+    units = [[token] for token in range(len(tokenizer) + 2)]
     drawn = []
     for _ in range(count):
-        known = range(len(tokenizer) + 2)
-        some = rng.sample(known, rng.choice([2, 3, 5, len(known)]))
-        drawn.append(rng.choices(some, k=rng.randrange(1, 40)))
+        some = rng.sample(units, rng.choice([1, 2, 4, len(units)])) + rng.choices(
+            runs or units, k=rng.choice([1, 2, 4])
+        )
+        drawn.append([token for unit in rng.choices(some, k=rng.randrange(1, 40)) for token in unit])
     return drawn
 
 
 @pytest.mark.parametrize("stop", STOPS, ids=ascii)
-def test_answers_end_as_when_all_is_decoded_after_every_token(tokenizer, stop):
+def test_answers_end_as_when_all_is_decoded_after_every_token(tokenizer, runs_of, stop):
     ends = (tokenizer.eos_token_id,)
     outcomes = set()
-    for tokens in sequences(tokenizer, 120, seed=len(stop[0])):
+    for tokens in sequences(tokenizer, runs_of(tokenizer), 120, seed=len(stop[0])):
         limit = len(tokens)
         expected, taken = plainly(tokenizer, tokens, ends, stop, limit)
         ending = Ending(tokenizer, end_ids=frozenset(ends), stop=stop, max_new_tokens=limit)
@@ -107,9 +112,9 @@ def test_tokens_that_spell_a_stop_text_together_end_the_answer(sums):
     assert found
 
 
-def test_without_stop_texts_an_answer_ends_by_end_token_or_limit(tokenizer):
+def test_without_stop_texts_an_answer_ends_by_end_token_or_limit(tokenizer, runs_of):
     ends = (1, tokenizer.eos_token_id)
-    for tokens in sequences(tokenizer, 50, seed=3):
+    for tokens in sequences(tokenizer, runs_of(tokenizer), 50, seed=3):
         expected, taken = plainly(tokenizer, tokens, ends, (), 20)
         ending = Ending(tokenizer, end_ids=ends, stop=(), max_new_tokens=20)
         overs = [ending.add(token) for token in tokens[:taken]]
@@ -170,18 +175,18 @@ def test_what_can_never_end_or_never_begin_is_refused(make_tokenizer, stop, limi
         Ending(make_tokenizer("bytes"), end_ids=(), stop=stop, max_new_tokens=limit)
 
 
-def test_text_handed_out_piece_by_piece_is_the_whole(tokenizer):
-    for tokens in sequences(tokenizer, 400, seed=7):
+def test_text_handed_out_piece_by_piece_is_the_whole(tokenizer, runs_of):
+    for tokens in sequences(tokenizer, runs_of(tokenizer), 400, seed=7):
         text = Text(tokenizer)
         shown = [text.add(token) for token in tokens]
         assert "".join(shown) + text.rest() == _decode(tokenizer, tokens), tokens
         assert text.rest() == ""
 
 
-def test_text_comes_at_once_where_nothing_can_change_it(sums):
+def test_text_comes_at_once_where_nothing_can_change_it(sums, runs_of):
     """After every token but one that is a byte, all is out except bytes that are not a character, or not yet."""
     late = 0
-    for tokens in sequences(sums, 200, seed=8):
+    for tokens in sequences(sums, runs_of(sums), 200, seed=8):
         text, shown = Text(sums), ""
         for count, token in enumerate(tokens, 1):
             shown += text.add(token)
