@@ -110,6 +110,9 @@ SUMS: dict[str, Callable[[], Tokenizer]] = {
 }
 OTHERS: dict[str, Callable[[], Tokenizer]] = {
     "sentencepiece that strips two": lambda: _sentencepiece(strips=2),
+    "joined before bytes": lambda: _pieces(
+        decoders.Sequence([decoders.Fuse(), decoders.ByteFallback()]), bytes_too=True
+    ),
     "suffix": lambda: _pieces(decoders.BPEDecoder(suffix="b"), bytes_too=False),
     "ctc": lambda: _pieces(decoders.CTC(pad_token="b"), bytes_too=False),
     "python": lambda: _pieces(None, bytes_too=False),
@@ -169,6 +172,12 @@ def make_tokenizer() -> Callable[[str], PreTrainedTokenizerFast]:
 @pytest.fixture(scope="session", params=SUMS)
 def sums(request: pytest.FixtureRequest) -> PreTrainedTokenizerFast:
     """Give a tokenizer whose text is the sum of what tokens add."""
+    return _build(request.param)
+
+
+@pytest.fixture(scope="session", params=OTHERS)
+def other(request: pytest.FixtureRequest) -> PreTrainedTokenizerFast:
+    """Give a tokenizer whose text is not the sum of what tokens add."""
     return _build(request.param)
 
 

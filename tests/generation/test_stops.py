@@ -10,7 +10,8 @@ import weakref
 from collections.abc import Sequence
 
 import pytest
-from transformers import PreTrainedTokenizerBase
+from tokenizers import decoders
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from gendistill.errors import RecipeError
 from gendistill.generation import stops
@@ -24,6 +25,7 @@ STOPS = [
     (" ",),
     ("END",),
     ("日",),
+    ("b日", "aa日"),
     ("DEN", "END E"),
     ("a b", "b a"),
     ("aa", "a\na", "aab"),
@@ -80,7 +82,7 @@ def sequences(
 def test_answers_end_as_when_all_is_decoded_after_every_token(tokenizer, runs_of, stop):
     ends = (tokenizer.eos_token_id,)
     outcomes = set()
-    for tokens in sequences(tokenizer, runs_of(tokenizer), 120, seed=len(stop[0])):
+    for tokens in sequences(tokenizer, runs_of(tokenizer), 60, seed=len(stop[0])):
         limit = len(tokens)
         expected, taken = plainly(tokenizer, tokens, ends, stop, limit)
         ending = Ending(tokenizer, end_ids=frozenset(ends), stop=stop, max_new_tokens=limit)
@@ -110,6 +112,14 @@ def test_tokens_that_spell_a_stop_text_together_end_the_answer(sums):
                 assert (ending.text, ending.ended) == (expected.text, expected.ended)
                 found += expected.ended
     assert found
+
+
+def test_bytes_count_for_less_text_than_there_are_of_them(make_tokenizer):
+    made = make_tokenizer("sentencepiece")
+    tokens = made.convert_tokens_to_ids(["b", "a", "a", "<0xE6>", "<0x97>", "<0xA5>"])
+    ending = Ending(made, end_ids=(), stop=("aa日",), max_new_tokens=9)
+    assert [ending.add(token) for token in tokens] == [False] * 5 + [True]
+    assert ending.text == "b"
 
 
 def test_without_stop_texts_an_answer_ends_by_end_token_or_limit(tokenizer, runs_of):
@@ -149,6 +159,28 @@ def test_only_ends_of_answers_that_could_stop_are_decoded(sums, monkeypatch):
         assert not ending.add(token["END"])
     assert len(decoded) == 300
     assert max(decoded) <= 6
+
+
+def test_text_that_is_a_sum_is_told_from_others(sums, other):
+    assert stops._vocabulary_of(sums) is not None
+    assert stops._vocabulary_of(other) is None
+
+
+def test_a_decoder_that_strips_ends_makes_no_sum(make_tokenizer):
+    made = make_tokenizer("words")
+    made.backend_tokenizer.decoder = decoders.Sequence([decoders.Fuse(), decoders.Strip(" ", 0, 1)])
+    assert stops._vocabulary_of(made) is None
+
+
+def test_a_tokenizer_with_a_way_of_its_own_makes_no_sum(make_tokenizer):
+    class Own(PreTrainedTokenizerFast):
+        def _decode(self, *args, **kwargs):
+            return super()._decode(*args, **kwargs)[::-1]
+
+    made = Own(tokenizer_object=make_tokenizer("bytes").backend_tokenizer)
+    ending = Ending(made, end_ids=(), stop=("ba",), max_new_tokens=5)
+    a, b = made.convert_tokens_to_ids(["a", "b"])
+    assert [ending.add(a), ending.add(b)] == [False, True]
 
 
 def test_what_is_known_of_a_tokenizer_goes_with_it(make_tokenizer):

@@ -47,6 +47,7 @@ LAYERS = {
     "checkpoints": {"anatomy"},
     "data": {"mixers", "ops", "anatomy", "config"},
     "engine": {"mixers", "ops", "anatomy"},
+    "generation": {"engine", "mixers", "ops", "anatomy"},
     "teachers": {"data", "anatomy"},
     "losses": {"teachers", "ops", "data", "anatomy", "config"},
     "training": {"losses", "teachers", "engine", "data", "ops", "anatomy", "config"},
