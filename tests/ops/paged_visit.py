@@ -140,14 +140,9 @@ def time_decode(name: str, configs: list[Config]) -> None:
                 continue
             qkv = torch.randn(rows, (H + 2 * KV) * D, device="cuda", dtype=torch.bfloat16)
             q = torch.randn(rows, H, D, device="cuda", dtype=torch.bfloat16)
-            gain, angle = torch.ones(D, device="cuda"), torch.rand(rows, D, device="cuda")
-            pages = Pages(
-                store.table,
-                store.lengths,
-                torch.zeros(rows + 1, dtype=torch.int32, device="cuda"),
-                store.cells,
-                True,
-            )
+            gain, angle = torch.ones(D, device="cuda"), torch.rand(2, rows, D, device="cuda")
+            nothing = torch.zeros(rows + 1, dtype=torch.int32, device="cuda")
+            pages = Pages(store.table, store.lengths, nothing, store.cells, True)
 
             def step(store=store, pages=pages, qkv=qkv, gain=gain, angle=angle):
                 for memory in store.layers:
