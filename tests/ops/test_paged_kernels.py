@@ -81,6 +81,7 @@ def test_prefill_may_take_tiles_of_any_size(paged_cases, block, warps):
         (1, 64, 1000, 16, 130),
         (2, 64, 24, 32, None),
         (2, 64, 24, 64, 200),
+        # more pages than so many programs can take at two each
         (1, 2, 1, 64, None),
         (4, 64, 1, 64, None),
         (4, 64, 1, 16, 130),
@@ -89,6 +90,7 @@ def test_prefill_may_take_tiles_of_any_size(paged_cases, block, warps):
 def test_decode_may_be_shared_out_in_any_way(paged_cases, monkeypatch, window, block, least, most, programs):
     monkeypatch.setattr(decode, "_LEAST", least)
     monkeypatch.setattr(decode, "_LONG", most)
+    monkeypatch.setattr(decode, "_EXTRA", 3)
     lengths = [449, 3, 258]
     store, expected = keeper(paged_cases, lengths, (4, 2), 16, window=window)
     store.impl = "reference"
