@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from gendistill.engine.decoder import FusedDecoder, fuse, go_on, is_fused, refreshed, release
 from gendistill.engine.decoder import why_not as why_not_fused
@@ -104,6 +105,7 @@ class Runner:
     Args:
         model: Causal language model, with ``model``, ``lm_head`` and ``config``, where it will run.
         learns: Whether it is being trained: its parameters stay where they are, beside copies.
+            A model that does not run fused computes in autocast's dtype where autocast is on, else in its own.
         capture: Whether steps are recorded as CUDA graphs where the model is on a GPU.
 
     Raises:
@@ -121,7 +123,12 @@ class Runner:
         self.device: torch.device = model.lm_head.weight.device
         self._fuses = not is_fused(model)
         if self._fuses:
-            fuse(model, model.lm_head.weight.dtype, learns=learns)
+            kind, dtype = self.device.type, model.lm_head.weight.dtype
+            fuse(
+                model,
+                torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else dtype,
+                learns=learns,
+            )
         self.decoder = self._refreshed()
         self._head = pack([model.lm_head], self.decoder.dtype, learns=learns or not self._fuses)
         self.memory: Memory | None = None
@@ -411,6 +418,8 @@ def why_not(model: Any) -> str | None:
         return f"{type(model).__name__} has no model and lm_head as the families have them"
     if head.bias is not None:
         return "its head has biases"
+    if any(isinstance(part, DTensor) for part in model.parameters()):
+        return "its parameters are shared among processes"
     if is_fused(model):
         return None
     if reason := why_not_fused(model, device=head.weight.device, dtype=head.weight.dtype):

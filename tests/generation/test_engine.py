@@ -307,3 +307,18 @@ def test_draws_depend_on_the_seed_and_not_on_company(student):
     assert found[-2].token_ids == found[0].token_ids != found[-1].token_ids
     greedy, _ = answers(student, twice)
     assert greedy[0].token_ids != found[0].token_ids
+
+
+def test_a_model_whose_parameters_are_shared_among_processes_is_refused(student, monkeypatch):
+    from gendistill.generation import runner
+
+    monkeypatch.setattr(runner, "DTensor", torch.nn.Parameter)
+    assert "shared among processes" in runner.why_not(student)
+
+
+def test_arithmetic_is_that_of_autocast(student):
+    with torch.autocast("cpu", dtype=torch.bfloat16), Engine(student, learns=True) as engine:
+        assert engine._runner.decoder.dtype == torch.bfloat16
+        (found,) = [answer for _, answer in engine.generate(prompts((20,)), end_ids=())]
+    assert len(found.token_ids) == NEW
+    assert student.lm_head.weight.dtype == torch.float32
