@@ -26,10 +26,13 @@ from gendistill.conversion.plan import plan_conversion
 from gendistill.conversion.probe import probe_student
 from gendistill.data.stream import build_stream, heldout_batches
 from gendistill.errors import RecipeError
+from gendistill.generation.request import Answer
+from gendistill.generation.sampling import Sampling
 from gendistill.models.io import load_student, save_student
 from gendistill.report import compute_gap
 from gendistill.runs import pipeline
 from gendistill.runs.advice import advise
+from gendistill.runs.answering import Answerer, Manner
 from gendistill.runs.examiner import TaskExaminer, check_examiner
 from gendistill.runs.inputs import data_inputs
 from gendistill.runs.scoring import score
@@ -318,6 +321,62 @@ def evaluate(
         results.get("teacher"), results["student"], samples, name=model.name, resamples=resamples
     )
     return Evaluation(gap, results)
+
+
+def generate(
+    model: Model,
+    prompts: str | Sequence[str | Sequence[Mapping[str, str]]],
+    *,
+    max_new_tokens: int | None = None,
+    stop: str | Sequence[str] = (),
+    end_tokens: Sequence[str] | None = None,
+    raw: bool = False,
+    system: str | None = None,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    seed: int = 0,
+    max_rows: int | None = None,
+) -> list[Answer]:
+    """Answer prompts by the generation engine, many at a time; the model is left as it was.
+
+    Args:
+        model: Of a family that the engine runs.
+        prompts: Texts, or turns before the answer: ``[{"role": "user", "content": "..."}]``. A text is one user turn
+            where the tokenizer has a chat template, else it is completed as it is.
+        max_new_tokens: Longest answer; None for 512, or as many as the model has positions left.
+        stop: Texts that end an answer.
+        end_tokens: Tokens that end an answer, in place of those that model, tokenizer and template name; ``[]`` for
+            answers of full length.
+        raw: Whether texts are completed as they are, also where there is a chat template.
+        system: First turn of chats that have no system turn.
+        temperature, top_k, top_p, min_p: How tokens are drawn; a temperature of 0 takes the likeliest.
+        seed: The n-th prompt draws with this seed plus n, from 0.
+        max_rows: Most answers at a time; None for as many as memory allows.
+    Returns: An answer for every prompt, in their order: ``text``, ``token_ids``, ``ended``, ``log_probs``, and
+        ``error`` where a prompt could not be answered.
+    Raises:
+        RecipeError: A setting that is not allowed, or an end token that nobody names.
+        DataError, EvalError: Turns that cannot be asked.
+        GendistillError: A model that the engine cannot run.
+    """
+    check_types("gendistill.generate()", model=(model, Model), prompts=(prompts, str, Sequence))
+    manner = Manner(
+        raw=raw,
+        system=system,
+        sampling=Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p),
+        end_tokens=end_tokens,
+    )
+    asked: Any = [prompts] if isinstance(prompts, str) else prompts
+    texts = (stop,) if isinstance(stop, str) else tuple(stop)
+    with Answerer(model.model, model.tokenizer, manner, max_rows=max_rows) as answerer:
+        made = [
+            answerer.prompt(each, max_new_tokens=max_new_tokens, stop=texts, seed=seed + number)
+            for number, each in enumerate(asked)
+        ]
+        found = dict(answerer.answers(made))
+    return [found[number] for number in range(len(made))]
 
 
 def run(
