@@ -158,6 +158,8 @@ class Engine:
         total = len(prompt.token_ids) + prompt.max_new_tokens
         if not prompt.token_ids:
             return "the prompt has no token"
+        if "" in prompt.stop:
+            return "a stop text must have a character"
         if prompt.max_new_tokens < 1:
             return f"max_new_tokens must be at least 1, got {prompt.max_new_tokens}"
         if min(prompt.token_ids) < 0 or max(prompt.token_ids) >= known:
@@ -321,6 +323,45 @@ class Engine:
             values = iter(runner.score(what, most=_LOGITS))
             for number, length in what.pairs:
                 yield number, [next(values) for _ in range(length)]
+
+    # ----- for benches -----
+
+    def fits(self, tokens: int, rows: int) -> bool:
+        """Say whether so many rows of so many tokens fit into memory at once."""
+        sizes = self._runner.sizes()
+        pages = (rows * -(-tokens // PAGE) + 1) if sizes.attention else 0
+        return rows * sizes.slot_bytes + pages * sizes.page_bytes <= (
+            self._memory_bytes or self._free_bytes()
+        )
+
+    def rows_at(self, context: int, rows: int, *, steps: int) -> Callable[[], None]:
+        """Return a decode step of rows that have so many tokens behind them, all of them zeros in memory.
+
+        Args:
+            context: Tokens behind each row.
+            rows: At a time.
+            steps: That will be taken at most.
+        """
+        tokens = [0] * (context + steps + self._ahead)
+        made = [Row(index, Prompt(tokens, 1), _Counted((), steps), tokens) for index in range(rows)]
+        self._runner.refresh()
+        slots, pages = self._make_room(made, rows)
+        schedule = Schedule(made, slots=slots, pages=pages, page=PAGE)
+        while schedule.waiting:
+            before = len(schedule.running)
+            admitted = schedule.admit()
+            if not admitted:
+                raise GendistillError(f"{rows} rows of {context:,} tokens do not fit into memory")
+            self._runner.place(range(before, before + len(admitted)), admitted)
+        self._runner.begin_at(rows, context)
+        flying: deque[Chosen] = deque()
+
+        def step() -> None:
+            flying.append(self._runner.step(schedule.running, sampling=Sampling()))
+            if len(flying) > self._ahead:
+                flying.popleft().read()
+
+        return step
 
     # ----- memory -----
 

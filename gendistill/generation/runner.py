@@ -212,6 +212,11 @@ class Runner:
         self._places.positions.index_fill_(0, places, -1)
         self.memory.forget(slots)
 
+    def begin_at(self, number: int, position: int) -> None:
+        """Have the first so many slots read token 0 next, at a position, whatever is in memory before it."""
+        self._places.tokens[:number].fill_(0)
+        self._places.positions[:number].fill_(position)
+
     def add_pages(self, grown: Sequence[tuple[int, int, int]]) -> None:
         """Give slots their next page: slot, place in the table, number."""
         slots, places, pages = zip(*grown, strict=True)

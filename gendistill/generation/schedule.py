@@ -113,16 +113,18 @@ class Schedule:
         if self.running and free < max(1, self.slots // _ADMIT) and len(self.waiting) > free:
             return []
         admitted = []
+        # rows that may soon want one page more
+        growing = sum(self._grows(row) for row in self.running) if self._paged else 0
         while self.waiting and len(self.running) < self.slots:
             row = self.waiting[0]
             need = self._pages_of(len(row.tokens) + 1)
-            # every row that runs may soon want one more
-            if self._paged and need + len(self.running) > len(self._free):
+            if self._paged and need + growing > len(self._free):
                 break
             self.waiting.popleft()
             row.pages = [self._free.pop() for _ in range(need)]
             self.running.append(row)
             admitted.append(row)
+            growing += self._grows(row)
         return admitted
 
     def grow(self, row: Row) -> bool:
@@ -162,6 +164,9 @@ class Schedule:
     def _release(self, row: Row) -> None:
         self._free += reversed(row.pages)
         row.pages, row.read = [], 0
+
+    def _grows(self, row: Row) -> bool:
+        return len(row.pages) < self._pages_of(len(row.prompt.token_ids) + row.prompt.max_new_tokens)
 
     def _pages_of(self, tokens: int) -> int:
         return -(-tokens // self.page) if self._paged else 0

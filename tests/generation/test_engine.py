@@ -10,6 +10,7 @@ from gendistill.errors import GendistillError
 from gendistill.generation.engine import Engine
 from gendistill.generation.request import Prompt
 from gendistill.generation.runner import Runner
+from gendistill.generation.sampling import Sampling
 from gendistill.testing import FAMILIES, PLACEMENTS, tiny_student, tiny_teacher
 
 LENGTHS = (3, 70, 1, 17, 130, 9)
@@ -145,17 +146,25 @@ def test_what_cannot_be_answered_says_why_and_changes_nothing_for_others(student
     bad = [
         Prompt([], 4),
         Prompt([1, 2], 0),
+        Prompt([1, 2], 4, ("",)),
         Prompt([1, 97], 4),
         Prompt([-1], 4),
         Prompt([1] * student.config.max_position_embeddings, 1),
     ]
     plain, _ = answers(student, asked)
-    found, _ = answers(student, [*bad[:3], *asked, *bad[3:]])
-    assert [answer.token_ids for answer in found[3:5]] == [answer.token_ids for answer in plain]
-    errors = [answer.error for answer in (*found[:3], *found[5:])]
+    found, _ = answers(student, [*bad[:4], *asked, *bad[4:]])
+    assert [answer.token_ids for answer in found[4:6]] == [answer.token_ids for answer in plain]
+    errors = [answer.error for answer in (*found[:4], *found[6:])]
     for error, words in zip(
         errors,
-        ("no token", "at least 1, got 0", "knows tokens 0 to 96", "token -1", "positions"),
+        (
+            "no token",
+            "at least 1, got 0",
+            "a stop text must",
+            "knows tokens 0 to 96",
+            "token -1",
+            "positions",
+        ),
         strict=True,
     ):
         assert words in error
@@ -273,3 +282,28 @@ def test_states_return_to_a_snapshot(student):
     for layer, state in memory._states.items():
         assert torch.equal(state.recurrent, before[layer])
     runner.close()
+
+
+def test_steps_find_what_packed_passes_find(model):
+    asked = prompts()
+    found, _ = answers(model, asked, max_rows=2, pass_tokens=40)
+    with Engine(model) as engine:
+        scored = dict(
+            engine.log_probs(
+                [(prompt.token_ids, answer.token_ids) for prompt, answer in zip(asked, found, strict=True)]
+            )
+        )
+    for index, answer in enumerate(found):
+        assert answer.log_probs == pytest.approx(scored[index], abs=1e-4)
+
+
+def test_draws_depend_on_the_seed_and_not_on_company(student):
+    sampling = Sampling(temperature=1.5, top_k=30)
+    asked = [prompt._replace(seed=index) for index, prompt in enumerate(prompts())]
+    twice = [*asked, asked[0], asked[0]._replace(seed=77)]
+    found, _ = answers(student, twice, sampling=sampling)
+    alone, _ = answers(student, twice, sampling=sampling, max_rows=1)
+    assert [answer.token_ids for answer in found] == [answer.token_ids for answer in alone]
+    assert found[-2].token_ids == found[0].token_ids != found[-1].token_ids
+    greedy, _ = answers(student, twice)
+    assert greedy[0].token_ids != found[0].token_ids

@@ -91,6 +91,7 @@ LAYERS = {
             "conversion",
             "checkpoints",
             "training",
+            "generation",
             "engine",
             "generation",
             "teachers",
