@@ -43,7 +43,7 @@ from gendistill.training.interrupt import StageStopped
 from gendistill.training.lock import weights_digest
 from gendistill.training.parallel import FullySharded, connect
 from gendistill.training.stage import StageJob, StageResult, train_stage
-from gendistill_evals import task_identity
+from gendistill_evals import Message, task_identity
 
 _SOURCE = "dataset"  # the name of the only source in the recipes made here
 _NO_DATA = {"data": {_SOURCE: {"path": "unused.jsonl"}}}
@@ -368,7 +368,7 @@ def generate(
         sampling=Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p),
         end_tokens=end_tokens,
     )
-    asked: Any = [prompts] if isinstance(prompts, str) else prompts
+    asked = [_asked(each) for each in ([prompts] if isinstance(prompts, str) else prompts)]
     texts = (stop,) if isinstance(stop, str) else tuple(stop)
     with Answerer(model.model, model.tokenizer, manner, max_rows=max_rows) as answerer:
         made = [
@@ -409,6 +409,23 @@ def run(
     else:
         loaded = load_recipe(recipe, overrides)
     return Run(pipeline.run(loaded, command=f"gendistill.run({loaded.name!r})").root)
+
+
+def _asked(prompt: Any) -> str | list[Message]:
+    """Take a text, or turns before an answer."""
+    if isinstance(prompt, str):
+        return prompt
+    turns = list(prompt) if isinstance(prompt, Sequence) else []
+    if not turns or not all(
+        isinstance(turn, Mapping) and all(isinstance(turn.get(name), str) for name in ("role", "content"))
+        for turn in turns
+    ):
+        raise RecipeError(
+            f"a prompt is a text or a list of turns, got {str(prompt)[:60]!r}",
+            where="gendistill.generate()",
+            hint='a turn is {"role": "user", "content": "..."}',
+        )
+    return [Message(role=turn["role"], content=turn["content"]) for turn in turns]
 
 
 def _run_sections(

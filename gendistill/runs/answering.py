@@ -119,8 +119,16 @@ class Answerer:
             stop: Texts that end the answer.
             seed: Of its draws.
         Raises:
-            DataError, EvalError: It cannot be asked: turns without a chat template, or that the template does not take.
+            DataError: It cannot be asked: no room for a token, an empty stop text, turns without a chat template, or
+                turns that the template does not take.
         """
+        if "" in stop or (max_new_tokens is not None and max_new_tokens < 1):
+            raise DataError(
+                f"a stop text must have a character, got {list(stop)!r}"
+                if "" in stop
+                else f"max_new_tokens must be at least 1, got {max_new_tokens}",
+                hint="correct it, or leave it out",
+            )
         ids = self._text_ids(asked) if self._prompter is None else self._turn_ids(self._prompter, asked)
         if max_new_tokens is None:
             left = NEW_TOKENS if self._positions is None else self._positions - len(ids)
