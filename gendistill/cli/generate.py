@@ -6,7 +6,7 @@ import argparse
 import importlib
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -206,7 +206,7 @@ def _opened(arguments: argparse.Namespace) -> Iterator[Answerer]:
 
     model = _model(arguments.model)
     console = Console(stderr=True, highlight=False)
-    with console.status("loading the model") if console.is_terminal else _nothing():
+    with console.status("loading the model") if console.is_terminal else nullcontext():
         loads = scoring_module()
         manner = _manner(arguments)
         answering: Any = importlib.import_module("gendistill.runs.answering")
@@ -218,11 +218,6 @@ def _opened(arguments: argparse.Namespace) -> Iterator[Answerer]:
         answerer = answering.Answerer(loaded, tokenizer, manner, max_rows=arguments.max_rows)
     with answerer:
         yield answerer
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
 
 
 def _answer_file(arguments: argparse.Namespace) -> int:

@@ -79,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if debug:
             raise
-        return _failed(error)
+        return _failed(error, words)
 
 
 def _flushed(words: Sequence[str]) -> int:
@@ -173,22 +173,24 @@ def _never_fail_to_print() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def _failed(error: Exception) -> int:
+def _failed(error: Exception, words: Sequence[str]) -> int:
     evals = sys.modules.get("gendistill_evals.errors")
     if isinstance(error, GendistillError) or (evals is not None and isinstance(error, evals.EvalError)):
         print(printable_lines(str(error)), file=sys.stderr)
         return error.exit_code  # pyright: ignore[reportAttributeAccessIssue]
-    print(printable_lines(_describe(error)), file=sys.stderr)
+    print(printable_lines(_describe(error, words)), file=sys.stderr)
     return 1
 
 
-def _describe(error: Exception) -> str:
+def _describe(error: Exception, words: Sequence[str]) -> str:
     """Put an error that nobody foresaw into words: what kind it is, and what to do."""
     name = type(error).__name__
     first = next(iter(str(error).splitlines()), name)
     if name in _OUT_OF_MEMORY or any(sign in str(error) for sign in _NO_MEMORY):
         hint = (
-            "lower micro_batch_size or seq_len of the stage (or eval.batch_size), then run the same command"
+            "take a smaller model or a larger device; or --dtype bfloat16, or --device cpu"
+            if words[:1] == ["generate"]
+            else "lower micro_batch_size or seq_len of the stage (or eval.batch_size), then run the same command"
         )
         return f"memory error\n  {first}\n  next: {hint}"
     if is_launched() and any(sign in str(error) for sign in _LOST_PEER):

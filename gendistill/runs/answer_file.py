@@ -6,6 +6,7 @@ the second for the prompt. A file that has another's answers, or anything else, 
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -101,6 +102,10 @@ class AnswerFile:
             raise OutputError(
                 f"another process writes {self.path}", where="--out", hint="wait for it, or give another file"
             ) from error
+        except OSError as error:
+            # some file systems of clusters know no locks
+            if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+                raise
 
     def _read(self) -> dict[str, dict[str, Any]]:
         self._file.seek(0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -120,8 +120,9 @@ def answer_lines(
         waiting = [place for place in range(len(lines)) if place not in records]
         before, errors, stats = len(records), {}, Stats()
         if waiting:
-            tokenizer = load_tokenizer(checkpoint.folder)
-            loaded = load_teacher(checkpoint, dtype, found)
+            with console.status("loading the model") if console.is_terminal else nullcontext():
+                tokenizer = load_tokenizer(checkpoint.folder)
+                loaded = load_teacher(checkpoint, dtype, found)
             with Answerer(loaded, tokenizer, manner, max_rows=max_rows) as answerer:
                 asked = [lines[place] for place in waiting]
                 with _progress(console, before, len(lines), answerer) as show:

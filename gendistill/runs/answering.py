@@ -12,6 +12,7 @@ from gendistill.errors import DataError, RecipeError
 from gendistill.generation.engine import Engine
 from gendistill.generation.request import Answer, Prompt
 from gendistill.generation.sampling import Sampling
+from gendistill.generation.stops import whole_text
 from gendistill.generation.streaming import Stream
 from gendistill.text import printable
 from gendistill_evals import EvalError, HFModel, Message
@@ -147,8 +148,7 @@ class Answerer:
         )
         for number, answer in found:
             if self.is_raw and answer.error is None:
-                stream = self.stream(prompts[number])
-                text = "".join(map(stream.add, answer.token_ids)) + stream.rest()
+                text = whole_text(self.tokenizer, answer.token_ids, prompts[number].stop)
                 answer = dataclasses.replace(answer, text=text)
             yield number, answer
 

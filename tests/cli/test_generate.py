@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 import gendistill as gd
 from gendistill.cli import talk
@@ -495,10 +496,10 @@ def rows():
 def ask(cli, workspace, folder):
     """Return a function that answers rows into a file, and gives exit code, rows of it and error output."""
 
-    def call(rows: list, *words: str, out: str = "answers.jsonl"):
+    def call(rows: list, *words: str, out: str = "answers.jsonl", model: Path = folder):
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (workspace / "prompts.jsonl").write_text(text)
-        command = ["generate", str(folder), "--prompts", "prompts.jsonl", "--out", out]
+        command = ["generate", str(model), "--prompts", "prompts.jsonl", "--out", out]
         code, said, err = cli(*command, "--max-new-tokens", "12", *words)
         return code, lines_of(workspace / out), said + err
 
@@ -649,6 +650,16 @@ def test_answers_with_other_settings_are_never_mixed(ask, workspace, words, mess
     assert (workspace / "answers.jsonl").read_bytes() == before
 
 
+def test_answers_of_another_model_are_never_mixed(ask, workspace):
+    rows = [{"prompt": "one"}]
+    assert ask(rows)[0] == 0
+    before = (workspace / "answers.jsonl").read_bytes()
+    code, _, said = ask(rows, model=save_tiny_checkpoint(workspace / "other", "llama"))
+    assert code == 1
+    assert "by another model" in said
+    assert (workspace / "answers.jsonl").read_bytes() == before
+
+
 @pytest.mark.parametrize(
     "content",
     ["my notes", "my notes\n", '{"prompt": "one"}\n', "[1]\n", '{\n  "a": 1\n}\n', '{"a": 1}', "\x00"],
@@ -746,6 +757,29 @@ def test_a_file_of_another_kind_is_refused(cli, workspace, name, content, messag
     code, _, err = cli("generate", "m", "--prompts", name, "--out", "a.jsonl")
     assert code == 1
     assert message in err
+
+
+def test_progress_lives_on_a_terminal(workspace, folder):
+    (workspace / "p.txt").write_text("one\ntwo\n")
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, width=100)
+    settings = answer_lines.Settings(manner=answering.Manner(), max_new_tokens=5)
+    paths = workspace / "p.txt", workspace / "a.jsonl"
+    outcome = answer_lines.answer_lines(str(folder), *paths, settings, console=console)
+    assert (outcome.answered, outcome.before, outcome.errors) == (2, 0, {})
+    assert "2/2" in screen.getvalue()
+    assert "tok/s" in screen.getvalue()
+
+
+def test_a_device_without_enough_memory_is_told_of(cli, workspace, folder, monkeypatch):
+    def load(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(scoring, "load_teacher", load)
+    code, _, err = cli("generate", str(folder), "hi")
+    assert code == 1
+    assert "memory error" in err
+    assert "smaller model" in err
 
 
 def test_progress_is_told_now_and_then(ask, monkeypatch):
