@@ -84,6 +84,18 @@ def test_raw_text_is_completed_as_it_is(cli, workspace, folder):
     assert right != by_transformers(folder, "Hello", new=30)
 
 
+def test_raw_answers_keep_the_white_space_around_them(folder, monkeypatch):
+    model = gd.load(folder)
+    tokens = tuple(model.tokenizer("\n  x; \n", add_special_tokens=False)["input_ids"])
+    monkeypatch.setattr(
+        engine.Engine, "generate", lambda *_, **__: iter([(0, engine.Answer(tokens, "x", True))])
+    )
+    for raw, stop, text in [(True, (), "\n  x; \n"), (True, (";",), "\n  x"), (False, (), "x")]:
+        with answering.Answerer(model.model, model.tokenizer, answering.Manner(raw=raw)) as answerer:
+            ((_, answer),) = answerer.answers([answerer.prompt("a", stop=stop)])
+        assert answer.text == text
+
+
 def test_several_texts_are_answered_in_their_order(cli, workspace, folder):
     words = ["--max-new-tokens", "20", "--max-rows", "2"]
     code, out, err = cli("generate", str(folder), PROMPTS[0], *words, *PROMPTS[1:3], "--", PROMPTS[3])
@@ -413,6 +425,31 @@ def test_ctrl_c_ends_the_answer_and_not_the_chat(terminal, workspace, folder, as
     assert "cut at 9 tokens" in err
     assert contents(asked[1])[::2] == ["hi", "again"]
     assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_an_answer_that_was_stopped_leaves_nothing_behind(folder, device):
+    class Stopped(Exception):
+        pass
+
+    model = gd.load(folder, device=device)
+    seen = []
+
+    def watch(_, token):
+        seen.append(token)
+        if len(seen) == 5:
+            raise Stopped
+
+    with answering.Answerer(model.model, model.tokenizer, answering.Manner(end_tokens=())) as answerer:
+        prompts = [answerer.prompt(text, max_new_tokens=20) for text in PROMPTS]
+        right = dict(answerer.answers(prompts))
+        with pytest.raises(Stopped):
+            list(answerer.answers(prompts, watch=watch))
+        again = dict(answerer.answers(prompts))
+    assert len(seen) == 5
+    assert {number: each.token_ids for number, each in again.items()} == {
+        number: each.token_ids for number, each in right.items()
+    }
 
 
 def test_ctrl_c_twice_ends_the_program(terminal, workspace, folder, monkeypatch):
