@@ -113,7 +113,7 @@ def filtered(logits: Tensor, sampling: Sampling) -> Tensor:
         ascending, tokens = scores.sort(dim=-1, stable=True)
         mass = ascending.softmax(-1).cumsum(-1, dtype=torch.float64).float()
         rare = mass <= 1 - sampling.top_p
-        rare[:, -1] = False
+        rare[:, -1].fill_(False)
         scores.masked_fill_(torch.empty_like(rare).scatter_(-1, tokens, rare), -math.inf)
     if sampling.min_p is not None:
         probabilities = scores.softmax(-1)

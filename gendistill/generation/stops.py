@@ -160,7 +160,7 @@ class Text:
         text = self._vocabulary.decode(self._held)
         certain = text.rstrip(_BROKEN)
         new = certain[self._shown :]
-        if certain == text and piece.first:
+        if certain == text:
             # enough to decode what comes next as later text
             self._held, self._shown = [token], len(piece.first)
         else:
@@ -191,8 +191,8 @@ class _Piece(NamedTuple):
 
     def can_complete(self, stop: Sequence[str]) -> bool:
         """Tell whether a stop text may end in the text of this token."""
-        # bytes that are not a character become such by the bytes beside them
-        if not self.is_whole or any(_BROKEN in words for words in stop):
+        # bytes become characters by the bytes beside them
+        if not self.is_whole:
             return True
         begun = {text[: place + 1] for text in (self.first, self.later) for place in range(len(text))}
         return any(text.endswith(words) or words.endswith(text) for text in begun for words in stop)
@@ -244,7 +244,7 @@ class _Vocabulary:
             place -= 1
             piece = self.piece(token_ids[place])
             # what begins the text must have some, so that nothing of those after it is taken for the beginning
-            if piece.is_whole and piece.first:
+            if piece.is_whole and piece.later:
                 break
         return place
 
@@ -291,16 +291,15 @@ def _read_vocabulary(tokenizer: PreTrainedTokenizerBase) -> _Vocabulary | None:
 
 
 def _is_sentencepiece(steps: Sequence[dict[str, Any]]) -> bool:
-    """Tell whether a decoder writes spaces for their sign, joins bytes, joins all, and strips the beginning."""
+    """Tell whether a decoder writes spaces for their sign, joins bytes, joins all, and strips beginnings."""
     kinds = [step["type"] for step in steps]
     order = ("Replace", "ByteFallback", "Fuse", "Strip")
     return (
         bool(kinds)
         and kinds == [kind for kind in order if kind in kinds]
         and all(step["pattern"] == {"String": "\u2581"} for step in steps if step["type"] == "Replace")
-        and all(step["stop"] == 0 for step in steps if step["type"] == "Strip")
-        # without it, every token is stripped on its own, those of single bytes after they were joined
-        and ("Strip" not in kinds or "Fuse" in kinds)
+        # at most one character, so that any text before a token keeps what it adds whole
+        and all((step["start"] <= 1, step["stop"]) == (True, 0) for step in steps if step["type"] == "Strip")
     )
 
 

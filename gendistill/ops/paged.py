@@ -33,7 +33,9 @@ def paged_attend(
 
     The new tokens of a sequence are its last: with n of them and L in all, the one at ``i`` sees the keys from 0 to
     ``L - n + i``. What a page holds beyond the length of its sequence is not read, nor what no window reaches. Only
-    numbers on the host decide what is launched, so that a call with ``pages.single`` can be part of a CUDA graph.
+    numbers on the host decide what is launched, so that a call with ``pages.single`` can be part of a CUDA graph. The
+    same call gives the same bits; those of a row may depend on how many rows and columns the table has, and on
+    ``pages.single``.
 
     Args:
         qkv: ``[N, (H + 2 KV) * D]``: queries, keys and values of the new tokens, by head.

@@ -287,7 +287,7 @@ class Pages(NamedTuple):
         table: ``[S, P]`` int32, numbers of each sequence's pages in order; beyond its own any valid number, and so for
             pages that no window reaches.
         lengths: ``[S]`` int32, tokens of each sequence, the new ones included; 0 for a row without a sequence.
-        starts: ``[S + 1]`` int32, ends of the sequences' new tokens on the token axis, the first of them 0.
+        starts: ``[S + 1]`` int32, ends of the sequences' new tokens on the token axis, from 0 to N.
         cells: ``[N]`` int64, ``page * PAGE + offset``: where the keys and values of the new tokens go. No two are the
             same, but those of rows without a sequence: nothing that they point at is ever read.
         single: Whether every sequence has one new token: then N is S, and starts means nothing.

@@ -89,7 +89,7 @@ def score(
         out: Folder of the results.
         settings: ``EvalConfig`` as plain data; ``question_tokens`` may be left out.
         teacher: Model that scores the open answers, or None.
-        parts: Folder of finished parts, which several ``out`` may share.
+        parts: Folder where results are kept, which several ``out`` may share.
         console: Where progress is shown; standard output if None.
     Returns: The content of ``results.json``.
     """
@@ -127,6 +127,8 @@ def _eval_progress(console: Console, role: str) -> Iterator[Callable[[str, str, 
         status = stack.enter_context(console.status(f"scoring the {role}")) if console.is_terminal else None
 
         def show(task: str, protocol: str, done: int, total: int) -> None:
+            if status is None and done < total:
+                return
             # names of tasks are text: brackets in them are not markup
             line = Text(f"{role:<9} {printable(task)} {protocol} {done}/{total}")
             if status is not None:

@@ -79,11 +79,10 @@ def _pieces(decoder: decoders.Decoder | None, *, bytes_too: bool) -> Tokenizer:
     return backend
 
 
-def _sentencepiece(*, strips: bool) -> Tokenizer:
+def _sentencepiece(*, strips: int) -> Tokenizer:
     steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
-    return _pieces(
-        decoders.Sequence([*steps, *([decoders.Strip(" ", 1, 0)] if strips else [])]), bytes_too=True
-    )
+    steps += [decoders.Strip(" ", strips, 0)] if strips else []
+    return _pieces(decoders.Sequence(steps), bytes_too=True)
 
 
 class Reversed:
@@ -96,8 +95,12 @@ class Reversed:
 # those whose text is the sum of what tokens add, but for its beginning and runs of bytes
 SUMS: dict[str, Callable[[], Tokenizer]] = {
     "bytes": _byte_level,
-    "sentencepiece": lambda: _sentencepiece(strips=True),
-    "sentencepiece without stripping": lambda: _sentencepiece(strips=False),
+    "sentencepiece": lambda: _sentencepiece(strips=1),
+    "sentencepiece that strips nothing": lambda: _sentencepiece(strips=0),
+    "sentencepiece that strips every token": lambda: _pieces(
+        decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Strip(" ", 1, 0)]),
+        bytes_too=True,
+    ),
     "metaspace": lambda: _pieces(decoders.Metaspace(), bytes_too=False),
     "metaspace that keeps the first": lambda: _pieces(
         decoders.Metaspace(prepend_scheme="never"), bytes_too=False
@@ -106,11 +109,12 @@ SUMS: dict[str, Callable[[], Tokenizer]] = {
     "words": lambda: _pieces(None, bytes_too=False),
 }
 OTHERS: dict[str, Callable[[], Tokenizer]] = {
+    "sentencepiece that strips two": lambda: _sentencepiece(strips=2),
+    "joined before bytes": lambda: _pieces(
+        decoders.Sequence([decoders.Fuse(), decoders.ByteFallback()]), bytes_too=True
+    ),
     "suffix": lambda: _pieces(decoders.BPEDecoder(suffix="b"), bytes_too=False),
     "ctc": lambda: _pieces(decoders.CTC(pad_token="b"), bytes_too=False),
-    "stripping every token": lambda: _pieces(
-        decoders.Sequence([decoders.Replace(SPACE, " "), decoders.Strip(" ", 1, 0)]), bytes_too=False
-    ),
     "python": lambda: _pieces(None, bytes_too=False),
 }
 
@@ -123,6 +127,34 @@ def _build(kind: str) -> PreTrainedTokenizerFast:
         # set here, because it cannot be copied
         built.backend_tokenizer.decoder = decoders.Decoder.custom(Reversed())
     return built
+
+
+# characters and line ends by the tokens that they may be made of
+RUNS = [
+    *([data] for data in BROKEN),
+    [b"\xc3", b"\xa9"],
+    [b"\xe6\x97", b"\xa5"],
+    [b" \xf0\x9f", b"\x98\x80"],
+    *(
+        [bytes([byte]) for byte in text.encode()]
+        for text in ("é", "日", "😀", "\n日", "日\n", "a\n", "END", " a", "日日")
+    ),
+]
+
+
+@pytest.fixture(scope="session")
+def runs_of() -> Callable[[PreTrainedTokenizerFast], list[list[int]]]:
+    """List runs of a tokenizer's tokens that are texts together."""
+
+    def runs_of(tokenizer: PreTrainedTokenizerFast) -> list[list[int]]:
+        known = tokenizer.get_vocab()
+        named = [[spelled(data) for data in run] for run in RUNS]
+        named += [
+            [f"<0x{data[0]:02X}>" for data in run] for run in RUNS if all(len(data) == 1 for data in run)
+        ]
+        return [[known[name] for name in run] for run in named if all(name in known for name in run)]
+
+    return runs_of
 
 
 @pytest.fixture(scope="session")
@@ -140,6 +172,12 @@ def make_tokenizer() -> Callable[[str], PreTrainedTokenizerFast]:
 @pytest.fixture(scope="session", params=SUMS)
 def sums(request: pytest.FixtureRequest) -> PreTrainedTokenizerFast:
     """Give a tokenizer whose text is the sum of what tokens add."""
+    return _build(request.param)
+
+
+@pytest.fixture(scope="session", params=OTHERS)
+def other(request: pytest.FixtureRequest) -> PreTrainedTokenizerFast:
+    """Give a tokenizer whose text is not the sum of what tokens add."""
     return _build(request.param)
 
 

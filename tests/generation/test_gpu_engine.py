@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from gendistill.bench.pair import for_inference
 from gendistill.engine.decoder import fuse, release
 from gendistill.generation.engine import Engine
 from gendistill.generation.request import Prompt
@@ -27,16 +28,7 @@ def prompts(lengths=(3, 70, 1, 17, 130, 64, 9, 200), new=40):
 
 
 def ready(model):
-    wide = {
-        name: value.data.clone()
-        for name, value in model.named_parameters()
-        if "A_log" in name or "dt_bias" in name
-    }
-    model = model.to(GPU, torch.bfloat16).eval()
-    for name, value in model.named_parameters():
-        if name in wide:
-            value.data = wide[name].to(GPU)
-    return model
+    return for_inference(model.to(GPU), torch.bfloat16)
 
 
 def make(kind, name, **sizes):

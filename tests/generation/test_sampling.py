@@ -214,6 +214,24 @@ def test_frequencies_of_choices_are_their_probabilities(temperature, settings):
     assert chi_square(counts[kept], probabilities[kept] * num_draws) < 4
 
 
+def test_noise_that_rounds_to_one_stays_below_and_leaves_a_choice():
+    seed, position, token = torch.tensor([26006]), torch.tensor([0]), 883
+    assert uniform(seed, position, 1000)[0, token] == 1 - 2.0**-24
+    logits = torch.full((1, 1000), -math.inf)
+    logits[0, token] = 0.0
+    found = choose(logits, sampling=Sampling(temperature=1.0), seeds=seed, positions=position)
+    assert found.tokens.tolist() == [token]
+
+
+def test_choices_are_those_of_exact_arithmetic():
+    """With logarithms in float64, from the same noise."""
+    torch.manual_seed(0)
+    logits, seeds, positions = torch.randn(256, 20_000), torch.arange(256), torch.arange(256) % 7
+    found = choose(logits, sampling=Sampling(temperature=0.7), seeds=seeds, positions=positions)
+    noise = uniform(seeds, positions, 20_000).double()
+    assert torch.equal(found.tokens, (logits.double() / 0.7 - (-(1 - noise).log()).log()).argmax(-1))
+
+
 def test_choices_among_many_equal_tokens_favour_none():
     """The largest noise of 50,000 tokens lies where numbers near 1 would no longer be told apart."""
     V, num_draws = 50_000, 1024

@@ -10,7 +10,8 @@ import weakref
 from collections.abc import Sequence
 
 import pytest
-from transformers import PreTrainedTokenizerBase
+from tokenizers import decoders
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from gendistill.errors import RecipeError
 from gendistill.generation import stops
@@ -23,6 +24,8 @@ STOPS = [
     ("\n\n",),
     (" ",),
     ("END",),
+    ("日",),
+    ("b日", "aa日"),
     ("DEN", "END E"),
     ("a b", "b a"),
     ("aa", "a\na", "aab"),
@@ -60,22 +63,26 @@ def plainly(
     return _finish(tokenizer, row, decoding, stop, stopped_at), len(row)
 
 
-def sequences(tokenizer: PreTrainedTokenizerBase, count: int, *, seed: int) -> list[list[int]]:
-    """Draw tokens, from few of them in most sequences so that stop texts come about; some ids name no token."""
+def sequences(
+    tokenizer: PreTrainedTokenizerBase, runs: Sequence[list[int]], count: int, *, seed: int
+) -> list[list[int]]:
+    """Draw tokens and runs of them, from few in most sequences so that stop texts come about; some ids name none."""
     rng = random.Random(seed)
+    units = [[token] for token in range(len(tokenizer) + 2)]
     drawn = []
     for _ in range(count):
-        known = range(len(tokenizer) + 2)
-        some = rng.sample(known, rng.choice([2, 3, 5, len(known)]))
-        drawn.append(rng.choices(some, k=rng.randrange(1, 40)))
+        some = rng.sample(units, rng.choice([1, 2, 4, len(units)])) + rng.choices(
+            runs or units, k=rng.choice([1, 2, 4])
+        )
+        drawn.append([token for unit in rng.choices(some, k=rng.randrange(1, 40)) for token in unit])
     return drawn
 
 
 @pytest.mark.parametrize("stop", STOPS, ids=ascii)
-def test_answers_end_as_when_all_is_decoded_after_every_token(tokenizer, stop):
+def test_answers_end_as_when_all_is_decoded_after_every_token(tokenizer, runs_of, stop):
     ends = (tokenizer.eos_token_id,)
     outcomes = set()
-    for tokens in sequences(tokenizer, 120, seed=len(stop[0])):
+    for tokens in sequences(tokenizer, runs_of(tokenizer), 60, seed=len(stop[0])):
         limit = len(tokens)
         expected, taken = plainly(tokenizer, tokens, ends, stop, limit)
         ending = Ending(tokenizer, end_ids=frozenset(ends), stop=stop, max_new_tokens=limit)
@@ -107,9 +114,17 @@ def test_tokens_that_spell_a_stop_text_together_end_the_answer(sums):
     assert found
 
 
-def test_without_stop_texts_an_answer_ends_by_end_token_or_limit(tokenizer):
+def test_bytes_count_for_less_text_than_there_are_of_them(make_tokenizer):
+    made = make_tokenizer("sentencepiece")
+    tokens = made.convert_tokens_to_ids(["b", "a", "a", "<0xE6>", "<0x97>", "<0xA5>"])
+    ending = Ending(made, end_ids=(), stop=("aa日",), max_new_tokens=9)
+    assert [ending.add(token) for token in tokens] == [False] * 5 + [True]
+    assert ending.text == "b"
+
+
+def test_without_stop_texts_an_answer_ends_by_end_token_or_limit(tokenizer, runs_of):
     ends = (1, tokenizer.eos_token_id)
-    for tokens in sequences(tokenizer, 50, seed=3):
+    for tokens in sequences(tokenizer, runs_of(tokenizer), 50, seed=3):
         expected, taken = plainly(tokenizer, tokens, ends, (), 20)
         ending = Ending(tokenizer, end_ids=ends, stop=(), max_new_tokens=20)
         overs = [ending.add(token) for token in tokens[:taken]]
@@ -146,6 +161,28 @@ def test_only_ends_of_answers_that_could_stop_are_decoded(sums, monkeypatch):
     assert max(decoded) <= 6
 
 
+def test_text_that_is_a_sum_is_told_from_others(sums, other):
+    assert stops._vocabulary_of(sums) is not None
+    assert stops._vocabulary_of(other) is None
+
+
+def test_a_decoder_that_strips_ends_makes_no_sum(make_tokenizer):
+    made = make_tokenizer("words")
+    made.backend_tokenizer.decoder = decoders.Sequence([decoders.Fuse(), decoders.Strip(" ", 0, 1)])
+    assert stops._vocabulary_of(made) is None
+
+
+def test_a_tokenizer_with_a_way_of_its_own_makes_no_sum(make_tokenizer):
+    class Own(PreTrainedTokenizerFast):
+        def _decode(self, *args, **kwargs):
+            return super()._decode(*args, **kwargs)[::-1]
+
+    made = Own(tokenizer_object=make_tokenizer("bytes").backend_tokenizer)
+    ending = Ending(made, end_ids=(), stop=("ba",), max_new_tokens=5)
+    a, b = made.convert_tokens_to_ids(["a", "b"])
+    assert [ending.add(a), ending.add(b)] == [False, True]
+
+
 def test_what_is_known_of_a_tokenizer_goes_with_it(make_tokenizer):
     made = make_tokenizer("bytes")
     Ending(made, end_ids=(), stop=("END",), max_new_tokens=3).add(0)
@@ -170,18 +207,18 @@ def test_what_can_never_end_or_never_begin_is_refused(make_tokenizer, stop, limi
         Ending(make_tokenizer("bytes"), end_ids=(), stop=stop, max_new_tokens=limit)
 
 
-def test_text_handed_out_piece_by_piece_is_the_whole(tokenizer):
-    for tokens in sequences(tokenizer, 400, seed=7):
+def test_text_handed_out_piece_by_piece_is_the_whole(tokenizer, runs_of):
+    for tokens in sequences(tokenizer, runs_of(tokenizer), 400, seed=7):
         text = Text(tokenizer)
         shown = [text.add(token) for token in tokens]
         assert "".join(shown) + text.rest() == _decode(tokenizer, tokens), tokens
         assert text.rest() == ""
 
 
-def test_text_comes_at_once_where_nothing_can_change_it(sums):
+def test_text_comes_at_once_where_nothing_can_change_it(sums, runs_of):
     """After every token but one that is a byte, all is out except bytes that are not a character, or not yet."""
     late = 0
-    for tokens in sequences(sums, 200, seed=8):
+    for tokens in sequences(sums, runs_of(sums), 200, seed=8):
         text, shown = Text(sums), ""
         for count, token in enumerate(tokens, 1):
             shown += text.add(token)

@@ -73,6 +73,7 @@ LAYERS = {
     "bench": {
         *(
             "training",
+            "generation",
             "teachers",
             "engine",
             "generation",

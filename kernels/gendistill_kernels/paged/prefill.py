@@ -23,8 +23,8 @@ from gendistill_kernels.paged.rows import TABLE
 from gendistill_kernels.paged.step import BITS, step
 from gendistill_kernels.runtime.launch import Launcher, on_its_device
 
-# queries that a warp takes, by bytes of an element: of two bytes as many as a product's rows
-_QUERIES = {2: 16, 4: 8}
+# queries that a warp takes, by bytes of an element: as many as a product's rows, or as registers hold
+_QUERIES = {2: 16, 4: 4}
 # channels of a tile above which a program has shared memory for fewer tiles of keys
 _WIDE = 128
 # what no tile's number reaches

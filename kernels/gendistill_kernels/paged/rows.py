@@ -14,7 +14,7 @@ def _rows(processors: int, prefill: Config, decode: Config) -> tuple[ByBytes, ..
     return (
         ByBytes("paged_store", 4, Config(2048, 4)),
         ByBytes("paged_prefill", 2, prefill),
-        ByBytes("paged_prefill", 4, Config(16, 4)),
+        ByBytes("paged_prefill", 4, Config(16, 8, stages=2)),
         ByBytes("paged_decode", 2, decode._replace(programs=programs)),
         ByBytes("paged_decode", 4, Config(16, 4, stages=3, programs=programs)),
         ByBytes("paged_join", 4, Config(8192, 4)),
