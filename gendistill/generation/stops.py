@@ -101,9 +101,7 @@ class Ending:
     @property
     def text(self) -> str:
         """The text so far up to the first stop text, without special tokens and surrounding white space."""
-        text = _decode(self._tokenizer, self._token_ids)
-        cut = min((text.find(words) for words in self._stop if words in text), default=len(text))
-        return text[:cut].strip()
+        return whole_text(self._tokenizer, self._token_ids, self._stop).strip()
 
     def _can_complete(self, token: int) -> bool:
         """Find out, once for each token and set of stop texts, whether one may end in what the token adds."""
@@ -123,6 +121,12 @@ class Ending:
         # the first token of a text decodes otherwise than later ones, so that its end may show what it does not hold
         text = _decode(self._tokenizer, self._token_ids)
         return any(words in text for words in self._stop)
+
+
+def whole_text(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int], stop: Sequence[str] = ()) -> str:
+    """Return the text of an answer's tokens up to the first stop text, without special tokens."""
+    text = _decode(tokenizer, token_ids)
+    return text[: min((text.find(words) for words in stop if words in text), default=len(text))]
 
 
 class Text:

@@ -15,6 +15,7 @@ from rich.text import Text
 import gendistill_evals
 from gendistill.checkpoints.resolve import Checkpoint, load_causal_lm, load_tokenizer, resolve_checkpoint
 from gendistill.config.schema import teacher_dtype
+from gendistill.errors import RecipeError
 from gendistill.runs.asking import asked
 from gendistill.text import printable
 
@@ -146,3 +147,25 @@ def load_teacher(checkpoint: Checkpoint, dtype: str, device: torch.device) -> Pr
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     """Turn a recipe's dtype into torch's."""
     return getattr(torch, teacher_dtype(name, device.type))
+
+
+def choose_device(name: torch.device | str | None, *, where: str, hint: str) -> torch.device:
+    """Return a device that torch finds here.
+
+    Args:
+        name: As torch calls it; None for where accelerate would put a model.
+        where, hint: Place and remedy, for errors.
+    Raises:
+        RecipeError: There is none of this name.
+    """
+    if name is None:
+        return Accelerator().device
+    try:
+        # an empty tensor is the only question that every kind of device answers
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise RecipeError(
+            f"there is no device {str(name)!r}: {str(error).splitlines()[0]}",
+            where=where,
+            hint=f"{hint}; gendistill doctor says what torch finds here",
+        ) from error

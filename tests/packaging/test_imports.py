@@ -22,6 +22,11 @@ TORCH_FREE = (
     *(
         "gendistill.types",
         "gendistill.runs.advice",
+        "gendistill.runs.answer_file",
+        "gendistill.runs.prompt_file",
+        "gendistill.generation.request",
+        "gendistill.generation.stops",
+        "gendistill.generation.streaming",
         "gendistill.paths",
         "gendistill.records",
         "gendistill.text",
@@ -71,6 +76,7 @@ LAYERS = {
             "generation",
             "teachers",
             "engine",
+            "generation",
             "conversion",
             "checkpoints",
             "models",
@@ -100,6 +106,7 @@ LAYERS = {
     },
     "api": {
         *("runs", "report", "conversion", "checkpoints", "training", "teachers", "data", "models"),
+        "generation",
         *("anatomy", "config"),
     },
 }
