@@ -377,10 +377,12 @@ class Engine:
         slots = most
         while slots > 1 and slots * sizes.slot_bytes + (needs[0] + 1) * sizes.page_bytes > budget:
             slots //= 2
-        pages = 1 + sum(needs[:slots])
+        # rounded up, so that a conversation that grows need not have new memory at every turn
+        width = 1 << (needs[0] - 1).bit_length() if needs[0] else 0
+        pages = 1 + max(width, sum(needs[:slots]))
         if sizes.page_bytes:
             pages = min(pages, max(2, (budget - slots * sizes.slot_bytes) // sizes.page_bytes))
-        self._runner.make_room(slots=slots, pages=pages, width=needs[0])
+        self._runner.make_room(slots=slots, pages=pages, width=width)
         return slots, pages if sizes.attention else 0
 
     def _free_bytes(self) -> int:

@@ -190,7 +190,7 @@ class Runner:
         return self._sizes
 
     def make_room(self, *, slots: int, pages: int, width: int) -> None:
-        """Make memory for rows, unless what is there is enough.
+        """Make memory for rows, unless what is there is enough; nobody may be in it.
 
         Args:
             slots: Rows at a time.
@@ -198,7 +198,7 @@ class Runner:
             width: Pages of the longest row.
         """
         there = self.memory
-        fits = there is not None and (slots, pages) == (there.num_slots, there.num_pages)
+        fits = there is not None and slots <= there.num_slots and pages <= there.num_pages
         if fits and width <= self._places.table.shape[1]:
             self._places.positions.fill_(-1)
             return
