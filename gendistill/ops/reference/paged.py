@@ -32,7 +32,8 @@ def paged_attend(
     q, k = (turn(part, weight, cos, sin, eps=eps) for part, weight in ((q, q_weight), (k, k_weight)))
     # by token, whatever the page
     keys, values = keys.view(-1, *k.shape[1:]), values.view(-1, *v.shape[1:])
-    keys[pages.cells], values[pages.cells] = k, v
+    keys.index_copy_(0, pages.cells, k)
+    values.index_copy_(0, pages.cells, v)
     attend = _attend_single if pages.single else _attend_each
     return attend(q, keys, values, pages, window).flatten(1)
 
@@ -47,13 +48,14 @@ def _attend_single(q: Tensor, keys: Tensor, values: Tensor, pages: Pages, window
     seen = place < length
     if window is not None:
         seen = seen & (place >= length - window)
-    # pages that are not the sequence's may hold anything, infinities too
-    cell = torch.where(seen, pages.table.long()[:, place // PAGE] * PAGE + place % PAGE, 0)
+    # as whole pages: one at a time, numbers that are taken by an index cost far more
+    chosen = pages.table[:, :width].flatten()
     found = (
-        keys[cell].masked_fill(~seen[..., None, None], 0),
-        values[cell].masked_fill(~seen[..., None, None], 0),
+        part.view(-1, PAGE, *part.shape[1:]).index_select(0, chosen).view(*seen.shape, *part.shape[1:])
+        for part in (keys, values)
     )
-    k, v = (part.transpose(1, 2) for part in found)
+    # pages that are not the sequence's may hold anything, infinities too
+    k, v = (part.masked_fill_(~seen[..., None, None], 0).transpose(1, 2) for part in found)
     out = F.scaled_dot_product_attention(
         q[:, :, None], k, v, attn_mask=seen[:, None, None], enable_gqa=q.shape[1] != k.shape[1]
     )
@@ -71,7 +73,6 @@ def _attend_each(q: Tensor, keys: Tensor, values: Tensor, pages: Pages, window: 
         first = 0 if window is None else max(0, length - (end - start) + 1 - window)
         place = torch.arange(first, length, device=q.device)
         cell = pages.table[row].long()[place // PAGE] * PAGE + place % PAGE
-        out[start:end] = sliding_window_attention(
-            q[None, start:end], keys[None, cell], values[None, cell], window=window
-        )[0]
+        k, v = (part.index_select(0, cell)[None] for part in (keys, values))
+        out[start:end] = sliding_window_attention(q[None, start:end], k, v, window=window)[0]
     return out
