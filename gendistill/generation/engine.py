@@ -153,7 +153,7 @@ class Engine:
 
     def _why_not(self, prompt: Prompt) -> str | None:
         config = self.model.config
-        known = min(self.model.lm_head.out_features, self.model.model.embed_tokens.num_embeddings)
+        known = self._num_known
         limit = getattr(config, "max_position_embeddings", None)
         total = len(prompt.token_ids) + prompt.max_new_tokens
         if not prompt.token_ids:
@@ -165,12 +165,19 @@ class Engine:
         if min(prompt.token_ids) < 0 or max(prompt.token_ids) >= known:
             worst = max(prompt.token_ids) if min(prompt.token_ids) >= 0 else min(prompt.token_ids)
             return f"the prompt has token {worst:,}, and the model knows tokens 0 to {known - 1:,}"
+        if not -(2**63) <= prompt.seed < 2**63:
+            return f"seeds are whole numbers from -2**63 to 2**63 - 1, got {prompt.seed}"
         if limit and total > limit:
             return (
                 f"the prompt has {len(prompt.token_ids):,} tokens and its answer up to {prompt.max_new_tokens:,}; "
                 f"the model has {limit:,} positions"
             )
         return None
+
+    @property
+    def _num_known(self) -> int:
+        """Tokens that can be read and chosen."""
+        return min(self.model.lm_head.out_features, self.model.model.embed_tokens.num_embeddings)
 
     def _ending(self, prompt: Prompt, end_ids: Collection[int]) -> Any:
         if self.tokenizer is None:
@@ -189,7 +196,9 @@ class Engine:
             try:
                 yield from self._run(schedule, flying, sampling)
                 return
-            except torch.OutOfMemoryError as error:
+            except Exception as error:
+                if not _ran_out(error):
+                    raise
                 reason = str(error)
             yield from self._halve(schedule, flying, reason)
 
@@ -296,15 +305,7 @@ class Engine:
         for row in schedule.running:
             row.launched = len(row.log_probs)
         schedule.put_all_back()
-        self._runner.forget_all()
-        torch.cuda.empty_cache()
-        if schedule.slots == 1:
-            raise GendistillError(
-                f"the device's memory does not suffice for a single row: {reason}",
-                hint="give fewer pass_tokens, shorter prompts, or a larger device",
-            )
-        self.stats.halved += 1
-        slots, pages = self._make_room(list(schedule.waiting), schedule.slots // 2)
+        slots, pages = self._make_less_room(schedule.waiting, schedule.slots, reason)
         schedule.resize(slots=slots, pages=pages)
 
     # ----- likelihood -----
@@ -315,14 +316,38 @@ class Engine:
         Args:
             pairs: Token ids of a context and of what continues it, at least one each; no longer than the model's
                 positions.
+        Raises:
+            GendistillError: A context or a continuation without a token, or a token that the model does not know.
         """
-        runner = self._runner
-        runner.refresh()
+        known = self._num_known
+        for number, (context, continuation) in enumerate(pairs):
+            if not context or not continuation:
+                what = "continuation" if context else "context"
+                raise GendistillError(f"its {what} has no token", where=f"pair {number}")
+            ends = min(*context, *continuation), max(*context, *continuation)
+            for token in ends:
+                if not 0 <= token < known:
+                    raise GendistillError(
+                        f"it has token {token:,}, and the model knows tokens 0 to {known - 1:,}",
+                        where=f"pair {number}",
+                    )
+        self._runner.refresh()
         for taken in passes(readings(pairs), self._pass_tokens):
-            what = Pass.of(taken, pairs, runner.device)
-            values = iter(runner.score(what, most=_LOGITS))
+            what = Pass.of(taken, pairs, self._runner.device)
+            values = iter(self._score(what))
             for number, length in what.pairs:
                 yield number, [next(values) for _ in range(length)]
+
+    def _score(self, what: Pass) -> list[float]:
+        try:
+            return self._runner.score(what, most=_LOGITS)
+        except torch.OutOfMemoryError:
+            # rows of an earlier call still have memory, and nobody is in it
+            if self._runs or self._runner.memory is None:
+                raise
+        self.free()
+        torch.cuda.empty_cache()
+        return self._runner.score(what, most=_LOGITS)
 
     # ----- for benches -----
 
@@ -365,6 +390,18 @@ class Engine:
 
     # ----- memory -----
 
+    def _make_less_room(self, rows: Sequence[Row], slots: int, reason: str) -> tuple[int, int]:
+        """Make memory for half as many rows as were too many."""
+        self._runner.forget_all()
+        torch.cuda.empty_cache()
+        if slots == 1:
+            raise GendistillError(
+                f"the device's memory does not suffice for a single row: {reason}",
+                hint="give fewer pass_tokens, shorter prompts, or a larger device",
+            )
+        self.stats.halved += 1
+        return self._make_room(rows, slots // 2)
+
     def _make_room(self, rows: Sequence[Row], most: int) -> tuple[int, int]:
         """Make memory for up to so many rows; returns how many, and their pages."""
         sizes = self._runner.sizes()
@@ -382,8 +419,13 @@ class Engine:
         pages = 1 + max(width, sum(needs[:slots]))
         if sizes.page_bytes:
             pages = min(pages, max(2, (budget - slots * sizes.slot_bytes) // sizes.page_bytes))
-        self._runner.make_room(slots=slots, pages=pages, width=width)
-        return slots, pages if sizes.attention else 0
+        try:
+            self._runner.make_room(slots=slots, pages=pages, width=width)
+        except torch.OutOfMemoryError as error:
+            reason = str(error)
+        else:
+            return slots, pages if sizes.attention else 0
+        return self._make_less_room(rows, slots, reason)
 
     def _free_bytes(self) -> int:
         device = self._runner.device
@@ -399,6 +441,11 @@ class Engine:
             f"its {len(row.tokens):,} tokens and the next need more memory than there is for keys and values: "
             f"{schedule.num_pages * PAGE:,} tokens"
         )
+
+
+def _ran_out(error: Exception) -> bool:
+    """Say whether memory has run out; the end of a recording in which it did fails too, with another error."""
+    return isinstance(error, torch.OutOfMemoryError) or isinstance(error.__context__, torch.OutOfMemoryError)
 
 
 class _Counted:

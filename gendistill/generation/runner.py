@@ -17,7 +17,6 @@ from torch.distributed.tensor import DTensor
 
 from gendistill.engine.decoder import FusedDecoder, fuse, go_on, is_fused, refreshed, release
 from gendistill.engine.decoder import why_not as why_not_fused
-from gendistill.engine.linear import pack
 from gendistill.errors import GendistillError
 from gendistill.generation.likelihood import Pass
 from gendistill.generation.memory import Memory, Sizes
@@ -46,7 +45,8 @@ class Chosen:
         self._there = None
         if tokens.is_cuda:
             self._there = torch.cuda.Event()
-            self._there.record()
+            # the model need not be on the device that is current
+            self._there.record(torch.cuda.current_stream(tokens.device))
 
     def read(self) -> list[tuple[Row, int, float, bool]]:
         """Return row, token, log-probability and whether its logits had a largest; waits for the device."""
@@ -123,48 +123,68 @@ class Runner:
         self.device: torch.device = model.lm_head.weight.device
         self._fuses = not is_fused(model)
         if self._fuses:
-            kind, dtype = self.device.type, model.lm_head.weight.dtype
-            fuse(
-                model,
-                torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else dtype,
-                learns=learns,
-            )
-        self.decoder = self._refreshed()
-        self._head = pack([model.lm_head], self.decoder.dtype, learns=learns or not self._fuses)
+            fuse(model, _arithmetic(model), learns=learns)
         self.memory: Memory | None = None
         self._captures = capture and self.device.type == "cuda"
         self._graphs: dict[tuple[int, Sampling], torch.cuda.CUDAGraph] = {}
+        self._addresses: list[int] = []
         self._pool: Any = None
-        self._sizes: Sizes | None = None
+        try:
+            self._take(self._refreshed())
+        except BaseException:
+            # nobody else could: memory may have run out
+            if self._fuses:
+                release(model)
+            raise
 
     def _refreshed(self) -> FusedDecoder:
         found = refreshed(self.model)
-        assert found is not None
+        if found is None:
+            raise GendistillError(
+                "the model does not run fused any more: this engine, or what had fused the model, was closed",
+                hint="open an engine on the model again",
+            )
         return found
+
+    @torch.no_grad()
+    def _take(self, decoder: FusedDecoder) -> None:
+        self.decoder, self._sizes = decoder, None
+        weight = self.model.lm_head.weight
+        # read where it is, by other people's graphs too; copied for another dtype alone
+        self._head = None if weight.dtype == decoder.dtype else torch.empty_like(weight, dtype=decoder.dtype)
 
     @torch.no_grad()
     def refresh(self) -> None:
         """Take over weights that have changed since the last time."""
         decoder = self._refreshed()
         if decoder is not self.decoder:
-            # a graph works on the copies of the decoder that it was recorded with
-            self._graphs.clear()
-            self.decoder = decoder
-        for source, target in zip(self._head.sources, self._head.targets, strict=True):
-            if source.data_ptr() != target.data_ptr():
-                target.copy_(source)
+            # graphs and rows were made for the copies and the dtype of the other one
+            self.forget_all()
+            self._take(decoder)
+        addresses = [part.data_ptr() for part in (*self.model.parameters(), *self.model.buffers())]
+        if addresses != self._addresses:
+            # a graph reads what has no copy where it was
+            self._forget_graphs()
+            self._addresses = addresses
+        if self._head is not None:
+            self._head.copy_(self.model.lm_head.weight)
 
     def close(self) -> None:
         """Forget all rows, and let the model run as it did before."""
         self.forget_all()
-        self._head.release()
+        self._head = None
         if self._fuses:
             release(self.model)
 
     def forget_all(self) -> None:
         """Let the memory of all rows go, and what was recorded with it."""
+        self._forget_graphs()
+        self.memory = None
+
+    def _forget_graphs(self) -> None:
         self._graphs.clear()
-        self._pool = self.memory = None
+        # a pool that no graph uses any more cannot be given to another
+        self._pool = None
 
     # ----- memory -----
 
@@ -197,14 +217,17 @@ class Runner:
             pages: In all, page 0 included.
             width: Pages of the longest row.
         """
-        there = self.memory
-        fits = there is not None and slots <= there.num_slots and pages <= there.num_pages
-        if fits and width <= self._places.table.shape[1]:
+        if self.memory is not None and self._holds(self.memory, slots, pages, width):
             self._places.positions.fill_(-1)
             return
+        # nothing may name the old one here: both are never there at once
         self.forget_all()
-        self.memory = Memory(self.sizes(), slots=slots, pages=pages, device=self.device)
         self._places = _Places.of(slots, width, self.device)
+        self.memory = Memory(self.sizes(), slots=slots, pages=pages, device=self.device)
+
+    def _holds(self, memory: Memory, slots: int, pages: int, width: int) -> bool:
+        wide = width <= self._places.table.shape[1]
+        return wide and slots <= memory.num_slots and pages <= memory.num_pages
 
     # ----- rows -----
 
@@ -362,8 +385,8 @@ class Runner:
         positions.add_(lives)
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        rows = self.model.lm_head.out_features
-        return unrounded(hidden, self._head.matrix[:rows].T)
+        head = self.model.lm_head.weight if self._head is None else self._head
+        return unrounded(hidden, head.T)
 
     def _replay(self, size: int, sampling: Sampling) -> None:
         """Take a step of so many slots as a graph, which is recorded the first time."""
@@ -420,14 +443,19 @@ def why_not(model: Any) -> str | None:
         return "its head has biases"
     if any(isinstance(part, DTensor) for part in model.parameters()):
         return "its parameters are shared among processes"
-    if is_fused(model):
-        return None
-    if reason := why_not_fused(model, device=head.weight.device, dtype=head.weight.dtype):
-        return reason
     kind = getattr(model.model.rotary_emb, "rope_type", "default")
     if kind in ("dynamic", "longrope"):
         return f'its rotary positions ("{kind}") depend on the longest sequence beside'
-    return None
+    if is_fused(model):
+        return None
+    return why_not_fused(model, device=head.weight.device, dtype=_arithmetic(model))
+
+
+def _arithmetic(model: Any) -> torch.dtype:
+    """Return the dtype in which a model that does not run fused computes."""
+    weight = model.lm_head.weight
+    kind = weight.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
 
 
 class _Seen:
