@@ -39,6 +39,10 @@ Result = tuple[int, Answer]
 Watch = Callable[[int, int], None]
 
 
+class OutOfMemory(GendistillError, torch.OutOfMemoryError):
+    """Memory that does not suffice for a single row; who has some to give may ask again."""
+
+
 class Engine:
     """A causal language model that answers many prompts at a time.
 
@@ -127,7 +131,8 @@ class Engine:
             sampling: How tokens are chosen; None for the likeliest.
             watch: Called with a prompt's index and every token of its answer as it comes, an end token included.
         Raises:
-            GendistillError: Memory does not suffice for a single row, or another call has not ended.
+            OutOfMemory: Memory does not suffice for a single row.
+            GendistillError: Another call has not ended.
         """
         if self._runs:
             raise GendistillError(
@@ -395,7 +400,7 @@ class Engine:
         self._runner.forget_all()
         torch.cuda.empty_cache()
         if slots == 1:
-            raise GendistillError(
+            raise OutOfMemory(
                 f"the device's memory does not suffice for a single row: {reason}",
                 hint="give fewer pass_tokens, shorter prompts, or a larger device",
             )

@@ -209,6 +209,8 @@ class Runner:
             )
         return self._sizes
 
+    # what is made in inference mode cannot be written to outside of it
+    @torch.inference_mode(False)
     def make_room(self, *, slots: int, pages: int, width: int) -> None:
         """Make memory for rows, unless what is there is enough; nobody may be in it.
 
@@ -385,7 +387,7 @@ class Runner:
         positions.add_(lives)
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        head = self.model.lm_head.weight if self._head is None else self._head
+        head = self.model.lm_head.weight.detach() if self._head is None else self._head
         return unrounded(hidden, head.T)
 
     def _replay(self, size: int, sampling: Sampling) -> None:
@@ -408,7 +410,8 @@ class Runner:
                 self._step(size, sampling)
         torch.cuda.current_stream(self.device).wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=aside):
+        # other threads prepare batches meanwhile, where the model is being trained
+        with torch.cuda.graph(graph, pool=self._pool, stream=aside, capture_error_mode="thread_local"):
             self._step(size, sampling)
         self._pool = self._pool or graph.pool()
         for part, value in zip(self._places.by_slot, kept, strict=True):

@@ -81,8 +81,10 @@ def test_memory_that_cannot_be_made_is_made_for_fewer_rows(student, monkeypatch)
 
     monkeypatch.setattr(Memory, "__init__", none)
     with Engine(student) as engine:
-        with pytest.raises(GendistillError, match="single row: nothing"):
+        with pytest.raises(GendistillError, match="single row: nothing") as caught:
             list(engine.generate(asked, end_ids=()))
+        # a stage that is asked for its memory by such an error gives some, and asks again
+        assert isinstance(caught.value, torch.OutOfMemoryError)
         monkeypatch.setattr(Memory, "__init__", make)
         assert tokens(engine.generate(asked, end_ids=())) == plain
 
@@ -228,6 +230,15 @@ def test_a_model_is_left_as_it_was_if_no_engine_can_be_made(student, monkeypatch
     with pytest.raises(torch.OutOfMemoryError):
         Engine(student)
     assert not is_fused(student)
+
+
+def test_inference_mode_of_one_call_is_nothing_to_the_next(student):
+    asked = prompts()
+    plain = answers(student, asked)
+    with Engine(student) as engine:
+        with torch.inference_mode():
+            assert tokens(engine.generate(asked, end_ids=())) == plain
+        assert tokens(engine.generate(asked, end_ids=())) == plain
 
 
 # ----- weights -----
