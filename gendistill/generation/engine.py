@@ -182,7 +182,7 @@ class Engine:
     @property
     def _num_known(self) -> int:
         """Tokens that can be read and chosen."""
-        return min(self.model.lm_head.out_features, self.model.model.embed_tokens.num_embeddings)
+        return min(self.model.lm_head.out_features, len(self.model.model.embed_tokens.weight))
 
     def _ending(self, prompt: Prompt, end_ids: Collection[int]) -> Any:
         if self.tokenizer is None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from gendistill.engine.adapted import why_not_packed
 from gendistill.engine.decoder import FusedDecoder, fuse, go_on, is_fused, refreshed, release
 from gendistill.engine.decoder import why_not as why_not_fused
 from gendistill.errors import GendistillError
@@ -440,17 +441,21 @@ def why_not(model: Any) -> str | None:
         model: Causal language model, where it will run.
     """
     head = getattr(model, "lm_head", None)
-    if not hasattr(model, "model") or not isinstance(head, nn.Linear):
+    if not hasattr(model, "model") or head is None:
         return f"{type(model).__name__} has no model and lm_head as the families have them"
-    if head.bias is not None:
-        return "its head has biases"
     if any(isinstance(part, DTensor) for part in model.parameters()):
         return "its parameters are shared among processes"
+    if type(head) is not nn.Linear:
+        return f"its head is a {type(head).__module__}.{type(head).__name__}"
+    if head.bias is not None:
+        return "its head has biases"
     kind = getattr(model.model.rotary_emb, "rope_type", "default")
     if kind in ("dynamic", "longrope"):
         return f'its rotary positions ("{kind}") depend on the longest sequence beside'
     if is_fused(model):
-        return None
+        # this may change after layers are packed
+        layers = [layer for name, layer in model.model.named_modules() if name.endswith("_proj")]
+        return next(filter(None, map(why_not_packed, layers)), None)
     return why_not_fused(model, device=head.weight.device, dtype=_arithmetic(model))
 
 

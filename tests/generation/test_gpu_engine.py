@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 
@@ -112,3 +114,64 @@ def test_a_step_asks_the_device_for_nothing():
             step()
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+def test_other_threads_may_allocate_while_steps_are_recorded():
+    model, asked = make("student", "mixed"), prompts()
+    over, errors, kept = threading.Event(), [], []
+
+    def prepare():
+        size = 1 << 20
+        try:
+            while not over.is_set():
+                # of many sizes, so that few come from a cache
+                size += 1 << 20
+                kept.append(torch.empty(size % (1 << 27), dtype=torch.uint8, pin_memory=True).to(GPU))
+                del kept[:-2]
+        except Exception as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=prepare)
+    thread.start()
+    try:
+        found = answers(model, asked)
+    finally:
+        over.set()
+        thread.join()
+    assert not errors
+    check(model, found, asked)
+
+
+def test_graphs_follow_weights_that_get_other_memory():
+    model, asked = make("teacher", "qwen3"), prompts((4, 90))
+    with Engine(model) as engine:
+        list(engine.generate(asked, end_ids=()))
+        with torch.no_grad():
+            for norm in (model.model.norm, *(layer.input_layernorm for layer in model.model.layers)):
+                old = norm.weight.data
+                norm.weight.data = torch.randn_like(old)
+                # whoever still reads there finds nothing
+                old.fill_(float("nan"))
+        found = dict(engine.generate(asked, end_ids=()))
+    check(model, [found[index] for index in range(2)], asked)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_a_model_on_another_device_than_the_current_one():
+    model, asked = make("student", "mixed"), prompts()
+    right = answers(model, asked)
+    with torch.cuda.device(0):
+        found = answers(model.to("cuda:1"), asked)
+    assert [answer.token_ids for answer in found] == [answer.token_ids for answer in right]
+
+
+def test_memory_that_grows_is_never_there_twice():
+    model = make("teacher", "qwen3")
+    with Engine(model, memory_bytes=1 << 30) as engine:
+        page = engine._runner.sizes().page_bytes
+        engine._runner.make_room(slots=4, pages=(1 << 29) // page, width=4)
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        engine._runner.make_room(slots=4, pages=(1 << 29) // page + 1, width=4)
+        assert torch.cuda.max_memory_allocated() - before < 1 << 28

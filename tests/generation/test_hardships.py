@@ -353,3 +353,67 @@ def test_the_dtype_that_is_refused_is_the_one_of_arithmetic(student, monkeypatch
     with torch.autocast("cpu", dtype=torch.bfloat16):
         runners.why_not(student)
     assert asked == [torch.float32, torch.bfloat16]
+
+
+# ----- adapters -----
+
+
+def adapted(model, *targets):
+    peft = pytest.importorskip("peft")
+    made = peft.inject_adapter_in_model(peft.LoraConfig(r=3, target_modules=list(targets)), model).eval()
+    maker = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in made.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=maker) * 0.2)
+    return made
+
+
+def by_transformers(model, asked):
+    found = []
+    for prompt in asked:
+        ids = torch.tensor([prompt.token_ids])
+        out = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=prompt.max_new_tokens,
+            do_sample=False,
+            pad_token_id=0,
+        )
+        found.append(tuple(out[0, ids.shape[1] :].tolist()))
+    return found
+
+
+@pytest.mark.parametrize("targets", [("q_proj", "v_proj", "down_proj"), ("embed_tokens",)])
+def test_adapters_take_part_and_may_change(student, targets):
+    asked, plain = prompts((4, 70)), by_transformers(student, prompts((4, 70)))
+    model = adapted(student, *targets)
+    right = by_transformers(model, asked)
+    assert right != plain
+    with Engine(model, learns=True) as engine:
+        assert tokens(engine.generate(asked, end_ids=())) == right
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_" in name:
+                    parameter.mul_(-1.3)
+        changed = tokens(engine.generate(asked, end_ids=()))
+    assert changed == by_transformers(model, asked) != right
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_adapters_that_are_switched_off_are_refused(student, fused):
+    """Packed layers add what adapters say, whatever a switch says."""
+    model = adapted(student, "q_proj")
+    if fused:
+        fuse(model, torch.float32)
+    for module in model.modules():
+        if hasattr(module, "lora_A"):
+            module.enable_adapters(False)
+    with pytest.raises(GendistillError, match="switched off"):
+        Engine(model)
+    release(model)
+
+
+def test_an_adapted_head_is_refused_by_name(student):
+    with pytest.raises(GendistillError, match="its head is a"):
+        Engine(adapted(student, "lm_head"))
