@@ -449,7 +449,7 @@ def why_not(model: Any) -> str | None:
         return f"its head is a {type(head).__module__}.{type(head).__name__}"
     if head.bias is not None:
         return "its head has biases"
-    kind = getattr(model.model.rotary_emb, "rope_type", "default")
+    kind = getattr(getattr(model.model, "rotary_emb", None), "rope_type", "default")
     if kind in ("dynamic", "longrope"):
         return f'its rotary positions ("{kind}") depend on the longest sequence beside'
     if is_fused(model):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from gendistill.engine.decoder import fuse, is_fused, release
 from gendistill.errors import GendistillError
 from gendistill.generation.engine import Engine
 from gendistill.generation.request import Prompt
-from gendistill.generation.runner import Runner
+from gendistill.generation.runner import Runner, why_not
 from gendistill.generation.sampling import Sampling
 from gendistill.testing import FAMILIES, PLACEMENTS, tiny_student, tiny_teacher
 
@@ -322,3 +323,16 @@ def test_arithmetic_is_that_of_autocast(student):
         (found,) = [answer for _, answer in engine.generate(prompts((20,)), end_ids=())]
     assert len(found.token_ids) == NEW
     assert student.lm_head.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [("opt", "not a family"), ("gpt2", "no model and lm_head"), ("gpt_neox", "no model and lm_head")],
+)
+def test_models_of_other_families_are_refused_with_the_reason(kind, words):
+    sizes = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    more = {"opt": {"ffn_dim": 16, "word_embed_proj_dim": 16, "max_position_embeddings": 32}}.get(kind, {})
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes, **more))
+    assert words in why_not(model)
+    with pytest.raises(GendistillError, match="transformers"):
+        Engine(model)
