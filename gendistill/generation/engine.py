@@ -360,7 +360,7 @@ class Engine:
         """Say whether so many rows of so many tokens fit into memory at once."""
         sizes = self._runner.sizes()
         pages = (rows * -(-tokens // PAGE) + 1) if sizes.attention else 0
-        return rows * sizes.slot_bytes + pages * sizes.page_bytes <= (
+        return rows * self._slot_bytes + pages * sizes.page_bytes <= (
             self._memory_bytes or self._free_bytes()
         )
 
@@ -415,15 +415,14 @@ class Engine:
         needs = sorted((-(-tokens // PAGE) for tokens in longest), reverse=True)
         if not sizes.attention:
             needs = [0] * len(needs)
-        budget = self._memory_bytes or self._free_bytes()
-        slots = most
-        while slots > 1 and slots * sizes.slot_bytes + (needs[0] + 1) * sizes.page_bytes > budget:
+        budget, slots, slot_bytes = self._memory_bytes or self._free_bytes(), most, self._slot_bytes
+        while slots > 1 and slots * slot_bytes + (needs[0] + 1) * sizes.page_bytes > budget:
             slots //= 2
         # rounded up, so that a conversation that grows need not have new memory at every turn
         width = 1 << (needs[0] - 1).bit_length() if needs[0] else 0
         pages = 1 + max(width, sum(needs[:slots]))
         if sizes.page_bytes:
-            pages = min(pages, max(2, (budget - slots * sizes.slot_bytes) // sizes.page_bytes))
+            pages = min(pages, max(2, (budget - slots * slot_bytes) // sizes.page_bytes))
         try:
             self._runner.make_room(slots=slots, pages=pages, width=width)
         except torch.OutOfMemoryError as error:
@@ -431,6 +430,11 @@ class Engine:
         else:
             return slots, pages if sizes.attention else 0
         return self._make_less_room(rows, slots, reason)
+
+    @property
+    def _slot_bytes(self) -> int:
+        """Bytes of a slot; states are there twice while a graph is recorded."""
+        return self._runner.sizes().slot_bytes * (2 if self._runner.captures else 1)
 
     def _free_bytes(self) -> int:
         device = self._runner.device

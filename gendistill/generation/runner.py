@@ -109,6 +109,10 @@ class Runner:
             A model that does not run fused computes in autocast's dtype where autocast is on, else in its own.
         capture: Whether steps are recorded as CUDA graphs where the model is on a GPU.
 
+    Attributes:
+        captures: Whether they are.
+        memory: Of rows, once room was made for some.
+
     Raises:
         GendistillError: The model's layers cannot run fused; says why.
     """
@@ -126,7 +130,7 @@ class Runner:
         if self._fuses:
             fuse(model, _arithmetic(model), learns=learns)
         self.memory: Memory | None = None
-        self._captures = capture and self.device.type == "cuda"
+        self.captures = capture and self.device.type == "cuda"
         self._graphs: dict[tuple[int, Sampling], torch.cuda.CUDAGraph] = {}
         self._addresses: list[int] = []
         self._pool: Any = None
@@ -333,7 +337,7 @@ class Runner:
     def step(self, rows: Sequence[Row], *, sampling: Sampling) -> Chosen:
         """Read the last token of all rows, and choose the next."""
         number = len(rows)
-        if not self._captures:
+        if not self.captures:
             self._step(number, sampling)
         else:
             assert self.memory is not None
