@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         dataset,
         distill,
         evaluate,
+        generate,
         load,
         probe,
         run,
@@ -31,7 +32,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "gendistill.api": (
         *("Dataset", "Evaluation", "Model", "Run"),
-        *("convert", "dataset", "distill", "evaluate", "load", "probe", "run"),
+        *("convert", "dataset", "distill", "evaluate", "generate", "load", "probe", "run"),
     ),
     "gendistill.config.load": ("dump_recipe", "load_recipe"),
     "gendistill.runs.planning": ("plan_run",),
@@ -48,6 +49,7 @@ __all__ = [
     "distill",
     "dump_recipe",
     "evaluate",
+    "generate",
     "load",
     "load_recipe",
     "plan_run",

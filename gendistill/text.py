@@ -37,3 +37,8 @@ def _visible(character: str) -> str:
     if character in _DIRECTIONS or unicodedata.category(character) in _HIDDEN:
         return character.encode("unicode_escape").decode("ascii")
     return character
+
+
+def harmless(text: str) -> str:
+    """Write a text of several lines, or a piece of one, with escapes for all that would steer a terminal."""
+    return "".join(each if each in "\n\t" else _visible(each) for each in text)

@@ -11,6 +11,7 @@ from gendistill_evals.errors import EvalError
 from gendistill_evals.evaluate import evaluate_model
 from gendistill_evals.items import Item, Message
 from gendistill_evals.judges import JUDGES, Judgement
+from gendistill_evals.keeping import KeepingModel
 from gendistill_evals.model import LanguageModel
 from gendistill_evals.protocols import (
     PROTOCOLS,
@@ -45,6 +46,7 @@ __all__ = [
     "HFModel",
     "Item",
     "Judgement",
+    "KeepingModel",
     "LanguageModel",
     "Likelihood",
     "Message",

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from gendistill_evals.errors import EvalError
 from gendistill_evals.model import Decoding, LanguageModel
 from gendistill_evals.prompts import Prompter
 from gendistill_evals.reading import shorten
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # Tokens that end a turn in common chat templates. One ends an answer if the model's template writes it.
 _TURN_ENDS = (
@@ -58,11 +62,7 @@ def greedy_decoding(model: LanguageModel, prompter: Prompter) -> Decoding:
     """
     tokenizer = prompter.tokenizer
     asked = model.generation_defaults
-    ends = _as_ids(asked.get("eos_token_id")) + _as_ids(tokenizer.eos_token_id)
-    if prompter.template:
-        vocabulary = tokenizer.get_vocab()
-        ends += [vocabulary[text] for text in _TURN_ENDS if text in prompter.template and text in vocabulary]
-    eos = tuple(dict.fromkeys(ends))
+    eos = end_tokens(tokenizer, prompter.template, asked)
     # A pad token is read but counts for nothing: any token that the model has an embedding for will do.
     size = model.vocab_size
     pads = [
@@ -78,6 +78,26 @@ def greedy_decoding(model: LanguageModel, prompter: Prompter) -> Decoding:
             if key not in _NO_OVERRIDE and value is not None and value != _NEUTRAL.get(key)
         },
     )
+
+
+def end_tokens(
+    tokenizer: PreTrainedTokenizerBase, template: str | None, generation_defaults: Mapping[str, Any]
+) -> tuple[int, ...]:
+    """List the tokens that end an answer: the checkpoint's, the tokenizer's, and those that end a turn of a chat.
+
+    Args:
+        tokenizer: Of the model.
+        template: Chat template that prompts are made with; None where they are plain text.
+        generation_defaults: As a language model says them.
+    Returns: Token ids, each once; none where nobody names one.
+    Raises:
+        EvalError: An end token that is not a token id.
+    """
+    ends = _as_ids(generation_defaults.get("eos_token_id")) + _as_ids(tokenizer.eos_token_id)
+    if template:
+        vocabulary = tokenizer.get_vocab()
+        ends += [vocabulary[text] for text in _TURN_ENDS if text in template and text in vocabulary]
+    return tuple(dict.fromkeys(ends))
 
 
 def _as_ids(value: Any) -> list[int]:

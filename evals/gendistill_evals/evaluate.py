@@ -1,9 +1,9 @@
-"""Score a model on tasks under several protocols, keeping what is finished. Imports no torch."""
+"""Score a model on tasks under several protocols. Imports no torch."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from gendistill_evals.decoding import greedy_decoding
 from gendistill_evals.errors import EvalError
-from gendistill_evals.fingerprint import tokenizer_fingerprint
+from gendistill_evals.keeping import KeepingModel
 from gendistill_evals.model import LanguageModel, Limits
-from gendistill_evals.parts import PartKey, PartStore
 from gendistill_evals.prompts import Prompter
-from gendistill_evals.protocols import PROTOCOLS, ProtocolFamily, lead_protocols
+from gendistill_evals.protocols import PROTOCOLS, ProtocolRun, lead_protocols
 from gendistill_evals.reading import shorten
 from gendistill_evals.results import (
     SCHEMA,
@@ -30,8 +29,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 OnTaskProgress = Callable[[str, str, int, int], None]
-# Task and protocol.
-Key = tuple[str, str]
 ROLES = ("teacher", "student", "model")
 # What a protocol cannot be called: its entries stand beside these in the files.
 _OWN_KEYS = frozenset({
@@ -58,8 +55,8 @@ def evaluate_model(
 ) -> dict[str, Any]:
     """Score any causal language model and write its files.
 
-    Each task under each protocol is kept in ``parts_dir`` when it is done, under a hash of everything that its
-    scores depend on. Calling again with the same model, tokenizer, items and settings runs only what is missing.
+    Every answer and log-probability is kept in ``parts_dir`` as soon as it is there, under a hash of all that decides
+    it (``KeepingModel``). Calling again, with more items or in another ``out_dir``, asks only for what is missing.
 
     Args:
         model: Hugging Face causal language model, on the device and in the dtype to score it with; or any
@@ -68,14 +65,15 @@ def evaluate_model(
         tasks: Built-in names, paths of task files, or tasks.
         out_dir: Folder for ``results.json``, ``samples.jsonl`` and ``transcripts.jsonl``.
         model_name: Name of the model in the files.
-        parts_dir: Folder of finished parts, which several ``out_dir`` may share; None is ``out_dir/parts``.
+        parts_dir: Folder of what is kept, which several models, processes and ``out_dir`` may share; None is
+            ``out_dir/parts``.
         protocols: Names in ``PROTOCOLS``; None for the first of each family, ``likelihood`` and ``generation``.
         limit: Items per task, from the first; None scores all.
         batch_size: Sequences per forward of a Hugging Face model.
         questions: Open questions for transcripts: built-in name, path, loaded, or None for none.
         question_tokens: Longest open answer, in tokens.
         role: ``teacher``, ``student`` or ``model``, for the files.
-        progress: Called with task, protocol, items done and items in all.
+        progress: Called with task, protocol, items done and items in all; what was kept is done at once.
         teacher: Model of the same kind that scores the open answers (``teacher_nll``); None leaves that null.
     Returns: The content of ``results.json``.
     Raises:
@@ -88,9 +86,38 @@ def evaluate_model(
     if questions is not None and not isinstance(questions, Questions):
         questions = load_questions(questions)
     folder = Path(out_dir)
+    kept = Path(parts_dir) if parts_dir is not None else folder / "parts"
     scored = _language_model(model, tokenizer, batch_size)
+    judge = None
+    if questions and teacher is not None:
+        judge = scored if teacher is model else _language_model(teacher, tokenizer, batch_size)
     prompter = Prompter(scored.tokenizer)
     decoding = greedy_decoding(scored, prompter)
+    asked = [(task, PROTOCOLS[name]) for task in loaded for name in _fitting(task, protocols)]
+    for task, protocol in asked:
+        protocol.check(scored, scored.tokenizer, task, limit=limit)
+    if questions:
+        check_questions(scored, scored.tokenizer, questions, max_new_tokens=question_tokens, teacher=judge)
+    done: dict[str, dict[str, ProtocolRun]] = {task.name: {} for task in loaded}
+    rows: list[dict[str, Any]] | None = None
+    with ExitStack() as stack:
+        keeping = stack.enter_context(KeepingModel(scored, kept))
+        for task, protocol in asked:
+            shown = partial(progress, task.name, protocol.name) if progress else None
+            run = protocol.run(keeping, task, limit=limit, progress=shown)
+            score = {**run.score, "seconds": keeping.take_seconds()}
+            done[task.name][protocol.name] = ProtocolRun(score, run.samples)
+        if questions:
+            rows = write_answers(
+                keeping,
+                questions,
+                max_new_tokens=question_tokens,
+                # One that judges its own answers is not hashed twice.
+                teacher=keeping
+                if judge is scored
+                else judge and stack.enter_context(KeepingModel(judge, kept)),
+                progress=partial(progress, questions.name, "transcripts") if progress else None,
+            )
     setup = scored.setup()
     settings = {
         **decoding.settings(),
@@ -98,29 +125,6 @@ def evaluate_model(
         "batch_size": setup.batch_size,
         "overrode": decoding.overrode,
     }
-    scorer = _Scorer(
-        scored,
-        progress,
-        identity={
-            **scored.identity(),
-            "tokenizer": tokenizer_fingerprint(scored.tokenizer),
-            "prompts": prompter.settings(),
-        },
-        decoding=decoding.settings(),
-    )
-    parts = {
-        (task.name, protocol): scorer.task_part(task, protocol, limit)
-        for task in loaded
-        for protocol in _fitting(task, protocols)
-    }
-    if questions:
-        judge = None if teacher is None else _language_model(teacher, tokenizer, batch_size)
-        parts["", "transcripts"] = scorer.transcripts_part(questions, question_tokens, judge)
-    contents = _finish(parts, PartStore(Path(parts_dir) if parts_dir is not None else folder / "parts"))
-    rows = contents.pop(("", "transcripts"), None)
-    done: dict[str, dict[str, Any]] = {task.name: {} for task in loaded}
-    for (task, protocol), content in contents.items():
-        done[task][protocol] = content
     results = {
         "schema": SCHEMA,
         "model": model_name,
@@ -196,93 +200,8 @@ def _fitting(task: Task, protocols: Sequence[str]) -> list[str]:
     ]
 
 
-@dataclass(frozen=True, slots=True)
-class _Part:
-    """A piece that can be scored alone: its key, a check of its inputs, and the computation."""
-
-    key: PartKey
-    check: Callable[[], None]
-    compute: Callable[[], Any]
-
-
-@dataclass(frozen=True, slots=True)
-class _Scorer:
-    """The scoring of one model part by part; ``identity`` is what every score of it depends on."""
-
-    model: LanguageModel
-    progress: OnTaskProgress | None
-    identity: dict[str, Any]
-    decoding: dict[str, Any]
-
-    def task_part(self, task: Task, protocol: str, limit: int | None) -> _Part:
-        """One task under one protocol: ``{score, samples}``."""
-        generates = PROTOCOLS[protocol].family is ProtocolFamily.GENERATION
-        inputs = {
-            "items": task.items_sha256,
-            "prompt": task.prompt_sha256,
-            "limit": task.cut_at(limit),
-            # Log-likelihood decodes nothing.
-            "decoding": self.decoding if generates else None,
-        }
-        return _Part(
-            PartKey.of(f"{task.name}.{protocol}", [self.identity, inputs]),
-            check=partial(PROTOCOLS[protocol].check, self.model, self.model.tokenizer, task, limit=limit),
-            compute=partial(self._score, protocol, task, limit),
-        )
-
-    def transcripts_part(
-        self, questions: Questions, max_new_tokens: int, teacher: LanguageModel | None
-    ) -> _Part:
-        """The answers to open questions: their rows."""
-        inputs = {
-            "questions": questions.sha256,
-            "max_new_tokens": max_new_tokens,
-            "teacher": teacher.identity() if teacher is not None else None,
-            "decoding": self.decoding,
-        }
-        return _Part(
-            PartKey.of("transcripts", [self.identity, inputs]),
-            check=partial(
-                check_questions,
-                self.model,
-                self.model.tokenizer,
-                questions,
-                max_new_tokens=max_new_tokens,
-                teacher=teacher,
-            ),
-            compute=partial(
-                write_answers,
-                self.model,
-                questions,
-                max_new_tokens=max_new_tokens,
-                teacher=teacher,
-                progress=self._on_progress(questions.name, "transcripts"),
-            ),
-        )
-
-    def _score(self, protocol: str, task: Task, limit: int | None) -> dict[str, Any]:
-        progress = self._on_progress(task.name, protocol)
-        run = PROTOCOLS[protocol].run(self.model, task, limit=limit, progress=progress)
-        return {"score": run.score, "samples": list(run.samples)}
-
-    def _on_progress(self, task: str, protocol: str) -> Callable[[int, int], None] | None:
-        return partial(self.progress, task, protocol) if self.progress else None
-
-
-def _finish(parts: Mapping[Key, _Part], store: PartStore) -> dict[Key, Any]:
-    """Return the content of every part, computing what is missing once all of it is known to fit the model."""
-    done = {name: store.read(part.key) for name, part in parts.items()}
-    missing = [name for name, content in done.items() if content is None]
-    for name in missing:
-        parts[name].check()
-    for name in missing:
-        done[name] = parts[name].compute()
-        store.write(parts[name].key, done[name])
-    return done
-
-
 def _task_entry(
-    task: Task, done: dict[str, Any], limit: int | None, protocols: Sequence[str]
+    task: Task, done: Mapping[str, ProtocolRun], limit: int | None, protocols: Sequence[str]
 ) -> dict[str, Any]:
     entry: dict[str, Any] = {
         "task": task.name,
@@ -295,12 +214,12 @@ def _task_entry(
         "limit": task.cut_at(limit),
     }
     for name, protocol in PROTOCOLS.items():
-        entry[name] = done[name]["score"] if name in done else None
+        entry[name] = done[name].score if name in done else None
         entry[f"{name}_reason"] = protocol.why_not(task) or (None if name in protocols else "not asked for")
     return entry
 
 
-def _task_samples(task: Task, done: dict[str, Any], limit: int | None) -> list[dict[str, Any]]:
+def _task_samples(task: Task, done: Mapping[str, ProtocolRun], limit: int | None) -> list[dict[str, Any]]:
     return [
         {
             "task": task.name,
@@ -308,7 +227,7 @@ def _task_samples(task: Task, done: dict[str, Any], limit: int | None) -> list[d
             "prompt": item.prompt,
             "options": list(item.options) if item.options else None,
             "gold": item.gold,
-            **{name: done[name]["samples"][place] if name in done else None for name in PROTOCOLS},
+            **{name: done[name].samples[place] if name in done else None for name in PROTOCOLS},
         }
         for place, item in enumerate(task.items[:limit])
     ]

@@ -138,6 +138,8 @@ class LanguageModel(Protocol):
     def identity(self) -> dict[str, Any]:
         """Return plain data that differs when the model's numbers may: a hash of its weights, their precision.
 
+        Results are kept under it, so that equal identities share them.
+
         Raises:
             EvalError: Weights that no score could come from.
         """

@@ -144,6 +144,11 @@ class Prompter:
         return self._bos + list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
+def text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Tokenize a text as it is, after the tokenizer's BOS if it adds one."""
+    return [*_added_bos(tokenizer), *tokenizer(text, add_special_tokens=False)["input_ids"]]
+
+
 def _template_errors() -> tuple[type[Exception], ...]:
     """What a template, which is a program of the checkpoint's, may raise."""
     # Imported here: recipes are read without it.

@@ -6,7 +6,6 @@ All ask the same items with the same prompt, token for token.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -24,6 +23,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 OnProgress = Callable[[int, int], None]
+# Raised whenever the same model may get another score than before on the same items.
+RULES = 3
 
 
 class ProtocolFamily(StrEnum):
@@ -41,8 +42,8 @@ class ProtocolRun:
     """One task under one protocol.
 
     Attributes:
-        score: The task's entry in ``results.json``: value, n and seconds; by generation also extraction_failures,
-            truncated, eos_rate and mean_new_tokens.
+        score: The task's entry in ``results.json``: value and n; by generation also extraction_failures, truncated,
+            eos_rate and mean_new_tokens. ``evaluate_model`` adds the seconds that the model took.
         samples: One entry per item, in item order, as in ``samples.jsonl``: correct; by generation also text,
             extracted, truncated, ended and num_tokens.
     """
@@ -55,8 +56,7 @@ class EvalProtocol(Protocol):
     """One way to score a task.
 
     Attributes:
-        name: Key of ``PROTOCOLS``, of the entries in the files and of finished parts; a protocol whose rules change
-            takes another name.
+        name: Key of ``PROTOCOLS`` and of the entries in the files; a protocol whose rules change takes another name.
         label: A few letters for the heads of tables.
         family: What it asks of a model; files and tables expect the entries that ``ProtocolRun`` names.
     """
@@ -163,7 +163,6 @@ class Likelihood:
         """
         if reason := self.why_not(task):
             raise EvalError(f"log-likelihood cannot score {task.name}: {reason}", where=task.name)
-        started = time.perf_counter()
         items = task.items[:limit]
         pairs = _pairs(Prompter(model.tokenizer), task, items)
         found: dict[int, list[float]] = {}
@@ -179,7 +178,6 @@ class Likelihood:
         score = {
             "value": _share(sample["correct"] for sample in samples),
             "n": len(samples),
-            "seconds": time.perf_counter() - started,
         }
         return ProtocolRun(score, samples)
 
@@ -226,7 +224,6 @@ class Generation:
         progress: OnProgress | None = None,
     ) -> ProtocolRun:
         """Score a model on any task."""
-        started = time.perf_counter()
         items = task.items[:limit]
         prompter = Prompter(model.tokenizer)
         requests = [
@@ -251,7 +248,6 @@ class Generation:
             "truncated": sum(sample["truncated"] for sample in samples),
             "eos_rate": _share(sample["ended"] for sample in samples),
             "mean_new_tokens": sum(sample["num_tokens"] for sample in samples) / len(samples),
-            "seconds": time.perf_counter() - started,
         }
         return ProtocolRun(score, samples)
 

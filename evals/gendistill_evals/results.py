@@ -138,7 +138,7 @@ def _write(path: Path, text: str) -> Path:
         raise EvalError(
             f"cannot write the file: {error.strerror}",
             where=str(path),
-            hint="free space or choose another folder, then run the same command: finished tasks are kept",
+            hint="free space or choose another folder, then run the same command: what was scored is kept",
         ) from error
     return path
 

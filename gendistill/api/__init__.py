@@ -6,7 +6,7 @@ by the same schema, with the same errors.
 
 from __future__ import annotations
 
-from gendistill.api.calls import convert, dataset, distill, evaluate, probe, run
+from gendistill.api.calls import convert, dataset, distill, evaluate, generate, probe, run
 from gendistill.api.values import Dataset, Evaluation, Model, Run, load
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "dataset",
     "distill",
     "evaluate",
+    "generate",
     "load",
     "probe",
     "run",

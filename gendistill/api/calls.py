@@ -26,10 +26,13 @@ from gendistill.conversion.plan import plan_conversion
 from gendistill.conversion.probe import probe_student
 from gendistill.data.stream import build_stream, heldout_batches
 from gendistill.errors import RecipeError
+from gendistill.generation.request import Answer
+from gendistill.generation.sampling import Sampling
 from gendistill.models.io import load_student, save_student
 from gendistill.report import compute_gap
 from gendistill.runs import pipeline
 from gendistill.runs.advice import advise
+from gendistill.runs.answering import Answerer, Manner
 from gendistill.runs.examiner import TaskExaminer, check_examiner
 from gendistill.runs.inputs import data_inputs
 from gendistill.runs.scoring import score
@@ -40,7 +43,7 @@ from gendistill.training.interrupt import StageStopped
 from gendistill.training.lock import weights_digest
 from gendistill.training.parallel import FullySharded, connect
 from gendistill.training.stage import StageJob, StageResult, train_stage
-from gendistill_evals import task_identity
+from gendistill_evals import Message, task_identity
 
 _SOURCE = "dataset"  # the name of the only source in the recipes made here
 _NO_DATA = {"data": {_SOURCE: {"path": "unused.jsonl"}}}
@@ -320,6 +323,62 @@ def evaluate(
     return Evaluation(gap, results)
 
 
+def generate(
+    model: Model,
+    prompts: str | Sequence[str | Sequence[Mapping[str, str]]],
+    *,
+    max_new_tokens: int | None = None,
+    stop: str | Sequence[str] = (),
+    end_tokens: Sequence[str] | None = None,
+    raw: bool = False,
+    system: str | None = None,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    seed: int = 0,
+    max_rows: int | None = None,
+) -> list[Answer]:
+    """Answer prompts by the generation engine, many at a time; the model is left as it was.
+
+    Args:
+        model: Of a family that the engine runs.
+        prompts: Texts, or turns before the answer: ``[{"role": "user", "content": "..."}]``. A text is one user turn
+            where the tokenizer has a chat template, else it is completed as it is.
+        max_new_tokens: Longest answer; None for 512, or as many as the model has positions left.
+        stop: Texts that end an answer.
+        end_tokens: Tokens that end an answer, in place of those that model, tokenizer and template name; ``[]`` for
+            answers of full length.
+        raw: Whether texts are completed as they are, also where there is a chat template.
+        system: First turn of chats that have no system turn.
+        temperature, top_k, top_p, min_p: How tokens are drawn; a temperature of 0 takes the likeliest.
+        seed: The n-th prompt draws with this seed plus n, from 0.
+        max_rows: Most answers at a time; None for as many as memory allows.
+    Returns: An answer for every prompt, in their order: ``text``, ``token_ids``, ``ended``, ``log_probs``, and
+        ``error`` where a prompt could not be answered.
+    Raises:
+        RecipeError: A setting that is not allowed, or an end token that nobody names.
+        DataError, EvalError: Turns that cannot be asked.
+        GendistillError: A model that the engine cannot run.
+    """
+    check_types("gendistill.generate()", model=(model, Model), prompts=(prompts, str, Sequence))
+    manner = Manner(
+        raw=raw,
+        system=system,
+        sampling=Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p),
+        end_tokens=end_tokens,
+    )
+    asked = [_asked(each) for each in ([prompts] if isinstance(prompts, str) else prompts)]
+    texts = (stop,) if isinstance(stop, str) else tuple(stop)
+    with Answerer(model.model, model.tokenizer, manner, max_rows=max_rows) as answerer:
+        made = [
+            answerer.prompt(each, max_new_tokens=max_new_tokens, stop=texts, seed=seed + number)
+            for number, each in enumerate(asked)
+        ]
+        found = dict(answerer.answers(made))
+    return [found[number] for number in range(len(made))]
+
+
 def run(
     recipe: str | Path | Recipe,
     *overrides: str,
@@ -350,6 +409,23 @@ def run(
     else:
         loaded = load_recipe(recipe, overrides)
     return Run(pipeline.run(loaded, command=f"gendistill.run({loaded.name!r})").root)
+
+
+def _asked(prompt: Any) -> str | list[Message]:
+    """Take a text, or turns before an answer."""
+    if isinstance(prompt, str):
+        return prompt
+    turns = list(prompt) if isinstance(prompt, Sequence) else []
+    if not turns or not all(
+        isinstance(turn, Mapping) and all(isinstance(turn.get(name), str) for name in ("role", "content"))
+        for turn in turns
+    ):
+        raise RecipeError(
+            f"a prompt is a text or a list of turns, got {str(prompt)[:60]!r}",
+            where="gendistill.generate()",
+            hint='a turn is {"role": "user", "content": "..."}',
+        )
+    return [Message(role=turn["role"], content=turn["content"]) for turn in turns]
 
 
 def _run_sections(

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from accelerate import Accelerator
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -24,7 +23,7 @@ from gendistill.models import HybridForCausalLM
 from gendistill.models.io import check_replaceable, save_student
 from gendistill.paths import read_json
 from gendistill.report import GapReport, tables
-from gendistill.runs.scoring import resolve_dtype
+from gendistill.runs.scoring import choose_device, resolve_dtype
 from gendistill.types import short_count
 
 
@@ -219,7 +218,8 @@ def load(
             where="gendistill.load()",
             hint='dtype="float32"',
         )
-    device = Accelerator().device if device is None else _device(device)
+    hint = 'device="cpu", or None for the best there is'
+    device = choose_device(device, where="gendistill.load()", hint=hint)
     checkpoint = resolve_checkpoint(str(source), revision=revision, where="gendistill.load()")
     model = load_causal_lm(checkpoint.folder, dtype=resolve_dtype(dtype, device), device=device)
     return Model(str(source), model, load_tokenizer(checkpoint.folder), checkpoint)
@@ -237,18 +237,6 @@ def check_types(caller: str, **arguments: tuple[Any, ...]) -> None:
                     (_MAKERS[each] for each in types if each in _MAKERS), f"help({caller.rstrip('()')})"
                 ),
             )
-
-
-def _device(device: torch.device | str) -> torch.device:
-    try:
-        # an empty tensor is the only question that every kind of device answers
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError, TypeError) as error:
-        raise RecipeError(
-            f"there is no device {str(device)!r}: {str(error).splitlines()[0]}",
-            where="gendistill.load()",
-            hint='device="cpu", or None for the best there is; gendistill doctor says what torch finds here',
-        ) from error
 
 
 # how to make what an argument has to be

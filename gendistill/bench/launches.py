@@ -17,6 +17,9 @@ from gendistill_kernels.divergence import dense, tail
 from gendistill_kernels.divergence import rows as divergence_rows
 from gendistill_kernels.norm import gated
 from gendistill_kernels.norm import rows as norm_rows
+from gendistill_kernels.paged import decode as paged_decode
+from gendistill_kernels.paged import prefill, store
+from gendistill_kernels.paged import rows as paged_rows
 from gendistill_kernels.runtime.launch import Fixed
 from gendistill_kernels.runtime.lookup import Table
 
@@ -66,6 +69,10 @@ PLACES = {
     "divergence_mixture": Place(dense, "_compare"),
     "tail_sum": Place(tail, "_log_sum"),
     "tail_gradient": Place(tail, "_spread"),
+    "paged_store": Place(store, "_store"),
+    "paged_prefill": Place(prefill, "_prefill"),
+    "paged_decode": Place(paged_decode, "_decode"),
+    "paged_join": Place(paged_decode, "_join"),
 }
 
 
@@ -75,6 +82,7 @@ TABLES: tuple[Table[Any], ...] = (
     norm_rows.TABLE,
     block_rows.TABLE,
     divergence_rows.TABLE,
+    paged_rows.TABLE,
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,20 @@ def make_student(teacher: Any, shape: Shape, *, impl: str = "auto") -> HybridFor
             projection, scale = (weights[name] for name in step.sources)
             parameters[step.name].copy_(fold_head_scale(projection, scale))
     return student
+
+
+def for_inference(model: Any, dtype: torch.dtype) -> Any:
+    """Cast a model's weights, but for those that stay in float32, and let none learn."""
+    kept = {name: value.data for name, value in model.named_parameters() if _stays_wide(model, name)}
+    model = model.eval().requires_grad_(False).to(dtype)
+    for name, value in model.named_parameters():
+        if name in kept:
+            value.data = kept[name]
+    return model
+
+
+def _stays_wide(model: Any, name: str) -> bool:
+    return any(re.search(words, name) for words in model._keep_in_fp32_modules_strict or ())
 
 
 def num_bytes(model: nn.Module) -> int:

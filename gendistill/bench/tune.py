@@ -23,6 +23,7 @@ from gendistill.bench.cases import GATES, LOWER_BOUND, VOCABULARY, Case, DecodeC
 from gendistill.bench.inputs import DecodeInputs, SequenceInputs, draw_decode, draw_sequence
 from gendistill.bench.launches import PLACES, Launch, table_of, watch
 from gendistill.bench.measure import attempt, relative_error
+from gendistill.ops.types import PAGE
 from gendistill.results.table import ResultRow
 from gendistill_kernels.block import attention, glu, rope
 from gendistill_kernels.block import norm as block_norm
@@ -38,6 +39,9 @@ from gendistill_kernels.divergence import layout as divergence
 from gendistill_kernels.divergence.dense import compare
 from gendistill_kernels.divergence.tail import log_sum, spread
 from gendistill_kernels.norm.gated import gated_norm_backward, gated_norm_forward
+from gendistill_kernels.paged.decode import decode as paged_decode
+from gendistill_kernels.paged.prefill import prefill as paged_prefill
+from gendistill_kernels.paged.store import turn_and_store
 from gendistill_kernels.runtime.hardware import architecture
 from gendistill_kernels.runtime.lookup import Config, Row, forced
 
@@ -113,6 +117,17 @@ CANDIDATES: dict[str, tuple[Config, ...]] = {
     "divergence_mixture": tuple(Config(block, warps) for block in (2048, 4096, 8192) for warps in (4, 8)),
     "tail_sum": tuple(Config(block, warps) for block in (2048, 4096, 8192) for warps in (4, 8)),
     "tail_gradient": tuple(Config(block, warps) for block in (2048, 4096, 8192) for warps in (4, 8)),
+    "paged_store": tuple(Config(block, warps) for block in (512, 1024, 2048, 4096) for warps in (2, 4)),
+    "paged_prefill": tuple(
+        Config(block, warps, stages=stages) for block in (32, 64) for warps in (4, 8) for stages in (2, 3)
+    ),
+    "paged_decode": tuple(
+        Config(block, warps, stages=stages, programs=number)
+        for block, warps in ((32, 4), (64, 4), (64, 8))
+        for stages in (2, 3)
+        for number in (396, 792)
+    ),
+    "paged_join": tuple(Config(block, warps) for block in (2048, 4096, 8192) for warps in (2, 4)),
 }
 # kernels of the chunked rule, and whether states are kept; only the scan is launched both ways
 _CHUNKED = (
@@ -244,7 +259,7 @@ def code(config: Config) -> str:
 def candidates(job: Job, now: Config) -> list[Config]:
     """Return what the table has, then what else to try: no block larger than what there is, nothing twice."""
     most = ANY
-    if not job.kernel.startswith(("norm", "conv", "block", "decode", "sum_", "divergence", "tail")):
+    if not job.kernel.startswith(("norm", "conv", "block", "decode", "sum_", "divergence", "tail", "paged")):
         most = job.key[0] if job.kernel in ("prepare", "prepare_levels", "keys") else job.key[1]
     others = CANDIDATES[job.kernel]
     if job.kernel in _NO_BLOCK:
@@ -371,7 +386,7 @@ def make_jobs(
 ) -> Iterator[Job]:
     """Make what to tune for some cases, one after the other: the tensors of one part of a layer at a time."""
     for case in cases:
-        for part in (_chunked, _convolution, _norm, _block, _decoding, _divergence):
+        for part in (_chunked, _convolution, _norm, _block, _decoding, _divergence, _paged):
             yield from (job for job in part(case, dtype, device) if job.kernel in kernels)
 
 
@@ -489,6 +504,41 @@ def _block(case: Case, dtype: torch.dtype, device: str) -> Iterator[Job]:
             yield Job(f"block_{part}_{way}", case.name, (dtype.itemsize,), step=step)
     for part in ("", "_queries", "_keys"):
         yield Job(f"block_attention{part}", case.name, (dtype.itemsize,), step=attend)
+
+
+def _paged(case: Case, dtype: torch.dtype, device: str) -> Iterator[Job]:
+    """Prefill the case's rows, then take one token of each; their pages lie in no order."""
+    normal = functools.partial(_normal, device, dtype)
+    rows, tokens, channels = case.batch, case.tokens, case.channels
+    # room for a few pages more, so that even a short sequence may be shared out
+    width = max(4, -(-tokens // PAGE))
+    number, heads = rows * tokens, case.heads + 2 * case.kv_heads
+    qkv, gain = normal(number, heads * channels), normal(channels)
+    q = normal(number, case.heads, channels)
+    angles = _normal(device, torch.float32, number, channels // 2).repeat(1, 2)
+    cos, sin = angles.cos(), angles.sin()
+    memory = rows * width, PAGE, case.kv_heads, channels
+    memory = normal(*memory), normal(*memory)
+    table = torch.randperm(rows * width, device=device).view(rows, width)
+    place = torch.arange(tokens, device=device)
+    cells = (table[:, place // PAGE] * PAGE + place % PAGE).flatten()
+    pages = table.int()
+    lengths = torch.full((rows,), tokens, dtype=torch.int32, device=device)
+    starts = torch.arange(rows + 1, dtype=torch.int32, device=device) * tokens
+
+    def store() -> dict[str, Tensor]:
+        turned = turn_and_store(qkv, gain, gain, cos, sin, *memory, cells, num_heads=case.heads, eps=1e-6)
+        return {"q": turned, "keys": memory[0], "values": memory[1]}
+
+    def prefill() -> dict[str, Tensor]:
+        return {"out": paged_prefill(q, *memory, pages, lengths, starts, window=None)}
+
+    def decode() -> dict[str, Tensor]:
+        return {"out": paged_decode(q[:rows], *memory, pages, lengths, window=None)}
+
+    steps = {"store": store, "prefill": prefill, "decode": decode, "join": decode}
+    for part, step in steps.items():
+        yield Job(f"paged_{part}", case.name, (dtype.itemsize,), step=step)
 
 
 def _divergence(case: Case, dtype: torch.dtype, device: str) -> Iterator[Job]:

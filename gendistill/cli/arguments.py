@@ -8,6 +8,7 @@ import json
 import shlex
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -17,6 +18,8 @@ from gendistill.text import printable_lines
 if TYPE_CHECKING:
     from gendistill.config.schema import Recipe
 
+# what is shown of a name
+_LONGEST_NAME = 100
 _UNITS = "a built-in name, a YAML file, or a run folder"
 
 
@@ -64,6 +67,51 @@ def add_output(parser: argparse.ArgumentParser) -> None:
 def add_json(parser: argparse.ArgumentParser) -> None:
     """Add ``--json``."""
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
+
+
+def positive(text: str) -> int:
+    """Read a number above 0, for argparse."""
+    # isdigit() takes superscripts and digits of other scripts too, and int() refuses thousands of digits.
+    if not (text.isascii() and text.isdigit()) or len(text) > 18 or int(text) < 1:
+        raise argparse.ArgumentTypeError(f'"{text[:_LONGEST_NAME]}" is not a number above 0')
+    return int(text)
+
+
+def is_recipe(name: str) -> bool:
+    """Tell whether a word means a recipe rather than a model: a built-in name, a YAML file or a run folder."""
+    from gendistill.config.load import recipe_names
+
+    return (
+        name in recipe_names() or name.endswith((".yaml", ".yml")) or (Path(name) / "recipe.yaml").is_file()
+    )
+
+
+def check_path(text: str, *, where: str, command: str) -> None:
+    """Reject an argument that no file and no model can be called.
+
+    Args:
+        text: The argument.
+        where: Its name, for errors.
+        command: Whose argument it is.
+    Raises:
+        RecipeError: Says what keeps it from being a name.
+    """
+    try:
+        text.encode()
+        Path(text).expanduser().exists()
+        problem = "is empty" if not text.strip() else "holds a NUL byte" if "\0" in text else None
+    except UnicodeEncodeError:
+        problem = "is not UTF-8"
+    except RuntimeError as error:
+        problem = str(error)
+    except OSError as error:
+        problem = error.strerror or str(error)
+    if problem:
+        raise RecipeError(
+            f"{text[:_LONGEST_NAME]!a} is not a name or a path: {problem}",
+            where=where,
+            hint=f"gendistill {command} --help",
+        )
 
 
 def load(arguments: argparse.Namespace) -> Recipe:

@@ -32,6 +32,7 @@ from gendistill.errors import GendistillError, RecipeError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from gendistill.bench.generation import GenerationBench
     from gendistill.bench.peers import FlaCore
     from gendistill.bench.rows import Measurement
     from gendistill.bench.step import Peer
@@ -113,13 +114,54 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "step", help="a training step on the shape of a real model, with random weights"
     )
     _add_step_arguments(step)
+    generate = actions.add_parser(
+        "generate", help="answers of the engine beside transformers, and the cost of a step by context"
+    )
+    _add_generate_arguments(generate)
     data = actions.add_parser("data", help="reading, tokenizing and packing the data of a recipe")
     add_recipe(data)
     data.add_argument("--stage", metavar="NAME", help="the stage to measure; all unless given")
     data.add_argument("--seconds", metavar="S", type=float, default=3.0, help="for each measurement (3)")
     data.add_argument("--json", metavar="PATH", type=Path, help="write a results file")
-    for parser in (ops, loss, train, tune, step, data):
+    for parser in (ops, loss, train, tune, step, generate, data):
         parser.add_argument("--commit", metavar="SHA", help="the measured code, where git does not know it")
+
+
+def _add_generate_arguments(generate: argparse.ArgumentParser) -> None:
+    generate.add_argument("--model", metavar="MODEL", help="answer --texts with this model")
+    generate.add_argument(
+        "--texts", metavar="FILE", type=Path, help="JSON lines with question or prompt, for --model"
+    )
+    generate.add_argument("--limit", metavar="N", type=int, help="of the texts; all unless given")
+    generate.add_argument("--new-tokens", metavar="N", type=int, default=384, help="longest answer (384)")
+    generate.add_argument(
+        "--batches",
+        metavar="N",
+        type=int,
+        nargs="*",
+        default=(165, 330, 660),
+        help="of transformers' generate; none leaves it out (165 330 660)",
+    )
+    generate.add_argument(
+        "--placement",
+        metavar="STRIP",
+        help="also answer with a hybrid of the model, untrained, of this placement",
+    )
+    generate.add_argument(
+        "--shape", choices=tuple(SHAPES), help="time a teacher of random weights and its hybrid"
+    )
+    generate.add_argument(
+        "--contexts",
+        metavar="N",
+        type=int,
+        nargs="+",
+        default=(4096, 32_768, 131_072),
+        help="tokens before the first, for --shape (4096 32768 131072)",
+    )
+    generate.add_argument("--cpu", action="store_true", help="stay on the CPU")
+    generate.add_argument(
+        "--json", metavar="PATH", type=Path, help="write a results file, again after every row"
+    )
 
 
 def _add_step_arguments(step: argparse.ArgumentParser) -> None:
@@ -184,6 +226,7 @@ def run(arguments: argparse.Namespace) -> int:
         "train": _run_train,
         "tune": _run_tune,
         "step": _run_step,
+        "generate": _run_generate,
         "data": _run_data,
     }
     return actions[arguments.action](arguments)
@@ -380,6 +423,75 @@ def _run_step(arguments: argparse.Namespace) -> int:
                 arguments.json, command=command_line(), device=device, rows=rows, commit=commit
             )
     return 0
+
+
+def _run_generate(arguments: argparse.Namespace) -> int:
+    if (arguments.model is None) == (arguments.shape is None):
+        raise RecipeError(
+            "say what to measure: --model MODEL --texts FILE, or --shape NAME",
+            where="gendistill bench generate",
+        )
+    if arguments.model and not arguments.texts:
+        raise RecipeError("--model answers the lines of a file", where="--texts", hint="add --texts FILE")
+    for name in ("limit", "new_tokens"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise RecipeError(f"must be at least 1, got {value}", where="--" + name.replace("_", "-"))
+    if min(arguments.contexts) < 1 or min(arguments.batches, default=1) < 1:
+        raise RecipeError("--contexts and --batches must be at least 1", where="gendistill bench generate")
+    commit = _commit(arguments)
+    if not arguments.cpu:
+        _check_device("generate", op="paged")
+    import torch
+
+    from gendistill.bench.generation import GenerationBench
+    from gendistill.results.table import write_results_json
+
+    device = torch.device("cpu" if arguments.cpu else "cuda")
+    name = "CPU" if arguments.cpu else torch.cuda.get_device_name()
+
+    def save(rows: Sequence[ResultRow]) -> None:
+        if arguments.json:
+            write_results_json(arguments.json, command=command_line(), device=name, rows=rows, commit=commit)
+
+    bench = GenerationBench(_console(), save, device=device)
+    dtype = torch.float32 if arguments.cpu else torch.bfloat16
+    if arguments.shape:
+        bench.latencies(SHAPES[arguments.shape], sorted(set(arguments.contexts)), dtype=dtype)
+    else:
+        _run_answers(arguments, bench, dtype)
+    return 0
+
+
+def _run_answers(arguments: argparse.Namespace, bench: GenerationBench, dtype: Any) -> None:
+    import dataclasses
+
+    from gendistill.bench.generation import read_questions
+    from gendistill.bench.pair import for_inference, make_student
+    from gendistill.checkpoints.resolve import load_causal_lm, load_tokenizer, resolve_checkpoint
+    from gendistill_evals.decoding import greedy_decoding
+    from gendistill_evals.hf import HFModel
+    from gendistill_evals.prompts import Prompter
+
+    folder = resolve_checkpoint(arguments.model, where="--model").folder
+    model = load_causal_lm(folder, dtype=dtype, device=bench.device)
+    tokenizer = load_tokenizer(folder)
+    ends = greedy_decoding(HFModel(model, tokenizer), Prompter(tokenizer)).eos_token_ids
+    texts = read_questions(arguments.texts, tokenizer)[: arguments.limit]
+    student = None
+    if arguments.placement:
+        shape = dataclasses.replace(SHAPES["tiny"], placement=arguments.placement)
+        student = for_inference(make_student(model, shape), dtype)
+    bench.answers(
+        model,
+        tokenizer,
+        texts,
+        name=str(arguments.model),
+        new_tokens=arguments.new_tokens,
+        end_ids=ends,
+        batches=arguments.batches,
+        student=student,
+    )
 
 
 def _run_data(arguments: argparse.Namespace) -> int:

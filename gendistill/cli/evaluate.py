@@ -11,9 +11,12 @@ from gendistill.cli.arguments import (
     add_json,
     add_overrides,
     all_overrides,
+    check_path,
     command_line,
     find_tasks,
+    is_recipe,
     pipeline_module,
+    positive,
     print_json,
     scoring_module,
 )
@@ -47,9 +50,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--protocols", choices=sorted([_BOTH, *PROTOCOLS]), default=None, help=f"{_BOTH} unless given"
     )
     parser.add_argument(
-        "--limit", type=_positive, metavar="N", help="first N items per task; marked in tables"
+        "--limit", type=positive, metavar="N", help="first N items per task; marked in tables"
     )
-    parser.add_argument("--batch-size", type=_positive, metavar="N", help="items at once (8)")
+    parser.add_argument("--batch-size", type=positive, metavar="N", help="items at once (8)")
     parser.add_argument("--teacher", metavar="MODEL", help="model that scores the answers to open questions")
     parser.add_argument("--questions", metavar="NAME", help="built-in name or .jsonl of open questions")
     parser.add_argument("--out", metavar="FOLDER", help="where results go (evals/<model>)")
@@ -65,7 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise RecipeError("no model was named", where="gendistill eval", hint="gendistill eval --help")
     for flag in _PATHS:
         _check_path(flag, getattr(arguments, flag))
-    if _is_recipe(arguments.model):
+    if is_recipe(arguments.model):
         return _score_recipe(arguments)
     if arguments.overrides:
         raise RecipeError(
@@ -74,21 +77,6 @@ def run(arguments: argparse.Namespace) -> int:
             hint="gendistill eval --help",
         )
     return _score_model(arguments)
-
-
-def _positive(text: str) -> int:
-    # isdigit() takes superscripts and digits of other scripts too, and int() refuses thousands of digits.
-    if not (text.isascii() and text.isdigit()) or len(text) > 18 or int(text) < 1:
-        raise argparse.ArgumentTypeError(f'"{text[:_LONGEST_NAME]}" is not a number above 0')
-    return int(text)
-
-
-def _is_recipe(name: str) -> bool:
-    from gendistill.config.load import recipe_names
-
-    return (
-        name in recipe_names() or name.endswith((".yaml", ".yml")) or (Path(name) / "recipe.yaml").is_file()
-    )
 
 
 def _score_recipe(arguments: argparse.Namespace) -> int:
@@ -130,7 +118,7 @@ def _score_model(arguments: argparse.Namespace) -> int:
         tasks=tasks,
         protocols=_protocols(arguments.protocols or _BOTH),
         limit=arguments.limit,
-        batch_size=arguments.batch_size or 8,
+        batch_size=arguments.batch_size,
         out=out,
         teacher=arguments.teacher,
         questions=arguments.questions,
@@ -149,24 +137,8 @@ def _protocols(given: str) -> tuple[str, ...]:
 
 def _check_path(flag: str, text: str | None) -> None:
     """Reject an argument that no file and no model can be called."""
-    if text is None:
-        return
-    try:
-        text.encode()
-        Path(text).expanduser().exists()
-        problem = "is empty" if not text.strip() else "holds a NUL byte" if "\0" in text else None
-    except UnicodeEncodeError:
-        problem = "is not UTF-8"
-    except RuntimeError as error:
-        problem = str(error)
-    except OSError as error:
-        problem = error.strerror or str(error)
-    if problem:
-        raise RecipeError(
-            f"{text[:_LONGEST_NAME]!a} is not a name or a path: {problem}",
-            where="gendistill eval MODEL" if flag == "model" else f"--{flag}",
-            hint="gendistill eval --help",
-        )
+    if text is not None:
+        check_path(text, where="gendistill eval MODEL" if flag == "model" else f"--{flag}", command="eval")
 
 
 def _folder_name(model: str) -> str:

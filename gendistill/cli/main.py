@@ -28,6 +28,7 @@ COMMANDS = {
     "convert": ("gendistill.cli.convert", "turn the teacher into an untrained hybrid student"),
     "distill": ("gendistill.cli.distill", "train the student, stage by stage"),
     "eval": ("gendistill.cli.evaluate", "score a model by log-likelihood and by generation"),
+    "generate": ("gendistill.cli.generate", "complete texts, chat, or answer a file of prompts"),
     "report": ("gendistill.cli.report", "show the gap between teacher and student"),
     "recipe": ("gendistill.cli.recipe", "list, show, copy, check and compare recipes"),
     "data": ("gendistill.cli.data", "show training rows, with the tokens that count in the loss"),
@@ -78,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if debug:
             raise
-        return _failed(error)
+        return _failed(error, words)
 
 
 def _flushed(words: Sequence[str]) -> int:
@@ -120,13 +121,20 @@ def _run(words: Sequence[str]) -> int:
     if parsed.command is None:
         parser.print_help()
         return 0
-    _take_overrides(subparsers.choices[parsed.command], parsed, extra)
+    _take_rest(subparsers.choices[parsed.command], parsed, extra)
     return modules[parsed.command].run(parsed) or 0
 
 
-def _take_overrides(parser: argparse.ArgumentParser, parsed: argparse.Namespace, extra: list[str]) -> None:
-    """Accept ``key=value`` anywhere, also behind flags, where argparse does not look for it."""
+def _take_rest(parser: argparse.ArgumentParser, parsed: argparse.Namespace, extra: list[str]) -> None:
+    """Accept ``key=value`` and prompts anywhere, also behind flags, where argparse does not look for them."""
+    asks, rest = hasattr(parsed, "prompt"), False
     for word in extra:
+        if asks and word == "--" and not rest:
+            rest = True
+            continue
+        if asks and (rest or not word.startswith("-")):
+            parsed.prompt.append(word)
+            continue
         if word.startswith("-") or "=" not in word or not hasattr(parsed, "overrides"):
             _reject(parser, word)
         parsed.overrides.append(word)
@@ -152,7 +160,7 @@ def _quiet_libraries() -> None:
 
 def _interrupted(words: Sequence[str]) -> int:
     lines = ["interrupted"]
-    if any(word in _RESUMES for word in words[:1]):
+    if any(word in _RESUMES for word in words[:1]) or any(word.startswith("--prompts") for word in words):
         lines.append(f"  finished work is kept; the same command resumes it: {command_line()}")
     print("\n".join(lines), file=sys.stderr)
     return 130
@@ -165,22 +173,24 @@ def _never_fail_to_print() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def _failed(error: Exception) -> int:
+def _failed(error: Exception, words: Sequence[str]) -> int:
     evals = sys.modules.get("gendistill_evals.errors")
     if isinstance(error, GendistillError) or (evals is not None and isinstance(error, evals.EvalError)):
         print(printable_lines(str(error)), file=sys.stderr)
         return error.exit_code  # pyright: ignore[reportAttributeAccessIssue]
-    print(printable_lines(_describe(error)), file=sys.stderr)
+    print(printable_lines(_describe(error, words)), file=sys.stderr)
     return 1
 
 
-def _describe(error: Exception) -> str:
+def _describe(error: Exception, words: Sequence[str]) -> str:
     """Put an error that nobody foresaw into words: what kind it is, and what to do."""
     name = type(error).__name__
     first = next(iter(str(error).splitlines()), name)
     if name in _OUT_OF_MEMORY or any(sign in str(error) for sign in _NO_MEMORY):
         hint = (
-            "lower micro_batch_size or seq_len of the stage (or eval.batch_size), then run the same command"
+            "take a smaller model or a larger device; or --dtype bfloat16, or --device cpu"
+            if words[:1] == ["generate"]
+            else "lower micro_batch_size or seq_len of the stage (or eval.batch_size), then run the same command"
         )
         return f"memory error\n  {first}\n  next: {hint}"
     if is_launched() and any(sign in str(error) for sign in _LOST_PEER):

@@ -287,7 +287,12 @@ class EvalConfig(Section):
     limit: int | None = Field(
         default=None, ge=1, le=10**9, description="items per task; tables carry the word LIMIT"
     )
-    batch_size: Annotated[int, Affects.NOTHING] = Field(default=8, ge=1, le=_MANY_ROWS)
+    batch_size: Annotated[int | None, Affects.NOTHING] = Field(
+        default=None,
+        ge=1,
+        le=_MANY_ROWS,
+        description="sequences at a time; as many as memory allows by default",
+    )
     questions: Annotated[str | None, Affects.CONTENT] = Field(
         default=None, description="built-in name or .jsonl of open questions for transcripts"
     )

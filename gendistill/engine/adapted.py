@@ -25,6 +25,8 @@ def why_not_packed(layer: nn.Module) -> str | None:
     adapted: Any = layer
     if type(plain(layer)) is not nn.Linear or len(getattr(adapted, "lora_A", ())) != 1:
         return f"one of its linear layers is a {type(layer).__name__}"
+    if adapted.disable_adapters:
+        return "its adapters are switched off"
     if adapted.merged or any(adapted.use_dora.values()) or any(adapted.lora_bias.values()):
         return "its adapters are of another kind than a stage's own"
     if any(isinstance(each, nn.Dropout) for each in adapted.lora_dropout.values()):

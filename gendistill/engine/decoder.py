@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeGuard
+from typing import Any, Protocol, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from gendistill.anatomy.family import FAMILIES, Geometry, family_of, geometry_of
 from gendistill.engine.adapted import why_not_packed
 from gendistill.engine.linear import PackedLinear, pack
 from gendistill.engine.mlp import gated_mlp
-from gendistill.mixers.base import Mixer, SequenceInfo
+from gendistill.mixers.base import Mixer, SequenceInfo, States
 from gendistill.ops.block import attend, rms_norm
 from gendistill.ops.select import Impl, resolve
 
@@ -34,24 +34,47 @@ _READ = ("input_ids", "position_ids", "sequences")
 _INPUTS = {*_READ, "cu_seq_lens_q", "cu_seq_lens_k"}
 
 
+class Memory(States, Protocol):
+    """What layers remember of sequences that a forward pass goes on with."""
+
+    def attend(
+        self,
+        layer: int,
+        qkv: Tensor,
+        q_weight: Tensor | None,
+        k_weight: Tensor | None,
+        cos: Tensor,
+        sin: Tensor,
+        *,
+        heads: tuple[int, int],
+        eps: float,
+        window: int | None,
+        impl: Impl,
+    ) -> Tensor:
+        """Attend to what was seen and what is new, which is kept; as :func:`gendistill.ops.block.attend`."""
+        ...
+
+
 @dataclass(slots=True)
 class Layout:
     """What all layers of one forward pass share.
 
     Attributes:
-        sequences: The documents; they fill the grid.
+        sequences: The documents; they fill the grid. None where every row of it is one.
         cos, sin: ``[B * T, head_dim]`` float32.
         position_embeddings: The same, ``[B, T, head_dim]``.
         position_ids: ``[B, T]``.
         dtype: Of arithmetic.
+        memory: Of the sequences, where they go on from an earlier pass.
     """
 
-    sequences: SequenceInfo
+    sequences: SequenceInfo | None
     cos: Tensor
     sin: Tensor
     position_embeddings: tuple[Tensor, Tensor]
     position_ids: Tensor | None
     dtype: torch.dtype
+    memory: Memory | None = None
 
 
 def fuse(model: Any, dtype: torch.dtype, *, learns: bool = True) -> None:
@@ -279,6 +302,46 @@ class _Attention:
     window: int | None
 
 
+@torch.no_grad()
+def go_on(
+    fused: FusedDecoder,
+    input_ids: Tensor,
+    position_ids: Tensor,
+    *,
+    sequences: SequenceInfo | None,
+    memory: Memory,
+    wanted: Tensor | None = None,
+) -> Tensor:
+    """Run a decoder on tokens of sequences that go on; its weights are as :meth:`FusedDecoder.refresh` left them.
+
+    Args:
+        fused: Of the model.
+        input_ids: ``[B, T]``.
+        position_ids: ``[B, T]``, of each in its sequence.
+        sequences: Which of the tokens, end to end in a single row, belong together; None where every row is one
+            sequence.
+        memory: Of the sequences; what is new is kept there.
+        wanted: ``[M]`` int64, tokens in row-major order whose hidden states are wanted; None for all.
+    Returns: ``[M or B * T, hidden_size]`` after the last norm, in the dtype of arithmetic.
+    """
+    decoder = fused.decoder
+    with torch.autocast(input_ids.device.type, enabled=False):
+        stream = decoder.embed_tokens(input_ids)
+        angles = decoder.rotary_emb(torch.empty((), dtype=torch.float32, device=stream.device), position_ids)
+        layout = _lay_out(fused, stream.shape[0], sequences, angles, position_ids)
+        layout.memory = memory
+        for layer in decoder.layers:
+            # nothing is computed again, whatever a stage that trains the model says
+            stream = layer.forward(stream, layout=layout)
+        rows = stream.flatten(0, 1)
+        if wanted is not None:
+            rows = rows[wanted]
+        _, hidden = rms_norm(
+            rows, decoder.norm.weight, eps=fused.geometry.norm_eps, dtype=fused.dtype, impl=fused.impl
+        )
+    return hidden
+
+
 def _run_decoder(fused: FusedDecoder, *args: Any, **inputs: Any) -> Any:
     """Run a decoder on packed documents; anything else is left to the decoder itself."""
     decoder = fused.decoder
@@ -332,6 +395,7 @@ def _run_layer(
     settings: Any = {"eps": fused.geometry.norm_eps, "dtype": layout.dtype, "impl": fused.impl}
     with torch.autocast(hidden_states.device.type, enabled=False):
         stream, x = rms_norm(hidden_states, layer.input_layernorm.weight, **settings)
+        extra = {} if layout.memory is None else {"states": layout.memory}
         mixed = layer.self_attn(
             hidden_states=x,
             position_embeddings=layout.position_embeddings,
@@ -339,6 +403,7 @@ def _run_layer(
             position_ids=layout.position_ids,
             sequences=layout.sequences,
             layout=layout,
+            **extra,
         )[0]
         stream, x = rms_norm(stream, layer.post_attention_layernorm.weight, mixed, **settings)
         return gated_mlp(x, stream, gate_up, down, impl=fused.impl)
@@ -373,7 +438,7 @@ def _layout_of(
 def _lay_out(
     fused: FusedDecoder,
     batch: int,
-    sequences: SequenceInfo,
+    sequences: SequenceInfo | None,
     position_embeddings: tuple[Tensor, Tensor],
     position_ids: Tensor | None,
 ) -> Layout:
@@ -421,15 +486,16 @@ def _run_attention(
     qkv = parts.qkv(hidden_states)
     # zeros below the last weight make columns that mean nothing
     qkv = qkv.flatten(0, -2)[:, : sum(parts.qkv.widths)]
-    out = attend(
-        qkv,
-        *norms,
-        layout.cos,
-        layout.sin,
-        heads=(geometry.num_heads, geometry.num_kv_heads),
-        eps=geometry.norm_eps,
-        window=parts.window,
-        segments=layout.sequences.segments,
-        impl=fused.impl,
-    )
+    settings: Any = {
+        "heads": (geometry.num_heads, geometry.num_kv_heads),
+        "eps": geometry.norm_eps,
+        "window": parts.window,
+        "impl": fused.impl,
+    }
+    if layout.memory is not None:
+        out = layout.memory.attend(attention.layer_idx, qkv, *norms, layout.cos, layout.sin, **settings)
+    else:
+        assert layout.sequences is not None
+        segments = layout.sequences.segments
+        out = attend(qkv, *norms, layout.cos, layout.sin, **settings, segments=segments)
     return parts.out(out).view(hidden_states.shape), None

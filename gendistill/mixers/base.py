@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,18 @@ class MixerState(NamedTuple):
     conv: Tensor | None
     recurrent: Tensor
     owned: bool = False
+
+
+class States(Protocol):
+    """Where the mixers of a model keep what they remember, in place of a cache of transformers."""
+
+    def read(self, layer: int) -> Any:
+        """Return what a layer's mixer remembers, as its ``state_type``."""
+        ...
+
+    def write(self, layer: int, state: Any) -> None:
+        """Keep it."""
+        ...
 
 
 class Mixer(nn.Module):

@@ -163,7 +163,7 @@ class KDA(Mixer):
             recurrent = recurrent.clone(memory_format=torch.contiguous_format)
             conv = None if conv is None else conv.clone(memory_format=torch.contiguous_format)
         raw_decay, raw_beta, output_gate = self._low_rank(x)
-        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        q, k, v = self.project(x, self.q_proj, self.k_proj, self.v_proj)
         conv_weight, conv_bias = self._taps()
         out = decode_delta_rule(
             q,
@@ -183,7 +183,8 @@ class KDA(Mixer):
             output_activation=self.output_gate,
             impl=impl,
         )
-        return self.o_proj(out.flatten(-2)), MixerState(conv, recurrent)
+        (y,) = self.project(out.flatten(-2), self.o_proj)
+        return y, MixerState(conv, recurrent)
 
     def projections(self) -> list[tuple[nn.Linear, ...]]:
         """List the groups of linear layers that read the same input."""

@@ -12,7 +12,7 @@ from transformers.cache_utils import Cache
 from gendistill.anatomy.family import geometry_of
 from gendistill.anatomy.mixers import mixer_class
 from gendistill.anatomy.student import mixer_settings
-from gendistill.mixers.base import Mixer, SequenceInfo
+from gendistill.mixers.base import Mixer, SequenceInfo, States
 from gendistill.models.cache import read_state, write_state
 from gendistill.models.configuration import HybridConfig
 from gendistill.models.sequences import find_sequences
@@ -37,9 +37,10 @@ class AttentionCall(_Base):
         sequences: SequenceInfo | Literal["unknown"] | None = "unknown",
         position_ids: Tensor | None = None,
         cu_seq_lens_q: Tensor | None = None,
+        states: States | None = None,
         **_: Any,
     ) -> tuple[Tensor, None]:
-        """Mix ``[B, T, hidden_size]``; the state is read from and written to ``past_key_values``.
+        """Mix ``[B, T, hidden_size]``; the state is read from and written to ``past_key_values``, or to ``states``.
 
         Args:
             sequences: What the model found out for all layers; ``unknown``: look at mask, positions and ends here.
@@ -50,13 +51,19 @@ class AttentionCall(_Base):
             sequences = find_sequences(
                 attention_mask, position_ids, ends, past_key_values, batch=batch, length=length
             )
-        state = read_state(past_key_values, self.layer_idx, self.state_type)
+        if states is not None:
+            state = states.read(self.layer_idx)
+        else:
+            state = read_state(past_key_values, self.layer_idx, self.state_type)
         settings = {"state": state, "position_embeddings": position_embeddings}
         if sequences is None:
             out, state = super().forward(hidden_states, **settings)
         else:
             out, state = self._mix_eagerly(hidden_states, sequences=sequences, **settings)
-        write_state(past_key_values, self.layer_idx, state, length)
+        if states is not None:
+            states.write(self.layer_idx, state)
+        else:
+            write_state(past_key_values, self.layer_idx, state, length)
         return out, None
 
     # lengths of documents differ from batch to batch, and a compiler would compile the layer anew for each

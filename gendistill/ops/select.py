@@ -17,6 +17,7 @@ _KERNELS = {
     "conv": "conv",
     "norm": "norm",
     "block": "block",
+    "paged": "paged",
     "linear_divergence": "divergence",
 }
 
@@ -43,7 +44,7 @@ def resolve(requested: str, *, op: str, device: torch.device) -> Impl:
 
     Args:
         requested: ``auto``, ``reference`` or ``triton``.
-        op: ``delta_rule``, ``conv``, ``norm``, ``block`` or ``linear_divergence``.
+        op: ``delta_rule``, ``conv``, ``norm``, ``block``, ``paged`` or ``linear_divergence``.
         device: Where the op will run.
     Raises:
         ValueError: The requested implementation cannot run there.

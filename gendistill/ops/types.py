@@ -1,4 +1,4 @@
-"""What every op returns, and how packed documents are described."""
+"""What every op returns, and how packed documents and paged sequences are described."""
 
 from __future__ import annotations
 
@@ -272,3 +272,29 @@ class ChunkLayout(NamedTuple):
             part.to(device, non_blocking=True) for part in (flat, slot[:total], order, rank)
         )
         return cls(source, slots, active, order, rank)
+
+
+# tokens of a page
+PAGE = 64
+
+
+class Pages(NamedTuple):
+    """Where the keys and values of sequences lie in pages, and which of their tokens are new.
+
+    A sequence's new tokens are its last, and lie side by side on the token axis, sequence after sequence; N in all.
+
+    Attributes:
+        table: ``[S, P]`` int32, numbers of each sequence's pages in order; beyond its own any valid number, and so for
+            pages that no window reaches.
+        lengths: ``[S]`` int32, tokens of each sequence, the new ones included; 0 for a row without a sequence.
+        starts: ``[S + 1]`` int32, ends of the sequences' new tokens on the token axis, from 0 to N.
+        cells: ``[N]`` int64, ``page * PAGE + offset``: where the keys and values of the new tokens go. No two are the
+            same, but those of rows without a sequence: nothing that they point at is ever read.
+        single: Whether every sequence has one new token: then N is S, and starts means nothing.
+    """
+
+    table: Tensor
+    lengths: Tensor
+    starts: Tensor
+    cells: Tensor
+    single: bool

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
+from gendistill.runs.asking import asked
 from gendistill_evals.evaluate import check_evaluation
 from gendistill_evals.hf import HFModel
 from gendistill_evals.model import Limits
@@ -26,7 +28,7 @@ class TaskExaminer:
         tokenizer: Of both models.
         questions: Built-in name or file of open questions.
         answer_tokens: New tokens per open answer.
-        batch_size: Sequences at once.
+        batch_size: Sequences at a time; None for as many as memory allows.
     """
 
     def __init__(
@@ -36,7 +38,7 @@ class TaskExaminer:
         *,
         questions: str = "demo",
         answer_tokens: int = 48,
-        batch_size: int = 8,
+        batch_size: int | None = None,
     ) -> None:
         self.teacher, self.tokenizer = teacher, tokenizer
         self.questions, self.answer_tokens, self.batch_size = questions, answer_tokens, batch_size
@@ -63,19 +65,20 @@ class TaskExaminer:
         """Score the student on the first items of a task, by the leading protocol of generation."""
         protocol = PROTOCOLS[lead_protocols()[ProtocolFamily.GENERATION]]
         (loaded,) = load_tasks([task])
-        score = protocol.run(self._model(student), loaded, limit=limit).score
+        with self._model(student) as model:
+            score = protocol.run(model, loaded, limit=limit).score
         return {
             name: score[name]
             for name in ("value", "n", "truncated", "extraction_failures", "mean_new_tokens")
         }
 
     def _ask(self, model: PreTrainedModel) -> list[dict[str, Any]]:
-        return write_answers(
-            self._model(model), load_questions(self.questions), max_new_tokens=self.answer_tokens
-        )
+        with self._model(model) as opened:
+            return write_answers(opened, load_questions(self.questions), max_new_tokens=self.answer_tokens)
 
-    def _model(self, model: PreTrainedModel) -> HFModel:
-        return HFModel(model, self.tokenizer, batch_size=self.batch_size)
+    def _model(self, model: PreTrainedModel) -> AbstractContextManager[HFModel]:
+        # neither is to be touched while a stage trains
+        return asked(model, self.tokenizer, batch_size=self.batch_size, learns=True)
 
 
 def check_examiner(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, config: Mapping[str, Any]) -> None:

@@ -14,7 +14,7 @@ from gendistill.data.identity import source_identity
 from gendistill.errors import DataError
 from gendistill.runs.steps import ASKED, BEFORE, CONVERT, Step, eval_step, stage_step
 from gendistill_evals import questions_identity, task_identity
-from gendistill_evals.parts import RULES
+from gendistill_evals.protocols import RULES
 
 # given the name of a step, what the run folder's step of that name was made from
 Recorded = Callable[[str], Mapping[str, Any] | None]

@@ -24,9 +24,9 @@ class Unused:
     """A folder of the store that no run folder leads to.
 
     Attributes:
-        name: Name of the step, or ``scores`` for parts of a model's scores.
+        name: Name of the step, or ``scores`` for the results that are kept of a model.
         key: Key of the step, or hash of the model.
-        finished: Whether the step has finished; parts of scores always have.
+        finished: Whether the step has finished; kept results always have.
         num_bytes: Size of its files.
         modified: When it was last written, in seconds since 1970.
     """

@@ -15,6 +15,8 @@ from rich.text import Text
 import gendistill_evals
 from gendistill.checkpoints.resolve import Checkpoint, load_causal_lm, load_tokenizer, resolve_checkpoint
 from gendistill.config.schema import teacher_dtype
+from gendistill.errors import RecipeError
+from gendistill.runs.asking import asked
 from gendistill.text import printable
 
 if TYPE_CHECKING:
@@ -27,7 +29,7 @@ def score_checkpoint(
     tasks: tuple[str, ...],
     protocols: tuple[str, ...],
     limit: int | None,
-    batch_size: int,
+    batch_size: int | None,
     out: Path,
     teacher: str | None,
     questions: str | None,
@@ -39,7 +41,7 @@ def score_checkpoint(
         tasks: Built-in task names or paths.
         protocols: Names in ``gendistill_evals.PROTOCOLS``.
         limit: Items per task, or None.
-        batch_size: Sequences per forward.
+        batch_size: Sequences at a time, or None for as many as memory allows.
         out: Folder of the results.
         teacher: Model that scores the open answers, or None.
         questions: Open questions: built-in name or path, or None.
@@ -87,18 +89,26 @@ def score(
         out: Folder of the results.
         settings: ``EvalConfig`` as plain data; ``question_tokens`` may be left out.
         teacher: Model that scores the open answers, or None.
-        parts: Folder of finished parts, which several ``out`` may share.
+        parts: Folder where results are kept, which several ``out`` may share.
         console: Where progress is shown; standard output if None.
     Returns: The content of ``results.json``.
     """
-    with _eval_progress(console or Console(highlight=False), role) as progress:
+    shown, rows = console or Console(highlight=False), settings["batch_size"]
+
+    def say(line: str) -> None:
+        shown.print(Text(f"{role:<9} {printable(line)}"))
+
+    with contextlib.ExitStack() as stack:
+        scored = stack.enter_context(asked(model, tokenizer, batch_size=rows, say=say))
+        judge = None
+        if teacher is not None:
+            judge = stack.enter_context(asked(teacher, tokenizer, batch_size=rows))
+        progress = stack.enter_context(_eval_progress(shown, role))
         return gendistill_evals.evaluate_model(
-            model,
-            tokenizer,
+            scored,
             tasks=settings["tasks"],
             protocols=settings["protocols"],
             limit=settings["limit"],
-            batch_size=settings["batch_size"],
             questions=settings["questions"],
             question_tokens=settings.get("question_tokens", 64),
             out_dir=out,
@@ -106,7 +116,7 @@ def score(
             model_name=name,
             role=role,
             progress=progress,
-            teacher=teacher,
+            teacher=judge,
         )
 
 
@@ -117,6 +127,8 @@ def _eval_progress(console: Console, role: str) -> Iterator[Callable[[str, str, 
         status = stack.enter_context(console.status(f"scoring the {role}")) if console.is_terminal else None
 
         def show(task: str, protocol: str, done: int, total: int) -> None:
+            if status is None and done < total:
+                return
             # names of tasks are text: brackets in them are not markup
             line = Text(f"{role:<9} {printable(task)} {protocol} {done}/{total}")
             if status is not None:
@@ -135,3 +147,25 @@ def load_teacher(checkpoint: Checkpoint, dtype: str, device: torch.device) -> Pr
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     """Turn a recipe's dtype into torch's."""
     return getattr(torch, teacher_dtype(name, device.type))
+
+
+def choose_device(name: torch.device | str | None, *, where: str, hint: str) -> torch.device:
+    """Return a device that torch finds here.
+
+    Args:
+        name: As torch calls it; None for where accelerate would put a model.
+        where, hint: Place and remedy, for errors.
+    Raises:
+        RecipeError: There is none of this name.
+    """
+    if name is None:
+        return Accelerator().device
+    try:
+        # an empty tensor is the only question that every kind of device answers
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise RecipeError(
+            f"there is no device {str(name)!r}: {str(error).splitlines()[0]}",
+            where=where,
+            hint=f"{hint}; gendistill doctor says what torch finds here",
+        ) from error

@@ -18,7 +18,7 @@ from gendistill.runs.seal import Seal, check, read_sealed_json, seal, write_seal
 from gendistill.runs.steps import Step
 
 RECORD = "step.json"
-# parts of scores, by the model that they are of
+# results that models gave, by model
 SCORES = "scores"
 _BEGUN = ".begun.json"
 # of use to an unfinished step only
@@ -63,7 +63,7 @@ class Store:
         return sorted(path for path in self.root.glob("[!.]*") if path.is_dir() and path.name != SCORES)
 
     def scores(self, step: Step) -> Path:
-        """Folder for the parts of a model's scores, which steps that score the same model share."""
+        """Folder where a model's results are kept, which steps that score the same model share."""
         return self.root / SCORES / step.model
 
     @contextmanager
@@ -171,7 +171,7 @@ class Store:
                     with self.holding_if_free(folder) as free:
                         for place in places if free else ():
                             clear_remains(place, own=True)
-        for folder in (self.root, *self.root.glob(f"{SCORES}/*")):
+        for folder in (self.root, self.root / SCORES):
             clear_remains(folder, own=True)
 
     def _lock(self, slug: str) -> FileLock:

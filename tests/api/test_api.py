@@ -333,3 +333,52 @@ def test_everything_that_the_package_names_is_there():
     for name in gd.__all__:
         assert getattr(gd, name) is not None
     assert set(gd.__all__) == set(dir(gd))
+
+
+def test_prompts_are_answered_many_at_a_time():
+    model = gd.load("builtin:tiny", dtype="float32")
+    asked = ["one", [{"role": "user", "content": "the second"}], "x" * 4000]
+    first, second, long = gd.generate(model, asked, max_new_tokens=20)
+    # as transformers answers one
+    assert first.text == model.generate("one", max_new_tokens=20).strip()
+    assert second.text == model.generate("the second", max_new_tokens=20).strip()
+    assert "positions" in long.error
+    (alone,) = gd.generate(model, "one", max_new_tokens=20)
+    assert alone.token_ids == first.token_ids
+
+
+def test_answers_are_drawn_and_end_as_asked():
+    model = gd.load("builtin:tiny", dtype="float32")
+    free = {"max_new_tokens": 16, "end_tokens": []}
+    drawn = gd.generate(model, ["one", "one"], temperature=1.0, seed=3, **free)
+    assert drawn[0].token_ids != drawn[1].token_ids
+    assert gd.generate(model, "one", temperature=1.0, seed=4, **free)[0].token_ids == drawn[1].token_ids
+    assert [len(answer.token_ids) for answer in drawn] == [16, 16]
+    (whole,) = gd.generate(model, "one", raw=True, **free)
+    (stopped,) = gd.generate(model, "one", raw=True, stop=whole.text[4], **free)
+    assert stopped.ended
+    assert stopped.text == whole.text[: whole.text.index(whole.text[4])]
+    assert gd.generate(model, "one", system="Be kind.", **free)[0].token_ids != whole.token_ids
+
+
+@pytest.mark.parametrize(
+    ("asked", "settings", "said"),
+    [
+        (["one"], {"temperature": -1.0}, "temperature"),
+        (["one"], {"top_p": 3.0}, "top_p"),
+        (["one"], {"stop": [""]}, "stop text"),
+        (["one"], {"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
+        (["one"], {"end_tokens": ["no token"]}, "not a token"),
+        (["one"], {"raw": True, "system": "x"}, "system"),
+        ([[{"role": "user", "content": "x"}]], {"raw": True}, "turns of a chat"),
+        ([[{"role": "assistant", "content": "x"}]], {}, "nothing to answer"),
+        ([[]], {}, "list of turns"),
+        ([[{"role": "user"}]], {}, "list of turns"),
+        (["\udc80"], {}, "half of a character"),
+        ([3], {}, "list of turns"),
+        (7, {}, "prompts has to be a str or Sequence"),
+    ],
+)
+def test_what_cannot_be_answered_is_refused(asked, settings, said):
+    with pytest.raises((GendistillError, EvalError), match=said):
+        gd.generate(gd.load("builtin:tiny"), asked, **settings)

@@ -19,7 +19,10 @@ from gendistill.training.monitors import MONITORS
 from gendistill_evals import JUDGES, PROTOCOLS
 
 ROOT = Path(__file__).parents[2]
-PAGES = ("kda.md", "kernels/how.md", "kernels/divergence.md", "extend-evals.md", "extend.md", "lora.md")
+PAGES = (
+    *("kda.md", "kernels/how.md", "kernels/divergence.md"),
+    *("extend-evals.md", "extend.md", "lora.md", "generation.md"),
+)
 
 
 def blocks(page: str, language: str) -> list[tuple[int, str]]:
@@ -40,6 +43,7 @@ def run(page: str) -> dict:
 @pytest.mark.parametrize("page", PAGES)
 def test_python_blocks_run_in_order(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GENDISTILL_CACHE", str(tmp_path / "cache"))
     # what a page registers is for that page
     with contextlib.ExitStack() as stack:
         for known in (JUDGES, PROTOCOLS, MONITORS, objectives.OBJECTIVES, build.OBJECTIVES):

@@ -130,9 +130,9 @@ def test_broken_form_is_a_generation_gap_that_likelihood_hides(evaluate, speaker
     assert (hidden.value, hidden.low, hidden.high) == (-1, -1, -1)
 
 
-def test_finished_parts_are_kept_and_unfinished_ones_rerun(evaluate, speaker, right_answer, tmp_path):
+def test_an_interrupted_evaluation_goes_on_where_it_stopped(evaluate, speaker, right_answer, tmp_path):
     def interrupt(task, protocol, done, total):
-        if (task, protocol) == ("colors", "generation"):
+        if (task, protocol, done) == ("colors", "generation", 2):
             raise KeyboardInterrupt
 
     model = speaker(right_answer, prefers=right_answer)
@@ -140,9 +140,13 @@ def test_finished_parts_are_kept_and_unfinished_ones_rerun(evaluate, speaker, ri
         evaluate(model, progress=interrupt)
     assert not (tmp_path / "out" / "results.json").exists()
 
-    seen = []
-    first = evaluate(model, progress=lambda *report: seen.append(report[:2]))
-    assert set(seen) == {("colors", "generation"), ("numbers", "generation")}
+    spent = model.num_forwards
+    first = evaluate(model)
+    assert model.num_forwards > spent
+    alone = evaluate(model, "alone")
+    assert [entry["generation"] | {"seconds": 0} for entry in first["tasks"]] == [
+        entry["generation"] | {"seconds": 0} for entry in alone["tasks"]
+    ]
     spent = model.num_forwards
     again = evaluate(model)
     assert model.num_forwards == spent

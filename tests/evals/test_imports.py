@@ -13,7 +13,7 @@ _SOURCES = sorted(Path(gendistill_evals.__file__).parent.glob("*.py"))
 def test_everything_but_the_hugging_face_model_imports_no_torch():
     code = (
         "import sys, gendistill_evals, gendistill_evals.task, gendistill_evals.extract, gendistill_evals.stats,"
-        " gendistill_evals.results, gendistill_evals.parts, gendistill_evals.evaluate\n"
+        " gendistill_evals.results, gendistill_evals.keeping, gendistill_evals.evaluate\n"
         "print(sorted({'torch', 'transformers', 'gendistill'} & sys.modules.keys()))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

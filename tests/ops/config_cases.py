@@ -12,8 +12,10 @@ from torch import Tensor
 
 from gendistill.bench.launches import PLACES
 from gendistill.ops import Divergence, Segments, Term, causal_conv, gated_rms_norm, sliding_window_attention
+from gendistill.ops.paged import PAGE, Pages
 from gendistill.ops.reference import block as reference
 from gendistill.ops.reference.divergence import compare as reference_compare
+from gendistill.ops.reference.paged import paged_attend
 from gendistill_kernels.block.attention import attend_backward, attend_forward
 from gendistill_kernels.block.glu import swiglu_backward, swiglu_forward
 from gendistill_kernels.block.layout import Tiles
@@ -29,6 +31,9 @@ from gendistill_kernels.divergence.dense import compare
 from gendistill_kernels.divergence.layout import KINDS, Mix, gradient_in
 from gendistill_kernels.divergence.tail import log_sum, spread
 from gendistill_kernels.norm.gated import gated_norm_backward, gated_norm_forward
+from gendistill_kernels.paged.decode import decode
+from gendistill_kernels.paged.prefill import prefill
+from gendistill_kernels.paged.store import turn_and_store
 from gendistill_kernels.runtime.lookup import ByBytes
 
 FORWARD = ("prepare", "prepare_levels", "scan", "summary", "carry")
@@ -59,6 +64,7 @@ def make(cases: Any, row: Row | ByBytes, *, save: bool) -> tuple[Call, Call]:
             "block": _block,
             "divergence": functools.partial(_divergence, mixture=row.kernel == "divergence_mixture"),
             "tail": _tail,
+            "paged": functools.partial(_paged, row.kernel),
         }
         return makers[row.kernel.split("_")[0]](cases, dtype)
     K, V = min(row.keys, 256), min(row.values, 256)
@@ -194,6 +200,57 @@ def _block(cases: Any, dtype: torch.dtype) -> tuple[Call, Call]:
         q, k, _, *turned = _differentiated(turn, [qkv, *weights], list(parts))
         attended = _differentiated(attend, list(parts), [parts[0]])
         return _named([total, y, d_x, d_added, d_weight, h, d_both, q, k, *turned, *attended])
+
+    return call, answer
+
+
+def _paged(kernel: str, cases: Any, dtype: torch.dtype) -> tuple[Call, Call]:
+    """Store 256 channels, prefill two sequences, or decode from them; what is asked for alone is launched."""
+    torch.manual_seed(0)
+    H, KV, D, lengths, new = 4, 2, 256, [700, 90], [130, 90]
+    single = kernel in ("paged_decode", "paged_join")
+    new = [1, 1] if single else new
+    width, device = -(-max(lengths) // PAGE), cases.DEVICE
+    table = (1 + torch.randperm(2 * width)).view(2, width)
+    memory = [cases.normal(2 * width + 1, PAGE, KV, D, dtype=dtype) for _ in range(2)]
+    position = [torch.arange(length - number, length) for length, number in zip(lengths, new, strict=True)]
+    cells = [row[place // PAGE] * PAGE + place % PAGE for row, place in zip(table, position, strict=True)]
+    pages = Pages(
+        table.int().to(device),
+        torch.tensor(lengths, dtype=torch.int32, device=device),
+        torch.tensor([0, new[0], sum(new)], dtype=torch.int32, device=device),
+        torch.cat(cells).to(device),
+        single,
+    )
+    qkv = cases.normal(sum(new), (H + 2 * KV) * D, dtype=dtype)
+    angles = cases.normal(sum(new), D // 2).repeat(1, 2)
+    cos, sin, gains = angles.cos(), angles.sin(), [cases.normal(D) for _ in range(2)]
+    # without norm and turn
+    q, k, v = (part.contiguous() for part in qkv.unflatten(1, (-1, D)).split([H, KV, KV], dim=1))
+
+    def call() -> dict[str, Tensor]:
+        sides = [part.clone() for part in memory]
+        if kernel == "paged_store":
+            found = turn_and_store(qkv, *gains, cos, sin, *sides, pages.cells, num_heads=H, eps=1e-6)
+            return _named([found, *sides])
+        for side, part in zip(sides, (k, v), strict=True):
+            side.view(-1, KV, D)[pages.cells] = part
+        if single:
+            return _named([decode(q, *sides, pages.table, pages.lengths, window=None)])
+        return _named([prefill(q, *sides, pages.table, pages.lengths, pages.starts, window=None)])
+
+    def answer() -> dict[str, Tensor]:
+        sides = [part.double() for part in memory]
+        heads = {"heads": (H, KV), "eps": 1e-6, "window": None, "pages": pages}
+        if kernel != "paged_store":
+            plain = torch.ones_like(cos.double()), torch.zeros_like(sin.double())
+            return _named(
+                [paged_attend(qkv.double(), None, None, *plain, *sides, **heads).unflatten(1, (H, D))]
+            )
+        wide = [part.double() for part in (qkv, *gains, cos, sin)]
+        paged_attend(*wide, *sides, **heads)
+        turned = reference.turn(wide[0].unflatten(1, (-1, D))[:, :H], *wide[1:2], *wide[3:], eps=1e-6)
+        return _named([turned, *sides])
 
     return call, answer
 

@@ -48,3 +48,9 @@ def machine_code():
 def config_cases():
     """The module ``config_cases``."""
     return load("config_cases")
+
+
+@pytest.fixture(scope="session")
+def paged_cases():
+    """The module ``paged_cases``."""
+    return load("paged_cases")

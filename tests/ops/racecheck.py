@@ -27,6 +27,10 @@ from gendistill_kernels.divergence.dense import compare
 from gendistill_kernels.divergence.layout import CE, JSD, KL, REVERSE_KL, Mix, gradient_in
 from gendistill_kernels.divergence.tail import log_sum, spread
 from gendistill_kernels.norm.gated import gated_norm_backward, gated_norm_forward
+from gendistill_kernels.paged import decode as paged_decode
+from gendistill_kernels.paged.prefill import prefill
+from gendistill_kernels.paged.store import turn_and_store
+from gendistill_kernels.runtime.lookup import Config, forced
 
 LENGTHS = [1, 0, 66, 13]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -135,6 +139,30 @@ def divergence(dtype: torch.dtype) -> list[Tensor]:
     return [total, shares, values, gradient_in(student, dtype)]
 
 
+def paged(dtype: torch.dtype, heads: tuple[int, int], channels: int, window: int | None) -> list[Tensor]:
+    """Store and prefill tokens in pages, and decode, shared out and not; every cell that is read has been written."""
+    torch.manual_seed(0)
+    (H, KV), D, lengths, device = heads, channels, [300, 0, 66], cases.DEVICE
+    tokens, width = sum(lengths), -(-max(lengths) // 64)
+    table = (1 + torch.randperm(3 * width, device=device)).view(3, width)
+    places = [torch.arange(length, device=device) for length in lengths]
+    cells = [row[place // 64] * 64 + place % 64 for row, place in zip(table, places, strict=True)]
+    memory = [torch.empty(3 * width + 1, 64, KV, D, dtype=dtype, device=device) for _ in range(2)]
+    qkv, angles = (
+        cases.normal(tokens, (H + 2 * KV) * D, dtype=dtype),
+        cases.normal(tokens, D // 2).repeat(1, 2),
+    )
+    gains, turns = (cases.normal(D), cases.normal(D)), (angles.cos(), angles.sin())
+    q = turn_and_store(qkv, *gains, *turns, *memory, torch.cat(cells), num_heads=H, eps=1e-6)
+    sizes = torch.tensor(lengths, dtype=torch.int32, device=device)
+    starts = torch.tensor([0, 300, 300, 366], dtype=torch.int32, device=device)
+    found = [q, prefill(q, *memory, table.int(), sizes, starts, window=window)]
+    for programs in (1, 100):
+        with forced("paged_decode", Config(64, 4, stages=3, programs=programs)):
+            found.append(paged_decode.decode(q[:3], *memory, table.int(), sizes, window=window))
+    return found
+
+
 def make_cases() -> dict[str, Callable[[], Sequence[Tensor]]]:
     """List what to run, by name."""
     found: dict[str, Callable[[], Sequence[Tensor]]] = {}
@@ -157,6 +185,10 @@ def make_cases() -> dict[str, Callable[[], Sequence[Tensor]]]:
                 *decode(dtype, K, tokens=3, heads=Heads(12, 1, 1) if K == 64 else Heads(3, 1, 1)),
             ]
             found[f"norm-{K}-{word}"] = lambda K=K, dtype=dtype: norm(dtype, K)
+        found[f"paged-{word}"] = lambda dtype=dtype: [
+            *paged(dtype, (4, 2), 128, None),
+            *paged(dtype, (7, 1), 64, 100),
+        ]
         found[f"divergence-{word}"] = lambda dtype=dtype: divergence(dtype)
         found[f"convolution-{word}"] = lambda dtype=dtype: [
             *convolution(dtype, packed=False),

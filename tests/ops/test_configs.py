@@ -33,7 +33,8 @@ ENTRIES = [
 QUICK = {
     "sm_90": (
         "scan", "summary", "carry", "reverse_scan", "reverse_summary", "norm_forward", "decode", "decode_group",
-        "divergence", "divergence_mixture", "tail_sum", "tail_gradient",
+        "divergence", "divergence_mixture", "tail_sum", "tail_gradient", "paged_store", "paged_prefill",
+        "paged_decode", "paged_join",
     ),
     "sm_80": ("reverse_scan",),
     "any": ("reverse_scan",),

@@ -19,6 +19,8 @@ from gendistill_kernels.block.layout import Tiles
 from gendistill_kernels.delta import chunk, decode
 from gendistill_kernels.delta.layout import Chunks
 from gendistill_kernels.delta.rule import Convolution, Heads, Inputs, Rule
+from gendistill_kernels.paged import decode as paged_decode
+from gendistill_kernels.paged import prefill, store
 from gendistill_kernels.runtime.hardware import SHARED_BYTES
 
 LAUNCHERS = ("_prepare", "_prepare_levels", "_keys", "_keys_levels", "_values")
@@ -217,3 +219,41 @@ def test_attention_fits_into_shared_memory(machine_code, monkeypatch, H, KV, D, 
         assert taken.shared <= SHARED_BYTES["sm_90"]
         # gradients of a tile of keys do not all stay in registers
         assert taken.stack < 512
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("H", "KV", "D"), [(16, 8, 128), (14, 2, 64), (8, 4, 256)])
+@pytest.mark.parametrize("window", [None, 300])
+def test_paged_attention_fits_into_shared_memory(machine_code, monkeypatch, H, KV, D, window, dtype):
+    calls = []
+    for module, name in (
+        (store, "_store"),
+        (prefill, "_prefill"),
+        (paged_decode, "_decode"),
+        (paged_decode, "_join"),
+    ):
+        kernel = getattr(module, name).function
+        stand_in = collections.defaultdict(
+            lambda kernel=kernel: lambda *arguments, **settings: calls.append((kernel, arguments, settings))
+        )
+        monkeypatch.setattr(module, name, stand_in)
+    rows, angles, weight = 4, torch.zeros(4, D), torch.zeros(D, dtype=dtype)
+    qkv, q = torch.zeros(rows, (H + 2 * KV) * D, dtype=dtype), torch.zeros(rows, H, D, dtype=dtype)
+    memory = [torch.zeros(2, 64, KV, D, dtype=dtype) for _ in range(2)]
+    table, lengths = torch.zeros(rows, 64, dtype=torch.int32), torch.zeros(rows, dtype=torch.int32)
+    starts, cells = torch.zeros(rows + 1, dtype=torch.int32), torch.zeros(rows, dtype=torch.int64)
+    store.turn_and_store(qkv, weight, weight, angles, angles, *memory, cells, num_heads=H, eps=1e-6)
+    prefill.prefill(q, *memory, table, lengths, starts, window=window)
+    paged_decode.decode(q, *memory, table, lengths, window=window)
+    assert len(calls) == 4
+    for kernel, arguments, settings in calls:
+        options = {key: settings.pop(key) for key in machine_code.OPTIONS if key in settings}
+        taken = machine_code.usage(machine_code.build(kernel, arguments, settings, options))
+        assert taken.shared <= SHARED_BYTES["sm_90"]
+        # a sum of values stays in registers
+        assert taken.stack < 128
+        if kernel is paged_decode.decode_kernel and dtype == torch.bfloat16 and D <= 128:
+            # what is under way hides memory's latency: several programs of a processor, two tiles each
+            assert taken.shared >= 2 * 2 * 64 * D * 2
+            assert 3 * (taken.shared + 1024) <= SHARED_BYTES["sm_90"]
+            assert 3 * taken.registers * 128 <= 65536

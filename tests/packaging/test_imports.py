@@ -22,6 +22,11 @@ TORCH_FREE = (
     *(
         "gendistill.types",
         "gendistill.runs.advice",
+        "gendistill.runs.answer_file",
+        "gendistill.runs.prompt_file",
+        "gendistill.generation.request",
+        "gendistill.generation.stops",
+        "gendistill.generation.streaming",
         "gendistill.paths",
         "gendistill.records",
         "gendistill.text",
@@ -47,6 +52,7 @@ LAYERS = {
     "checkpoints": {"anatomy"},
     "data": {"mixers", "ops", "anatomy", "config"},
     "engine": {"mixers", "ops", "anatomy"},
+    "generation": {"engine", "mixers", "ops", "anatomy"},
     "teachers": {"data", "anatomy"},
     "losses": {"teachers", "ops", "data", "anatomy", "config"},
     "training": {"losses", "teachers", "engine", "data", "ops", "anatomy", "config"},
@@ -67,8 +73,10 @@ LAYERS = {
     "bench": {
         *(
             "training",
+            "generation",
             "teachers",
             "engine",
+            "generation",
             "conversion",
             "checkpoints",
             "models",
@@ -85,6 +93,7 @@ LAYERS = {
             "conversion",
             "checkpoints",
             "training",
+            "generation",
             "engine",
             "teachers",
             "losses",
@@ -97,6 +106,7 @@ LAYERS = {
     },
     "api": {
         *("runs", "report", "conversion", "checkpoints", "training", "teachers", "data", "models"),
+        "generation",
         *("anatomy", "config"),
     },
 }

@@ -125,8 +125,9 @@ def test_scores_go_with_the_last_step_of_their_model(tmp_path):
     run = Run(tmp_path)
     teacher, student = (run.workspace.steps[f"eval {role}"] for role in ("teacher", "student"))
     for step in (teacher, student):
-        (run.workspace.store.scores(step) / "part.json").parent.mkdir(parents=True)
-        (run.workspace.store.scores(step) / "part.json").write_text("{}")
+        path = run.workspace.store.scores(step) / "generate-0123456789abcdef-1-2.jsonl"
+        path.parent.mkdir(parents=True)
+        path.write_text("{}\n")
     Run(tmp_path, asked=1, student=1)
     unused, _ = prune(tmp_path, dry_run=False)
     assert student.model in {each.key for each in unused if each.name == "scores"}

@@ -240,7 +240,7 @@ def test_remains_go_with_the_next_run_except_where_another_process_works(tmp_pat
         a.run.report / f".index.html.{gone.pid}.partial",
         store.folder(step) / f".student.{gone.pid}.partial",
         store.folder(step) / "student" / f".modeling.py.{gone.pid}.partial",
-        store.root / "scores" / "model" / f".part.json.{gone.pid}.partial",
+        store.root / "scores" / f".model.{gone.pid}.partial",
     ]
     for path in remains:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -107,9 +107,7 @@ class Shout:
             for index, each in enumerate(right)
         )  # fmt: skip
         counts = {"extraction_failures": 0, "truncated": 0, "eos_rate": 1.0, "mean_new_tokens": 2.0}
-        return ProtocolRun(
-            {"value": sum(right) / len(right), "n": len(right), "seconds": 0.0, **counts}, samples
-        )
+        return ProtocolRun({"value": sum(right) / len(right), "n": len(right), **counts}, samples)
 
 
 def second_word(item, text):

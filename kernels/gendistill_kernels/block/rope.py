@@ -21,6 +21,24 @@ from gendistill_kernels.block.rows import TABLE, power_of_2
 from gendistill_kernels.runtime.launch import Launcher, on_its_device
 
 
+@triton.jit
+def turn(
+    source, weight, cos, sin, eps, column, inside, HALF: tl.constexpr, NORM: tl.constexpr
+):  # fmt: skip
+    """Normalise and turn a head of some tokens; returns both halves in float32."""
+    one = tl.load(source, mask=inside, other=0.0).to(tl.float32)
+    two = tl.load(source + HALF, mask=inside, other=0.0).to(tl.float32)
+    if NORM:
+        scale = tl.rsqrt((tl.sum(one * one, 1) + tl.sum(two * two, 1)) / (2 * HALF) + eps)[:, None]
+        one *= scale * tl.load(weight + column, mask=column < HALF, other=0.0).to(tl.float32)[None, :]
+        two *= scale * tl.load(weight + HALF + column, mask=column < HALF, other=0.0).to(tl.float32)[None, :]
+    c1 = tl.load(cos, mask=inside, other=0.0).to(tl.float32)
+    s1 = tl.load(sin, mask=inside, other=0.0).to(tl.float32)
+    c2 = tl.load(cos + HALF, mask=inside, other=0.0).to(tl.float32)
+    s2 = tl.load(sin + HALF, mask=inside, other=0.0).to(tl.float32)
+    return one * c1 - two * s1, two * c2 + one * s2
+
+
 @triton.jit(do_not_specialize=["rows"])
 def forward_kernel(
     qkv, q_weight, k_weight, cos, sin, q, k, rows, eps,
@@ -32,24 +50,15 @@ def forward_kernel(
     inside = (first + row < rows)[:, None] & (column < HALF)[None, :]
     D: tl.constexpr = 2 * HALF
     source = qkv + (first + row[:, None]) * ((H + 2 * KV) * D) + head * D + column[None, :]
-    one = tl.load(source, mask=inside, other=0.0).to(tl.float32)
-    two = tl.load(source + HALF, mask=inside, other=0.0).to(tl.float32)
-    if NORM:
-        scale = tl.rsqrt((tl.sum(one * one, 1) + tl.sum(two * two, 1)) / D + eps)[:, None]
-        weight = q_weight if head < H else k_weight
-        one *= scale * tl.load(weight + column, mask=column < HALF, other=0.0).to(tl.float32)[None, :]
-        two *= scale * tl.load(weight + HALF + column, mask=column < HALF, other=0.0).to(tl.float32)[None, :]
+    weight = q_weight if head < H else k_weight
     place = (first + row[:, None]) * D + column[None, :]
-    c1 = tl.load(cos + place, mask=inside, other=0.0).to(tl.float32)
-    s1 = tl.load(sin + place, mask=inside, other=0.0).to(tl.float32)
-    c2 = tl.load(cos + place + HALF, mask=inside, other=0.0).to(tl.float32)
-    s2 = tl.load(sin + place + HALF, mask=inside, other=0.0).to(tl.float32)
+    one, two = turn(source, weight, cos + place, sin + place, eps, column, inside, HALF, NORM)
     if head < H:
         target = q + (first + row[:, None]) * (H * D) + head * D + column[None, :]
     else:
         target = k + (first + row[:, None]) * (KV * D) + (head - H) * D + column[None, :]
-    tl.store(target, (one * c1 - two * s1).to(q.dtype.element_ty), mask=inside)
-    tl.store(target + HALF, (two * c2 + one * s2).to(q.dtype.element_ty), mask=inside)
+    tl.store(target, one.to(q.dtype.element_ty), mask=inside)
+    tl.store(target + HALF, two.to(q.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["rows", "programs", "rounds"])

@@ -1,0 +1,309 @@
+"""``gendistill bench generate``: answers of the engine beside transformers, and what a step costs by context."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from gendistill.bench.clock import Clock
+from gendistill.bench.pair import for_inference, make_student, make_teacher
+from gendistill.bench.shapes import Shape
+from gendistill.errors import GendistillError
+from gendistill.generation.engine import Engine
+from gendistill.generation.request import Prompt, Stats
+from gendistill.results.table import ResultRow
+
+# of a decode step at a context, in ms; the least that the engine is times transformers; tokens a second
+STEP_BARS = {4096: 1.5, 131_072: 3.0}
+TTFT_BARS = {4096: 15.0}
+# time to the first token: the teacher's over the hybrid's, by context
+RATIO_BARS = {4096: 1 / 1.15, 32_768: 1.8, 131_072: 2.9}
+SPEED_BAR, PEER_BAR, HYBRID_BAR, LONG_BAR, ROWS_BAR = 25_000.0, 5.0, 0.8, 1.5, 3.0
+_WARMUP, _STEPS, _REPEATS = 5, 50, 5
+_LONG = 16_384
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """What a way to generate has made of some texts.
+
+    Attributes:
+        seconds: Tokenising and decoding included.
+        tokens: Chosen, end tokens included.
+        texts: The answers.
+    """
+
+    seconds: float
+    tokens: int
+    texts: list[str]
+
+    @property
+    def speed(self) -> float:
+        """Tokens a second."""
+        return self.tokens / self.seconds
+
+
+def read_questions(path: Path, tokenizer: Any) -> list[str]:
+    """Read ``question`` or ``prompt`` of every line, as the tokenizer's chat template asks it.
+
+    Raises:
+        GendistillError: The file has no such lines.
+    """
+    found = []
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        row = json.loads(line)
+        text = row.get("question", row.get("prompt"))
+        if not isinstance(text, str):
+            raise GendistillError(f"line {number} has neither question nor prompt", where=str(path))
+        if tokenizer.chat_template:
+            turns = [{"role": "user", "content": text}]
+            text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        found.append(text)
+    return found
+
+
+def by_engine(
+    engine: Engine, texts: Sequence[str], *, new_tokens: int, end_ids: Sequence[int]
+) -> tuple[Answered, Stats]:
+    """Answer texts by the engine."""
+    began = time.perf_counter()
+    ids = engine.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+    order = sorted(range(len(ids)), key=lambda index: len(ids[index]), reverse=True)
+    prompts = [Prompt(ids[index], new_tokens) for index in order]
+    answers = [""] * len(ids)
+    for place, answer in engine.generate(prompts, end_ids=frozenset(end_ids)):
+        if answer.error:
+            raise GendistillError(answer.error, where=f"text {order[place]}")
+        answers[order[place]] = answer.text
+    return Answered(time.perf_counter() - began, engine.stats.new_tokens, answers), engine.stats
+
+
+def by_transformers(
+    model: Any, tokenizer: Any, texts: Sequence[str], *, new_tokens: int, end_ids: Sequence[int], batch: int
+) -> Answered:
+    """Answer texts by ``model.generate`` in left-padded batches of similar length."""
+    began = time.perf_counter()
+    ids = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+    order = sorted(range(len(ids)), key=lambda index: len(ids[index]), reverse=True)
+    pad, tokens = (tokenizer.pad_token_id or 0), 0
+    answers = [""] * len(ids)
+    for start in range(0, len(order), batch):
+        chosen = [ids[index] for index in order[start : start + batch]]
+        width = max(map(len, chosen))
+        padded = torch.tensor([[pad] * (width - len(each)) + each for each in chosen], device=model.device)
+        mask = torch.tensor(
+            [[0] * (width - len(each)) + [1] * len(each) for each in chosen], device=model.device
+        )
+        with torch.no_grad():
+            out = model.generate(
+                padded,
+                attention_mask=mask,
+                max_new_tokens=new_tokens,
+                do_sample=False,
+                eos_token_id=list(end_ids) or None,
+                pad_token_id=pad,
+            )
+        for place, row in enumerate(out[:, width:].tolist()):
+            length = next((at for at, token in enumerate(row) if token in end_ids), len(row))
+            tokens += min(length + 1, len(row))
+            answers[order[start + place]] = tokenizer.decode(row[:length], skip_special_tokens=True).strip()
+    return Answered(time.perf_counter() - began, tokens, answers)
+
+
+class GenerationBench:
+    """Measurements of the engine, as rows of a results file.
+
+    Args:
+        console: Where they are shown.
+        save: Called with all rows after each.
+    """
+
+    def __init__(
+        self, console: Console, save: Callable[[Sequence[ResultRow]], None], *, device: torch.device
+    ) -> None:
+        self.console, self._save, self.device = console, save, device
+        self.rows: list[ResultRow] = []
+
+    def add(self, name: str, value: float, unit: str, *, lower: bool = False, **more: Any) -> None:
+        """Show and keep a row."""
+        row = ResultRow(name=name, value=value, unit=unit, better="lower" if lower else "higher", **more)
+        self.rows.append(row)
+        mark = {None: "", True: " met", False: " MISSED"}[row.met]
+        bar = "" if row.bar is None else f" (bar {row.bar:,.4g}{mark})"
+        note = f"; {row.note}" if row.note else ""
+        self.console.print(f"{name}: {value:,.4g} {unit}{bar}{note}", markup=False)
+        self._save(self.rows)
+
+    # ----- answers -----
+
+    def answers(
+        self,
+        model: Any,
+        tokenizer: Any,
+        texts: Sequence[str],
+        *,
+        name: str,
+        new_tokens: int,
+        end_ids: Sequence[int],
+        batches: Sequence[int],
+        student: Any = None,
+    ) -> None:
+        """Answer texts by the engine, by transformers, and by a student of the same shape on the engine.
+
+        Args:
+            model: The teacher.
+            tokenizer: Its tokenizer.
+            texts: As the model reads them.
+            name: Of the model.
+            new_tokens: Longest answer.
+            end_ids: That end one.
+            batches: Of transformers; none leaves it out.
+            student: With other mixers, or None. It writes answers of full length, and so does the teacher beside it.
+        """
+        settings: dict[str, Any] = {"new_tokens": new_tokens, "end_ids": end_ids}
+        with Engine(model, tokenizer) as engine:
+            by_engine(engine, texts[:64], **{**settings, "new_tokens": 16})
+            ours, stats = by_engine(engine, texts, **settings)
+            full, _ = by_engine(engine, texts, new_tokens=new_tokens, end_ids=())
+        note = (
+            f"{len(texts)} texts, {ours.tokens / len(texts):.0f} tokens on average, {ours.seconds:.2f} s, "
+            f"{stats.steps} steps, {stats.prompt_tokens:,} tokens of prompts"
+        )
+        self.add(f"{name}, engine: tokens/s", ours.speed, "tokens/s", bar=SPEED_BAR, note=note)
+        best: Answered | None = None
+        for batch in batches:
+            try:
+                found = by_transformers(model, tokenizer, texts, batch=batch, **settings)
+            except torch.OutOfMemoryError:
+                torch.cuda.empty_cache()
+                self.console.print(f"transformers: batches of {batch} do not fit", markup=False)
+                continue
+            same = sum(one == other for one, other in zip(ours.texts, found.texts, strict=True)) / len(texts)
+            self.add(
+                f"{name}, transformers, batches of {batch}: tokens/s",
+                found.speed,
+                "tokens/s",
+                note=f"{found.seconds:.2f} s; {same:.0%} of the answers are those of the engine",
+            )
+            if best is None or found.speed > best.speed:
+                best = found
+        if best is not None:
+            self.add(f"{name}: times transformers", ours.speed / best.speed, "times", bar=PEER_BAR)
+        if student is not None:
+            with Engine(student, tokenizer) as engine:
+                by_engine(engine, texts[:64], **{**settings, "new_tokens": 16, "end_ids": ()})
+                hybrid, _ = by_engine(engine, texts, new_tokens=new_tokens, end_ids=())
+            self.add(f"{name}, answers of full length: tokens/s", full.speed, "tokens/s")
+            self.add(f"{name}, hybrid, answers of full length: tokens/s", hybrid.speed, "tokens/s")
+            self.add(f"{name}: hybrid, times the teacher", hybrid.speed / full.speed, "times", bar=HYBRID_BAR)
+
+    # ----- latency -----
+
+    def latencies(self, shape: Shape, contexts: Sequence[int], *, dtype: torch.dtype) -> None:
+        """Time the first token and a decode step of a teacher of a shape and its hybrid, with random weights."""
+        longest = max([*contexts, _LONG]) + 1024
+        shape = replace(shape, sizes={**shape.sizes, "max_position_embeddings": longest})
+        first: dict[tuple[str, int], float] = {}
+        speeds: dict[str, float] = {}
+        long: dict[str, float] = {}
+        for kind in ("teacher", "hybrid"):
+            model = make_teacher(shape, device=self.device, dtype=dtype, seed=0)
+            if kind == "hybrid":
+                model = for_inference(make_student(model, shape), dtype)
+            with Engine(model) as engine:
+                for context in contexts:
+                    label = f"{shape.name}, {kind}, {context:,} tokens"
+                    seconds = self._first_token(engine, context)
+                    first[kind, context] = seconds
+                    bar = TTFT_BARS.get(context)
+                    self.add(f"{label}: first token", 1000 * seconds, "ms", lower=True, bar=bar)
+                    step = self.step_seconds(engine, context, 1)
+                    bar = STEP_BARS.get(context) if kind == "hybrid" else None
+                    self.add(f"{label}: decode step, batch 1", 1000 * step, "ms", lower=True, bar=bar)
+                    if kind == "hybrid":
+                        ratio = first["teacher", context] / seconds
+                        self.add(
+                            f"{shape.name}, {context:,} tokens: first token, teacher over hybrid",
+                            ratio,
+                            "times",
+                            bar=RATIO_BARS.get(context),
+                        )
+                rows = self._rows_that_fit(engine, max(contexts))
+                speeds[kind] = rows / self.step_seconds(engine, max(contexts), rows)
+                self.add(
+                    f"{shape.name}, {kind}, {max(contexts):,} tokens, as many rows as fit: decode tokens/s",
+                    speeds[kind],
+                    "tokens/s",
+                    note=f"{rows} rows",
+                )
+                if max(contexts) >= _LONG:
+                    long[kind] = self._together(engine, _LONG, 32, 128)
+                    self.add(
+                        f"{shape.name}, {kind}, 32 prompts of {_LONG:,} tokens, 128 new: tokens/s",
+                        long[kind],
+                        "tokens/s",
+                    )
+            del model
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+        name = f"{shape.name}, {max(contexts):,} tokens, as many rows as fit: hybrid, times the teacher"
+        self.add(name, speeds["hybrid"] / speeds["teacher"], "times", bar=ROWS_BAR)
+        if long:
+            self.add(
+                f"{shape.name}, 32 prompts of {_LONG:,} tokens: hybrid, times the teacher",
+                long["hybrid"] / long["teacher"],
+                "times",
+                bar=LONG_BAR,
+            )
+
+    def _prompt(self, engine: Engine, context: int, new: int) -> Prompt:
+        vocabulary = engine.model.lm_head.out_features
+        return Prompt(torch.randint(vocabulary, (context,)).tolist(), new)
+
+    def _first_token(self, engine: Engine, context: int) -> float:
+        """Return the median time from a prompt to its first token, in seconds."""
+        times = []
+        for turn in range(_REPEATS + 2):
+            prompt = self._prompt(engine, context, 1)
+            began = time.perf_counter()
+            list(engine.generate([prompt], end_ids=()))
+            if turn >= 2:
+                times.append(time.perf_counter() - began)
+        return statistics.median(times)
+
+    def step_seconds(self, engine: Engine, context: int, rows: int) -> float:
+        """Return the time of a decode step of so many rows that have seen so many tokens, host included.
+
+        What they have seen is nothing but zeros, which takes as long as anything else.
+        """
+        clock = Clock(self.device)
+        step = engine.rows_at(context, rows, steps=_WARMUP + _STEPS + 2)
+        for _ in range(_WARMUP):
+            step()
+        clock.wait()
+        began = time.perf_counter()
+        for _ in range(_STEPS):
+            step()
+        clock.wait()
+        return (time.perf_counter() - began) / _STEPS
+
+    def _rows_that_fit(self, engine: Engine, context: int) -> int:
+        rows = 1
+        while rows < 512 and engine.fits(context + 128, rows * 2):
+            rows *= 2
+        return rows
+
+    def _together(self, engine: Engine, context: int, rows: int, new: int) -> float:
+        prompts = [self._prompt(engine, context, new) for _ in range(rows)]
+        list(engine.generate([self._prompt(engine, context, 4) for _ in range(rows)], end_ids=()))
+        began = time.perf_counter()
+        list(engine.generate(prompts, end_ids=()))
+        return rows * new / (time.perf_counter() - began)

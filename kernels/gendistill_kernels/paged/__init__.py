@@ -1,0 +1,12 @@
+"""Attention to keys and values in pages: turning and storing the new ones, prefill, and decode split over keys."""
+
+from __future__ import annotations
+
+import torch
+
+from gendistill_kernels.runtime.hardware import obstacle_on
+
+
+def obstacle(device: torch.device) -> str | None:
+    """Say what keeps these kernels from running on a device; None if nothing does."""
+    return obstacle_on(device, majors=(9,))

@@ -1,0 +1,177 @@
+"""The engine on a GPU: kernels, CUDA graphs, and weights that change in place."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+from gendistill.bench.pair import for_inference
+from gendistill.engine.decoder import fuse, release
+from gendistill.generation.engine import Engine
+from gendistill.generation.request import Prompt
+from gendistill.generation.sampling import Sampling
+from gendistill.testing import FAMILIES, PLACEMENTS, tiny_student, tiny_teacher
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+GPU = torch.device("cuda")
+
+
+def prompts(lengths=(3, 70, 1, 17, 130, 64, 9, 200), new=40):
+    maker = torch.Generator().manual_seed(0)
+    return [
+        Prompt(torch.randint(0, 97, (length,), generator=maker).tolist(), new + index % 3, seed=index)
+        for index, length in enumerate(lengths)
+    ]
+
+
+def ready(model):
+    return for_inference(model.to(GPU), torch.bfloat16)
+
+
+def make(kind, name, **sizes):
+    big = {"hidden_size": 128, "head_dim": 64, "intermediate_size": 192, **sizes}
+    return ready(tiny_teacher(name, **big) if kind == "teacher" else tiny_student("qwen3", name, **big))
+
+
+def check(model, found, asked, *, atol=0.06):
+    """The engine's own packed passes find the log-probabilities that its steps found."""
+    with Engine(model) as engine:
+        pairs = [(prompt.token_ids, answer.token_ids) for prompt, answer in zip(asked, found, strict=True)]
+        scored = dict(engine.log_probs(pairs))
+    for index, answer in enumerate(found):
+        assert len(answer.token_ids) == asked[index].max_new_tokens
+        assert answer.log_probs == pytest.approx(scored[index], abs=atol)
+
+
+def answers(model, asked, *, sampling=None, **settings):
+    with Engine(model, **settings) as engine:
+        found = dict(engine.generate(asked, end_ids=(), sampling=sampling))
+    return [found[index] for index in range(len(asked))]
+
+
+@pytest.mark.parametrize("capture", [True, False])
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [*(("teacher", name) for name in FAMILIES), *(("student", name) for name in PLACEMENTS)],
+)
+def test_steps_find_what_packed_passes_find(kind, name, capture):
+    model, asked = make(kind, name), prompts()
+    found = answers(model, asked, max_rows=3, pass_tokens=100, capture=capture)
+    check(model, found, asked)
+
+
+def test_sampled_answers_are_those_of_packed_passes_and_repeat():
+    model, asked = make("student", "mixed"), prompts()
+    sampling = Sampling(temperature=0.8, top_k=50, top_p=0.95)
+    found = answers(model, asked, sampling=sampling)
+    check(model, found, asked)
+    again = answers(model, asked, sampling=sampling)
+    assert [answer.token_ids for answer in found] == [answer.token_ids for answer in again]
+    assert len({answer.token_ids for answer in found}) == len(found)
+
+
+def test_memory_that_is_short_changes_no_answer():
+    model, asked = make("student", "mixed"), prompts((60, 61, 62, 3, 17, 120))
+    with Engine(model) as engine:
+        sizes = engine._runner.sizes()
+    found = answers(model, asked, max_rows=3, memory_bytes=6 * sizes.slot_bytes + 6 * sizes.page_bytes)
+    check(model, found, asked)
+
+
+def test_graphs_take_over_weights_that_change_in_place():
+    model, asked = make("student", "mixed"), prompts((4, 90))
+    other = make("student", "mixed", initializer_range=0.2)
+    fuse(model, torch.bfloat16)
+    with Engine(model) as engine:
+        first = dict(engine.generate(asked, end_ids=()))
+        graphs = dict(engine._runner._graphs)
+        with torch.no_grad():
+            for parameter, new in zip(model.parameters(), other.parameters(), strict=True):
+                parameter.copy_(new)
+        second = dict(engine.generate(asked, end_ids=()))
+        assert engine._runner._graphs == graphs
+        assert graphs
+    release(model)
+    assert first[0].token_ids != second[0].token_ids
+    check(other, [second[index] for index in range(2)], asked)
+
+
+def test_a_step_asks_the_device_for_nothing():
+    model = make("student", "mixed")
+    with Engine(model, capture=False) as engine:
+        step = engine.rows_at(200, 4, steps=16)
+        for _ in range(3):
+            step()
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            # what was chosen comes through pinned memory
+            step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def test_other_threads_may_allocate_while_steps_are_recorded():
+    model, asked = make("student", "mixed"), prompts()
+    over, errors, kept = threading.Event(), [], []
+
+    def prepare():
+        size = 1 << 20
+        try:
+            while not over.is_set():
+                # of many sizes, so that few come from a cache
+                size += 1 << 20
+                kept.append(torch.empty(size % (1 << 27), dtype=torch.uint8, pin_memory=True).to(GPU))
+                del kept[:-2]
+        except Exception as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=prepare)
+    thread.start()
+    try:
+        found = answers(model, asked)
+    finally:
+        over.set()
+        thread.join()
+    assert not errors
+    check(model, found, asked)
+
+
+def test_graphs_follow_weights_that_get_other_memory():
+    model, asked = make("teacher", "qwen3"), prompts((4, 90))
+    with Engine(model) as engine:
+        list(engine.generate(asked, end_ids=()))
+        with torch.no_grad():
+            for norm in (model.model.norm, *(layer.input_layernorm for layer in model.model.layers)):
+                old = norm.weight.data
+                norm.weight.data = torch.randn_like(old)
+                # whoever still reads there finds nothing
+                old.fill_(float("nan"))
+        found = dict(engine.generate(asked, end_ids=()))
+    check(model, [found[index] for index in range(2)], asked)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_a_model_on_another_device_than_the_current_one():
+    model, asked = make("student", "mixed"), prompts()
+    right = answers(model, asked)
+    with torch.cuda.device(0):
+        found = answers(model.to("cuda:1"), asked)
+    assert [answer.token_ids for answer in found] == [answer.token_ids for answer in right]
+
+
+def test_memory_that_grows_is_never_there_twice():
+    model = make("teacher", "qwen3")
+    with Engine(model, memory_bytes=1 << 30) as engine:
+        page = engine._runner.sizes().page_bytes
+        engine._runner.make_room(slots=4, pages=(1 << 29) // page, width=4)
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        engine._runner.make_room(slots=4, pages=(1 << 29) // page + 1, width=4)
+        assert torch.cuda.max_memory_allocated() - before < 1 << 28
