@@ -133,7 +133,9 @@ class GenerationBench:
         self.rows: list[ResultRow] = []
 
     def add(self, name: str, value: float, unit: str, *, lower: bool = False, **more: Any) -> None:
-        """Show and keep a row."""
+        """Show and keep a row; bars are those of a GPU."""
+        if self.device.type != "cuda":
+            more.pop("bar", None)
         row = ResultRow(name=name, value=value, unit=unit, better="lower" if lower else "higher", **more)
         self.rows.append(row)
         mark = {None: "", True: " met", False: " MISSED"}[row.met]

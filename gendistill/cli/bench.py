@@ -464,8 +464,6 @@ def _run_generate(arguments: argparse.Namespace) -> int:
 
 
 def _run_answers(arguments: argparse.Namespace, bench: GenerationBench, dtype: Any) -> None:
-    import dataclasses
-
     from gendistill.bench.generation import read_questions
     from gendistill.bench.pair import for_inference, make_student
     from gendistill.checkpoints.resolve import load_causal_lm, load_tokenizer, resolve_checkpoint

@@ -36,7 +36,7 @@ _LOSS_BUFFERS = {"cpu": 5, "cuda": 5, "triton": 2}
 # Python, torch and transformers on a CPU; the CUDA context and library workspaces on a GPU
 _RUNTIME_BYTES = 600_000_000
 # What the memory of CUDA graphs holds besides activations, as a part of these: blocks that their lifetimes leave free.
-# 0.21 to 0.27 in docs/results/training-h200.json, of what is there without graphs.
+# 0.21 to 0.27, by what training-h200.json in docs/results has more than training-h200-f2baed8.json, without graphs.
 _BETWEEN_BLOCKS = 0.24
 _PATIENCE_S = 20
 
