@@ -360,9 +360,7 @@ class Engine:
         """Say whether so many rows of so many tokens fit into memory at once."""
         sizes = self._runner.sizes()
         pages = (rows * -(-tokens // PAGE) + 1) if sizes.attention else 0
-        return rows * self._slot_bytes + pages * sizes.page_bytes <= (
-            self._memory_bytes or self._free_bytes()
-        )
+        return rows * self._slot_bytes + pages * sizes.page_bytes <= self._budget()
 
     def rows_at(self, context: int, rows: int, *, steps: int) -> Callable[[], None]:
         """Return a decode step of rows that have so many tokens behind them, all of them zeros in memory.
@@ -415,11 +413,15 @@ class Engine:
         needs = sorted((-(-tokens // PAGE) for tokens in longest), reverse=True)
         if not sizes.attention:
             needs = [0] * len(needs)
-        budget, slots, slot_bytes = self._memory_bytes or self._free_bytes(), most, self._slot_bytes
-        while slots > 1 and slots * slot_bytes + (needs[0] + 1) * sizes.page_bytes > budget:
-            slots //= 2
         # rounded up, so that a conversation that grows need not have new memory at every turn
         width = 1 << (needs[0] - 1).bit_length() if needs[0] else 0
+        wanted = 1 + max(width, sum(needs[:most]))
+        if self._runner.has_room(slots=most, pages=wanted, width=width):
+            self._runner.make_room(slots=most, pages=wanted, width=width)
+            return most, wanted if sizes.attention else 0
+        budget, slots, slot_bytes = self._budget(), most, self._slot_bytes
+        while slots > 1 and slots * slot_bytes + (needs[0] + 1) * sizes.page_bytes > budget:
+            slots //= 2
         pages = 1 + max(width, sum(needs[:slots]))
         if sizes.page_bytes:
             pages = min(pages, max(2, (budget - slots * slot_bytes) // sizes.page_bytes))
@@ -435,6 +437,10 @@ class Engine:
     def _slot_bytes(self) -> int:
         """Bytes of a slot; states are there twice while a graph is recorded."""
         return self._runner.sizes().slot_bytes * (2 if self._runner.captures else 1)
+
+    def _budget(self) -> int:
+        """Bytes for rows and pages: the spare slot takes what it takes."""
+        return (self._memory_bytes or self._free_bytes()) - self._runner.sizes().slot_bytes
 
     def _free_bytes(self) -> int:
         device = self._runner.device

@@ -50,25 +50,29 @@ class Memory:
     Args:
         sizes: Of the model.
         slots: Rows.
-        pages: In all; page 0 is where rows without a sequence write.
+        pages: In all; page 0 is where what has no sequence writes.
         device: Where it is.
+
+    Attributes:
+        spare: One more slot, for what has no sequence.
     """
 
     def __init__(self, sizes: Sizes, *, slots: int, pages: int, device: torch.device) -> None:
         self.sizes, self.num_slots, self.num_pages = sizes, slots, pages
+        self.spare = slots
         shape = (pages, PAGE, sizes.heads, sizes.channels)
         self._keys = {
             layer: torch.zeros(shape, dtype=sizes.dtype, device=device) for layer in sizes.attention
         }
         self._values = {layer: torch.zeros_like(keys) for layer, keys in self._keys.items()}
-        self._states = {layer: _by_slot(state, slots) for layer, state in sizes.states.items()}
+        self._stacks, self._states = _by_slot(sizes.states, slots + 1)
         self._pages: Pages | None = None
         self._rows: slice | Tensor = slice(0, 0)
 
     @property
     def num_bytes(self) -> int:
         """Bytes that it takes."""
-        return self.num_pages * self.sizes.page_bytes + self.num_slots * self.sizes.slot_bytes
+        return self.num_pages * self.sizes.page_bytes + (self.num_slots + 1) * self.sizes.slot_bytes
 
     def look_at_slots(self, number: int, pages: Pages) -> None:
         """Have layers go on with the first so many slots, one token each."""
@@ -126,16 +130,16 @@ class Memory:
     def forget(self, slots: Sequence[int]) -> None:
         """Begin sequences in these slots."""
         places = self._places(slots)
-        for whole in _tensors(self._states.values()):
-            whole.index_fill_(0, places, 0)
+        for stack in self._stacks:
+            stack.index_fill_(1, places, 0)
 
     def move(self, sources: Sequence[int], targets: Sequence[int]) -> None:
         """Copy the states of some slots to others; none is both."""
-        if not self._states:
+        if not self._stacks:
             return
         sources_, targets_ = self._places(sources), self._places(targets)
-        for whole in _tensors(self._states.values()):
-            whole.index_copy_(0, targets_, whole.index_select(0, sources_))
+        for stack in self._stacks:
+            stack.index_copy_(1, targets_, stack.index_select(1, sources_))
 
     def snapshot(self, slots: Sequence[int]) -> list[Tensor]:
         """Copy the states of some slots, for :meth:`restore`.
@@ -143,17 +147,19 @@ class Memory:
         Keys and values need none: those of tokens that are taken back are written over.
         """
         places = self._places(slots)
-        return [whole.index_select(0, places) for whole in _tensors(self._states.values())]
+        return [stack.index_select(1, places) for stack in self._stacks]
 
     def restore(self, slots: Sequence[int], snapshot: Sequence[Tensor]) -> None:
         """Return the states of some slots to what they were at :meth:`snapshot`."""
         places = self._places(slots)
-        for whole, kept in zip(_tensors(self._states.values()), snapshot, strict=True):
-            whole.index_copy_(0, places, kept)
+        for stack, kept in zip(self._stacks, snapshot, strict=True):
+            stack.index_copy_(1, places, kept)
 
     def _places(self, slots: Sequence[int]) -> Tensor:
-        device = next(iter(_tensors(self._states.values())), torch.empty(0)).device
-        return torch.tensor(slots, dtype=torch.int64).to(device, non_blocking=True)
+        if not self._stacks:
+            return torch.empty(0)
+        made = torch.tensor(slots, dtype=torch.int64)
+        return made.to(self._stacks[0].device, non_blocking=True)
 
 
 def _parts(state: Any) -> list[tuple[str, Tensor]]:
@@ -170,5 +176,20 @@ def _map(state: Any, change: Any) -> Any:
     return state._replace(**changed, owned=True)
 
 
-def _by_slot(state: Any, slots: int) -> Any:
-    return _map(state, lambda part: part.new_zeros(slots, *part.shape[1:]))
+def _by_slot(states: Mapping[int, Any], slots: int) -> tuple[list[Tensor], dict[int, Any]]:
+    """Make states for so many sequences, those of layers that are alike side by side.
+
+    Returns: Tensors ``[layers, slots, ...]``, and the state of every layer as views of them ``[slots, ...]``.
+    """
+    alike: dict[Any, list[int]] = {}
+    for layer, state in states.items():
+        shapes = tuple((name, part.shape, part.dtype) for name, part in _parts(state))
+        alike.setdefault((type(state), shapes), []).append(layer)
+    stacks, made = [], dict(states)
+    for layers in alike.values():
+        for name, part in _parts(states[layers[0]]):
+            stack = part.new_zeros(len(layers), slots, *part.shape[1:])
+            stacks.append(stack)
+            for layer, view in zip(layers, stack, strict=True):
+                made[layer] = made[layer]._replace(**{name: view})
+    return stacks, {layer: state._replace(owned=True) for layer, state in made.items()}

@@ -21,12 +21,12 @@ from gendistill.engine.decoder import why_not as why_not_fused
 from gendistill.errors import GendistillError
 from gendistill.generation.likelihood import Pass
 from gendistill.generation.memory import Memory, Sizes
+from gendistill.generation.reading import Passes, Reading
 from gendistill.generation.sampling import Sampling, choose
 from gendistill.generation.schedule import Move, Piece, Row
 from gendistill.mixers.base import Mixer, SequenceInfo
 from gendistill.ops.divergence import unrounded
 from gendistill.ops.paged import PAGE, Pages
-from gendistill.ops.types import Segments
 
 # steps of a graph before it is recorded, on another stream, so that kernels are compiled
 _REHEARSALS = 2
@@ -132,8 +132,11 @@ class Runner:
         self.memory: Memory | None = None
         self.captures = capture and self.device.type == "cuda"
         self._graphs: dict[tuple[int, Sampling], torch.cuda.CUDAGraph] = {}
+        # a first token has no time to search them again
+        self._modules = list(model.modules())
         self._addresses: list[int] = []
         self._pool: Any = None
+        self._passes = Passes(self._read, lambda: self._pool, captures=self.captures)
         try:
             self._take(self._refreshed())
         except BaseException:
@@ -166,7 +169,12 @@ class Runner:
             # graphs and rows were made for the copies and the dtype of the other one
             self.forget_all()
             self._take(decoder)
-        addresses = [part.data_ptr() for part in (*self.model.parameters(), *self.model.buffers())]
+        addresses = [
+            part.data_ptr()
+            for module in self._modules
+            for part in (*module._parameters.values(), *module._buffers.values())
+            if part is not None
+        ]
         if addresses != self._addresses:
             # a graph reads what has no copy where it was
             self._forget_graphs()
@@ -188,6 +196,7 @@ class Runner:
 
     def _forget_graphs(self) -> None:
         self._graphs.clear()
+        self._passes.forget()
         # a pool that no graph uses any more cannot be given to another
         self._pool = None
 
@@ -224,17 +233,21 @@ class Runner:
             pages: In all, page 0 included.
             width: Pages of the longest row.
         """
-        if self.memory is not None and self._holds(self.memory, slots, pages, width):
+        if self.has_room(slots=slots, pages=pages, width=width):
             self._places.positions.fill_(-1)
             return
         # nothing may name the old one here: both are never there at once
         self.forget_all()
-        self._places = _Places.of(slots, width, self.device)
+        # the spare slot has places, too
+        self._places = _Places.of(slots + 1, width, self.device)
         self.memory = Memory(self.sizes(), slots=slots, pages=pages, device=self.device)
 
-    def _holds(self, memory: Memory, slots: int, pages: int, width: int) -> bool:
-        wide = width <= self._places.table.shape[1]
-        return wide and slots <= memory.num_slots and pages <= memory.num_pages
+    def has_room(self, *, slots: int, pages: int, width: int) -> bool:
+        """Say whether memory is there for so many; arguments as :meth:`make_room`."""
+        there = self.memory
+        if there is None or width > self._places.table.shape[1]:
+            return False
+        return slots <= there.num_slots and pages <= there.num_pages
 
     # ----- rows -----
 
@@ -288,42 +301,34 @@ class Runner:
         Returns: None if no prompt ends in this pass.
         """
         assert self.memory is not None
-        tokens, positions, cells, finished, wanted = [], [], [], [], []
-        for number, (slot, start, count) in enumerate(pieces):
-            row = rows[slot]
-            tokens += row.tokens[start : start + count]
-            places = range(start, start + count)
-            positions += places
-            cells += [row.pages[at // PAGE] * PAGE + at % PAGE if row.pages else 0 for at in places]
-            if start + count == len(row.tokens):
-                finished.append(number)
-                wanted.append(len(tokens) - 1)
-        lengths = [piece.count for piece in pieces]
-        segments = Segments(lengths, device=self.device)
-        slots = self._to_device([piece.slot for piece in pieces])
-        pages = Pages(
-            table=self._places.table[slots],
-            lengths=self._to_device([piece.start + piece.count for piece in pieces], torch.int32),
-            starts=segments.cu_seqlens,
-            cells=self._to_device(cells),
-            single=False,
-        )
-        self.memory.look_at(slots, pages)
-        hidden = go_on(
-            self.decoder,
-            self._to_device(tokens)[None],
-            self._to_device(positions)[None],
-            sequences=SequenceInfo(segments),
-            memory=self.memory,
-            wanted=self._to_device(wanted),
+        finished = [
+            number
+            for number, piece in enumerate(pieces)
+            if piece.start + piece.count == len(rows[piece.slot].tokens)
+        ]
+        hidden = self._passes(
+            Reading.of(
+                pieces,
+                rows,
+                spare=self.memory.spare,
+                size=self._passes.size(pieces),
+                to_device=self._to_device,
+            )
         )
         if not finished:
             return None
-        at, positions_ = (
-            self._to_device([of(pieces[number]) for number in finished]) for of in (_slot, _end)
+        at, positions_, numbers = self._to_device(
+            [
+                [pieces[number].slot for number in finished],
+                [pieces[number].start + pieces[number].count for number in finished],
+                finished,
+            ]
         )
         chosen = choose(
-            self._logits(hidden), sampling=sampling, seeds=self._places.seeds[at], positions=positions_
+            self._logits(hidden[numbers]),
+            sampling=sampling,
+            seeds=self._places.seeds[at],
+            positions=positions_,
         )
         values = (chosen.tokens, positions_, chosen.log_probs, chosen.finite)
         there = self._places
@@ -332,6 +337,27 @@ class Runner:
         ):
             part.index_copy_(0, at, value)
         return Chosen([rows[pieces[number].slot] for number in finished], *chosen)
+
+    def _read(self, reading: Reading) -> Tensor:
+        """Take a pass; returns the hidden state of the last token of each sequence."""
+        assert self.memory is not None
+        segments = reading.segments
+        pages = Pages(
+            table=self._places.table[reading.slots],
+            lengths=reading.ends.to(torch.int32),
+            starts=segments.cu_seqlens,
+            cells=reading.cells,
+            single=False,
+        )
+        self.memory.look_at(reading.slots, pages)
+        return go_on(
+            self.decoder,
+            reading.tokens[None],
+            reading.positions[None],
+            sequences=SequenceInfo(segments),
+            memory=self.memory,
+            wanted=reading.places,
+        )
 
     @torch.no_grad()
     def step(self, rows: Sequence[Row], *, sampling: Sampling) -> Chosen:
@@ -423,14 +449,6 @@ class Runner:
             part.copy_(value)
         self.memory.restore(range(size), states)
         return graph
-
-
-def _slot(piece: Piece) -> int:
-    return piece.slot
-
-
-def _end(piece: Piece) -> int:
-    return piece.start + piece.count
 
 
 def _bucket(number: int) -> int:

@@ -158,6 +158,33 @@ class Segments:
             raise ValueError(f"cu_seqlens must start at 0 and never fall, got {ends[:8]}")
         return cls([right - left for left, right in pairwise(ends)], device=cu_seqlens.device)
 
+    def static(self, longest: int) -> Segments:
+        """Copy what is on the device, for work that is recorded once and repeated on what is copied there later.
+
+        Args:
+            longest: A number of tokens that no sequence will exceed.
+        Raises:
+            TypeError: A table consists of more than tensors, numbers and tuples of these.
+        """
+        return Segments.unknown(
+            len(self.lengths),
+            num_tokens=self.num_tokens,
+            longest=longest,
+            cu_seqlens=self.cu_seqlens.clone(),
+            tables={build: _copied(table) for build, table in self._tables.items()},
+            room=self.room,
+        )
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All that is on the device: ends and tables, in an order that does not depend on lengths."""
+        return [self.cu_seqlens, *(part for table in self._tables.values() for part in _tensors_in(table))]
+
+    @property
+    def fixed(self) -> tuple[Any, ...]:
+        """All of the tables but their tensors: what a recording that reads these has fixed."""
+        return tuple(_fixed_in(table) for table in self._tables.values())
+
     def chunks(self, size: int) -> ChunkLayout:
         """Return the layout that cuts every sequence into chunks of ``size`` tokens."""
         if size not in self._layouts:
@@ -220,6 +247,32 @@ class Segments:
             )
             self._taps[history] = tuple(index.long().to(self.device, non_blocking=True) for index in indices)  # pyright: ignore
         return self._taps[history]
+
+
+def _tensors_in(table: Any) -> list[Tensor]:
+    if isinstance(table, Tensor):
+        return [table]
+    parts = table if isinstance(table, tuple) else ()
+    return [tensor for part in parts for tensor in _tensors_in(part)]
+
+
+def _fixed_in(table: Any) -> Any:
+    if isinstance(table, Tensor):
+        return Tensor
+    if isinstance(table, tuple):
+        return tuple(_fixed_in(part) for part in table)
+    # of anything else no recording is made
+    return table if isinstance(table, bool | int | float | str | None) else type(table)
+
+
+def _copied(table: Any) -> Any:
+    if isinstance(table, Tensor):
+        return table.clone()
+    if isinstance(table, tuple):
+        return getattr(type(table), "_make", tuple)([_copied(part) for part in table])
+    if not isinstance(table, bool | int | float | str | None):
+        raise TypeError(f"a table of documents has a {type(table).__name__} in it, which a graph cannot read")
+    return table
 
 
 class ChunkLayout(NamedTuple):

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from gendistill.data.batch import Batch, Unknown, without_surplus
-from gendistill.ops.types import Segments
 from gendistill.training.clock import Span, StepClock
 from gendistill.training.parallel.copies import Quiet
 
@@ -304,33 +303,12 @@ def kind_of(batch: Batch) -> Key:
     """Return what two batches have in common that one graph can run."""
     segments = batch.segments
     shapes = tuple((tuple(part.shape), part.dtype) for part in tensors_of(batch))
-    fixed = tuple(_fixed_in(table) for table in segments.tables.values())
-    return (batch.places, len(segments.lengths), segments.room, segments.builders, shapes, fixed)
+    return (batch.places, len(segments.lengths), segments.room, segments.builders, shapes, segments.fixed)
 
 
 def tensors_of(batch: Batch) -> list[Tensor]:
     """List all tensors of a batch, those of its index tables as well, in an order that its kind decides."""
-    found = [batch.input_ids, batch.labels, batch.position_ids, batch.segments.cu_seqlens]
-    for table in batch.segments.tables.values():
-        found += _tensors_in(table)
-    return found
-
-
-def _tensors_in(table: Any) -> list[Tensor]:
-    if isinstance(table, Tensor):
-        return [table]
-    parts = table if isinstance(table, tuple) else ()
-    return [tensor for part in parts for tensor in _tensors_in(part)]
-
-
-def _fixed_in(table: Any) -> Any:
-    """Return what a graph of a table has fixed: all but its tensors."""
-    if isinstance(table, Tensor):
-        return Tensor
-    if isinstance(table, tuple):
-        return tuple(_fixed_in(part) for part in table)
-    # of anything else no graph is made
-    return table if isinstance(table, bool | int | float | str | None) else type(table)
+    return [batch.input_ids, batch.labels, batch.position_ids, *batch.segments.tensors]
 
 
 def static_copy(batch: Batch) -> Batch:
@@ -339,33 +317,13 @@ def static_copy(batch: Batch) -> Batch:
     Raises:
         TypeError: A table consists of more than tensors, numbers and tuples of these.
     """
-
-    def copied(table: Any) -> Any:
-        if isinstance(table, Tensor):
-            return table.clone()
-        if isinstance(table, tuple):
-            return getattr(type(table), "_make", tuple)([copied(part) for part in table])
-        if not isinstance(table, bool | int | float | str | None):
-            raise TypeError(
-                f"a table of documents has a {type(table).__name__} in it, which a graph cannot read"
-            )
-        return table
-
-    segments = Segments.unknown(
-        len(batch.segments.lengths),
-        num_tokens=batch.segments.num_tokens,
-        longest=batch.input_ids.shape[1],
-        cu_seqlens=batch.segments.cu_seqlens.clone(),
-        tables={build: copied(table) for build, table in batch.segments.tables.items()},
-        room=batch.segments.room,
-    )
     unknown: Any = Unknown()
     return replace(
         batch,
         input_ids=batch.input_ids.clone(),
         labels=batch.labels.clone(),
         position_ids=batch.position_ids.clone(),
-        segments=segments,
+        segments=batch.segments.static(batch.input_ids.shape[1]),
         num_labels=unknown,
         num_tokens=unknown,
         document_ids=(),

@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from gendistill.engine.decoder import fuse, is_fused, release
 from gendistill.errors import GendistillError
 from gendistill.generation.engine import Engine
+from gendistill.generation.reading import Passes
 from gendistill.generation.request import Prompt
 from gendistill.generation.runner import Runner, why_not
 from gendistill.generation.sampling import Sampling
@@ -122,7 +123,7 @@ def test_company_and_memory_change_no_token(student, settings):
         runner, (slots, pages) = Runner(student), settings["memory_bytes"]
         sizes = runner.sizes()
         runner.close()
-        settings = {**settings, "memory_bytes": slots * sizes.slot_bytes + pages * sizes.page_bytes}
+        settings = {**settings, "memory_bytes": (slots + 1) * sizes.slot_bytes + pages * sizes.page_bytes}
     found, stats = answers(student, asked, **settings)
     assert [answer.token_ids for answer in found] == [answer.token_ids for answer in alone]
     for one, other in zip(found, alone, strict=True):
@@ -283,6 +284,22 @@ def test_states_return_to_a_snapshot(student):
     for layer, state in memory._states.items():
         assert torch.equal(state.recurrent, before[layer])
     runner.close()
+
+
+def test_passes_that_are_filled_up_change_no_token(model, monkeypatch):
+    # what is filled up on a GPU, so that passes of a size can be repeated as a graph, runs anywhere
+    monkeypatch.setattr(Passes, "_record", lambda *_: None)
+    asked = prompts()
+    alone = expected(model, asked)
+    filled = []
+    with Engine(model, max_rows=3, pass_tokens=50) as engine:
+        passes = engine._runner._passes
+        passes._captures, run = True, passes._run
+        passes._run = lambda reading: filled.append(reading.segments.room) or run(reading)
+        for _ in range(2):
+            found = dict(engine.generate(asked, end_ids=()))
+            assert [found[index].token_ids for index in range(len(asked))] == alone
+    assert sum(map(bool, filled)) > len(filled) // 2
 
 
 def test_steps_find_what_packed_passes_find(model):

@@ -182,7 +182,7 @@ def test_short_memory_and_steps_ahead_change_no_token(student, ahead, rows):
         right = dict(engine.generate(asked, end_ids=ends))
     with Engine(student, max_rows=rows) as engine:
         sizes = engine._runner.sizes()
-        engine._memory_bytes = rows * sizes.slot_bytes + (4 + rows) * sizes.page_bytes
+        engine._memory_bytes = (rows + 1) * sizes.slot_bytes + (4 + rows) * sizes.page_bytes
         engine._ahead = ahead
         for end_ids in (ends, (), ends):
             found = tokens(engine.generate(asked, end_ids=end_ids))

@@ -1,0 +1,215 @@
+"""A pass over parts of prompts: what it reads, and CUDA graphs of passes.
+
+A pass over few tokens is hundreds of small kernels, and a host is slower at launching them than a GPU at running them.
+So a pass is filled up to one of few sizes with a sequence that nobody has asked for, in a slot and a page that nobody
+reads, and repeated as a graph. The first pass of a size runs as it is, the second is recorded: recording takes as long
+as some passes, and most processes that see a size once never see it again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gendistill.generation.schedule import Piece, Row
+from gendistill.ops.paged import PAGE
+from gendistill.ops.types import Segments, UnknownLengths
+
+# graphs at a time: they share their memory, but each has some of its own
+_MOST_GRAPHS = 64
+# smallest sizes that are told apart
+_LEAST_TOKENS, _LEAST_SEQUENCES = 64, 4
+
+
+class Size(NamedTuple):
+    """Tokens and sequences of a pass, those that fill it up included."""
+
+    tokens: int
+    sequences: int
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What a pass reads, on the device.
+
+    Attributes:
+        numbers: ``[3 N + 3 S]`` int64, one after the other: tokens ``[N]``, their positions, and the cells of their
+            keys and values; slots of the sequences ``[S]``, their tokens up to the end of the pass, and the places of
+            their last tokens among all.
+        segments: The sequences.
+    """
+
+    numbers: Tensor
+    segments: Segments
+
+    @classmethod
+    def of(
+        cls,
+        pieces: Sequence[Piece],
+        rows: Sequence[Row],
+        *,
+        spare: int,
+        size: Size | None,
+        to_device: Callable[[Any], Tensor],
+    ) -> Reading:
+        """Collect parts of prompts.
+
+        Args:
+            pieces: Of one pass.
+            rows: By slot.
+            spare: The slot of what fills the pass up.
+            size: To fill it up to; None leaves it as it is.
+            to_device: Copies numbers there.
+        """
+        tokens, positions, cells = [], [], []
+        slots, ends, places, lengths = [], [], [], []
+        for slot, start, count in pieces:
+            row = rows[slot]
+            tokens += row.tokens[start : start + count]
+            numbers = range(start, start + count)
+            positions += numbers
+            cells += [row.pages[at // PAGE] * PAGE + at % PAGE if row.pages else 0 for at in numbers]
+            slots.append(slot)
+            ends.append(start + count)
+            places.append(len(tokens) - 1)
+            lengths.append(count)
+        room = 0
+        if size is not None:
+            missing = size.tokens - len(tokens)
+            tokens += [0] * missing
+            positions += range(missing)
+            cells += [0] * missing
+            empty = size.sequences - len(lengths) - 1
+            lengths += [missing] + [0] * empty
+            ends += [missing] + [0] * empty
+            slots += [spare] * (1 + empty)
+            places += [0] * (1 + empty)
+            # as many tiles of 64 tokens as sequences of so many tokens can have
+            room = size.tokens // 64 + size.sequences
+        device_numbers = to_device([*tokens, *positions, *cells, *slots, *ends, *places])
+        return cls(device_numbers, Segments(lengths, device=device_numbers.device, room=room))
+
+    @property
+    def tokens(self) -> Tensor:
+        """Token ids ``[N]``."""
+        return self._part(0, 0)
+
+    @property
+    def positions(self) -> Tensor:
+        """Positions of the tokens in their sequences ``[N]``."""
+        return self._part(1, 0)
+
+    @property
+    def cells(self) -> Tensor:
+        """Where keys and values of the tokens go ``[N]``, as :class:`~gendistill.ops.paged.Pages` has them."""
+        return self._part(2, 0)
+
+    @property
+    def slots(self) -> Tensor:
+        """Slots of the sequences ``[S]``."""
+        return self._part(3, 0)
+
+    @property
+    def ends(self) -> Tensor:
+        """Tokens of the sequences up to the end of the pass ``[S]``."""
+        return self._part(3, 1)
+
+    @property
+    def places(self) -> Tensor:
+        """Where the last token of each sequence is among the tokens ``[S]``."""
+        return self._part(3, 2)
+
+    def _part(self, by_token: int, by_sequence: int) -> Tensor:
+        tokens, sequences = self.segments.num_tokens, len(self.segments.lengths)
+        start = by_token * tokens + by_sequence * sequences
+        return self.numbers[start : start + (tokens if by_token < 3 else sequences)]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All that a graph of the pass reads anew."""
+        return [self.numbers, *self.segments.tensors]
+
+    def static(self) -> Reading:
+        """Copy it for a graph, which knows no lengths."""
+        segments = self.segments.static(self.segments.num_tokens)
+        return replace(self, numbers=self.numbers.clone(), segments=segments)
+
+
+class _Graph(NamedTuple):
+    inputs: list[Tensor]
+    hidden: Tensor
+    graph: torch.cuda.CUDAGraph
+
+
+class Passes:
+    """Passes that are repeated as graphs where their size comes again.
+
+    Args:
+        run: Takes what a pass reads, and returns the hidden state of the last token of each sequence ``[S, D]``.
+        get_pool: Returns the memory pool that all graphs of the runner share.
+        captures: Whether any are repeated.
+    """
+
+    def __init__(
+        self, run: Callable[[Reading], Tensor], get_pool: Callable[[], Any], *, captures: bool
+    ) -> None:
+        self._run, self._get_pool, self._captures = run, get_pool, captures
+        self.graphs: dict[Any, _Graph] = {}
+        self._seen: set[Size] = set()
+        self._builders: dict[Callable[..., Any], None] = {}
+        # why no pass of this model can be a graph; None if one can
+        self.why_not: str | None = None
+
+    def size(self, pieces: Sequence[Piece]) -> Size | None:
+        """Return the size to fill a pass up to; None for one that runs as it is."""
+        if not self._captures or self.why_not is not None:
+            return None
+        tokens = max(_LEAST_TOKENS, sum(piece.count for piece in pieces))
+        quarter = max(_LEAST_TOKENS, 1 << (tokens - 1).bit_length()) // 4
+        # the sequence that fills it up, and the last, which is empty
+        sequences = max(_LEAST_SEQUENCES, 1 << (len(pieces) + 1).bit_length())
+        size = Size(-(-tokens // quarter) * quarter, sequences)
+        if size in self._seen:
+            return size
+        self._seen.add(size)
+        return None
+
+    def __call__(self, reading: Reading) -> Tensor:
+        """Take a pass; what is returned is valid until the next, or the next step."""
+        if not reading.segments.room:
+            hidden = self._run(reading)
+            self._builders |= dict.fromkeys(reading.segments.builders)
+            return hidden
+        for build in self._builders:
+            reading.segments.table(build)
+        key = len(reading.numbers), len(reading.segments.lengths), reading.segments.fixed
+        graph = self.graphs.get(key)
+        if graph is None:
+            hidden = self._run(reading)
+            if self.why_not is None and len(self.graphs) < _MOST_GRAPHS:
+                self._record(key, reading)
+            return hidden
+        torch._foreach_copy_(graph.inputs, reading.tensors, non_blocking=True)  # pyright: ignore
+        graph.graph.replay()
+        return graph.hidden
+
+    def _record(self, key: Any, reading: Reading) -> None:
+        """Record a pass that has just run, so that no kernel has to be compiled for it."""
+        static = reading.static()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            # other threads prepare batches meanwhile, where the model is being trained
+            with torch.cuda.graph(graph, pool=self._get_pool(), capture_error_mode="thread_local"):
+                hidden = self._run(static)
+        except UnknownLengths:
+            self.why_not = "a mixer of the model asks for the lengths of sequences"
+            return
+        self.graphs[key] = _Graph(static.tensors, hidden, graph)
+
+    def forget(self) -> None:
+        """Let all graphs go; the pool is not theirs any more."""
+        self.graphs.clear()
