@@ -167,8 +167,9 @@ class Engine:
             return "a stop text must have a character"
         if prompt.max_new_tokens < 1:
             return f"max_new_tokens must be at least 1, got {prompt.max_new_tokens}"
-        if min(prompt.token_ids) < 0 or max(prompt.token_ids) >= known:
-            worst = max(prompt.token_ids) if min(prompt.token_ids) >= 0 else min(prompt.token_ids)
+        least, most = min(prompt.token_ids), max(prompt.token_ids)
+        if least < 0 or most >= known:
+            worst = most if least >= 0 else least
             return f"the prompt has token {worst:,}, and the model knows tokens 0 to {known - 1:,}"
         if not -(2**63) <= prompt.seed < 2**63:
             return f"seeds are whole numbers from -2**63 to 2**63 - 1, got {prompt.seed}"

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from gendistill.generation.schedule import Piece, Row
-from gendistill.ops.paged import PAGE
 from gendistill.ops.types import Segments, UnknownLengths
 
 # graphs at a time: they share their memory, but each has some of its own
@@ -37,9 +36,8 @@ class Reading:
     """What a pass reads, on the device.
 
     Attributes:
-        numbers: ``[3 N + 3 S]`` int64, one after the other: tokens ``[N]``, their positions, and the cells of their
-            keys and values; slots of the sequences ``[S]``, their tokens up to the end of the pass, and the places of
-            their last tokens among all.
+        numbers: ``[N + 2 S]`` int64, one after the other: the tokens ``[N]``; of each sequence its slot, and the
+            position of its first token in this pass.
         segments: The sequences.
     """
 
@@ -65,68 +63,36 @@ class Reading:
             size: To fill it up to; None leaves it as it is.
             to_device: Copies numbers there.
         """
-        tokens, positions, cells = [], [], []
-        slots, ends, places, lengths = [], [], [], []
+        tokens: list[int] = []
         for slot, start, count in pieces:
-            row = rows[slot]
-            tokens += row.tokens[start : start + count]
-            numbers = range(start, start + count)
-            positions += numbers
-            cells += [row.pages[at // PAGE] * PAGE + at % PAGE if row.pages else 0 for at in numbers]
-            slots.append(slot)
-            ends.append(start + count)
-            places.append(len(tokens) - 1)
-            lengths.append(count)
+            tokens += rows[slot].tokens[start : start + count]
+        slots, starts, lengths = (list(numbers) for numbers in zip(*pieces, strict=True))
         room = 0
         if size is not None:
-            missing = size.tokens - len(tokens)
+            missing, more = size.tokens - len(tokens), size.sequences - len(lengths)
             tokens += [0] * missing
-            positions += range(missing)
-            cells += [0] * missing
-            empty = size.sequences - len(lengths) - 1
-            lengths += [missing] + [0] * empty
-            ends += [missing] + [0] * empty
-            slots += [spare] * (1 + empty)
-            places += [0] * (1 + empty)
+            lengths += [missing] + [0] * (more - 1)
+            slots += [spare] * more
+            starts += [0] * more
             # as many tiles of 64 tokens as sequences of so many tokens can have
             room = size.tokens // 64 + size.sequences
-        device_numbers = to_device([*tokens, *positions, *cells, *slots, *ends, *places])
-        return cls(device_numbers, Segments(lengths, device=device_numbers.device, room=room))
+        numbers = to_device([*tokens, *slots, *starts])
+        return cls(numbers, Segments(lengths, device=numbers.device, room=room))
 
     @property
     def tokens(self) -> Tensor:
         """Token ids ``[N]``."""
-        return self._part(0, 0)
-
-    @property
-    def positions(self) -> Tensor:
-        """Positions of the tokens in their sequences ``[N]``."""
-        return self._part(1, 0)
-
-    @property
-    def cells(self) -> Tensor:
-        """Where keys and values of the tokens go ``[N]``, as :class:`~gendistill.ops.paged.Pages` has them."""
-        return self._part(2, 0)
+        return self.numbers[: self.segments.num_tokens]
 
     @property
     def slots(self) -> Tensor:
         """Slots of the sequences ``[S]``."""
-        return self._part(3, 0)
+        return self.numbers[self.segments.num_tokens :].unflatten(0, (2, -1))[0]
 
     @property
-    def ends(self) -> Tensor:
-        """Tokens of the sequences up to the end of the pass ``[S]``."""
-        return self._part(3, 1)
-
-    @property
-    def places(self) -> Tensor:
-        """Where the last token of each sequence is among the tokens ``[S]``."""
-        return self._part(3, 2)
-
-    def _part(self, by_token: int, by_sequence: int) -> Tensor:
-        tokens, sequences = self.segments.num_tokens, len(self.segments.lengths)
-        start = by_token * tokens + by_sequence * sequences
-        return self.numbers[start : start + (tokens if by_token < 3 else sequences)]
+    def starts(self) -> Tensor:
+        """Positions of the sequences' first tokens in this pass ``[S]``."""
+        return self.numbers[self.segments.num_tokens :].unflatten(0, (2, -1))[1]
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -135,8 +101,7 @@ class Reading:
 
     def static(self) -> Reading:
         """Copy it for a graph, which knows no lengths."""
-        segments = self.segments.static(self.segments.num_tokens)
-        return replace(self, numbers=self.numbers.clone(), segments=segments)
+        return replace(self, numbers=self.numbers.clone(), segments=self.segments.static())
 
 
 class _Graph(NamedTuple):

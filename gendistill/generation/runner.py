@@ -341,22 +341,29 @@ class Runner:
     def _read(self, reading: Reading) -> Tensor:
         """Take a pass; returns the hidden state of the last token of each sequence."""
         assert self.memory is not None
-        segments = reading.segments
+        segments, slots = reading.segments, reading.slots
+        ends = segments.cu_seqlens[1:]
+        tokens = torch.arange(segments.num_tokens, dtype=torch.int32, device=self.device)
+        sequences = torch.searchsorted(ends, tokens, right=True)
+        ahead = reading.starts - segments.cu_seqlens[:-1]
+        positions = tokens + ahead[sequences]
+        table = self._places.table[slots]
         pages = Pages(
-            table=self._places.table[reading.slots],
-            lengths=reading.ends.to(torch.int32),
+            table=table,
+            lengths=(ends + ahead).to(torch.int32),
             starts=segments.cu_seqlens,
-            cells=reading.cells,
+            cells=_cells(table[sequences, _page_of(positions, table)], positions),
             single=False,
         )
-        self.memory.look_at(reading.slots, pages)
+        self.memory.look_at(slots, pages)
         return go_on(
             self.decoder,
             reading.tokens[None],
-            reading.positions[None],
+            positions[None],
             sequences=SequenceInfo(segments),
             memory=self.memory,
-            wanted=reading.places,
+            # for what is empty the last token of another
+            wanted=(ends - 1).clamp(min=0).to(torch.int64),
         )
 
     @torch.no_grad()
@@ -403,10 +410,8 @@ class Runner:
         )
         lives = positions >= 0
         at = positions.clamp(min=0)
-        # a model without attention has no pages
-        place = (at // PAGE).clamp(max=table.shape[1] - 1)
-        page = table.gather(1, place[:, None])[:, 0].to(torch.int64)
-        cells = torch.where(lives, page * PAGE + at % PAGE, 0)
+        page = table.gather(1, _page_of(at, table)[:, None])[:, 0]
+        cells = torch.where(lives, _cells(page, at), 0)
         lengths = torch.where(lives, at + 1, 0).to(torch.int32)
         starts = torch.arange(number + 1, dtype=torch.int32, device=self.device)
         self.memory.look_at_slots(number, Pages(table, lengths, starts, cells, single=True))
@@ -449,6 +454,15 @@ class Runner:
             part.copy_(value)
         self.memory.restore(range(size), states)
         return graph
+
+
+def _page_of(positions: Tensor, table: Tensor) -> Tensor:
+    # a model without attention has no pages
+    return (positions // PAGE).clamp(max=table.shape[1] - 1)
+
+
+def _cells(pages: Tensor, positions: Tensor) -> Tensor:
+    return pages.to(torch.int64) * PAGE + positions % PAGE
 
 
 def _bucket(number: int) -> int:

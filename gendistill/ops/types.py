@@ -113,7 +113,7 @@ class Segments:
         cls,
         documents: int,
         num_tokens: int,
-        longest: int,
+        longest: int | None,
         cu_seqlens: Tensor,
         tables: Mapping[Callable[..., Any], Any],
         *,
@@ -126,7 +126,7 @@ class Segments:
         Args:
             documents: How many, empty ones included.
             num_tokens: Of all.
-            longest: A number of tokens that none exceeds.
+            longest: A number of tokens that none exceeds; None if that is unknown, too.
             cu_seqlens: ``[documents + 1]`` int32, as the attribute of this name.
             tables: As for :meth:`placed`.
             room: As the attribute of this name.
@@ -158,11 +158,11 @@ class Segments:
             raise ValueError(f"cu_seqlens must start at 0 and never fall, got {ends[:8]}")
         return cls([right - left for left, right in pairwise(ends)], device=cu_seqlens.device)
 
-    def static(self, longest: int) -> Segments:
+    def static(self, longest: int | None = None) -> Segments:
         """Copy what is on the device, for work that is recorded once and repeated on what is copied there later.
 
         Args:
-            longest: A number of tokens that no sequence will exceed.
+            longest: A number of tokens that no sequence will exceed; None refuses whoever asks for it.
         Raises:
             TypeError: A table consists of more than tensors, numbers and tuples of these.
         """

@@ -39,14 +39,20 @@ def make(kind, name, **sizes):
     return ready(tiny_teacher(name, **big) if kind == "teacher" else tiny_student("qwen3", name, **big))
 
 
-def check(model, found, asked, *, atol=0.03):
+def alike(found, expected):
+    """Within rounding: what went wrong at a single token would be about one."""
+    apart = (torch.tensor(found) - torch.tensor(expected)).abs()
+    return bool(apart.max() < 0.1) and bool(apart.mean() < 0.01)
+
+
+def check(model, found, asked):
     """The engine's own packed passes find the log-probabilities that its steps found."""
     with Engine(model) as engine:
         pairs = [(prompt.token_ids, answer.token_ids) for prompt, answer in zip(asked, found, strict=True)]
         scored = dict(engine.log_probs(pairs))
     for index, answer in enumerate(found):
         assert len(answer.token_ids) == asked[index].max_new_tokens
-        assert answer.log_probs == pytest.approx(scored[index], abs=atol)
+        assert alike(answer.log_probs, scored[index])
 
 
 def answers(model, asked, *, sampling=None, **settings):
@@ -81,7 +87,7 @@ def test_passes_that_are_repeated_as_graphs_find_the_same(kind, name):
             pairs = [(prompt.token_ids, found[index].token_ids) for index, prompt in enumerate(asked)]
             scored = dict(engine.log_probs(pairs))
             for index in range(len(asked)):
-                assert found[index].log_probs == pytest.approx(scored[index], abs=0.03), turn
+                assert alike(found[index].log_probs, scored[index]), turn
         assert bool(passes.graphs) is (passes.why_not is None)
         assert (passes.why_not is None) is ("sinks" not in name)
 
