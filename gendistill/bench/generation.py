@@ -15,19 +15,28 @@ from rich.console import Console
 
 from gendistill.bench.clock import Clock
 from gendistill.bench.pair import for_inference, make_student, make_teacher
-from gendistill.bench.shapes import Shape
+from gendistill.bench.shapes import SHAPES, Shape
 from gendistill.errors import GendistillError
 from gendistill.generation.engine import Engine
 from gendistill.generation.request import Prompt, Stats
 from gendistill.results.table import ResultRow
 
-# of a decode step at a context, in ms; the least that the engine is times transformers; tokens a second
+# Bars, each for the sizes that it was set for. Answers: tokens a second, the least that the engine is times
+# transformers, the least that a hybrid is times its teacher; with short prompts, and with long ones.
+ANSWERS = "qwen2.5-0.5b"
+ANSWERS_TEXTS, ANSWERS_TOKENS = 660, 384
+SPEED_BAR, PEER_BAR, HYBRID_BAR, LONG_BAR = 25_000.0, 5.0, 0.8, 1.5
+# times letter likelihood that short answers take
+CHOICES_BAR = 1.6
+# Latencies: a decode step by context and the first token, in ms; the first token of the teacher over the hybrid's; the
+# hybrid's tokens a second over the teacher's with as many rows as fit.
+LATENCIES = "qwen3-0.6b"
 STEP_BARS = {4096: 1.5, 131_072: 3.0}
 TTFT_BARS = {4096: 15.0}
-# time to the first token: the teacher's over the hybrid's, by context
 RATIO_BARS = {4096: 1 / 1.15, 32_768: 1.8, 131_072: 2.9}
-SPEED_BAR, PEER_BAR, HYBRID_BAR, LONG_BAR, ROWS_BAR = 25_000.0, 5.0, 0.8, 1.5, 3.0
+ROWS_BAR = 3.0
 _WARMUP, _STEPS, _REPEATS = 5, 50, 5
+_WARM_CHOICES, _CHOICE_TOKENS = 2, 8
 _LONG = 16_384
 
 
@@ -51,23 +60,36 @@ class Answered:
         return self.tokens / self.seconds
 
 
+def read_lines(path: Path, names: Sequence[str]) -> list[str]:
+    """Read the first of some fields that every line of a file has.
+
+    Raises:
+        GendistillError: A line is not JSON, or has none of them.
+    """
+    found = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise GendistillError(f"line {number} is not JSON: {error}", where=str(path)) from error
+        texts = [row[name] for name in names if isinstance(row, dict) and isinstance(row.get(name), str)]
+        if not texts:
+            raise GendistillError(f"line {number} has no {' or '.join(names)}", where=str(path))
+        found.append(texts[0])
+    return found
+
+
 def read_questions(path: Path, tokenizer: Any) -> list[str]:
     """Read ``question`` or ``prompt`` of every line, as the tokenizer's chat template asks it.
 
     Raises:
         GendistillError: The file has no such lines.
     """
-    found = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        row = json.loads(line)
-        text = row.get("question", row.get("prompt"))
-        if not isinstance(text, str):
-            raise GendistillError(f"line {number} has neither question nor prompt", where=str(path))
-        if tokenizer.chat_template:
-            turns = [{"role": "user", "content": text}]
-            text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        found.append(text)
-    return found
+    texts = read_lines(path, ("question", "prompt"))
+    if not tokenizer.chat_template:
+        return texts
+    turns = [[{"role": "user", "content": text}] for text in texts]
+    return [tokenizer.apply_chat_template(each, tokenize=False, add_generation_prompt=True) for each in turns]
 
 
 def by_engine(
@@ -116,6 +138,22 @@ def by_transformers(
             tokens += min(length + 1, len(row))
             answers[order[start + place]] = tokenizer.decode(row[:length], skip_special_tokens=True).strip()
     return Answered(time.perf_counter() - began, tokens, answers)
+
+
+def _is_of(model: Any, name: str) -> bool:
+    """Say whether a model has the sizes of a shape."""
+    config, sizes = model.config, SHAPES[name].sizes
+    return all(getattr(config, key, None) == value for key, value in sizes.items() if key in _SIZES)
+
+
+# what decides how long a step takes
+_SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+)
 
 
 class GenerationBench:
@@ -175,11 +213,14 @@ class GenerationBench:
             by_engine(engine, texts[:64], **{**settings, "new_tokens": 16})
             ours, stats = by_engine(engine, texts, **settings)
             full, _ = by_engine(engine, texts, new_tokens=new_tokens, end_ids=())
+        barred = _is_of(model, ANSWERS) and (len(texts), new_tokens) == (ANSWERS_TEXTS, ANSWERS_TOKENS)
         note = (
             f"{len(texts)} texts, {ours.tokens / len(texts):.0f} tokens on average, {ours.seconds:.2f} s, "
             f"{stats.steps} steps, {stats.prompt_tokens:,} tokens of prompts"
         )
-        self.add(f"{name}, engine: tokens/s", ours.speed, "tokens/s", bar=SPEED_BAR, note=note)
+        self.add(
+            f"{name}, engine: tokens/s", ours.speed, "tokens/s", bar=SPEED_BAR if barred else None, note=note
+        )
         best: Answered | None = None
         for batch in batches:
             try:
@@ -198,14 +239,61 @@ class GenerationBench:
             if best is None or found.speed > best.speed:
                 best = found
         if best is not None:
-            self.add(f"{name}: times transformers", ours.speed / best.speed, "times", bar=PEER_BAR)
+            times = ours.speed / best.speed
+            self.add(f"{name}: times transformers", times, "times", bar=PEER_BAR if barred else None)
         if student is not None:
             with Engine(student, tokenizer) as engine:
                 by_engine(engine, texts[:64], **{**settings, "new_tokens": 16, "end_ids": ()})
                 hybrid, _ = by_engine(engine, texts, new_tokens=new_tokens, end_ids=())
             self.add(f"{name}, answers of full length: tokens/s", full.speed, "tokens/s")
             self.add(f"{name}, hybrid, answers of full length: tokens/s", hybrid.speed, "tokens/s")
-            self.add(f"{name}: hybrid, times the teacher", hybrid.speed / full.speed, "times", bar=HYBRID_BAR)
+            times = hybrid.speed / full.speed
+            self.add(f"{name}: hybrid, times the teacher", times, "times", bar=HYBRID_BAR if barred else None)
+
+    def choices(
+        self, model: Any, tokenizer: Any, texts: Sequence[str], *, name: str, end_ids: Sequence[int]
+    ) -> None:
+        """Answer questions that list options by letter: once by the likelihood of letters, once in a few words.
+
+        Args:
+            model: To ask.
+            tokenizer: Its tokenizer.
+            texts: Each ends where the letter follows.
+            name: Of the model.
+            end_ids: Tokens that end an answer, beside the end of the line.
+        """
+        letters = [tokenizer(f" {letter}", add_special_tokens=False)["input_ids"] for letter in "ABCD"]
+        seconds: dict[str, list[float]] = {"likelihood": [], "generation": []}
+        chosen: list[int] = []
+        with Engine(model, tokenizer) as engine:
+            for _ in range(_WARM_CHOICES + _REPEATS):
+                began = time.perf_counter()
+                ids = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+                pairs = [(context, letter) for context in ids for letter in letters]
+                scores = {place: sum(values) for place, values in engine.log_probs(pairs)}
+                chosen = [
+                    max(range(4), key=lambda letter: scores[4 * index + letter]) for index in range(len(ids))
+                ]
+                seconds["likelihood"].append(time.perf_counter() - began)
+                began = time.perf_counter()
+                ids = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+                prompts = [Prompt(each, _CHOICE_TOKENS, ("\n",)) for each in ids]
+                answers = dict(engine.generate(prompts, end_ids=frozenset(end_ids)))
+                seconds["generation"].append(time.perf_counter() - began)
+        if errors := [answer.error for answer in answers.values() if answer.error]:
+            raise GendistillError(errors[0])
+        same = sum(answers[index].text[:1] == "ABCD"[letter] for index, letter in enumerate(chosen))
+        took = {kind: statistics.median(times[_WARM_CHOICES:]) for kind, times in seconds.items()}
+        for kind, value in took.items():
+            self.add(f"{name}, {len(texts)} choices by {kind}", value, "s", lower=True)
+        self.add(
+            f"{name}, {len(texts)} choices: generation, times likelihood",
+            took["generation"] / took["likelihood"],
+            "times",
+            lower=True,
+            bar=CHOICES_BAR if _is_of(model, ANSWERS) else None,
+            note=f"{same / len(texts):.0%} choose alike; {engine.stats.new_tokens / len(texts):.1f} tokens on average",
+        )
 
     # ----- latency -----
 
@@ -213,6 +301,7 @@ class GenerationBench:
         """Time the first token and a decode step of a teacher of a shape and its hybrid, with random weights."""
         longest = max([*contexts, _LONG]) + 1024
         shape = replace(shape, sizes={**shape.sizes, "max_position_embeddings": longest})
+        barred = shape.name == LATENCIES
         first: dict[tuple[str, int], float] = {}
         speeds: dict[str, float] = {}
         long: dict[str, float] = {}
@@ -225,10 +314,10 @@ class GenerationBench:
                     label = f"{shape.name}, {kind}, {context:,} tokens"
                     seconds = self._first_token(engine, context)
                     first[kind, context] = seconds
-                    bar = TTFT_BARS.get(context)
+                    bar = TTFT_BARS.get(context) if barred else None
                     self.add(f"{label}: first token", 1000 * seconds, "ms", lower=True, bar=bar)
                     step = self.step_seconds(engine, context, 1)
-                    bar = STEP_BARS.get(context) if kind == "hybrid" else None
+                    bar = STEP_BARS.get(context) if barred and kind == "hybrid" else None
                     self.add(f"{label}: decode step, batch 1", 1000 * step, "ms", lower=True, bar=bar)
                     if kind == "hybrid":
                         ratio = first["teacher", context] / seconds
@@ -236,7 +325,7 @@ class GenerationBench:
                             f"{shape.name}, {context:,} tokens: first token, teacher over hybrid",
                             ratio,
                             "times",
-                            bar=RATIO_BARS.get(context),
+                            bar=RATIO_BARS.get(context) if barred else None,
                         )
                 rows = self._rows_that_fit(engine, max(contexts))
                 speeds[kind] = rows / self.step_seconds(engine, max(contexts), rows)
@@ -257,13 +346,13 @@ class GenerationBench:
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
         name = f"{shape.name}, {max(contexts):,} tokens, as many rows as fit: hybrid, times the teacher"
-        self.add(name, speeds["hybrid"] / speeds["teacher"], "times", bar=ROWS_BAR)
+        self.add(name, speeds["hybrid"] / speeds["teacher"], "times", bar=ROWS_BAR if barred else None)
         if long:
             self.add(
                 f"{shape.name}, 32 prompts of {_LONG:,} tokens: hybrid, times the teacher",
                 long["hybrid"] / long["teacher"],
                 "times",
-                bar=LONG_BAR,
+                bar=LONG_BAR if shape.name == ANSWERS else None,
             )
 
     def _prompt(self, engine: Engine, context: int, new: int) -> Prompt:

@@ -132,7 +132,13 @@ def _add_generate_arguments(generate: argparse.ArgumentParser) -> None:
     generate.add_argument(
         "--texts", metavar="FILE", type=Path, help="JSON lines with question or prompt, for --model"
     )
-    generate.add_argument("--limit", metavar="N", type=int, help="of the texts; all unless given")
+    generate.add_argument(
+        "--choices",
+        metavar="FILE",
+        type=Path,
+        help="JSON lines with input: questions that list options by letter, for --model",
+    )
+    generate.add_argument("--limit", metavar="N", type=int, help="of the lines; all unless given")
     generate.add_argument("--new-tokens", metavar="N", type=int, default=384, help="longest answer (384)")
     generate.add_argument(
         "--batches",
@@ -428,11 +434,13 @@ def _run_step(arguments: argparse.Namespace) -> int:
 def _run_generate(arguments: argparse.Namespace) -> int:
     if (arguments.model is None) == (arguments.shape is None):
         raise RecipeError(
-            "say what to measure: --model MODEL --texts FILE, or --shape NAME",
+            "say what to measure: --model MODEL with --texts FILE or --choices FILE, or --shape NAME",
             where="gendistill bench generate",
         )
-    if arguments.model and not arguments.texts:
-        raise RecipeError("--model answers the lines of a file", where="--texts", hint="add --texts FILE")
+    if arguments.model and not (arguments.texts or arguments.choices):
+        raise RecipeError(
+            "--model answers the lines of a file", where="--texts", hint="add --texts FILE or --choices FILE"
+        )
     for name in ("limit", "new_tokens"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
@@ -464,7 +472,7 @@ def _run_generate(arguments: argparse.Namespace) -> int:
 
 
 def _run_answers(arguments: argparse.Namespace, bench: GenerationBench, dtype: Any) -> None:
-    from gendistill.bench.generation import read_questions
+    from gendistill.bench.generation import read_lines, read_questions
     from gendistill.bench.pair import for_inference, make_student
     from gendistill.checkpoints.resolve import load_causal_lm, load_tokenizer, resolve_checkpoint
     from gendistill_evals.decoding import greedy_decoding
@@ -475,6 +483,11 @@ def _run_answers(arguments: argparse.Namespace, bench: GenerationBench, dtype: A
     model = load_causal_lm(folder, dtype=dtype, device=bench.device)
     tokenizer = load_tokenizer(folder)
     ends = greedy_decoding(HFModel(model, tokenizer), Prompter(tokenizer)).eos_token_ids
+    if arguments.choices:
+        texts = read_lines(arguments.choices, ("input",))[: arguments.limit]
+        bench.choices(model, tokenizer, texts, name=str(arguments.model), end_ids=ends)
+    if not arguments.texts:
+        return
     texts = read_questions(arguments.texts, tokenizer)[: arguments.limit]
     student = None
     if arguments.placement:

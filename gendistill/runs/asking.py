@@ -7,8 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-import torch
-
 from gendistill.generation.engine import Engine
 from gendistill.generation.request import Prompt
 from gendistill.generation.runner import why_not
@@ -77,13 +75,6 @@ class EngineModel(HFModel):
             )
 
 
-def _why_not_there(device: torch.device) -> str | None:
-    """Say what keeps the engine from being asked on a device without being chosen; None if nothing does."""
-    if device.type == "cuda":
-        return "its attention to pages has not been tested on a GPU yet"
-    return None
-
-
 @contextmanager
 def asked(
     model: PreTrainedModel,
@@ -102,7 +93,7 @@ def asked(
         learns: Whether the model is being trained.
         say: Told why the engine cannot run the model.
     """
-    reason = why_not(model) or _why_not_there(model.lm_head.weight.device)
+    reason = why_not(model)
     if reason is not None:
         if say is not None:
             say(f"generates with transformers, because our engine cannot run this model: {reason}")

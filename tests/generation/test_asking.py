@@ -10,7 +10,6 @@ import torch
 from gendistill.checkpoints.builtin import save_tiny_checkpoint
 from gendistill.checkpoints.resolve import load_causal_lm, load_tokenizer
 from gendistill.engine.decoder import is_fused
-from gendistill.runs import asking
 from gendistill.runs.asking import EngineModel, asked
 from gendistill_evals import evaluate_model
 from gendistill_evals.errors import EvalError
@@ -106,12 +105,3 @@ def test_a_model_that_is_trained_keeps_its_parameters_where_they_are(model, toke
         list(opened.generate([Request([1, 2], 4)], Decoding({}, (), 0, {})))
         assert before == {name: value.data_ptr() for name, value in model.named_parameters()}
     assert before == {name: value.data_ptr() for name, value in model.named_parameters()}
-
-
-def test_the_engine_is_not_asked_where_it_has_not_been_tested(model, tokenizer, monkeypatch):
-    assert "not been tested on a GPU" in asking._why_not_there(torch.device("cuda"))
-    monkeypatch.setattr(asking, "_why_not_there", lambda device: f"not on {device}")
-    lines = []
-    with asked(model, tokenizer, batch_size=None, say=lines.append) as opened:
-        assert type(opened) is HFModel
-    assert "not on cpu" in lines[0]
