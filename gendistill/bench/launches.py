@@ -22,6 +22,8 @@ from gendistill_kernels.paged import prefill, store
 from gendistill_kernels.paged import rows as paged_rows
 from gendistill_kernels.runtime.launch import Fixed
 from gendistill_kernels.runtime.lookup import Table
+from gendistill_kernels.thin import product as thin_product
+from gendistill_kernels.thin import rows as thin_rows
 
 
 class Place(NamedTuple):
@@ -73,6 +75,8 @@ PLACES = {
     "paged_prefill": Place(prefill, "_prefill"),
     "paged_decode": Place(paged_decode, "_decode"),
     "paged_join": Place(paged_decode, "_join"),
+    "thin_vectors": Place(thin_product, "_vectors"),
+    "thin_tiles": Place(thin_product, "_tiles"),
 }
 
 
@@ -83,6 +87,7 @@ TABLES: tuple[Table[Any], ...] = (
     block_rows.TABLE,
     divergence_rows.TABLE,
     paged_rows.TABLE,
+    thin_rows.TABLE,
 )
 
 

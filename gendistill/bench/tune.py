@@ -44,6 +44,7 @@ from gendistill_kernels.paged.prefill import prefill as paged_prefill
 from gendistill_kernels.paged.store import turn_and_store
 from gendistill_kernels.runtime.hardware import architecture
 from gendistill_kernels.runtime.lookup import Config, Row, forced
+from gendistill_kernels.thin import product as thin
 
 # a candidate must save this part of the time to be called better: rounds differ by a percent or two
 MARGIN = 0.03
@@ -128,6 +129,17 @@ CANDIDATES: dict[str, tuple[Config, ...]] = {
         for number in (396, 792)
     ),
     "paged_join": tuple(Config(block, warps) for block in (2048, 4096, 8192) for warps in (2, 4)),
+    "thin_vectors": tuple(
+        Config(block, warps, stages=stages, programs=115)
+        for block, warps in ((8, 4), (16, 4), (16, 8))
+        for stages in (12, 16, 24, 32)
+    ),
+    "thin_tiles": tuple(
+        Config(block, 4, stages=stages, programs=programs)
+        for block in (16, 32)
+        for stages in (3, 4, 6)
+        for programs in (44, 100)
+    ),
 }
 # kernels of the chunked rule, and whether states are kept; only the scan is launched both ways
 _CHUNKED = (
@@ -259,7 +271,7 @@ def code(config: Config) -> str:
 def candidates(job: Job, now: Config) -> list[Config]:
     """Return what the table has, then what else to try: no block larger than what there is, nothing twice."""
     most = ANY
-    if not job.kernel.startswith(("norm", "conv", "block", "decode", "sum_", "divergence", "tail", "paged")):
+    if not job.kernel.startswith(("norm", "conv", "block", "decode", "sum_", "divergence", "tail", "paged", "thin")):
         most = job.key[0] if job.kernel in ("prepare", "prepare_levels", "keys") else job.key[1]
     others = CANDIDATES[job.kernel]
     if job.kernel in _NO_BLOCK:
@@ -386,7 +398,7 @@ def make_jobs(
 ) -> Iterator[Job]:
     """Make what to tune for some cases, one after the other: the tensors of one part of a layer at a time."""
     for case in cases:
-        for part in (_chunked, _convolution, _norm, _block, _decoding, _divergence, _paged):
+        for part in (_chunked, _convolution, _norm, _block, _decoding, _divergence, _paged, _thin):
             yield from (job for job in part(case, dtype, device) if job.kernel in kernels)
 
 
@@ -539,6 +551,22 @@ def _paged(case: Case, dtype: torch.dtype, device: str) -> Iterator[Job]:
     steps = {"store": store, "prefill": prefill, "decode": decode, "join": decode}
     for part, step in steps.items():
         yield Job(f"paged_{part}", case.name, (dtype.itemsize,), step=step)
+
+
+def _thin(case: Case, dtype: torch.dtype, device: str) -> Iterator[Job]:
+    """An MLP three times as wide inside, on two rows and on sixteen."""
+    normal = functools.partial(_normal, device, dtype)
+    width = case.heads * case.channels
+    stream, mixed, gain = normal(16, width), normal(16, width), normal(width)
+    gate_up, down = normal(6 * width, width), normal(width, 3 * width)
+
+    def step(rows: int) -> dict[str, Tensor]:
+        total, hidden = thin.gated_of_sum(stream[:rows], mixed[:rows], gain, gate_up, eps=1e-6)
+        out = thin.product(hidden, down, added=total, out=torch.empty_like(total))
+        return {"total": total, "hidden": hidden, "out": out}
+
+    for part, rows in (("vectors", 2), ("tiles", 16)):
+        yield Job(f"thin_{part}", case.name, (dtype.itemsize,), step=functools.partial(step, rows))
 
 
 def _divergence(case: Case, dtype: torch.dtype, device: str) -> Iterator[Job]:

@@ -21,7 +21,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from gendistill.anatomy.family import FAMILIES, Geometry, family_of, geometry_of
 from gendistill.engine.adapted import why_not_packed
 from gendistill.engine.linear import PackedLinear, pack
-from gendistill.engine.mlp import gated_mlp
+from gendistill.engine.mlp import normed_mlp
 from gendistill.mixers.base import Mixer, SequenceInfo, States
 from gendistill.ops.block import attend, rms_norm
 from gendistill.ops.select import Impl, resolve
@@ -276,6 +276,8 @@ class FusedDecoder:
             if apart:
                 torch._foreach_copy_(*map(list, zip(*apart, strict=True)))  # pyright: ignore
             self.versions = versions
+            # the next kernel but this one may read weights before the one before it has ended
+            torch.zeros(1, device=self.decoder.norm.weight.device)
 
     def release(self) -> None:
         """Let the modules run as their classes say."""
@@ -405,8 +407,7 @@ def _run_layer(
             layout=layout,
             **extra,
         )[0]
-        stream, x = rms_norm(stream, layer.post_attention_layernorm.weight, mixed, **settings)
-        return gated_mlp(x, stream, gate_up, down, impl=fused.impl)
+        return normed_mlp(stream, mixed, layer.post_attention_layernorm.weight, gate_up, down, **settings)
 
 
 def _fills(sequences: Any, cells: int) -> TypeGuard[SequenceInfo]:

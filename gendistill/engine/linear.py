@@ -14,6 +14,8 @@ from torch.distributed.tensor import DTensor
 
 from gendistill.engine.adapted import Adapters, plain
 from gendistill.engine.products import grad_dtype, product
+from gendistill.ops import thin
+from gendistill.ops.select import Impl
 
 # rows of a packed matrix: products with other widths fall off the fast paths of matrix units
 _MULTIPLE = 8
@@ -121,8 +123,16 @@ class PackedLinear:
         found = _weight_grads(grad, x, self.places, self.parameters)
         return found + self.adapters.grads(grad, x, outer) if self.adapters and outer is not None else found
 
+    def is_thin(self, x: Tensor) -> bool:
+        """Say whether as many rows as those of ``x`` ``[..., K]`` are so few that kernels of their own take them."""
+        return thin.suits(x, self.matrix)
+
     def __call__(self, x: Tensor) -> Tensor:
         """Run all layers on ``[..., in_features]``; returns ``[..., rows]`` in the dtype of arithmetic."""
+        if self.is_thin(x):
+            flat = x.flatten(0, -2).to(self.matrix.dtype)
+            out = thin.thin_linear(flat, self.matrix, self.bias, impl=Impl.TRITON)
+            return self.adapt(out, flat).view(*x.shape[:-1], -1)
         return _Packed.apply(x, self, *self.weights, *self.biases)  # pyright: ignore[reportReturnType]
 
     def split(self, out: Tensor) -> tuple[Tensor, ...]:
@@ -182,6 +192,10 @@ class GatheredLinear(PackedLinear):
     def saved(self) -> Tensor | None:
         """Keep nothing."""
         return None
+
+    def is_thin(self, x: Tensor) -> bool:
+        """No: such kernels read weights ahead, and these have only just been put together."""
+        return False
 
     def _pack(self, parts: list[Tensor]) -> Tensor:
         parts = [part.detach().to(self.dtype) for part in parts]

@@ -11,8 +11,41 @@ from torch.autograd.function import once_differentiable
 
 from gendistill.engine.linear import PackedLinear
 from gendistill.engine.products import add_product
+from gendistill.ops.block import rms_norm
 from gendistill.ops.reference.block import swiglu
 from gendistill.ops.select import Impl, contract
+from gendistill.ops.thin import thin_mlp
+
+
+def normed_mlp(
+    stream: Tensor,
+    mixed: Tensor,
+    norm_weight: Tensor,
+    gate_up: PackedLinear,
+    down: PackedLinear,
+    *,
+    eps: float,
+    dtype: torch.dtype,
+    impl: Impl,
+) -> Tensor:
+    """Run the second half of a layer: return ``s + down(silu(gate(n)) * up(n))``, s the sum of both and n its norm.
+
+    Args:
+        stream: ``[..., D]``, the residual stream.
+        mixed: ``[..., D]``, what the layer's first half adds to it.
+        norm_weight: ``[D]`` of an RMSNorm.
+        gate_up, down: Without biases.
+        eps: Of the norm.
+        dtype: Of arithmetic.
+        impl: Of norm and product in between.
+    """
+    plain = gate_up.adapters is None and down.adapters is None
+    if plain and gate_up.is_thin(stream) and down.is_thin(stream):
+        rows = stream.flatten(0, -2), mixed.flatten(0, -2)
+        out = thin_mlp(*rows, norm_weight, _rows(gate_up), down.matrix, eps=eps, impl=Impl.TRITON)
+        return out.view(stream.shape)
+    stream, x = rms_norm(stream, norm_weight, mixed, eps=eps, dtype=dtype, impl=impl)
+    return gated_mlp(x, stream, gate_up, down, impl=impl)
 
 
 def gated_mlp(x: Tensor, stream: Tensor, gate_up: PackedLinear, down: PackedLinear, *, impl: Impl) -> Tensor:

@@ -18,6 +18,7 @@ _KERNELS = {
     "norm": "norm",
     "block": "block",
     "paged": "paged",
+    "thin": "thin",
     "linear_divergence": "divergence",
 }
 
@@ -44,7 +45,7 @@ def resolve(requested: str, *, op: str, device: torch.device) -> Impl:
 
     Args:
         requested: ``auto``, ``reference`` or ``triton``.
-        op: ``delta_rule``, ``conv``, ``norm``, ``block``, ``paged`` or ``linear_divergence``.
+        op: ``delta_rule``, ``conv``, ``norm``, ``block``, ``paged``, ``thin`` or ``linear_divergence``.
         device: Where the op will run.
     Raises:
         ValueError: The requested implementation cannot run there.

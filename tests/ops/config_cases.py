@@ -35,6 +35,7 @@ from gendistill_kernels.paged.decode import decode
 from gendistill_kernels.paged.prefill import prefill
 from gendistill_kernels.paged.store import turn_and_store
 from gendistill_kernels.runtime.lookup import ByBytes
+from gendistill_kernels.thin.product import gated_of_sum, product
 
 FORWARD = ("prepare", "prepare_levels", "scan", "summary", "carry")
 RULE = Rule("softplus")
@@ -65,6 +66,7 @@ def make(cases: Any, row: Row | ByBytes, *, save: bool) -> tuple[Call, Call]:
             "divergence": functools.partial(_divergence, mixture=row.kernel == "divergence_mixture"),
             "tail": _tail,
             "paged": functools.partial(_paged, row.kernel),
+            "thin": functools.partial(_thin, 4 if row.kernel == "thin_vectors" else 32),
         }
         return makers[row.kernel.split("_")[0]](cases, dtype)
     K, V = min(row.keys, 256), min(row.values, 256)
@@ -251,6 +253,29 @@ def _paged(kernel: str, cases: Any, dtype: torch.dtype) -> tuple[Call, Call]:
         paged_attend(*wide, *sides, **heads)
         turned = reference.turn(wide[0].unflatten(1, (-1, D))[:, :H], *wide[1:2], *wide[3:], eps=1e-6)
         return _named([turned, *sides])
+
+    return call, answer
+
+
+def _thin(rows: int, cases: Any, dtype: torch.dtype) -> tuple[Call, Call]:
+    """Run an MLP whose sizes fill neither tiles nor programs; what is asked for last takes most."""
+    torch.manual_seed(0)
+    K, inner = 1160, 1000
+    stream, mixed, gain = cases.normal(rows, K), cases.normal(rows, K, dtype=dtype), cases.normal(K)
+    gate_up, down = cases.normal(2 * inner, K, dtype=dtype) / K**0.5, cases.normal(K, inner, dtype=dtype)
+
+    def call() -> dict[str, Tensor]:
+        total = stream + mixed
+        hidden = torch.empty(rows, inner, dtype=dtype, device=stream.device)
+        product(total.to(dtype), gate_up, out=hidden, gated=True)
+        out = product(hidden, down, added=total, out=torch.empty_like(total))
+        return _named([*gated_of_sum(stream, mixed, gain, gate_up, eps=1e-6)[::-1], out])
+
+    def answer() -> dict[str, Tensor]:
+        wide = stream.double() + mixed.double()
+        total, normed = reference.rms_norm(wide, gain.double(), None, eps=1e-6, dtype=torch.float64)
+        plain, hidden = (reference.swiglu(part @ gate_up.double().T) for part in (wide, normed))
+        return _named([hidden, total, total + plain @ down.double().T])
 
     return call, answer
 

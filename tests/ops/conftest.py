@@ -54,3 +54,9 @@ def config_cases():
 def paged_cases():
     """The module ``paged_cases``."""
     return load("paged_cases")
+
+
+@pytest.fixture(scope="session")
+def thin_cases():
+    """The module ``thin_cases``."""
+    return load("thin_cases")

@@ -11,7 +11,7 @@ from gendistill.ops import Impl, resolve
 from gendistill.ops.select import obstacle
 
 CPU = torch.device("cpu")
-OPS = ("delta_rule", "conv", "norm", "block", "paged", "linear_divergence")
+OPS = ("delta_rule", "conv", "norm", "block", "paged", "thin", "linear_divergence")
 interpreted = os.environ.get("TRITON_INTERPRET") == "1"
 
 

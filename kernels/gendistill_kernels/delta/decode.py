@@ -15,7 +15,6 @@ Legend: N sequences, T new tokens, K key channels, V value channels, H heads of 
 # inside a kernel the language is Triton's: range, tuples and constants mean what its compiler says
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -29,6 +28,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from gendistill_kernels.delta.device import log2_decay
 from gendistill_kernels.delta.rows import TABLE
 from gendistill_kernels.delta.rule import Convolution, Finish, Heads, Rule, check_gate
+from gendistill_kernels.runtime.hardware import can_overlap
 from gendistill_kernels.runtime.launch import Fixed, Kind, Launcher, check_devices, on_its_device
 from gendistill_kernels.runtime.lookup import cached
 
@@ -303,12 +303,6 @@ def decode_kernel(
 _decode = Launcher(decode_kernel)
 
 
-@functools.cache
-def _can_overlap(device: torch.device) -> bool:
-    """Say whether a kernel may be placed before the one before it has ended."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
-
-
 def _parts(name: str, packed: Tensor | Sequence[Tensor], sizes: list[int], dim: int) -> Sequence[Tensor]:
     """Return what belongs to q, k and v."""
     if not isinstance(packed, Tensor):
@@ -431,7 +425,7 @@ def _plan(
     # heads of a group that a program takes at once
     members = 1 if wide > BV else min(triton.next_power_of_2(H // groups), max(1, config.block // (BK * BV)))
     warps = min(config.warps, max(1, members * BK * BV // 1024))
-    overlap = _can_overlap(device)
+    overlap = can_overlap(device)
     launch = Fixed(
         (N * groups,),
         T=T, H=H, HQ=heads.q, HK=heads.k, HV=heads.v, K=K, V=V, BK=BK, BV=BV, M=members, W=W, GROUPS=groups,

@@ -26,6 +26,12 @@ def architecture(device: torch.device) -> Architecture:
     return _ARCHITECTURES.get(torch.cuda.get_device_capability(device), "any")
 
 
+@functools.cache
+def can_overlap(device: torch.device) -> bool:
+    """Say whether a kernel may be placed before the one before it has ended."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 def obstacle_on(device: torch.device, *, majors: Collection[int]) -> str | None:
     """Say what keeps kernels that are tested on GPUs of these compute capabilities from a device; None if nothing does.
 

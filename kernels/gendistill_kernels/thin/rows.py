@@ -1,0 +1,29 @@
+"""How products of few rows are launched."""
+
+from __future__ import annotations
+
+from gendistill_kernels.runtime.lookup import ByBytes, Config, Table, bytes_in_words
+
+
+def _rows(processors: int) -> tuple[ByBytes, ...]:
+    """Make the rows of one architecture: every processor shall have a program, or nearly so."""
+    most = 7 * processors // 8
+    return (
+        ByBytes("thin_vectors", 2, Config(16, 4, stages=24, programs=most)),
+        ByBytes("thin_vectors", 4, Config(16, 4, stages=12, programs=most)),
+        ByBytes("thin_tiles", 2, Config(32, 4, stages=4, programs=processors // 3)),
+        ByBytes("thin_tiles", 4, Config(16, 4, stages=2, programs=processors // 3)),
+    )
+
+
+# of both kernels ``programs`` are as many as there shall be at least, for which they take fewer rows; the loads that
+# ``stages`` counts are a thread's, of eight weights, for ``thin_vectors``, and those of a loop for ``thin_tiles``
+TABLE = Table(
+    kernels={
+        "thin_vectors": "rows of the matrix that a program takes",
+        "thin_tiles": "rows of the matrix that a program takes",
+    },
+    # 132 processors on sm_90; no kernel has run on the others
+    rows={"sm_90": _rows(132), "sm_80": _rows(108), "any": _rows(64)},
+    words=bytes_in_words,
+)
