@@ -33,7 +33,7 @@ from gendistill_kernels.conv.layout import Tiles
 from gendistill_kernels.delta.chunk import chunk_backward, chunk_forward
 from gendistill_kernels.delta.decode import decode_step
 from gendistill_kernels.delta.layout import Chunks, power_of_2
-from gendistill_kernels.delta.rows import ANY, is_many
+from gendistill_kernels.delta.rows import ANY, PROCESSORS, is_many
 from gendistill_kernels.delta.rule import Convolution, Finish, Heads, Inputs, Rule
 from gendistill_kernels.divergence import layout as divergence
 from gendistill_kernels.divergence.dense import compare
@@ -112,7 +112,15 @@ CANDIDATES: dict[str, tuple[Config, ...]] = {
         for limit in (None, 64, 128)
     ),
     "decode_group": tuple(
-        Config(block, warps, registers=255) for block in (8192, 16384, 32768) for warps in (4, 8)
+        Config(block, warps, registers=limit)
+        for warps, limit, blocks in (
+            (4, 96, (4096,)),
+            (4, 128, (4096, 8192)),
+            (8, 128, (8192, 16384)),
+            (4, 255, (16384,)),
+            (8, 255, (8192, 16384, 32768)),
+        )
+        for block in blocks
     ),
     "divergence": tuple(Config(block, warps) for block in (2048, 4096, 8192) for warps in (4, 8)),
     "divergence_mixture": tuple(Config(block, warps) for block in (2048, 4096, 8192) for warps in (4, 8)),
@@ -597,10 +605,15 @@ def _decoding(case: Case, dtype: torch.dtype, device: str) -> Iterator[Job]:
     wide = power_of_2(case.channels)
     # a group is taken by one program, which is slow for few sequences
     shared = case.kv_heads if case.kv_heads != case.heads else max(1, case.heads // 2)
-    for kernel, batch, kv_heads in (("decode", 64, case.heads), ("decode_group", 1, shared)):
+    for kernel, batch, kv_heads in (
+        ("decode", 64, case.heads),
+        ("decode_group", 1, shared),
+        ("decode_group", 256, shared),
+    ):
         sizes = DecodeCase("step", batch, case.heads, case.channels, kv_heads)
         step = _decode_step(draw_decode(sizes, device=device, dtype=dtype))
-        yield Job(kernel, case.name, (wide, wide, dtype.itemsize, False, False), step=step)
+        many = batch * kv_heads > PROCESSORS
+        yield Job(kernel, case.name, (wide, wide, dtype.itemsize, many, False), step=step)
 
 
 def _decode_step(x: DecodeInputs) -> Callable[[], dict[str, Tensor]]:

@@ -26,7 +26,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from gendistill_kernels.delta.device import log2_decay
-from gendistill_kernels.delta.rows import TABLE
+from gendistill_kernels.delta.rows import PROCESSORS, TABLE
 from gendistill_kernels.delta.rule import Convolution, Finish, Heads, Rule, check_gate
 from gendistill_kernels.runtime.hardware import can_overlap
 from gendistill_kernels.runtime.launch import Fixed, Kind, Launcher, check_devices, on_its_device
@@ -68,6 +68,22 @@ def _load_taps(weight, bias, past, inside, W: tl.constexpr):
     if bias is not None:
         offset = _load(bias, inside)
     return window, factors, offset
+
+
+@triton.jit
+def _load_token(
+    q_in, k_in, v_in, decay, beta, gate, is_q, is_qk, is_v, is_decay, is_end, exists,
+    q_token, k_token, v_token, decay_token, beta_token, gate_token, token,
+):  # fmt: skip
+    """Load what one token brings; all pointers are those of the sequence's first."""
+    opened = 1.0
+    x_qk = _load(tl.where(is_q, q_in + token * q_token, k_in + token * k_token), is_qk)
+    x_v = _load(v_in + token * v_token, is_v)
+    raw = _load(decay + token * decay_token, is_decay)
+    strength = _load(beta + token * beta_token, exists)
+    if gate is not None:
+        opened = _load(gate + token * gate_token, is_end)
+    return x_qk, x_v, raw, strength, opened
 
 
 @triton.jit
@@ -229,6 +245,16 @@ def decode_kernel(
             gain = 1.0
             if norm_weight is not None:
                 gain = _load(norm_weight + block * BV + column, is_end)
+            new_q, new_k = q_in + sequence * q_row + in_q, k_in + sequence * k_row + in_k
+            new_v = v_in + sequence * v_row + in_v
+            new_decay = decay + sequence * decay_row + head_row * K + row
+            new_beta, new_gate = beta + sequence * beta_row + head, None
+            if gate is not None and not NORM_LAST:
+                new_gate = gate + sequence * gate_row + head_column * V + block * BV + column
+            x_qk, x_v, raw, strength, opened = _load_token(
+                new_q, new_k, new_v, new_decay, new_beta, new_gate, is_q, is_qk, is_v, is_decay, is_end, exists,
+                q_token, k_token, v_token, decay_token, beta_token, gate_token, 0,
+            )  # fmt: skip
             columns = block * BV + tl.arange(0, BV)
             cells, inside = rows[:, None] * V + columns[None, :], (rows < K)[:, None] & (columns < V)[None, :]
             if M == 1:
@@ -240,62 +266,54 @@ def decode_kernel(
                 inside, live = inside & exists[:, None, None], live & exists[:, None]
             cells += sequence * (H * K * V)
             memory = tl.load(state + cells, mask=inside, other=0.0, eviction_policy=EVICTION)
-            # What any thread has read may be overwritten from here on. Without this line ptxas also moves the loads of
-            # the state behind the arithmetic of the vectors.
+            # What any thread has read may be overwritten from here on.
             tl.debug_barrier()
-            for token in range(T):
-                new_q = q_in + sequence * q_row + token * q_token + in_q
-                new_k = k_in + sequence * k_row + token * k_token + in_k
-                window_qk += (_load(tl.where(is_q, new_q, new_k), is_qk),)
-                window_v += (_load(v_in + sequence * v_row + token * v_token + in_v, is_v),)
-                raw = _load(decay + sequence * decay_row + token * decay_token + head_row * K + row, is_decay)
-                at_beta = beta + sequence * beta_row + token * beta_token + head
-                if GROUP % M == 0:
-                    strength = tl.load(at_beta).to(tl.float32)
-                else:
-                    strength = _load(at_beta, exists)
-                end = gain
-                if gate is not None and not NORM_LAST:
-                    at_gate = (
-                        gate
-                        + sequence * gate_row
-                        + token * gate_token
-                        + head_column * V
-                        + block * BV
-                        + column
-                    )
-                    end *= _activate(_load(at_gate, is_end), OUT_GATE)
-                if SIGMOID:
-                    strength = tl.sigmoid(strength)
-                forget = tl.exp2(log2_decay(raw, rate, shift, lower_bound, GATE))
-                qk = _convolve(window_qk, factors_qk, offset_qk, W, ACTIVATION)
-                v = _convolve(window_v, factors_v, offset_v, W, ACTIVATION)
-                window_qk, window_v = window_qk[1:], window_v[1:]
+            # It always is. ptxas moves loads behind arithmetic, so that one waits for another, but not past a branch.
+            if tl.program_id(1) == 0:
+                for token in range(T):
+                    window_qk += (x_qk,)
+                    window_v += (x_v,)
+                    end = gain
+                    if gate is not None and not NORM_LAST:
+                        end *= _activate(opened, OUT_GATE)
+                    if SIGMOID:
+                        strength = tl.sigmoid(strength)
+                    forget = tl.exp2(log2_decay(raw, rate, shift, lower_bound, GATE))
+                    qk = _convolve(window_qk, factors_qk, offset_qk, W, ACTIVATION)
+                    v = _convolve(window_v, factors_v, offset_v, W, ACTIVATION)
+                    window_qk, window_v = window_qk[1:], window_v[1:]
 
-                vectors, ends = tl.where(part == 2, forget, qk), tl.where(half == 0, v, end)
-                if M == 1:
-                    vectors, ends = tl.reshape(vectors, [BK, 2, 2]), tl.reshape(ends, [BV, 2])
-                else:
-                    vectors, ends = tl.reshape(vectors, [M, BK, 2, 2]), tl.reshape(ends, [M, BV, 2])
-                even, odd = tl.split(vectors)
-                q, forget = tl.split(even)
-                k, _ = tl.split(odd)
-                v, end = tl.split(ends)
-                memory, y = _apply_rule(memory, q, k, v, forget, strength, scale, NORM, ROWS, M)
-                if not NORM_LAST:
-                    if norm_weight is not None:
-                        y *= _each(tl.rsqrt(tl.sum(y * y, ROWS) / V + eps), M)
-                    if norm_weight is not None or gate is not None:
-                        y *= end
-                cells_out = (sequence * T + token) * (H * V) + columns_out
-                tl.store(out + cells_out, y.to(out.dtype.element_ty), mask=live)
-            if W > 1:
-                # the last head that reads a channel moves its window on
-                ends_q, ends_k = (head_row + 1) % (H // HQ) == 0, (head_row + 1) % (H // HK) == 0
-                moves = tl.where(is_q, ends_q, ends_k) & (block == BLOCKS - 1)
-                _store_window(at_qk, window_qk, is_qk & moves, W)
-                _store_window(at_v, window_v, is_v & ((head_column + 1) % (H // HV) == 0), W)
-            tl.store(state + cells, memory, mask=inside, eviction_policy=EVICTION)
+                    vectors, ends = tl.where(part == 2, forget, qk), tl.where(half == 0, v, end)
+                    if M == 1:
+                        vectors, ends = tl.reshape(vectors, [BK, 2, 2]), tl.reshape(ends, [BV, 2])
+                    else:
+                        vectors, ends = tl.reshape(vectors, [M, BK, 2, 2]), tl.reshape(ends, [M, BV, 2])
+                    even, odd = tl.split(vectors)
+                    q, forget = tl.split(even)
+                    k, _ = tl.split(odd)
+                    v, end = tl.split(ends)
+                    memory, y = _apply_rule(memory, q, k, v, forget, strength, scale, NORM, ROWS, M)
+                    if not NORM_LAST:
+                        if norm_weight is not None:
+                            y *= _each(tl.rsqrt(tl.sum(y * y, ROWS) / V + eps), M)
+                        if norm_weight is not None or gate is not None:
+                            y *= end
+                    cells_out = (sequence * T + token) * (H * V) + columns_out
+                    tl.store(out + cells_out, y.to(out.dtype.element_ty), mask=live)
+                    if T > 1:
+                        more = token + 1 < T
+                        x_qk, x_v, raw, strength, opened = _load_token(
+                            new_q, new_k, new_v, new_decay, new_beta, new_gate,
+                            is_q, is_qk & more, is_v & more, is_decay & more, is_end & more, more & exists,
+                            q_token, k_token, v_token, decay_token, beta_token, gate_token, token + 1,
+                        )  # fmt: skip
+                if W > 1:
+                    # the last head that reads a channel moves its window on
+                    ends_q, ends_k = (head_row + 1) % (H // HQ) == 0, (head_row + 1) % (H // HK) == 0
+                    moves = tl.where(is_q, ends_q, ends_k) & (block == BLOCKS - 1)
+                    _store_window(at_qk, window_qk, is_qk & moves, W)
+                    _store_window(at_v, window_v, is_v & ((head_column + 1) % (H // HV) == 0), W)
+                tl.store(state + cells, memory, mask=inside, eviction_policy=EVICTION)
         if NORM_LAST:
             _finish_last(out, norm_weight, gate, sequence, head, gate_row, gate_token, eps, T, H, V, OUT_GATE)
 
@@ -420,7 +438,9 @@ def _plan(
     size = 2 if first is None else first[0].itemsize
     BK, wide = (max(16, triton.next_power_of_2(channels)) for channels in (K, V))
     groups = math.gcd(*heads) if W > 1 else H
-    config = TABLE.lookup(device, "decode" if groups == H else "decode_group", BK, wide, size)
+    config = TABLE.lookup(
+        device, "decode" if groups == H else "decode_group", BK, wide, size, N * groups > PROCESSORS
+    )
     BV = min(wide, max(16, config.block // BK))
     # heads of a group that a program takes at once
     members = 1 if wide > BV else min(triton.next_power_of_2(H // groups), max(1, config.block // (BK * BV)))

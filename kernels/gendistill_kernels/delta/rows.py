@@ -11,6 +11,8 @@ from gendistill_kernels.runtime.lookup import Config, Table
 ANY = 1 << 30
 # as many chains times blocks of 128 values as keep every processor of the GPU busy with one program each
 MANY = 100
+# of an H200; more programs of a decode step than these hide each other's waiting if several fit on a processor
+PROCESSORS = 132
 
 
 class Row(NamedTuple):
@@ -20,7 +22,8 @@ class Row(NamedTuple):
         kernel: One of ``TABLE.kernels``.
         keys, values: The most channels of a head, rounded up to a power of two.
         size: The most bytes of an element of the inputs.
-        many: Whether there are ``MANY`` programs of 128 value channels; None where it does not matter.
+        many: Whether there are ``MANY`` programs of 128 value channels, of a decode step more than ``PROCESSORS``
+            programs; None where it does not matter.
         save: Whether states are kept for the backward pass; None where it does not matter.
         config: How to launch it.
     """
@@ -125,6 +128,10 @@ _ROWS: dict[Architecture, tuple[Row, ...]] = {
         Row("keys", 256, 128, 4, None, None, Config(32, 4)),
         Row("keys_levels", 256, 256, 2, None, None, Config(32, 4)),
         Row("keys_levels", 256, 128, 4, None, None, Config(32, 4)),
+        # One head at a time: five programs on a processor, of 128 channels two, so that some load while others compute.
+        # Not timed yet; chosen by what the compiler says of registers.
+        Row("decode_group", 64, 64, 4, True, None, Config(64 * 64, 4, registers=96)),
+        Row("decode_group", 128, 128, 4, True, None, Config(128 * 128, 8, registers=128)),
         *_EVERYWHERE,
     ),
     # No kernel has run on what follows: rows are chosen only to fit, and to spill little, by what the compiler says.
