@@ -17,6 +17,9 @@ from gendistill.generation.request import Prompt
 _FIRST_PAGE = 1
 # a part of the slots that must be free before prompts are read, which stops those that run
 _ADMIT = 8
+# long prompts that are read side by side, and the least share of a pass that each has; shares are multiples of chunks
+# and pages
+_SIDE, _LEAST_SHARE, _STEP = 8, 512, 64
 
 
 class Ending(Protocol):
@@ -181,21 +184,33 @@ class Piece(NamedTuple):
 
 
 def pieces(rows: Sequence[tuple[int, int]], most: int) -> list[list[Piece]]:
-    """Cut prompts into passes of at most so many tokens; every row but the last of a pass is read to its end.
+    """Cut prompts into passes of at most so many tokens, every pass as full as can be.
+
+    Long prompts are read side by side: a recurrent layer goes through each token after token, and with a single one
+    would leave most of a GPU idle.
 
     Args:
         rows: Slot and number of tokens of each.
         most: Tokens of a pass.
     """
     passes: list[list[Piece]] = []
-    room = 0
-    for slot, tokens in rows:
-        start = 0
-        while start < tokens:
+    left = [(slot, 0, tokens) for slot, tokens in rows if tokens]
+    share = max(_LEAST_SHARE, most // _SIDE // _STEP * _STEP)
+    while left:
+        counts: list[int] = []
+        room = most
+        for _, start, end in left:
             if not room:
-                passes.append([])
-                room = most
-            count = min(tokens - start, room)
-            passes[-1].append(Piece(slot, start, count))
-            start, room = start + count, room - count
+                break
+            counts.append(min(end - start, share, room))
+            room -= counts[-1]
+        # what is over goes to those in front
+        for place, (_, start, end) in enumerate(left[: len(counts)]):
+            more = min(end - start - counts[place], room)
+            counts[place] += more
+            room -= more
+        taken = list(zip(left, counts, strict=False))
+        passes.append([Piece(slot, start, count) for (slot, start, _), count in taken])
+        rest = [(slot, start + count, end) for (slot, start, end), count in taken if start + count < end]
+        left = rest + left[len(counts) :]
     return passes
