@@ -81,7 +81,9 @@ def make(cases: Any, row: Row | ByBytes, *, save: bool) -> tuple[Call, Call]:
             cut=row.kernel in ("summary", "carry", "reverse_summary"),
             heads=(2, 1, 1) if row.kernel == "sum_heads" else None,
         )
-    return _decode(cases, dtype, min(row.keys, 128), shared=4 if row.kernel == "decode_convolution" else 1)
+    # a launch that holds nothing but states, or one that convolves as well
+    shared = 1 if row.kernel == "decode" and row.many is None else 4
+    return _decode(cases, dtype, min(row.keys, 128), shared=shared)
 
 
 def _chunks(

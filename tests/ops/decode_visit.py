@@ -64,7 +64,7 @@ CONFIGS = {
     ),
 }
 # channels and warps
-CONVOLUTIONS = ((128, 2), (128, 4), (256, 2), (256, 4), (512, 4), (1024, 4), (1024, 8))  # fmt: skip
+CONVOLUTIONS = ((64, 2), (128, 4), (256, 4), (256, 8), (512, 8))
 
 
 def say(*words: object) -> None:
