@@ -66,7 +66,7 @@ PLACES = {
     "block_attention_queries": Place(attention, "_queries"),
     "block_attention_keys": Place(attention, "_keys"),
     "decode": Place(decode, "_decode"),
-    "decode_group": Place(decode, "_decode"),
+    "decode_convolution": Place(decode, "_convolution"),
     "divergence": Place(dense, "_compare"),
     "divergence_mixture": Place(dense, "_compare"),
     "tail_sum": Place(tail, "_log_sum"),

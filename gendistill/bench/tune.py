@@ -107,21 +107,20 @@ CANDIDATES: dict[str, tuple[Config, ...]] = {
     },
     "decode": tuple(
         Config(block, warps, registers=limit)
-        for block in (8192, 16384)
-        for warps in (8, 16)
-        for limit in (None, 64, 128)
-    ),
-    "decode_group": tuple(
-        Config(block, warps, registers=limit)
-        for warps, limit, blocks in (
-            (4, 96, (4096,)),
-            (4, 128, (4096, 8192)),
-            (8, 128, (8192, 16384)),
-            (4, 255, (16384,)),
-            (8, 255, (8192, 16384, 32768)),
+        for block, warps, limit in (
+            (4096, 2, 128),
+            (4096, 4, 64),
+            (4096, 4, 80),
+            (4096, 4, 96),
+            (8192, 4, 128),
+            (8192, 8, 64),
+            (16384, 4, 255),
+            (16384, 8, 96),
+            (16384, 8, 128),
+            (16384, 16, 64),
         )
-        for block in blocks
     ),
+    "decode_convolution": tuple(Config(block, warps) for block in (128, 256, 512, 1024) for warps in (2, 4)),
     "divergence": tuple(Config(block, warps) for block in (2048, 4096, 8192) for warps in (4, 8)),
     "divergence_mixture": tuple(Config(block, warps) for block in (2048, 4096, 8192) for warps in (4, 8)),
     "tail_sum": tuple(Config(block, warps) for block in (2048, 4096, 8192) for warps in (4, 8)),
@@ -603,16 +602,15 @@ def _divergence(case: Case, dtype: torch.dtype, device: str) -> Iterator[Job]:
 
 def _decoding(case: Case, dtype: torch.dtype, device: str) -> Iterator[Job]:
     wide = power_of_2(case.channels)
-    # a group is taken by one program, which is slow for few sequences
     shared = case.kv_heads if case.kv_heads != case.heads else max(1, case.heads // 2)
     for kernel, batch, kv_heads in (
-        ("decode", 64, case.heads),
-        ("decode_group", 1, shared),
-        ("decode_group", 256, shared),
+        ("decode", 1, case.heads),
+        ("decode", 256, case.heads),
+        ("decode_convolution", 64, shared),
     ):
         sizes = DecodeCase("step", batch, case.heads, case.channels, kv_heads)
         step = _decode_step(draw_decode(sizes, device=device, dtype=dtype))
-        many = batch * kv_heads > PROCESSORS
+        many = batch * case.heads > PROCESSORS
         yield Job(kernel, case.name, (wide, wide, dtype.itemsize, many, False), step=step)
 
 

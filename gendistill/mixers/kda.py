@@ -19,7 +19,7 @@ from gendistill.ops.gates import log_decay
 from gendistill.ops.norm import gated_rms_norm
 from gendistill.ops.select import Impl, resolve
 
-# up to this many tokens after the first ones are decoded in one launch
+# up to this many tokens after the first ones are decoded at once
 _DECODE_TOKENS = 8
 
 
@@ -156,7 +156,7 @@ class KDA(Mixer):
         return y, MixerState(conv_state, memory)
 
     def _decode(self, x: Tensor, state: MixerState, impl: Impl) -> tuple[Tensor, MixerState]:
-        """Take a few more tokens in one launch between the projections."""
+        """Take a few more tokens, by one op between the projections."""
         conv, recurrent = state.conv, state.recurrent
         if not state.owned:
             # the kernel steps through contiguous states; these may lie otherwise in memory

@@ -35,7 +35,7 @@ def decode_delta_rule(
     output_activation: str = "none",
     impl: Impl | str = Impl.REFERENCE,
 ) -> Tensor:
-    """Take every sequence a few tokens further, in one launch on the kernels; both states change in place.
+    """Take every sequence a few tokens further, in one launch on the kernels, or two; both states change in place.
 
     Short convolution, L2 norm of q and k, decay gate, write strength, the delta rule with a decay per key channel, then
     RMSNorm and output gate of every head. Nothing but the output is allocated, so a CUDA graph can hold the step. There

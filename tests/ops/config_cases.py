@@ -83,7 +83,9 @@ def make(cases: Any, row: Row | ByBytes, *, save: bool) -> tuple[Call, Call]:
             cut=row.kernel in ("summary", "carry", "reverse_summary"),
             heads=(2, 1, 1) if row.kernel == "sum_heads" else None,
         )
-    return _decode(cases, dtype, min(row.keys, 128), shared=4 if row.kernel == "decode_group" else 1)
+    # a launch that holds nothing but states, or one that convolves as well
+    shared = 1 if row.kernel == "decode" and row.many is None else 4
+    return _decode(cases, dtype, min(row.keys, 128), shared=shared)
 
 
 def _chunks(
@@ -330,7 +332,7 @@ def _decode(cases: Any, dtype: torch.dtype, K: int, *, shared: int) -> tuple[Cal
     heads = Heads(4, 4 // shared, 4 // shared)
     x = cases.draw(RULE, B=3, T=2, H=4, K=K, dtype=dtype, heads=heads)
     state, channels = cases.normal(3, 4, K, K), sum(heads) * K
-    # it changes nothing, but makes the heads that share a key and a value a group
+    # it changes nothing, but a step of heads that share a key and a value launches a kernel for it
     weight = torch.tensor([0.0, 1.0], dtype=dtype, device=cases.DEVICE).expand(channels, 2).contiguous()
 
     def call() -> dict[str, Tensor]:

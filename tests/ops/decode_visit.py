@@ -11,9 +11,9 @@ import argparse
 import faulthandler
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -26,6 +26,7 @@ from gendistill.ops import decode_delta_rule
 from gendistill_kernels.delta.decode import decode_step
 from gendistill_kernels.delta.rule import Convolution, Finish, Heads, Rule
 from gendistill_kernels.runtime.lookup import Config, forced
+from gendistill_kernels.runtime.memory import Part
 
 START = time.perf_counter()
 # states that a replay goes through, so that none is found in the cache; several layers have as much
@@ -39,33 +40,40 @@ SHAPES = {
     "16/16/16 of 128": (16, 16, 128),
 }
 BATCHES = (1, 8, 32, 128, 256, 512)
-KERNELS = ("decode", "decode_group")
-# of one head and of several at a time, by channels: elements, warps and registers
+# elements of the state, warps and registers, by channels
 CONFIGS = {
     64: (
-        (4096, 2, 128), (4096, 2, 168), (4096, 4, 64), (4096, 4, 80), (4096, 4, 96), (4096, 4, 128),
-        (8192, 4, 128), (8192, 4, 168), (8192, 8, 64), (8192, 8, 96), (8192, 8, 128), (16384, 8, 128),
-        (16384, 8, 255), (32768, 8, 255),
+        (4096, 2, 96),
+        (4096, 2, 128),
+        (4096, 2, 168),
+        (4096, 4, 64),
+        (4096, 4, 72),
+        (4096, 4, 80),
+        (4096, 4, 96),
+        (2048, 2, 64),
+        (2048, 2, 96),
     ),
     128: (
-        (16384, 4, 255), (16384, 8, 96), (16384, 8, 128), (16384, 16, 64), (32768, 8, 255), (32768, 16, 128),
-        (8192, 4, 128), (8192, 8, 64),
+        (16384, 4, 255),
+        (16384, 8, 96),
+        (16384, 8, 128),
+        (16384, 16, 64),
+        (8192, 4, 128),
+        (8192, 8, 64),
+        (8192, 4, 168),
     ),
-}  # fmt: skip
+}
+# channels and warps
+CONVOLUTIONS = ((64, 2), (128, 4), (256, 4), (256, 8), (512, 8))
 
 
 def say(*words: object) -> None:
     print(f"{time.perf_counter() - START:6.1f} s ", *words, flush=True)
 
 
-@contextmanager
-def launched(config: Config | None) -> Iterator[None]:
-    """Launch every kernel of a step that holds states in this configuration; as the table says without one."""
-    with ExitStack() as stack:
-        if config is not None:
-            for kernel in KERNELS:
-                stack.enter_context(forced(kernel, config))
-        yield
+def words(config: Config) -> str:
+    limit = "" if config.registers is None else f", {config.registers} registers"
+    return f"{config.block} in {config.warps} warps{limit}"
 
 
 class Layers(NamedTuple):
@@ -135,9 +143,13 @@ def errors_of(shape: str, rows: int) -> str:
     return f"out {off[0]:.1e}, state {off[1]:.1e}, window {'moved' if moved else 'NOT MOVED'}{bad}"
 
 
-def choices(shape: str, *, wanted: bool) -> list[Config]:
-    """Return the configurations to try besides the table's."""
-    return [Config(*one[:2], registers=one[2]) for one in CONFIGS[SHAPES[shape][2]]] if wanted else []
+def choices(shape: str, *, wanted: bool) -> list[tuple[str, Config]]:
+    """Return kernels of a step, each with a configuration to try instead of the table's."""
+    heads, shared, channels = SHAPES[shape]
+    found = [("decode", Config(*one[:2], registers=one[2])) for one in CONFIGS[channels]]
+    if heads != shared:
+        found += [("decode_convolution", Config(*one)) for one in CONVOLUTIONS]
+    return found if wanted else []
 
 
 def precompile(shapes: Sequence[str], batches: Sequence[int], *, wanted: bool) -> None:
@@ -146,14 +158,16 @@ def precompile(shapes: Sequence[str], batches: Sequence[int], *, wanted: bool) -
     for shape in shapes:
         for rows in batches:
             layers = Layers.of(shape, rows, 1)
-            for config in [None, *choices(shape, wanted=wanted)]:
-                with launched(config), watch(KERNELS[0], run=False) as found:
-                    layers.step()
-                # compiled code depends on nothing else that differs here
-                launches |= {repr(sorted(launch.settings.items(), key=str)): launch for launch in found}
+            for choice in [None, *choices(shape, wanted=wanted)]:
+                for kernel in ("decode", "decode_convolution"):
+                    with forced(*choice) if choice else nullcontext(), watch(kernel, run=False) as found:
+                        layers.step()
+                    # compiled code depends on nothing else that differs here
+                    launches |= {repr(sorted(one.settings.items(), key=str)): one for one in found}
 
     def build(launch: Launch) -> None:
-        launch.launcher.function.warmup(*launch.arguments, grid=launch.grid, **launch.settings)
+        arguments = [part.tensor if isinstance(part, Part) else part for part in launch.arguments]
+        launch.launcher.function.warmup(*arguments, grid=launch.grid, **launch.settings)
 
     with ThreadPoolExecutor(12) as pool:
         reasons = {
@@ -175,20 +189,21 @@ def main() -> None:
     for shape in shapes:
         for rows in (1, 200):
             say(f"{shape}, {rows:3}: {errors_of(shape, rows)}")
-        for config in choices(shape, wanted=arguments.configs):
-            with launched(config):
+        for kernel, config in choices(shape, wanted=arguments.configs):
+            with forced(kernel, config):
                 found, reason = attempt(lambda shape=shape: errors_of(shape, 40))
-            say(f"    {config}: {reason or found}")
+            say(f"    {kernel} {words(config)}: {reason or found}")
     for shape in shapes:
         for rows in arguments.batches:
             layers = Layers.of(shape, rows)
             size = 2 * layers.x.state.nbytes
             took = microseconds(layers)
             say(f"{shape}, {rows:3}: {took:7.2f} us = {size / took / 1e6:.2f} TB/s")
-            for config in choices(shape, wanted=arguments.configs):
-                with launched(config):
+            for kernel, config in choices(shape, wanted=arguments.configs):
+                with forced(kernel, config):
                     took, reason = attempt(lambda layers=layers: microseconds(layers, 5))
-                say(f"    {config}: " + (reason or f"{took:7.2f} us = {size / took / 1e6:.2f} TB/s"))
+                speed = reason or f"{took:7.2f} us = {size / took / 1e6:.2f} TB/s"
+                say(f"    {kernel} {words(config)}: {speed}")
             del layers
             torch.cuda.empty_cache()
     say("done")

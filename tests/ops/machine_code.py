@@ -106,6 +106,27 @@ def usage(kernel) -> Usage:
     return Usage(kernel.metadata.shared, *map(int, match.groups()))
 
 
+def late_loads(sass: str) -> int:
+    """Count loads from global memory that are asked for after something that was loaded has been waited for."""
+    pending: set[str] = set()
+    waited = late = 0
+    for line in sass.splitlines():
+        match = _LINE.match(line)
+        if match is None:
+            continue
+        name, rest = match[3], match[4]
+        target, _, sources = rest.partition(",")
+        if pending & {*re.findall(r"\bR\d+", sources if not name.startswith("ST") else rest)}:
+            waited = 1
+        if name.startswith("LDG"):
+            late += waited
+            register = target.strip()
+            for _ in range(4 if ".128" in name else 2 if ".64" in name else 1):
+                pending.add(register)
+                register = _next(register)
+    return late
+
+
 def products(sass: str, thread: int = 0) -> list[Product]:
     """Compute the operands' addresses of every ``wgmma`` for one thread, in the order of the listing."""
     machine, found = _Machine(thread), []

@@ -179,7 +179,7 @@ def make_cases() -> dict[str, Callable[[], Sequence[Tensor]]]:
             found[f"out-of-range-{K}-{word}"] = lambda K=K, dtype=dtype: chunks(
                 Rule("none", sigmoid=False), dtype, wild=True, K=K
             )
-            # heads that share nothing, and a group that fills a turn and half of another
+            # heads that share nothing, and heads with the same keys and values
             found[f"decode-{K}-{word}"] = lambda K=K, dtype=dtype: [
                 *decode(dtype, K, tokens=1, heads=Heads(2, 2, 2)),
                 *decode(dtype, K, tokens=3, heads=Heads(12, 1, 1) if K == 64 else Heads(3, 1, 1)),

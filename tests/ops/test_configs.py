@@ -32,7 +32,7 @@ ENTRIES = [
 # launched by test_gpu_configs.py.
 QUICK = {
     "sm_90": (
-        "scan", "summary", "carry", "reverse_scan", "reverse_summary", "norm_forward", "decode", "decode_group",
+        "scan", "summary", "carry", "reverse_scan", "reverse_summary", "norm_forward", "decode", "decode_convolution",
         "divergence", "divergence_mixture", "tail_sum", "tail_gradient", "paged_store", "paged_prefill",
         "paged_decode", "paged_join", "thin_vectors", "thin_tiles",
     ),

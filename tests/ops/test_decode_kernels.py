@@ -24,6 +24,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 from triton.runtime.interpreter import interpreter_builder
 
+from gendistill.bench.launches import watch
 from gendistill_kernels.delta import decode
 from gendistill_kernels.delta.decode import decode_step
 from gendistill_kernels.delta.rule import Convolution, Finish, Heads, Rule
@@ -158,8 +159,15 @@ CASES = {
     "more tokens than taps": {"T": 8, "activation": "identity", "bias": False},
     "fewer key and value heads": {"H": 4, "heads": Heads(4, 2, 1), "T": 3, "N": 1},
     "groups of unlike sizes": {"H": 6, "heads": Heads(6, 2, 3), "N": 1},
-    "a group in two turns": {"K": 64, "V": 64, "H": 9, "heads": Heads(9, 1, 1), "T": 2, "N": 1},
-    "two groups": {"H": 4, "heads": Heads(4, 2, 2), "T": 2},
+    "nine heads with the same keys and values": {
+        "K": 64,
+        "V": 64,
+        "H": 9,
+        "heads": Heads(9, 1, 1),
+        "T": 2,
+        "N": 1,
+    },
+    "heads that share keys and values two by two": {"H": 4, "heads": Heads(4, 2, 2), "T": 2},
     "fewer query heads": {"H": 4, "heads": Heads(2, 2, 4), "rule": Rule("softplus"), "T": 3, "N": 1},
     "channels that fill no tile": {"K": 24, "V": 20, "T": 3},
     "wide values": {"K": 16, "V": 32, "rule": Rule("bounded", lower_bound=-1.0, scale=0.5)},
@@ -171,7 +179,7 @@ CASES = {
     "no norm": {"norm": False, "T": 2, "gate": "none"},
     "no gate": {"gate": None, "T": 2},
     "values in blocks": {"K": 256, "V": 72, "H": 1, "heads": Heads(1, 1, 1), "T": 2, "N": 1},
-    "values of a group in blocks": {"K": 256, "V": 130, "heads": Heads(2, 1, 1), "T": 2, "N": 1},
+    "values that heads share, in blocks": {"K": 256, "V": 130, "heads": Heads(2, 1, 1), "T": 2, "N": 1},
     "values in blocks without a norm": {"K": 130, "V": 130, "H": 1, "T": 2, "N": 1, "norm": False},
     "half": {"dtype": torch.float16, "T": 3, "H": 4, "heads": Heads(4, 2, 2), "N": 1},
     "half with a float32 window": {
@@ -239,6 +247,26 @@ def test_programs_may_run_in_any_order(monkeypatch, heads):
     )
     for one, other in zip(run(x), expected, strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "launches"),
+    [
+        ({}, 1),
+        ({"H": 4, "heads": Heads(4, 2, 2)}, 2),
+        ({"H": 4, "heads": Heads(2, 4, 4)}, 2),
+        # without a window nothing is moved on that others read
+        ({"H": 4, "heads": Heads(4, 2, 2), "taps": 1}, 1),
+        ({"H": 4, "heads": Heads(4, 2, 2), "taps": 0}, 1),
+    ],
+)
+def test_what_heads_share_is_convolved_before(sizes, launches):
+    x = make(T=2, **sizes)
+    with watch("decode_convolution") as before, watch("decode") as step:
+        run(x)
+    assert len(step) == 1
+    assert len(before) == launches - 1
+    assert step[0].settings["CONVOLVED"] == bool(before)
 
 
 def test_inputs_may_be_views_of_one_projection():

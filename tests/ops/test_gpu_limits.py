@@ -189,6 +189,42 @@ def test_decoding_leaves_the_memory_around_its_tensors_alone(cases, guards, H, k
     assert all(torch.equal(kept[name], part) for name, part in inputs.items())
 
 
+@pytest.mark.parametrize(("H", "kv", "K"), [(14, 2, 64), (16, 8, 128), (4, 4, 128)])
+@pytest.mark.parametrize("N", [1, 300])
+def test_steps_that_overlap_are_as_steps_that_wait(cases, N, H, kv, K):
+    """The programs of a step read the state that the step before wrote, on whatever processors that was."""
+    torch.manual_seed(0)
+    T, C = 50, (H + 2 * kv) * K
+    qkv, decay, beta = (cases.normal(T, N, 1, *sizes, dtype=BF16) for sizes in ((C,), (H, K), (H,)))
+    weight, gates = cases.normal(C, 4, dtype=BF16), {"A_log": cases.normal(H), "dt_bias": cases.normal(H * K)}
+    before = cases.normal(N, H, K, K), cases.normal(N, C, 3, dtype=BF16)
+    state, past = (part.clone() for part in before)
+    outs = torch.empty(T, N, 1, H, K, device=DEVICE, dtype=BF16)
+
+    def step(token):
+        decode_step(
+            qkv[token], decay[token], beta[token], state, rule=Rule("bounded"), heads=Heads(H, kv, kv),
+            convolution=Convolution(weight, past, None, "silu"), out=outs[token], **gates,
+        )  # fmt: skip
+
+    for token in range(T):
+        step(token)
+        torch.cuda.synchronize()
+    expected = [part.clone() for part in (outs, state, past)]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for token in range(T):
+            step(token)
+    for launch in (graph.replay, lambda: [step(token) for token in range(T)], graph.replay):
+        outs.zero_()
+        state.copy_(before[0])
+        past.copy_(before[1])
+        launch()
+        torch.cuda.synchronize()
+        for found, right in zip((outs, state, past), expected, strict=True):
+            assert torch.equal(found, right)
+
+
 def test_tokens_after_the_last_document_are_not_read(cases):
     """The public ops refuse them; the kernels, which may get a longer buffer, leave them alone."""
     rule, extra = Rule("softplus"), 70

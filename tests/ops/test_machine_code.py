@@ -18,7 +18,7 @@ from gendistill_kernels.block import attention
 from gendistill_kernels.block.layout import Tiles
 from gendistill_kernels.delta import chunk, decode
 from gendistill_kernels.delta.layout import Chunks
-from gendistill_kernels.delta.rule import Convolution, Heads, Inputs, Rule
+from gendistill_kernels.delta.rule import Convolution, Finish, Heads, Inputs, Rule
 from gendistill_kernels.paged import decode as paged_decode
 from gendistill_kernels.paged import prefill, store
 from gendistill_kernels.runtime.hardware import SHARED_BYTES
@@ -170,31 +170,65 @@ def test_a_state_of_16_bits_is_carried(machine_code, monkeypatch):
     machine_code.build(function, arguments, settings, options)
 
 
-def test_an_overlapping_step_waits_before_it_touches_memory(machine_code, monkeypatch):
-    calls = []
-    monkeypatch.setattr(decode, "_decode", Recorder(decode.decode_kernel, calls))
-    N, H, K = 1, 4, 64
-    qkv, decay, beta = (
-        torch.zeros(N, 1, *sizes, dtype=torch.bfloat16) for sizes in ((3 * H * K,), (H, K), (H,))
+def decode_steps(machine_code, monkeypatch, N, H, KV, K):
+    """Record the launches of a step with everything in it, as a GPU that lets kernels overlap would get them."""
+    calls = {}
+    for name in ("_convolution", "_decode"):
+        monkeypatch.setattr(
+            decode, name, Recorder(getattr(decode, name).function, calls.setdefault(name, []))
+        )
+    C, bf16 = (H + 2 * KV) * K, torch.bfloat16
+    qkv, decay, beta, gate = (
+        torch.zeros(N, 1, *sizes, dtype=bf16) for sizes in ((C,), (H, K), (H,), (H * K,))
     )
-    history = Convolution(torch.zeros(3 * H * K, 4), torch.zeros(N, 3 * H * K, 3))
+    history = Convolution(torch.zeros(C, 4, dtype=bf16), torch.zeros(N, C, 3, dtype=bf16), None, "silu")
     gates = {"A_log": torch.zeros(H), "dt_bias": torch.zeros(H * K)}
-    state, heads = torch.zeros(N, H, K, K), Heads(H, H, H)
     decode.decode_step(
-        qkv, decay, beta, state, rule=Rule("bounded"), heads=heads, convolution=history, **gates
-    )
-    ((_, arguments, settings),) = calls
-    assert not settings["OVERLAP"], "there is no GPU here"
-    settings["OVERLAP"] = settings["launch_pdl"] = True
-    options = {key: settings.pop(key) for key in machine_code.OPTIONS if settings.get(key) is not None}
-    settings.pop("maxnreg", None)
-    sass, _ = machine_code.listing(decode.decode_kernel, arguments, settings, options)
-    names = re.findall(r"^\s+/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9]+)", sass, re.MULTILINE)
-    touched = [
-        index for index, name in enumerate(names) if name in ("LDG", "STG", "LD", "ST", "ATOMG", "RED")
-    ]
-    assert names.index("ACQBULK") < touched[0]
-    assert "PREEXIT" in names
+        qkv, decay, beta, torch.zeros(N, H, K, K), rule=Rule("bounded"), heads=Heads(H, KV, KV), convolution=history,
+        finish=Finish(torch.zeros(K, dtype=bf16), 1e-6, gate), **gates,
+    )  # fmt: skip
+    found = {}
+    for name, launches in calls.items():
+        for function, arguments, settings in launches:
+            assert not settings["OVERLAP"], "there is no GPU here"
+            settings["OVERLAP"] = settings["launch_pdl"] = True
+            options = {
+                key: settings.pop(key) for key in machine_code.OPTIONS if settings.get(key) is not None
+            }
+            settings.pop("maxnreg", None)
+            found[name] = machine_code.build(function, arguments, settings, options)
+    return found
+
+
+def memory_and_waits(sass):
+    """List what touches global memory, and waiting for the kernel before and letting the next one start."""
+    names = re.findall(r"^\s+/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9.]+)", sass, re.MULTILINE)
+    kinds = ("LDG", "STG", "LD", "ST", "ATOMG", "RED", "ACQBULK", "PREEXIT")
+    return [name for name in names if name.split(".")[0] in kinds]
+
+
+@pytest.mark.parametrize("KV", [4, 2])
+def test_an_overlapping_step_waits_before_it_touches_memory(machine_code, monkeypatch, KV):
+    """But for states, which the second of two launches reads from the second cache alone."""
+    kernels = decode_steps(machine_code, monkeypatch, 1, 4, KV, 64)
+    assert [*kernels] == (["_decode"] if KV == 4 else ["_convolution", "_decode"])
+    for name, kernel in kernels.items():
+        found = memory_and_waits(machine_code.code(kernel))
+        wait = found.index("ACQBULK")
+        assert "PREEXIT" in found[wait:]
+        if name == "_decode" and KV == 2:
+            assert found[:wait] == ["LDG.E.128.STRONG.GPU"] * 8
+        else:
+            assert wait == 0
+
+
+@pytest.mark.parametrize(("H", "KV", "K"), [(14, 2, 64), (9, 3, 64), (16, 8, 128), (16, 16, 128)])
+@pytest.mark.parametrize("N", [1, 512])
+def test_a_step_asks_for_all_it_reads_before_it_waits(machine_code, monkeypatch, N, H, KV, K):
+    for name, kernel in decode_steps(machine_code, monkeypatch, N, H, KV, K).items():
+        assert machine_code.late_loads(machine_code.code(kernel)) == 0, name
+        # nothing of a state that matters is spilled
+        assert machine_code.usage(kernel).stack <= 32
 
 
 @pytest.mark.parametrize(("H", "KV", "D"), [(16, 8, 128), (14, 2, 64), (8, 4, 256)])

@@ -1,4 +1,4 @@
-"""The gated delta rule: chunked kernels forwards and backwards, and a decode step in one launch.
+"""The gated delta rule: chunked kernels forwards and backwards, and a decode step.
 
 README.md beside this file, in the repository, has the formulas and a glossary.
 """

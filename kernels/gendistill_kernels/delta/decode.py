@@ -1,12 +1,13 @@
-"""Run one decode step of a delta-rule layer, all that lies between its projections, in one launch.
+"""Run one decode step of a delta-rule layer: all that lies between its projections.
 
 Short convolution, L2 norm of q and k, decay gate, write strength, delta rule, RMSNorm and output gate, for a few new
-tokens per sequence. Both states are updated in place and nothing but the output is allocated, so a CUDA graph can
-hold the step.
+tokens per sequence. Both states are updated in place and nothing but the output is allocated, except for what heads
+share, so a CUDA graph can hold the step.
 
-A program owns one sequence and a group of state heads that shares no q, k or v head with another group. It alone
-touches the convolution state of the group's channels, hence no program waits for another. It takes as many heads of the
-group at once as its registers hold, and then the next. Without a convolution every state head is a group of its own.
+A program owns one head of one sequence's state, and takes all of its value channels that its registers hold at once. If
+no head shares its q, k or v with another, it also convolves them and moves the convolution's state on: one launch. Else
+programs would have to wait for each other before they do, so a small launch before convolves every channel once, while
+the programs of the second load their states.
 
 Legend: N sequences, T new tokens, K key channels, V value channels, H heads of the state, C packed channels, W taps.
 """
@@ -16,8 +17,8 @@ Legend: N sequences, T new tokens, K key channels, V value channels, H heads of 
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -31,6 +32,7 @@ from gendistill_kernels.delta.rule import Convolution, Finish, Heads, Rule, chec
 from gendistill_kernels.runtime.hardware import can_overlap
 from gendistill_kernels.runtime.launch import Fixed, Kind, Launcher, check_devices, on_its_device
 from gendistill_kernels.runtime.lookup import cached
+from gendistill_kernels.runtime.memory import Workspace
 
 _TENSORS = (
     "q", "k", "v", "decay", "beta", "state", "out", "A_log", "dt_bias",
@@ -71,19 +73,14 @@ def _load_taps(weight, bias, past, inside, W: tl.constexpr):
 
 
 @triton.jit
-def _load_token(
-    q_in, k_in, v_in, decay, beta, gate, is_q, is_qk, is_v, is_decay, is_end, exists,
-    q_token, k_token, v_token, decay_token, beta_token, gate_token, token,
-):  # fmt: skip
-    """Load what one token brings; all pointers are those of the sequence's first."""
+def _load_gates(decay, beta, gate, is_decay, is_end, exists):
+    """Load a token's decay, write strength and output gate; all ones if there is no gate."""
     opened = 1.0
-    x_qk = _load(tl.where(is_q, q_in + token * q_token, k_in + token * k_token), is_qk)
-    x_v = _load(v_in + token * v_token, is_v)
-    raw = _load(decay + token * decay_token, is_decay)
-    strength = _load(beta + token * beta_token, exists)
+    raw = _load(decay, is_decay)
+    strength = _load(beta, exists)
     if gate is not None:
-        opened = _load(gate + token * gate_token, is_end)
-    return x_qk, x_v, raw, strength, opened
+        opened = _load(gate, is_end)
+    return raw, strength, opened
 
 
 @triton.jit
@@ -103,49 +100,28 @@ def _store_window(past, window, inside, W: tl.constexpr):
         tl.store(past + slot, window[slot].to(past.dtype.element_ty), mask=inside)
 
 
-# Of one head tiles are [K, V] and vectors [K] or [V]; of ``M`` heads at once they have another axis before these. The
-# next three give vectors the axes of such a tile: a number for every row, for every column, and one for each head.
-
-
-@triton.jit
-def _down(x, M: tl.constexpr):
-    return x[:, None] if M == 1 else x[:, :, None]
-
-
-@triton.jit
-def _across(x, M: tl.constexpr):
-    return x[None, :] if M == 1 else x[:, None, :]
-
-
-@triton.jit
-def _each(x, M: tl.constexpr):
-    return x if M == 1 else x[:, None]
-
-
 @triton.jit
 def _add_three(a0, a1, a2, b0, b1, b2):
     return a0 + b0, a1 + b1, a2 + b2
 
 
 @triton.jit
-def _apply_rule(
-    memory, q, k, v, forget, strength, scale, NORM: tl.constexpr, ROWS: tl.constexpr, M: tl.constexpr
-):  # fmt: skip
+def _apply_rule(memory, q, k, v, forget, strength, scale, NORM: tl.constexpr):
     """Take the state one token further; returns it and the output."""
     # lengths and angle in one sum; q and k meet the state as they are, and what they make is scaled
     scale_q, scale_k = scale, 1.0
-    square_q, square_k, cross = tl.reduce((q * q, k * k, q * k), ROWS, _add_three)
+    square_q, square_k, cross = tl.reduce((q * q, k * k, q * k), 0, _add_three)
     if NORM:
-        scale_q = _each(scale * tl.rsqrt(square_q + 1e-6), M)
-        scale_k = _each(tl.rsqrt(square_k + 1e-6), M)
+        scale_q = scale * tl.rsqrt(square_q + 1e-6)
+        scale_k = tl.rsqrt(square_k + 1e-6)
 
-    memory *= _down(forget, M)
+    memory *= forget[:, None]
     # q meets the state before the update, which adds <q, k> times the new value: one sum over rows, not two
-    both = tl.join(memory * _down(k, M), memory * _down(q, M))
-    recalled, y = tl.split(tl.sum(both, ROWS))
-    v_new = _each(strength, M) * (v - recalled * scale_k)
-    y = (y + _each(cross, M) * scale_k * v_new) * scale_q
-    memory += _down(k, M) * _across(v_new * scale_k, M)
+    both = tl.join(memory * k[:, None], memory * q[:, None])
+    recalled, y = tl.split(tl.sum(both, 0))
+    v_new = strength * (v - recalled * scale_k)
+    y = (y + cross * scale_k * v_new) * scale_q
+    memory += k[:, None] * (v_new * scale_k)[None, :]
     return memory, y
 
 
@@ -168,6 +144,49 @@ def _finish_last(
 
 
 @triton.jit
+def convolve_kernel(
+    q_in, k_in, v_in, weight_q, weight_k, weight_v, bias_q, bias_k, bias_v, history, q_out, k_out, v_out,
+    q_row, q_token, k_row, k_token, v_row, v_token,
+    T: tl.constexpr, Q: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr, W: tl.constexpr,
+    ACTIVATION: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """Convolve some of a sequence's packed channels, of which q has ``Q``, k ``K`` and v ``V``."""
+    C: tl.constexpr = Q + K + V
+    BLOCKS: tl.constexpr = (C + BLOCK - 1) // BLOCK
+    sequence = (tl.program_id(0) // BLOCKS).to(tl.int64)
+    channel = tl.program_id(0) % BLOCKS * BLOCK + tl.arange(0, BLOCK)
+    inside, is_q, is_k = channel < C, channel < Q, channel < Q + K
+    in_k, in_v = channel - Q, channel - Q - K
+    weight = tl.where(is_q, weight_q + channel * W, tl.where(is_k, weight_k + in_k * W, weight_v + in_v * W))
+    bias = None
+    if bias_q is not None:
+        bias = tl.where(is_q, bias_q + channel, tl.where(is_k, bias_k + in_k, bias_v + in_v))
+    new_q, new_k = q_in + sequence * q_row + channel, k_in + sequence * k_row + in_k
+    new_v, past = v_in + sequence * v_row + in_v, history + (sequence * C + channel) * (W - 1)
+    if OVERLAP:
+        # Nothing above touches memory. The next kernel's programs may start, and read what was written before here.
+        gdc_wait()
+        gdc_launch_dependents()
+    window, factors, offset = _load_taps(weight, bias, past, inside, W)
+    x = _load(tl.where(is_q, new_q, tl.where(is_k, new_k, new_v)), inside)
+    # what any thread has read may be overwritten from here on
+    tl.debug_barrier()
+    # as in decode_kernel
+    if tl.program_id(1) == 0:
+        for token in range(T):
+            window += (x,)
+            y = _convolve(window, factors, offset, W, ACTIVATION)
+            window = window[1:]
+            row = sequence * T + token
+            at_v = tl.where(is_k, k_out + row * K + in_k, v_out + row * V + in_v)
+            tl.store(tl.where(is_q, q_out + row * Q + channel, at_v), y, mask=inside)
+            if T > 1:
+                after = tl.where(is_k, new_k + (token + 1) * k_token, new_v + (token + 1) * v_token)
+                x = _load(tl.where(is_q, new_q + (token + 1) * q_token, after), inside & (token + 1 < T))
+        _store_window(past, window, inside, W)
+
+
+@triton.jit
 def decode_kernel(
     q_in, k_in, v_in, decay, beta, state, out, A_log, dt_bias,
     weight_q, weight_k, weight_v, bias_q, bias_k, bias_v, history, norm_weight, gate,
@@ -175,150 +194,125 @@ def decode_kernel(
     decay_row, decay_token, beta_row, beta_token, gate_row, gate_token,
     scale, lower_bound, eps,
     T: tl.constexpr, H: tl.constexpr, HQ: tl.constexpr, HK: tl.constexpr, HV: tl.constexpr, K: tl.constexpr,
-    V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, M: tl.constexpr, W: tl.constexpr, GROUPS: tl.constexpr,
+    V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, W: tl.constexpr,
     GATE: tl.constexpr, NORM: tl.constexpr, SIGMOID: tl.constexpr, ACTIVATION: tl.constexpr,
-    OUT_GATE: tl.constexpr, EVICTION: tl.constexpr, OVERLAP: tl.constexpr,
+    OUT_GATE: tl.constexpr, EVICTION: tl.constexpr, OVERLAP: tl.constexpr, CONVOLVED: tl.constexpr,
 ):  # fmt: skip
-    GROUP: tl.constexpr = H // GROUPS
     BLOCKS: tl.constexpr = (V + BV - 1) // BV
     # the norm of an output that is computed in blocks waits for the last one
     NORM_LAST: tl.constexpr = (BLOCKS > 1) & (norm_weight is not None)
-    sequence, group = (tl.program_id(0) // GROUPS).to(tl.int64), tl.program_id(0) % GROUPS
+    sequence, head = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H
     past = history
     if W > 1:
-        past += sequence * (((HQ + HK) * K + HV * V) * (W - 1))
-    # the axis of a tile's rows
-    ROWS: tl.constexpr = 0 if M == 1 else 1  # pyright: ignore[reportAssignmentType]
-    rows = tl.arange(0, BK)
+        # no head shares channels with another
+        past += sequence * (H * (2 * K + V) * (W - 1))
     # Vectors are computed in tiles of their own, with no fewer elements than threads, and then handed to the layout
     # of the state: query, key, decay and an empty place for every row, value and gate for every column. In smaller
     # tiles every thread would load and compute all rows that its part of the state has.
-    at_row, at_column = tl.arange(0, M * 4 * BK), tl.arange(0, M * 2 * BV)
-    part, row, half, column = at_row % 4, at_row // 4 % BK, at_column % 2, at_column // 2 % BV
-    # heads from the first that is taken at once: of a tile, of elements for rows, and of those for columns
-    member, member_row, member_column = 0, 0, 0
-    if M > 1:
-        member, member_row, member_column = tl.arange(0, M), at_row // (4 * BK), at_column // (2 * BV)
-    is_q = part == 0
-    if OVERLAP:
+    at_row, at_column = tl.arange(0, 4 * BK), tl.arange(0, 2 * BV)
+    part, row, half, column = at_row % 4, at_row // 4, at_column % 2, at_column // 2
+    is_q, is_row = part == 0, row < K
+    is_qk, is_decay = (part < 2) & is_row, (part == 2) & is_row
+    in_q, in_k = head // (H // HQ) * K + row, head // (H // HK) * K + row
+    if OVERLAP and not CONVOLVED:
         # Programs are placed while the kernel before still runs, and wait here for all that it writes; so may those of
         # the kernel after. Nothing above touches memory.
         gdc_wait()
         gdc_launch_dependents()
-    for first in range(0, GROUP, M):
-        start = group * GROUP + first
-        head, head_row, head_column = start + member, start + member_row, start + member_column
-        is_row, is_column = row < K, column < V
-        exists = True
-        if GROUP % M != 0:
-            # the last are fewer
-            exists = first + member < GROUP
-            is_row, is_column = (
-                is_row & (first + member_row < GROUP),
-                is_column & (first + member_column < GROUP),
-            )
-        is_qk, is_decay = (part < 2) & is_row, (part == 2) & is_row
-        in_q, in_k = head_row // (H // HQ) * K + row, head_row // (H // HK) * K + row
+    for block in range(BLOCKS):
+        columns = block * BV + tl.arange(0, BV)
+        rows, live = tl.arange(0, BK), columns < V
+        cells = (sequence * H + head) * (K * V) + rows[:, None] * V + columns[None, :]
+        inside = (rows < K)[:, None] & live[None, :]
+        if CONVOLVED:
+            # The kernel before starts this one when its own programs have waited for all that was written before it,
+            # states too. Only the second cache is sure to have that; what cannot be said besides is what to evict.
+            memory = tl.load(state + cells, mask=inside, other=0.0, cache_modifier=".cg")
+            if OVERLAP:
+                gdc_wait()
+                gdc_launch_dependents()
+        else:
+            memory = tl.load(state + cells, mask=inside, other=0.0, eviction_policy=EVICTION)  # pyright: ignore[reportArgumentType]
+        is_column = block * BV + column < V
+        is_v, is_end = (half == 0) & is_column, (half == 1) & is_column
+        in_v = head // (H // HV) * V + block * BV + column
         rate = 0.0
         shift = 0.0
         if GATE != "none":
-            if M == 1:
-                rate = tl.load(A_log + head).to(tl.float32)
-            else:
-                rate = _load(A_log + head_row, is_decay)
-            shift = _load(dt_bias + head_row * K + row, is_decay)
-        for block in range(BLOCKS):
-            is_v = (half == 0) & is_column & (block * BV + column < V)
-            is_end = (half == 1) & is_column & (block * BV + column < V)
-            in_v = head_column // (H // HV) * V + block * BV + column
-            at_qk, at_v, scale_qk, scale_v, shift_qk, shift_v = 0, 0, 0, 0, None, None
-            if W > 0:
-                scale_qk = tl.where(is_q, weight_q + in_q * W, weight_k + in_k * W)
-                scale_v = weight_v + in_v * W
+            rate = tl.load(A_log + head).to(tl.float32)
+            shift = _load(dt_bias + head * K + row, is_decay)
+        gain = 1.0
+        if norm_weight is not None:
+            gain = _load(norm_weight + block * BV + column, is_end)
+        new_decay = decay + sequence * decay_row + head * K + row
+        new_beta, new_gate = beta + sequence * beta_row + head, None
+        if gate is not None and not NORM_LAST:
+            new_gate = gate + sequence * gate_row + head * V + block * BV + column
+        raw, strength, opened = _load_gates(new_decay, new_beta, new_gate, is_decay, is_end, True)
+        new_q, new_k = q_in + sequence * q_row + in_q, k_in + sequence * k_row + in_k
+        new_v = v_in + sequence * v_row + in_v
+        x_qk, x_v = _load(tl.where(is_q, new_q, new_k), is_qk), _load(new_v, is_v)
+        at_qk, at_v, scale_qk, scale_v, shift_qk, shift_v = 0, 0, 0, 0, None, None
+        if W > 0:
+            scale_qk = tl.where(is_q, weight_q + in_q * W, weight_k + in_k * W)
+            scale_v = weight_v + in_v * W
+        if W > 1:
+            at_qk = past + tl.where(is_q, in_q, H * K + in_k) * (W - 1)
+            at_v = past + (2 * H * K + in_v) * (W - 1)
+        if bias_q is not None:
+            shift_qk, shift_v = tl.where(is_q, bias_q + in_q, bias_k + in_k), bias_v + in_v
+        window_qk, factors_qk, offset_qk = _load_taps(scale_qk, shift_qk, at_qk, is_qk, W)
+        window_v, factors_v, offset_v = _load_taps(scale_v, shift_v, at_v, is_v, W)
+        # What any thread has read may be overwritten from here on.
+        tl.debug_barrier()
+        # It always is. ptxas moves loads behind arithmetic, so that one waits for another, but not past a branch.
+        if tl.program_id(1) == 0:
+            for token in range(T):
+                window_qk += (x_qk,)
+                window_v += (x_v,)
+                end = gain
+                if gate is not None and not NORM_LAST:
+                    end *= _activate(opened, OUT_GATE)
+                if SIGMOID:
+                    strength = tl.sigmoid(strength)
+                forget = tl.exp2(log2_decay(raw, rate, shift, lower_bound, GATE))
+                qk = _convolve(window_qk, factors_qk, offset_qk, W, ACTIVATION)
+                v = _convolve(window_v, factors_v, offset_v, W, ACTIVATION)
+                window_qk, window_v = window_qk[1:], window_v[1:]
+
+                even, odd = tl.split(tl.reshape(tl.where(part == 2, forget, qk), [BK, 2, 2]))
+                q, forget = tl.split(even)
+                k, _ = tl.split(odd)
+                v, end = tl.split(tl.reshape(tl.where(half == 0, v, end), [BV, 2]))
+                memory, y = _apply_rule(memory, q, k, v, forget, strength, scale, NORM)
+                if not NORM_LAST:
+                    if norm_weight is not None:
+                        y *= tl.rsqrt(tl.sum(y * y, 0) / V + eps)
+                    if norm_weight is not None or gate is not None:
+                        y *= end
+                cells_out = ((sequence * T + token) * H + head) * V + columns
+                tl.store(out + cells_out, y.to(out.dtype.element_ty), mask=live)
+                if T > 1:
+                    after, more = token + 1, token + 1 < T
+                    at_after = tl.where(is_q, new_q + after * q_token, new_k + after * k_token)
+                    x_qk, x_v = _load(at_after, is_qk & more), _load(new_v + after * v_token, is_v & more)
+                    if new_gate is not None:
+                        new_gate += gate_token
+                    new_decay += decay_token
+                    new_beta += beta_token
+                    raw, strength, opened = _load_gates(
+                        new_decay, new_beta, new_gate, is_decay & more, is_end & more, more
+                    )
             if W > 1:
-                at_qk = past + tl.where(is_q, in_q, HQ * K + in_k) * (W - 1)
-                at_v = past + ((HQ + HK) * K + in_v) * (W - 1)
-            if bias_q is not None:
-                shift_qk, shift_v = tl.where(is_q, bias_q + in_q, bias_k + in_k), bias_v + in_v
-            window_qk, factors_qk, offset_qk = _load_taps(scale_qk, shift_qk, at_qk, is_qk, W)
-            window_v, factors_v, offset_v = _load_taps(scale_v, shift_v, at_v, is_v, W)
-            gain = 1.0
-            if norm_weight is not None:
-                gain = _load(norm_weight + block * BV + column, is_end)
-            new_q, new_k = q_in + sequence * q_row + in_q, k_in + sequence * k_row + in_k
-            new_v = v_in + sequence * v_row + in_v
-            new_decay = decay + sequence * decay_row + head_row * K + row
-            new_beta, new_gate = beta + sequence * beta_row + head, None
-            if gate is not None and not NORM_LAST:
-                new_gate = gate + sequence * gate_row + head_column * V + block * BV + column
-            x_qk, x_v, raw, strength, opened = _load_token(
-                new_q, new_k, new_v, new_decay, new_beta, new_gate, is_q, is_qk, is_v, is_decay, is_end, exists,
-                q_token, k_token, v_token, decay_token, beta_token, gate_token, 0,
-            )  # fmt: skip
-            columns = block * BV + tl.arange(0, BV)
-            cells, inside = rows[:, None] * V + columns[None, :], (rows < K)[:, None] & (columns < V)[None, :]
-            if M == 1:
-                cells, columns_out, live = head * (K * V) + cells, head * V + columns, columns < V
-            else:
-                cells, inside = head[:, None, None] * (K * V) + cells[None, :, :], inside[None, :, :]
-                columns_out, live = head[:, None] * V + columns[None, :], (columns < V)[None, :]
-            if GROUP % M != 0:
-                inside, live = inside & exists[:, None, None], live & exists[:, None]
-            cells += sequence * (H * K * V)
-            memory = tl.load(state + cells, mask=inside, other=0.0, eviction_policy=EVICTION)
-            # What any thread has read may be overwritten from here on.
-            tl.debug_barrier()
-            # It always is. ptxas moves loads behind arithmetic, so that one waits for another, but not past a branch.
-            if tl.program_id(1) == 0:
-                for token in range(T):
-                    window_qk += (x_qk,)
-                    window_v += (x_v,)
-                    end = gain
-                    if gate is not None and not NORM_LAST:
-                        end *= _activate(opened, OUT_GATE)
-                    if SIGMOID:
-                        strength = tl.sigmoid(strength)
-                    forget = tl.exp2(log2_decay(raw, rate, shift, lower_bound, GATE))
-                    qk = _convolve(window_qk, factors_qk, offset_qk, W, ACTIVATION)
-                    v = _convolve(window_v, factors_v, offset_v, W, ACTIVATION)
-                    window_qk, window_v = window_qk[1:], window_v[1:]
-
-                    vectors, ends = tl.where(part == 2, forget, qk), tl.where(half == 0, v, end)
-                    if M == 1:
-                        vectors, ends = tl.reshape(vectors, [BK, 2, 2]), tl.reshape(ends, [BV, 2])
-                    else:
-                        vectors, ends = tl.reshape(vectors, [M, BK, 2, 2]), tl.reshape(ends, [M, BV, 2])
-                    even, odd = tl.split(vectors)
-                    q, forget = tl.split(even)
-                    k, _ = tl.split(odd)
-                    v, end = tl.split(ends)
-                    memory, y = _apply_rule(memory, q, k, v, forget, strength, scale, NORM, ROWS, M)
-                    if not NORM_LAST:
-                        if norm_weight is not None:
-                            y *= _each(tl.rsqrt(tl.sum(y * y, ROWS) / V + eps), M)
-                        if norm_weight is not None or gate is not None:
-                            y *= end
-                    cells_out = (sequence * T + token) * (H * V) + columns_out
-                    tl.store(out + cells_out, y.to(out.dtype.element_ty), mask=live)
-                    if T > 1:
-                        more = token + 1 < T
-                        x_qk, x_v, raw, strength, opened = _load_token(
-                            new_q, new_k, new_v, new_decay, new_beta, new_gate,
-                            is_q, is_qk & more, is_v & more, is_decay & more, is_end & more, more & exists,
-                            q_token, k_token, v_token, decay_token, beta_token, gate_token, token + 1,
-                        )  # fmt: skip
-                if W > 1:
-                    # the last head that reads a channel moves its window on
-                    ends_q, ends_k = (head_row + 1) % (H // HQ) == 0, (head_row + 1) % (H // HK) == 0
-                    moves = tl.where(is_q, ends_q, ends_k) & (block == BLOCKS - 1)
-                    _store_window(at_qk, window_qk, is_qk & moves, W)
-                    _store_window(at_v, window_v, is_v & ((head_column + 1) % (H // HV) == 0), W)
-                tl.store(state + cells, memory, mask=inside, eviction_policy=EVICTION)
-        if NORM_LAST:
-            _finish_last(out, norm_weight, gate, sequence, head, gate_row, gate_token, eps, T, H, V, OUT_GATE)
+                # values of other blocks were convolved with the same q and k
+                _store_window(at_qk, window_qk, is_qk & (block == BLOCKS - 1), W)
+                _store_window(at_v, window_v, is_v, W)
+            tl.store(state + cells, memory, mask=inside, eviction_policy=EVICTION)
+    if NORM_LAST:
+        _finish_last(out, norm_weight, gate, sequence, head, gate_row, gate_token, eps, T, H, V, OUT_GATE)
 
 
-_decode = Launcher(decode_kernel)
+_convolution, _decode = Launcher(convolve_kernel), Launcher(decode_kernel)
 
 
 def _parts(name: str, packed: Tensor | Sequence[Tensor], sizes: list[int], dim: int) -> Sequence[Tensor]:
@@ -391,7 +385,7 @@ def decode_step(
     tensors = (
         q, k, v, decay, beta, state, out, A_log, dt_bias, *weights, *biases, past, finish.norm_weight, finish.gate
     )  # fmt: skip
-    launch, numbers = _plan(
+    plan = _plan(
         tuple(
             [
                 None if part is None else (part.dtype, part.get_device(), part.shape, part.stride())
@@ -405,8 +399,29 @@ def decode_step(
         finish.gate_activation,
         finish.norm_eps,
     )
-    _decode[launch](*tensors, *numbers)
+    if plan.channels is not None:
+        mixed = plan.channels.parts(plan.channels.allocate())
+        _convolution[plan.convolution](*tensors[:3], *tensors[9:16], *mixed, *plan.steps)
+        # for the step there is no convolution
+        tensors = *mixed, *tensors[3:9], *(None,) * 7, *tensors[16:]
+    _decode[plan.decode](*tensors, *plan.numbers)
     return out
+
+
+class Plan(NamedTuple):
+    """The launches of steps of the same sizes.
+
+    Attributes:
+        decode, numbers: The step, and what it takes after the tensors.
+        channels: Room for q, k and v, convolved by a launch of their own; None if the step does.
+        convolution, steps: Of that launch, likewise.
+    """
+
+    decode: Fixed
+    numbers: tuple[float, ...]
+    channels: Workspace | None = None
+    convolution: Fixed | None = None
+    steps: tuple[int, ...] = ()
 
 
 # shape, and how far it is from one element to the next, along every axis
@@ -422,12 +437,11 @@ def _plan(
     activation: str,
     gate_activation: str,
     norm_eps: float,
-) -> tuple[Fixed, tuple[float, ...]]:
+) -> Plan:
     """Plan steps of the same sizes; all that is given here is what they share, of tensors dtype, device and layout.
 
     Raises:
         ValueError: Tensors are on several devices, do not fit together, or are not laid out as the kernel reads them.
-    Returns: The launch, and the numbers that it takes after the tensors.
     """
     kinds: list[Kind | None] = [part and part[:2] for part in about]
     layouts: list[Layout | None] = [part and part[2:] for part in about]
@@ -437,26 +451,41 @@ def _plan(
     N, T, H, K, V = _check(kinds, layouts, heads, rule, W)
     size = 2 if first is None else first[0].itemsize
     BK, wide = (max(16, triton.next_power_of_2(channels)) for channels in (K, V))
-    groups = math.gcd(*heads) if W > 1 else H
-    config = TABLE.lookup(
-        device, "decode" if groups == H else "decode_group", BK, wide, size, N * groups > PROCESSORS
-    )
+    config = TABLE.lookup(device, "decode", BK, wide, size, N * H > PROCESSORS)
     BV = min(wide, max(16, config.block // BK))
-    # heads of a group that a program takes at once
-    members = 1 if wide > BV else min(triton.next_power_of_2(H // groups), max(1, config.block // (BK * BV)))
-    warps = min(config.warps, max(1, members * BK * BV // 1024))
+    # heads that share a channel would move its window on while others read it
+    apart = W > 1 and min(heads) < H
     overlap = can_overlap(device)
-    launch = Fixed(
-        (N * groups,),
-        T=T, H=H, HQ=heads.q, HK=heads.k, HV=heads.v, K=K, V=V, BK=BK, BV=BV, M=members, W=W, GROUPS=groups,
-        GATE=rule.gate, NORM=rule.norm, SIGMOID=rule.sigmoid, ACTIVATION=activation, OUT_GATE=gate_activation,
-        EVICTION="evict_first" if N * H * K * V * 4 > _STREAM_FROM else "",
-        OVERLAP=overlap, launch_pdl=overlap,
-        num_warps=warps, num_stages=config.stages, maxnreg=config.registers,
+    decode = Fixed(
+        (N * H,),
+        T=T, H=H, HQ=heads.q, HK=heads.k, HV=heads.v, K=K, V=V, BK=BK, BV=BV, W=0 if apart else W,
+        GATE=rule.gate, NORM=rule.norm, SIGMOID=rule.sigmoid, ACTIVATION="identity" if apart else activation,
+        OUT_GATE=gate_activation, EVICTION="evict_first" if N * H * K * V * 4 > _STREAM_FROM else "",
+        OVERLAP=overlap, CONVOLVED=apart, launch_pdl=overlap,
+        num_warps=min(config.warps, max(1, BK * BV // 1024)), num_stages=config.stages, maxnreg=config.registers,
     )  # fmt: skip
-    steps = [(0, 0) if layout is None else layout[1][:2] for layout in (*layouts[:5], layouts[-1])]
-    scale = float(K**-0.5 if rule.scale is None else rule.scale)
-    return launch, (*itertools.chain(*steps), scale, float(rule.lower_bound), float(norm_eps))
+    steps = [
+        *itertools.chain(
+            *((0, 0) if layout is None else layout[1][:2] for layout in (*layouts[:5], layouts[-1]))
+        )
+    ]
+    numbers = float(K**-0.5 if rule.scale is None else rule.scale), float(rule.lower_bound), float(norm_eps)
+    if not apart:
+        return Plan(decode, (*steps, *numbers))
+    sizes = heads.q * K, heads.k * K, heads.v * V
+    config = TABLE.lookup(device, "decode_convolution", BK, wide, size)
+    block = min(config.block, triton.next_power_of_2(sum(sizes)))
+    convolution = Fixed(
+        (N * -(-sum(sizes) // block),),
+        T=T, Q=sizes[0], K=sizes[1], V=sizes[2], BLOCK=block, W=W, ACTIVATION=activation,
+        OVERLAP=overlap, launch_pdl=overlap,
+        num_warps=min(config.warps, max(1, block // 32)), num_stages=config.stages, maxnreg=config.registers,
+    )  # fmt: skip
+    channels = Workspace(
+        {name: ((N, T, size), torch.float32) for name, size in zip("qkv", sizes, strict=True)}, device
+    )
+    mixed = itertools.chain(*((T * size, size) for size in sizes))
+    return Plan(decode, (*mixed, *steps[6:], *numbers), channels, convolution, tuple(steps[:6]))
 
 
 def _check(
