@@ -278,7 +278,9 @@ def code(config: Config) -> str:
 def candidates(job: Job, now: Config) -> list[Config]:
     """Return what the table has, then what else to try: no block larger than what there is, nothing twice."""
     most = ANY
-    if not job.kernel.startswith(("norm", "conv", "block", "decode", "sum_", "divergence", "tail", "paged", "thin")):
+    if not job.kernel.startswith(
+        ("norm", "conv", "block", "decode", "sum_", "divergence", "tail", "paged", "thin")
+    ):
         most = job.key[0] if job.kernel in ("prepare", "prepare_levels", "keys") else job.key[1]
     others = CANDIDATES[job.kernel]
     if job.kernel in _NO_BLOCK:
@@ -567,13 +569,17 @@ def _thin(case: Case, dtype: torch.dtype, device: str) -> Iterator[Job]:
     stream, mixed, gain = normal(16, width), normal(16, width), normal(width)
     gate_up, down = normal(6 * width, width), normal(width, 3 * width)
 
-    def step(rows: int) -> dict[str, Tensor]:
-        total, hidden = thin.gated_of_sum(stream[:rows], mixed[:rows], gain, gate_up, eps=1e-6)
+    def vectors() -> dict[str, Tensor]:
+        total, hidden = thin.gated_of_sum(stream[:2], mixed[:2], gain, gate_up, eps=1e-6)
         out = thin.product(hidden, down, added=total, out=torch.empty_like(total))
         return {"total": total, "hidden": hidden, "out": out}
 
-    for part, rows in (("vectors", 2), ("tiles", 16)):
-        yield Job(f"thin_{part}", case.name, (dtype.itemsize,), step=functools.partial(step, rows))
+    def tiles() -> dict[str, Tensor]:
+        hidden = thin.product(stream, gate_up, out=normal(16, 3 * width), gated=True)
+        return {"hidden": hidden, "out": thin.product(hidden, down, added=mixed, out=torch.empty_like(mixed))}
+
+    for part, step in (("vectors", vectors), ("tiles", tiles)):
+        yield Job(f"thin_{part}", case.name, (dtype.itemsize,), step=step)
 
 
 def _divergence(case: Case, dtype: torch.dtype, device: str) -> Iterator[Job]:

@@ -28,11 +28,10 @@ def suits(x: Tensor, matrix: Tensor) -> bool:
         x: ``[..., K']`` in any dtype; its rows count alone.
         matrix: ``[N, K]``.
     """
-    rows = x.numel() // x.shape[-1]
     return (
-        0 < rows <= FEW_ROWS
-        and not torch.is_grad_enabled()
+        not torch.is_grad_enabled()
         and matrix.is_cuda
+        and 0 < x.numel() // x.shape[-1] <= FEW_ROWS
         and matrix.dtype in _HALF
         and matrix.shape[1] % _STEP == 0
         and obstacle("thin", matrix.device) is None

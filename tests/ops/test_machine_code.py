@@ -22,6 +22,7 @@ from gendistill_kernels.delta.rule import Convolution, Finish, Heads, Inputs, Ru
 from gendistill_kernels.paged import decode as paged_decode
 from gendistill_kernels.paged import prefill, store
 from gendistill_kernels.runtime.hardware import SHARED_BYTES
+from gendistill_kernels.thin import product as thin
 
 LAUNCHERS = ("_prepare", "_prepare_levels", "_keys", "_keys_levels", "_values")
 # what a pipelined loop reads lies at a place that turns with the loop
@@ -291,3 +292,53 @@ def test_paged_attention_fits_into_shared_memory(machine_code, monkeypatch, H, K
             assert taken.shared >= 2 * 2 * 64 * D * 2
             assert 3 * (taken.shared + 1024) <= SHARED_BYTES["sm_90"]
             assert 3 * taken.registers * 128 <= 65536
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4, 16])
+@pytest.mark.parametrize("stream", [torch.bfloat16, torch.float32])
+def test_products_of_few_rows_read_weights_ahead_and_as_wide_as_they_can(
+    machine_code, monkeypatch, rows, stream
+):
+    calls, bf16 = [], torch.bfloat16
+    monkeypatch.setattr(thin, "can_overlap", lambda device: True)
+    for name in ("_vectors", "_tiles"):
+        kernel = getattr(thin, name).function
+        stand_in = collections.defaultdict(
+            lambda kernel=kernel: lambda *arguments, **settings: calls.append((kernel, arguments, settings))
+        )
+        monkeypatch.setattr(thin, name, stand_in)
+    x, wide = torch.zeros(rows, 1024, dtype=stream), torch.zeros(rows, 3072, dtype=bf16)
+    gate_up, down, gain = (
+        torch.zeros(*sizes, dtype=dtype)
+        for sizes, dtype in (((6144, 1024), bf16), ((1024, 3072), bf16), ((1024,), stream))
+    )
+    if rows <= thin.MOST_VECTORS:
+        thin.gated_of_sum(x, x.bfloat16(), gain, gate_up, eps=1e-6)
+    else:
+        thin.product(x.bfloat16(), gate_up, out=wide, gated=True)
+    thin.product(wide, down, added=x, out=x)
+    assert len(calls) == 2
+    for kernel, arguments, settings in calls:
+        options = {key: settings.pop(key) for key in machine_code.OPTIONS if key in settings}
+        built = machine_code.build(kernel, arguments, settings, options)
+        taken = machine_code.usage(built)
+        assert taken.stack < 64
+        assert taken.shared <= SHARED_BYTES["sm_90"] // 2
+        names = re.findall(
+            r"\b(LDG\.\S+|LDGSTS\.\S+|UBLKPF\S*|PREEXIT|ACQBULK|STG\.\S+|BAR\.SYNC\S*)",
+            machine_code.code(built),
+        )
+        wait = names.index("ACQBULK")
+        ahead, rest = names[:wait], names[wait:]
+        # nothing is written, nor a tile of x read, before the kernel before has ended
+        assert not [name for name in ahead if name.startswith("STG")]
+        if kernel is thin.tiles_kernel:
+            assert set(ahead) == {"UBLKPF.L2", "PREEXIT"}
+            assert any(name.startswith("LDGSTS") and name.endswith("128") for name in rest)
+            continue
+        loads = [name for name in ahead if name.startswith("LDG.E.EF")]
+        # of a program, 8 gates and 8 values, or 8 rows: four tiles of the former, all that are asked for of the latter
+        assert len(loads) == (16 if settings["GATED"] else 24)
+        assert all(name == "LDG.E.EF.128" for name in loads)
+        # threads meet once, to hand over what they store
+        assert sum(name.startswith("BAR") for name in names) <= 1

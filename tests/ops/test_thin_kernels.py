@@ -25,7 +25,7 @@ EPS = 1e-5
 LIMITS = {torch.float32: 1e-6, torch.float16: 2e-3}
 ROWS = (*range(1, 17), 21, MOST_ROWS)
 # widths and weights: less than a vector of every lane, tiles that are not full, several of them
-SHAPES = [(5, 8), (40, 264), (7, 1000), (70, 128)]
+SHAPES = [(5, 8), (40, 264), (7, 1000), (37, 128)]
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +36,7 @@ def _on_the_cpu(monkeypatch, cases):
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize(("N", "K"), SHAPES)
 def test_linear_matches_float64(thin_cases, rows, N, K):
-    for dtype, bias in ((torch.float32, True), (torch.float16, False)):
+    for dtype, bias in ((torch.float32, True), (torch.float16, False))[: 2 if K < 1000 else 1]:
         x, matrix, offset = thin_cases.linear(rows, N, K, bias=bias, dtype=dtype)
         expected = x.double() @ matrix.double().T + (offset.double() if bias else 0)
         found = thin_linear(x, matrix, offset, impl="triton")
@@ -56,15 +56,15 @@ def test_rows_may_be_apart(thin_cases, rows):
 
 
 @pytest.mark.parametrize("mixed", [True, False])
-@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 11, 16, MOST_ROWS])
 def test_mlp_matches_float64(thin_cases, rows, mixed):
-    for (K, I), dtype, stream in (
+    for (K, inner), dtype, stream in (
         ((40, 24), torch.float32, None),
-        ((264, 88), torch.float32, None),
+        ((264, 40), torch.float32, None),
         ((296, 24), torch.float16, torch.float32),
         ((512, 8), torch.float16, None),
     ):
-        x = thin_cases.mlp(rows, K, I, mixed=mixed, stream=stream, dtype=dtype)
+        x = thin_cases.mlp(rows, K, inner, mixed=mixed, stream=stream, dtype=dtype)
         kept = x.stream.clone()
         found = thin_mlp(*x, eps=EPS, impl="triton")
         assert found.dtype == x.stream.dtype
@@ -80,9 +80,11 @@ def test_a_weight_of_the_norm_may_have_another_dtype(thin_cases, rows):
     assert thin_cases.distance(found, thin_cases.whole(x, eps=EPS)) < LIMITS[torch.float16]
 
 
-@pytest.mark.parametrize("config", [Config(4, 4, 1), Config(8, 2, 3), Config(64, 4, 64), Config(16, 1, 5, programs=9)])
+@pytest.mark.parametrize(
+    "config", [Config(4, 4, 1), Config(8, 2, 3), Config(64, 4, 64), Config(16, 1, 5, programs=9)]
+)
 def test_vectors_may_be_shared_out_in_any_way(thin_cases, config):
-    x = thin_cases.mlp(3, 1000, 72)
+    x = thin_cases.mlp(3, 520, 40)
     with forced("thin_vectors", config):
         found = thin_mlp(*x, eps=EPS, impl="triton")
     assert thin_cases.distance(found, thin_cases.whole(x, eps=EPS)) < LIMITS[torch.float32]
@@ -90,7 +92,7 @@ def test_vectors_may_be_shared_out_in_any_way(thin_cases, config):
 
 @pytest.mark.parametrize("config", [Config(8, 1), Config(64, 4, 3), Config(32, 2, 2, programs=9)])
 def test_tiles_may_be_shared_out_in_any_way(thin_cases, config):
-    x = thin_cases.mlp(7, 1000, 72)
+    x = thin_cases.mlp(7, 520, 40)
     with forced("thin_tiles", config):
         found = thin_mlp(*x, eps=EPS, impl="triton")
     assert thin_cases.distance(found, thin_cases.whole(x, eps=EPS)) < LIMITS[torch.float32]
@@ -157,7 +159,9 @@ SIZES = {
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 9])
-@pytest.mark.parametrize("config", [Qwen2Config(**SIZES), Qwen3Config(**SIZES, head_dim=16)], ids=["qwen2", "qwen3"])
+@pytest.mark.parametrize(
+    "config", [Qwen2Config(**SIZES), Qwen3Config(**SIZES, head_dim=16)], ids=["qwen2", "qwen3"]
+)
 def test_a_fused_decoder_with_few_tokens_computes_what_it_would(monkeypatch, config, tokens):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).requires_grad_(False)

@@ -34,7 +34,7 @@ def linear(M, N, K, *, bias=True, dtype=torch.float32, device="cpu") -> tuple[Te
     )
 
 
-def mlp(M, K, I, *, mixed=True, stream=None, dtype=torch.float32, device="cpu") -> MLP:
+def mlp(M, K, inner, *, mixed=True, stream=None, dtype=torch.float32, device="cpu") -> MLP:
     """Draw an MLP; the residual stream may be of another dtype, and rows differ in size."""
     kind = {"dtype": dtype, "device": device}
     sizes = torch.logspace(-1, 1, M, dtype=torch.float64)[:, None]
@@ -42,8 +42,8 @@ def mlp(M, K, I, *, mixed=True, stream=None, dtype=torch.float32, device="cpu") 
         (normal(M, K, dtype=torch.float64) * sizes).to(dtype=stream or dtype, device=device),
         (normal(M, K, seed=1, dtype=torch.float64) * sizes).to(**kind) if mixed else None,
         normal(K, seed=2, **kind) / 2 + 1,
-        normal(2 * I, K, seed=3, **kind) / K**0.5,
-        normal(K, I, seed=4, **kind) / I**0.5,
+        normal(2 * inner, K, seed=3, **kind) / K**0.5,
+        normal(K, inner, seed=4, **kind) / inner**0.5,
     )
 
 

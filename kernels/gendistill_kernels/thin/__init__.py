@@ -1,4 +1,4 @@
-"""Products of few rows, which cost the bytes of their weights: a linear layer, and a gated MLP with the norm before it."""
+"""Products of few rows, which cost the bytes of their weights: linear layers, and gated MLPs with the norm before."""
 
 from __future__ import annotations
 

@@ -11,7 +11,8 @@ Up to four rows, a thread multiplies its eight weights of every tile with those 
 threads meet once, at the end. Many tiles are asked for before anything is computed, and before the kernel before has
 ended: they must not be what it writes. The norm's factor is applied last, so that nothing waits for a sum of squares.
 
-More rows, padded to sixteen or 32, are multiplied by matrix units; of the weights a pipelined loop has some tiles under way.
+More rows, padded to sixteen or 32, are multiplied by matrix units; a pipelined loop has some tiles of the weights
+under way.
 """
 
 # pyright: reportGeneralTypeIssues=false, reportUnboundVariable=false
@@ -37,16 +38,16 @@ STEP = 8
 # threads of a warp, which lie along a row of the matrix, and weights of each in a tile
 _LANES = tl.constexpr(32)
 _STEP = tl.constexpr(STEP)
-# numbers of x of a thread that are asked for ahead of their turn
-_AHEAD = 64
+# bytes of x of a thread that are asked for ahead of their turn
+_AHEAD = 128
 # columns of a tile for matrix units
 _COLUMNS = 128
 
 
 @triton.jit
-def _columns(tile: tl.constexpr):
+def _columns(tile: tl.constexpr, first: tl.constexpr, number: tl.constexpr):
     lane = tl.arange(0, _LANES)[:, None, None, None, None]
-    return tile * (_LANES * _STEP) + lane * _STEP + tl.arange(0, _STEP)[None, None, None, None, :]
+    return tile * (_LANES * _STEP) + lane * _STEP + first + tl.arange(0, number)[None, None, None, None, :]
 
 
 @triton.jit
@@ -56,10 +57,34 @@ def _load_tile(at, tile: tl.constexpr, K: tl.constexpr, EVICTION: tl.constexpr):
     The axes are lanes, warps, rows of the matrix that a warp has, rows of x, and what a lane reads at once. In this
     order the compiler gives them to threads: what a warp computes stays in it, and no layout is converted.
     """
-    column = _columns(tile)
+    column = _columns(tile, 0, _STEP)
+    if at.dtype.element_ty.primitive_bitwidth == 32:
+        # A thread reads 16 bytes at once, which would give it every other four numbers. Each half of what it needs
+        # lies as it should.
+        HALF: tl.constexpr = _STEP // 2
+        first, second = _columns(tile, 0, HALF), _columns(tile, HALF, HALF)
+        first = tl.load(at + first, mask=first < K, other=0.0, eviction_policy=EVICTION)
+        second = tl.load(at + second, mask=second < K, other=0.0, eviction_policy=EVICTION)
+        both = tl.permute(tl.join(first, second), [0, 1, 2, 3, 5, 4])
+        return tl.reshape(both, both.shape[0], both.shape[1], both.shape[2], both.shape[3], _STEP)
     if (tile + 1) * (_LANES * _STEP) <= K:
         return tl.load(at + column, eviction_policy=EVICTION)
     return tl.load(at + column, mask=column < K, other=0.0, eviction_policy=EVICTION)
+
+
+@triton.jit
+def _store_tile(at, value, wanted, tile: tl.constexpr, K: tl.constexpr):
+    """Store what a thread has of a tile, in the dtype of ``at``, where it lies."""
+    HALF: tl.constexpr = _STEP // 2
+    if at.dtype.element_ty.primitive_bitwidth == 32:
+        both = tl.reshape(value, value.shape[0], value.shape[1], value.shape[2], value.shape[3], 2, HALF)
+        one, other = tl.split(tl.permute(both, [0, 1, 2, 3, 5, 4]))
+        first, second = _columns(tile, 0, HALF), _columns(tile, HALF, HALF)
+        tl.store(at + first, one, mask=wanted & (first < K))
+        tl.store(at + second, other, mask=wanted & (second < K))
+    else:
+        column = _columns(tile, 0, _STEP)
+        tl.store(at + column, value, mask=wanted & (column < K))
 
 
 @triton.jit
@@ -95,8 +120,8 @@ def vectors_kernel(
             weights += (_load_tile(at, tile, K, "evict_first"),)
             if GATED:
                 ups += (_load_tile(at_up, tile, K, "evict_first"),)
-            if gain is not None:
-                gains += (_load_tile(gain + warp * 0, tile, K, ""),)
+        if gain is not None and tile < AHEAD_X:
+            gains += (_load_tile(gain + warp * 0, tile, K, ""),)
     if OVERLAP:
         # Programs of the kernel after may be placed, and ask for their weights, while this one waits for all that the
         # kernel before writes. Nothing above depends on it, and nothing is written before.
@@ -120,17 +145,16 @@ def vectors_kernel(
             weights += (_load_tile(at, tile + AHEAD, K, "evict_first"),)
             if GATED:
                 ups += (_load_tile(at_up, tile + AHEAD, K, "evict_first"),)
-            if gain is not None:
-                gains += (_load_tile(gain + warp * 0, tile + AHEAD, K, ""),)
         if tile + AHEAD_X < TILES:
+            if gain is not None:
+                gains += (_load_tile(gain + warp * 0, tile + AHEAD_X, K, ""),)
             xs += (_load_tile(x + row, tile + AHEAD_X, K, ""),)
             if mixed is not None:
                 others += (_load_tile(mixed + row_mixed, tile + AHEAD_X, K, ""),)
         value = xs[tile].to(tl.float32)
         if mixed is not None:
             stored = (value + others[tile].to(tl.float32)).to(total.dtype.element_ty)
-            column = _columns(tile)
-            tl.store(total + row_mixed + column, stored, mask=(program == 0) & (warp == 0) & (column < K))
+            _store_tile(total + row_mixed, stored, (program == 0) & (warp == 0), tile, K)
             # what the next layer reads is what is normalised here
             value = stored.to(tl.float32)
         if gain is not None:
@@ -202,7 +226,7 @@ _tiles = Launcher(tiles_kernel)
 
 
 def _share(N: int, config: Config, least: int) -> int:
-    """Return how many rows of a matrix a program takes: fewer if there would be few programs, no fewer than ``least``."""
+    """Return how many rows of a matrix a program takes: fewer if there would be few programs, at least ``least``."""
     block = max(config.block, least)
     while block > least and -(-N // block) < config.programs:
         block //= 2
@@ -242,8 +266,8 @@ def product(
     overlap = can_overlap(x.device) and matrix.data_ptr() % 16 == 0
     _tiles[(-(-N // block),)](
         x, matrix, bias, added, out, M, N, x.stride(0),
-        K=K, BM=max(16, triton.next_power_of_2(M)), BN=block, BK=_COLUMNS, GATED=gated, OVERLAP=overlap, launch_pdl=overlap,
-        num_warps=min(config.warps, max(1, block // 8)), num_stages=config.stages,
+        K=K, BM=max(16, triton.next_power_of_2(M)), BN=block, BK=_COLUMNS, GATED=gated, OVERLAP=overlap,
+        launch_pdl=overlap, num_warps=min(config.warps, max(1, block // 8)), num_stages=config.stages,
     )  # fmt: skip
     return out
 
@@ -300,9 +324,10 @@ def _launch_vectors(
     each = block // config.warps
     number = triton.next_power_of_2(M)
     overlap = can_overlap(x.device)
+    size = STEP * number * (x.dtype.itemsize + (0 if mixed is None else mixed.dtype.itemsize))
     _vectors[(-(-N // block),)](
         x, mixed, gain, matrix, bias, added, total, out, M, N, x.stride(0), eps,
         K=K, M=number, R=each, WARPS=config.warps, AHEAD=max(1, config.stages // (each * (1 + gated))),
-        AHEAD_X=max(1, _AHEAD // (8 * number)), GATED=gated, OVERLAP=overlap, launch_pdl=overlap,
-        num_warps=config.warps,
+        AHEAD_X=max(1, _AHEAD // size), GATED=gated, OVERLAP=overlap, launch_pdl=overlap,
+        num_warps=config.warps, maxnreg=config.registers,
     )  # fmt: skip
