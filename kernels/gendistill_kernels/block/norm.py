@@ -15,16 +15,22 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from gendistill_kernels.block.rows import TABLE, power_of_2
+from gendistill_kernels.runtime.hardware import can_overlap
 from gendistill_kernels.runtime.launch import Launcher, on_its_device
 
 
 @triton.jit(do_not_specialize=["rows"])
 def forward_kernel(
     x, added, weight, total, y, rstd, rows, eps,
-    D: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr, ADD: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr, ADD: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    if OVERLAP:
+        # the kernel after may read its weights meanwhile
+        gdc_launch_dependents()
+        gdc_wait()
     first = tl.program_id(0).to(tl.int64) * ROWS
     row, column = tl.arange(0, ROWS), tl.arange(0, BD)
     inside = (first + row < rows)[:, None] & (column < D)[None, :]
@@ -74,6 +80,8 @@ def backward_kernel(
         tl.store(partial + program * D + column, tl.sum(d_weight, 0), mask=column < D)
 
 
+# rows up to which the launch is what takes time
+_FEW = 32
 _forward = Launcher(forward_kernel)
 _backward = Launcher(backward_kernel)
 
@@ -104,9 +112,11 @@ def rms_norm_forward(
     total = x if added is None else torch.empty_like(x)
     y = torch.empty(x.shape, dtype=dtype, device=x.device)
     rstd = torch.empty(rows, dtype=torch.float32, device=x.device)
+    overlap = rows <= _FEW and can_overlap(x.device)
     _forward[(-(-rows // number),)](
         x, x if added is None else added.contiguous(), weight, total, y, rstd, rows, eps,
-        D=D, BD=wide, ROWS=number, ADD=added is not None, num_warps=config.warps,
+        D=D, BD=wide, ROWS=number, ADD=added is not None, OVERLAP=overlap, launch_pdl=overlap,
+        num_warps=config.warps,
     )  # fmt: skip
     return total, y, rstd
 
