@@ -75,8 +75,7 @@ PLACES = {
     "paged_prefill": Place(prefill, "_prefill"),
     "paged_decode": Place(paged_decode, "_decode"),
     "paged_join": Place(paged_decode, "_join"),
-    "thin_vectors": Place(thin_product, "_vectors"),
-    "thin_tiles": Place(thin_product, "_tiles"),
+    "thin_product": Place(thin_product, "_product"),
 }
 
 

@@ -33,7 +33,7 @@ from gendistill_kernels.conv.layout import Tiles
 from gendistill_kernels.delta.chunk import chunk_backward, chunk_forward
 from gendistill_kernels.delta.decode import decode_step
 from gendistill_kernels.delta.layout import Chunks, power_of_2
-from gendistill_kernels.delta.rows import ANY, PROCESSORS, is_many
+from gendistill_kernels.delta.rows import ANY, is_many
 from gendistill_kernels.delta.rule import Convolution, Finish, Heads, Inputs, Rule
 from gendistill_kernels.divergence import layout as divergence
 from gendistill_kernels.divergence.dense import compare
@@ -109,15 +109,14 @@ CANDIDATES: dict[str, tuple[Config, ...]] = {
         Config(block, warps, registers=limit)
         for block, warps, limit in (
             (4096, 2, 128),
-            (4096, 4, 64),
+            (4096, 2, 168),
             (4096, 4, 80),
             (4096, 4, 96),
             (8192, 4, 128),
-            (8192, 8, 64),
+            (8192, 4, 168),
             (16384, 4, 255),
             (16384, 8, 96),
             (16384, 8, 128),
-            (16384, 16, 64),
         )
     ),
     "decode_convolution": tuple(Config(block, warps) for block in (128, 256, 512, 1024) for warps in (2, 4)),
@@ -136,16 +135,10 @@ CANDIDATES: dict[str, tuple[Config, ...]] = {
         for number in (396, 792)
     ),
     "paged_join": tuple(Config(block, warps) for block in (2048, 4096, 8192) for warps in (2, 4)),
-    "thin_vectors": tuple(
+    "thin_product": tuple(
         Config(block, warps, stages=stages, programs=115)
         for block, warps in ((8, 4), (16, 4), (16, 8))
         for stages in (12, 16, 24, 32)
-    ),
-    "thin_tiles": tuple(
-        Config(block, 4, stages=stages, programs=programs)
-        for block in (16, 32)
-        for stages in (3, 4, 6)
-        for programs in (44, 100)
     ),
 }
 # kernels of the chunked rule, and whether states are kept; only the scan is launched both ways
@@ -563,23 +556,18 @@ def _paged(case: Case, dtype: torch.dtype, device: str) -> Iterator[Job]:
 
 
 def _thin(case: Case, dtype: torch.dtype, device: str) -> Iterator[Job]:
-    """An MLP three times as wide inside, on two rows and on sixteen."""
+    """An MLP three times as wide inside, on two rows."""
     normal = functools.partial(_normal, device, dtype)
     width = case.heads * case.channels
-    stream, mixed, gain = normal(16, width), normal(16, width), normal(width)
+    stream, mixed, gain = normal(2, width), normal(2, width), normal(width)
     gate_up, down = normal(6 * width, width), normal(width, 3 * width)
 
-    def vectors() -> dict[str, Tensor]:
-        total, hidden = thin.gated_of_sum(stream[:2], mixed[:2], gain, gate_up, eps=1e-6)
+    def step() -> dict[str, Tensor]:
+        total, hidden = thin.gated_of_sum(stream, mixed, gain, gate_up, eps=1e-6)
         out = thin.product(hidden, down, added=total, out=torch.empty_like(total))
         return {"total": total, "hidden": hidden, "out": out}
 
-    def tiles() -> dict[str, Tensor]:
-        hidden = thin.product(stream, gate_up, out=normal(16, 3 * width), gated=True)
-        return {"hidden": hidden, "out": thin.product(hidden, down, added=mixed, out=torch.empty_like(mixed))}
-
-    for part, step in (("vectors", vectors), ("tiles", tiles)):
-        yield Job(f"thin_{part}", case.name, (dtype.itemsize,), step=step)
+    yield Job("thin_product", case.name, (dtype.itemsize,), step=step)
 
 
 def _divergence(case: Case, dtype: torch.dtype, device: str) -> Iterator[Job]:
@@ -609,15 +597,10 @@ def _divergence(case: Case, dtype: torch.dtype, device: str) -> Iterator[Job]:
 def _decoding(case: Case, dtype: torch.dtype, device: str) -> Iterator[Job]:
     wide = power_of_2(case.channels)
     shared = case.kv_heads if case.kv_heads != case.heads else max(1, case.heads // 2)
-    for kernel, batch, kv_heads in (
-        ("decode", 1, case.heads),
-        ("decode", 256, case.heads),
-        ("decode_convolution", 64, shared),
-    ):
-        sizes = DecodeCase("step", batch, case.heads, case.channels, kv_heads)
+    for kernel, kv_heads in (("decode", case.heads), ("decode_convolution", shared)):
+        sizes = DecodeCase("step", 64, case.heads, case.channels, kv_heads)
         step = _decode_step(draw_decode(sizes, device=device, dtype=dtype))
-        many = batch * case.heads > PROCESSORS
-        yield Job(kernel, case.name, (wide, wide, dtype.itemsize, many, False), step=step)
+        yield Job(kernel, case.name, (wide, wide, dtype.itemsize, False, False), step=step)
 
 
 def _decode_step(x: DecodeInputs) -> Callable[[], dict[str, Tensor]]:

@@ -10,10 +10,8 @@ from torch import Tensor
 from gendistill.ops.reference import thin as reference
 from gendistill.ops.select import Impl, contract, is_triton, obstacle
 
-# the most rows that the kernels take
-MOST_ROWS = 32
-# rows up to which they are faster than general matrix products
-FEW_ROWS = 16
+# the most rows that the kernels take; of more, general matrix products are faster
+MOST_ROWS = 4
 # weights of a row are read eight at a time
 _STEP = 8
 _HALF = (torch.bfloat16, torch.float16)
@@ -31,7 +29,7 @@ def suits(x: Tensor, matrix: Tensor) -> bool:
     return (
         not torch.is_grad_enabled()
         and matrix.is_cuda
-        and 0 < x.numel() // x.shape[-1] <= FEW_ROWS
+        and 0 < x.numel() // x.shape[-1] <= MOST_ROWS
         and matrix.dtype in _HALF
         and matrix.shape[1] % _STEP == 0
         and obstacle("thin", matrix.device) is None
@@ -79,7 +77,7 @@ def thin_mlp(
 
     Here s is ``stream + mixed``, rounded to the dtype of the stream, and n its RMSNorm. Weights, that of the norm too,
     are read ahead, as :func:`thin_linear` says. The kernels round nothing between a sum and the next product but the
-    hidden values, and n if there are more than four rows.
+    hidden values.
 
     Args:
         stream: ``[M, K]``, the residual stream; M, K and I as M and K of :func:`thin_linear`. It is not written.

@@ -191,8 +191,7 @@ def test_every_job_launches_its_kernel_with_what_is_forced(monkeypatch):
             one.step()
         assert launches, one.kernel
         if not one.kernel.startswith("decode"):
-            # eight rows of a matrix are enough for one warp
-            assert launches[-1].settings["num_warps"] == (1 if one.kernel == "thin_tiles" else 2)
+            assert launches[-1].settings["num_warps"] == 2
     assert set(names) == set(PLACES)
 
 

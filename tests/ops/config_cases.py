@@ -16,6 +16,7 @@ from gendistill.ops.paged import PAGE, Pages
 from gendistill.ops.reference import block as reference
 from gendistill.ops.reference.divergence import compare as reference_compare
 from gendistill.ops.reference.paged import paged_attend
+from gendistill.ops.thin import MOST_ROWS
 from gendistill_kernels.block.attention import attend_backward, attend_forward
 from gendistill_kernels.block.glu import swiglu_backward, swiglu_forward
 from gendistill_kernels.block.layout import Tiles
@@ -66,7 +67,7 @@ def make(cases: Any, row: Row | ByBytes, *, save: bool) -> tuple[Call, Call]:
             "divergence": functools.partial(_divergence, mixture=row.kernel == "divergence_mixture"),
             "tail": _tail,
             "paged": functools.partial(_paged, row.kernel),
-            "thin": functools.partial(_thin, 4 if row.kernel == "thin_vectors" else 32),
+            "thin": _thin,
         }
         return makers[row.kernel.split("_")[0]](cases, dtype)
     K, V = min(row.keys, 256), min(row.values, 256)
@@ -83,8 +84,8 @@ def make(cases: Any, row: Row | ByBytes, *, save: bool) -> tuple[Call, Call]:
             cut=row.kernel in ("summary", "carry", "reverse_summary"),
             heads=(2, 1, 1) if row.kernel == "sum_heads" else None,
         )
-    # a launch that holds nothing but states, or one that convolves as well
-    shared = 1 if row.kernel == "decode" and row.many is None else 4
+    # one launch that convolves as well, or two
+    shared = 1 if row.kernel == "decode" else 4
     return _decode(cases, dtype, min(row.keys, 128), shared=shared)
 
 
@@ -259,27 +260,24 @@ def _paged(kernel: str, cases: Any, dtype: torch.dtype) -> tuple[Call, Call]:
     return call, answer
 
 
-def _thin(rows: int, cases: Any, dtype: torch.dtype) -> tuple[Call, Call]:
-    """Run an MLP whose sizes fill neither tiles nor programs."""
+def _thin(cases: Any, dtype: torch.dtype) -> tuple[Call, Call]:
+    """Run both halves of an MLP whose sizes fill neither tiles nor programs."""
     torch.manual_seed(0)
-    K, inner = 1160, 1000
+    rows, K, inner = MOST_ROWS, 1160, 1000
     stream, mixed, gain = cases.normal(rows, K), cases.normal(rows, K, dtype=dtype), cases.normal(K)
     gate_up, down = cases.normal(2 * inner, K, dtype=dtype) / K**0.5, cases.normal(K, inner, dtype=dtype)
+    x = cases.normal(rows, inner, dtype=dtype)
 
     def call() -> dict[str, Tensor]:
-        total = stream + mixed
-        hidden = torch.empty(rows, inner, dtype=dtype, device=stream.device)
-        product(total.to(dtype), gate_up, out=hidden, gated=True)
-        out = product(hidden, down, added=total, out=torch.empty_like(total))
-        # of more than four rows it launches the same, and a norm
-        few = slice(4)
-        return _named([out, *gated_of_sum(stream[few], mixed[few], gain, gate_up, eps=1e-6)])
+        out = product(x, down, added=stream, out=torch.empty_like(stream))
+        # the launch that needs more comes last
+        return _named([out, *gated_of_sum(stream, mixed, gain, gate_up, eps=1e-6)])
 
     def answer() -> dict[str, Tensor]:
         wide = stream.double() + mixed.double()
         total, normed = reference.rms_norm(wide, gain.double(), None, eps=1e-6, dtype=torch.float64)
-        plain, hidden = (reference.swiglu(part @ gate_up.double().T) for part in (wide, normed))
-        return _named([total + plain @ down.double().T, total[:4], hidden[:4]])
+        hidden = reference.swiglu(normed @ gate_up.double().T)
+        return _named([stream.double() + x.double() @ down.double().T, total, hidden])
 
     return call, answer
 

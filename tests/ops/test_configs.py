@@ -34,7 +34,7 @@ QUICK = {
     "sm_90": (
         "scan", "summary", "carry", "reverse_scan", "reverse_summary", "norm_forward", "decode", "decode_convolution",
         "divergence", "divergence_mixture", "tail_sum", "tail_gradient", "paged_store", "paged_prefill",
-        "paged_decode", "paged_join", "thin_vectors", "thin_tiles",
+        "paged_decode", "paged_join", "thin_product",
     ),
     "sm_80": ("reverse_scan",),
     "any": ("reverse_scan",),

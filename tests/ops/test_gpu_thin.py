@@ -13,14 +13,14 @@ from transformers import AutoModelForCausalLM, Qwen2Config, Qwen3Config
 from gendistill.engine.decoder import fuse, release
 from gendistill.mixers.base import SequenceInfo
 from gendistill.ops import Segments, thin
-from gendistill.ops.thin import FEW_ROWS, MOST_ROWS, thin_linear, thin_mlp
+from gendistill.ops.thin import MOST_ROWS, thin_linear, thin_mlp
 
 if not torch.cuda.is_available():
     pytest.skip("torch sees no CUDA device", allow_module_level=True)
 
 pytestmark = pytest.mark.gpu
 EPS = 1e-6
-ROWS = (*range(1, 17), 24, MOST_ROWS)
+ROWS = range(1, MOST_ROWS + 1)
 # outputs and weights of a row: projections of Qwen3-0.6B and Qwen2.5-0.5B, gates of mixers, and odd ones
 SHAPES = [
     *((4096, 1024), (1024, 2048), (1024, 3072), (320, 1024), (2048, 128), (1152, 896), (896, 4864)),
@@ -64,7 +64,7 @@ def test_mlp_matches_float64(thin_cases, K, inner, dtype, stream):
         assert torch.equal(found, thin_mlp(*x, eps=EPS, impl="triton"))
 
 
-@pytest.mark.parametrize("rows", [1, 4, 8])
+@pytest.mark.parametrize("rows", [1, 4])
 def test_rows_may_be_apart(thin_cases, rows):
     for skip in (8, 5):
         x, matrix, bias = thin_cases.linear(rows, 1000, 1024, dtype=torch.bfloat16, device="cuda")
@@ -75,7 +75,7 @@ def test_rows_may_be_apart(thin_cases, rows):
         assert thin_cases.distance(found, expected) < LIMITS[torch.bfloat16]
 
 
-@pytest.mark.parametrize("rows", [1, 3, 4, 7, 16])
+@pytest.mark.parametrize("rows", ROWS)
 def test_a_graph_of_many_layers_follows_its_inputs(thin_cases, rows):
     """Every kernel reads its weights while others still write what it reads besides."""
     K, inner, layers = 1024, 3072, 12
@@ -145,7 +145,7 @@ def inputs(tokens):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("tokens", [1, 4, FEW_ROWS, FEW_ROWS + 1])
+@pytest.mark.parametrize("tokens", [1, MOST_ROWS, MOST_ROWS + 1])
 @pytest.mark.parametrize("family", CONFIGS)
 def test_a_fused_decoder_gives_what_many_rows_give(thin_cases, monkeypatch, family, tokens, dtype):
     """The same tokens alone and as the first of many, parameters in either dtype; arithmetic is bfloat16."""
@@ -165,7 +165,7 @@ def test_a_fused_decoder_gives_what_many_rows_give(thin_cases, monkeypatch, fami
     monkeypatch.setattr(thin, "suits", watched)
     with torch.no_grad():
         found = model.model(**inputs(tokens)).last_hidden_state
-        assert set(taken) == {tokens <= FEW_ROWS}
+        assert set(taken) == {tokens <= MOST_ROWS}
         usual = model.model(**inputs(64)).last_hidden_state[:, :tokens]
     release(model)
     errors = [thin_cases.distance(part, exact) for part in (found, usual)]

@@ -14,7 +14,7 @@ pytest.importorskip("triton", reason="the Triton kernels need triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
-from gendistill_kernels.block import attention
+from gendistill_kernels.block import attention, norm
 from gendistill_kernels.block.layout import Tiles
 from gendistill_kernels.delta import chunk, decode
 from gendistill_kernels.delta.layout import Chunks
@@ -218,7 +218,7 @@ def test_an_overlapping_step_waits_before_it_touches_memory(machine_code, monkey
         wait = found.index("ACQBULK")
         assert "PREEXIT" in found[wait:]
         if name == "_decode" and KV == 2:
-            assert found[:wait] == ["LDG.E.128.STRONG.GPU"] * 8
+            assert found[:wait] == ["LDG.E.128.STRONG.GPU"] * 16
         else:
             assert wait == 0
 
@@ -294,51 +294,59 @@ def test_paged_attention_fits_into_shared_memory(machine_code, monkeypatch, H, K
             assert 3 * taken.registers * 128 <= 65536
 
 
-@pytest.mark.parametrize("rows", [1, 2, 4, 16])
+@pytest.mark.parametrize("rows", [1, 2, 4])
 @pytest.mark.parametrize("stream", [torch.bfloat16, torch.float32])
 def test_products_of_few_rows_read_weights_ahead_and_as_wide_as_they_can(
     machine_code, monkeypatch, rows, stream
 ):
     calls, bf16 = [], torch.bfloat16
     monkeypatch.setattr(thin, "can_overlap", lambda device: True)
-    for name in ("_vectors", "_tiles"):
-        kernel = getattr(thin, name).function
-        stand_in = collections.defaultdict(
-            lambda kernel=kernel: lambda *arguments, **settings: calls.append((kernel, arguments, settings))
-        )
-        monkeypatch.setattr(thin, name, stand_in)
+    kernel = thin._product.function
+    stand_in = collections.defaultdict(
+        lambda: lambda *arguments, **settings: calls.append((arguments, settings))
+    )
+    monkeypatch.setattr(thin, "_product", stand_in)
     x, wide = torch.zeros(rows, 1024, dtype=stream), torch.zeros(rows, 3072, dtype=bf16)
     gate_up, down, gain = (
         torch.zeros(*sizes, dtype=dtype)
         for sizes, dtype in (((6144, 1024), bf16), ((1024, 3072), bf16), ((1024,), stream))
     )
-    if rows <= thin.MOST_VECTORS:
-        thin.gated_of_sum(x, x.bfloat16(), gain, gate_up, eps=1e-6)
-    else:
-        thin.product(x.bfloat16(), gate_up, out=wide, gated=True)
+    thin.gated_of_sum(x, x.bfloat16(), gain, gate_up, eps=1e-6)
     thin.product(wide, down, added=x, out=x)
-    assert len(calls) == 2
-    for kernel, arguments, settings in calls:
+    for number, (arguments, settings) in enumerate(calls):
         options = {key: settings.pop(key) for key in machine_code.OPTIONS if key in settings}
         built = machine_code.build(kernel, arguments, settings, options)
         taken = machine_code.usage(built)
         assert taken.stack < 64
         assert taken.shared <= SHARED_BYTES["sm_90"] // 2
-        names = re.findall(
-            r"\b(LDG\.\S+|LDGSTS\.\S+|UBLKPF\S*|PREEXIT|ACQBULK|STG\.\S+|BAR\.SYNC\S*)",
-            machine_code.code(built),
-        )
-        wait = names.index("ACQBULK")
-        ahead, rest = names[:wait], names[wait:]
+        names = re.findall(r"\b(LDG\.\S+|PREEXIT|ACQBULK|STG\.\S+|BAR\.SYNC\S*)", machine_code.code(built))
+        ahead = names[: names.index("ACQBULK")]
         # nothing is written, nor a tile of x read, before the kernel before has ended
         assert not [name for name in ahead if name.startswith("STG")]
-        if kernel is thin.tiles_kernel:
-            assert set(ahead) == {"UBLKPF.L2", "PREEXIT"}
-            assert any(name.startswith("LDGSTS") and name.endswith("128") for name in rest)
-            continue
         loads = [name for name in ahead if name.startswith("LDG.E.EF")]
         # of a program, 8 gates and 8 values, or 8 rows: four tiles of the former, all that are asked for of the latter
-        assert len(loads) == (16 if settings["GATED"] else 24)
+        assert len(loads) == (16, 24)[number]
         assert all(name == "LDG.E.EF.128" for name in loads)
         # threads meet once, to hand over what they store
         assert sum(name.startswith("BAR") for name in names) <= 1
+
+
+@pytest.mark.parametrize("rows", [4, 5])
+def test_the_norm_of_few_rows_starts_early_and_waits_before_it_touches_memory(
+    machine_code, monkeypatch, rows
+):
+    calls = []
+    monkeypatch.setattr(norm, "can_overlap", lambda device: True)
+    kernel = norm._forward.function
+    stand_in = collections.defaultdict(
+        lambda: lambda *arguments, **settings: calls.append((arguments, settings))
+    )
+    monkeypatch.setattr(norm, "_forward", stand_in)
+    x = torch.zeros(rows, 1024, dtype=torch.bfloat16)
+    norm.rms_norm_forward(x, x, torch.zeros(1024), eps=1e-6, dtype=torch.bfloat16)
+    ((arguments, settings),) = calls
+    options = {key: settings.pop(key) for key in machine_code.OPTIONS if key in settings}
+    found = memory_and_waits(machine_code.code(machine_code.build(kernel, arguments, settings, options)))
+    early = found[:2] == ["PREEXIT", "ACQBULK"]
+    assert early == settings["OVERLAP"] == options["launch_pdl"] == (rows == 4)
+    assert {"LDG", "STG"} == {name.split(".")[0] for name in found[2 if early else 0 :]}

@@ -22,12 +22,11 @@ from gendistill.ops.block import rms_norm
 from gendistill.ops.contracts.block import swiglu_forward
 from gendistill.ops.thin import MOST_ROWS, thin_linear, thin_mlp
 from gendistill_kernels.runtime.lookup import Config, forced
-from gendistill_kernels.thin.product import MOST_VECTORS
 
 START = time.perf_counter()
 # of the weights that a replay reads: several times what the cache holds
 COLD_BYTES = 250e6
-ROWS = (1, 2, 4, 8, 16, 32)
+ROWS = (1, 2, 3, 4)
 LINEAR = (
     *((4096, 1024), (1024, 2048), (6144, 1024), (1024, 3072), (320, 1024), (2048, 128)),
     *((1152, 896), (9728, 896), (896, 4864)),
@@ -35,18 +34,12 @@ LINEAR = (
 # width, and width inside
 MLP = ((1024, 3072), (896, 4864))
 EPS = 1e-6
-VECTORS = [
+CONFIGS = [
     Config(block, warps, stages=stages, registers=registers, programs=programs)
     for block, warps in ((8, 4), (16, 4), (32, 4), (16, 8), (32, 8), (4, 2))
     for stages in (12, 24, 32)
     for registers in (None, 128)
     for programs in (115, 264)
-]
-TILES = [
-    Config(block, warps, stages=stages, programs=programs)
-    for block, warps in ((16, 2), (16, 4), (32, 4), (64, 4))
-    for stages in (2, 3, 4, 6)
-    for programs in (44, 100)
 ]
 
 
@@ -95,7 +88,7 @@ def check(cases: ModuleType) -> None:
         line = []
         # what is timed has no bias, and is compiled but once
         drawn, matrix, bias = cases.linear(MOST_ROWS, N, K, bias=(N, K) not in LINEAR, **kind)
-        for rows in (1, 2, 3, 4, 5, 16, 32):
+        for rows in ROWS:
             x = drawn[:rows]
             expected = x.double() @ matrix.double().T + (0 if bias is None else bias.double())
             off = [
@@ -108,7 +101,7 @@ def check(cases: ModuleType) -> None:
         for stream in (None, torch.float32):
             line = []
             drawn = cases.mlp(MOST_ROWS, K, inner, stream=stream, **kind)
-            for rows in (1, 2, 3, 5, 16, 32) if stream is None else (1, 4, 16):
+            for rows in ROWS:
                 x = drawn._replace(stream=drawn.stream[:rows], mixed=drawn.mixed[:rows])
                 expected = cases.whole(x, eps=EPS)
                 off = [
@@ -123,10 +116,10 @@ def cell(took: float, size: int) -> str:
     return f"{took:6.2f} us {size / took / 1e6:4.2f} TB/s"
 
 
-def time_configs(step, number: int, size: int, kernel: str, configs: list[Config]) -> None:
+def time_configs(step, number: int, size: int) -> None:
     found = []
-    for config in configs:
-        with forced(kernel, config):
+    for config in CONFIGS:
+        with forced("thin_product", config):
             took, reason = attempt(lambda: microseconds(step, number))
         if reason is not None:
             say(f"    {config}: {reason}")
@@ -134,10 +127,6 @@ def time_configs(step, number: int, size: int, kernel: str, configs: list[Config
             found.append((took, config))
     for took, config in sorted(found, key=lambda one: one[0])[:6]:
         say(f"    {cell(took, size)}  {config}")
-
-
-def kernel_of(rows: int) -> tuple[str, list[Config]]:
-    return ("thin_vectors", VECTORS) if rows <= MOST_VECTORS else ("thin_tiles", TILES)
 
 
 def time_linear(N: int, K: int, *, configs: bool) -> None:
@@ -154,12 +143,12 @@ def time_linear(N: int, K: int, *, configs: bool) -> None:
             for matrix in matrices:
                 F.linear(x, matrix)
 
-        line = [f"general {cell(microseconds(general, number), size)}"]
-        if rows <= MOST_ROWS:
-            line.append(f"ours {cell(microseconds(ours, number), size)}")
-        say(f"linear {N:5} x {K:4}, {rows:2} rows:", "  ".join(line))
+        took = microseconds(general, number), microseconds(ours, number)
+        say(
+            f"linear {N:5} x {K:4}, {rows} rows: general {cell(took[0], size)}  ours {cell(took[1], size)}",
+        )
         if configs:
-            time_configs(ours, number, size, *kernel_of(rows))
+            time_configs(ours, number, size)
 
 
 def time_mlp(K: int, inner: int, *, configs: bool) -> None:
@@ -181,10 +170,10 @@ def time_mlp(K: int, inner: int, *, configs: bool) -> None:
 
         took = microseconds(general, number), microseconds(ours, number)
         say(
-            f"mlp {K:4} / {inner}, {rows:2} rows: general {cell(took[0], size)}  ours {cell(took[1], size)}",
+            f"mlp {K:4} / {inner}, {rows} rows: general {cell(took[0], size)}  ours {cell(took[1], size)}",
         )
         if configs:
-            time_configs(ours, number, size, *kernel_of(rows))
+            time_configs(ours, number, size)
 
 
 def main() -> None:

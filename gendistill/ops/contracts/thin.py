@@ -25,7 +25,6 @@ class ProductKernels(Protocol):
         *,
         added: Tensor | None = None,
         out: Tensor,
-        gated: bool = False,
     ) -> Tensor:
         """Write ``x @ matrix.T``, and what is added to it, to ``out``."""
         ...

@@ -27,7 +27,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from gendistill_kernels.delta.device import log2_decay
-from gendistill_kernels.delta.rows import PROCESSORS, TABLE
+from gendistill_kernels.delta.rows import TABLE
 from gendistill_kernels.delta.rule import Convolution, Finish, Heads, Rule, check_gate
 from gendistill_kernels.runtime.hardware import can_overlap
 from gendistill_kernels.runtime.launch import Fixed, Kind, Launcher, check_devices, on_its_device
@@ -451,7 +451,7 @@ def _plan(
     N, T, H, K, V = _check(kinds, layouts, heads, rule, W)
     size = 2 if first is None else first[0].itemsize
     BK, wide = (max(16, triton.next_power_of_2(channels)) for channels in (K, V))
-    config = TABLE.lookup(device, "decode", BK, wide, size, N * H > PROCESSORS)
+    config = TABLE.lookup(device, "decode", BK, wide, size)
     BV = min(wide, max(16, config.block // BK))
     # heads that share a channel would move its window on while others read it
     apart = W > 1 and min(heads) < H

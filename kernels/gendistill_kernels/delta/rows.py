@@ -11,8 +11,6 @@ from gendistill_kernels.runtime.lookup import Config, Table
 ANY = 1 << 30
 # as many chains times blocks of 128 values as keep every processor of the GPU busy with one program each
 MANY = 100
-# of an H200; more programs of a decode step than these hide each other's waiting if several fit on a processor
-PROCESSORS = 132
 
 
 class Row(NamedTuple):
@@ -22,8 +20,7 @@ class Row(NamedTuple):
         kernel: One of ``TABLE.kernels``.
         keys, values: The most channels of a head, rounded up to a power of two.
         size: The most bytes of an element of the inputs.
-        many: Whether there are ``MANY`` programs of 128 value channels, of a decode step more than ``PROCESSORS``
-            programs; None where it does not matter.
+        many: Whether there are ``MANY`` programs of 128 value channels; None where it does not matter.
         save: Whether states are kept for the backward pass; None where it does not matter.
         config: How to launch it.
     """
@@ -82,9 +79,14 @@ def is_many(chains: int, values: int, *, packed: bool) -> bool:
 _EVERYWHERE = (
     Row("sum_heads", ANY, ANY, 4, None, None, Config(1024, 4)),
     Row("sum_chunks", ANY, ANY, 4, None, None, Config(4096, 4)),
-    # 128 registers of state in each of 128 threads: one H100, batch 1, 5.6 us; 8 warps 6.6, 16 warps 9.5
+    # 64 numbers of a state in each of 64 threads, 128 in each of 128. Timed with the convolution's launch, in a CUDA
+    # graph, states cold: docs/kernels-log.md, 39. 14 heads of 64 with 2 of keys and values, batch 1 and 512: 2.85 and
+    # 69.7 us; 4 warps of 96 registers 3.15 and 72.9
+    Row("decode", 64, 64, 4, None, None, Config(64 * 64, 2, registers=168)),
+    # 16 heads of 128 with 8: 5.46 and 288 us; 8 warps of 128 registers 6.62 and 311; half a state at a time, 4 warps of
+    # 168 registers, 6.99 and 293
     Row("decode", ANY, ANY, 4, None, None, Config(128 * 128, 4, registers=255)),
-    # one channel of a thread, so that none changes hands before it is stored; not timed yet
+    # one channel of a thread, so that none changes hands before it is stored; 128 in 4 warps take as long
     Row("decode_convolution", ANY, ANY, 4, None, None, Config(256, 8)),
 )
 
@@ -127,9 +129,6 @@ _ROWS: dict[Architecture, tuple[Row, ...]] = {
         Row("keys", 256, 128, 4, None, None, Config(32, 4)),
         Row("keys_levels", 256, 256, 2, None, None, Config(32, 4)),
         Row("keys_levels", 256, 128, 4, None, None, Config(32, 4)),
-        # Not timed yet; chosen by what the compiler says. Of 64 channels six programs fit on a processor, of 128 two.
-        Row("decode", 64, 64, 4, True, None, Config(64 * 64, 4, registers=80)),
-        Row("decode", 128, 128, 4, True, None, Config(128 * 128, 8, registers=128)),
         *_EVERYWHERE,
     ),
     # No kernel has run on what follows: rows are chosen only to fit, and to spill little, by what the compiler says.

@@ -7,12 +7,9 @@ With x a row, s the residual stream after an addition, and r = 1 / sqrt(mean(s^2
 
 Such a product takes as long as its weights take to arrive, so that all depends on how many are under way at a time.
 
-Up to four rows, a thread multiplies its eight weights of every tile with those of x that it holds, in float32, and
-threads meet once, at the end. Many tiles are asked for before anything is computed, and before the kernel before has
-ended: they must not be what it writes. The norm's factor is applied last, so that nothing waits for a sum of squares.
-
-More rows, padded to sixteen or 32, are multiplied by matrix units; a pipelined loop has some tiles of the weights
-under way.
+A thread multiplies its eight weights of every tile with those of x that it holds, in float32, and threads meet once,
+at the end. Many tiles are asked for before anything is computed, and before the kernel before has ended: they must not
+be what it writes. The norm's factor is applied last, so that nothing waits for a sum of squares.
 """
 
 # pyright: reportGeneralTypeIssues=false, reportUnboundVariable=false
@@ -25,14 +22,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from gendistill_kernels.block.norm import rms_norm_forward
 from gendistill_kernels.runtime.hardware import can_overlap
 from gendistill_kernels.runtime.launch import Launcher, on_its_device
-from gendistill_kernels.runtime.lookup import Config
 from gendistill_kernels.thin.rows import TABLE
 
-# rows up to which threads multiply by themselves
-MOST_VECTORS = 4
 # weights of a row are read eight at a time, so that their number is a multiple of this
 STEP = 8
 # threads of a warp, which lie along a row of the matrix, and weights of each in a tile
@@ -40,8 +33,6 @@ _LANES = tl.constexpr(32)
 _STEP = tl.constexpr(STEP)
 # bytes of x of a thread that are asked for ahead of their turn
 _AHEAD = 128
-# columns of a tile for matrix units
-_COLUMNS = 128
 
 
 @triton.jit
@@ -87,25 +78,11 @@ def _store_tile(at, value, wanted, tile: tl.constexpr, K: tl.constexpr):
         tl.store(at + column, value, mask=wanted & (column < K))
 
 
-@triton.jit
-def _finish(value, up, bias, added, out, rows, N, m, n):
-    """Store products, or what a gated layer makes of those with both halves."""
-    inside = (m < rows) & (n < N)
-    if up is not None:
-        value *= tl.sigmoid(value) * up
-    if bias is not None:
-        value += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)
-    cells = m * N + n
-    if added is not None:
-        value += tl.load(added + cells, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + cells, value.to(out.dtype.element_ty), mask=inside)
-
-
 @triton.jit(do_not_specialize=["rows", "N"])
-def vectors_kernel(
+def product_kernel(
     x, mixed, gain, matrix, bias, added, total, out, rows, N, x_row, eps,
     K: tl.constexpr, M: tl.constexpr, R: tl.constexpr, WARPS: tl.constexpr, AHEAD: tl.constexpr,
-    AHEAD_X: tl.constexpr, GATED: tl.constexpr, OVERLAP: tl.constexpr,
+    AHEAD_X: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     TILES: tl.constexpr = (K + _LANES * _STEP - 1) // (_LANES * _STEP)
     program = tl.program_id(0)
@@ -113,12 +90,13 @@ def vectors_kernel(
     n = program * (R * WARPS) + tl.arange(0, R)[None, None, :, None, None] * WARPS + warp
     # what lies beyond the matrix repeats its last row, so that no load needs a mask
     at = matrix + tl.minimum(n, N - 1).to(tl.int64) * K
-    at_up = at + N.to(tl.int64) * K if GATED else at
+    # what is normalised is what a gated layer reads
+    at_up = at + N.to(tl.int64) * K if gain is not None else at
     weights, ups, gains = (), (), ()
     for tile in tl.static_range(TILES):
         if tile < AHEAD:
             weights += (_load_tile(at, tile, K, "evict_first"),)
-            if GATED:
+            if gain is not None:
                 ups += (_load_tile(at_up, tile, K, "evict_first"),)
         if gain is not None and tile < AHEAD_X:
             gains += (_load_tile(gain + warp * 0, tile, K, ""),)
@@ -143,7 +121,7 @@ def vectors_kernel(
     for tile in tl.static_range(TILES):
         if tile + AHEAD < TILES:
             weights += (_load_tile(at, tile + AHEAD, K, "evict_first"),)
-            if GATED:
+            if gain is not None:
                 ups += (_load_tile(at_up, tile + AHEAD, K, "evict_first"),)
         if tile + AHEAD_X < TILES:
             if gain is not None:
@@ -161,114 +139,44 @@ def vectors_kernel(
             squares += tl.sum(value * value, 4)
             value *= gains[tile].to(tl.float32)
         acc += tl.sum(weights[tile].to(tl.float32) * value, 4)
-        if GATED:
+        if gain is not None:
             acc_up += tl.sum(ups[tile].to(tl.float32) * value, 4)
     product = tl.sum(acc, 0)
-    up = None
     if gain is not None:
         factor = tl.rsqrt(tl.sum(squares, 0) / K + eps)
         product *= factor
-    if GATED:
-        up = tl.sum(acc_up, 0)
-        if gain is not None:
-            up *= factor
+        product *= tl.sigmoid(product) * tl.sum(acc_up, 0) * factor
     m = tl.arange(0, M)[None, None, :]
     n = program * (R * WARPS) + tl.arange(0, R)[None, :, None] * WARPS + tl.arange(0, WARPS)[:, None, None]
-    _finish(product, up, bias, added, out, rows, N, m, n)
+    if bias is not None:
+        product += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)
+    inside = (m < rows) & (n < N)
+    cells = m * N + n
+    if added is not None:
+        product += tl.load(added + cells, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + cells, product.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
-def _fetch(at, size):
-    """Have bytes brought into the GPU's cache, by one thread."""
-    tl.inline_asm_elementwise(
-        "{ .reg .pred first; .reg .b32 thread; mov.u32 thread, %tid.x; setp.eq.u32 first, thread, 0; "
-        "@first cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }",
-        "=r,l,r", [at, size], dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["rows", "N"])
-def tiles_kernel(
-    x, matrix, bias, added, out, rows, N, x_row,
-    K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GATED: tl.constexpr, OVERLAP: tl.constexpr,
-):  # fmt: skip
-    first = tl.program_id(0) * BN
-    start = matrix + first.to(tl.int64) * K
-    half = N.to(tl.int64) * K
-    if OVERLAP:
-        # into the cache only: what the kernel before writes there is seen
-        size = tl.minimum(BN, N - first) * K * (matrix.dtype.element_ty.primitive_bitwidth // 8)
-        _fetch(start, size)
-        if GATED:
-            _fetch(start + half, size)
-        gdc_launch_dependents()
-        gdc_wait()
-    m, n, k = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, BK)
-    at_x = x + m[:, None].to(tl.int64) * x_row + k[None, :]
-    # what lies beyond the matrix repeats its last row
-    at = start + tl.minimum(n, N - 1 - first)[:, None] * K + k[None, :]
-    acc = tl.zeros([BM, BN], tl.float32)
-    acc_up = tl.zeros([BM, BN], tl.float32)
-    for column in range(0, K, BK):
-        there = k < K - column
-        tile_x = tl.load(at_x + column, mask=(m < rows)[:, None] & there[None, :], other=0.0)
-        tile = tl.load(at + column, mask=there[None, :], other=0.0, eviction_policy="evict_first")
-        acc = tl.dot(tile_x, tl.trans(tile), acc, input_precision="ieee")
-        if GATED:
-            tile = tl.load(at + half + column, mask=there[None, :], other=0.0, eviction_policy="evict_first")
-            acc_up = tl.dot(tile_x, tl.trans(tile), acc_up, input_precision="ieee")
-    up = acc_up if GATED else None
-    _finish(acc, up, bias, added, out, rows, N, m[:, None], first + n[None, :])
-
-
-_vectors = Launcher(vectors_kernel)
-_tiles = Launcher(tiles_kernel)
-
-
-def _share(N: int, config: Config, least: int) -> int:
-    """Return how many rows of a matrix a program takes: fewer if there would be few programs, at least ``least``."""
-    block = max(config.block, least)
-    while block > least and -(-N // block) < config.programs:
-        block //= 2
-    return block
+_product = Launcher(product_kernel)
 
 
 @on_its_device
 def product(
-    x: Tensor,
-    matrix: Tensor,
-    bias: Tensor | None = None,
-    *,
-    added: Tensor | None = None,
-    out: Tensor,
-    gated: bool = False,
+    x: Tensor, matrix: Tensor, bias: Tensor | None = None, *, added: Tensor | None = None, out: Tensor
 ) -> Tensor:
     """Multiply a few rows with a matrix; sums are float32.
 
     Neither ``matrix`` nor ``bias`` may be what a kernel launched shortly before writes; see the op.
 
     Args:
-        x: ``[M, K]`` with 1 to 32 rows, each contiguous; K a multiple of ``STEP``.
-        matrix: ``[N, K]``, or ``[2 N, K]`` if gated, contiguous, in the dtype of x.
+        x: ``[M, K]`` with 1 to 4 rows, each contiguous; K a multiple of ``STEP``.
+        matrix: ``[N, K]``, contiguous, in the dtype of x.
         bias: ``[N]``.
         added: ``[M, N]``, contiguous.
         out: ``[M, N]``, contiguous, to write to; may be ``added``.
-        gated: Return ``silu(gate) up`` of the products with the upper and the lower half.
     Returns: ``out``.
     """
-    M, K = x.shape
-    N = out.shape[1]
-    if M <= MOST_VECTORS:
-        _launch_vectors(x, None, None, matrix, bias, added, None, out, gated=gated, eps=0.0)
-        return out
-    config = TABLE.lookup(x.device, "thin_tiles", x.dtype.itemsize)
-    block = _share(N, config, 8)
-    overlap = can_overlap(x.device) and matrix.data_ptr() % 16 == 0
-    _tiles[(-(-N // block),)](
-        x, matrix, bias, added, out, M, N, x.stride(0),
-        K=K, BM=max(16, triton.next_power_of_2(M)), BN=block, BK=_COLUMNS, GATED=gated, OVERLAP=overlap,
-        launch_pdl=overlap, num_warps=min(config.warps, max(1, block // 8)), num_stages=config.stages,
-    )  # fmt: skip
+    _launch(x, None, None, matrix, bias, added, None, out, eps=0.0)
     return out
 
 
@@ -281,13 +189,10 @@ def gated_of_sum(
     *,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """Add, normalise, and run the gated half of an MLP; all sums are float32.
-
-    One launch does it for up to ``MOST_VECTORS`` rows. For more, each program would normalise as many numbers as it
-    multiplies, so that another launch does it for all.
+    """Add, normalise, and run the gated half of an MLP, in one launch; all sums are float32.
 
     Args:
-        stream: ``[M, K]`` with 1 to 32 rows, contiguous; K a multiple of ``STEP``.
+        stream: ``[M, K]`` with 1 to 4 rows, contiguous; K a multiple of ``STEP``.
         mixed: ``[M, K]`` in any dtype, contiguous, or None.
         gain: ``[K]`` of an RMSNorm.
         matrix: ``[2 N, K]``: gates, then values; contiguous. As ``gain`` not written shortly before; see the op.
@@ -296,15 +201,12 @@ def gated_of_sum(
         matrix.
     """
     out = torch.empty(len(stream), len(matrix) // 2, dtype=matrix.dtype, device=matrix.device)
-    if len(stream) > MOST_VECTORS:
-        total, x, _ = rms_norm_forward(stream, mixed, gain, eps=eps, dtype=matrix.dtype)
-        return total, product(x, matrix, out=out, gated=True)
     total = stream if mixed is None else torch.empty_like(stream)
-    _launch_vectors(stream, mixed, gain, matrix, None, None, total, out, gated=True, eps=eps)
+    _launch(stream, mixed, gain, matrix, None, None, total, out, eps=eps)
     return total, out
 
 
-def _launch_vectors(
+def _launch(
     x: Tensor,
     mixed: Tensor | None,
     gain: Tensor | None,
@@ -314,20 +216,22 @@ def _launch_vectors(
     total: Tensor | None,
     out: Tensor,
     *,
-    gated: bool,
     eps: float,
 ) -> None:
     (M, K), N = x.shape, out.shape[1]
-    config = TABLE.lookup(x.device, "thin_vectors", matrix.dtype.itemsize)
+    config = TABLE.lookup(x.device, "thin_product", matrix.dtype.itemsize)
     # both halves of a gated layer count
-    block = _share(N, config._replace(block=config.block // 2) if gated else config, config.warps)
+    halves = 1 if gain is None else 2
+    block = max(config.block // halves, config.warps)
+    while block > config.warps and -(-N // block) < config.programs:
+        block //= 2
     each = block // config.warps
     number = triton.next_power_of_2(M)
     overlap = can_overlap(x.device)
     size = STEP * number * (x.dtype.itemsize + (0 if mixed is None else mixed.dtype.itemsize))
-    _vectors[(-(-N // block),)](
+    _product[(-(-N // block),)](
         x, mixed, gain, matrix, bias, added, total, out, M, N, x.stride(0), eps,
-        K=K, M=number, R=each, WARPS=config.warps, AHEAD=max(1, config.stages // (each * (1 + gated))),
-        AHEAD_X=max(1, _AHEAD // size), GATED=gated, OVERLAP=overlap, launch_pdl=overlap,
+        K=K, M=number, R=each, WARPS=config.warps, AHEAD=max(1, config.stages // (each * halves)),
+        AHEAD_X=max(1, _AHEAD // size), OVERLAP=overlap, launch_pdl=overlap,
         num_warps=config.warps, maxnreg=config.registers,
     )  # fmt: skip

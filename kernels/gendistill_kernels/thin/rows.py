@@ -9,20 +9,16 @@ def _rows(processors: int) -> tuple[ByBytes, ...]:
     """Make the rows of one architecture: every processor shall have a program, or nearly so."""
     most = 7 * processors // 8
     return (
-        ByBytes("thin_vectors", 2, Config(16, 4, stages=24, programs=most)),
-        ByBytes("thin_vectors", 4, Config(16, 4, stages=12, programs=most)),
-        ByBytes("thin_tiles", 2, Config(32, 4, stages=4, programs=processors // 3)),
-        ByBytes("thin_tiles", 4, Config(16, 4, stages=2, programs=processors // 3)),
+        # one H200: docs/kernels-log.md, 38
+        ByBytes("thin_product", 2, Config(16, 4, stages=24, programs=most)),
+        ByBytes("thin_product", 4, Config(16, 4, stages=12, programs=most)),
     )
 
 
-# of both kernels ``programs`` are as many as there shall be at least, for which they take fewer rows; the loads that
-# ``stages`` counts are a thread's, of eight weights, for ``thin_vectors``, and those of a loop for ``thin_tiles``
+# ``programs`` are as many as there shall be at least, for which they take fewer rows; the loads that ``stages`` counts
+# are a thread's, of eight weights
 TABLE = Table(
-    kernels={
-        "thin_vectors": "rows of the matrix that a program takes",
-        "thin_tiles": "rows of the matrix that a program takes",
-    },
+    kernels={"thin_product": "rows of the matrix that a program takes"},
     # 132 processors on sm_90; no kernel has run on the others
     rows={"sm_90": _rows(132), "sm_80": _rows(108), "any": _rows(64)},
     words=bytes_in_words,
