@@ -20,7 +20,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from gendistill.anatomy.family import FAMILIES, Geometry, family_of, geometry_of
 from gendistill.engine.adapted import why_not_packed
-from gendistill.engine.linear import PackedLinear, pack
+from gendistill.engine.linear import PackedLinear, pack, pack_groups
 from gendistill.engine.mlp import normed_mlp
 from gendistill.mixers.base import Mixer, SequenceInfo, States
 from gendistill.ops.block import attend, rms_norm
@@ -249,7 +249,9 @@ class FusedDecoder:
     def _patch_layer(self, index: int, layer: Any) -> None:
         attention, mlp = layer.self_attn, layer.mlp
         if isinstance(attention, Mixer):
-            groups = {group: self._pack(*group) for group in attention.projections()}
+            groups = pack_groups(attention.projections(), self.dtype, learns=self.learns)
+            # what is part of another group has nothing of its own
+            self.packed += [packed for packed in groups.values() if packed.sources]
             self._patch(attention, "forward", functools.partial(_run_mixer, self, attention, groups))
         else:
             window = self.geometry.window if self.geometry.sliding[index] else None

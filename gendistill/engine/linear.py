@@ -68,6 +68,25 @@ class PackedLinear:
             self.sources += self.adapters.parameters
             self.targets += self.adapters.targets
 
+    def part(self, layers: Sequence[nn.Linear]) -> PackedLinear:
+        """Return some of the layers, which follow each other here, as if packed alone, in the same memory."""
+        first = self.layers.index(layers[0])
+        start, end = self.places[first][0], self.places[first + len(layers) - 1][1]
+        if end == self.places[-1][1]:
+            # with the zeros below
+            end = len(self.matrix)
+        made = PackedLinear.__new__(PackedLinear)
+        made.layers, made._learns = tuple(layers), self._learns
+        made.widths = self.widths[first : first + len(layers)]
+        made.parameters = [layer.weight for layer in layers]
+        made.biases = [layer.bias for layer in layers if layer.bias is not None]
+        made.matrix = self.matrix[start:end]
+        made.bias = self.bias[start:end] if self.bias is not None and made.biases else None
+        made.places = list(pairwise(accumulate(made.widths, initial=0)))
+        # whoever has the whole refreshes it
+        made.sources, made.targets = [], []
+        return made
+
     @torch.no_grad()
     def _take(self, parameter: Tensor, target: Tensor) -> None:
         if parameter.dtype == target.dtype and not (self._learns and parameter.requires_grad):
@@ -211,6 +230,37 @@ def pack(layers: Sequence[nn.Linear], dtype: torch.dtype, *, learns: bool = True
     if any(isinstance(plain(layer).weight, DTensor) for layer in layers):
         return GatheredLinear(layers, dtype)
     return PackedLinear(layers, dtype, learns=learns)
+
+
+def pack_groups(
+    groups: Sequence[tuple[nn.Linear, ...]], dtype: torch.dtype, *, learns: bool = True
+) -> dict[tuple[nn.Linear, ...], PackedLinear]:
+    """Pack several groups; one whose layers are part of another's shares its memory.
+
+    The larger is left out where they cannot share: if an adapter stands beside a layer, if parameters are split among
+    processes, or if a product with the smaller one's rows would be slow.
+
+    Args:
+        groups: A larger one before those that are part of it.
+        dtype: Of arithmetic.
+        learns: As for :class:`PackedLinear`.
+    """
+    made: dict[tuple[nn.Linear, ...], PackedLinear] = {}
+    for group in groups:
+        whole = next((packed for larger, packed in made.items() if {*group} < {*larger}), None)
+        if whole is not None:
+            made[group] = whole.part(group)
+        elif all(_can_share(group, other) for other in groups if {*other} < {*group}):
+            made[group] = pack(group, dtype, learns=learns)
+    return made
+
+
+def _can_share(group: tuple[nn.Linear, ...], part: tuple[nn.Linear, ...]) -> bool:
+    if any(plain(layer) is not layer or isinstance(layer.weight, DTensor) for layer in group):
+        return False
+    ends = [0, *accumulate(layer.out_features for layer in group)]
+    start, end = group.index(part[0]), group.index(part[-1]) + 1
+    return ends[start] % _MULTIPLE == 0 and (end == len(group) or ends[end] % _MULTIPLE == 0)
 
 
 def _weight_grads(

@@ -90,7 +90,7 @@ class Engine:
         self._pass_tokens = pass_tokens or _PASS_TOKENS.get(kind, 1024)
         self._memory_bytes = memory_bytes
         self._ahead = _AHEAD.get(kind, 0)
-        self._runs = False
+        self._runs = self._closed = False
         self._watch: Watch | None = None
         self.stats = Stats()
 
@@ -103,11 +103,20 @@ class Engine:
         self.close()
 
     def close(self) -> None:
-        """Let all memory go, and the model run as it did before."""
+        """Let all memory go, and the model run as it did before; whoever takes further answers of a call is told so."""
+        self._closed = True
         self._runner.close()
 
     def free(self) -> None:
-        """Let the memory of rows go until the next call."""
+        """Let the memory of rows go until the next call.
+
+        Raises:
+            GendistillError: A call has not ended, whose rows are there.
+        """
+        if self._runs:
+            raise GendistillError(
+                "rows are there whose answers have not been taken: take them all, or close it"
+            )
         self._runner.forget_all()
 
     # ----- answers -----
@@ -210,6 +219,8 @@ class Engine:
 
     def _run(self, schedule: Schedule, flying: deque[Chosen], sampling: Sampling) -> Iterator[Result]:
         while flying or not schedule.is_done:
+            if self._closed:
+                raise GendistillError("the engine was closed before all answers were taken")
             ahead = len(flying) > self._ahead
             if flying and (ahead or not any(row.wants_more for row in schedule.running)):
                 yield from self._receive(flying.popleft())
@@ -347,9 +358,9 @@ class Engine:
     def _score(self, what: Pass) -> list[float]:
         try:
             return self._runner.score(what, most=_LOGITS)
-        except torch.OutOfMemoryError:
+        except Exception as error:
             # rows of an earlier call still have memory, and nobody is in it
-            if self._runs or self._runner.memory is None:
+            if not _ran_out(error) or self._runs or self._runner.memory is None:
                 raise
         self.free()
         torch.cuda.empty_cache()
@@ -461,7 +472,15 @@ class Engine:
 
 def _ran_out(error: Exception) -> bool:
     """Say whether memory has run out; the end of a recording in which it did fails too, with another error."""
-    return isinstance(error, torch.OutOfMemoryError) or isinstance(error.__context__, torch.OutOfMemoryError)
+    return any(
+        isinstance(each, torch.OutOfMemoryError)
+        or (isinstance(each, RuntimeError) and any(words in str(each) for words in _RAN_OUT))
+        for each in (error, error.__context__)
+    )
+
+
+# what says so elsewhere: launches of kernels, and libraries of matrix products
+_RAN_OUT = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 class _Counted:

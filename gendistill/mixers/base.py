@@ -171,7 +171,7 @@ class Mixer(nn.Module):
         return packed(x)[..., : sum(packed.widths)]
 
     def projections(self) -> list[tuple[nn.Linear, ...]]:
-        """List the groups of layers that are run together."""
+        """List the groups of layers that are run together; one that is part of another follows it, and shares it."""
         return []
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -162,8 +163,12 @@ class KDA(Mixer):
             # the kernel steps through contiguous states; these may lie otherwise in memory
             recurrent = recurrent.clone(memory_format=torch.contiguous_format)
             conv = None if conv is None else conv.clone(memory_format=torch.contiguous_format)
-        raw_decay, raw_beta, output_gate = self._low_rank(x)
-        q, k, v = self.project(x, self.q_proj, self.k_proj, self.v_proj)
+        if self._all in self.packed:
+            # every launch counts
+            q, k, v, *inner = self.project(x, *self._all)
+        else:
+            (q, k, v), inner = self.project(x, *self._qkv), self.project(x, *self._inner)
+        raw_decay, raw_beta, output_gate = self._raise_ranks(inner)
         conv_weight, conv_bias = self._taps()
         out = decode_delta_rule(
             q,
@@ -188,8 +193,17 @@ class KDA(Mixer):
 
     def projections(self) -> list[tuple[nn.Linear, ...]]:
         """List the groups of linear layers that read the same input."""
-        groups = [(self.q_proj, self.k_proj, self.v_proj), self._inner, (self.f_b_proj,), (self.o_proj,)]
+        groups = [self._all, self._qkv, self._inner, (self.f_b_proj,), (self.o_proj,)]
         return groups if self.output_gate == "none" else [*groups, (self.g_b_proj,)]
+
+    @property
+    def _all(self) -> tuple[nn.Linear, ...]:
+        """The layers that read the input."""
+        return (*self._qkv, *self._inner)
+
+    @property
+    def _qkv(self) -> tuple[nn.Linear, ...]:
+        return self.q_proj, self.k_proj, self.v_proj
 
     @property
     def _inner(self) -> tuple[nn.Linear, ...]:
@@ -199,7 +213,11 @@ class KDA(Mixer):
 
     def _low_rank(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return raw decays ``[B, T, H, K]``, raw write strengths ``[B, T, H]``, and the raw output gate or None."""
-        decay, *gate, beta = self.project(x, *self._inner)
+        return self._raise_ranks(self.project(x, *self._inner))
+
+    def _raise_ranks(self, inner: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return the same, given what the inner layers make of the input."""
+        decay, *gate, beta = inner
         (decay,) = self.project(decay, self.f_b_proj)
         raw_gate = self.project(gate[0], self.g_b_proj)[0] if gate else None
         return decay.unflatten(-1, (self.num_heads, self.head_dim)), beta, raw_gate
@@ -215,7 +233,7 @@ class KDA(Mixer):
     def _convolve(
         self, x: Tensor, sequences: SequenceInfo | None, state: MixerState | None, impl: Impl
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        qkv, conv_state = self.project_together(x, self.q_proj, self.k_proj, self.v_proj), None
+        qkv, conv_state = self.project_together(x, *self._qkv), None
         weights, biases = self._taps()
         if weights:
             qkv, conv_state = causal_conv(

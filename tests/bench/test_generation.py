@@ -49,8 +49,7 @@ def test_answers_and_choices_of_a_model(folder, tmp_path, capsys):
         "engine: tokens/s",
         "transformers, batches of 2: tokens/s",
         "times transformers",
-        "answers of full length: tokens/s",
-        "hybrid, answers of full length: tokens/s",
+        "hybrid, as many tokens: tokens/s",
         "hybrid, times the teacher",
     } == named
     # in float32 the answers are the same, and bars are those of another device

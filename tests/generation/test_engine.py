@@ -183,7 +183,15 @@ def test_logits_that_are_not_finite_end_one_row_alone(student):
     del plain
 
 
-def test_memory_that_runs_out_halves_the_rows(student, monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("no more"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+    ],
+)
+def test_memory_that_runs_out_halves_the_rows(student, monkeypatch, error):
     asked = prompts()
     plain, _ = answers(student, asked)
     step, most = Runner.step, []
@@ -191,7 +199,7 @@ def test_memory_that_runs_out_halves_the_rows(student, monkeypatch):
     def short(self, rows, **settings):
         most.append(len(rows))
         if len(rows) > 2 and len(most) > 3:
-            raise torch.OutOfMemoryError("no more")
+            raise error
         return step(self, rows, **settings)
 
     monkeypatch.setattr(Runner, "step", short)
@@ -254,6 +262,18 @@ def test_an_engine_runs_one_call_at_a_time(student):
             next(engine.generate(prompts(), end_ids=()))
         first.close()
         assert len(list(engine.generate(prompts((3,)), end_ids=()))) == 1
+
+
+def test_an_engine_that_is_closed_between_answers_says_so(student):
+    engine = Engine(student)
+    call = engine.generate(prompts(), end_ids=())
+    next(call)
+    with pytest.raises(GendistillError, match="take them all, or close it"):
+        engine.free()
+    engine.close()
+    with pytest.raises(GendistillError, match="closed before all answers were taken"):
+        list(call)
+    assert not is_fused(student)
 
 
 def test_a_model_that_cannot_run_fused_is_refused_with_the_reason():

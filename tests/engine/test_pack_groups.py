@@ -1,0 +1,100 @@
+"""Groups of packed layers that share memory with a larger one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from gendistill.engine.decoder import fuse, refreshed, release
+from gendistill.engine.linear import pack_groups
+from gendistill.mixers.base import MixerState
+from gendistill.mixers.kda import KDA
+from gendistill.ops.select import Impl
+from gendistill.testing import tiny_student
+
+
+def pack(groups, **settings):
+    """Pack groups, with the weights as they are."""
+    made = pack_groups(groups, torch.float32, **settings)
+    for packed in made.values():
+        for source, target in zip(packed.sources, packed.targets, strict=True):
+            target.copy_(source.detach())
+    return made
+
+
+def layers(*widths, bias=()):
+    return tuple(nn.Linear(16, width, bias=number in bias) for number, width in enumerate(widths))
+
+
+@pytest.mark.parametrize("learns", [True, False])
+def test_parts_lie_in_the_whole_and_say_what_they_would_alone(learns):
+    group = layers(24, 8, 5, 3, bias=(0, 1))
+    groups = [group, group[:2], group[2:]]
+    alone = {each: pack([each])[each] for each in groups}
+    packed = pack(groups, learns=learns)
+    whole = packed[group]
+    x = torch.randn(7, 16)
+    for each in groups:
+        assert packed[each].matrix.untyped_storage().data_ptr() == whole.matrix.untyped_storage().data_ptr()
+        expected = alone[each].split(alone[each](x))
+        for found, right, layer in zip(packed[each].split(packed[each](x)), expected, each, strict=True):
+            assert torch.equal(found, right)
+            assert torch.allclose(found, layer(x), atol=1e-6)
+    assert packed[group[:2]].bias is not None
+    assert packed[group[2:]].bias is None
+    # rows of zeros at the end make a product fast, alone as in the whole
+    assert len(packed[group[2:]].matrix) == 8
+
+
+def test_gradients_reach_the_layers_through_a_part():
+    group = layers(8, 8, 6)
+    packed = pack([group, group[:2], group[2:]])
+    x = torch.randn(5, 16)
+    for each in (group[:2], group[2:]):
+        sum(part.square().sum() for part in packed[each].split(packed[each](x))).backward()
+    found = [layer.weight.grad.clone() for layer in group]
+    for layer in group:
+        layer.weight.grad = None
+        layer(x).square().sum().backward()
+    for layer, grad in zip(group, found, strict=True):
+        assert torch.allclose(layer.weight.grad, grad, atol=1e-5)
+
+
+def test_groups_that_cannot_share_are_packed_alone():
+    group = layers(20, 8, 5)
+    packed = pack([group, group[:2], group[2:]])
+    # the third begins at row 28, and products with rows that begin there are slow
+    assert group not in packed
+    assert set(packed) == {group[:2], group[2:]}
+
+
+def test_a_decode_step_reads_its_input_once():
+    model = tiny_student("qwen3", "pure").eval()
+    mixer = model.model.layers[0].self_attn
+    config = model.config
+    state = None
+    with torch.no_grad():
+        _, state = KDA.forward(mixer, torch.randn(2, 6, config.hidden_size))
+        x = torch.randn(2, 1, config.hidden_size)
+        right, after = mixer._decode(x, state, Impl.REFERENCE)
+        fuse(model, torch.float32)
+        fused = refreshed(model)
+        groups = next(
+            value.args[2] for module, name, value in fused.patched if module is mixer and name == "forward"
+        )
+        mixer.packed = groups
+        assert mixer._all in groups
+        calls = []
+        for group, packed in groups.items():
+            groups[group] = lambda *a, packed=packed, group=group: calls.append(group) or packed(*a)
+            groups[group].split = packed.split
+        found, then = mixer._decode(x, state, Impl.REFERENCE)
+        del mixer.packed
+        release(model)
+    assert torch.allclose(found, right, atol=1e-5)
+    assert isinstance(then, MixerState)
+    assert torch.allclose(then.recurrent, after.recurrent, atol=1e-5)
+    assert calls.count(mixer._all) == 1
+    assert mixer._qkv not in calls
+    assert mixer._inner not in calls
