@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gendistill.mixers.base import ASIDE
 from gendistill.ops.paged import PAGE, Pages, paged_attend
 from gendistill.ops.select import Impl
 
@@ -68,19 +69,26 @@ class Memory:
         self._stacks, self._states = _by_slot(sizes.states, slots + 1)
         self._pages: Pages | None = None
         self._rows: slice | Tensor = slice(0, 0)
+        self._lives: Tensor | None = None
 
     @property
     def num_bytes(self) -> int:
         """Bytes that it takes."""
         return self.num_pages * self.sizes.page_bytes + (self.num_slots + 1) * self.sizes.slot_bytes
 
-    def look_at_slots(self, number: int, pages: Pages) -> None:
-        """Have layers go on with the first so many slots, one token each."""
-        self._rows, self._pages = slice(0, number), pages
+    def look_at_slots(self, number: int, pages: Pages, lives: Tensor) -> None:
+        """Have layers go on with the first so many slots, one token each.
+
+        Args:
+            number: Slots.
+            pages: Of these.
+            lives: ``[number]`` bool, which of them have a sequence.
+        """
+        self._rows, self._pages, self._lives = slice(0, number), pages, lives
 
     def look_at(self, slots: Tensor, pages: Pages) -> None:
         """Have layers go on with these slots ``[S]`` int64, some tokens each."""
-        self._rows, self._pages = slots, pages
+        self._rows, self._pages, self._lives = slots, pages, None
 
     def attend(
         self,
@@ -115,8 +123,9 @@ class Memory:
 
     def read(self, layer: int) -> Any:
         """Return the states of the rows, a named tuple of tensors ``[S, ...]``, to be written in place or not."""
-        state = self._states[layer]
-        return _map(state, lambda part: part[self._rows])
+        state = _map(self._states[layer], lambda part: part[self._rows])
+        # what is kept has none: it is said of the rows of a call
+        return state._replace(lives=self._lives) if "lives" in state._fields else state
 
     def write(self, layer: int, state: Any) -> None:
         """Keep the states of the rows."""
@@ -164,7 +173,11 @@ class Memory:
 
 def _parts(state: Any) -> list[tuple[str, Tensor]]:
     """List the tensors of a mixer's state by name."""
-    return [(name, part) for name, part in state._asdict().items() if isinstance(part, Tensor)]
+    return [
+        (name, part)
+        for name, part in state._asdict().items()
+        if name not in ASIDE and isinstance(part, Tensor)
+    ]
 
 
 def _tensors(states: Any) -> list[Tensor]:

@@ -414,7 +414,7 @@ class Runner:
         cells = torch.where(lives, _cells(page, at), 0)
         lengths = torch.where(lives, at + 1, 0).to(torch.int32)
         starts = torch.arange(number + 1, dtype=torch.int32, device=self.device)
-        self.memory.look_at_slots(number, Pages(table, lengths, starts, cells, single=True))
+        self.memory.look_at_slots(number, Pages(table, lengths, starts, cells, single=True), lives)
         hidden = go_on(self.decoder, tokens[:, None], at[:, None], sequences=None, memory=self.memory)
         chosen = choose(self._logits(hidden), sampling=sampling, seeds=seeds, positions=at + 1)
         tokens.copy_(torch.where(lives, chosen.tokens, tokens))

@@ -20,18 +20,26 @@ class MixerState(NamedTuple):
     """What a recurrent mixer remembers of ``N`` sequences.
 
     A mixer with another memory has a named tuple of its own: tensors whose first size is ``N``, or None, under the
-    names that its spec lists as its state, and ``owned`` at the end.
+    names that its spec lists as its state, and ``owned`` at the end, followed by ``lives`` if it can skip rows.
 
     Attributes:
         conv: ``[N, C, W - 1]`` last inputs of the short convolution, or None for a mixer without one.
         recurrent: ``[N, H, K, V]`` float32 memory.
         owned: Whether a mixer may write to these tensors instead of making new ones, as a cache allows. Only where no
             gradient is recorded.
+        lives: ``[N]`` bool, rows that have a sequence, where a caller decodes rows that have none beside others; None:
+            all. Where a mixer has an op for a few tokens at once, that leaves states of other rows as they are and
+            skips their work. Elsewhere a mixer takes these rows as if they had sequences. It is told, never returned.
     """
 
     conv: Tensor | None
     recurrent: Tensor
     owned: bool = False
+    lives: Tensor | None = None
+
+
+# fields of a state that tell a mixer how to treat the others, and that nobody remembers
+ASIDE = ("owned", "lives")
 
 
 class States(Protocol):

@@ -128,8 +128,11 @@ class KDA(Mixer):
         batch, length = hidden_states.shape[:2]
         impl = self.impl
         few = length <= _DECODE_TOKENS and sequences is None and not self.rope
-        if impl is Impl.TRITON and few and state is not None and not torch.is_grad_enabled():
-            return self._decode(hidden_states, state, impl)
+        if few and state is not None and not torch.is_grad_enabled():
+            skips = state.lives is not None
+            # the chunked path below knows of no rows to skip, and changes their states like others
+            if skips or impl is Impl.TRITON:
+                return self._decode(hidden_states, state, impl)
         x = hidden_states if sequences is None else sequences.gather(hidden_states)
         q, k, v, conv_state = self._convolve(x, sequences, state, impl)
         raw_decay, raw_beta, output_gate = self._low_rank(x)
@@ -186,6 +189,7 @@ class KDA(Mixer):
             norm_eps=self.norm_eps,
             output_gate=output_gate,
             output_activation=self.output_gate,
+            lives=state.lives,
             impl=impl,
         )
         (y,) = self.project(out.flatten(-2), self.o_proj)

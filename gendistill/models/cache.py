@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, LinearAttentionLayer
 
+from gendistill.mixers.base import ASIDE
 from gendistill.models.configuration import HybridConfig
 
 S = TypeVar("S", bound=Any)
@@ -164,7 +165,7 @@ def write_state(cache: Cache | None, layer_idx: int, state: Any, num_positions: 
 
 def _names(state_type: type[Any]) -> list[str]:
     """Name the tensors of a state other than the inputs of a convolution, in order."""
-    return [name for name in state_type._fields if name not in (_CONV, "owned")]
+    return [name for name in state_type._fields if name not in (_CONV, *ASIDE)]
 
 
 def _make_room(layer: LinearAttentionLayer, number: int) -> None:

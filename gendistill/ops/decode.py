@@ -33,6 +33,7 @@ def decode_delta_rule(
     norm_eps: float = 1e-6,
     output_gate: Tensor | None = None,
     output_activation: str = "none",
+    lives: Tensor | None = None,
     impl: Impl | str = Impl.REFERENCE,
 ) -> Tensor:
     """Take every sequence a few tokens further, in one launch on the kernels, or two; both states change in place.
@@ -59,6 +60,8 @@ def decode_delta_rule(
         norm_eps: Of that norm.
         output_gate: ``[N, T, H * V]`` raw, or None.
         output_activation: Of the output gate: ``silu`` or ``sigmoid``; ``none`` without one.
+        lives: ``[N]`` bool, contiguous: rows that have a sequence. The output of others is zero and their states keep
+            every bit, whatever those and the inputs hold; the kernels hardly spend time on them. None: all.
         impl: Implementation; :func:`gendistill.ops.resolve` chooses one.
     Returns: ``[N, T, H, V]`` in ``q.dtype``.
     Raises:
@@ -87,6 +90,7 @@ def decode_delta_rule(
         norm_eps=norm_eps,
         output_gate=output_gate,
         output_activation=output_activation,
+        lives=lives,
     )
 
 

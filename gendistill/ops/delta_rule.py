@@ -168,6 +168,7 @@ def recurrent_delta_rule(
         norm_eps=0.0,
         output_gate=None,
         output_activation="none",
+        lives=None,
     )
     return OpOutput(out, memory)
 

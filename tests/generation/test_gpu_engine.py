@@ -202,3 +202,27 @@ def test_memory_that_grows_is_never_there_twice():
         before = torch.cuda.memory_allocated()
         engine._runner.make_room(slots=4, pages=(1 << 29) // page + 1, width=4)
         assert torch.cuda.max_memory_allocated() - before < 1 << 28
+
+
+def test_a_replayed_step_leaves_the_states_of_slots_without_a_sequence_alone():
+    model = make("student", "mixed")
+    with Engine(model) as engine:
+        runner = engine._runner
+        runner.make_room(slots=8, pages=10, width=2)
+        parts = [part for state in runner.memory._states.values() for part in (state.conv, state.recurrent)]
+        for dead in ([1, 3], [0, 3, 7], []):
+            alive = [slot for slot in range(8) if slot not in dead]
+            runner.begin_at(8, 0)
+            runner._places.positions[dead] = -1
+            for part in parts:
+                part.copy_(torch.randn_like(part))
+                part[dead[:1]] = torch.nan
+            before = [part.clone() for part in parts]
+            runner.step([None] * 8, sampling=Sampling())
+            torch.cuda.synchronize()
+            assert len(runner._graphs) == 1
+            assert runner._places.finite[:8].all()
+            for part, old in zip(parts, before, strict=True):
+                torch.testing.assert_close(part[dead], old[dead], rtol=0, atol=0, equal_nan=True)
+                assert part[alive].isfinite().all()
+                assert not torch.equal(part[alive], old[alive])

@@ -1,8 +1,9 @@
 """Check and time the decode step of a delta-rule layer on a GPU: ``python tests/ops/decode_visit.py``.
 
 Errors against the definition in float64 first, then steps as CUDA graphs over as many states as no cache holds, and the
-bytes of state that they read and write in a second. ``--configs`` adds launches in several configurations. A program
-that waits for ever ends with a traceback after 300 seconds.
+bytes of state that they read and write in a second. ``--configs`` adds launches in several configurations, ``--alive``
+steps in which only a share of the rows has a sequence. A program that waits for ever ends with a traceback after 300
+seconds.
 """
 
 from __future__ import annotations
@@ -82,6 +83,7 @@ class Layers(NamedTuple):
     x: DecodeInputs
     states: Sequence[torch.Tensor]
     windows: Sequence[torch.Tensor]
+    lives: torch.Tensor | None = None
 
     @classmethod
     def of(cls, shape: str, rows: int, number: int | None = None) -> Layers:
@@ -98,7 +100,7 @@ class Layers(NamedTuple):
             rule=Rule("bounded", LOWER_BOUND), heads=Heads(x.heads, x.kv_heads, x.kv_heads),
             A_log=x.a_log, dt_bias=x.dt_bias,
             convolution=Convolution(x.conv_weight, self.windows[layer], x.conv_bias, "silu"),
-            finish=Finish(x.norm_weight, NORM_EPS, x.output_gate, "silu"),
+            finish=Finish(x.norm_weight, NORM_EPS, x.output_gate, "silu"), lives=self.lives,
         )  # fmt: skip
 
     def all(self) -> None:
@@ -180,6 +182,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES)
     parser.add_argument("--batches", nargs="+", type=int, default=[*BATCHES])
+    parser.add_argument(
+        "--alive", nargs="+", type=float, default=[], help="steps with this share of rows, too"
+    )
     parser.add_argument("--configs", action="store_true", help="other launches of the first two shapes, too")
     arguments = parser.parse_args()
     faulthandler.dump_traceback_later(300, exit=True)
@@ -199,6 +204,9 @@ def main() -> None:
             size = 2 * layers.x.state.nbytes
             took = microseconds(layers)
             say(f"{shape}, {rows:3}: {took:7.2f} us = {size / took / 1e6:.2f} TB/s")
+            for alive in arguments.alive:
+                some = layers._replace(lives=torch.arange(rows, device="cuda") < round(alive * rows))
+                say(f"    {alive:4.0%} of rows live: {microseconds(some):7.2f} us")
             for kernel, config in choices(shape, wanted=arguments.configs):
                 with forced(kernel, config):
                     took, reason = attempt(lambda layers=layers: microseconds(layers, 5))

@@ -22,6 +22,7 @@ from triton.compiler import ASTSource
 
 TOOL = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 _POINTERS = {
+    "bool": "*i1",
     "bfloat16": "*bf16",
     "float16": "*fp16",
     "float32": "*fp32",
@@ -106,8 +107,13 @@ def usage(kernel) -> Usage:
     return Usage(kernel.metadata.shared, *map(int, match.groups()))
 
 
-def late_loads(sass: str) -> int:
-    """Count loads from global memory that are asked for after something that was loaded has been waited for."""
+def late_loads(sass: str, *, skips: bool = False) -> int:
+    """Count loads from global memory that are asked for after something that was loaded has been waited for.
+
+    Args:
+        sass: Machine code.
+        skips: The first load, of a byte, may be waited for: it says whether there is anything else to load.
+    """
     pending: set[str] = set()
     waited = late = 0
     for line in sass.splitlines():
@@ -120,6 +126,10 @@ def late_loads(sass: str) -> int:
             waited = 1
         if name.startswith("LDG"):
             late += waited
+            if skips:
+                assert ".U8" in name
+                skips = False
+                continue
             register = target.strip()
             for _ in range(4 if ".128" in name else 2 if ".64" in name else 1):
                 pending.add(register)

@@ -190,6 +190,28 @@ def test_a_layer_decodes_from_states_however_they_lie_in_memory():
     assert torch.equal(other.conv, after.conv)
 
 
+@pytest.mark.parametrize("name", ["plain", "grouped", "softplus"])
+@pytest.mark.parametrize("length", [1, 3])
+def test_a_layer_leaves_rows_without_a_sequence_alone(name, length):
+    """Whichever implementation it has, where it decodes: the reference, too, if it is told of such rows."""
+    lives, given = torch.tensor([True, False, True]), torch.randn(3, length, 32)
+    given[1] = torch.nan
+    for layer in pair(name):
+        with torch.no_grad():
+            _, begun = layer(torch.randn(3, 5, 32))
+            expected, after = layer(given[lives], state=MixerState(*(part[lives] for part in begun[:2])))
+            begun.recurrent[1, 0] = torch.nan
+            told = begun._replace(owned=True, lives=lives)
+            kept = [part.clone() for part in begun[:2]]
+            found, state = layer(given, state=told)
+        assert state.lives is None
+        assert not found[1].any()
+        assert distance(found[lives], expected) < TOLERANCE
+        for part, one, other in zip(state[:2], after[:2], kept, strict=True):
+            assert distance(part[lives], one) < TOLERANCE
+            torch.testing.assert_close(part[1], other[1], rtol=0, atol=0, equal_nan=True)
+
+
 def test_decoding_with_gradients_is_refused_whichever_argument_has_one():
     heads = [torch.randn(1, 1, 32) for _ in range(3)]
     gates = {"gate": "bounded", "a_log": torch.zeros(2), "dt_bias": torch.zeros(32)}
@@ -330,14 +352,15 @@ def test_ops_keep_torch_s_contracts(packed):
     )
 
 
+@pytest.mark.parametrize("lives", [None, torch.tensor([True, False])])
 @pytest.mark.parametrize("taps", [0, 4])
-def test_decoding_keeps_torch_s_contracts_and_compiles_whole(taps):
+def test_decoding_keeps_torch_s_contracts_and_compiles_whole(taps, lives):
     N, H, K = 2, 2, 16
     qkv = [torch.randn(N, 1, H * K) for _ in range(3)]
     weights, biases = ([torch.randn(H * K, *width) for _ in range(3 if taps else 0)] for width in ((4,), ()))
     states = torch.randn(N, H, K, K), torch.randn(N, 3 * H * K, 3) if taps else None
     decay, beta, gate = torch.randn(N, 1, H, K), torch.randn(N, 1, H), torch.randn(N, 1, H * K)
-    settings = (torch.rand(K), gate, "bounded", -5.0, None, "silu", "silu", 1e-6)
+    settings = (torch.rand(K), gate, lives, "bounded", -5.0, None, "silu", "silu", 1e-6)
 
     def arguments():
         memory, past = (None if part is None else part.clone() for part in states)

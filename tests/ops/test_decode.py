@@ -146,6 +146,40 @@ def test_what_does_not_fit_is_named():
             run({**tokens, **change}, layer, states)
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_rows_without_a_sequence_give_zeros_and_keep_their_states(name):
+    tokens, layer, states = make(**CASES[name], N=3)
+    lives = torch.tensor([True, False, True])
+    expected = run(tokens, layer, states)
+    for part in tokens.values():
+        if part is not None:
+            part[1] = torch.nan
+    states[0][1, 0] = torch.nan
+    found = run(tokens, layer, states, lives=lives)
+    same(
+        [part if part is None else part[lives] for part in found],
+        [part if part is None else part[lives] for part in expected],
+    )
+    assert not found[0][1].any()
+    for part, old in zip(found[1:], states, strict=True):
+        if part is not None:
+            torch.testing.assert_close(part[1], old[1], rtol=0, atol=0, equal_nan=True)
+    everywhere = run(tokens, layer, states, lives=torch.zeros(3, dtype=torch.bool))
+    assert not everywhere[0].any()
+    same(everywhere[1:], states, equal_nan=True, rtol=0, atol=0)
+
+
+def test_what_does_not_say_which_rows_live_is_named():
+    x = make(gate="none", taps=0)
+    for lives, message in (
+        (torch.ones(2), "lives must be bool, got float32"),
+        (torch.ones(3, dtype=torch.bool), r"lives must be \[2\], got \[3\]"),
+        (torch.ones(2, dtype=torch.bool, device="meta"), "lives is on meta and q on cpu"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(*x, lives=lives)
+
+
 def test_what_is_missing_is_named():
     """Neither a gate without its parameters nor a convolution without a state is something else silently."""
     tokens, layer, states = make(**CASES["everything"])

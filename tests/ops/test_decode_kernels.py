@@ -48,6 +48,7 @@ class Step(NamedTuple):
     dt_bias: Tensor | None
     convolution: Convolution | None
     finish: Finish
+    lives: Tensor | None = None
 
 
 class Result(NamedTuple):
@@ -235,6 +236,85 @@ def test_a_sequence_in_a_batch_is_as_if_alone():
             assert torch.equal(part, all_rows[here])
 
 
+def rows(x: Step, at: list[int]) -> Step:
+    """Take some of the sequences."""
+    gate, convolution = x.finish.gate, x.convolution
+    if convolution is not None and convolution.state is not None:
+        convolution = convolution._replace(state=convolution.state[at])
+    return x._replace(
+        qkv=x.qkv[at],
+        decay=x.decay[at],
+        beta=x.beta[at],
+        state=x.state[at],
+        convolution=convolution,
+        finish=x.finish._replace(gate=None if gate is None else gate[at]),
+        lives=None,
+    )
+
+
+def bits(part: Tensor) -> Tensor:
+    return part.contiguous().view(torch.uint8)
+
+
+@pytest.mark.parametrize("T", [1, 3])
+@pytest.mark.parametrize(
+    ("sizes", "launches"),
+    [
+        ({}, 1),
+        ({"H": 4, "heads": Heads(4, 2, 2), "K": 24, "V": 20}, 2),
+        ({"H": 2, "heads": Heads(2, 1, 1), "dtype": torch.float16}, 2),
+        ({"taps": 0, "norm": False, "gate": None}, 1),
+        ({"K": 256, "V": 72, "H": 1, "heads": Heads(1, 1, 1)}, 1),
+        ({"K": 256, "V": 130, "heads": Heads(2, 1, 1)}, 2),
+    ],
+)
+def test_rows_without_a_sequence_give_zeros_and_keep_their_states(sizes, launches, T):
+    lives = torch.tensor([True, False, True, False, False])
+    x = make(N=5, T=T, **sizes)._replace(lives=lives)
+    dead, alive = ([*at.nonzero()[:, 0].tolist()] for at in (~lives, lives))
+    for part in (x.qkv, x.decay, x.beta, x.finish.gate):
+        if part is not None:
+            part[dead[:2]] = torch.nan
+    for part in (x.state, None if x.convolution is None else x.convolution.state):
+        if part is not None:
+            part[dead[0]] = torch.nan
+    with watch("decode_convolution") as before, watch("decode") as step:
+        found = run(x)
+    assert len(before) + len(step) == launches
+    for one, other in zip(found, run(rows(x, alive)), strict=True):
+        assert one is other is None or torch.equal(one[alive], other)
+    assert torch.equal(bits(found.out[dead]), torch.zeros_like(bits(found.out[dead])))
+    assert torch.equal(bits(found.state[dead]), bits(x.state[dead]))
+    if x.convolution is not None:
+        assert torch.equal(bits(found.conv[dead]), bits(x.convolution.state[dead]))
+
+
+@pytest.mark.parametrize("heads", [Heads(2, 2, 2), Heads(2, 1, 1)])
+def test_all_rows_or_none_may_have_a_sequence(heads):
+    x = make(N=3, T=2, heads=heads)
+    for one, other in zip(run(x._replace(lives=torch.ones(3, dtype=torch.bool))), run(x), strict=True):
+        assert torch.equal(one, other)
+    found = run(x._replace(lives=torch.zeros(3, dtype=torch.bool)))
+    for one, other in zip(found, (torch.zeros(3, 2, 2, 16), x.state, x.convolution.state), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_what_does_not_say_which_rows_live_is_refused():
+    x, whole = make(), torch.ones(4, dtype=torch.bool)
+    for lives, message in (
+        (torch.ones(2), "lives must be bool, got float32"),
+        (torch.ones(2, dtype=torch.uint8), "lives must be bool, got uint8"),
+        (whole[:3], r"lives must be \[2\], got \[3\]"),
+        (whole[::2], "lives must be contiguous"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            decode_step(**put(x, lives=lives))
+    about = [(torch.float32, 0, (2, 1, 16), (16, 16, 1))] * 18 + [(torch.bool, -1, (2,), (1,))]
+    settings = (Heads(2, 2, 2), Rule("bounded"), torch.device("cuda:0"), "silu", "silu", 1e-6)
+    with pytest.raises(ValueError, match="lives is on the CPU and q on cuda:0"):
+        decode._plan(tuple(about), *settings)
+
+
 @pytest.mark.parametrize("heads", [Heads(6, 2, 3), Heads(6, 6, 3)])
 def test_programs_may_run_in_any_order(monkeypatch, heads):
     x = make(H=6, heads=heads, T=2, N=1)
@@ -301,7 +381,7 @@ def test_q_k_and_v_may_be_tensors_of_their_own(taps, bias):
 
 
 def test_tensors_on_several_devices_are_refused():
-    about = [(torch.float32, 0, (2, 1, 16), (16, 16, 1))] * 18
+    about = [(torch.float32, 0, (2, 1, 16), (16, 16, 1))] * 19
     about[15] = (torch.float32, 1, (2, 1, 16), (16, 16, 1))
     settings = (Heads(2, 2, 2), Rule("bounded"), torch.device("cuda:0"), "silu", "silu", 1e-6)
     with pytest.raises(ValueError, match="the convolution's state is on cuda:1 and q on cuda:0"):

@@ -466,7 +466,7 @@ class Decoding:
         self.gain = cases.normal(K)
         self.states = [cases.normal(N, H, K, K), cases.normal(N, C, 3, dtype=BF16)]
 
-    def step(self, state, past):
+    def step(self, state, past, lives=None):
         qkv, decay, beta, gate = self.inputs
         with torch.no_grad():
             return decode_delta_rule(
@@ -476,6 +476,7 @@ class Decoding:
                 conv_state=past,
                 norm_weight=self.gain,
                 output_gate=gate,
+                lives=lives,
             )
 
 
@@ -492,6 +493,52 @@ def test_decoding_replays_in_a_cuda_graph_and_walks_on(cases, T):
         expected = layer.step(*eager)
         assert torch.equal(out, expected)
         assert all(torch.equal(one, other) for one, other in zip(layer.states, eager, strict=True))
+
+
+@pytest.mark.parametrize("kv", [4, 2])
+@pytest.mark.parametrize("N", [5, 300])
+@pytest.mark.parametrize("T", [1, 3])
+def test_a_replayed_step_skips_the_rows_that_have_no_sequence_then(cases, N, kv, T):
+    """Which rows those are is written right before, by a kernel of torch; and again before the next step."""
+    layer = Decoding(cases, N, kv=kv, T=T)
+    positions = torch.zeros(N, dtype=torch.int64, device=DEVICE)
+
+    def step():
+        return [layer.step(*layer.states, lives) for lives in (positions >= 0, positions > 0)]
+
+    graph, outs = capture(step)
+    for seed in range(8):
+        torch.manual_seed(seed)
+        positions.copy_(torch.randint(-1, 2, (N,)))
+        inputs = [torch.randn_like(part) for part in layer.inputs]
+        states = [torch.randn_like(part) for part in layer.states]
+        right = [part.clone() for part in states]
+        expected = []
+        for lives in (positions >= 0, positions > 0):
+            before = [part.clone() for part in right]
+            for part, new in zip(layer.inputs, inputs, strict=True):
+                part.copy_(new)
+            # all rows, by the same compiled kernel
+            out = layer.step(*right, torch.ones_like(lives))
+            expected.append(torch.where(lives[:, None, None, None], out, 0))
+            for part, old in zip(right, before, strict=True):
+                part[~lives] = old[~lives]
+        # of rows that never live nothing is used, and nothing changes
+        never = positions < 0
+        odd = torch.arange(N, device=DEVICE) % 2 == 1
+        for part, new in zip(layer.inputs, inputs, strict=True):
+            part.copy_(new)
+            part[never] = torch.nan
+        for part, new, wanted in zip(layer.states, states, right, strict=True):
+            for one in (new, wanted):
+                one[never & odd] = torch.nan
+            part.copy_(new)
+        graph.replay()
+        torch.cuda.synchronize()
+        for found, wanted in zip(outs, expected, strict=True):
+            assert torch.equal(found, wanted)
+        for found, wanted in zip(layer.states, right, strict=True):
+            torch.testing.assert_close(found, wanted, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("replayed", [False, True])

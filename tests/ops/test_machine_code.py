@@ -171,7 +171,7 @@ def test_a_state_of_16_bits_is_carried(machine_code, monkeypatch):
     machine_code.build(function, arguments, settings, options)
 
 
-def decode_steps(machine_code, monkeypatch, N, H, KV, K):
+def decode_steps(machine_code, monkeypatch, N, H, KV, K, lives=None):
     """Record the launches of a step with everything in it, as a GPU that lets kernels overlap would get them."""
     calls = {}
     for name in ("_convolution", "_decode"):
@@ -186,7 +186,7 @@ def decode_steps(machine_code, monkeypatch, N, H, KV, K):
     gates = {"A_log": torch.zeros(H), "dt_bias": torch.zeros(H * K)}
     decode.decode_step(
         qkv, decay, beta, torch.zeros(N, H, K, K), rule=Rule("bounded"), heads=Heads(H, KV, KV), convolution=history,
-        finish=Finish(torch.zeros(K, dtype=bf16), 1e-6, gate), **gates,
+        finish=Finish(torch.zeros(K, dtype=bf16), 1e-6, gate), lives=lives, **gates,
     )  # fmt: skip
     found = {}
     for name, launches in calls.items():
@@ -208,26 +208,37 @@ def memory_and_waits(sass):
     return [name for name in names if name.split(".")[0] in kinds]
 
 
+@pytest.mark.parametrize("lives", [None, torch.ones(1, dtype=torch.bool)])
 @pytest.mark.parametrize("KV", [4, 2])
-def test_an_overlapping_step_waits_before_it_touches_memory(machine_code, monkeypatch, KV):
-    """But for states, which the second of two launches reads from the second cache alone."""
-    kernels = decode_steps(machine_code, monkeypatch, 1, 4, KV, 64)
+def test_an_overlapping_step_waits_before_it_touches_memory(machine_code, monkeypatch, KV, lives):
+    """But for which rows live, and states, which the second of two launches reads from the second cache alone."""
+    kernels = decode_steps(machine_code, monkeypatch, 1, 4, KV, 64, lives)
     assert [*kernels] == (["_decode"] if KV == 4 else ["_convolution", "_decode"])
     for name, kernel in kernels.items():
         found = memory_and_waits(machine_code.code(kernel))
         wait = found.index("ACQBULK")
         assert "PREEXIT" in found[wait:]
         if name == "_decode" and KV == 2:
-            assert found[:wait] == ["LDG.E.128.STRONG.GPU"] * 16
+            first = [] if lives is None else ["LDG.E.U8.STRONG.GPU"]
+            assert found[:wait] == first + ["LDG.E.128.STRONG.GPU"] * 16
         else:
             assert wait == 0
+        if name == "_decode" and lives is not None:
+            # nothing is loaded before it; a row without a sequence stores zeros, and where it has not waited it waits
+            assert next(part for part in found if part.startswith("LDG")).startswith("LDG.E.U8")
+            waits = [found[at + 1 : at + 3] for at, part in enumerate(found) if part == "ACQBULK"]
+            assert len(waits) == (2 if KV == 2 else 1)
+            assert (["PREEXIT", "STG.E.U16"] in waits) == (KV == 2)
 
 
 @pytest.mark.parametrize(("H", "KV", "K"), [(14, 2, 64), (9, 3, 64), (16, 8, 128), (16, 16, 128)])
 @pytest.mark.parametrize("N", [1, 512])
-def test_a_step_asks_for_all_it_reads_before_it_waits(machine_code, monkeypatch, N, H, KV, K):
-    for name, kernel in decode_steps(machine_code, monkeypatch, N, H, KV, K).items():
-        assert machine_code.late_loads(machine_code.code(kernel)) == 0, name
+@pytest.mark.parametrize("told", [False, True])
+def test_a_step_asks_for_all_it_reads_before_it_waits(machine_code, monkeypatch, N, H, KV, K, told):
+    lives = torch.ones(N, dtype=torch.bool) if told else None
+    for name, kernel in decode_steps(machine_code, monkeypatch, N, H, KV, K, lives).items():
+        code, skips = machine_code.code(kernel), told and name == "_decode"
+        assert machine_code.late_loads(code, skips=skips) == 0, name
         # nothing of a state that matters is spilled
         assert machine_code.usage(kernel).stack <= 32
 

@@ -86,6 +86,7 @@ class DecodeKernels(Protocol):
         dt_bias: Tensor | None,
         convolution: Convolution | None,
         finish: Finish | None,
+        lives: Tensor | None,
     ) -> Tensor:
         """Take every sequence a few tokens further; states change in place."""
         ...
@@ -408,6 +409,7 @@ def _launch_decode(
     conv_state: Tensor | None,
     norm_weight: Tensor | None,
     output_gate: Tensor | None,
+    lives: Tensor | None,
     gate: str,
     lower_bound: float,
     scale: float | None,
@@ -433,6 +435,7 @@ def _launch_decode(
         dt_bias=dt_bias,
         convolution=convolution,
         finish=Finish(norm_weight, norm_eps, output_gate, output_activation),  # pyright: ignore[reportArgumentType]
+        lives=lives,
     )
 
 
@@ -470,6 +473,7 @@ def decode_delta_rule(
     norm_eps: float,
     output_gate: Tensor | None,
     output_activation: str,
+    lives: Tensor | None,
 ) -> Tensor:
     """Run the decode kernel; arguments as :func:`gendistill.ops.decode_delta_rule`."""
     _check_device(q)
@@ -487,5 +491,6 @@ def decode_delta_rule(
         conv_state,
         norm_weight,
         output_gate,
+        lives,
     )
     return _decode(*tensors, gate, lower_bound, scale, conv_activation, output_activation, norm_eps)

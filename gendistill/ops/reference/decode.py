@@ -34,6 +34,7 @@ def decode_delta_rule(
     norm_eps: float,
     output_gate: Tensor | None,
     output_activation: str,
+    lives: Tensor | None,
 ) -> Tensor:
     """Convolve, gate, apply the rule, normalise and gate; arguments as :func:`gendistill.ops.decode_delta_rule`.
 
@@ -41,7 +42,7 @@ def decode_delta_rule(
     are updated in place.
     """
     K, V = state.shape[2:]
-    _check(q, k, v, decay, beta, state)
+    _check(q, k, v, decay, beta, state, lives)
     if conv_weight is not None and conv_state is None and conv_weight[0].shape[1] > 1:
         raise ValueError(f"conv_state must be given, [N, C, W - 1], for {conv_weight[0].shape[1]} taps")
     if conv_weight is not None:
@@ -53,7 +54,7 @@ def decode_delta_rule(
             state=conv_state,
         )
         if conv_state is not None:
-            conv_state.copy_(inputs)
+            _keep(conv_state, inputs, lives)
         q, k, v = mixed.split([q.shape[-1], k.shape[-1], v.shape[-1]], dim=-1)
     heads = [part.unflatten(-1, (-1, channels)) for part, channels in ((q, K), (k, K), (v, V))]
     x = apply_gates(
@@ -71,12 +72,23 @@ def decode_delta_rule(
     out, memory = recurrent_delta_rule(
         x.q, x.k, heads[2], log_decay=x.log_decay, erase=x.erase, write=x.write, state=state, scale=scale
     )
-    state.copy_(memory)
+    _keep(state, memory, lives)
     out = gated_rms_norm(out, norm_weight, output_gate, activation=output_activation, eps=norm_eps)
-    return out.unflatten(-1, (-1, V))
+    out = out.unflatten(-1, (-1, V))
+    return out if lives is None else torch.where(_by_row(lives, out), out, 0)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor, state: Tensor) -> None:
+def _keep(state: Tensor, new: Tensor, lives: Tensor | None) -> None:
+    state.copy_(new if lives is None else torch.where(_by_row(lives, state), new.to(state.dtype), state))
+
+
+def _by_row(lives: Tensor, like: Tensor) -> Tensor:
+    return lives.view(-1, *[1] * (like.ndim - 1))
+
+
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor, state: Tensor, lives: Tensor | None
+) -> None:
     (N, T), (H, K, V) = q.shape[:2], state.shape[1:]
     for name, part, shape in (
         ("decay", decay, (N, T, H, K)),
@@ -85,6 +97,13 @@ def _check(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor, state: 
     ):
         if tuple(part.shape) != shape:
             raise ValueError(f"{name} must be {list(shape)}, got {list(part.shape)}")
+    if lives is not None:
+        if lives.dtype != torch.bool:
+            raise ValueError(f"lives must be bool, got {str(lives.dtype).removeprefix('torch.')}")
+        if tuple(lives.shape) != (N,):
+            raise ValueError(f"lives must be {[N]}, got {list(lives.shape)}")
+        if lives.device != q.device:
+            raise ValueError(f"lives is on {lives.device} and q on {q.device}")
     for name, part, channels in (("q", q, K), ("k", k, K), ("v", v, V)):
         number, rest = divmod(part.shape[-1], channels)
         if rest or number < 1 or H % number:

@@ -9,6 +9,9 @@ no head shares its q, k or v with another, it also convolves them and moves the 
 programs would have to wait for each other before they do, so a small launch before convolves every channel once, while
 the programs of the second load their states.
 
+A step of as many rows as a graph was recorded for has rows without a sequence. Programs of such a row read whether it
+lives and store zeros, but leave its states alone.
+
 Legend: N sequences, T new tokens, K key channels, V value channels, H heads of the state, C packed channels, W taps.
 """
 
@@ -37,7 +40,7 @@ from gendistill_kernels.runtime.memory import Workspace
 _TENSORS = (
     "q", "k", "v", "decay", "beta", "state", "out", "A_log", "dt_bias",
     *(f"the convolution's {kind} of {part}" for kind in ("weight", "bias") for part in "qkv"),
-    "the convolution's state", "norm_weight", "gate",
+    "the convolution's state", "norm_weight", "gate", "lives",
 )  # fmt: skip
 _VIEWS = {"q", "k", "v", "decay", "beta", "gate"}
 _STATES = {"state", "the convolution's state"}
@@ -126,6 +129,14 @@ def _apply_rule(memory, q, k, v, forget, strength, scale, NORM: tl.constexpr):
 
 
 @triton.jit
+def _store_zeros(out, sequence, head, T: tl.constexpr, H: tl.constexpr, V: tl.constexpr):
+    wide = tl.arange(0, triton.next_power_of_2(V))
+    for token in range(T):
+        at_out = out + ((sequence * T + token) * H + head) * V + wide
+        tl.store(at_out, tl.zeros_like(wide).to(out.dtype.element_ty), mask=wide < V)
+
+
+@triton.jit
 def _finish_last(
     out, norm_weight, gate, sequence, head, gate_row, gate_token, eps,
     T: tl.constexpr, H: tl.constexpr, V: tl.constexpr, OUT_GATE: tl.constexpr,
@@ -145,12 +156,16 @@ def _finish_last(
 
 @triton.jit
 def convolve_kernel(
-    q_in, k_in, v_in, weight_q, weight_k, weight_v, bias_q, bias_k, bias_v, history, q_out, k_out, v_out,
+    q_in, k_in, v_in, weight_q, weight_k, weight_v, bias_q, bias_k, bias_v, history, lives, q_out, k_out, v_out,
     q_row, q_token, k_row, k_token, v_row, v_token,
     T: tl.constexpr, Q: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr, W: tl.constexpr,
     ACTIVATION: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Convolve some of a sequence's packed channels, of which q has ``Q``, k ``K`` and v ``V``."""
+    """Convolve some of a sequence's packed channels, of which q has ``Q``, k ``K`` and v ``V``.
+
+    Of a row without a sequence nothing is stored. To know that before anything is loaded would take as long as loading
+    it: these states are small.
+    """
     C: tl.constexpr = Q + K + V
     BLOCKS: tl.constexpr = (C + BLOCK - 1) // BLOCK
     sequence = (tl.program_id(0) // BLOCKS).to(tl.int64)
@@ -169,10 +184,13 @@ def convolve_kernel(
         gdc_launch_dependents()
     window, factors, offset = _load_taps(weight, bias, past, inside, W)
     x = _load(tl.where(is_q, new_q, tl.where(is_k, new_k, new_v)), inside)
+    # as in decode_kernel
+    goes_on = tl.program_id(1) == 0
+    if lives is not None:
+        goes_on = tl.load(lives + sequence)
     # what any thread has read may be overwritten from here on
     tl.debug_barrier()
-    # as in decode_kernel
-    if tl.program_id(1) == 0:
+    if goes_on:
         for token in range(T):
             window += (x,)
             y = _convolve(window, factors, offset, W, ACTIVATION)
@@ -189,7 +207,7 @@ def convolve_kernel(
 @triton.jit
 def decode_kernel(
     q_in, k_in, v_in, decay, beta, state, out, A_log, dt_bias,
-    weight_q, weight_k, weight_v, bias_q, bias_k, bias_v, history, norm_weight, gate,
+    weight_q, weight_k, weight_v, bias_q, bias_k, bias_v, history, norm_weight, gate, lives,
     q_row, q_token, k_row, k_token, v_row, v_token,
     decay_row, decay_token, beta_row, beta_token, gate_row, gate_token,
     scale, lower_bound, eps,
@@ -219,6 +237,18 @@ def decode_kernel(
         # the kernel after. Nothing above touches memory.
         gdc_wait()
         gdc_launch_dependents()
+    if lives is not None:
+        # Where another launch convolves, this is read before that has ended, by the rule of the states below: whatever
+        # a step is given was written before its first launch, whose programs have waited for it, and which writes
+        # neither. Else it is read after the wait.
+        goes_on = tl.load(lives + sequence, cache_modifier=".cg" if CONVOLVED else "")
+        if not goes_on:
+            if OVERLAP and CONVOLVED:
+                # a kernel that ends has waited for all before it, whatever of it had work to do
+                gdc_wait()
+                gdc_launch_dependents()
+            _store_zeros(out, sequence, head, T, H, V)
+            return
     for block in range(BLOCKS):
         columns = block * BV + tl.arange(0, BV)
         rows, live = tl.arange(0, BK), columns < V
@@ -338,6 +368,7 @@ def decode_step(
     dt_bias: Tensor | None = None,
     convolution: Convolution | None = None,
     finish: Finish | None = None,
+    lives: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """Take every sequence a few tokens further; heads and channels of the inputs are contiguous, tokens need not be.
@@ -354,6 +385,8 @@ def decode_step(
         A_log, dt_bias: ``[H]`` and ``[H * K]`` float32, of the gate; None without one.
         convolution: None has none.
         finish: Norm and gate of the output; None has neither.
+        lives: ``[N]`` bool, contiguous: rows that have a sequence. The output of others is zero and their states keep
+            every bit, whatever those and the inputs hold. None: all.
         out: ``[N, T, H, V]`` in the dtype of ``qkv``, contiguous, to write to.
     Raises:
         ValueError: The rule is another one of the family, or tensors do not fit it or each other.
@@ -383,7 +416,8 @@ def decode_step(
     finish = finish or Finish()
     past = None if convolution is None else convolution.state
     tensors = (
-        q, k, v, decay, beta, state, out, A_log, dt_bias, *weights, *biases, past, finish.norm_weight, finish.gate
+        q, k, v, decay, beta, state, out, A_log, dt_bias, *weights, *biases, past, finish.norm_weight, finish.gate,
+        lives,
     )  # fmt: skip
     plan = _plan(
         tuple(
@@ -401,7 +435,7 @@ def decode_step(
     )
     if plan.channels is not None:
         mixed = plan.channels.parts(plan.channels.allocate())
-        _convolution[plan.convolution](*tensors[:3], *tensors[9:16], *mixed, *plan.steps)
+        _convolution[plan.convolution](*tensors[:3], *tensors[9:16], lives, *mixed, *plan.steps)
         # for the step there is no convolution
         tensors = *mixed, *tensors[3:9], *(None,) * 7, *tensors[16:]
     _decode[plan.decode](*tensors, *plan.numbers)
@@ -466,7 +500,7 @@ def _plan(
     )  # fmt: skip
     steps = [
         *itertools.chain(
-            *((0, 0) if layout is None else layout[1][:2] for layout in (*layouts[:5], layouts[-1]))
+            *((0, 0) if layout is None else layout[1][:2] for layout in (*layouts[:5], layouts[17]))
         )
     ]
     numbers = float(K**-0.5 if rule.scale is None else rule.scale), float(rule.lower_bound), float(norm_eps)
@@ -506,10 +540,12 @@ def _check(
         check_gate((N, T, H, K), *(None if part is None else (*part[0],) for part in layouts[7:9]))
     if kinds[5] is not None and kinds[5][0] != torch.float32:
         raise ValueError(f"state must be float32, got {str(kinds[5][0]).removeprefix('torch.')}")
+    if kinds[18] is not None and kinds[18][0] != torch.bool:
+        raise ValueError(f"lives must be bool, got {str(kinds[18][0]).removeprefix('torch.')}")
     shapes: list[tuple[int, ...] | None] = [
         *((N, T, size) for size in sizes), (N, T, H, K), (N, T, H), (N, H, K, V), (N, T, H, V), None, None,
         *((size, W) for size in sizes), *((size,) for size in sizes),
-        (N, sum(sizes), W - 1), (V,), (N, T, H * V),
+        (N, sum(sizes), W - 1), (V,), (N, T, H * V), (N,),
     ]  # fmt: skip
     for name, layout, shape in zip(_TENSORS, layouts, shapes, strict=True):
         if layout is None:
