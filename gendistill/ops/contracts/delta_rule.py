@@ -12,7 +12,7 @@ from torch.library import custom_op
 
 from gendistill.ops.eager import differentiable, is_eager, quick
 from gendistill.ops.types import OpOutput, Segments
-from gendistill_kernels.delta.layout import Chunks, empty_gradients, empty_outputs
+from gendistill_kernels.delta.layout import Chunks, InferenceChunks, empty_gradients, empty_outputs
 from gendistill_kernels.delta.rule import Convolution, Finish, Gradients, Heads, Inputs, Rule, Saved
 from gendistill_kernels.runtime import hardware
 
@@ -152,7 +152,6 @@ def chunk_delta_rule(
         if state is None:
             state = q.new_zeros(number, decay.shape[2], k.shape[3], v.shape[3], dtype=torch.float32)
         return OpOutput(v.new_empty(*decay.shape[:3], v.shape[3]), state)
-    chunks = _WHOLE if segments is None else segments.table(Chunks.of)
     # q, k and v may be parts of one tensor, which the kernels step through
     decay, state = decay.contiguous(), _contiguous(state)
     beta, erase, write, a_log, dt_bias = map(_contiguous, (beta, erase, write, a_log, dt_bias))
@@ -164,6 +163,9 @@ def chunk_delta_rule(
     needs_grad = torch.is_grad_enabled() and any(
         [part is not None and part.requires_grad for part in (*x, state)]
     )
+    chunks = _WHOLE
+    if segments is not None:
+        chunks = segments.table(Chunks.of if needs_grad else InferenceChunks.of)
     arguments = (*x, state, *chunks, *rule, needs_grad)
     if needs_grad or not is_eager(arguments):
         out, last, _ = _chunk(*arguments)

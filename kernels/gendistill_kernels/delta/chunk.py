@@ -18,7 +18,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gendistill_kernels.delta import layout
 from gendistill_kernels.delta.backward import (
     keys_kernel,
     reverse_scan_kernel,
@@ -32,7 +31,7 @@ from gendistill_kernels.delta.forward import (
     prepare_levels_kernel,
     scan_kernel,
 )
-from gendistill_kernels.delta.layout import CHUNK, Chunks
+from gendistill_kernels.delta.layout import CHUNK, Chunks, InferenceChunks
 from gendistill_kernels.delta.plan import LEVELS, WHOLE, LaunchPlan, plan_launches
 from gendistill_kernels.delta.rule import Gradients, Inputs, Rule, Saved
 from gendistill_kernels.runtime import hardware
@@ -55,14 +54,19 @@ _WIDE = torch.float32 if hardware.INTERPRETED else torch.bfloat16
 
 
 @functools.lru_cache(64)
-def _rows(rows: int, tokens: int, span: int, device: torch.device) -> Chunks:
-    return Chunks.of_rows(rows, tokens, device)
+def _rows(kind: type[Chunks], rows: int, tokens: int, span: int, device: torch.device) -> Chunks:
+    return kind.of_rows(rows, tokens, device)
 
 
 _UNPACKED = Chunks(None, None, None)
 
 
-def _plan(x: Inputs, rule: Rule, chunks: Chunks | None) -> tuple[Inputs, LaunchPlan]:
+def _kind(save: bool) -> type[Chunks]:
+    """Say what cuts up rows: those without gradients are cut into more spans."""
+    return Chunks if save else InferenceChunks
+
+
+def _plan(x: Inputs, rule: Rule, chunks: Chunks | None, *, save: bool = True) -> tuple[Inputs, LaunchPlan]:
     """Look up the plan of a call, and copy what of q, k and v the kernels cannot step through."""
     packed = None
     if chunks is not None:
@@ -76,7 +80,7 @@ def _plan(x: Inputs, rule: Rule, chunks: Chunks | None) -> tuple[Inputs, LaunchP
         x.q.device,
         rule,
         packed,
-        layout.SPAN,
+        _kind(save).span(-(-x.q.shape[1] // CHUNK)),
         _WIDE,
         not hardware.INTERPRETED,
     )
@@ -86,7 +90,7 @@ def _plan(x: Inputs, rule: Rule, chunks: Chunks | None) -> tuple[Inputs, LaunchP
         part if stride is not None else part.contiguous()
         for part, stride in zip((x.q, x.k, x.v), found.token_strides, strict=True)
     ]
-    return _plan(x._replace(q=even[0], k=even[1], v=even[2]), rule, chunks)
+    return _plan(x._replace(q=even[0], k=even[1], v=even[2]), rule, chunks, save=save)
 
 
 @functools.cache
@@ -117,11 +121,13 @@ def _tiles(whole: Tensor | Part, columns: int | None = None) -> Blocks:
     return Blocks(whole, (CHUNK, columns or whole.shape[-1]))
 
 
-def _layout(plan: LaunchPlan, x: Inputs, chunks: Chunks | None) -> Chunks:
+def _layout(plan: LaunchPlan, x: Inputs, chunks: Chunks | None, *, save: bool = True) -> Chunks:
     """Say where chunks and spans are."""
     if chunks is not None:
         return chunks if plan.spans else Chunks(*chunks[:3])
-    return _rows(plan.n.B, plan.n.T, layout.SPAN, x.q.device) if plan.spans else _UNPACKED
+    if not plan.spans:
+        return _UNPACKED
+    return _rows(_kind(save), plan.n.B, plan.n.T, plan.span, x.q.device)
 
 
 def _blocks(parts: Sequence[Part | None], columns: int | None = None) -> list[Blocks | None]:
@@ -139,17 +145,18 @@ def chunk_forward(
         rule: What they mean.
         state: ``[N, H, K, V]`` float32, or None for zeros.
         chunks: Packed sequences (then ``B == 1``).
-        save: Keep what the backward pass needs.
+        save: Keep what the backward pass needs. Rows that are not packed are cut into more spans without.
     Raises:
         ValueError: There is no token, or the inputs do not fit the rule.
     Returns:
         ``[B, T, H, V]`` in ``v.dtype``, the final state ``[N, H, K, V]`` float32, and what was saved.
     """
-    x, plan = _plan(x, rule, chunks)
+    x, plan = _plan(x, rule, chunks, save=save)
     n = plan.n
     if not n.chunks:
         raise ValueError("chunk_forward needs at least one token")
-    launches, where = plan.forward(save=save, state=kinds_of([state])[0]), _layout(plan, x, chunks)
+    launches = plan.forward(save=save, state=kinds_of([state])[0])
+    where = _layout(plan, x, chunks, save=save)
     out, state_out = launches.results.allocate()
     saved = Saved(launches.early.allocate(), launches.late.allocate())
     early = launches.early.parts(saved.early)
@@ -168,19 +175,19 @@ def chunk_forward(
             tiles[2] if launches.width_levels == n.BK else _tiles(kt, launches.width_levels), scores, inverse, marks,
             where.starts, where.lengths, n.T, plan.scale, plan.lower_bound, x.erase,
         )  # fmt: skip
-    scans = where.sequences
+    scans, begins = where.sequences, None
     if launches.span_states is not None:
         ends, starts = launches.span_states.parts(launches.span_states.allocate())
         scans = where.spans
         _scan[launches.summary](
             *tiles, total, strength, x.v, None,
-            out, ends, None, None, matrices, scans, n.T, x.write,
+            out, ends, None, None, matrices, scans, n.T, x.write, None,
         )  # fmt: skip
         _carry[launches.carry](matrices, ends, state, starts, where.first_spans)
-        state = starts
+        begins, state = None if save else state, starts
     _scan[launches.scan](
         *tiles, total, strength, x.v, state,
-        out, state_out, h, v_new, None, scans, n.T, x.write,
+        out, state_out, h, v_new, None, scans, n.T, x.write, begins,
     )  # fmt: skip
     return out, state_out, saved if save else None
 

@@ -379,7 +379,7 @@ def prepare_levels_kernel(
 def scan_kernel(
     qd, kd, kt, A_qk, inverse, totals, betas, v, state_in,
     out, state_out, h, v_new, matrices,
-    scans, tokens, write,
+    scans, tokens, write, begins,
     H: tl.constexpr, HV: tl.constexpr, SV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
     BV: tl.constexpr, BLOCKS: tl.constexpr,
     C: tl.constexpr, PACKED: tl.constexpr, HAS_STATE: tl.constexpr, SAVE: tl.constexpr,
@@ -390,6 +390,9 @@ def scan_kernel(
 
     A state S before the span becomes ``M S + c``: c is its end when it starts from zero, and the columns of M are
     its ends when it starts from those of the identity and writes no values. No output is made.
+
+    Unless it is to ``SAVE``, a span that a sequence begins with starts from the sequence's own state, ``begins``, or
+    zero, and what no carry reads is not written.
     """
     block, chain = tl.program_id(0) % BLOCKS, tl.program_id(0) // BLOCKS
     head = chain % H
@@ -406,6 +409,7 @@ def scan_kernel(
         # No state is carried past the last span, nor a gradient past the first, which has no state to change unless
         # the sequence starts from one.
         kind, _ = part_of(scans, chain // H)
+        carried = (kind == 3) | ((kind == 0) & (length > 0))
         idle = (
             (kind == 1)
             | ((kind == 2) & (writes | (not SAVE)))
@@ -418,7 +422,16 @@ def scan_kernel(
     inside = (channels < K)[None, :] & wide[:, None]
     state = tl.zeros([BV, BK], tl.float32)
     if HAS_STATE and not SUMMARY:
-        state = tl.load(state_in + cells, mask=inside, other=0.0).to(tl.float32)
+        if CUT and not SAVE:
+            kind, whole = part_of(scans, chain // H)
+            later = (kind == 2) | ((kind == 0) & (length > 0))
+            state = tl.load(state_in + cells, mask=inside & later, other=0.0).to(tl.float32)
+            if begins is not None:
+                own = cells + (whole - sequence) * H * K * V
+                first_one = (kind == 1) | (kind == 3)
+                state += tl.load(begins + own, mask=inside & first_one, other=0.0).to(tl.float32)
+        else:
+            state = tl.load(state_in + cells, mask=inside, other=0.0).to(tl.float32)
     if SUMMARY:
         state = tl.where((channels[None, :] == columns[:, None]) & (block >= VALUES), 1.0, 0.0)
     values = v + (start + rows)[:, None] * SV + (head // (H // HV)) * V + columns[None, :]
@@ -481,6 +494,8 @@ def scan_kernel(
             tl.store(at_out + offset * (H * V), tl.trans(result).to(out.dtype.element_ty), mask=live)
         state = state * gain[None, :] + tl.dot(new, tail, input_precision=PRECISION)
     if SUMMARY:
+        if not SAVE:
+            inside = inside & carried
         if writes:
             tl.store(state_out + cells, state, mask=inside)
         else:
@@ -498,9 +513,12 @@ def scan_kernel(
 def carry_kernel(
     matrices, ends, state_in, starts, first_spans,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BLOCKS: tl.constexpr,
-    HAS_STATE: tl.constexpr, BACK: tl.constexpr,
+    HAS_STATE: tl.constexpr, BACK: tl.constexpr, BEGINS: tl.constexpr,
 ):  # fmt: skip
-    """Carry a state, or with ``BACK`` its gradient, over the spans of a sequence: ``S <- M S + c``."""
+    """Carry a state, or with ``BACK`` its gradient, over the spans of a sequence: ``S <- M S + c``.
+
+    Every span is given what it starts from, the first one only if ``BEGINS``.
+    """
     block, chain = tl.program_id(0) % BLOCKS, tl.program_id(0) // BLOCKS
     sequence, head = (chain // H).to(tl.int64), chain % H
     first = tl.load(first_spans + sequence).to(tl.int64)
@@ -512,18 +530,20 @@ def carry_kernel(
     cells = i[:, None] * V + columns[None, :]
     state = tl.zeros([BK, BV], tl.float32)
     if HAS_STATE:
-        state = tl.load(state_in + (sequence * H + head) * K * V + cells, mask=inside, other=0.0).to(
-            tl.float32
-        )
-    for step in range(0, count):
+        given = inside & (count > (0 if BEGINS else 1))
+        state = tl.load(state_in + (sequence * H + head) * K * V + cells, mask=given, other=0.0).to(tl.float32)
+    if BEGINS:
+        tile = (first + (count - 1 if BACK else 0)) * H + head
+        tl.store(starts + tile * K * V + cells, state, mask=inside)
+    for step in range(0, count - 1):
         span = first + (count - 1 - step if BACK else step)
         tile = span * H + head
+        if BACK:
+            at_matrix = j[None, :] * K + i[:, None]
+        else:
+            at_matrix = i[:, None] * K + j[None, :]
+        matrix = tl.load(matrices + tile * K * K + at_matrix, mask=square, other=0.0)
+        end = tl.load(ends + tile * K * V + cells, mask=inside, other=0.0)
+        state = tl.dot(matrix, state, end, input_precision="tf32x3")
+        tile = (span + (-1 if BACK else 1)) * H + head
         tl.store(starts + tile * K * V + cells, state, mask=inside)
-        if step + 1 < count:
-            if BACK:
-                at_matrix = j[None, :] * K + i[:, None]
-            else:
-                at_matrix = i[:, None] * K + j[None, :]
-            matrix = tl.load(matrices + tile * K * K + at_matrix, mask=square, other=0.0)
-            end = tl.load(ends + tile * K * V + cells, mask=inside, other=0.0)
-            state = tl.dot(matrix, state, end, input_precision="tf32x3")

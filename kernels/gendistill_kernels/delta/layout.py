@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +18,14 @@ CHUNK = TILE
 # A longer sequence is cut into spans of this many chunks, which are scanned at the same time. Its own length alone
 # decides that, so that a sequence does not depend on what else is in the batch; and no GPU, for bits depend on it.
 SPAN = 128
+# Without gradients few sequences may be all there is, and somebody waits for them. On an H200 a step of a scan takes
+# 1.6 us, whether 32 programs take it or 128; so 64 chunks of 16 heads, 105 us whole, are 16 steps that find what spans
+# do, three to carry states over them, and 16 more. Spans of fewer chunks than this leave more to carry than they save;
+SHORT_SPAN = 16
+# a sequence of no more chunks than this would gain little: 2,048 tokens, and room for some sequences beside it;
+UNCUT = 36
+# and more spans than this would have no processors that are idle: a sixteenth of a long sequence is one, up to ``SPAN``.
+MOST_SHORT_SPANS = 16
 
 
 class Sizes(NamedTuple):
@@ -86,7 +94,7 @@ def work_spaces(
     - ``h``: ``[chunks, H, V, BK]`` state before every chunk, transposed.
     - ``v_new``: ``[chunks, H, 64, V]`` values that the keys write.
     - ``matrices``: ``[spans, H, K, K]`` float32, what every span does to a state; the identity where nothing is
-      carried past it.
+      carried past it, or anything without ``save``.
     - ``marks``: ``[chunks, H]`` int32, one where the decay of a chunk is out of range, two where that of a block of 16
       of its tokens is.
 
@@ -133,7 +141,7 @@ class Chunks(NamedTuple):
         lengths: ``[chunks]`` tokens of every chunk.
         spans: ``[spans, 6]``, likewise: number of the span, its first token, tokens, first chunk, one where a
             sequence is a single span, three for the first of several, two for the last, else zero, and the number of
-            the sequence. This and what follows is None if no sequence is long.
+            the sequence. This and what follows is None if no sequence is cut.
         first_spans: ``[N + 1]`` first span of every sequence, and their number.
     """
 
@@ -142,6 +150,11 @@ class Chunks(NamedTuple):
     lengths: Tensor | None
     spans: Tensor | None = None
     first_spans: Tensor | None = None
+
+    @classmethod
+    def span(cls, chunks: int) -> int:
+        """Return the chunks of the spans that a sequence of so many is cut into; it is not, if it has no more."""
+        return SPAN
 
     @classmethod
     def of(cls, lengths: Sequence[int], device: torch.device | str) -> Chunks:
@@ -154,7 +167,7 @@ class Chunks(NamedTuple):
                 starts.append(end + first)
                 sizes.append(min(CHUNK, length - first))
             end += length
-        parts = (_longest_first(sequences), starts, sizes, *_spans(lengths))
+        parts = (_longest_first(sequences), starts, sizes, *_spans(lengths, cls.span))
         return cls(*(torch.tensor(part, dtype=torch.int32).to(device, non_blocking=True) for part in parts))
 
     def filled(self, tiles: int, sequences: int) -> Chunks:
@@ -170,7 +183,7 @@ class Chunks(NamedTuple):
     @classmethod
     def of_rows(cls, rows: int, tokens: int, device: torch.device) -> Chunks:
         """Say only what the spans of equally long, unpacked rows are."""
-        parts = _spans([tokens] * rows)
+        parts = _spans([tokens] * rows, cls.span)
         return cls(
             None,
             None,
@@ -179,17 +192,60 @@ class Chunks(NamedTuple):
         )
 
 
+class InferenceChunks(Chunks):
+    """Chunks of calls without gradients, which cut sequences into more spans: :class:`Chunks` but for these.
+
+    With room there are spans, or none, whatever the lengths: sequences that are not cut are one each, and the rest are
+    dead. A dead span is of kind zero and has no token: it is read by nobody, and nothing follows from it.
+    """
+
+    __slots__ = ()
+
+    @classmethod
+    def span(cls, chunks: int) -> int:
+        """Return the chunks of the spans that a sequence of so many is cut into; it is not, if it has no more.
+
+        Spans are of equal length, but for the last.
+        """
+        if chunks <= min(SPAN, UNCUT):
+            return max(chunks, 1)
+        most = min(SPAN, max(SHORT_SPAN, math.ceil(chunks / MOST_SHORT_SPANS)))
+        return math.ceil(chunks / math.ceil(chunks / most))
+
+    def filled(self, tiles: int, sequences: int) -> InferenceChunks:
+        """Append dead chunks until there are ``tiles``, and dead spans until there are as many as there can be.
+
+        There are none where no sequence can be cut.
+        """
+        made = super().filled(tiles, sequences)
+        if tiles <= min(SPAN, UNCUT):
+            return made
+        assert self.sequences is not None
+        spans, firsts = self.spans, self.first_spans
+        if spans is None:
+            # every sequence is one
+            firsts = torch.arange(sequences + 1, dtype=torch.int32).to(self.sequences.device, non_blocking=True)
+            spans = self.sequences
+        # a sequence of c chunks has no more than 1 + (c - 1) / the fewest chunks of a span
+        number = sequences + tiles // min(SPAN, SHORT_SPAN)
+        dead = [(span, 0, 0, 0, 0, 0) for span in range(len(spans), number)]
+        if dead:
+            rows = torch.tensor(dead, dtype=torch.int32).to(spans.device, non_blocking=True)
+            spans = torch.cat([spans, rows])
+        return made._replace(spans=spans, first_spans=firsts)
+
+
 def _longest_first(scans: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
     return sorted(scans, key=lambda scan: -scan[2])
 
 
-def _spans(lengths: Sequence[int]) -> tuple[list[Any], ...]:
-    size = SPAN * CHUNK
-    if all(length <= size for length in lengths):
+def _spans(lengths: Sequence[int], span: Callable[[int], int]) -> tuple[list[Any], ...]:
+    sizes = [CHUNK * span(math.ceil(length / CHUNK)) for length in lengths]
+    if all(length <= size for length, size in zip(lengths, sizes, strict=True)):
         return ()
     spans, firsts = [], [0]
     end = chunks = 0
-    for sequence, length in enumerate(lengths):
+    for sequence, (length, size) in enumerate(zip(lengths, sizes, strict=True)):
         parts = range(0, max(length, 1), size)
         for first in parts:
             tokens = min(size, length - first)

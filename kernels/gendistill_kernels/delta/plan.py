@@ -108,7 +108,7 @@ class LaunchPlan:
         device: Of q.
         rule: What the inputs mean.
         packed: Numbers of chunks, of sequences, of spans, and of the device if sequences are packed, else None.
-        span: Chunks of a span.
+        span: Chunks of a span of rows that are not packed.
         wide_any: Operands that have the range of float32.
         keep_float16: Whether float16 inputs make do with their own range instead.
 
@@ -116,6 +116,7 @@ class LaunchPlan:
         n: Sizes.
         token_strides: From token to token of q, k and v; None for what has to be copied first.
         scalar: Whether there is one decay per head.
+        span: As given.
         spans: How many; zero if no sequence is cut.
         scale: Factor on q.
         lower_bound: Of the bounded gate.
@@ -156,6 +157,7 @@ class LaunchPlan:
         check_devices(_INPUTS, kinds, first=self._first)
         self._check_devices(cu_seqlens=packed and (torch.int32, packed[3]))
         self.scalar = len(decay) == 3
+        self.span = span
         self.spans = num_spans(n, span, packed and packed[2])
         # always of one class: a launch is compiled for it
         self.scale = float(n.K**-0.5 if rule.scale is None else rule.scale)
@@ -248,13 +250,14 @@ class LaunchPlan:
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
 
-    def _carry(self, has_state: bool, *, back: bool) -> Fixed:
+    def _carry(self, has_state: bool, *, back: bool, begins: bool) -> Fixed:
         n, config = self.n, self._config("carry")
         BV = min(n.wide, config.block)
         blocks = -(-n.V // BV)
         return Fixed(
             (blocks * n.sequences * n.H,),
             H=n.H, K=n.K, V=n.V, BK=n.BK, BV=BV, BLOCKS=blocks, HAS_STATE=has_state, BACK=back,
+            BEGINS=begins,
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
 
@@ -290,7 +293,7 @@ class LaunchPlan:
         if self.spans:
             config = self._config("summary", save=save)
             summary = self._of_scan(config, n.K, **of_values, HAS_STATE=has_state, SUMMARY=True)
-            carry = self._carry(has_state, back=False)
+            carry = self._carry(has_state, back=False, begins=save)
         early, late = self.saved if save else self._work(False)
         return Forward(
             results=Results(
@@ -321,7 +324,7 @@ class LaunchPlan:
         if self.spans:
             config = self._config("reverse_summary")
             summary = self._of_scan(config, 0, HAS_GRAD=False, WANT_GRAD=True, SUMMARY=True)
-            carry = self._carry(has_grad, back=True)
+            carry = self._carry(has_grad, back=True, begins=True)
         has_grad = has_grad or self.spans > 0
         n, scan = self.n, self._config("reverse_scan", save=True)
         return ReverseScan(
