@@ -424,12 +424,12 @@ def scan_kernel(
     if HAS_STATE and not SUMMARY:
         if CUT and not SAVE:
             kind, whole = part_of(scans, chain // H)
-            later = (kind == 2) | ((kind == 0) & (length > 0))
-            state = tl.load(state_in + cells, mask=inside & later, other=0.0).to(tl.float32)
+            carried = (kind == 2) | ((kind == 0) & (length > 0))
+            state = tl.load(state_in + cells, mask=inside & carried, other=0.0).to(tl.float32)
             if begins is not None:
                 own = cells + (whole - sequence) * H * K * V
-                first_one = (kind == 1) | (kind == 3)
-                state += tl.load(begins + own, mask=inside & first_one, other=0.0).to(tl.float32)
+                opens = (kind == 1) | (kind == 3)
+                state += tl.load(begins + own, mask=inside & opens, other=0.0).to(tl.float32)
         else:
             state = tl.load(state_in + cells, mask=inside, other=0.0).to(tl.float32)
     if SUMMARY:
