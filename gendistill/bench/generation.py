@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import json
 import statistics
 import time
@@ -417,10 +418,10 @@ class GenerationBench:
         return (time.perf_counter() - began) / _STEPS
 
     def _rows_that_fit(self, engine: Engine, context: int) -> int:
-        rows = 1
-        while rows < 512 and engine.fits(context + 128, rows * 2):
-            rows *= 2
-        return rows
+        """Return the most rows, up to 512, whose keys, values and states fit into memory."""
+        return max(
+            1, bisect.bisect_left(range(1, 513), True, key=lambda rows: not engine.fits(context + 128, rows))
+        )
 
     def _together(self, engine: Engine, context: int, rows: int, new: int) -> float:
         prompts = [self._prompt(engine, context, new) for _ in range(rows)]

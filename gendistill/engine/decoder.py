@@ -22,6 +22,7 @@ from gendistill.anatomy.family import FAMILIES, Geometry, family_of, geometry_of
 from gendistill.engine.adapted import why_not_packed
 from gendistill.engine.linear import PackedLinear, pack, pack_groups
 from gendistill.engine.mlp import normed_mlp
+from gendistill.engine.taps import PackedTaps, can_pack
 from gendistill.mixers.base import Mixer, SequenceInfo, States
 from gendistill.ops.block import attend, rms_norm
 from gendistill.ops.select import Impl, resolve
@@ -204,7 +205,7 @@ class FusedDecoder:
         self.dtype, self.learns = dtype, learns
         self.geometry = geometry_of(model.config.to_dict())
         self.impl = resolve("auto", op="block", device=self.decoder.norm.weight.device)
-        self.packed: list[PackedLinear] = []
+        self.packed: list[PackedLinear | PackedTaps] = []
         self.patched: list[tuple[nn.Module, str, Any]] = []
         self.sources: list[Tensor] = []
         self.targets: list[Tensor] = []
@@ -243,16 +244,21 @@ class FusedDecoder:
         raise TypeError("a decoder that runs fused cannot be copied or pickled; call release(model) first")
 
     def _pack(self, *layers: nn.Linear) -> PackedLinear:
-        self.packed.append(pack(layers, self.dtype, learns=self.learns))
-        return self.packed[-1]
+        packed = pack(layers, self.dtype, learns=self.learns)
+        self.packed.append(packed)
+        return packed
 
     def _patch_layer(self, index: int, layer: Any) -> None:
         attention, mlp = layer.self_attn, layer.mlp
         if isinstance(attention, Mixer):
-            groups = pack_groups(attention.projections(), self.dtype, learns=self.learns)
+            packed: dict[tuple[nn.Module, ...], Any] = {
+                **pack_groups(attention.projections(), self.dtype, learns=self.learns)
+            }
+            if can_pack(convolutions := attention.convolutions()):
+                packed[convolutions] = PackedTaps(convolutions)
             # what is part of another group has nothing of its own
-            self.packed += [packed for packed in groups.values() if packed.sources]
-            self._patch(attention, "forward", functools.partial(_run_mixer, self, attention, groups))
+            self.packed += [each for each in packed.values() if each.sources]
+            self._patch(attention, "forward", functools.partial(_run_mixer, self, attention, packed))
         else:
             window = self.geometry.window if self.geometry.sliding[index] else None
             parts = _Attention(
@@ -453,7 +459,7 @@ def _lay_out(
 def _run_mixer(
     fused: FusedDecoder,
     mixer: Any,
-    groups: Mapping[tuple[nn.Linear, ...], PackedLinear],
+    packed: Mapping[tuple[nn.Module, ...], PackedLinear | PackedTaps],
     hidden_states: Tensor,
     layout: Layout | None = None,
     **inputs: Any,
@@ -466,7 +472,7 @@ def _run_mixer(
     # a mixer whose linear layers are not packed casts their weights itself
     casts = not mixer.projects and fused.dtype in _HALF
     with torch.autocast(hidden_states.device.type, dtype=fused.dtype if casts else None, enabled=casts):
-        mixer.packed = groups
+        mixer.packed = packed
         try:
             return run(mixer, hidden_states.to(fused.dtype), **inputs)
         finally:

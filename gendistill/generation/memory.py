@@ -70,6 +70,7 @@ class Memory:
         self._pages: Pages | None = None
         self._rows: slice | Tensor = slice(0, 0)
         self._lives: Tensor | None = None
+        self._fresh = False
 
     @property
     def num_bytes(self) -> int:
@@ -84,11 +85,11 @@ class Memory:
             pages: Of these.
             lives: ``[number]`` bool, which of them have a sequence.
         """
-        self._rows, self._pages, self._lives = slice(0, number), pages, lives
+        self._rows, self._pages, self._lives, self._fresh = slice(0, number), pages, lives, False
 
-    def look_at(self, slots: Tensor, pages: Pages) -> None:
-        """Have layers go on with these slots ``[S]`` int64, some tokens each."""
-        self._rows, self._pages, self._lives = slots, pages, None
+    def look_at(self, slots: Tensor, pages: Pages, *, fresh: bool) -> None:
+        """Have layers go on with these slots ``[S]`` int64, some tokens each; all of them begin if they are fresh."""
+        self._rows, self._pages, self._lives, self._fresh = slots, pages, None, fresh
 
     def attend(
         self,
@@ -122,7 +123,12 @@ class Memory:
         )
 
     def read(self, layer: int) -> Any:
-        """Return the states of the rows, a named tuple of tensors ``[S, ...]``, to be written in place or not."""
+        """Return the states of the rows, a named tuple of tensors ``[S, ...]``, to be written in place or not.
+
+        Returns: None if all rows begin.
+        """
+        if self._fresh:
+            return None
         state = _map(self._states[layer], lambda part: part[self._rows])
         # what is kept has none: it is said of the rows of a call
         return state._replace(lives=self._lives) if "lives" in state._fields else state

@@ -39,10 +39,12 @@ class Reading:
         numbers: ``[N + 2 S]`` int64, one after the other: the tokens ``[N]``; of each sequence its slot, and the
             position of its first token in this pass.
         segments: The sequences.
+        fresh: Whether all sequences begin in this pass.
     """
 
     numbers: Tensor
     segments: Segments
+    fresh: bool
 
     @classmethod
     def of(
@@ -77,7 +79,7 @@ class Reading:
             # as many tiles of 64 tokens as sequences of so many tokens can have
             room = size.tokens // 64 + size.sequences
         numbers = to_device([*tokens, *slots, *starts])
-        return cls(numbers, Segments(lengths, device=numbers.device, room=room))
+        return cls(numbers, Segments(lengths, device=numbers.device, room=room), not any(starts))
 
     @property
     def tokens(self) -> Tensor:
@@ -151,7 +153,7 @@ class Passes:
             return hidden
         for build in self._builders:
             reading.segments.table(build)
-        key = len(reading.numbers), len(reading.segments.lengths), reading.segments.fixed
+        key = reading.fresh, reading.segments.fixed, tuple(part.shape for part in reading.tensors)
         graph = self.graphs.get(key)
         if graph is None:
             hidden = self._run(reading)

@@ -355,7 +355,7 @@ class Runner:
             cells=_cells(table[sequences, _page_of(positions, table)], positions),
             single=False,
         )
-        self.memory.look_at(slots, pages)
+        self.memory.look_at(slots, pages, fresh=reading.fresh)
         return go_on(
             self.decoder,
             reading.tokens[None],

@@ -77,7 +77,7 @@ class Mixer(nn.Module):
         spec: What the catalogue knows of it.
         state_type: Named tuple of what it remembers.
         projects: Whether all its linear layers are run by :meth:`project` and :meth:`project_together`.
-        packed: Faster ways to run groups of its layers, while training has it run on them.
+        packed: Faster ways to run groups of its layers, while it runs fused; and the taps of its convolutions as one.
         requested_impl: As given.
         table: What its parameters are and how they start.
     """
@@ -85,7 +85,7 @@ class Mixer(nn.Module):
     spec: ClassVar[MixerSpec]
     state_type: ClassVar[type[Any]] = MixerState
     projects: ClassVar[bool] = False
-    packed: Mapping[tuple[nn.Linear, ...], Any] = {}
+    packed: Mapping[tuple[nn.Module, ...], Any] = {}
 
     num_heads: int
     num_kv_heads: int
@@ -181,6 +181,10 @@ class Mixer(nn.Module):
     def projections(self) -> list[tuple[nn.Linear, ...]]:
         """List the groups of layers that are run together; one that is part of another follows it, and shares it."""
         return []
+
+    def convolutions(self) -> tuple[nn.Module, ...]:
+        """List the short convolutions over channels that lie side by side."""
+        return ()
 
     @property
     def kind(self) -> str:

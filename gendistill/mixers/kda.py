@@ -102,7 +102,8 @@ class KDA(Mixer):
             hidden_states: ``[B, T, hidden_size]``, the mixer's input.
         Returns: ``[B, T, H, K]`` float32, <= 0.
         """
-        return log_decay(self._low_rank(hidden_states)[0], **self._gate)
+        raw_decay, _, _ = self._raise_ranks(self.project(hidden_states, *self._inner))
+        return log_decay(raw_decay, **self._gate)
 
     def diagnostics(self, hidden_states: Tensor) -> dict[str, Tensor]:
         """Compute the half-life of every key channel, ``[B, T, H, K]`` in tokens."""
@@ -134,8 +135,12 @@ class KDA(Mixer):
             if skips or impl is Impl.TRITON:
                 return self._decode(hidden_states, state, impl)
         x = hidden_states if sequences is None else sequences.gather(hidden_states)
-        q, k, v, conv_state = self._convolve(x, sequences, state, impl)
-        raw_decay, raw_beta, output_gate = self._low_rank(x)
+        if self._all in self.packed and not torch.is_grad_enabled():
+            qkv, inner = self._project_at_once(x)
+        else:
+            qkv, inner = self.project_together(x, *self._qkv), self.project(x, *self._inner)
+        q, k, v, conv_state = self._convolve(qkv, sequences, state, impl)
+        raw_decay, raw_beta, output_gate = self._raise_ranks(inner)
         if self.rope:
             if position_embeddings is None:
                 raise ValueError("rope is on: pass position_embeddings=(cos, sin)")
@@ -167,8 +172,8 @@ class KDA(Mixer):
             recurrent = recurrent.clone(memory_format=torch.contiguous_format)
             conv = None if conv is None else conv.clone(memory_format=torch.contiguous_format)
         if self._all in self.packed:
-            # every launch counts
-            q, k, v, *inner = self.project(x, *self._all)
+            qkv, inner = self._project_at_once(x)
+            q, k, v = qkv.split([layer.out_features for layer in self._qkv], dim=-1)
         else:
             (q, k, v), inner = self.project(x, *self._qkv), self.project(x, *self._inner)
         raw_decay, raw_beta, output_gate = self._raise_ranks(inner)
@@ -215,12 +220,18 @@ class KDA(Mixer):
         layers = (self.f_a_proj, self.b_proj)
         return layers if self.output_gate == "none" else (self.f_a_proj, self.g_a_proj, self.b_proj)
 
-    def _low_rank(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return raw decays ``[B, T, H, K]``, raw write strengths ``[B, T, H]``, and the raw output gate or None."""
-        return self._raise_ranks(self.project(x, *self._inner))
+    def _project_at_once(self, x: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
+        """Return queries, keys and values side by side, and what the inner layers make, from a single product."""
+        packed = self.packed[self._all]
+        out = packed(x)
+        return out[..., : sum(layer.out_features for layer in self._qkv)], packed.split(out)[3:]
 
     def _raise_ranks(self, inner: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return the same, given what the inner layers make of the input."""
+        """Return raw decays ``[B, T, H, K]``, raw write strengths ``[B, T, H]``, and the raw output gate or None.
+
+        Args:
+            inner: What the inner layers make of the input.
+        """
         decay, *gate, beta = inner
         (decay,) = self.project(decay, self.f_b_proj)
         raw_gate = self.project(gate[0], self.g_b_proj)[0] if gate else None
@@ -230,20 +241,32 @@ class KDA(Mixer):
         """Return weights ``[channels, W]`` and biases ``[channels]`` of the convolutions, none if there are none."""
         if not self.conv_size:
             return [], []
-        convs: Any = (self.q_conv1d, self.k_conv1d, self.v_conv1d)
+        convs: Any = self.convolutions()
         biases = [conv.bias for conv in convs]
         return [conv.weight.squeeze(1) for conv in convs], [bias for bias in biases if bias is not None]
 
-    def _convolve(
-        self, x: Tensor, sequences: SequenceInfo | None, state: MixerState | None, impl: Impl
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        qkv, conv_state = self.project_together(x, *self._qkv), None
+    def convolutions(self) -> tuple[nn.Module, ...]:
+        """List the convolutions of queries, keys and values, if there are any."""
+        return (self.q_conv1d, self.k_conv1d, self.v_conv1d) if self.conv_size else ()
+
+    def _all_taps(self) -> tuple[Tensor, Tensor | None]:
+        """Return weights ``[channels, W]`` and biases ``[channels]`` of the convolutions as one."""
+        packed = None if torch.is_grad_enabled() else self.packed.get(self.convolutions())
+        if packed is not None:
+            return packed.weight, packed.bias
         weights, biases = self._taps()
-        if weights:
+        return torch.cat(weights), torch.cat(biases) if biases else None
+
+    def _convolve(
+        self, qkv: Tensor, sequences: SequenceInfo | None, state: MixerState | None, impl: Impl
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        conv_state = None
+        if self.conv_size:
+            weight, bias = self._all_taps()
             qkv, conv_state = causal_conv(
                 qkv,
-                torch.cat(weights),
-                torch.cat(biases) if biases else None,
+                weight,
+                bias,
                 activation=self.conv_activation,
                 state=None if state is None else state.conv,
                 segments=None if sequences is None else sequences.segments,

@@ -7,10 +7,13 @@ import torch
 from torch import nn
 
 from gendistill.engine.decoder import fuse, refreshed, release
-from gendistill.engine.linear import pack_groups
-from gendistill.mixers.base import MixerState
+from gendistill.engine.linear import PackedLinear, pack_groups
+from gendistill.engine.taps import PackedTaps
+from gendistill.mixers import kda
+from gendistill.mixers.base import MixerState, SequenceInfo
 from gendistill.mixers.kda import KDA
 from gendistill.ops.select import Impl
+from gendistill.ops.types import Segments
 from gendistill.testing import tiny_student
 
 
@@ -86,7 +89,7 @@ def test_a_decode_step_reads_its_input_once():
         mixer.packed = groups
         assert mixer._all in groups
         calls = []
-        for group, packed in groups.items():
+        for group, packed in [each for each in groups.items() if isinstance(each[1], PackedLinear)]:
             groups[group] = lambda *a, packed=packed, group=group: calls.append(group) or packed(*a)
             groups[group].split = packed.split
         found, then = mixer._decode(x, state, Impl.REFERENCE)
@@ -98,3 +101,37 @@ def test_a_decode_step_reads_its_input_once():
     assert calls.count(mixer._all) == 1
     assert mixer._qkv not in calls
     assert mixer._inner not in calls
+
+
+def test_taps_are_read_as_one_without_gradients_and_follow_their_parameters(monkeypatch):
+    model = tiny_student("qwen3", "pure").eval()
+    mixer = model.model.layers[0].self_attn
+    read, conv = [], kda.causal_conv
+    monkeypatch.setattr(
+        kda, "causal_conv", lambda x, weight, *a, **k: read.append(weight) or conv(x, weight, *a, **k)
+    )
+    inputs = {
+        "input_ids": torch.arange(12)[None],
+        "position_ids": torch.arange(12)[None],
+        "sequences": SequenceInfo(Segments([12])),
+        "use_cache": False,
+    }
+    plain = model.model(**inputs).last_hidden_state
+    fuse(model, torch.float32)
+    (taps,) = [
+        each
+        for each in refreshed(model).packed
+        if isinstance(each, PackedTaps) and each.sources[0] is mixer.q_conv1d.weight
+    ]
+    with torch.no_grad():
+        read.clear()
+        assert torch.allclose(model.model(**inputs).last_hidden_state, plain, atol=1e-5)
+        assert read[0].data_ptr() == taps.weight.data_ptr()
+        mixer.q_conv1d.weight.mul_(2.0)
+        model.model(**inputs)
+        assert torch.equal(taps.weight[: len(mixer.q_conv1d.weight)], mixer.q_conv1d.weight[:, 0])
+    read.clear()
+    model.model(**inputs).last_hidden_state.sum().backward()
+    assert read[0].data_ptr() != taps.weight.data_ptr()
+    assert mixer.q_conv1d.weight.grad.any()
+    release(model)

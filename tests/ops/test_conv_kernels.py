@@ -7,6 +7,7 @@ import os
 import pytest
 import torch
 
+from gendistill.ops.conv import causal_conv as op
 from gendistill.ops.reference.conv import causal_conv
 from gendistill.ops.types import Segments
 
@@ -164,6 +165,22 @@ def test_tokens_of_a_wider_tensor_need_no_copy():
     found = conv_backward(wide_grad[:, 1:67, 4:24], d_last, **views)
     for apart, together in zip(found, conv_backward(d_out, d_last, **inputs), strict=True):
         assert torch.equal(apart, together)
+
+
+def test_the_op_takes_tokens_of_a_wider_tensor_and_differentiates_them():
+    inputs = make(B=2, T=40, C=12)
+    wide = torch.randn(2, 40, 30)
+    found = {}
+    for impl in ("triton", "reference"):
+        x = wide.clone().requires_grad_()
+        weight = inputs["weight"].clone().requires_grad_()
+        out, state = op(
+            x[..., 7:19], weight, inputs["bias"], activation="silu", state=inputs["state"], impl=impl
+        )
+        (out.square().sum() + state.sum()).backward()
+        found[impl] = [out.detach(), state.detach(), x.grad, weight.grad]
+    for ours, right in zip(found["triton"], found["reference"], strict=True):
+        assert distance(ours, right.double()) < EXACT[torch.float32]
 
 
 def test_the_past_does_not_depend_on_the_future():
