@@ -32,7 +32,7 @@ from gendistill_kernels.conv.causal import conv_backward, conv_forward
 from gendistill_kernels.conv.layout import Tiles
 from gendistill_kernels.delta.chunk import chunk_backward, chunk_forward
 from gendistill_kernels.delta.decode import decode_step
-from gendistill_kernels.delta.layout import Chunks, power_of_2
+from gendistill_kernels.delta.layout import Chunks, InferenceChunks, power_of_2
 from gendistill_kernels.delta.rows import ANY, is_many
 from gendistill_kernels.delta.rule import Convolution, Finish, Heads, Inputs, Rule
 from gendistill_kernels.divergence import layout as divergence
@@ -409,10 +409,9 @@ def _chunked(case: Case, dtype: torch.dtype, device: str) -> Iterator[Job]:
     rows = case.batch if case.lengths is None else len(case.lengths)
     wide = power_of_2(case.channels)
     many = is_many(rows * case.heads, wide, packed=case.lengths is not None)
-    chunks = None if case.lengths is None else Chunks.of(case.lengths, device)
     for gate in GATES:
         drawn = draw_sequence(case, gate, device=device, dtype=dtype)
-        step = _chunked_step(drawn, Rule(gate, LOWER_BOUND), chunks)  # pyright: ignore[reportArgumentType]
+        step = _chunked_step(drawn, Rule(gate, LOWER_BOUND), case.lengths)  # pyright: ignore[reportArgumentType]
         for kernel, save in _CHUNKED:
             if kernel.endswith("_levels") == (gate == "softplus"):
                 key = (wide, wide, dtype.itemsize, many, save)
@@ -420,12 +419,14 @@ def _chunked(case: Case, dtype: torch.dtype, device: str) -> Iterator[Job]:
 
 
 def _chunked_step(
-    drawn: SequenceInputs, rule: Rule, chunks: Chunks | None
+    drawn: SequenceInputs, rule: Rule, lengths: Sequence[int] | None
 ) -> Callable[[bool], dict[str, Tensor]]:
     x = Inputs(*(None if part is None else part.detach() for part in drawn[:7]))  # pyright: ignore
     grad = torch.randn(*x.decay.shape[:3], x.v.shape[3], device=x.v.device).to(x.v.dtype)
+    tables = None if lengths is None else [kind.of(lengths, x.v.device) for kind in (InferenceChunks, Chunks)]
 
     def step(save: bool) -> dict[str, Tensor]:
+        chunks = tables and tables[save]
         out, state, saved = chunk_forward(x, rule, chunks=chunks, save=save)
         found = {"out": out, "state": state}
         if saved is not None:

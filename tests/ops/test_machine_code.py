@@ -14,10 +14,11 @@ pytest.importorskip("triton", reason="the Triton kernels need triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
+from gendistill.ops import Segments
 from gendistill_kernels.block import attention, norm
 from gendistill_kernels.block.layout import Tiles
 from gendistill_kernels.delta import chunk, decode
-from gendistill_kernels.delta.layout import Chunks
+from gendistill_kernels.delta.layout import Chunks, InferenceChunks
 from gendistill_kernels.delta.rule import Convolution, Finish, Heads, Inputs, Rule
 from gendistill_kernels.paged import decode as paged_decode
 from gendistill_kernels.paged import prefill, store
@@ -157,18 +158,44 @@ def test_a_register_that_nothing_wrote_is_seen(machine_code):
 
 def test_a_state_of_16_bits_is_carried(machine_code, monkeypatch):
     """Over the spans of a long sequence; the interpreter does not mind what the compiler refuses."""
-    calls, K = [], 64
+    K = 64
     monkeypatch.setattr("gendistill_kernels.delta.layout.SPAN", 1)
-    for name in ("_prepare", "_prepare_levels", "_scan"):
-        monkeypatch.setattr(chunk, name, Recorder(None, []))
-    monkeypatch.setattr(chunk, "_carry", Recorder(chunk._carry.function, calls))
     tall = torch.zeros(1, 128, 1, K, dtype=torch.bfloat16)
     x = Inputs(tall, tall, tall, tall, tall[..., 0])
     state = torch.zeros(1, 1, K, K, dtype=torch.bfloat16)
-    chunk.chunk_forward(x, Rule("none"), state=state)
-    ((function, arguments, settings),) = calls
-    options = {key: settings.pop(key) for key in machine_code.OPTIONS if key in settings}
-    machine_code.build(function, arguments, settings, options)
+    for save in (False, True):
+        for function, arguments, settings in span_launches(monkeypatch, x, state=state, save=save):
+            options = {key: settings.pop(key) for key in machine_code.OPTIONS if key in settings}
+            machine_code.build(function, arguments, settings, options)
+
+
+def span_launches(monkeypatch, x, *, rule=Rule("none"), **keywords):
+    """Return the launches of a forward pass over spans: what these do, what is carried, what comes out."""
+    calls = []
+    with monkeypatch.context() as patch:
+        for name in ("_prepare", "_prepare_levels"):
+            patch.setattr(chunk, name, Recorder(None, []))
+        for name in ("_scan", "_carry"):
+            patch.setattr(chunk, name, Recorder(getattr(chunk, name).function, calls))
+        chunk.chunk_forward(x, rule, **keywords)
+    assert [function.__name__ for function, *_ in calls] == ["scan_kernel", "carry_kernel", "scan_kernel"]
+    return calls
+
+
+@pytest.mark.parametrize(("H", "kv", "K"), [(16, 8, 128), (14, 2, 64)])
+def test_spans_of_a_prompt_fit_a_processor(machine_code, monkeypatch, H, kv, K):
+    """As the engine reads one: packed, with room, from a state or none; values may be part of wider tokens."""
+    lengths = [4096, 0, 0, 0]
+    table = Segments(lengths, room=68).table(InferenceChunks.of)
+    q, k = (torch.zeros(1, 4096, heads, K, dtype=torch.bfloat16) for heads in (H, kv))
+    x = Inputs(q, k, k, q, q[..., 0].contiguous())
+    for state in (torch.zeros(4, H, K, K), None):
+        for function, arguments, settings in span_launches(monkeypatch, x, state=state, chunks=table):
+            options = {key: settings.pop(key) for key in machine_code.OPTIONS if key in settings}
+            used = machine_code.usage(machine_code.build(function, arguments, settings, options))
+            assert used.shared <= SHARED_BYTES["sm_90"]
+            # nothing but a few numbers of a thread that do not fit into its registers
+            assert used.stack <= 16, function.__name__
 
 
 def decode_steps(machine_code, monkeypatch, N, H, KV, K, lives=None):

@@ -18,14 +18,13 @@ CHUNK = TILE
 # A longer sequence is cut into spans of this many chunks, which are scanned at the same time. Its own length alone
 # decides that, so that a sequence does not depend on what else is in the batch; and no GPU, for bits depend on it.
 SPAN = 128
-# Without gradients few sequences may be all there is, and somebody waits for them. On an H200 a step of a scan takes
-# 1.6 us, whether 32 programs take it or 128; so 64 chunks of 16 heads, 105 us whole, are 16 steps that find what spans
-# do, three to carry states over them, and 16 more. Spans of fewer chunks than this leave more to carry than they save;
-SHORT_SPAN = 16
-# a sequence of no more chunks than this would gain little: 2,048 tokens, and room for some sequences beside it;
+# Without gradients few sequences may be all there is, and somebody waits for them. A step of a scan takes 1.6 us of an
+# H200 whether 32 programs take it or one for each processor, 132. So a sequence of 64 chunks, 16 heads of 128, takes 105
+# us whole, and in four spans 16 steps that find what these do to a state, three that carry it, and 16 more. Of more
+# spans some would wait for a processor. A sequence of no more chunks than ``UNCUT`` would gain little, and beside others
+# lose: it has 2,048 tokens, and what else there is room for in a pass of so many.
+PARTS = 4
 UNCUT = 36
-# and more spans than this would have no processors that are idle: a sixteenth of a long sequence is one, up to ``SPAN``.
-MOST_SHORT_SPANS = 16
 
 
 class Sizes(NamedTuple):
@@ -203,14 +202,8 @@ class InferenceChunks(Chunks):
 
     @classmethod
     def span(cls, chunks: int) -> int:
-        """Return the chunks of the spans that a sequence of so many is cut into; it is not, if it has no more.
-
-        Spans are of equal length, but for the last.
-        """
-        if chunks <= min(SPAN, UNCUT):
-            return max(chunks, 1)
-        most = min(SPAN, max(SHORT_SPAN, math.ceil(chunks / MOST_SHORT_SPANS)))
-        return math.ceil(chunks / math.ceil(chunks / most))
+        """Return the chunks of the spans that a sequence of so many is cut into; it is not, if it has no more."""
+        return max(chunks, 1) if chunks <= min(SPAN, UNCUT) else min(SPAN, math.ceil(chunks / PARTS))
 
     def filled(self, tiles: int, sequences: int) -> InferenceChunks:
         """Append dead chunks until there are ``tiles``, and dead spans until there are as many as there can be.
@@ -227,7 +220,7 @@ class InferenceChunks(Chunks):
             firsts = torch.arange(sequences + 1, dtype=torch.int32).to(self.sequences.device, non_blocking=True)
             spans = self.sequences
         # a sequence of c chunks has no more than 1 + (c - 1) / the fewest chunks of a span
-        number = sequences + tiles // min(SPAN, SHORT_SPAN)
+        number = sequences + tiles // self.span(min(SPAN, UNCUT) + 1)
         dead = [(span, 0, 0, 0, 0, 0) for span in range(len(spans), number)]
         if dead:
             rows = torch.tensor(dead, dtype=torch.int32).to(spans.device, non_blocking=True)
