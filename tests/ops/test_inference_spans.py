@@ -122,17 +122,20 @@ def test_calls_without_gradients_ask_for_their_own_table(monkeypatch):
     pytest.importorskip("triton", reason="the Triton kernels need triton")
     from gendistill.ops.contracts import delta_rule
 
-    asked = []
+    asked, segments = [], Segments([3, 4])
 
     class Kernels:
         def chunk_forward(self, x, rule, *, state, chunks, save):
             asked.append((type(chunks), save))
             return x.v, x.v, None
 
+    def differentiable(*arguments):
+        asked.append((type(segments.tables[Chunks.of]), arguments[-1]))
+        return arguments[:3]
+
     monkeypatch.setattr(delta_rule, "chunk_kernels", Kernels)
     monkeypatch.setattr(delta_rule, "_check_device", lambda q: None)
-    monkeypatch.setattr(delta_rule, "_chunk", lambda *a: asked.append((type(segments.tables[Chunks.of]), a[-1])) or a[:3])
-    segments = Segments([3, 4])
+    monkeypatch.setattr(delta_rule, "_chunk", differentiable)
     q, beta = torch.randn(1, 7, 1, 16), torch.rand(1, 7, 1)
     chunk_kda(q, q, q, -q.abs(), beta, segments=segments, impl="triton")
     assert asked == [(InferenceChunks, False)]
@@ -189,7 +192,13 @@ CASES = {
     "KDA, grouped heads": (Rule("softplus"), "channel", (2, 1, 1), 16, 32),
     "KDA, bounded, 24 and 20 channels": (Rule("bounded"), "channel", (2, 2, 2), 24, 20),
     "GDN": (Rule("softplus"), "scalar", (1, 1, 2), 16, 16),
-    "strengths per channel": (Rule("softplus", erase="channel", write="channel"), "channel", (2, 2, 2), 16, 16),
+    "strengths per channel": (
+        Rule("softplus", erase="channel", write="channel"),
+        "channel",
+        (2, 2, 2),
+        16,
+        16,
+    ),
     "no erase": (Rule("bounded", erase="none"), "scalar", (2, 2, 2), 16, 16),
 }
 # two chunks, three, none, some with a part of one, and one long enough for spans of two
@@ -254,9 +263,7 @@ def test_dead_spans_and_chunks_change_no_bit(cases, monkeypatch, short, lengths,
     # those of training change nothing if they are dead, either
     from gendistill_kernels.delta.chunk import chunk_forward
 
-    saving = [
-        chunk_forward(x, rule, state=state, chunks=chunks, save=True)[:2] for chunks in (plain, filled)
-    ]
+    saving = [chunk_forward(x, rule, state=state, chunks=chunks, save=True)[:2] for chunks in (plain, filled)]
     assert all(torch.equal(one, other) for one, other in zip(*saving, strict=True))
 
 
@@ -292,7 +299,15 @@ def test_the_op_at_the_real_limits(cases, monkeypatch):
     found = call(q, segments)
     assert segments.builders == (InferenceChunks.of,)
     table = segments.table(InferenceChunks.of)
-    assert table.first_spans.tolist() == [0, 1, 1 + PARTS, 1 + 2 * PARTS, 2 + 2 * PARTS, 3 + 2 * PARTS, 4 + 2 * PARTS]
+    assert table.first_spans.tolist() == [
+        0,
+        1,
+        1 + PARTS,
+        1 + 2 * PARTS,
+        2 + 2 * PARTS,
+        3 + 2 * PARTS,
+        4 + 2 * PARTS,
+    ]
     assert len(table.spans) > table.first_spans[-1]
     other = call(q.clone().requires_grad_(), Segments(lengths))
     for one, expected in zip(found, other, strict=True):

@@ -169,7 +169,7 @@ def test_a_state_of_16_bits_is_carried(machine_code, monkeypatch):
             machine_code.build(function, arguments, settings, options)
 
 
-def span_launches(monkeypatch, x, *, rule=Rule("none"), **keywords):
+def span_launches(monkeypatch, x, **keywords):
     """Return the launches of a forward pass over spans: what these do, what is carried, what comes out."""
     calls = []
     with monkeypatch.context() as patch:
@@ -177,7 +177,7 @@ def span_launches(monkeypatch, x, *, rule=Rule("none"), **keywords):
             patch.setattr(chunk, name, Recorder(None, []))
         for name in ("_scan", "_carry"):
             patch.setattr(chunk, name, Recorder(getattr(chunk, name).function, calls))
-        chunk.chunk_forward(x, rule, **keywords)
+        chunk.chunk_forward(x, Rule("none"), **keywords)
     assert [function.__name__ for function, *_ in calls] == ["scan_kernel", "carry_kernel", "scan_kernel"]
     return calls
 

@@ -531,7 +531,9 @@ def carry_kernel(
     state = tl.zeros([BK, BV], tl.float32)
     if HAS_STATE:
         given = inside & (count > (0 if BEGINS else 1))
-        state = tl.load(state_in + (sequence * H + head) * K * V + cells, mask=given, other=0.0).to(tl.float32)
+        state = tl.load(state_in + (sequence * H + head) * K * V + cells, mask=given, other=0.0).to(
+            tl.float32
+        )
     if BEGINS:
         tile = (first + (count - 1 if BACK else 0)) * H + head
         tl.store(starts + tile * K * V + cells, state, mask=inside)

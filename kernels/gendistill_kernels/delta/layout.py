@@ -19,10 +19,10 @@ CHUNK = TILE
 # decides that, so that a sequence does not depend on what else is in the batch; and no GPU, for bits depend on it.
 SPAN = 128
 # Without gradients few sequences may be all there is, and somebody waits for them. A step of a scan takes 1.6 us of an
-# H200 whether 32 programs take it or one for each processor, 132. So a sequence of 64 chunks, 16 heads of 128, takes 105
-# us whole, and in four spans 16 steps that find what these do to a state, three that carry it, and 16 more. Of more
-# spans some would wait for a processor. A sequence of no more chunks than ``UNCUT`` would gain little, and beside others
-# lose: it has 2,048 tokens, and what else there is room for in a pass of so many.
+# H200 whether 32 programs take it or one for each processor, 132. So a sequence of 64 chunks, 16 heads of 128, takes
+# 105 us whole, and in four spans 16 steps that find what these do to a state, three that carry it, and 16 more. Of more
+# spans some would wait for a processor. A sequence of no more chunks than ``UNCUT`` would gain little, and where there
+# are many lose: it has 2,048 tokens, and the pass that it alone is read in has tiles for three more sequences.
 PARTS = 4
 UNCUT = 36
 
@@ -217,7 +217,9 @@ class InferenceChunks(Chunks):
         spans, firsts = self.spans, self.first_spans
         if spans is None:
             # every sequence is one
-            firsts = torch.arange(sequences + 1, dtype=torch.int32).to(self.sequences.device, non_blocking=True)
+            firsts = torch.arange(sequences + 1, dtype=torch.int32).to(
+                self.sequences.device, non_blocking=True
+            )
             spans = self.sequences
         # a sequence of c chunks has no more than 1 + (c - 1) / the fewest chunks of a span
         number = sequences + tiles // self.span(min(SPAN, UNCUT) + 1)
