@@ -17,11 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gendistill.ops import Segments
 from gendistill_kernels.conv.causal import conv_backward, conv_forward
 from gendistill_kernels.conv.layout import Tiles
 from gendistill_kernels.delta import chunk, layout, rows
 from gendistill_kernels.delta.decode import decode_step
-from gendistill_kernels.delta.layout import Chunks
+from gendistill_kernels.delta.layout import Chunks, InferenceChunks
 from gendistill_kernels.delta.rule import Convolution, Finish, Heads, Rule
 from gendistill_kernels.divergence.dense import compare
 from gendistill_kernels.divergence.layout import CE, JSD, KL, REVERSE_KL, Mix, gradient_in
@@ -73,11 +74,18 @@ def chunks(
 
 
 def spans(rule: Rule, dtype: torch.dtype, **sizes: int) -> list[Tensor]:
-    """Cut sequences into spans of one chunk: one of two, and one of three between others of one or none."""
+    """Cut sequences into spans of one chunk: one of two, and one of three between others of one or none.
+
+    And these again without gradients, with spans and chunks that are dead.
+    """
     before, layout.SPAN = layout.SPAN, 1
     try:
         cut = [3, 0, 130, 64]
-        return [*chunks(rule, dtype, **sizes), *chunks(rule, dtype, lengths=cut, has_state=False, **sizes)]
+        found = [*chunks(rule, dtype, **sizes), *chunks(rule, dtype, lengths=cut, has_state=False, **sizes)]
+        x = cases.draw(rule, B=1, T=sum(cut), dtype=dtype, **{"H": 1, **sizes})
+        state = cases.normal(len(cut) + 1, x.decay.shape[2], x.k.shape[3], x.v.shape[3])
+        table = Segments([*cut, 0], device=cases.DEVICE, room=8).table(InferenceChunks.of)
+        return [*found, *chunk.chunk_forward(x, rule, state=state, chunks=table)[:2]]
     finally:
         layout.SPAN = before
 

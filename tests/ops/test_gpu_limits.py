@@ -17,8 +17,9 @@ if not torch.cuda.is_available():
 
 from gendistill_kernels.conv.causal import conv_backward, conv_forward
 from gendistill_kernels.conv.layout import Tiles
+from gendistill_kernels.delta.chunk import chunk_forward
 from gendistill_kernels.delta.decode import decode_step
-from gendistill_kernels.delta.layout import Chunks
+from gendistill_kernels.delta.layout import Chunks, InferenceChunks
 from gendistill_kernels.delta.rule import Convolution, Finish, Heads, Inputs, Rule
 from gendistill_kernels.norm.gated import gated_norm_backward, gated_norm_forward
 
@@ -96,6 +97,28 @@ def test_chunks_leave_the_memory_around_their_tensors_alone(cases, guards, name,
     for name, part in plain._asdict().items():
         assert part is None or torch.equal(getattr(x, name), part), f"{name} was written to"
     assert torch.equal(begin, state)
+
+
+@pytest.mark.parametrize("has_state", [False, True])
+@pytest.mark.parametrize(
+    ("K", "V", "heads"), [(64, 64, (4, 2, 2)), (128, 128, (2, 1, 1)), (100, 72, (2, 2, 2))]
+)
+def test_live_and_dead_spans_leave_the_memory_around_their_tensors_alone(
+    cases, guards, monkeypatch, K, V, heads, has_state
+):
+    monkeypatch.setattr("gendistill_kernels.delta.layout.UNCUT", 2)
+    rule, lengths = Rule("softplus"), [300, 0, 64, 1, 129, 0]
+    plain = cases.draw(rule, 1, sum(lengths), heads[0], K, V, heads=heads)
+    state = cases.normal(len(lengths), heads[0], K, V) if has_state else None
+    chunks = Segments(lengths, device=DEVICE, room=14).table(InferenceChunks.of)
+    expected = chunk_forward(plain, rule, state=state, chunks=chunks)[:2]
+    x, begin = guard_inputs(guards, plain), state if state is None else guards.copy(state, "state")
+    tables = InferenceChunks(*(guards.copy(part, "table") for part in chunks))
+    with guards.everywhere():
+        found = chunk_forward(x, rule, state=begin, chunks=tables)[:2]
+    for one, other in zip(found, expected, strict=True):
+        assert torch.isfinite(one).all()
+        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("packed", [False, True])

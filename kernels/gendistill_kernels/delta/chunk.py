@@ -80,7 +80,8 @@ def _plan(x: Inputs, rule: Rule, chunks: Chunks | None, *, save: bool = True) ->
         x.q.device,
         rule,
         packed,
-        _kind(save).span(-(-x.q.shape[1] // CHUNK)),
+        # of packed sequences the table says it
+        0 if chunks is not None else _kind(save).span(-(-x.q.shape[1] // CHUNK)),
         _WIDE,
         not hardware.INTERPRETED,
     )
