@@ -64,7 +64,12 @@ CANDIDATES: dict[str, tuple[Config, ...]] = {
     "summary": _SCANS,
     "reverse_scan": _SCANS,
     "reverse_summary": _SCANS,
-    "carry": tuple(Config(block, warps) for block in (16, 32, 64) for warps in (4, 8)),
+    "carry": tuple(
+        Config(block, warps, stages=stages)
+        for block in (16, 32, 64)
+        for warps in (4, 8)
+        for stages in (1, 2, 3)
+    ),
     "values": tuple(Config(256, warps) for warps in (4, 8)),
     "keys": tuple(Config(block, warps) for block in (16, 32, 64) for warps in (4, 8)),
     "keys_levels": tuple(Config(1, warps) for warps in (4, 8)),

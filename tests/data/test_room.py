@@ -14,10 +14,10 @@ from gendistill.ops import Segments
 from gendistill.training.monitors import speed
 from gendistill_kernels.block.layout import Tiles as AttentionTiles
 from gendistill_kernels.conv.layout import Tiles
-from gendistill_kernels.delta.layout import Chunks
+from gendistill_kernels.delta.layout import Chunks, InferenceChunks
 
 SETTINGS = {"vocab_size": 257, "seq_len": 64, "mean_tokens": 20, "rows": 4, "seed": 3}
-BUILDERS = (Chunks.of, Tiles.of, AttentionTiles.of)
+BUILDERS = (Chunks.of, InferenceChunks.of, Tiles.of, AttentionTiles.of)
 TENSORS = ("input_ids", "labels", "position_ids")
 
 

@@ -7,8 +7,9 @@ import torch
 
 pytest.importorskip("triton", reason="the Triton kernels need triton")
 
+from gendistill_kernels.delta import chunk
 from gendistill_kernels.delta.plan import plan_launches, token_stride
-from gendistill_kernels.delta.rule import Rule
+from gendistill_kernels.delta.rule import Inputs, Rule
 from gendistill_kernels.runtime import memory
 from gendistill_kernels.runtime.launch import Fixed
 from gendistill_kernels.runtime.lookup import Config, forced
@@ -124,6 +125,22 @@ def test_long_sequences_are_cut():
         (4, 16, 128, 128)
     ] * 2
     assert make(B=1, T=8192).forward(save=True, state=None).summary is None
+
+
+@pytest.mark.parametrize(
+    ("tokens", "spans", "saving"), [(2304, 0, 0), (2305, 4, 0), (8193, 4, 2), (65_536, 8, 8)]
+)
+def test_rows_without_gradients_are_cut_into_more_spans(tokens, spans, saving):
+    part = torch.empty(2, tokens, 1, 16, device="meta")
+    x = Inputs(part, part, part, part, part[..., 0])
+    for save, number in ((False, spans), (True, saving)):
+        plan = chunk._plan(x, Rule("none"), None, save=save)[1]
+        assert plan.spans == 2 * number
+        launches = plan.forward(save=save, state=None)
+        assert (launches.summary is not None) == (number > 0)
+        if launches.carry is not None:
+            # what a sequence begins with is its own state, unless it has to be found by the backward pass
+            assert launches.carry.constants["BEGINS"] == save
 
 
 def test_a_forced_configuration_makes_new_plans():

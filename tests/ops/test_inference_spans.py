@@ -118,6 +118,24 @@ def test_tables_with_room_are_of_one_shape(tokens, number):
     assert (tokens > LIMIT) == (max(live, default=0) > min(live, default=0))
 
 
+def test_a_graph_s_copy_and_what_is_sent_to_a_gpu_are_of_the_same_kind():
+    from gendistill.data.batch import Batch
+    from gendistill.data.feed import Packed
+
+    segments = Segments([4096, 100, 0], room=70)
+    table, builders = segments.table(InferenceChunks.of), [InferenceChunks.of]
+    grid = torch.zeros(1, 4196, dtype=torch.int64)
+    packed = Packed([Batch(grid, grid, grid, segments, 0, 4196, (1, 2))], builders)
+    (batch,) = packed.unpack(packed.buffer)
+    for other in (segments.static(), batch.segments):
+        copied = other.table(InferenceChunks.of)
+        assert type(copied) is InferenceChunks
+        assert other.fixed == segments.fixed
+        for one, part in zip(copied, table, strict=True):
+            assert torch.equal(one, part)
+            assert one.data_ptr() != part.data_ptr()
+
+
 def test_calls_without_gradients_ask_for_their_own_table(monkeypatch):
     pytest.importorskip("triton", reason="the Triton kernels need triton")
     from gendistill.ops.contracts import delta_rule

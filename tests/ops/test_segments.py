@@ -13,7 +13,7 @@ from gendistill.ops import Segments, causal_conv, chunk_kda, sliding_window_atte
 from gendistill.ops.types import UnknownLengths
 from gendistill_kernels.block.layout import Tiles as AttentionTiles
 from gendistill_kernels.conv.layout import Tiles
-from gendistill_kernels.delta.layout import Chunks
+from gendistill_kernels.delta.layout import Chunks, InferenceChunks
 
 BUILDERS = (Chunks.of, Tiles.of, AttentionTiles.of)
 
@@ -25,7 +25,7 @@ def draw(tokens: int, number: int, rng: random.Random) -> list[int]:
 
 
 @pytest.mark.parametrize(("tokens", "number"), [(64, 16), (300, 16), (1024, 32), (127, 2), (1, 2)])
-@pytest.mark.parametrize("build", BUILDERS)
+@pytest.mark.parametrize("build", [*BUILDERS, InferenceChunks.of])
 def test_shapes_with_room_depend_on_tiles_and_sequences_alone(build, tokens, number):
     rng = random.Random(tokens)
     drawn = [draw(tokens, number, rng) for _ in range(20)]
