@@ -64,11 +64,9 @@ CANDIDATES: dict[str, tuple[Config, ...]] = {
     "summary": _SCANS,
     "reverse_scan": _SCANS,
     "reverse_summary": _SCANS,
-    "carry": tuple(
-        Config(block, warps, stages=stages)
-        for block in (16, 32, 64)
-        for warps in (4, 8)
-        for stages in (1, 2, 3)
+    "carry": (
+        *(Config(block, warps) for block in (16, 32, 64) for warps in (4, 8)),
+        *(Config(block, 8, stages=stages) for block in (16, 32) for stages in (2, 3)),
     ),
     "values": tuple(Config(256, warps) for warps in (4, 8)),
     "keys": tuple(Config(block, warps) for block in (16, 32, 64) for warps in (4, 8)),
@@ -431,7 +429,7 @@ def _chunked_step(
     tables = None if lengths is None else [kind.of(lengths, x.v.device) for kind in (InferenceChunks, Chunks)]
 
     def step(save: bool) -> dict[str, Tensor]:
-        chunks = tables and tables[save]
+        chunks = None if tables is None else tables[save]
         out, state, saved = chunk_forward(x, rule, chunks=chunks, save=save)
         found = {"out": out, "state": state}
         if saved is not None:

@@ -205,7 +205,7 @@ class InferenceChunks(Chunks):
         """Return the chunks of the spans that a sequence of so many is cut into; it is not, if it has no more."""
         return max(chunks, 1) if chunks <= min(SPAN, UNCUT) else min(SPAN, math.ceil(chunks / PARTS))
 
-    def filled(self, tiles: int, sequences: int) -> InferenceChunks:
+    def filled(self, tiles: int, sequences: int) -> Chunks:
         """Append dead chunks until there are ``tiles``, and dead spans until there are as many as there can be.
 
         There are none where no sequence can be cut.
