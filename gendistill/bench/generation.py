@@ -347,9 +347,12 @@ class GenerationBench:
                     first[kind, context] = seconds
                     bar = TTFT_BARS.get(context) if barred else None
                     self.add(f"{label}: first token", 1000 * seconds, "ms", lower=True, bar=bar)
-                    step = self.step_seconds(engine, context, 1)
+                    step, host = self.step_seconds(engine, context, 1)
                     bar = STEP_BARS.get(context) if barred and kind == "hybrid" else None
-                    self.add(f"{label}: decode step, batch 1", 1000 * step, "ms", lower=True, bar=bar)
+                    note = f"{1000 * host:.2f} ms of the host"
+                    self.add(
+                        f"{label}: decode step, batch 1", 1000 * step, "ms", lower=True, bar=bar, note=note
+                    )
                     if kind == "hybrid":
                         ratio = first["teacher", context] / seconds
                         self.add(
@@ -359,7 +362,7 @@ class GenerationBench:
                             bar=RATIO_BARS.get(context) if barred else None,
                         )
                 rows = self._rows_that_fit(engine, max(contexts))
-                speeds[kind] = rows / self.step_seconds(engine, max(contexts), rows)
+                speeds[kind] = rows / self.step_seconds(engine, max(contexts), rows)[0]
                 self.add(
                     f"{shape.name}, {kind}, {max(contexts):,} tokens, as many rows as fit: decode tokens/s",
                     speeds[kind],
@@ -401,13 +404,13 @@ class GenerationBench:
                 times.append(time.perf_counter() - began)
         return statistics.median(times)
 
-    def step_seconds(self, engine: Engine, context: int, rows: int) -> float:
-        """Return the time of a decode step of so many rows that have seen so many tokens, host included.
+    def step_seconds(self, engine: Engine, context: int, rows: int) -> tuple[float, float]:
+        """Return the time of a decode step of rows that have seen so many tokens, and the part that the host works.
 
         What they have seen is nothing but zeros, which takes as long as anything else.
         """
         clock = Clock(self.device)
-        step = engine.rows_at(context, rows, steps=_WARMUP + _STEPS + 2)
+        step = engine.rows_at(context, rows, steps=2 * _WARMUP + _STEPS + 2)
         for _ in range(_WARMUP):
             step()
         clock.wait()
@@ -415,7 +418,13 @@ class GenerationBench:
         for _ in range(_STEPS):
             step()
         clock.wait()
-        return (time.perf_counter() - began) / _STEPS
+        took = (time.perf_counter() - began) / _STEPS
+        began = time.perf_counter()
+        for _ in range(_WARMUP):
+            step(take=False)
+        host = (time.perf_counter() - began) / _WARMUP
+        clock.wait()
+        return took, host
 
     def _rows_that_fit(self, engine: Engine, context: int) -> int:
         """Return the most rows, up to 512, whose keys, values and states fit into memory."""

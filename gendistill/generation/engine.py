@@ -374,8 +374,10 @@ class Engine:
         pages = (rows * -(-tokens // PAGE) + 1) if sizes.attention else 0
         return rows * self._slot_bytes + pages * sizes.page_bytes <= self._budget()
 
-    def rows_at(self, context: int, rows: int, *, steps: int) -> Callable[[], None]:
+    def rows_at(self, context: int, rows: int, *, steps: int) -> Callable[..., None]:
         """Return a decode step of rows that have so many tokens behind them, all of them zeros in memory.
+
+        With ``take=False`` it leaves there what was chosen, and so waits for nothing.
 
         Args:
             context: Tokens behind each row.
@@ -396,9 +398,9 @@ class Engine:
         self._runner.begin_at(rows, context)
         flying: deque[Chosen] = deque()
 
-        def step() -> None:
+        def step(*, take: bool = True) -> None:
             flying.append(self._runner.step(schedule.running, sampling=Sampling()))
-            if len(flying) > self._ahead:
+            while take and len(flying) > self._ahead:
                 flying.popleft().read()
 
         return step
