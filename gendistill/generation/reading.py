@@ -1,7 +1,7 @@
 """A pass over parts of prompts: what it reads, and CUDA graphs of passes.
 
 A pass over few tokens is hundreds of small kernels, and a host is slower at launching them than a GPU at running them.
-So a pass is filled up to one of few sizes with a sequence that nobody has asked for, in a slot and a page that nobody
+So a pass is filled up to one of few sizes with sequences that nobody has asked for, in a slot and a page that nobody
 reads, and repeated as a graph. The first pass of a size runs as it is, the second is recorded: recording takes as long
 as some passes, and most processes that see a size once never see it again.
 """
@@ -73,7 +73,9 @@ class Reading:
         if size is not None:
             missing, more = size.tokens - len(tokens), size.sequences - len(lengths)
             tokens += [0] * missing
-            lengths += [missing] + [0] * (more - 1)
+            # several, so that none is read longer than those that were asked for; the last is empty
+            fillers = more - 1
+            lengths += [missing // fillers + (number < missing % fillers) for number in range(fillers)] + [0]
             slots += [spare] * more
             starts += [0] * more
             # as many tiles of 64 tokens as sequences of so many tokens can have
