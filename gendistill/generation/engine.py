@@ -18,6 +18,7 @@ import torch
 
 from gendistill.errors import GendistillError
 from gendistill.generation.likelihood import Pair, Pass, passes, readings
+from gendistill.generation.recording import ran_out
 from gendistill.generation.request import Answer, Prompt, Stats
 from gendistill.generation.runner import Chosen, Runner
 from gendistill.generation.sampling import Sampling
@@ -212,7 +213,7 @@ class Engine:
                 yield from self._run(schedule, flying, sampling)
                 return
             except Exception as error:
-                if not _ran_out(error):
+                if not ran_out(error):
                     raise
                 reason = str(error)
             yield from self._halve(schedule, flying, reason)
@@ -360,7 +361,7 @@ class Engine:
             return self._runner.score(what, most=_LOGITS)
         except Exception as error:
             # rows of an earlier call still have memory, and nobody is in it
-            if not _ran_out(error) or self._runs or self._runner.memory is None:
+            if not ran_out(error) or self._runs or self._runner.memory is None:
                 raise
         self.free()
         torch.cuda.empty_cache()
@@ -468,19 +469,6 @@ class Engine:
             f"its {len(row.tokens):,} tokens and the next need more memory than there is for keys and values: "
             f"{schedule.num_pages * PAGE:,} tokens"
         )
-
-
-def _ran_out(error: Exception) -> bool:
-    """Say whether memory has run out; the end of a recording in which it did fails too, with another error."""
-    return any(
-        isinstance(each, torch.OutOfMemoryError)
-        or (isinstance(each, RuntimeError) and any(words in str(each) for words in _RAN_OUT))
-        for each in (error, error.__context__)
-    )
-
-
-# what says so elsewhere: launches of kernels, and libraries of matrix products
-_RAN_OUT = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 class _Counted:

@@ -22,6 +22,7 @@ from gendistill.errors import GendistillError
 from gendistill.generation.likelihood import Pass
 from gendistill.generation.memory import Memory, Sizes
 from gendistill.generation.reading import Passes, Reading
+from gendistill.generation.recording import Recorder
 from gendistill.generation.sampling import Sampling, choose
 from gendistill.generation.schedule import Move, Piece, Row
 from gendistill.mixers.base import Mixer, SequenceInfo
@@ -135,8 +136,10 @@ class Runner:
         # a first token has no time to search them again
         self._modules = list(model.modules())
         self._addresses: list[int] = []
-        self._pool: Any = None
-        self._passes = Passes(self._read, lambda: self._pool, captures=self.captures)
+        self._recorder = Recorder(self.device)
+        self._passes = Passes(
+            self._read, self._recorder, captures=self.captures, make_way=self._forget_graphs
+        )
         try:
             self._take(self._refreshed())
         except BaseException:
@@ -197,8 +200,7 @@ class Runner:
     def _forget_graphs(self) -> None:
         self._graphs.clear()
         self._passes.forget()
-        # a pool that no graph uses any more cannot be given to another
-        self._pool = None
+        self._recorder.forget()
 
     # ----- memory -----
 
@@ -439,17 +441,13 @@ class Runner:
         kept = [part.clone() for part in self._places.by_slot]
         states = self.memory.snapshot(range(size))
         self._places.positions.fill_(-1)
-        aside = torch.cuda.Stream(self.device)
+        aside = self._recorder.stream
         aside.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(aside):
             for _ in range(_REHEARSALS):
                 self._step(size, sampling)
         torch.cuda.current_stream(self.device).wait_stream(aside)
-        graph = torch.cuda.CUDAGraph()
-        # other threads prepare batches meanwhile, where the model is being trained
-        with torch.cuda.graph(graph, pool=self._pool, stream=aside, capture_error_mode="thread_local"):
-            self._step(size, sampling)
-        self._pool = self._pool or graph.pool()
+        _, graph = self._recorder(lambda: self._step(size, sampling))
         for part, value in zip(self._places.by_slot, kept, strict=True):
             part.copy_(value)
         self.memory.restore(range(size), states)

@@ -267,15 +267,15 @@ def test_graphs_are_forgotten_where_weights_have_other_memory(student):
             lambda: setattr(student.model.norm.weight, "data", student.model.norm.weight.clone()),
             lambda: fuse(student, torch.float32),
         ):
-            runner._graphs, runner._pool = {"a graph": None}, "its pool"
+            runner._graphs, runner._recorder._pool = {"a graph": None}, "its pool"
             runner.refresh()
             assert runner._graphs
-            assert runner._pool
+            assert runner._recorder._pool
             change()
             runner.refresh()
             assert not runner._graphs
             # it has no graph any more, so that none can be added to it
-            assert runner._pool is None
+            assert runner._recorder._pool is None
 
 
 def test_a_model_that_is_fused_anew_in_another_dtype_is_run_in_it(student):
