@@ -157,7 +157,7 @@ class Runner:
             )
         return found
 
-    @torch.no_grad()
+    @torch.inference_mode(False)
     def _take(self, decoder: FusedDecoder) -> None:
         self.decoder, self._sizes = decoder, None
         weight = self.model.lm_head.weight

@@ -241,6 +241,41 @@ def test_inference_mode_of_one_call_is_nothing_to_the_next(student):
         assert tokens(engine.generate(asked, end_ids=())) == plain
 
 
+@pytest.mark.parametrize("learns", [True, False])
+@pytest.mark.parametrize("kind", ["teacher", "student"])
+def test_an_engine_that_is_opened_or_closed_in_inference_mode_runs_outside_of_it(student, kind, learns):
+    model = student if kind == "student" else tiny_teacher("qwen3").eval()
+    asked, ids = prompts((4, 70)), torch.tensor([[1, 2, 3]])
+    plain = answers(model, asked)
+    # in another dtype, with a copy of its head
+    another = tiny_teacher("llama").eval()
+    with torch.inference_mode():
+        engine = Engine(model, learns=learns)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            other = Engine(another, learns=learns)
+    for _ in range(2):
+        assert tokens(engine.generate(asked, end_ids=())) == plain
+        list(other.generate(asked, end_ids=()))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1.0)
+    with torch.inference_mode():
+        engine.close()
+        other.close()
+    # and the model learns
+    model(input_ids=ids, labels=ids).loss.backward()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.sub_(parameter.grad)
+
+
+def test_a_model_that_was_made_in_inference_mode_is_refused_with_the_reason():
+    with torch.inference_mode():
+        model = tiny_teacher("qwen3").eval()
+    with pytest.raises(GendistillError, match="made in inference mode"):
+        Engine(model)
+
+
 # ----- weights -----
 
 
