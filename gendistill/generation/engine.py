@@ -108,6 +108,10 @@ class Engine:
         self._closed = True
         self._runner.close()
 
+    def _check_open(self, otherwise: str = "the engine was closed") -> None:
+        if self._closed:
+            raise GendistillError(otherwise, hint="open an engine on the model again")
+
     def free(self) -> None:
         """Let the memory of rows go until the next call.
 
@@ -144,6 +148,7 @@ class Engine:
             OutOfMemory: Memory does not suffice for a single row.
             GendistillError: Another call has not ended.
         """
+        self._check_open()
         if self._runs:
             raise GendistillError(
                 "an engine runs one call at a time: take all answers of the last, or close it"
@@ -220,8 +225,7 @@ class Engine:
 
     def _run(self, schedule: Schedule, flying: deque[Chosen], sampling: Sampling) -> Iterator[Result]:
         while flying or not schedule.is_done:
-            if self._closed:
-                raise GendistillError("the engine was closed before all answers were taken")
+            self._check_open("the engine was closed before all answers were taken")
             ahead = len(flying) > self._ahead
             if flying and (ahead or not any(row.wants_more for row in schedule.running)):
                 yield from self._receive(flying.popleft())
@@ -235,8 +239,7 @@ class Engine:
                     yield row.index, Answer(error=self._too_large(row, schedule))
                 continue
             if not self._grow(schedule, flying):
-                while flying:
-                    yield from self._receive(flying.popleft())
+                yield from self._receive_all(flying)
                 self._let_go(schedule)
                 self._make_way(schedule)
                 continue
@@ -267,6 +270,11 @@ class Engine:
                     row.index,
                     Answer(tuple(ending.token_ids), ending.text, ending.ended, tuple(row.log_probs)),
                 )
+
+    def _receive_all(self, flying: deque[Chosen]) -> Iterator[Result]:
+        while flying:
+            yield from self._receive(flying.popleft())
+        self._check_open("the engine was closed before all answers were taken")
 
     def _let_go(self, schedule: Schedule) -> None:
         if any(row.over for row in schedule.running):
@@ -317,8 +325,7 @@ class Engine:
 
     def _halve(self, schedule: Schedule, flying: deque[Chosen], reason: str) -> Iterator[Result]:
         """Go on with half the rows."""
-        while flying:
-            yield from self._receive(flying.popleft())
+        yield from self._receive_all(flying)
         self._let_go(schedule)
         for row in schedule.running:
             row.launched = len(row.log_probs)
@@ -337,6 +344,7 @@ class Engine:
         Raises:
             GendistillError: A context or a continuation without a token, or a token that the model does not know.
         """
+        self._check_open()
         known = self._num_known
         for number, (context, continuation) in enumerate(pairs):
             if not context or not continuation:
@@ -383,6 +391,7 @@ class Engine:
             rows: At a time.
             steps: That will be taken at most.
         """
+        self._check_open()
         tokens = [0] * (context + steps + self._ahead)
         made = [Row(index, Prompt(tokens, 1), _Counted((), steps), tokens) for index in range(rows)]
         self._runner.refresh()

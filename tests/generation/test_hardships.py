@@ -222,6 +222,44 @@ def test_a_closed_engine_says_so(student):
             list(call)
 
 
+def test_a_closed_engine_says_so_where_others_keep_its_model_fused(student):
+    fuse(student, torch.float32)
+    engine = Engine(student)
+    engine.close()
+    for call in (engine.generate(prompts((3,)), end_ids=()), engine.log_probs([([1], [2])])):
+        with pytest.raises(GendistillError, match="the engine was closed"):
+            list(call)
+    with pytest.raises(GendistillError, match="the engine was closed"):
+        engine.rows_at(10, 1, steps=1)
+    assert engine._runner.memory is None
+    release(student)
+
+
+@pytest.mark.parametrize("where", ["memory runs out", "pages run out"])
+def test_an_engine_may_be_closed_wherever_an_answer_comes(student, monkeypatch, where):
+    asked = [Prompt([7] * 56, 3 if where == "memory runs out" else 5), *[Prompt([7] * 60, 40)] * 2]
+    engine = Engine(student)
+    engine._ahead = 1
+    if where == "memory runs out":
+        step, steps = Runner.step, []
+
+        def short(self, rows, **settings):
+            steps.append(rows)
+            if len(steps) == 3:
+                raise torch.OutOfMemoryError("no more")
+            return step(self, rows, **settings)
+
+        monkeypatch.setattr(Runner, "step", short)
+    else:
+        sizes = engine._runner.sizes()
+        engine._memory_bytes = 4 * sizes.slot_bytes + 5 * sizes.page_bytes
+    call = engine.generate(asked, end_ids=())
+    next(call)
+    engine.close()
+    with pytest.raises(GendistillError, match="closed before all answers were taken"):
+        list(call)
+
+
 def test_a_model_is_left_as_it_was_if_no_engine_can_be_made(student, monkeypatch):
     def none(*_, **__):
         raise torch.OutOfMemoryError("nothing")
