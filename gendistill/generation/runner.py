@@ -135,6 +135,7 @@ class Runner:
         self._graphs: dict[tuple[int, Sampling], torch.cuda.CUDAGraph] = {}
         # a first token has no time to search them again
         self._modules = list(model.modules())
+        self._projections = _projections(model)
         self._addresses: list[int] = []
         self._recorder = Recorder(self.device)
         self._passes = Passes(
@@ -154,6 +155,13 @@ class Runner:
             raise GendistillError(
                 "the model does not run fused any more: this engine, or what had fused the model, was closed",
                 hint="open an engine on the model again",
+            )
+        # weights that have taken adapters in would have them added once more
+        reason = next(filter(None, map(why_not_packed, self._projections)), None)
+        if reason is not None:
+            raise GendistillError(
+                f"the engine cannot go on with this model, which was changed since it was opened: {reason}",
+                hint="close it, and open another",
             )
         return found
 
@@ -488,9 +496,12 @@ def why_not(model: Any) -> str | None:
         return f'its rotary positions ("{kind}") depend on the longest sequence beside'
     if is_fused(model):
         # this may change after layers are packed
-        layers = [layer for name, layer in model.model.named_modules() if name.endswith("_proj")]
-        return next(filter(None, map(why_not_packed, layers)), None)
+        return next(filter(None, map(why_not_packed, _projections(model))), None)
     return why_not_fused(model, device=head.weight.device, dtype=_arithmetic(model))
+
+
+def _projections(model: Any) -> list[nn.Module]:
+    return [layer for name, layer in model.model.named_modules() if name.endswith("_proj")]
 
 
 def _arithmetic(model: Any) -> torch.dtype:

@@ -317,6 +317,29 @@ def test_a_model_that_was_made_in_inference_mode_is_refused_with_the_reason():
 # ----- weights -----
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda layer: layer.merge(), "of another kind"),
+        (lambda layer: layer.enable_adapters(False), "switched off"),
+    ],
+)
+def test_adapters_that_are_merged_or_switched_off_between_calls_are_not_added_again(student, change, words):
+    peft = pytest.importorskip("peft")
+    peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["q_proj"]), student)
+    asked = prompts((4, 9))
+    layers = [layer for layer in student.modules() if isinstance(layer, peft.tuners.lora.Linear)]
+    with torch.no_grad():
+        for layer in layers:
+            layer.lora_B["default"].weight.normal_()
+    with Engine(student) as engine:
+        list(engine.generate(asked, end_ids=()))
+        change(layers[-1])
+        for call in (engine.generate(asked, end_ids=()), engine.log_probs([([1], [2])])):
+            with pytest.raises(GendistillError, match=words):
+                list(call)
+
+
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_head_stays_where_it_is(fused, tied):
