@@ -40,8 +40,15 @@ class Recorder:
             graph, pool=self._pool, stream=self.stream, capture_error_mode="thread_local"
         )
         # the end of a recording that has failed fails too, and would leave its stream the current one
-        with torch.cuda.stream(torch.cuda.current_stream(self._device)), recording:
-            made = work()
+        try:
+            with torch.cuda.stream(torch.cuda.current_stream(self._device)), recording:
+                made = work()
+        except BaseException:
+            if not _has_ended(graph):
+                # the allocator goes on asking it, and lets no other recording into its pool
+                _UNENDED.append(graph)
+                self._pool = None
+            raise
         self._pool = self._pool or graph.pool()
         return made, graph
 
@@ -49,6 +56,18 @@ class Recorder:
         """Have the next graph not share the memory of those before, all of which are gone."""
         # a pool that no graph uses any more cannot be given to another
         self._pool = None
+
+
+# recordings that could not be ended, because something in them waits for the device: freed, they would still be asked
+_UNENDED: list[torch.cuda.CUDAGraph] = []
+
+
+def _has_ended(graph: torch.cuda.CUDAGraph) -> bool:
+    try:
+        graph.pool()
+    except RuntimeError:
+        return False
+    return True
 
 
 def ran_out(error: BaseException) -> bool:
