@@ -78,6 +78,8 @@ class Layout:
     memory: Memory | None = None
 
 
+# what is made in inference mode cannot be written to outside of it, nor can gradients reach it
+@torch.inference_mode(False)
 def fuse(model: Any, dtype: torch.dtype, *, learns: bool = True) -> None:
     """Let a causal language model run fused until :func:`release`; :func:`why_not` must have nothing against it.
 
@@ -92,6 +94,7 @@ def fuse(model: Any, dtype: torch.dtype, *, learns: bool = True) -> None:
     object.__setattr__(model.model, _MARK, FusedDecoder(model, dtype, learns=learns))
 
 
+@torch.inference_mode(False)
 def release(model: Any) -> None:
     """Let a model run as its classes say; nothing happens to one that does."""
     fused = vars(model.model).get(_MARK)
@@ -143,6 +146,8 @@ def why_not(model: Any, *, device: torch.device, dtype: torch.dtype) -> str | No
     for name, layer in model.model.named_modules():
         if name.endswith("_proj") and (reason := why_not_packed(layer)):
             return reason
+    if any(parameter.is_inference() for parameter in model.parameters()):
+        return "its parameters were made in inference mode, and nobody can tell whether they have changed"
     if not is_fused(model) and (found := _passed_over(model.model)):
         return found
     return why_no_such(model.config.to_dict(), device=device, dtype=dtype)

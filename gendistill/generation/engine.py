@@ -18,6 +18,7 @@ import torch
 
 from gendistill.errors import GendistillError
 from gendistill.generation.likelihood import Pair, Pass, passes, readings
+from gendistill.generation.recording import ran_out
 from gendistill.generation.request import Answer, Prompt, Stats
 from gendistill.generation.runner import Chosen, Runner
 from gendistill.generation.sampling import Sampling
@@ -107,6 +108,10 @@ class Engine:
         self._closed = True
         self._runner.close()
 
+    def _check_open(self, otherwise: str = "the engine was closed") -> None:
+        if self._closed:
+            raise GendistillError(otherwise, hint="open an engine on the model again")
+
     def free(self) -> None:
         """Let the memory of rows go until the next call.
 
@@ -143,6 +148,7 @@ class Engine:
             OutOfMemory: Memory does not suffice for a single row.
             GendistillError: Another call has not ended.
         """
+        self._check_open()
         if self._runs:
             raise GendistillError(
                 "an engine runs one call at a time: take all answers of the last, or close it"
@@ -212,15 +218,14 @@ class Engine:
                 yield from self._run(schedule, flying, sampling)
                 return
             except Exception as error:
-                if not _ran_out(error):
+                if not ran_out(error):
                     raise
                 reason = str(error)
             yield from self._halve(schedule, flying, reason)
 
     def _run(self, schedule: Schedule, flying: deque[Chosen], sampling: Sampling) -> Iterator[Result]:
         while flying or not schedule.is_done:
-            if self._closed:
-                raise GendistillError("the engine was closed before all answers were taken")
+            self._check_open("the engine was closed before all answers were taken")
             ahead = len(flying) > self._ahead
             if flying and (ahead or not any(row.wants_more for row in schedule.running)):
                 yield from self._receive(flying.popleft())
@@ -234,8 +239,7 @@ class Engine:
                     yield row.index, Answer(error=self._too_large(row, schedule))
                 continue
             if not self._grow(schedule, flying):
-                while flying:
-                    yield from self._receive(flying.popleft())
+                yield from self._receive_all(flying)
                 self._let_go(schedule)
                 self._make_way(schedule)
                 continue
@@ -266,6 +270,11 @@ class Engine:
                     row.index,
                     Answer(tuple(ending.token_ids), ending.text, ending.ended, tuple(row.log_probs)),
                 )
+
+    def _receive_all(self, flying: deque[Chosen]) -> Iterator[Result]:
+        while flying:
+            yield from self._receive(flying.popleft())
+        self._check_open("the engine was closed before all answers were taken")
 
     def _let_go(self, schedule: Schedule) -> None:
         if any(row.over for row in schedule.running):
@@ -316,8 +325,7 @@ class Engine:
 
     def _halve(self, schedule: Schedule, flying: deque[Chosen], reason: str) -> Iterator[Result]:
         """Go on with half the rows."""
-        while flying:
-            yield from self._receive(flying.popleft())
+        yield from self._receive_all(flying)
         self._let_go(schedule)
         for row in schedule.running:
             row.launched = len(row.log_probs)
@@ -336,6 +344,7 @@ class Engine:
         Raises:
             GendistillError: A context or a continuation without a token, or a token that the model does not know.
         """
+        self._check_open()
         known = self._num_known
         for number, (context, continuation) in enumerate(pairs):
             if not context or not continuation:
@@ -360,7 +369,7 @@ class Engine:
             return self._runner.score(what, most=_LOGITS)
         except Exception as error:
             # rows of an earlier call still have memory, and nobody is in it
-            if not _ran_out(error) or self._runs or self._runner.memory is None:
+            if not ran_out(error) or self._runs or self._runner.memory is None:
                 raise
         self.free()
         torch.cuda.empty_cache()
@@ -384,6 +393,7 @@ class Engine:
             rows: At a time.
             steps: That will be taken at most.
         """
+        self._check_open()
         tokens = [0] * (context + steps + self._ahead)
         made = [Row(index, Prompt(tokens, 1), _Counted((), steps), tokens) for index in range(rows)]
         self._runner.refresh()
@@ -470,19 +480,6 @@ class Engine:
             f"its {len(row.tokens):,} tokens and the next need more memory than there is for keys and values: "
             f"{schedule.num_pages * PAGE:,} tokens"
         )
-
-
-def _ran_out(error: Exception) -> bool:
-    """Say whether memory has run out; the end of a recording in which it did fails too, with another error."""
-    return any(
-        isinstance(each, torch.OutOfMemoryError)
-        or (isinstance(each, RuntimeError) and any(words in str(each) for words in _RAN_OUT))
-        for each in (error, error.__context__)
-    )
-
-
-# what says so elsewhere: launches of kernels, and libraries of matrix products
-_RAN_OUT = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 class _Counted:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from gendistill.generation.recording import Recorder, ran_out
 from gendistill.generation.schedule import Piece, Row
 from gendistill.ops.types import Segments, UnknownLengths
 
@@ -119,14 +120,20 @@ class Passes:
 
     Args:
         run: Takes what a pass reads, and returns the hidden state of the last token of each sequence ``[S, D]``.
-        get_pool: Returns the memory pool that all graphs of the runner share.
+        recorder: Of all graphs of the runner.
         captures: Whether any are repeated.
+        make_way: Lets all graphs of the runner go, where memory does not suffice for more.
     """
 
     def __init__(
-        self, run: Callable[[Reading], Tensor], get_pool: Callable[[], Any], *, captures: bool
+        self,
+        run: Callable[[Reading], Tensor],
+        recorder: Recorder,
+        *,
+        captures: bool,
+        make_way: Callable[[], None],
     ) -> None:
-        self._run, self._get_pool, self._captures = run, get_pool, captures
+        self._run, self._recorder, self._captures, self._make_way = run, recorder, captures, make_way
         self.graphs: dict[Any, _Graph] = {}
         self._seen: set[Size] = set()
         self._builders: dict[Callable[..., Any], None] = {}
@@ -155,30 +162,46 @@ class Passes:
             return hidden
         for build in self._builders:
             reading.segments.table(build)
-        key = reading.fresh, reading.segments.fixed, tuple(part.shape for part in reading.tensors)
-        graph = self.graphs.get(key)
+        graph = self.graphs.get(_kind(reading))
         if graph is None:
             hidden = self._run(reading)
+            # it may have asked for tables that no pass before it did
+            self._builders |= dict.fromkeys(reading.segments.builders)
             if self.why_not is None and len(self.graphs) < _MOST_GRAPHS:
-                self._record(key, reading)
+                self._record(reading)
             return hidden
         torch._foreach_copy_(graph.inputs, reading.tensors, non_blocking=True)  # pyright: ignore
         graph.graph.replay()
         return graph.hidden
 
-    def _record(self, key: Any, reading: Reading) -> None:
-        """Record a pass that has just run, so that no kernel has to be compiled for it."""
-        static = reading.static()
-        graph = torch.cuda.CUDAGraph()
+    def _record(self, reading: Reading) -> None:
+        """Record a pass that has just run, so that no kernel has to be compiled for it.
+
+        If it cannot be recorded, no other is: what it has found is there.
+        """
+        short = False
         try:
-            # other threads prepare batches meanwhile, where the model is being trained
-            with torch.cuda.graph(graph, pool=self._get_pool(), capture_error_mode="thread_local"):
-                hidden = self._run(static)
+            # what is made in inference mode cannot be written to outside of it
+            with torch.inference_mode(False), torch.no_grad():
+                static = reading.static()
+                hidden, graph = self._recorder(lambda: self._run(static))
         except UnknownLengths:
             self.why_not = "a mixer of the model asks for the lengths of sequences"
-            return
-        self.graphs[key] = _Graph(static.tensors, hidden, graph)
+        except Exception as error:
+            first = error.__context__ or error
+            self.why_not = ": ".join([type(first).__name__, *str(first).strip().splitlines()[:1]])
+            short = ran_out(error)
+        else:
+            self.graphs[_kind(reading)] = _Graph(static.tensors, hidden, graph)
+        if short:
+            # what the error held in memory is gone here
+            self._make_way()
 
     def forget(self) -> None:
-        """Let all graphs go; the pool is not theirs any more."""
+        """Let all graphs go."""
         self.graphs.clear()
+
+
+def _kind(reading: Reading) -> Any:
+    """Return what two passes have in common that one graph can run."""
+    return reading.fresh, reading.segments.fixed, tuple(part.shape for part in reading.tensors)

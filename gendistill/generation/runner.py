@@ -22,6 +22,7 @@ from gendistill.errors import GendistillError
 from gendistill.generation.likelihood import Pass
 from gendistill.generation.memory import Memory, Sizes
 from gendistill.generation.reading import Passes, Reading
+from gendistill.generation.recording import Recorder
 from gendistill.generation.sampling import Sampling, choose
 from gendistill.generation.schedule import Move, Piece, Row
 from gendistill.mixers.base import Mixer, SequenceInfo
@@ -134,9 +135,12 @@ class Runner:
         self._graphs: dict[tuple[int, Sampling], torch.cuda.CUDAGraph] = {}
         # a first token has no time to search them again
         self._modules = list(model.modules())
+        self._projections = _projections(model)
         self._addresses: list[int] = []
-        self._pool: Any = None
-        self._passes = Passes(self._read, lambda: self._pool, captures=self.captures)
+        self._recorder = Recorder(self.device)
+        self._passes = Passes(
+            self._read, self._recorder, captures=self.captures, make_way=self._forget_graphs
+        )
         try:
             self._take(self._refreshed())
         except BaseException:
@@ -152,9 +156,16 @@ class Runner:
                 "the model does not run fused any more: this engine, or what had fused the model, was closed",
                 hint="open an engine on the model again",
             )
+        # weights that have taken adapters in would have them added once more
+        reason = next(filter(None, map(why_not_packed, self._projections)), None)
+        if reason is not None:
+            raise GendistillError(
+                f"the engine cannot go on with this model, which was changed since it was opened: {reason}",
+                hint="close it, and open another",
+            )
         return found
 
-    @torch.no_grad()
+    @torch.inference_mode(False)
     def _take(self, decoder: FusedDecoder) -> None:
         self.decoder, self._sizes = decoder, None
         weight = self.model.lm_head.weight
@@ -197,8 +208,7 @@ class Runner:
     def _forget_graphs(self) -> None:
         self._graphs.clear()
         self._passes.forget()
-        # a pool that no graph uses any more cannot be given to another
-        self._pool = None
+        self._recorder.forget()
 
     # ----- memory -----
 
@@ -439,17 +449,13 @@ class Runner:
         kept = [part.clone() for part in self._places.by_slot]
         states = self.memory.snapshot(range(size))
         self._places.positions.fill_(-1)
-        aside = torch.cuda.Stream(self.device)
+        aside = self._recorder.stream
         aside.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(aside):
             for _ in range(_REHEARSALS):
                 self._step(size, sampling)
         torch.cuda.current_stream(self.device).wait_stream(aside)
-        graph = torch.cuda.CUDAGraph()
-        # other threads prepare batches meanwhile, where the model is being trained
-        with torch.cuda.graph(graph, pool=self._pool, stream=aside, capture_error_mode="thread_local"):
-            self._step(size, sampling)
-        self._pool = self._pool or graph.pool()
+        _, graph = self._recorder(lambda: self._step(size, sampling))
         for part, value in zip(self._places.by_slot, kept, strict=True):
             part.copy_(value)
         self.memory.restore(range(size), states)
@@ -490,9 +496,12 @@ def why_not(model: Any) -> str | None:
         return f'its rotary positions ("{kind}") depend on the longest sequence beside'
     if is_fused(model):
         # this may change after layers are packed
-        layers = [layer for name, layer in model.model.named_modules() if name.endswith("_proj")]
-        return next(filter(None, map(why_not_packed, layers)), None)
+        return next(filter(None, map(why_not_packed, _projections(model))), None)
     return why_not_fused(model, device=head.weight.device, dtype=_arithmetic(model))
+
+
+def _projections(model: Any) -> list[nn.Module]:
+    return [layer for name, layer in model.model.named_modules() if name.endswith("_proj")]
 
 
 def _arithmetic(model: Any) -> torch.dtype:

@@ -214,7 +214,9 @@ class CapturedPasses:
         """Capture a batch's passes; returns what they return, and what launches them."""
         graph = torch.cuda.CUDAGraph()
         # other threads prepare batches meanwhile
-        with torch.cuda.graph(graph, pool=self._get_pool().id, capture_error_mode="thread_local"):
+        recording = torch.cuda.graph(graph, pool=self._get_pool().id, capture_error_mode="thread_local")
+        # the end of a capture that has failed fails too, and would leave its stream the current one
+        with torch.cuda.stream(torch.cuda.current_stream(self.device)), recording:
             values = self.passes(batch)
         return values, graph.replay
 

@@ -11,6 +11,7 @@ from gendistill.bench.pair import for_inference
 from gendistill.engine.decoder import fuse, release
 from gendistill.generation.engine import Engine
 from gendistill.generation.request import Prompt
+from gendistill.generation.runner import Runner
 from gendistill.generation.sampling import Sampling
 from gendistill.testing import FAMILIES, PLACEMENTS, tiny_student, tiny_teacher
 
@@ -191,9 +192,60 @@ def test_graphs_follow_weights_that_get_other_memory():
 def test_a_model_on_another_device_than_the_current_one():
     model, asked = make("student", "mixed"), prompts()
     right = answers(model, asked)
-    with torch.cuda.device(0):
-        found = answers(model.to("cuda:1"), asked)
-    assert [answer.token_ids for answer in found] == [answer.token_ids for answer in right]
+    with torch.cuda.device(0), Engine(model.to("cuda:1")) as engine:
+        # the third time, a pass is a graph
+        for _ in range(3):
+            found = dict(engine.generate(asked, end_ids=()))
+            for index, answer in enumerate(right):
+                assert found[index].token_ids == answer.token_ids
+        assert engine._runner._passes.graphs
+        assert torch.cuda.current_device() == 0
+
+
+def test_prompts_that_come_one_at_a_time_need_no_tables_that_graphs_can_read():
+    model = make("student", "sinks")
+    with Engine(model) as engine:
+        for turn in range(4):
+            asked = prompts((20 + turn,))
+            found = dict(engine.generate(asked, end_ids=()))
+            (scored,) = engine.log_probs([(asked[0].token_ids, found[0].token_ids)])
+            assert alike(found[0].log_probs, scored[1])
+        assert engine._runner._passes.why_not is not None
+
+
+def test_a_recording_that_fails_leaves_stream_and_answers_as_they_were(monkeypatch):
+    model, asked = make("student", "mixed"), prompts((20, 30))
+    run, where = Runner._read, torch.cuda.current_stream()
+
+    def asks(self, reading):
+        out = run(self, reading)
+        # waits for the device, which a recording must not
+        out.sum().item()
+        return out
+
+    monkeypatch.setattr(Runner, "_read", asks)
+    with Engine(model) as engine:
+        for _ in range(3):
+            found = dict(engine.generate(asked, end_ids=()))
+            assert torch.cuda.current_stream() == where
+        assert "capturing" in engine._runner._passes.why_not
+    check(model, [found[index] for index in range(2)], asked)
+
+
+def test_graphs_share_their_memory():
+    model = make("student", "mixed", vocab_size=32_768)
+    taken = []
+    with Engine(model, max_rows=64) as engine:
+        runner = engine._runner
+        runner.make_room(slots=64, pages=66, width=1)
+        for number in (64, 32, 16, 8, 4):
+            runner.begin_at(number, 0)
+            runner.step([None] * number, sampling=Sampling())
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+            taken.append(torch.cuda.memory_reserved())
+    # the largest first: what others need is there
+    assert taken[-1] - taken[0] < 16 << 20, taken
 
 
 def test_memory_that_grows_is_never_there_twice():

@@ -222,6 +222,44 @@ def test_a_closed_engine_says_so(student):
             list(call)
 
 
+def test_a_closed_engine_says_so_where_others_keep_its_model_fused(student):
+    fuse(student, torch.float32)
+    engine = Engine(student)
+    engine.close()
+    for call in (engine.generate(prompts((3,)), end_ids=()), engine.log_probs([([1], [2])])):
+        with pytest.raises(GendistillError, match="the engine was closed"):
+            list(call)
+    with pytest.raises(GendistillError, match="the engine was closed"):
+        engine.rows_at(10, 1, steps=1)
+    assert engine._runner.memory is None
+    release(student)
+
+
+@pytest.mark.parametrize("where", ["memory runs out", "pages run out"])
+def test_an_engine_may_be_closed_wherever_an_answer_comes(student, monkeypatch, where):
+    asked = [Prompt([7] * 56, 3 if where == "memory runs out" else 5), *[Prompt([7] * 60, 40)] * 2]
+    engine = Engine(student)
+    engine._ahead = 1
+    if where == "memory runs out":
+        step, steps = Runner.step, []
+
+        def short(self, rows, **settings):
+            steps.append(rows)
+            if len(steps) == 3:
+                raise torch.OutOfMemoryError("no more")
+            return step(self, rows, **settings)
+
+        monkeypatch.setattr(Runner, "step", short)
+    else:
+        sizes = engine._runner.sizes()
+        engine._memory_bytes = 4 * sizes.slot_bytes + 5 * sizes.page_bytes
+    call = engine.generate(asked, end_ids=())
+    next(call)
+    engine.close()
+    with pytest.raises(GendistillError, match="closed before all answers were taken"):
+        list(call)
+
+
 def test_a_model_is_left_as_it_was_if_no_engine_can_be_made(student, monkeypatch):
     def none(*_, **__):
         raise torch.OutOfMemoryError("nothing")
@@ -241,7 +279,65 @@ def test_inference_mode_of_one_call_is_nothing_to_the_next(student):
         assert tokens(engine.generate(asked, end_ids=())) == plain
 
 
+@pytest.mark.parametrize("learns", [True, False])
+@pytest.mark.parametrize("kind", ["teacher", "student"])
+def test_an_engine_that_is_opened_or_closed_in_inference_mode_runs_outside_of_it(student, kind, learns):
+    model = student if kind == "student" else tiny_teacher("qwen3").eval()
+    asked, ids = prompts((4, 70)), torch.tensor([[1, 2, 3]])
+    plain = answers(model, asked)
+    # in another dtype, with a copy of its head
+    another = tiny_teacher("llama").eval()
+    with torch.inference_mode():
+        engine = Engine(model, learns=learns)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            other = Engine(another, learns=learns)
+    for _ in range(2):
+        assert tokens(engine.generate(asked, end_ids=())) == plain
+        list(other.generate(asked, end_ids=()))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1.0)
+    with torch.inference_mode():
+        engine.close()
+        other.close()
+    # and the model learns
+    model(input_ids=ids, labels=ids).loss.backward()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.sub_(parameter.grad)
+
+
+def test_a_model_that_was_made_in_inference_mode_is_refused_with_the_reason():
+    with torch.inference_mode():
+        model = tiny_teacher("qwen3").eval()
+    with pytest.raises(GendistillError, match="made in inference mode"):
+        Engine(model)
+
+
 # ----- weights -----
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda layer: layer.merge(), "of another kind"),
+        (lambda layer: layer.enable_adapters(False), "switched off"),
+    ],
+)
+def test_adapters_that_are_merged_or_switched_off_between_calls_are_not_added_again(student, change, words):
+    peft = pytest.importorskip("peft")
+    peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["q_proj"]), student)
+    asked = prompts((4, 9))
+    layers = [layer for layer in student.modules() if isinstance(layer, peft.tuners.lora.Linear)]
+    with torch.no_grad():
+        for layer in layers:
+            layer.lora_B["default"].weight.normal_()
+    with Engine(student) as engine:
+        list(engine.generate(asked, end_ids=()))
+        change(layers[-1])
+        for call in (engine.generate(asked, end_ids=()), engine.log_probs([([1], [2])])):
+            with pytest.raises(GendistillError, match=words):
+                list(call)
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -267,15 +363,15 @@ def test_graphs_are_forgotten_where_weights_have_other_memory(student):
             lambda: setattr(student.model.norm.weight, "data", student.model.norm.weight.clone()),
             lambda: fuse(student, torch.float32),
         ):
-            runner._graphs, runner._pool = {"a graph": None}, "its pool"
+            runner._graphs, runner._recorder._pool = {"a graph": None}, "its pool"
             runner.refresh()
             assert runner._graphs
-            assert runner._pool
+            assert runner._recorder._pool
             change()
             runner.refresh()
             assert not runner._graphs
             # it has no graph any more, so that none can be added to it
-            assert runner._pool is None
+            assert runner._recorder._pool is None
 
 
 def test_a_model_that_is_fused_anew_in_another_dtype_is_run_in_it(student):

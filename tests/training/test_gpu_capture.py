@@ -78,3 +78,17 @@ def test_memory_comes_back():
     train("distill", 8, capture="always")
     torch.cuda.empty_cache()
     assert torch.cuda.memory_reserved() <= before + 2**25
+
+
+def test_a_capture_that_fails_leaves_the_stream_as_it_was():
+    def passes(_):
+        # waits for the device
+        return torch.ones(1, device="cuda").cpu()
+
+    captured = capture.CapturedPasses(
+        passes, models=[], clock=None, device=torch.device("cuda"), failed=lambda _: None
+    )
+    before = torch.cuda.current_stream()
+    with pytest.raises(RuntimeError):
+        captured._capture(None)
+    assert torch.cuda.current_stream() == before
