@@ -152,8 +152,8 @@ def first_differences(
 ) -> tuple[int, list[float]]:
     """Find where two ways to answer first choose different tokens, and how much likelier ours was to the engine.
 
-    Returns: How many answers are the same, and of the others the difference of log-probabilities in nats: where two
-        tokens are about as likely, rounding decides which is chosen.
+    Returns: How many answers are the same, and of those with different tokens the difference of log-probabilities in
+        nats: where two tokens are about as likely, rounding decides which is chosen. The rest end elsewhere.
     """
     ids = engine.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
     pairs = []
@@ -260,8 +260,8 @@ class GenerationBench:
             note = f"{found.seconds:.2f} s; {same / len(texts):.0%} of the answers are those of the engine"
             if apart:
                 off = sorted(map(abs, apart))
-                note += f", the others first differ between tokens {statistics.median(off):.2g} nats apart, at most"
-                note += f" {off[-1]:.2g}"
+                note += f", {len(off)} first differ between tokens {statistics.median(off):.2g} nats apart, at most"
+                note += f" {off[-1]:.2g}, and {len(texts) - same - len(off)} end elsewhere"
             self.add(
                 f"{name}, transformers, batches of {batch}: tokens/s",
                 found.speed,
