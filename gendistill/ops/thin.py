@@ -9,9 +9,8 @@ from torch import Tensor
 
 from gendistill.ops.reference import thin as reference
 from gendistill.ops.select import Impl, contract, is_triton, obstacle
+from gendistill.ops.types import THIN_ROWS
 
-# the most rows that the kernels take; of more, general matrix products are faster
-MOST_ROWS = 4
 # weights of a row are read eight at a time
 _STEP = 8
 _HALF = (torch.bfloat16, torch.float16)
@@ -29,7 +28,7 @@ def suits(x: Tensor, matrix: Tensor) -> bool:
     return (
         not torch.is_grad_enabled()
         and matrix.is_cuda
-        and 0 < x.numel() // x.shape[-1] <= MOST_ROWS
+        and 0 < x.numel() // x.shape[-1] <= THIN_ROWS
         and matrix.dtype in _HALF
         and matrix.shape[1] % _STEP == 0
         and obstacle("thin", matrix.device) is None
@@ -45,7 +44,7 @@ def thin_linear(
     between such a kernel and this op, another must be launched that does not start early, as none of torch's does.
 
     Args:
-        x: ``[M, K]``, M at most ``MOST_ROWS`` and K a multiple of 8 for the kernels.
+        x: ``[M, K]``, M at most ``THIN_ROWS`` and K a multiple of 8 for the kernels.
         matrix: ``[N, K]`` in the dtype of x, contiguous.
         bias: ``[N]`` in that dtype.
         impl: Implementation; :func:`gendistill.ops.resolve` chooses one for ``op="thin"``.

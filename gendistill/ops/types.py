@@ -329,6 +329,8 @@ class ChunkLayout(NamedTuple):
 
 # tokens of a page
 PAGE = 64
+# rows up to which products have kernels of their own
+THIN_ROWS = 4
 
 
 class Pages(NamedTuple):

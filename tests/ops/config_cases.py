@@ -16,7 +16,7 @@ from gendistill.ops.paged import PAGE, Pages
 from gendistill.ops.reference import block as reference
 from gendistill.ops.reference.divergence import compare as reference_compare
 from gendistill.ops.reference.paged import paged_attend
-from gendistill.ops.thin import MOST_ROWS
+from gendistill.ops.types import THIN_ROWS
 from gendistill_kernels.block.attention import attend_backward, attend_forward
 from gendistill_kernels.block.glu import swiglu_backward, swiglu_forward
 from gendistill_kernels.block.layout import Tiles
@@ -263,7 +263,7 @@ def _paged(kernel: str, cases: Any, dtype: torch.dtype) -> tuple[Call, Call]:
 def _thin(cases: Any, dtype: torch.dtype) -> tuple[Call, Call]:
     """Run both halves of an MLP whose sizes fill neither tiles nor programs."""
     torch.manual_seed(0)
-    rows, K, inner = MOST_ROWS, 1160, 1000
+    rows, K, inner = THIN_ROWS, 1160, 1000
     stream, mixed, gain = cases.normal(rows, K), cases.normal(rows, K, dtype=dtype), cases.normal(K)
     gate_up, down = cases.normal(2 * inner, K, dtype=dtype) / K**0.5, cases.normal(K, inner, dtype=dtype)
     x = cases.normal(rows, inner, dtype=dtype)

@@ -13,14 +13,15 @@ from transformers import AutoModelForCausalLM, Qwen2Config, Qwen3Config
 from gendistill.engine.decoder import fuse, release
 from gendistill.mixers.base import SequenceInfo
 from gendistill.ops import Segments, thin
-from gendistill.ops.thin import MOST_ROWS, thin_linear, thin_mlp
+from gendistill.ops.thin import thin_linear, thin_mlp
+from gendistill.ops.types import THIN_ROWS
 
 if not torch.cuda.is_available():
     pytest.skip("torch sees no CUDA device", allow_module_level=True)
 
 pytestmark = pytest.mark.gpu
 EPS = 1e-6
-ROWS = range(1, MOST_ROWS + 1)
+ROWS = range(1, THIN_ROWS + 1)
 # outputs and weights of a row: projections of Qwen3-0.6B and Qwen2.5-0.5B, gates of mixers, and odd ones
 SHAPES = [
     *((4096, 1024), (1024, 2048), (1024, 3072), (320, 1024), (2048, 128), (1152, 896), (896, 4864)),
@@ -34,7 +35,7 @@ LIMITS = {torch.bfloat16: 4e-3, torch.float16: 6e-4, torch.float32: 2e-6}
 @pytest.mark.parametrize(("N", "K"), SHAPES)
 def test_linear_matches_float64(thin_cases, N, K, dtype):
     worst = 0.0
-    drawn, matrix, offset = thin_cases.linear(MOST_ROWS, N, K, dtype=dtype, device="cuda")
+    drawn, matrix, offset = thin_cases.linear(THIN_ROWS, N, K, dtype=dtype, device="cuda")
     for rows in ROWS:
         x, bias = drawn[:rows], offset if rows % 2 else None
         expected = x.double() @ matrix.double().T + (0 if bias is None else bias.double())
@@ -49,7 +50,7 @@ def test_linear_matches_float64(thin_cases, N, K, dtype):
 @pytest.mark.parametrize("dtype", LIMITS)
 @pytest.mark.parametrize(("K", "inner"), [(1024, 3072), (896, 4864), (1160, 1000), (128, 8)])
 def test_mlp_matches_float64(thin_cases, K, inner, dtype, stream):
-    drawn = thin_cases.mlp(MOST_ROWS, K, inner, dtype=dtype, stream=stream, device="cuda")
+    drawn = thin_cases.mlp(THIN_ROWS, K, inner, dtype=dtype, stream=stream, device="cuda")
     if stream is not None:
         drawn = drawn._replace(norm_weight=drawn.norm_weight.float())
     for rows in ROWS:
@@ -145,7 +146,7 @@ def inputs(tokens):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("tokens", [1, MOST_ROWS, MOST_ROWS + 1])
+@pytest.mark.parametrize("tokens", [1, THIN_ROWS, THIN_ROWS + 1])
 @pytest.mark.parametrize("family", CONFIGS)
 def test_a_fused_decoder_gives_what_many_rows_give(thin_cases, monkeypatch, family, tokens, dtype):
     """The same tokens alone and as the first of many, parameters in either dtype; arithmetic is bfloat16."""
@@ -165,7 +166,7 @@ def test_a_fused_decoder_gives_what_many_rows_give(thin_cases, monkeypatch, fami
     monkeypatch.setattr(thin, "suits", watched)
     with torch.no_grad():
         found = model.model(**inputs(tokens)).last_hidden_state
-        assert set(taken) == {tokens <= MOST_ROWS}
+        assert set(taken) == {tokens <= THIN_ROWS}
         usual = model.model(**inputs(64)).last_hidden_state[:, :tokens]
     release(model)
     errors = [thin_cases.distance(part, exact) for part in (found, usual)]

@@ -16,14 +16,15 @@ from gendistill.bench.launches import watch
 from gendistill.engine.decoder import fuse, release
 from gendistill.mixers.base import SequenceInfo
 from gendistill.ops import Segments, resolve, thin
-from gendistill.ops.thin import MOST_ROWS, thin_linear, thin_mlp
+from gendistill.ops.thin import thin_linear, thin_mlp
+from gendistill.ops.types import THIN_ROWS
 from gendistill_kernels.runtime.lookup import Config, forced
 
 pytestmark = [pytest.mark.interpret, pytest.mark.usefixtures("poisoned")]
 EPS = 1e-5
 # float16 rounds outputs and hidden values
 LIMITS = {torch.float32: 1e-6, torch.float16: 2e-3}
-ROWS = range(1, MOST_ROWS + 1)
+ROWS = range(1, THIN_ROWS + 1)
 # widths and weights: less than a vector of every lane, tiles that are not full, several of them
 SHAPES = [(5, 8), (40, 264), (7, 1000), (37, 128)]
 
@@ -115,7 +116,7 @@ def test_what_no_kernel_takes_is_refused(thin_cases):
     assert resolve("auto", op="thin", device=torch.device("cpu")) == "reference"
     for (M, K), dtype, words in (
         ((2, 8), torch.float64, 'got float64; use impl="reference"'),
-        ((MOST_ROWS + 1, 8), torch.float32, f"up to {MOST_ROWS} rows, got {MOST_ROWS + 1}"),
+        ((THIN_ROWS + 1, 8), torch.float32, f"up to {THIN_ROWS} rows, got {THIN_ROWS + 1}"),
         ((2, 12), torch.float32, "multiple of 8 weights, got 12"),
     ):
         x, matrix, _ = thin_cases.linear(M, 8, K, dtype=dtype)

@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from gendistill.bench.measure import attempt, capture
 from gendistill.ops.block import rms_norm
 from gendistill.ops.contracts.block import swiglu_forward
-from gendistill.ops.thin import MOST_ROWS, thin_linear, thin_mlp
+from gendistill.ops.thin import thin_linear, thin_mlp
+from gendistill.ops.types import THIN_ROWS
 from gendistill_kernels.runtime.lookup import Config, forced
 
 START = time.perf_counter()
@@ -87,7 +88,7 @@ def check(cases: ModuleType) -> None:
     for N, K in (*LINEAR, (7, 8), (1000, 1160)):
         line = []
         # what is timed has no bias, and is compiled but once
-        drawn, matrix, bias = cases.linear(MOST_ROWS, N, K, bias=(N, K) not in LINEAR, **kind)
+        drawn, matrix, bias = cases.linear(THIN_ROWS, N, K, bias=(N, K) not in LINEAR, **kind)
         for rows in ROWS:
             x = drawn[:rows]
             expected = x.double() @ matrix.double().T + (0 if bias is None else bias.double())
@@ -100,7 +101,7 @@ def check(cases: ModuleType) -> None:
     for K, inner in MLP:
         for stream in (None, torch.float32):
             line = []
-            drawn = cases.mlp(MOST_ROWS, K, inner, stream=stream, **kind)
+            drawn = cases.mlp(THIN_ROWS, K, inner, stream=stream, **kind)
             for rows in ROWS:
                 x = drawn._replace(stream=drawn.stream[:rows], mixed=drawn.mixed[:rows])
                 expected = cases.whole(x, eps=EPS)

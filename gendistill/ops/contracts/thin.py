@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from gendistill.ops.thin import MOST_ROWS
+from gendistill.ops.types import THIN_ROWS
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _STEP = 8
@@ -83,9 +83,9 @@ def _check(op: str, x: Tensor, *matrices: Tensor) -> None:
             f"the kernels of {op} take bfloat16, float16 and float32, got {str(other).removeprefix('torch.')}; "
             'use impl="reference"'
         )
-    if len(x) > MOST_ROWS:
+    if len(x) > THIN_ROWS:
         raise ValueError(
-            f"the kernels of {op} take up to {MOST_ROWS} rows, got {len(x)}; use a general matrix product"
+            f"the kernels of {op} take up to {THIN_ROWS} rows, got {len(x)}; use a general matrix product"
         )
     for matrix in matrices:
         if matrix.shape[1] % _STEP:
