@@ -473,13 +473,19 @@ class Engine:
         there = self._runner.memory
         free, _ = torch.cuda.mem_get_info(device)
         idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int((free + idle + (there.num_bytes if there else 0)) * _SHARE)
+        whole = free + idle + (there.num_bytes if there else 0)
+        return for_rows(whole, self._runner.working_bytes(self._pass_tokens, self._max_rows))
 
     def _too_large(self, row: Row, schedule: Schedule) -> str:
         return (
             f"its {len(row.tokens):,} tokens and the next need more memory than there is for keys and values: "
             f"{schedule.num_pages * PAGE:,} tokens"
         )
+
+
+def for_rows(free: int, working: int) -> int:
+    """Return how many of a device's free bytes rows may have, where passes and steps need so many to work with."""
+    return max(0, min(int(free * _SHARE), free - working))
 
 
 class _Counted:

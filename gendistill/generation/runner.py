@@ -233,6 +233,17 @@ class Runner:
             )
         return self._sizes
 
+    def working_bytes(self, tokens: int, rows: int) -> int:
+        """Estimate what passes of so many tokens and steps of so many rows need beside weights and memory."""
+        config, geometry = self.model.config, self.decoder.geometry
+        heads = (2 * geometry.num_heads + 2 * geometry.num_kv_heads) * geometry.head_dim
+        # at the widest place of a layer: the stream twice, queries to outputs, gates, values and their product
+        widths = 2 * config.hidden_size + heads + 3 * config.intermediate_size
+        # eager passes and graphs have memory of their own
+        passes = tokens * widths * self.decoder.dtype.itemsize * (2 if self.captures else 1)
+        # logits in float32, and their log-probabilities
+        return passes + rows * len(self.model.lm_head.weight) * 8
+
     # what is made in inference mode cannot be written to outside of it
     @torch.inference_mode(False)
     def make_room(self, *, slots: int, pages: int, width: int) -> None:

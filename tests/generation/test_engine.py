@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from gendistill.engine.decoder import fuse, is_fused, release
 from gendistill.errors import GendistillError
-from gendistill.generation.engine import Engine
+from gendistill.generation.engine import Engine, for_rows
 from gendistill.generation.reading import Passes
 from gendistill.generation.request import Prompt
 from gendistill.generation.runner import Runner, why_not
@@ -398,3 +398,16 @@ def test_models_of_other_families_are_refused_with_the_reason(kind, words):
     assert words in why_not(model)
     with pytest.raises(GendistillError, match="transformers"):
         Engine(model)
+
+
+def test_rows_leave_passes_what_they_need_to_work_with(student):
+    runner = Runner(student)
+    some = runner.working_bytes(100, 4)
+    # more than the stream, the MLP and logits alone
+    assert some > 100 * 4 * (2 * 32 + 3 * student.config.intermediate_size) + 4 * 97 * 8
+    assert runner.working_bytes(200, 4) > 1.9 * some
+    runner.close()
+    # a large device gives most of what is free, a small one what is left
+    assert for_rows(100 << 30, 2 << 30) == int((100 << 30) * 0.8)
+    assert for_rows(6 << 30, 2 << 30) == 4 << 30
+    assert for_rows(1 << 30, 2 << 30) == 0
