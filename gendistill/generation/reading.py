@@ -136,6 +136,7 @@ class Passes:
         self._run, self._recorder, self._captures, self._make_way = run, recorder, captures, make_way
         self.graphs: dict[Any, _Graph] = {}
         self._seen: set[Size] = set()
+        self._recorded: set[Size] = set()
         self._builders: dict[Callable[..., Any], None] = {}
         # why no pass of this model can be a graph; None if one can
         self.why_not: str | None = None
@@ -149,10 +150,11 @@ class Passes:
         # the sequence that fills it up, and the last, which is empty
         sequences = max(_LEAST_SEQUENCES, 1 << (len(pieces) + 1).bit_length())
         size = Size(-(-tokens // quarter) * quarter, sequences)
-        if size in self._seen:
-            return size
-        self._seen.add(size)
-        return None
+        if size not in self._seen:
+            self._seen.add(size)
+            return None
+        # with as many graphs as there may be, others run as they are
+        return size if len(self.graphs) < _MOST_GRAPHS or size in self._recorded else None
 
     def __call__(self, reading: Reading) -> Tensor:
         """Take a pass; what is returned is valid until the next, or the next step."""
@@ -193,6 +195,7 @@ class Passes:
             short = ran_out(error)
         else:
             self.graphs[_kind(reading)] = _Graph(static.tensors, hidden, graph)
+            self._recorded.add(Size(reading.segments.num_tokens, len(reading.segments.lengths)))
         if short:
             # what the error held in memory is gone here
             self._make_way()
@@ -200,6 +203,7 @@ class Passes:
     def forget(self) -> None:
         """Let all graphs go."""
         self.graphs.clear()
+        self._recorded.clear()
 
 
 def _kind(reading: Reading) -> Any:

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from gendistill.generation import reading
 from gendistill.generation.engine import Engine
 from gendistill.generation.reading import Passes, Reading
 from gendistill.generation.request import Prompt
@@ -251,6 +252,18 @@ def table(lengths, device):
     return torch.tensor(lengths, device=device)
 
 
+def test_with_as_many_graphs_as_there_may_be_other_sizes_run_as_they_are(open_engine, monkeypatch):
+    monkeypatch.setattr(reading, "_MOST_GRAPHS", 1)
+    engine = open_engine(tiny_student("qwen3", "pure"))
+    passes = engine._runner._passes
+    for length in (40, 40, 300, 300, 300):
+        (answer,) = dict(engine.generate([Prompt([1] * length, 2)], end_ids=())).values()
+        assert answer.error is None
+    assert len(passes.graphs) == 1
+    assert passes.size([Piece(0, 0, 40)]) is not None
+    assert passes.size([Piece(0, 0, 300)]) is None
+
+
 def test_a_table_that_only_some_passes_ask_for_is_read_anew():
     lengths = []
 
@@ -276,7 +289,8 @@ def test_a_table_that_only_some_passes_ask_for_is_read_anew():
         found = passes(Reading.of(pieces, rows, spare=1, size=size, to_device=torch.tensor))
         played += turn > 1
         if size is not None:
-            assert found.tolist() == [20 + turn, 44 - turn, 0, 0]
+            # two sequences fill it up
+            assert found.tolist() == [20 + turn, (45 - turn) // 2, (44 - turn) // 2, 0]
     assert len(passes.graphs) == 1
     # as it is, filled up, recorded
     assert len(lengths) == 3 + played
