@@ -381,7 +381,7 @@ class Engine:
         """Say whether so many rows of so many tokens fit into memory at once."""
         sizes = self._runner.sizes()
         pages = (rows * -(-tokens // PAGE) + 1) if sizes.attention else 0
-        return rows * self._slot_bytes + pages * sizes.page_bytes <= self._budget()
+        return rows * sizes.slot_bytes + pages * sizes.page_bytes <= self._budget()
 
     def rows_at(self, context: int, rows: int, *, steps: int) -> Callable[..., None]:
         """Return a decode step of rows that have so many tokens behind them, all of them zeros in memory.
@@ -443,7 +443,7 @@ class Engine:
         if self._runner.has_room(slots=most, pages=wanted, width=width):
             self._runner.make_room(slots=most, pages=wanted, width=width)
             return most, wanted if sizes.attention else 0
-        budget, slots, slot_bytes = self._budget(), most, self._slot_bytes
+        budget, slots, slot_bytes = self._budget(), most, sizes.slot_bytes
         while slots > 1 and slots * slot_bytes + (needs[0] + 1) * sizes.page_bytes > budget:
             slots //= 2
         pages = 1 + max(width, sum(needs[:slots]))
@@ -456,11 +456,6 @@ class Engine:
         else:
             return slots, pages if sizes.attention else 0
         return self._make_less_room(rows, slots, reason)
-
-    @property
-    def _slot_bytes(self) -> int:
-        """Bytes of a slot; states are there twice while a graph is recorded."""
-        return self._runner.sizes().slot_bytes * (2 if self._runner.captures else 1)
 
     def _budget(self) -> int:
         """Bytes for rows and pages: the spare slot takes what it takes."""

@@ -134,13 +134,16 @@ class Memory:
         return state._replace(lives=self._lives) if "lives" in state._fields else state
 
     def write(self, layer: int, state: Any) -> None:
-        """Keep the states of the rows."""
+        """Keep the states of the rows, of a step those of rows that have a sequence."""
         for name, whole in _parts(self._states[layer]):
             new = getattr(state, name)
             if isinstance(self._rows, Tensor):
                 whole.index_copy_(0, self._rows, new.to(whole.dtype))
             elif new.data_ptr() != whole.data_ptr():
-                whole[self._rows].copy_(new)
+                rows = whole[self._rows]
+                if self._lives is not None:
+                    new = torch.where(self._lives.view(-1, *[1] * (new.dim() - 1)), new, rows)
+                rows.copy_(new)
 
     def forget(self, slots: Sequence[int]) -> None:
         """Begin sequences in these slots."""

@@ -456,9 +456,8 @@ class Runner:
 
     def _record(self, size: int, sampling: Sampling) -> torch.cuda.CUDAGraph:
         assert self.memory is not None
-        # rehearsals must change nothing: no slot has a sequence meanwhile
+        # rehearsals must change nothing: no slot has a sequence meanwhile, and so no state changes
         kept = [part.clone() for part in self._places.by_slot]
-        states = self.memory.snapshot(range(size))
         self._places.positions.fill_(-1)
         aside = self._recorder.stream
         aside.wait_stream(torch.cuda.current_stream(self.device))
@@ -469,7 +468,6 @@ class Runner:
         _, graph = self._recorder(lambda: self._step(size, sampling))
         for part, value in zip(self._places.by_slot, kept, strict=True):
             part.copy_(value)
-        self.memory.restore(range(size), states)
         return graph
 
 

@@ -111,7 +111,7 @@ def test_memory_that_is_short_changes_no_answer():
     model, asked = make("student", "mixed"), prompts((60, 61, 62, 3, 17, 120))
     with Engine(model) as engine:
         sizes = engine._runner.sizes()
-    found = answers(model, asked, max_rows=3, memory_bytes=7 * sizes.slot_bytes + 6 * sizes.page_bytes)
+    found = answers(model, asked, max_rows=3, memory_bytes=4 * sizes.slot_bytes + 6 * sizes.page_bytes)
     check(model, found, asked)
 
 
