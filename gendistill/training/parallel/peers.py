@@ -27,6 +27,8 @@ _GRACE_S = 10.0
 # what a thread may take to end with the process
 _REST_S = 2.0
 _BEAT_S = 1.0
+# what a process takes from the end of its connections to its own
+_ENDING_S = 2.0
 _LONGEST_NAP_S = 0.1
 # ranks that a process watches; together they watch all, and the store is asked little
 _WATCHED = 8
@@ -189,7 +191,7 @@ class Peers:
                 if not watched:
                     return
                 # whoever kept the store may be the one
-                lost = self._ended() or f"{_UNREACHABLE}: {_first_line(error)}"
+                lost = self._ended_soon() or f"{_UNREACHABLE}: {_first_line(error)}"
             if lost is not None:
                 self._lose(lost)
 
@@ -225,6 +227,13 @@ class Peers:
     def _ended(self) -> str | None:
         ended = [other for other in self._beside if _has_ended(self._who[other]["pid"])]
         return f"{self._name(ended[0])} is lost: it has ended" if ended else None
+
+    def _ended_soon(self) -> str | None:
+        """Say who ends within a moment: the connections of a process are closed before it is gone."""
+        until = time.monotonic() + _ENDING_S
+        while (lost := self._ended()) is None and time.monotonic() < until:
+            time.sleep(_LONGEST_NAP_S)
+        return lost
 
     def _name(self, other: int) -> str:
         return f"rank {other} (process {self._who[other]['pid']} on {self._who[other]['host']})"
