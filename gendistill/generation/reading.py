@@ -8,6 +8,7 @@ as some passes, and most processes that see a size once never see it again.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -179,7 +180,7 @@ class Passes:
     def _record(self, reading: Reading) -> None:
         """Record a pass that has just run, so that no kernel has to be compiled for it.
 
-        If it cannot be recorded, no other is: what it has found is there.
+        If it cannot be recorded, no other is, and a warning says why: what it has found is there.
         """
         short = False
         try:
@@ -192,6 +193,7 @@ class Passes:
         except Exception as error:
             first = error.__context__ or error
             self.why_not = ": ".join([type(first).__name__, *str(first).strip().splitlines()[:1]])
+            warnings.warn(f"passes over prompts run without CUDA graphs: {self.why_not}", stacklevel=2)
             short = ran_out(error)
         else:
             self.graphs[_kind(reading)] = _Graph(static.tensors, hidden, graph)

@@ -199,7 +199,10 @@ def test_a_pass_that_cannot_be_recorded_has_run_all_the_same(open_engine, error)
     with open_engine(model) as engine:
         runner = engine._runner
         runner._recorder.errors = [error]
-        for _ in range(4):
+        assert tokens(engine.generate(asked, end_ids=())) == right
+        with pytest.warns(UserWarning, match="passes over prompts run without CUDA graphs"):
+            assert tokens(engine.generate(asked, end_ids=())) == right
+        for _ in range(2):
             assert tokens(engine.generate(asked, end_ids=())) == right
             # memory for rows is as it was, and no row was read twice
             assert engine.stats.halved == 0
