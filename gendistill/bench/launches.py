@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+from gendistill.bench.measure import attempt
 from gendistill_kernels.block import attention, glu, rope
 from gendistill_kernels.block import norm as block_norm
 from gendistill_kernels.block import rows as block_rows
@@ -22,8 +24,12 @@ from gendistill_kernels.paged import prefill, store
 from gendistill_kernels.paged import rows as paged_rows
 from gendistill_kernels.runtime.launch import Fixed
 from gendistill_kernels.runtime.lookup import Table
+from gendistill_kernels.runtime.memory import Part
 from gendistill_kernels.thin import product as thin_product
 from gendistill_kernels.thin import rows as thin_rows
+
+# compilers at a time
+_COMPILERS = 12
 
 
 class Place(NamedTuple):
@@ -142,3 +148,15 @@ def watch(kernel: str, *, run: bool = True) -> Iterator[list[Launch]]:
         for name, launcher in launchers.items():
             setattr(place.module, name, launcher)
     found[:] = [each for each in found if each.settings.get("SUMMARY") == place.summary]
+
+
+def compile_all(launches: Collection[Launch]) -> list[str]:
+    """Compile what was collected without being run, several at a time; returns why some could not be."""
+
+    def build(launch: Launch) -> None:
+        arguments = [part.tensor if isinstance(part, Part) else part for part in launch.arguments]
+        launch.launcher.function.warmup(*arguments, grid=launch.grid, **launch.settings)
+
+    with ThreadPoolExecutor(_COMPILERS) as pool:
+        reasons = {reason for _, reason in pool.map(lambda one: attempt(lambda: build(one)), launches)}
+    return sorted(filter(None, reasons))

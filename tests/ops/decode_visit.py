@@ -13,7 +13,6 @@ import faulthandler
 import statistics
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from typing import NamedTuple
 
@@ -21,13 +20,12 @@ import torch
 
 from gendistill.bench.cases import DecodeCase
 from gendistill.bench.inputs import LOWER_BOUND, NORM_EPS, DecodeInputs, decode_settings, draw_decode
-from gendistill.bench.launches import Launch, watch
+from gendistill.bench.launches import compile_all, watch
 from gendistill.bench.measure import attempt, capture, relative_error
 from gendistill.ops import decode_delta_rule
 from gendistill_kernels.delta.decode import decode_step
 from gendistill_kernels.delta.rule import Convolution, Finish, Heads, Rule
 from gendistill_kernels.runtime.lookup import Config, forced
-from gendistill_kernels.runtime.memory import Part
 
 START = time.perf_counter()
 # states that a replay goes through, so that none is found in the cache; several layers have as much
@@ -167,15 +165,7 @@ def precompile(shapes: Sequence[str], batches: Sequence[int], *, wanted: bool) -
                     # compiled code depends on nothing else that differs here
                     launches |= {repr(sorted(one.settings.items(), key=str)): one for one in found}
 
-    def build(launch: Launch) -> None:
-        arguments = [part.tensor if isinstance(part, Part) else part for part in launch.arguments]
-        launch.launcher.function.warmup(*arguments, grid=launch.grid, **launch.settings)
-
-    with ThreadPoolExecutor(12) as pool:
-        reasons = {
-            reason for _, reason in pool.map(lambda one: attempt(lambda: build(one)), launches.values())
-        }
-    say(f"compiled {len(launches)} kernels", *filter(None, reasons))
+    say(f"compiled {len(launches)} kernels", *compile_all(launches.values()))
 
 
 def main() -> None:

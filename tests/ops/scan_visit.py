@@ -14,7 +14,6 @@ import importlib.util
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import ModuleType
@@ -24,7 +23,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from gendistill.bench.launches import Launch, watch
+from gendistill.bench.launches import Launch, compile_all, watch
 from gendistill.bench.measure import attempt, capture, relative_error
 from gendistill.ops import Segments
 from gendistill_kernels.delta import layout
@@ -32,7 +31,6 @@ from gendistill_kernels.delta.chunk import chunk_forward
 from gendistill_kernels.delta.layout import CHUNK, InferenceChunks
 from gendistill_kernels.delta.rule import Inputs, Rule
 from gendistill_kernels.runtime.lookup import Config, forced
-from gendistill_kernels.runtime.memory import Part
 
 START = time.perf_counter()
 RULE = Rule("softplus")
@@ -239,15 +237,7 @@ def precompile(names: Sequence[str], *, configs: bool) -> None:
             with forced(kernel, config):
                 collect(x, None, table_of([4096], chunks), [kernel])
 
-    def build(launch: Launch) -> None:
-        arguments = [part.tensor if isinstance(part, Part) else part for part in launch.arguments]
-        launch.launcher.function.warmup(*arguments, grid=launch.grid, **launch.settings)
-
-    with ThreadPoolExecutor(12) as pool:
-        reasons = {
-            reason for _, reason in pool.map(lambda one: attempt(lambda: build(one)), launches.values())
-        }
-    say(f"compiled {len(launches)} kernels", *filter(None, reasons))
+    say(f"compiled {len(launches)} kernels", *compile_all(launches.values()))
 
 
 def main() -> None:
