@@ -29,6 +29,7 @@ from gendistill.errors import RecipeError
 from gendistill.generation.request import Answer
 from gendistill.generation.sampling import Sampling
 from gendistill.models.io import load_student, save_student
+from gendistill.records import read_rows, sample_row
 from gendistill.report import compute_gap
 from gendistill.runs import pipeline
 from gendistill.runs.advice import advise
@@ -43,7 +44,7 @@ from gendistill.training.interrupt import StageStopped
 from gendistill.training.lock import weights_digest
 from gendistill.training.parallel import FullySharded, connect
 from gendistill.training.stage import StageJob, StageResult, train_stage
-from gendistill_evals import Message, task_identity
+from gendistill_evals import EvalError, Message, task_identity
 
 _SOURCE = "dataset"  # the name of the only source in the recipes made here
 _NO_DATA = {"data": {_SOURCE: {"path": "unused.jsonl"}}}
@@ -315,8 +316,9 @@ def evaluate(
                     teacher=None if teacher is None else teacher.model,
                     console=Console(highlight=False, quiet=quiet),
                 )
-            lines = (out / "samples.jsonl").read_text(encoding="utf-8").splitlines()
-            samples[role] = [json.loads(line) for line in lines]
+            samples[role] = read_rows(
+                out / "samples.jsonl", sample_row(), error=EvalError, hint="score again in another folder"
+            )
     gap = compute_gap(
         results.get("teacher"), results["student"], samples, name=model.name, resamples=resamples
     )

@@ -70,7 +70,10 @@ def read_lines(path: Path, names: Sequence[str]) -> list[str]:
         GendistillError: A line is not JSON, or has none of them.
     """
     found = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    # JSON texts may hold the other line separators of Unicode
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+        if not line.strip():
+            continue
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:

@@ -20,7 +20,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from gendistill.anatomy.family import FAMILIES, Geometry, family_of, geometry_of
 from gendistill.engine.adapted import why_not_packed
-from gendistill.engine.linear import PackedLinear, pack, pack_groups
+from gendistill.engine.linear import PackedDiagonal, PackedLinear, can_lie_diagonally, pack, pack_groups
 from gendistill.engine.mlp import normed_mlp
 from gendistill.engine.taps import PackedTaps, can_pack
 from gendistill.mixers.base import Mixer, SequenceInfo, States
@@ -30,6 +30,7 @@ from gendistill.ops.select import Impl, resolve
 _MARK = "_fused_decoder"
 # dtypes of arithmetic on a GPU
 _HALF = (torch.bfloat16, torch.float16)
+_Packed = PackedLinear | PackedDiagonal | PackedTaps
 # what a decoder that runs fused reads, and what it may be told besides
 _READ = ("input_ids", "position_ids", "sequences")
 _INPUTS = {*_READ, "cu_seq_lens_q", "cu_seq_lens_k"}
@@ -210,7 +211,7 @@ class FusedDecoder:
         self.dtype, self.learns = dtype, learns
         self.geometry = geometry_of(model.config.to_dict())
         self.impl = resolve("auto", op="block", device=self.decoder.norm.weight.device)
-        self.packed: list[PackedLinear | PackedTaps] = []
+        self.packed: list[_Packed] = []
         self.patched: list[tuple[nn.Module, str, Any]] = []
         self.sources: list[Tensor] = []
         self.targets: list[Tensor] = []
@@ -261,6 +262,8 @@ class FusedDecoder:
             }
             if can_pack(convolutions := attention.convolutions()):
                 packed[convolutions] = PackedTaps(convolutions)
+            if can_lie_diagonally(layers := attention.side_by_side()):
+                packed[layers] = PackedDiagonal(layers, self.dtype)
             # what is part of another group has nothing of its own
             self.packed += [each for each in packed.values() if each.sources]
             self._patch(attention, "forward", functools.partial(_run_mixer, self, attention, packed))
@@ -286,8 +289,13 @@ class FusedDecoder:
                 for target, source, (_, place) in zip(self.targets, self.sources, versions, strict=True)
                 if place != target.data_ptr()
             ]
-            if apart:
-                torch._foreach_copy_(*map(list, zip(*apart, strict=True)))  # pyright: ignore
+            whole = [pair for pair in apart if pair[0].is_contiguous()]
+            if whole:
+                # one that is not whole would make it copy all of them one by one
+                torch._foreach_copy_(*map(list, zip(*whole, strict=True)))  # pyright: ignore
+            for target, source in apart:
+                if not target.is_contiguous():
+                    target.copy_(source)
             self.versions = versions
             # the next kernel but this one may read weights before the one before it has ended
             torch.zeros(1, device=self.decoder.norm.weight.device)
@@ -464,7 +472,7 @@ def _lay_out(
 def _run_mixer(
     fused: FusedDecoder,
     mixer: Any,
-    packed: Mapping[tuple[nn.Module, ...], PackedLinear | PackedTaps],
+    packed: Mapping[tuple[nn.Module, ...], _Packed],
     hidden_states: Tensor,
     layout: Layout | None = None,
     **inputs: Any,

@@ -225,6 +225,63 @@ class GatheredLinear(PackedLinear):
         return torch.cat(parts)
 
 
+class PackedDiagonal:
+    """Linear layers of which each reads its part of what lies side by side, as one product, without gradients.
+
+    The matrix has their weights on its diagonal and zeros beside them. So few rows as a decode step has cost no more
+    than those of the largest layer: such products take the time that it takes to launch them.
+
+    Args:
+        layers: Plain, with biases or without.
+        dtype: Of arithmetic.
+
+    Attributes:
+        sources, targets: Parameters, and where each is in ``matrix`` or ``bias``.
+        matrix: ``[outputs, inputs]``, of all layers.
+        bias: ``[outputs]``, or None.
+        widths: Outputs of each layer.
+    """
+
+    def __init__(self, layers: Sequence[nn.Linear], dtype: torch.dtype) -> None:
+        self.widths = tuple(layer.out_features for layer in layers)
+        device = layers[0].weight.device
+        total, inputs = sum(self.widths), sum(layer.in_features for layer in layers)
+        self.matrix = torch.zeros(total, inputs, dtype=dtype, device=device)
+        biased = any(layer.bias is not None for layer in layers)
+        self.bias = torch.zeros(total, dtype=dtype, device=device) if biased else None
+        self.sources: list[Tensor] = []
+        self.targets: list[Tensor] = []
+        row = column = 0
+        for layer in layers:
+            rows, columns = slice(row, row + layer.out_features), slice(column, column + layer.in_features)
+            self.sources.append(layer.weight)
+            self.targets.append(self.matrix[rows, columns])
+            if self.bias is not None and layer.bias is not None:
+                self.sources.append(layer.bias)
+                self.targets.append(self.bias[rows])
+            row, column = rows.stop, columns.stop
+
+    def release(self) -> None:
+        """Let go of the parameters, which are where they were."""
+        self.sources, self.targets = [], []
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Run all layers on ``[..., inputs]``; returns the output ``[..., out_features]`` of each."""
+        flat = x.flatten(0, -2).to(self.matrix.dtype)
+        if thin.suits(x, self.matrix):
+            out = thin.thin_linear(flat, self.matrix, self.bias, impl=Impl.TRITON)
+        else:
+            out = F.linear(flat, self.matrix, self.bias)
+        return out.view(*x.shape[:-1], -1).split(self.widths, dim=-1)
+
+
+def can_lie_diagonally(layers: Sequence[nn.Linear]) -> bool:
+    """Say whether there are several layers, none with an adapter, and this process has their parameters whole."""
+    return len(layers) > 1 and not any(
+        plain(layer) is not layer or isinstance(layer.weight, DTensor) for layer in layers
+    )
+
+
 def pack(layers: Sequence[nn.Linear], dtype: torch.dtype, *, learns: bool = True) -> PackedLinear:
     """Pack linear layers, whether this process has their weights whole or not."""
     if any(isinstance(plain(layer).weight, DTensor) for layer in layers):

@@ -24,6 +24,8 @@ from gendistill.ops.types import Segments, UnknownLengths
 _MOST_GRAPHS = 64
 # smallest sizes that are told apart
 _LEAST_TOKENS, _LEAST_SEQUENCES = 64, 4
+# tokens of sequences that recurrent layers need not cut up; passes over such alone have graphs of their own
+_SHORT = 2048
 
 
 class Size(NamedTuple):
@@ -71,7 +73,7 @@ class Reading:
         for slot, start, count in pieces:
             tokens += rows[slot].tokens[start : start + count]
         slots, starts, lengths = (list(numbers) for numbers in zip(*pieces, strict=True))
-        room = 0
+        room, bound = 0, None
         if size is not None:
             missing, more = size.tokens - len(tokens), size.sequences - len(lengths)
             tokens += [0] * missing
@@ -82,8 +84,10 @@ class Reading:
             starts += [0] * more
             # as many tiles of 64 tokens as sequences of so many tokens can have
             room = size.tokens // 64 + size.sequences
+            bound = _SHORT if max(lengths) <= _SHORT else None
         numbers = to_device([*tokens, *slots, *starts])
-        return cls(numbers, Segments(lengths, device=numbers.device, room=room), not any(starts))
+        segments = Segments(lengths, device=numbers.device, room=room, bound=bound)
+        return cls(numbers, segments, not any(starts))
 
     @property
     def tokens(self) -> Tensor:

@@ -182,6 +182,10 @@ class Mixer(nn.Module):
         """List the groups of layers that are run together; one that is part of another follows it, and shares it."""
         return []
 
+    def side_by_side(self) -> tuple[nn.Linear, ...]:
+        """List layers that read what lies side by side in the output of other layers, each a part, in this order."""
+        return ()
+
     def convolutions(self) -> tuple[nn.Module, ...]:
         """List the short convolutions over channels that lie side by side."""
         return ()

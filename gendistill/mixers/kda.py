@@ -136,7 +136,8 @@ class KDA(Mixer):
                 return self._decode(hidden_states, state, impl)
         x = hidden_states if sequences is None else sequences.gather(hidden_states)
         if self._all in self.packed and not torch.is_grad_enabled():
-            qkv, inner = self._project_at_once(x)
+            qkv, side_by_side = self._project_at_once(x)
+            inner = self._split_inner(side_by_side)
         else:
             qkv, inner = self.project_together(x, *self._qkv), self.project(x, *self._inner)
         q, k, v, conv_state = self._convolve(qkv, sequences, state, impl)
@@ -174,9 +175,10 @@ class KDA(Mixer):
         if self._all in self.packed:
             qkv, inner = self._project_at_once(x)
             q, k, v = qkv.split([layer.out_features for layer in self._qkv], dim=-1)
+            raw_decay, raw_beta, output_gate = self._raise_ranks_at_once(inner)
         else:
-            (q, k, v), inner = self.project(x, *self._qkv), self.project(x, *self._inner)
-        raw_decay, raw_beta, output_gate = self._raise_ranks(inner)
+            q, k, v = self.project(x, *self._qkv)
+            raw_decay, raw_beta, output_gate = self._raise_ranks(self.project(x, *self._inner))
         conv_weight, conv_bias = self._taps()
         out = decode_delta_rule(
             q,
@@ -220,11 +222,16 @@ class KDA(Mixer):
         layers = (self.f_a_proj, self.b_proj)
         return layers if self.output_gate == "none" else (self.f_a_proj, self.g_a_proj, self.b_proj)
 
-    def _project_at_once(self, x: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
-        """Return queries, keys and values side by side, and what the inner layers make, from a single product."""
-        packed = self.packed[self._all]
-        out = packed(x)
-        return out[..., : sum(layer.out_features for layer in self._qkv)], packed.split(out)[3:]
+    def _project_at_once(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return queries, keys and values side by side, and so what the inner layers make, from a single product."""
+        out = self.packed[self._all](x)
+        channels = sum(layer.out_features for layer in self._qkv)
+        return out[..., :channels], out[..., channels:]
+
+    def _split_inner(self, side_by_side: Tensor) -> tuple[Tensor, ...]:
+        """Cut outputs of the inner layers, after which there may be more."""
+        widths = [layer.out_features for layer in self._inner]
+        return side_by_side[..., : sum(widths)].split(widths, dim=-1)
 
     def _raise_ranks(self, inner: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return raw decays ``[B, T, H, K]``, raw write strengths ``[B, T, H]``, and the raw output gate or None.
@@ -236,6 +243,18 @@ class KDA(Mixer):
         (decay,) = self.project(decay, self.f_b_proj)
         raw_gate = self.project(gate[0], self.g_b_proj)[0] if gate else None
         return decay.unflatten(-1, (self.num_heads, self.head_dim)), beta, raw_gate
+
+    def _raise_ranks_at_once(self, inner: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Do so from outputs that lie side by side, by a single product if there is one; tokens may then be apart."""
+        packed, parts = self.packed.get(self.side_by_side()), self._split_inner(inner)
+        if packed is None:
+            return self._raise_ranks(parts)
+        decay, gate = packed(inner[..., : sum(layer.in_features for layer in self.side_by_side())])
+        return decay.unflatten(-1, (self.num_heads, self.head_dim)), parts[-1], gate
+
+    def side_by_side(self) -> tuple[nn.Linear, ...]:
+        """List the layers that raise the ranks of decay and output gate."""
+        return () if self.output_gate == "none" else (self.f_b_proj, self.g_b_proj)
 
     def _taps(self) -> tuple[list[Tensor], list[Tensor]]:
         """Return weights ``[channels, W]`` and biases ``[channels]`` of the convolutions, none if there are none."""

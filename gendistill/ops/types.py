@@ -46,8 +46,14 @@ class _Unknown(Sequence[int]):
 class Fillable(Protocol):
     """A table of tiles that can have more entries than its sequences need."""
 
-    def filled(self, tiles: int, sequences: int) -> Any:
-        """Append entries that change nothing, up to a number that depends on these two alone."""
+    def filled(self, tiles: int, sequences: int, longest: int | None) -> Any:
+        """Append entries that change nothing, up to a number that depends on these alone.
+
+        Args:
+            tiles: Of 64 tokens, of all sequences.
+            sequences: How many.
+            longest: A number of tokens that none exceeds; None if there is no such number.
+        """
         ...
 
 
@@ -61,24 +67,35 @@ class Segments:
             recorded with them can be repeated with other sequences: shapes of tables then depend only on this and the
             number of sequences. The last sequence must be empty: what fills a table is added to it. 0: no longer than
             needed.
+        bound: With room, a number of tokens that no sequence will exceed, which shapes of tables may depend on as
+            well; None if there is no such number.
 
     Attributes:
         lengths: Tokens of each sequence, on the host.
         num_tokens: Their sum.
         cu_seqlens: ``[N + 1]`` int32, ends of the sequences.
-        room: As given.
+        room, bound: As given.
 
     Raises:
-        ValueError: There is to be room, and the last sequence is not empty.
+        ValueError: There is to be room, and the last sequence is not empty or one is longer than the bound.
     """
 
-    def __init__(self, lengths: list[int], *, device: torch.device | str = "cpu", room: int = 0) -> None:
+    def __init__(
+        self,
+        lengths: list[int],
+        *,
+        device: torch.device | str = "cpu",
+        room: int = 0,
+        bound: int | None = None,
+    ) -> None:
         if room and (not lengths or lengths[-1]):
             raise ValueError(
                 f"with room, the last sequence must be empty; got {len(lengths)} of lengths ..., "
                 f"{', '.join(map(str, lengths[-3:]))}; append one of length 0"
             )
-        self.lengths, self.room = lengths, room
+        if bound is not None and max(lengths, default=0) > bound:
+            raise ValueError(f"no sequence may have more than {bound} tokens, got {max(lengths)}")
+        self.lengths, self.room, self.bound = lengths, room, bound
         self.num_tokens = sum(lengths)
         self.device = torch.device(device)
         ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
@@ -146,6 +163,7 @@ class Segments:
     ) -> Segments:
         made = cls.__new__(cls)
         made.lengths, made.num_tokens, made._longest, made.room = lengths, num_tokens, longest, room
+        made.bound = None
         made.device, made.cu_seqlens = cu_seqlens.device, cu_seqlens
         made._layouts, made._taps, made._tables = {}, {}, dict(tables)
         return made
@@ -199,7 +217,7 @@ class Segments:
         if build not in self._tables:
             made = build(self._known_lengths(), self.device)
             if self.room and isinstance(made, Fillable):
-                made = made.filled(self.room, len(self.lengths))
+                made = made.filled(self.room, len(self.lengths), self.bound)
             self._tables[build] = made
         return self._tables[build]
 

@@ -88,6 +88,17 @@ def test_a_teacher_alone_is_scored_too(task):
     assert set(scores.results) == {"student"}
 
 
+def test_items_may_hold_any_line_separator_of_unicode(task, tmp_path):
+    items = [
+        {"id": str(i), "question": f"{i}{mark}1 =", "options": ["2", f"3{mark}"], "gold": 0}
+        for i, mark in enumerate("\u2028\u2029\x85")
+    ]
+    text = "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items)
+    (tmp_path / "items.jsonl").write_text(text, encoding="utf-8")
+    scores = gd.evaluate(gd.load("builtin:tiny"), tasks=[task], folder=tmp_path / "kept")
+    assert scores.results["student"]["tasks"][0]["generation"]["n"] == 3
+
+
 def test_a_stage_that_stopped_goes_on_in_its_folder(rows, tmp_path):
     def train(steps, folder):
         teacher = gd.load("builtin:tiny", dtype="float32")

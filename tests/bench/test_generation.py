@@ -89,6 +89,13 @@ def test_a_line_that_asks_nothing_is_named(tmp_path, line, words):
         generation.read_lines(path, ("question", "prompt"))
 
 
+def test_a_question_may_hold_any_line_separator_of_unicode(tmp_path):
+    questions = ["a\u2028b", "c\x85d", "e\u2029f"]
+    path = tmp_path / "texts.jsonl"
+    path.write_text("".join(json.dumps({"question": each}, ensure_ascii=False) + "\n" for each in questions))
+    assert generation.read_lines(path, ("question", "prompt")) == questions
+
+
 def test_a_model_without_a_file_is_refused(capsys):
     assert main(["bench", "generate", "--cpu", "--model", "x"]) == 2
     assert "add --texts FILE or --choices FILE" in capsys.readouterr().err

@@ -10,6 +10,8 @@ import torch
 
 from gendistill.config.schema import StageConfig
 from gendistill.engine.decoder import fuse, is_fused, release, why_not
+from gendistill.engine.linear import can_lie_diagonally
+from gendistill.mixers.base import Mixer
 from gendistill.training.adapters import insert_adapters, merge_adapters
 from gendistill.training.freeze import apply_freeze
 
@@ -97,6 +99,20 @@ def test_adapters_learn_and_merge_as_without_fusion():
     family, ours = found
     assert family.keys() == ours.keys() == cases.make_student("kda").state_dict().keys()
     assert {name: d for name in family if (d := cases.distance(ours[name], family[name])) > 1e-4} == {}
+
+
+def test_layers_with_adapters_are_part_of_no_diagonal():
+    student = adapt(cases.make_student("kda"), "everything")
+    layers = [
+        layer.self_attn.side_by_side() for layer in student.model.layers if isinstance(layer.self_attn, Mixer)
+    ]
+    assert layers
+    assert not any(map(can_lie_diagonally, layers))
+    merge_adapters(student)
+    layers = [
+        layer.self_attn.side_by_side() for layer in student.model.layers if isinstance(layer.self_attn, Mixer)
+    ]
+    assert all(map(can_lie_diagonally, layers))
 
 
 def test_bfloat16_stays_close_to_float32():

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from gendistill.engine.decoder import fuse, refreshed, release
-from gendistill.engine.linear import PackedLinear, pack_groups
+from gendistill.engine.linear import PackedDiagonal, PackedLinear, can_lie_diagonally, pack_groups
 from gendistill.engine.taps import PackedTaps
 from gendistill.mixers import kda
 from gendistill.mixers.base import MixerState, SequenceInfo
@@ -89,6 +89,9 @@ def test_a_decode_step_reads_its_input_once():
         mixer.packed = groups
         assert mixer._all in groups
         calls = []
+        diagonal = mixer.side_by_side()
+        raised = groups[diagonal]
+        groups[diagonal] = lambda x: calls.append(diagonal) or raised(x)
         for group, packed in [each for each in groups.items() if isinstance(each[1], PackedLinear)]:
             groups[group] = lambda *a, packed=packed, group=group: calls.append(group) or packed(*a)
             groups[group].split = packed.split
@@ -98,9 +101,48 @@ def test_a_decode_step_reads_its_input_once():
     assert torch.allclose(found, right, atol=1e-5)
     assert isinstance(then, MixerState)
     assert torch.allclose(then.recurrent, after.recurrent, atol=1e-5)
-    assert calls.count(mixer._all) == 1
-    assert mixer._qkv not in calls
-    assert mixer._inner not in calls
+    assert calls == [mixer._all, diagonal, (mixer.o_proj,)]
+
+
+@pytest.mark.parametrize("biased", [(), (1,), (0, 1, 2)])
+def test_layers_that_read_side_by_side_are_one_product(biased):
+    widths, inputs = (6, 9, 4), (3, 5, 2)
+    group = [
+        nn.Linear(one, other, bias=number in biased)
+        for number, (one, other) in enumerate(zip(inputs, widths, strict=True))
+    ]
+    assert can_lie_diagonally(group)
+    assert not can_lie_diagonally(group[:1])
+    assert not can_lie_diagonally(())
+    packed = PackedDiagonal(group, torch.float32)
+    for source, target in zip(packed.sources, packed.targets, strict=True):
+        target.copy_(source.detach())
+    assert (packed.bias is None) == (not biased)
+    # as part of a wider output
+    x = torch.randn(2, 4, 12)[..., : sum(inputs)]
+    for found, part, layer in zip(packed(x), x.split(inputs, dim=-1), group, strict=True):
+        assert torch.allclose(found, layer(part), atol=1e-6)
+
+
+def test_a_diagonal_follows_its_parameters():
+    model = tiny_student("qwen3", "pure").eval()
+    mixer = model.model.layers[0].self_attn
+    fuse(model, torch.float32)
+    fused = refreshed(model)
+    (packed,) = [
+        each
+        for each in fused.packed
+        if isinstance(each, PackedDiagonal) and each.sources[0] is mixer.f_b_proj.weight
+    ]
+    x = torch.randn(3, packed.matrix.shape[1])
+    before = packed(x)
+    with torch.no_grad():
+        mixer.f_b_proj.weight.mul_(2.0)
+    fused.refresh()
+    after = packed(x)
+    assert torch.allclose(after[0], 2 * before[0], atol=1e-6)
+    assert torch.equal(after[1], before[1])
+    release(model)
 
 
 def test_taps_are_read_as_one_without_gradients_and_follow_their_parameters(monkeypatch):

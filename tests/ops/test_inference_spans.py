@@ -118,6 +118,16 @@ def test_tables_with_room_are_of_one_shape(tokens, number):
     assert (tokens > LIMIT) == (max(live, default=0) > min(live, default=0))
 
 
+@pytest.mark.parametrize(("bound", "spans"), [(None, True), (LIMIT + 1, True), (LIMIT, False), (2048, False)])
+def test_sequences_that_are_bound_to_be_short_are_not_cut(bound, spans):
+    lengths = [2048] * 4 + [0] * 4
+    table = Segments(lengths, room=8192 // CHUNK + 8, bound=bound).table(InferenceChunks.of)
+    assert isinstance(table, InferenceChunks)
+    assert (table.spans is not None) == spans
+    with pytest.raises(ValueError, match="no sequence may have more than 2047 tokens, got 2048"):
+        Segments(lengths, room=8192 // CHUNK + 8, bound=2047)
+
+
 def test_a_graph_s_copy_and_what_is_sent_to_a_gpu_are_of_the_same_kind():
     from gendistill.data.batch import Batch
     from gendistill.data.feed import Packed

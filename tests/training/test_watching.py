@@ -140,6 +140,15 @@ def test_answers_stand_beside_the_teachers_and_are_those_of_the_step(tiny, tmp_p
     assert [json.loads(line) for line in path.read_text().splitlines()] == rows
 
 
+def test_answers_may_hold_any_line_separator_of_unicode(tmp_path):
+    from gendistill.training.monitors import writing
+
+    path = tmp_path / "answers.jsonl"
+    rows = [{"step": step, "student": f"a{mark}b"} for step, mark in enumerate("\u2028\u2029\x85")]
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    assert [json.loads(line) for line in writing._earlier(path, 2)] == rows[:2]
+
+
 def test_the_score_is_that_of_the_evaluation(tiny, tmp_path, everything, asked):
     from gendistill_evals import evaluate_model
 

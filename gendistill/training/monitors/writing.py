@@ -141,7 +141,9 @@ def _examiner(job: StageJob, setting: str) -> Examiner:
 def _earlier(path: Path, step: int) -> list[str]:
     """Return the lines of a file of answers that are of earlier steps; what cannot be read is left out."""
     kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    # answers may hold the other line separators of Unicode
+    for line in text.split("\n"):
         try:
             if json.loads(line)["step"] < step:
                 kept.append(line)

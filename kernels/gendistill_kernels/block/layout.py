@@ -32,6 +32,6 @@ class Tiles(NamedTuple):
         places = torch.tensor(tiles, dtype=torch.int32).reshape(-1, 3)
         return cls(places.to(device, non_blocking=True))
 
-    def filled(self, tiles: int, documents: int) -> Tiles:
+    def filled(self, tiles: int, documents: int, longest: int | None = None) -> Tiles:
         """Append dead tiles, of no query, until there are ``tiles``."""
         return Tiles(fill(self.places, tiles, 0))

@@ -40,7 +40,7 @@ class Tiles(NamedTuple):
             )
         )
 
-    def filled(self, tiles: int, sequences: int) -> Tiles:
+    def filled(self, tiles: int, sequences: int, longest: int | None = None) -> Tiles:
         """Append dead tiles until there are ``tiles`` and one for every sequence, as if all were empty.
 
         A dead tile is one more of the last sequence, which must be empty: it copies the same state once more.

@@ -169,8 +169,8 @@ class Chunks(NamedTuple):
         parts = (_longest_first(sequences), starts, sizes, *_spans(lengths, cls.span))
         return cls(*(torch.tensor(part, dtype=torch.int32).to(device, non_blocking=True) for part in parts))
 
-    def filled(self, tiles: int, sequences: int) -> Chunks:
-        """Append dead chunks until there are ``tiles``.
+    def filled(self, tiles: int, sequences: int, longest: int | None = None) -> Chunks:
+        """Append dead chunks until there are ``tiles``; ``longest`` does not matter.
 
         A dead chunk has no token, and no sequence it is of. What is kept of it may be anything; what is added up over
         chunks counts it as zero. Spans stay as they are: there are some only where a sequence is long.
@@ -205,13 +205,13 @@ class InferenceChunks(Chunks):
         """Return the chunks of the spans that a sequence of so many is cut into; it is not, if it has no more."""
         return max(chunks, 1) if chunks <= min(SPAN, UNCUT) else min(SPAN, math.ceil(chunks / PARTS))
 
-    def filled(self, tiles: int, sequences: int) -> Chunks:
+    def filled(self, tiles: int, sequences: int, longest: int | None = None) -> Chunks:
         """Append dead chunks until there are ``tiles``, and dead spans until there are as many as there can be.
 
-        There are none where no sequence can be cut.
+        There are none where no sequence can be cut, all having no more than ``longest`` tokens.
         """
         made = super().filled(tiles, sequences)
-        if tiles <= min(SPAN, UNCUT):
+        if min(tiles, tiles if longest is None else -(-longest // CHUNK)) <= min(SPAN, UNCUT):
             return made
         assert self.sequences is not None
         spans, firsts = self.spans, self.first_spans
