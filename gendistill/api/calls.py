@@ -25,7 +25,7 @@ from gendistill.conversion.impl import choose_impl
 from gendistill.conversion.plan import plan_conversion
 from gendistill.conversion.probe import probe_student
 from gendistill.data.stream import build_stream, heldout_batches
-from gendistill.errors import RecipeError
+from gendistill.errors import RecipeError, ReportError
 from gendistill.generation.request import Answer
 from gendistill.generation.sampling import Sampling
 from gendistill.models.io import load_student, save_student
@@ -44,7 +44,7 @@ from gendistill.training.interrupt import StageStopped
 from gendistill.training.lock import weights_digest
 from gendistill.training.parallel import FullySharded, connect
 from gendistill.training.stage import StageJob, StageResult, train_stage
-from gendistill_evals import EvalError, Message, task_identity
+from gendistill_evals import Message, task_identity
 
 _SOURCE = "dataset"  # the name of the only source in the recipes made here
 _NO_DATA = {"data": {_SOURCE: {"path": "unused.jsonl"}}}
@@ -317,7 +317,7 @@ def evaluate(
                     console=Console(highlight=False, quiet=quiet),
                 )
             samples[role] = read_rows(
-                out / "samples.jsonl", sample_row(), error=EvalError, hint="score again in another folder"
+                out / "samples.jsonl", sample_row(), error=ReportError, hint="score again in another folder"
             )
     gap = compute_gap(
         results.get("teacher"), results["student"], samples, name=model.name, resamples=resamples

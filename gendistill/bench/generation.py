@@ -19,7 +19,7 @@ from gendistill.bench.pair import for_inference, make_student, make_teacher
 from gendistill.bench.shapes import SHAPES, Shape
 from gendistill.errors import GendistillError
 from gendistill.generation.engine import Engine
-from gendistill.generation.request import Prompt, Stats
+from gendistill.generation.request import Prompt
 from gendistill.results.table import ResultRow
 
 # Bars, each for the sizes that it was set for. Answers: tokens a second, the least that the engine is times
@@ -37,7 +37,9 @@ TTFT_BARS = {4096: 15.0}
 RATIO_BARS = {4096: 1 / 1.15, 32_768: 1.8, 131_072: 2.9}
 ROWS_BAR = 3.0
 _WARMUP, _STEPS, _REPEATS = 5, 50, 5
-_WARM_CHOICES, _CHOICE_TOKENS = 2, 8
+_CHOICE_TOKENS = 8
+# before a run counts: kernels are compiled in the first, and the second is the last that records graphs of passes
+_WARM_RUNS, _RUNS = 2, 3
 _LONG = 16_384
 
 
@@ -100,7 +102,7 @@ def read_questions(path: Path, tokenizer: Any) -> list[str]:
 
 def by_engine(
     engine: Engine, texts: Sequence[str], *, new_tokens: int | Sequence[int], end_ids: Sequence[int]
-) -> tuple[Answered, Stats]:
+) -> Answered:
     """Answer texts by the engine, each with up to so many tokens."""
     most = [new_tokens] * len(texts) if isinstance(new_tokens, int) else new_tokens
     began = time.perf_counter()
@@ -113,7 +115,16 @@ def by_engine(
         if answer.error:
             raise GendistillError(answer.error, where=f"text {order[place]}")
         found[order[place]], lengths[order[place]] = list(answer.token_ids), len(answer.log_probs)
-    return Answered(time.perf_counter() - began, engine.stats.new_tokens, found, lengths), engine.stats
+    return Answered(time.perf_counter() - began, engine.stats.new_tokens, found, lengths)
+
+
+def warmed_up(work: Callable[[], Answered]) -> tuple[float, Answered]:
+    """Repeat some work until nothing is compiled or recorded any more, and then a few times.
+
+    Returns: Seconds of the first run, and what the run returned that took the middle of the times that count.
+    """
+    runs = [work() for _ in range(_WARM_RUNS + _RUNS)]
+    return runs[0].seconds, sorted(runs[_WARM_RUNS:], key=lambda run: run.seconds)[_RUNS // 2]
 
 
 def by_transformers(
@@ -239,13 +250,12 @@ class GenerationBench:
         """
         settings: dict[str, Any] = {"new_tokens": new_tokens, "end_ids": end_ids}
         with Engine(model, tokenizer) as engine:
-            # kernels are compiled and graphs recorded
-            first, _ = by_engine(engine, texts, **settings)
-            ours, stats = by_engine(engine, texts, **settings)
+            first, ours = warmed_up(lambda: by_engine(engine, texts, **settings))
+            stats = engine.stats
         barred = _is_of(model, ANSWERS) and (len(texts), new_tokens) == (ANSWERS_TEXTS, ANSWERS_TOKENS)
         note = (
             f"{len(texts)} texts, {ours.tokens / len(texts):.0f} tokens on average, {ours.seconds:.2f} s "
-            f"({first.seconds:.2f} s the first time), {stats.steps} steps, {stats.prompt_tokens:,} tokens of prompts"
+            f"({first:.2f} s the first time), {stats.steps} steps, {stats.prompt_tokens:,} tokens of prompts"
         )
         self.add(
             f"{name}, engine: tokens/s", ours.speed, "tokens/s", bar=SPEED_BAR if barred else None, note=note
@@ -278,8 +288,7 @@ class GenerationBench:
             self.add(f"{name}: times transformers", times, "times", bar=PEER_BAR if barred else None)
         if student is not None:
             with Engine(student, tokenizer) as engine:
-                by_engine(engine, texts, new_tokens=ours.lengths, end_ids=())
-                hybrid, _ = by_engine(engine, texts, new_tokens=ours.lengths, end_ids=())
+                _, hybrid = warmed_up(lambda: by_engine(engine, texts, new_tokens=ours.lengths, end_ids=()))
             self.add(f"{name}, hybrid, as many tokens: tokens/s", hybrid.speed, "tokens/s")
             times = hybrid.speed / ours.speed
             self.add(f"{name}: hybrid, times the teacher", times, "times", bar=HYBRID_BAR if barred else None)
@@ -300,7 +309,7 @@ class GenerationBench:
         seconds: dict[str, list[float]] = {"likelihood": [], "generation": []}
         chosen: list[int] = []
         with Engine(model, tokenizer) as engine:
-            for _ in range(_WARM_CHOICES + _REPEATS):
+            for _ in range(_WARM_RUNS + _REPEATS):
                 began = time.perf_counter()
                 ids = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
                 pairs = [(context, letter) for context in ids for letter in letters]
@@ -317,7 +326,7 @@ class GenerationBench:
         if errors := [answer.error for answer in answers.values() if answer.error]:
             raise GendistillError(errors[0])
         same = sum(answers[index].text[:1] == "ABCD"[letter] for index, letter in enumerate(chosen))
-        took = {kind: statistics.median(times[_WARM_CHOICES:]) for kind, times in seconds.items()}
+        took = {kind: statistics.median(times[_WARM_RUNS:]) for kind, times in seconds.items()}
         for kind, value in took.items():
             self.add(f"{name}, {len(texts)} choices by {kind}", value, "s", lower=True)
         self.add(
@@ -436,8 +445,10 @@ class GenerationBench:
         )
 
     def _together(self, engine: Engine, context: int, rows: int, new: int) -> float:
-        prompts = [self._prompt(engine, context, new) for _ in range(rows)]
-        list(engine.generate([self._prompt(engine, context, 4) for _ in range(rows)], end_ids=()))
-        began = time.perf_counter()
-        list(engine.generate(prompts, end_ids=()))
-        return rows * new / (time.perf_counter() - began)
+        times = []
+        for _ in range(_WARM_RUNS + _RUNS):
+            prompts = [self._prompt(engine, context, new) for _ in range(rows)]
+            began = time.perf_counter()
+            list(engine.generate(prompts, end_ids=()))
+            times.append(time.perf_counter() - began)
+        return rows * new / statistics.median(times[_WARM_RUNS:])
