@@ -16,6 +16,7 @@ from gendistill.bench.inputs import (
     exact_sequence,
 )
 from gendistill.bench.peers import Contestant
+from gendistill.engine.graphs import recorded
 from gendistill.ops import OpOutput
 
 Step = Callable[[], Any]
@@ -148,7 +149,7 @@ def capture(step: Step) -> torch.cuda.CUDAGraph:
     torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with recorded(graph, device=torch.device("cuda"), pool=torch.cuda.graph_pool_handle()):
         step()
     return graph
 

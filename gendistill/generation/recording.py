@@ -7,6 +7,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from gendistill.engine.graphs import recorded
+
 R = TypeVar("R")
 
 
@@ -35,39 +37,21 @@ class Recorder:
         Nothing of what is recorded has run. Kernels that it needs must have run before.
         """
         graph = torch.cuda.CUDAGraph()
-        # other threads prepare batches meanwhile, where the model is being trained
-        recording = torch.cuda.graph(
-            graph, pool=self._pool, stream=self.stream, capture_error_mode="thread_local"
-        )
-        # the end of a recording that has failed fails too, and would leave its stream the current one
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
         try:
-            with torch.cuda.stream(torch.cuda.current_stream(self._device)), recording:
+            with recorded(graph, device=self._device, pool=self._pool, stream=self.stream):
                 made = work()
         except BaseException:
-            if not _has_ended(graph):
-                # the allocator goes on asking it, and lets no other recording into its pool
-                _UNENDED.append(graph)
-                self._pool = None
+            # those before keep theirs
+            self._pool = None
             raise
-        self._pool = self._pool or graph.pool()
         return made, graph
 
     def forget(self) -> None:
         """Have the next graph not share the memory of those before, all of which are gone."""
         # a pool that no graph uses any more cannot be given to another
         self._pool = None
-
-
-# recordings that could not be ended, because something in them waits for the device: freed, they would still be asked
-_UNENDED: list[torch.cuda.CUDAGraph] = []
-
-
-def _has_ended(graph: torch.cuda.CUDAGraph) -> bool:
-    try:
-        graph.pool()
-    except RuntimeError:
-        return False
-    return True
 
 
 def ran_out(error: BaseException) -> bool:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from gendistill.data.batch import Batch, Unknown, without_surplus
+from gendistill.engine.graphs import recorded
 from gendistill.training.clock import Span, StepClock
 from gendistill.training.parallel.copies import Quiet
 
@@ -213,10 +214,7 @@ class CapturedPasses:
     def _capture(self, batch: Batch) -> tuple[Tensor, Callable[[], None]]:
         """Capture a batch's passes; returns what they return, and what launches them."""
         graph = torch.cuda.CUDAGraph()
-        # other threads prepare batches meanwhile
-        recording = torch.cuda.graph(graph, pool=self._get_pool().id, capture_error_mode="thread_local")
-        # the end of a capture that has failed fails too, and would leave its stream the current one
-        with torch.cuda.stream(torch.cuda.current_stream(self.device)), recording:
+        with recorded(graph, device=self.device, pool=self._get_pool().id):
             values = self.passes(batch)
         return values, graph.replay
 

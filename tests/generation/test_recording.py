@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from itertools import count
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from gendistill.generation import recording
+from gendistill.engine import graphs
 from gendistill.generation.recording import Recorder, ran_out
 
 
 @pytest.fixture
 def cuda(monkeypatch):
     """As torch's own: a recording that something has broken fails at its end, too, and leaves its stream current."""
-    seen = SimpleNamespace(current="main", recordings=[], broken=False)
+    seen = SimpleNamespace(current="main", recordings=[], broken=False, handles=count(), calls=[])
+
+    class Generator:
+        def clone_state(self):
+            return "copy"
+
+        def graphsafe_set_state(self, state):
+            seen.calls.append(("random", state))
 
     class Graph:
         ended = False
@@ -43,7 +51,7 @@ def cuda(monkeypatch):
 
         def __enter__(self):
             seen.current = self.stream
-            self.graph.of = self.pool or f"pool {len(seen.recordings)}"
+            self.graph.of = self.pool
             seen.recordings.append((self.graph, self.pool, self.stream))
 
         def __exit__(self, *_):
@@ -58,9 +66,16 @@ def cuda(monkeypatch):
         "stream": stream,
         "graph": Record,
         "current_stream": lambda _: seen.current,
+        "graph_pool_handle": lambda: f"pool {next(seen.handles)}",
+        "current_device": lambda: 0,
+        "default_generators": [Generator()] * 2,
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
-    monkeypatch.setattr(recording, "_UNENDED", [])
+    for name in ("endAllocateToPool", "releasePool"):
+        monkeypatch.setattr(
+            torch._C, f"_cuda_{name}", lambda *a, name=name: seen.calls.append((name, *a)), raising=False
+        )
+    monkeypatch.setattr(graphs, "_UNENDED", [])
     return seen
 
 
@@ -77,24 +92,24 @@ def test_all_graphs_share_a_stream_of_the_models_device_and_a_pool(cuda):
     assert [value for value, _ in made] == [0, 1, 2]
     assert {stream for *_, stream in cuda.recordings} == {record.stream}
     assert record.stream.device == torch.device("cuda:1")
-    assert [pool for _, pool, _ in cuda.recordings] == [None, "pool 0", "pool 0"]
+    assert [pool for _, pool, _ in cuda.recordings] == ["pool 0"] * 3
     record.forget()
     record(lambda: None)
-    assert cuda.recordings[-1][1] is None
+    assert cuda.recordings[-1][1] == "pool 1"
 
 
-def test_a_recording_that_was_ended_leaves_the_pool_to_others(cuda):
+def test_a_recording_that_was_ended_leaves_nothing_to_do(cuda):
     record = Recorder(torch.device("cuda"))
     record(lambda: None)
     with pytest.raises(torch.OutOfMemoryError):
         record(fails(torch.OutOfMemoryError("no more")))
     record(lambda: None)
-    assert cuda.recordings[-1][1] == "pool 0"
-    assert not recording._UNENDED
+    assert not graphs._UNENDED
+    assert not cuda.calls
 
 
-def test_a_recording_that_could_not_be_ended_stays_and_keeps_its_pool_for_itself(cuda):
-    record = Recorder(torch.device("cuda"))
+def test_of_a_recording_that_could_not_be_ended_the_end_is_made_up_for(cuda):
+    record = Recorder(torch.device("cuda:1"))
     record(lambda: None)
     cuda.broken = True
     with pytest.raises(RuntimeError, match="previous error") as caught:
@@ -103,5 +118,7 @@ def test_a_recording_that_could_not_be_ended_stays_and_keeps_its_pool_for_itself
     assert cuda.current == "main"
     cuda.broken = False
     record(lambda: None)
-    assert cuda.recordings[-1][1] is None
-    assert [cuda.recordings[1][0]] == recording._UNENDED
+    assert cuda.recordings[-1][1] == "pool 1"
+    assert [cuda.recordings[1][0]] == graphs._UNENDED
+    ends = [("endAllocateToPool", 1, "pool 0"), ("releasePool", 1, "pool 0"), ("random", "copy")]
+    assert cuda.calls == ends
