@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from gendistill_evals.code import judge_code
 from gendistill_evals.errors import EvalError
 from gendistill_evals.evaluate import evaluate_model
+from gendistill_evals.instructions import judge_instructions
 from gendistill_evals.items import Item, Message
 from gendistill_evals.judges import JUDGES, Judgement
 from gendistill_evals.keeping import KeepingModel
@@ -36,6 +38,9 @@ from gendistill_evals.task import (
 
 if TYPE_CHECKING:
     from gendistill_evals.hf import HFModel
+
+# They need ``judges`` and items, so they join it from here.
+JUDGES.update({"code": judge_code, "instructions": judge_instructions})
 
 __all__ = [
     "JUDGES",
