@@ -86,7 +86,7 @@ def judge_code(item: Item, text: str) -> Judgement:
         text: A generated answer: the function, in a block of code or not, or its body.
     Returns: The program that was found in the text; none at all, or one that cannot be read, is an extraction failure.
     Raises:
-        EvalError: Programs are not ``allowed``, or the item holds no problem.
+        EvalError: Programs are not ``allowed``, or the item does not hold a problem.
     """
     problem = problem_of(item)
     program = program_of(problem, text)
@@ -127,7 +127,7 @@ def program_of(problem: Problem, text: str) -> str | None:
     Args:
         problem: The function.
         text: A generated answer.
-    Returns: A whole program without its tests; None if the text holds no code.
+    Returns: A whole program without its tests; None if there is no code in the text.
     """
     definition = re.compile(
         rf"^[ \t]*(?:async[ \t]+)?def[ \t]+{re.escape(problem.entry_point)}\b", re.MULTILINE

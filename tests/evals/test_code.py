@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from gendistill_evals import EvalError, Item, code, load_task, sandbox
+from gendistill_evals import EvalError, Item, code, evaluate_model, load_task, sandbox
 from gendistill_evals.code import Problem, allowed, judge_code, problem_of, program_of, run_tests, task_row
+from gendistill_evals.results import read_samples
 
 HERE = pytest.mark.skipif(
     sandbox.why_not() is not None, reason=f"nothing can be contained here: {sandbox.why_not()}"
@@ -203,3 +204,19 @@ def test_canonical_solutions_pass_and_broken_ones_do_not():
                 if judge_code(item, text).correct:
                     passed.append(row["task_id"])
     assert (failed, passed) == ([], [])
+
+
+@HERE
+def test_a_model_is_scored_by_the_programs_that_it_writes(speaker, chat_tokenizer, tmp_path):
+    right = "    return any(abs(a - b) < threshold for i, a in enumerate(numbers) for b in numbers[:i])"
+    settings = {"tasks": ["humaneval"], "limit": 2, "protocols": ["generation"], "model_name": "m"}
+    model = speaker(lambda prompt: right)
+    with pytest.raises(EvalError, match="off unless asked for"):
+        evaluate_model(model, chat_tokenizer, out_dir=tmp_path, **settings)
+    with allowed():
+        results = evaluate_model(model, chat_tokenizer, out_dir=tmp_path, **settings)
+    score = results["tasks"][0]["generation"]
+    assert (score["value"], score["n"], score["extraction_failures"]) == (0.5, 2, 0)
+    first, second = read_samples(tmp_path)
+    assert [row["generation"]["correct"] for row in (first, second)] == [True, False]
+    assert first["generation"]["extracted"].endswith(right)

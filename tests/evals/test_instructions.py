@@ -166,7 +166,7 @@ BY_LANGUAGE = [
         "change_case:english_capital",
         {},
         ["THIS IS ENGLISH, AND IT SHOULD BE EASY ENOUGH TO TELL THAT IT IS WHAT THEY SAY IT IS."],
-        [ENGLISH, "LE CHAT DORT SUR LA CHAISE ET IL FAIT FROID"],
+        [ENGLISH, "РЕКА ТЕЧЁТ К МОРЮ, И НИКТО НЕ ЗНАЕТ, КАК ДОЛГО"],  # noqa: RUF001
     ),
     (
         "change_case:english_lowercase",
@@ -232,6 +232,7 @@ def test_sentences_are_counted(text, count):
 def test_words_are_runs_of_letters():
     assert count_words("Don't stop - it's 5,000!") == 7
     assert count_words("") == 0
+    assert count_words("পণ্য नदी_१ é") == 3
 
 
 @pytest.mark.parametrize(

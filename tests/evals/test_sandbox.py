@@ -656,3 +656,24 @@ def test_tables_of_calls_are_one_to_one(machine):
     assert len(set(refused)) == len(refused)
     assert not set(refused) & (set(free) | set(conditional))
     assert meaning(9999, machine) == "call the kernel (system call 9999)"
+
+
+WITHOUT_LISTENER = """
+from gendistill_evals.sandbox import inside
+install = inside.install_filter
+def taken(*arguments, listen, **settings):
+    if listen:
+        raise OSError(16, "another filter has a listener")
+    return install(*arguments, listen=False, **settings)
+inside.install_filter = taken
+main(int"""
+
+
+@HERE
+def test_calls_are_refused_where_nobody_can_listen(monkeypatch, barriers):
+    """As under a container's own filter with a listener: the exception says what the list of refused calls cannot."""
+    monkeypatch.setattr(outside, "_START", outside._START.replace("main(int", WITHOUT_LISTENER))
+    assert outside.self_check(barriers) is None
+    outcome = run("import os\nos.fork()", QUICK, barriers=barriers)
+    assert (outcome.ended, outcome.refused) == (Ended.REFUSED, ())
+    assert "PermissionError" in outcome.reason

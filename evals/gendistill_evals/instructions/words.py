@@ -7,8 +7,10 @@ with a model that it downloads; here both are rules, so that nothing is download
 from __future__ import annotations
 
 import re
+import unicodedata
 
 _WORD = re.compile(r"\w+")
+_JOINERS = "\u200c\u200d"
 # What stands between two words of the Treebank, beside spaces. A colon or comma before a digit does not: "7:30".
 _BETWEEN = re.compile(
     r"\s+|[;@#$%&?!*()\[\]{}<>\"\u201c\u201d\u00ab\u00bb\u2018\u2019\u2014]|\.\.+|--|[:,](?!\d)|\u2026"
@@ -56,7 +58,9 @@ _DIGITS = re.compile(r"[\d.,]+")
 
 
 def count_words(text: str) -> int:
-    """Count runs of letters, digits and underscores: "don't" is two."""
+    """Count runs of letters, digits and underscores: "don't" is two. Marks that combine with a letter belong to it."""
+    if not text.isascii():
+        text = "".join(each for each in text if unicodedata.category(each)[0] != "M" and each not in _JOINERS)
     return sum(1 for _ in _WORD.finditer(text))
 
 
