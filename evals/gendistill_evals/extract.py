@@ -24,12 +24,16 @@ from gendistill_evals.wording import (
 )
 
 _NUMBER = re.compile(r"(?<![\w.])[-\u2212]?\$?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?")
+# "answer" with its verb or colon, bold or not; a box; four number signs.
+_STATEMENT = re.compile(
+    r"\\(?:boxed|fbox)\s{0,3}\{|####|\banswer\b[*_\s]{0,4}(?:is\b|:)[*_\s]{0,4}:?[*_]{0,3}", re.IGNORECASE
+)
 _QUOTES = "\"'`*\u2018\u2019\u201c\u201d"
 _EDGE = _QUOTES + ".!?,;: \n\t"
 # "A" and "I" are words too, and so is any small letter; followed by one of these they are letters of options.
 _AFTER_LETTERS = frozenset({
     "is", "because", "since", "as", "and", "or", "but", "the", "this", "it", "which", "rather", "instead",
-    "not", "over", "seems", "looks", "i", "probably", "definitely", "ist", "est", "es",
+    "not", "over", "remains", "seems", "looks", "i", "probably", "definitely", "ist", "est", "es",
 })  # fmt: skip
 
 
@@ -51,6 +55,56 @@ def last_number(text: str) -> Decimal | None:
         return _decimal(found.group())
     numbers = _NUMBER.findall(text)
     return _decimal(numbers[-1]) if numbers else None
+
+
+def answer_after_thought(text: str, *, opens: bool = False) -> str | None:
+    """Leave the reasoning block of an answer out.
+
+    Args:
+        text: A generated answer.
+        opens: Whether the prompt has opened the block.
+    Returns: What follows the last ``</think>``, without white space around it; the text itself where there is no block;
+        None where the block was never closed, so that there is no answer.
+    """
+    _, closed, after = text.rpartition("</think>")
+    if "<think>" in after or (opens and not closed):
+        return None
+    return after.strip() if closed else text
+
+
+def stated_answer(text: str, *, number: bool = False) -> str | None:
+    """Find the answer that a chain of thought states at its end.
+
+    Args:
+        text: What a model wrote: thoughts, then an answer.
+        number: Whether the answer is a number, of which the first is meant, or the one after the last "=".
+    Returns: The rest of the line, or the first line, after the last "answer is", "answer:", ``####``; or the content of
+        the last ``\\boxed``, whichever comes last. None if nothing is stated.
+    """
+    last = None
+    for match in _STATEMENT.finditer(text):
+        last = match
+    if last is None:
+        return None
+    after = text[last.end() :]
+    if last.group().startswith("\\"):
+        stated = _braced(after)
+    else:
+        stated = next((line for line in after.split("\n") if line.strip(_EDGE + "#")), "")
+    if number:
+        # What a judge of numbers takes first.
+        stated = f"#### {stated.rpartition('=')[2]}"
+    return stated.strip() or None
+
+
+def _braced(text: str) -> str:
+    """Return what stands before the brace that closes a text."""
+    depth = 1
+    for place, character in enumerate(text):
+        depth += (character == "{") - (character == "}")
+        if not depth:
+            return text[:place]
+    return text
 
 
 def normalise(text: str) -> str:
@@ -89,7 +143,8 @@ def find_letter(text: str, letters: Sequence[str], texts: Sequence[str]) -> str 
     2. A letter that the text begins with: alone on its line, in brackets, before punctuation or before its option's
        text, unless it begins a list of letters ("A: no. B: yes").
     3. The only letter in brackets or called an option.
-    4. The only option named by its text.
+    4. The only letter that is not denied among some that are, if it is a sentence ("Not A. Not B. C.").
+    5. The only option named by its text.
 
     Denied letters ("not A", "A is wrong") are never read. Several letters joined ("A or B", "both A and C") are
     nothing. "A", "I" and small letters before another word are words of the language ("A dog barks").
@@ -105,7 +160,8 @@ def find_letter(text: str, letters: Sequence[str], texts: Sequence[str]) -> str 
         letter: Words(nfkc(option)).lower
         for letter, option in zip(letters, texts or [""] * len(letters), strict=True)
     }
-    named = [name for name in _letter_names(words, own) if name.said is not Said.DENIED]
+    names = _letter_names(words, own)
+    named = [name for name in names if name.said is not Said.DENIED]
     stated = [name for name in named if name.said is Said.STATED]
     if stated:
         return None if _is_joined(words, stated[-1], named) else stated[-1].answer
@@ -116,6 +172,10 @@ def find_letter(text: str, letters: Sequence[str], texts: Sequence[str]) -> str 
     if mentioned:
         several = len({name.answer for name in mentioned}) > 1 or _is_joined(words, mentioned[-1], named)
         return None if several else mentioned[-1].answer
+    if len(named) < len(names) and len({name.answer for name in named}) == 1:
+        left = named[-1]
+        if words.begins_clause(left.start) and words.ends_clause(left.end):
+            return left.answer
     option = find_option(text, texts)
     return None if option is None else letters[list(texts).index(option)]
 
