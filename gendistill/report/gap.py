@@ -328,10 +328,10 @@ def _task_gap(
     entry = next(iter(found.values()))
 
     def score(correct: list[float] | None) -> Estimate | None:
-        return _points(stats.accuracy(correct, resamples=resamples)) if correct else None
+        return _points(stats.accuracy(correct)) if correct else None
 
     def gap(teacher: list[float] | None, student: list[float] | None) -> Estimate | None:
-        return _points(stats.gap(teacher, student, resamples=resamples)) if teacher and student else None
+        return _points(stats.gap(teacher, student)) if teacher and student else None
 
     by_role = {role: {name: vectors.get((role, name)) for name in PROTOCOLS} for role in ROLES}
     teacher, student = (by_role[role] for role in ROLES)
@@ -363,7 +363,6 @@ def _hidden(
             student_likelihood=student_ranked,
             teacher_generation=teacher_written,
             student_generation=student_written,
-            resamples=resamples,
         )
     )
 
