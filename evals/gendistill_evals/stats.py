@@ -23,7 +23,7 @@ import numpy as np
 Values = Sequence[float] | Sequence[bool] | np.ndarray
 Groups = Sequence[Hashable] | np.ndarray | None
 
-_NORMAL = NormalDist()
+NORMAL = NormalDist()
 _STEPS = 60
 # Resamples of items with many different values are drawn in blocks of about this many, which bounds memory.
 _BLOCK_ITEMS = 4_000_000
@@ -323,7 +323,7 @@ class _Sample:
     degrees: int | None
 
     def quantile(self, p: float) -> float:
-        return _NORMAL.inv_cdf(p) if self.degrees is None else _student_quantile(p, self.degrees)
+        return NORMAL.inv_cdf(p) if self.degrees is None else _student_quantile(p, self.degrees)
 
     def limit(self, critical: float, *, side: int) -> float:
         """Find the mean on one side that a score test just does not reject."""
@@ -408,7 +408,7 @@ def _beyond(differences: Values, margin: float, *, side: int, groups: Groups, le
         raise ValueError(f"need a margin above 0 and below 1, got {margin}")
     sample = _sample(differences, (-1.0, 1.0), groups)
     score = -side * sample.score(side * margin)
-    p = _NORMAL.cdf(-score) if sample.degrees is None else 1 - _student_cdf(score, sample.degrees)
+    p = NORMAL.cdf(-score) if sample.degrees is None else 1 - _student_cdf(score, sample.degrees)
     return Bound(p, p < level)
 
 
@@ -458,7 +458,7 @@ def _student_cdf(t: float, degrees: int) -> float:
 
 def _student_quantile(p: float, degrees: int) -> float:
     if degrees > 2000:
-        return _NORMAL.inv_cdf(p)
+        return NORMAL.inv_cdf(p)
     low, high = 0.0, 1e6
     for _ in range(2 * _STEPS):
         middle = (low + high) / 2

@@ -21,7 +21,7 @@ SCHEMA = 2
 _TASK_FIELDS = ("kind", "metric", "items_sha256", "prompt_sha256", "limit", "n")
 # Neither changes what is asked: the batch size is a matter of memory, and `overrode` lists what each model's
 # own generation defaults would have been.
-_FREE_SETTINGS = frozenset({"batch_size", "overrode"})
+FREE_SETTINGS = frozenset({"batch_size", "overrode"})
 
 _SCORE_AGAIN = "score both models again with the same gendistill eval command"
 
@@ -278,7 +278,7 @@ def _differences(left: Mapping[str, Any], right: Mapping[str, Any], keys: Iterab
 
 
 def _setting_differences(left: Mapping[str, Any], right: Mapping[str, Any]) -> str:
-    return _differences(left, right, sorted((left.keys() | right.keys()) - _FREE_SETTINGS))
+    return _differences(left, right, sorted((left.keys() | right.keys()) - FREE_SETTINGS))
 
 
 def _check_rankable(left: GapReport, right: GapReport) -> None:
