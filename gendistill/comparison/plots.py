@@ -74,11 +74,13 @@ def _draw(figure: Figure, comparison: Comparison) -> None:
         axes.text(
             0,
             place,
-            _label(name, 90),
+            _label(name, 60),
             transform=axes.get_yaxis_transform(),
             va="center",
             fontweight="bold",
             fontsize=9,
+            # a long name would leave no room for what is drawn
+            in_layout=False,
         )
         place += 1
         for row in rows[:left]:
@@ -138,4 +140,5 @@ def for_page(svg: bytes) -> str:
     text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", text, flags=re.DOTALL)
     for colour, name in _VARIABLES.items():
         text = text.replace(f": {colour}", f": var(--{name})")
-    return text
+    # Quotes in texts are escaped too, as in the rest of the page.
+    return re.sub(r">([^<>]*)</text>", lambda match: f">{match[1].replace(chr(34), '&#34;')}</text>", text)
