@@ -89,7 +89,7 @@ def load_scores(places: Sequence[str], *, group_by: str | None = None) -> list[S
             student; one that is given alone stands for its teacher and its student.
         group_by: Field of lm-eval's items that tells which of them belong together.
     Raises:
-        ReportError: A place holds no scores, or too few places are given.
+        ReportError: A place has no scores, or too few places are given.
         EvalError: A file is missing or broken.
     """
     given = [_named(place) for place in places]
@@ -153,7 +153,7 @@ def _load(path: Path, name: str | None, *, group_by: str | None) -> Scores:
     files = lm_eval.find_sample_files(path)
     if not files:
         raise ReportError(
-            "the folder holds no scores: neither results.json nor samples_<task>_<date>.jsonl",
+            "the folder has no scores: neither results.json nor samples_<task>_<date>.jsonl",
             where=str(path),
             hint=f"give {_KINDS}",
         )

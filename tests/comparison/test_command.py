@@ -32,7 +32,7 @@ def test_the_command_writes_every_file(places, tmp_path, capsys):
     }
     shown = capsys.readouterr().out
     assert "org/b against org/a, acc" in shown
-    assert "the data do not tell org/b from org/a" in shown
+    assert "The data do not tell org/b from org/a" in shown
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     assert main(["compare", *places, "--out", str(out)]) == 0
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
@@ -42,7 +42,7 @@ def test_json_is_all_that_is_printed(places, tmp_path, capsys):
     assert main(["compare", *places, "--out", str(tmp_path / "out"), "--json"]) == 0
     content = json.loads(capsys.readouterr().out)
     assert content["pairs"][0]["gap"]["value"] == pytest.approx(-6)
-    assert content["headline"].startswith("the data do not tell")
+    assert content["headline"].startswith("The data do not tell")
 
 
 @pytest.mark.parametrize(

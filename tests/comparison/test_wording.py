@@ -49,7 +49,7 @@ def flipped(lost: int, gained: int, n: int) -> tuple[list[float], list[float]]:
             3,
             2,
             24,
-            "the data do not tell b from a (quiz, acc, 24 items), nor show them alike: the gap is -4.2",
+            "The data do not tell b from a (quiz, acc, 24 items), nor show them alike: the gap is -4.2",
         ),
         (60, 60, 1000, "b and a differ by less than 2.5 points (quiz, acc, 1,000 items): the gap is 0.0"),
         (40, 55, 400, "b is not worse than a by 2.5 points or more (quiz, acc, 400 items): the gap is +3.8"),
@@ -57,7 +57,7 @@ def flipped(lost: int, gained: int, n: int) -> tuple[list[float], list[float]]:
             0,
             0,
             24,
-            "the data do not tell b from a (quiz, acc, 24 items), nor show them alike: the gap is 0.0",
+            "The data do not tell b from a (quiz, acc, 24 items), nor show them alike: the gap is 0.0",
         ),
         (0, 0, 300, "b and a differ by less than 2.5 points"),
     ],
@@ -103,6 +103,6 @@ def test_many_models_name_the_pairs_that_differ(said):
     base = [float(generator.random() < 0.7) for _ in range(400)]
     worse = [right if place >= 120 else 0.0 for place, right in enumerate(base)]
     sentence, _ = said({"quiz": base}, {"quiz": base}, {"quiz": worse})
-    assert sentence.startswith("By acc, 2 of 3 pairs can be told apart: a over c")
+    assert sentence.startswith("By acc, 2 of 3 pairs can be told apart, each by itself at 95%: a over c")
     alike, _ = said({"quiz": base}, {"quiz": base}, {"quiz": base})
     assert alike == "By acc, none of the 3 pairs can be told apart."
