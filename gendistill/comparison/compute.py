@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import replace
-from itertools import combinations
+from itertools import combinations, zip_longest
 
 import numpy as np
 
@@ -63,13 +63,13 @@ def compare(
     floors = _floors(models, chosen, again)
     pairs: list[PairScore] = []
     hidden: list[HiddenGap] = []
-    shown: list[Flip] = []
+    shown: list[list[Flip]] = []
     for first, second in combinations(models, 2):
         for measure in dict.fromkeys(one for found in chosen.values() for one in found):
             scored = [task for task in names if measure in chosen[task]]
             by_task = [_score(first, second, task, measure, margin, floors) for task in scored]
             pairs += _with_mean(_adjusted(by_task), margin)
-            shown += [flip for task in scored for flip in _flips(first, second, task, measure)]
+            shown += [_flips(first, second, task, measure) for task in scored]
         hidden += _hidden(first, second, chosen)
     agreement = _agreement(models, chosen) if len(models) > 2 else []
     return Comparison(
@@ -79,7 +79,7 @@ def compare(
         pairs=tuple(pairs),
         hidden=tuple(hidden),
         agreement=tuple(agreement),
-        flips=tuple(shown[:_MOST_FLIPS]),
+        flips=tuple(_some_of_each(shown)),
         notes=tuple(notes),
     )
 
@@ -230,8 +230,8 @@ def _hidden(first: Scores, second: Scores, chosen: dict[str, dict[str, ProtocolF
             stats.flips(values[0], values[1], groups=groups),
             stats.flips(values[2], values[3], groups=groups),
         )
-        # Both one-sided hypotheses have to fall, so the larger p-value counts.
-        p = max(test.p / 2 for test in tests)
+        # Both gaps have to be real, so the larger p-value counts.
+        p = max(test.p for test in tests)
         found.append(
             (
                 HiddenGap(
@@ -335,11 +335,10 @@ def _flips(first: Scores, second: Scores, task: str, measure: str) -> list[Flip]
     """Read the first items that differ, as many lost ones as gained ones where there are."""
     before, after = (model.tasks[task].measures[measure] for model in (first, second))
     difference = after.values - before.values
-    places = [
-        place
-        for way in (difference < 0, difference > 0)
-        for place in np.flatnonzero(way)[: _SHOWN_FLIPS // 2].tolist()
-    ]
+    lost, gained = (
+        np.flatnonzero(way)[: _SHOWN_FLIPS // 2].tolist() for way in (difference < 0, difference > 0)
+    )
+    places = [place for pair in zip_longest(lost, gained) for place in pair if place is not None]
     found = []
     for place in places:
         one, other = before.example(place), after.example(place)
@@ -358,6 +357,16 @@ def _flips(first: Scores, second: Scores, task: str, measure: str) -> list[Flip]
             )
         )
     return found
+
+
+def _some_of_each(found: Sequence[Sequence[Flip]]) -> list[Flip]:
+    """Take as many of every pair, measure and task as fit, in their order."""
+    kept = [0] * len(found)
+    for rank in range(_SHOWN_FLIPS):
+        for place, flips in enumerate(found):
+            if rank < len(flips) and sum(kept) < _MOST_FLIPS:
+                kept[place] += 1
+    return [flip for flips, count in zip(found, kept, strict=True) for flip in flips[:count]]
 
 
 def _cut(text: str, *, longest: int = 1500, keep_end: bool = False) -> str:

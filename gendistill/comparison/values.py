@@ -96,10 +96,10 @@ class HiddenGap:
     """How much of a pair's gap under generation log-likelihood does not show.
 
     Attributes:
-        by_likelihood, by_generation: The gaps in points, and p-values of their McNemar tests.
+        by_likelihood, by_generation: The gaps in points.
         hidden: Gap by generation minus gap by likelihood.
         inverted: Whether the two protocols prefer different models.
-        p_inverted: That they do not: the larger of the two one-sided p-values, adjusted for all tasks; None if
+        p_inverted: That they do not: the larger of the two p-values of the gaps, adjusted for all tasks; None if
             not inverted.
     """
 

@@ -137,7 +137,7 @@ def p_text(p: float | None) -> str:
     """Write a p-value for people."""
     if p is None:
         return "p not measured"
-    return "p < 0.0001" if p < 1e-4 else f"p = {p:.4f}" if p < 0.01 else f"p = {p:.2f}"
+    return "p < 0.0001" if p < 1e-4 else f"p = {p:.{4 if p < 0.01 else 3 if p < 0.1 else 2}f}"
 
 
 def _percent(chance: float) -> str:
