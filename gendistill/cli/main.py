@@ -29,6 +29,8 @@ COMMANDS = {
     "distill": ("gendistill.cli.distill", "train the student, stage by stage"),
     "eval": ("gendistill.cli.evaluate", "score a model by log-likelihood and by generation"),
     "generate": ("gendistill.cli.generate", "complete texts, chat, or answer a file of prompts"),
+    "lm-eval": ("gendistill.cli.lm_eval", "run lm-eval's command line on our models"),
+    "twins": ("gendistill.cli.twins", "write the task that asks by generation what another asks by likelihood"),
     "report": ("gendistill.cli.report", "show the gap between teacher and student"),
     "recipe": ("gendistill.cli.recipe", "list, show, copy, check and compare recipes"),
     "data": ("gendistill.cli.data", "show training rows, with the tokens that count in the loss"),
@@ -39,6 +41,8 @@ COMMANDS = {
     ),
     "doctor": ("gendistill.cli.doctor", "check this machine and say how to fix it"),
 }
+# its arguments are another program's: none is ours to read
+_PASSED_ON = "lm-eval"
 _RESUMES = ("run", "convert", "distill", "eval")
 _LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "NCCL", "Broken pipe")
 _OUT_OF_MEMORY = ("OutOfMemoryError", "MemoryError")
@@ -61,7 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
-    words = with_dashes(sys.argv[1:] if arguments is None else arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    words = given if given[:1] == [_PASSED_ON] else with_dashes(given)
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
     _quiet_libraries()
@@ -93,6 +98,8 @@ def _flushed(words: Sequence[str]) -> int:
 
 
 def _run(words: Sequence[str]) -> int:
+    if words[:1] == [_PASSED_ON]:
+        return importlib.import_module(COMMANDS[_PASSED_ON][0]).run_words(words[1:])
     parser = Parser(
         prog="gendistill",
         description="Turn a pretrained transformer into a hybrid linear-attention student, and score it by generation.",
