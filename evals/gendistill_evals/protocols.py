@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -18,6 +18,7 @@ from gendistill_evals.judges import JUDGES
 from gendistill_evals.model import Generated, LanguageModel, Limits, Pair, Request, check_fits
 from gendistill_evals.prompts import Prompter
 from gendistill_evals.task import Metric, Task
+from gendistill_evals.verbatim import Verbatim, whole_answer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -230,13 +231,17 @@ class Generation:
             Request(
                 prompter.prompt_ids(item.prompt),
                 max_new_tokens=task.max_new_tokens,
-                stop=(*task.stop, *prompter.stop),
+                stop=(*task.stop, *prompter.stop_after(item.prompt)),
                 name=f"{task.name}, item {item.id}",
             )
             for item in items
         ]
         answers: dict[int, Generated] = {}
         for index, answer in model.generate(requests, greedy_decoding(model, prompter)):
+            if isinstance(items[index].prompt, Verbatim):
+                # Whoever judges these answers judges their white space too.
+                said = whole_answer(model.tokenizer, answer.token_ids, requests[index].stop)
+                answer = replace(answer, text=said)
             answers[index] = answer
             if progress:
                 progress(len(answers), len(items))

@@ -17,7 +17,9 @@ _RUN = "run"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments, which lm-eval reads."""
-    parser.add_argument("words", metavar="ARGS", nargs="*", help="as for lm-eval: run, ls or validate, and their own")
+    parser.add_argument(
+        "words", metavar="ARGS", nargs="*", help="as for lm-eval: run, ls or validate, and their own"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:

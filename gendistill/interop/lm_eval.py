@@ -11,7 +11,7 @@ import logging
 import math
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -176,7 +176,9 @@ class GendistillLM(TemplateLM):
             "model_dtype": setup.dtype,
             "model_revision": "",
             "model_sha": self._fingerprint,
-            "gendistill_runs_on": "engine" if isinstance(self.language_model, EngineModel) else "transformers",
+            "gendistill_runs_on": "engine"
+            if isinstance(self.language_model, EngineModel)
+            else "transformers",
         }
 
     def apply_chat_template(
@@ -228,7 +230,8 @@ class GendistillLM(TemplateLM):
         disable_tqdm: bool = False,
         **kwargs: Any,
     ) -> list[tuple[float, bool]]:
-        pairs, cut = [], 0
+        pairs: list[Pair] = []
+        cut = 0
         for number, (_, context, continuation) in enumerate(requests):
             kept, lost = self._fitting(context, continuation, number)
             cut += lost > 0
@@ -268,7 +271,8 @@ class GendistillLM(TemplateLM):
         self, requests: Sequence[Instance], disable_tqdm: bool = False
     ) -> list[float]:
         """Score whole texts; longer ones in windows, of which each token is predicted once."""
-        windows, of = [], []
+        windows: list[tuple[None, list[int], list[int]]] = []
+        of: list[int] = []
         for number, request in enumerate(requests):
             token_ids = self.tok_encode(request.args[0])
             for pair in get_rolling_token_windows(
@@ -323,9 +327,7 @@ class GendistillLM(TemplateLM):
                     bar.update()
         return answers
 
-    def _answered(
-        self, asks: Sequence[_Ask], sampling: Sampling
-    ) -> Iterable[tuple[_Ask, Sequence[int]]]:
+    def _answered(self, asks: Sequence[_Ask], sampling: Sampling) -> Iterable[tuple[_Ask, Sequence[int]]]:
         model = self.language_model
         names = [f"request {ask.number}" for ask in asks]
         if isinstance(model, EngineModel):
@@ -348,7 +350,10 @@ class GendistillLM(TemplateLM):
                 where="generation_kwargs",
                 hint="--gen_kwargs do_sample=False temperature=0",
             )
-        wanted = [Request(ask.token_ids, ask.max_new_tokens, ask.stop, name) for ask, name in zip(asks, names, strict=True)]
+        wanted = [
+            Request(ask.token_ids, ask.max_new_tokens, ask.stop, name)
+            for ask, name in zip(asks, names, strict=True)
+        ]
         decoding = Decoding({"do_sample": False, "num_beams": 1}, self.end_ids, (*self.end_ids, 0)[0], {})
         for place, answer in model.generate(wanted, decoding):
             yield asks[place], answer.token_ids
@@ -357,7 +362,7 @@ class GendistillLM(TemplateLM):
         """Read generation_kwargs, and refuse those that we would not act upon."""
         if not isinstance(settings, Mapping):
             raise GendistillError(f"generation_kwargs must be a mapping, got {settings!r}", where=where)
-        given = dict(normalize_gen_kwargs(dict(settings), self.max_gen_toks))
+        given: dict[str, Any] = dict(normalize_gen_kwargs(dict(settings), self.max_gen_toks))
         if unknown := sorted(given.keys() - set(_GENERATION)):
             raise GendistillError(
                 f"generation_kwargs that the gendistill model does not know: {', '.join(unknown)}; it knows "
@@ -405,16 +410,16 @@ def _check_arguments(pretrained: str | None, others: Mapping[str, Any], dtype: s
         raise RecipeError(
             f'the gendistill model has no argument "{printable(name)}"; it has {", ".join(_ARGUMENTS)}',
             where=_WHERE,
-            hint=f'did you mean "{near[0]}"?' if near else "gendistill lm-eval run --model_args pretrained=MODEL",
+            hint=f'did you mean "{near[0]}"?'
+            if near
+            else "gendistill lm-eval run --model_args pretrained=MODEL",
         )
     if not pretrained:
         raise RecipeError(
             "no model was named", where=_WHERE, hint="gendistill lm-eval run --model_args pretrained=MODEL"
         )
     if dtype not in ("auto", "float32", "bfloat16"):
-        raise RecipeError(
-            f"dtype must be auto, float32 or bfloat16, got {dtype!r}", where=f"{_WHERE} dtype"
-        )
+        raise RecipeError(f"dtype must be auto, float32 or bfloat16, got {dtype!r}", where=f"{_WHERE} dtype")
 
 
 def _rows(batch_size: int | str | None, most: int | None) -> int | None:

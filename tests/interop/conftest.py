@@ -81,9 +81,21 @@ def student(tmp_path_factory) -> Path:
 def _offline(tmp_path_factory, monkeypatch):
     """Keep lm-eval from the network and its data sets out of the home folder."""
     import datasets
+    from lm_eval import evaluator
+    from lm_eval.tasks._index import TaskIndex
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.getbasetemp() / "datasets"))
+    # it lists the packages of the machine, which takes seconds
+    monkeypatch.setattr(evaluator, "add_env_info", lambda storage: None)
+    # so does reading the thousands of tasks that lm-eval ships, of which none is asked here
+    build = TaskIndex.build
+    shipped = Path(evaluator.__file__).parent / "tasks"
+    monkeypatch.setattr(
+        TaskIndex, "build", staticmethod(lambda paths: build([each for each in paths if each != shipped]))
+    )
+    monkeypatch.setattr(
+        datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.getbasetemp() / "datasets")
+    )
     torch.manual_seed(0)
 
 

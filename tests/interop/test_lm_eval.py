@@ -64,9 +64,13 @@ def test_whether_a_continuation_is_greedy_is_known(folder, ours):
     prompt = "Question: What comes after 3?\nAnswer:"
     ids = ours.tok_encode(prompt)
     with torch.no_grad():
-        said = load_causal_lm(folder, dtype=torch.float32).generate(
-            torch.tensor([ids]), max_new_tokens=3, do_sample=False, eos_token_id=None, pad_token_id=0
-        )[0, len(ids) :].tolist()
+        said = (
+            load_causal_lm(folder, dtype=torch.float32)
+            .generate(
+                torch.tensor([ids]), max_new_tokens=3, do_sample=False, eos_token_id=None, pad_token_id=0
+            )[0, len(ids) :]
+            .tolist()
+        )
     other = [*said[:-1], (said[-1] + 1) % 97]
     found = ours._loglikelihood_tokens([(None, ids, said), (None, ids, other)], disable_tqdm=True)
     assert [greedy for _, greedy in found] == [True, False]
@@ -133,7 +137,9 @@ def test_a_model_that_the_engine_cannot_run_is_asked_on_transformers(student, mo
     with pytest.raises(GendistillError, match="needs our engine"):
         plain.generate_until(hot, disable_tqdm=True)
     cold = requests("generate_until", [("a fish", {"max_gen_toks": 5, "until": ["\n"]})])
-    assert plain.generate_until(cold, disable_tqdm=True) == stock(student).generate_until(cold, disable_tqdm=True)
+    assert plain.generate_until(cold, disable_tqdm=True) == stock(student).generate_until(
+        cold, disable_tqdm=True
+    )
 
 
 @pytest.mark.parametrize(
@@ -228,12 +234,14 @@ def test_a_config_file_may_name_another_model(teacher, choice_task, tmp_path, ca
     assert "dummy (" in said
 
 
-def test_what_lm_eval_refuses_is_said_in_our_form(teacher, capsys, tmp_path):
-    code, _, error = run(["--model_args", f"pretrained={teacher}", "--tasks", str(tmp_path / "no.yaml")], capsys)
+def test_what_lm_eval_refuses_is_said_in_our_form(teacher, choice_task, capsys, tmp_path):
+    code, _, error = run(
+        ["--model_args", f"pretrained={teacher}", "--tasks", str(tmp_path / "no.yaml")], capsys
+    )
     assert code == 1
     assert "Tasks not found" in error
     assert "internal error" not in error
-    code, _, error = run(["run", "--model_args", "pretrainde=x", "--tasks", "wikitext"], capsys)
+    code, _, error = run(["run", "--model_args", "pretrainde=x", "--tasks", str(choice_task())], capsys)
     assert code == 2
     assert 'did you mean "pretrained"' in error
 
