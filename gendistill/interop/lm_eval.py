@@ -301,7 +301,8 @@ class GendistillLM(TemplateLM):
         groups: dict[Sampling, list[_Ask]] = defaultdict(list)
         cut = 0
         for number, request in enumerate(requests):
-            context, settings = request.args[:2]
+            arguments: tuple[Any, ...] = request.args
+            context, settings = arguments[0], arguments[1]
             stop, sampling, new_tokens = self._rules(settings, f"request {number}")
             token_ids = self.tok_encode(context)
             if self.max_length is not None:

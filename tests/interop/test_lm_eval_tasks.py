@@ -51,6 +51,8 @@ def assert_same_choices(rows, expected):
         shift = [mine - its for mine, its in zip(found, scores, strict=True)]
         assert max(shift) - min(shift) < 1e-3, other["doc_id"]
         assert row["likelihood"]["correct"] == bool(other["acc"])
+        if "likelihood_per_char" in row:
+            assert row["likelihood_per_char"]["correct"] == bool(other["acc_norm"])
         assert row["options"][other["doc"]["gold"]] == row["gold"]
 
 
@@ -71,13 +73,14 @@ def assert_same_choices(rows, expected):
 def test_choices_are_those_of_lm_eval(request, folder, keys, choice_task, tmp_path):
     folder = request.getfixturevalue(folder)
     path = choice_task(**keys)
-    found = ours(folder, [path], tmp_path / "out", protocols=["likelihood"])
+    found = ours(folder, [path], tmp_path / "out", protocols=["likelihood", "likelihood_per_char"])
     assert_same_choices(found, theirs(folder, path))
 
 
 def test_choices_in_a_chat_are_those_of_lm_eval(student, choice_task, tmp_path):
     path = choice_task(description="Be brief.", num_fewshot=2)
-    assert_same_choices(ours(student, [path], tmp_path / "out", chat=True), theirs(student, path, chat=True))
+    found = ours(student, [path], tmp_path / "out", chat=True, protocols=["likelihood", "likelihood_per_char"])
+    assert_same_choices(found, theirs(student, path, chat=True))
 
 
 @pytest.mark.parametrize(
@@ -302,6 +305,12 @@ def test_groups_in_a_file_are_refused_with_their_members(tmp_path):
     path.write_text("group: many\ntask:\n  - one\n  - two\n")
     with pytest.raises(EvalError, match="group of tasks: one, two"):
         load_task(path)
+
+
+def test_the_first_metric_of_a_task_ranks(choice_task):
+    norm = [{"metric": "acc_norm", **MEAN}, {"metric": "acc", **MEAN}]
+    assert load_task(choice_task(metric_list=norm)).metric == "accuracy_per_char"
+    assert load_task(choice_task()).metric == "accuracy"
 
 
 def test_metrics_that_are_not_computed_are_said(choice_task):
