@@ -1,6 +1,6 @@
 """Parse the command line, run one command, and turn every failure into a message and an exit code.
 
-Exit codes: 0 ok, 1 failed, 2 bad usage or recipe, 130 interrupted.
+Exit codes: 0 ok, 1 failed, 2 bad usage or recipe, 3 gate not met, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ COMMANDS = {
     "lm-eval": ("gendistill.cli.lm_eval", "run lm-eval's command line on our models"),
     "twins": ("gendistill.cli.twins", "write the task that asks by generation what another asks by likelihood"),
     "report": ("gendistill.cli.report", "show the gap between teacher and student"),
+    "compare": ("gendistill.cli.compare", "compare models item by item: our scores, or lm-eval's samples"),
     "recipe": ("gendistill.cli.recipe", "list, show, copy, check and compare recipes"),
     "data": ("gendistill.cli.data", "show training rows, with the tokens that count in the loss"),
     "prune": ("gendistill.cli.prune", "remove the steps that no run folder shows"),

@@ -21,7 +21,7 @@ SCHEMA = 2
 _TASK_FIELDS = ("kind", "metric", "items_sha256", "prompt_sha256", "limit", "n")
 # Neither changes what is asked: the batch size is a matter of memory, and `overrode` lists what each model's
 # own generation defaults would have been.
-_FREE_SETTINGS = frozenset({"batch_size", "overrode"})
+FREE_SETTINGS = frozenset({"batch_size", "overrode"})
 
 _SCORE_AGAIN = "score both models again with the same gendistill eval command"
 
@@ -278,7 +278,7 @@ def _differences(left: Mapping[str, Any], right: Mapping[str, Any], keys: Iterab
 
 
 def _setting_differences(left: Mapping[str, Any], right: Mapping[str, Any]) -> str:
-    return _differences(left, right, sorted((left.keys() | right.keys()) - _FREE_SETTINGS))
+    return _differences(left, right, sorted((left.keys() | right.keys()) - FREE_SETTINGS))
 
 
 def _check_rankable(left: GapReport, right: GapReport) -> None:
@@ -328,10 +328,10 @@ def _task_gap(
     entry = next(iter(found.values()))
 
     def score(correct: list[float] | None) -> Estimate | None:
-        return _points(stats.accuracy(correct, resamples=resamples)) if correct else None
+        return _points(stats.accuracy(correct)) if correct else None
 
     def gap(teacher: list[float] | None, student: list[float] | None) -> Estimate | None:
-        return _points(stats.gap(teacher, student, resamples=resamples)) if teacher and student else None
+        return _points(stats.gap(teacher, student)) if teacher and student else None
 
     by_role = {role: {name: vectors.get((role, name)) for name in PROTOCOLS} for role in ROLES}
     teacher, student = (by_role[role] for role in ROLES)
@@ -363,7 +363,6 @@ def _hidden(
             student_likelihood=student_ranked,
             teacher_generation=teacher_written,
             student_generation=student_written,
-            resamples=resamples,
         )
     )
 

@@ -19,6 +19,7 @@ HEAVY = {"torch", "triton", "transformers", "accelerate", "datasets", "matplotli
 # what must stay importable without torch; a folder stands for all its modules
 TORCH_FREE = (
     *("gendistill", "gendistill.config", "gendistill.cli", "gendistill.report", "gendistill.errors"),
+    *("gendistill.comparison", "gendistill.gates"),
     *(
         "gendistill.types",
         "gendistill.runs.advice",
@@ -69,6 +70,7 @@ LAYERS = {
         "losses",
     },
     "report": {"anatomy", "config"},
+    "comparison": {"report"},
     "results": {"report", "config"},
     "bench": {
         *(

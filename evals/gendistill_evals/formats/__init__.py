@@ -1,0 +1,1 @@
+"""Files of other evaluation tools. Imports no torch."""

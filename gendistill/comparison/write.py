@@ -1,0 +1,187 @@
+"""Write a comparison to a folder, and show it in a terminal."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+
+from rich.console import Console
+from rich.text import Text
+
+from gendistill.comparison import tables, wording
+from gendistill.comparison.compute import ALL_TASKS, Comparison, PairScore
+from gendistill.gates import Gate
+from gendistill.paths import write_json, write_text, writing
+from gendistill.text import encodable, printable
+from gendistill_evals import ProtocolFamily
+
+# Of ``--gate``; the names of points lost are above zero for a loss.
+GATE_NAMES = (
+    *("gap", "gap_high", "likelihood_gap", "generation_gap", "hidden_gap", "accuracy", "mcnemar_p"),
+    *("not_inferior_p", "equivalent_p", "flips"),
+)
+_NOTED = 12
+
+
+@dataclass(frozen=True, slots=True)
+class ComparisonPaths:
+    """The files of a written comparison."""
+
+    page: Path
+    json: Path
+    markdown: Path
+    csv: Path
+    latex: Path
+    figures: tuple[Path, ...]
+
+
+def write_comparison(
+    comparison: Comparison, folder: Path, *, command: str, gates: Sequence[str] = ()
+) -> ComparisonPaths:
+    """Write the page, ``compare.json``, the table as Markdown, CSV and LaTeX, and the forest plot as SVG and PDF.
+
+    Args:
+        comparison: What was compared.
+        folder: Made if missing; older files of a comparison are replaced.
+        command: What made it, for the page.
+        gates: What was said of each gate.
+    Raises:
+        OutputError: The folder cannot be written.
+    """
+    # Imported here: a table in the terminal needs neither templates nor figures.
+    from gendistill.comparison.html import render_page
+    from gendistill.comparison.plots import plot_forest
+
+    drawings = plot_forest(comparison)
+    figures = {folder / f"forest.{kind}": drawing for kind, drawing in drawings.items()}
+    paths = ComparisonPaths(
+        page=folder / "index.html",
+        json=folder / "compare.json",
+        markdown=folder / "table.md",
+        csv=folder / "table.csv",
+        latex=folder / "table.tex",
+        figures=tuple(figures),
+    )
+    texts = {
+        paths.markdown: tables.render_markdown(comparison),
+        paths.csv: tables.render_csv(comparison),
+        paths.latex: tables.render_latex(comparison),
+        paths.page: render_page(comparison, drawings["svg"], command=command, gates=gates),
+    }
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        for path, drawing in figures.items():
+            partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+            partial.write_bytes(drawing)
+            partial.replace(path)
+    for path, text in texts.items():
+        write_text(path, encodable(text))
+    # Last, because it says that the other files are complete.
+    write_json(paths.json, {**comparison.to_json(), "headline": wording.headline(comparison)})
+    return paths
+
+
+def render_terminal(comparison: Comparison, *, console: Console | None = None) -> None:
+    """Print the headline, the tables and the notes.
+
+    Args:
+        comparison: What was compared.
+        console: Where to print; standard output if None.
+    """
+    console = console or Console(highlight=False)
+    if not console.is_terminal:
+        console.width = max(console.width, 110)
+    for name, rows in tables.sections(comparison):
+        console.print(Text(f"\n{name}", style="bold"), soft_wrap=True)
+        console.print(tables.render_rich(rows))
+    console.print()
+    console.print(Text(wording.headline(comparison)), soft_wrap=True)
+    for each in comparison.hidden[:_NOTED]:
+        low, high = tables.signed(each.hidden.low), tables.signed(each.hidden.high)
+        console.print(
+            Text(
+                f"hidden   {printable(each.task)}, {printable(each.second)} against {printable(each.first)}: "
+                f"{tables.signed(each.hidden.value)} points [{low}, {high}]"
+            ),
+            soft_wrap=True,
+        )
+    for each in comparison.agreement[:_NOTED]:
+        tau = "not defined" if each.tau is None else f"{each.tau:.2f}"
+        console.print(
+            Text(
+                f"ranks    {printable(each.task)}: Kendall's tau of {each.likelihood} and {each.generation} is {tau}"
+            ),
+            soft_wrap=True,
+        )
+    for line in wording.power_notes(comparison)[:_NOTED]:
+        console.print(Text(f"power    {line}"), soft_wrap=True)
+    for note in comparison.notes:
+        console.print(Text(f"warn     {printable(note, longest=2000)}"), soft_wrap=True)
+
+
+def gate_value(comparison: Comparison, gate: Gate) -> tuple[float | None, str]:
+    """Find the measured value that a gate is held against: the worst of all later models beside the first.
+
+    Returns: The value, None if nothing was measured; and what it was measured of.
+    """
+    worst: tuple[float | None, str] = (None, f"{gate.task or 'all tasks'}")
+    for first, second in combinations(comparison.models, 2):
+        if first != comparison.models[0]:
+            continue
+        value = _gate_value(comparison, gate, first, second)
+        if value is None:
+            return None, f"{second} against {first}, {gate.task or 'all tasks'}"
+        # A gate from above is missed by the largest value, one from below by the smallest.
+        if worst[0] is None or (value > worst[0]) == gate.op.startswith("<"):
+            worst = value, f"{second} against {first}, {gate.task or 'all tasks'}"
+    return worst
+
+
+def _gate_value(comparison: Comparison, gate: Gate, first: str, second: str) -> float | None:
+    if gate.name == "hidden_gap":
+        found = [
+            -each.hidden.value
+            for each in comparison.hidden
+            if (each.first, each.second) == (first, second) and gate.task in (None, each.task)
+        ]
+        return sum(found) / len(found) if found else None
+    row = _gate_row(comparison, gate, first, second)
+    if row is None:
+        return None
+    return {
+        "gap": -row.gap.value,
+        "likelihood_gap": -row.gap.value,
+        "generation_gap": -row.gap.value,
+        "gap_high": -row.gap.low,
+        "accuracy": row.second_score.value,
+        "mcnemar_p": row.p_holm,
+        "not_inferior_p": row.not_inferior_p,
+        "equivalent_p": row.equivalent_p,
+        "flips": row.flips,
+    }[gate.name]
+
+
+def _gate_row(comparison: Comparison, gate: Gate, first: str, second: str) -> PairScore | None:
+    """Find the row of the leading measure, or of the family that the gate names."""
+    family = {
+        "likelihood_gap": ProtocolFamily.LIKELIHOOD,
+        "generation_gap": ProtocolFamily.GENERATION,
+    }.get(gate.name)
+    rows = [
+        row
+        for row in comparison.pairs
+        if (row.first, row.second) == (first, second) and family in (None, row.family)
+    ]
+    if gate.task is not None:
+        rows = [row for row in rows if row.task == gate.task]
+    leads = [row for row in rows if row.measure == comparison.lead] or rows[:1]
+    leads = (
+        [row for row in (leads if family is None else rows) if row.measure == leads[0].measure]
+        if leads
+        else []
+    )
+    mean = [row for row in leads if row.task == ALL_TASKS]
+    return next(iter(mean or leads), None)
