@@ -79,7 +79,9 @@ def test_choices_are_those_of_lm_eval(request, folder, keys, choice_task, tmp_pa
 
 def test_choices_in_a_chat_are_those_of_lm_eval(student, choice_task, tmp_path):
     path = choice_task(description="Be brief.", num_fewshot=2)
-    found = ours(student, [path], tmp_path / "out", chat=True, protocols=["likelihood", "likelihood_per_char"])
+    found = ours(
+        student, [path], tmp_path / "out", chat=True, protocols=["likelihood", "likelihood_per_char"]
+    )
     assert_same_choices(found, theirs(student, path, chat=True))
 
 
