@@ -30,7 +30,10 @@ COMMANDS = {
     "eval": ("gendistill.cli.evaluate", "score a model by log-likelihood and by generation"),
     "generate": ("gendistill.cli.generate", "complete texts, chat, or answer a file of prompts"),
     "lm-eval": ("gendistill.cli.lm_eval", "run lm-eval's command line on our models"),
-    "twins": ("gendistill.cli.twins", "write the task that asks by generation what another asks by likelihood"),
+    "twins": (
+        "gendistill.cli.twins",
+        "write the task that asks by generation what another asks by likelihood",
+    ),
     "report": ("gendistill.cli.report", "show the gap between teacher and student"),
     "compare": ("gendistill.cli.compare", "compare models item by item: our scores, or lm-eval's samples"),
     "recipe": ("gendistill.cli.recipe", "list, show, copy, check and compare recipes"),

@@ -99,7 +99,7 @@ def test_a_model_whose_name_is_no_folder_stays_inside(evaluated, tmp_path):
     folder, _ = evaluated("../../up")
     path = write_lm_eval(folder, tmp_path / "out")
     assert path.parents[1] == tmp_path / "out"
-    with pytest.raises(EvalError, match="missing|no such file|there is no"):
+    with pytest.raises(EvalError, match=r"missing|no such file|there is no"):
         write_lm_eval(tmp_path / "nothing", tmp_path / "out")
 
 
