@@ -171,7 +171,8 @@ def _score_model(arguments: argparse.Namespace) -> int:
     _check_out(out)
     results = scoring_module().score_checkpoint(
         arguments.model,
-        tasks=tuple(loaded),
+        # by name they would be loaded without it
+        tasks=tuple(loaded) if arguments.trust_task_code else tasks,
         protocols=arguments.protocols or _protocols(_BOTH),
         style=style,
         permutations=permutations,

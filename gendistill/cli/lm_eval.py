@@ -40,6 +40,8 @@ def run_words(words: Sequence[str]) -> int:
 
     setup_logging()
     command_line = HarnessCLI()
+    # what its help calls the command
+    command_line._parser.prog = f"gendistill {COMMAND}"
     given = sys.argv
     # lm-eval reads them there, and fills "run" in
     sys.argv = [f"gendistill {COMMAND}", *words]

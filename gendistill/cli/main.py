@@ -70,7 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
-    words = given if given[:1] == [_PASSED_ON] else with_dashes(given)
+    passed_on = [word for word in given if word != "--debug"][:1] == [_PASSED_ON]
+    words = given if passed_on else with_dashes(given)
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
     _quiet_libraries()
