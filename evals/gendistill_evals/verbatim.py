@@ -31,6 +31,12 @@ class Verbatim(tuple[Message, ...]):
         made.text, made.lead = text, lead
         return made
 
+    def asking(self, content: str) -> Verbatim:
+        """Return the prompt with another last turn, which the text ends in."""
+        *before, last = self
+        text = self.text.removesuffix(last["content"]) + content
+        return Verbatim((*before, Message(role=last["role"], content=content)), text, self.lead)
+
 
 def whole_answer(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int], stop: Sequence[str]) -> str:
     """Decode an answer up to its first stop text, with all of its white space and without special tokens."""

@@ -14,6 +14,7 @@ from lm_eval.models.huggingface import HFLM
 
 from gendistill.checkpoints.resolve import load_causal_lm, load_tokenizer
 from gendistill_evals import EvalError, evaluate_model, load_task, load_tasks
+from gendistill_evals.forms import reordered
 from gendistill_evals.lm_eval_file import functions_of, is_lm_eval_file, read_lm_eval_file
 from gendistill_evals.lm_eval_tasks import is_lm_eval_task, load_lm_eval_tasks
 
@@ -307,6 +308,20 @@ def test_groups_in_a_file_are_refused_with_their_members(tmp_path):
     path.write_text("group: many\ntask:\n  - one\n  - two\n")
     with pytest.raises(EvalError, match="group of tasks: one, two"):
         load_task(path)
+
+
+def test_options_in_another_order_are_asked_in_the_same_words(choice_task):
+    listed = "{{question}}\n{% for c in choices %}{{'ABCD'[loop.index0]}}. {{c}}\n{% endfor %}Answer:"
+    letters = {"doc_to_choice": ["A", "B", "C", "D"], "doc_to_target": "letter"}
+    (item, *_) = load_task(choice_task(doc_to_text=listed, num_fewshot=1, **letters)).items
+    moved = reordered(item, [3, 2, 1, 0])
+    first, last = item.prompt.text, moved.prompt.text
+    assert moved.prompt.lead == item.prompt.lead
+    assert sorted(first) == sorted(last) != first
+    assert last.endswith("Answer:")
+    # the example before the question is as it was
+    assert last.split("\n\n")[0] == first.split("\n\n")[0]
+    assert moved.gold == "DCBA"["ABCD".index(item.gold)]
 
 
 def test_the_first_metric_of_a_task_ranks(choice_task):
