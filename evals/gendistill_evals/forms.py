@@ -12,6 +12,7 @@ from dataclasses import replace
 from enum import StrEnum
 
 from gendistill_evals.items import LETTERS, AnswerForm, Item, Message, Prompt, list_options, messages_of
+from gendistill_evals.verbatim import Verbatim
 
 LETTER_REQUEST = "Answer with the letter."
 THOUGHT_REQUEST = 'Think step by step, then end with "The answer is ...".'
@@ -120,7 +121,10 @@ def reordered(item: Item, order: Sequence[int]) -> Item | None:
     prompt = item.prompt
     if listing:
         asked = item.messages[-1]["content"].replace(listing, shown)
-        prompt = _with_last_turn(item.prompt, asked)
+        if isinstance(prompt, Verbatim):
+            prompt = prompt.asking(asked)
+        else:
+            prompt = _with_last_turn(prompt, asked)
     return replace(
         item,
         prompt=prompt,

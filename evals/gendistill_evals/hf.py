@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gendistill_evals.answering import generate_greedily
 from gendistill_evals.model import Decoding, Generated, ModelSetup, Pair, Request
-from gendistill_evals.scoring import continuation_log_probs, device_of, num_embeddings, num_positions
+from gendistill_evals.scoring import continuation_scores, device_of, num_embeddings, num_positions
 from gendistill_evals.weights import weights_fingerprint
 
 
@@ -72,7 +72,12 @@ class HFModel:
 
     def log_probs(self, pairs: Sequence[Pair]) -> Iterator[tuple[int, list[float]]]:
         """Yield the natural-log probability of every token of each continuation, in float32."""
-        return continuation_log_probs(self.model, pairs, batch_size=self.batch_size)
+        for index, values, _ in self.scores(pairs):
+            yield index, values
+
+    def scores(self, pairs: Sequence[Pair]) -> Iterator[tuple[int, list[float], bool]]:
+        """Yield as ``log_probs`` does, and whether greedy decoding of the context gives the continuation."""
+        return continuation_scores(self.model, pairs, batch_size=self.batch_size)
 
     def generate(self, requests: Sequence[Request], decoding: Decoding) -> Iterator[tuple[int, Generated]]:
         """Yield the answer to each prompt, the longest prompts first."""

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from gendistill_evals.errors import EvalError
 from gendistill_evals.items import Message, Prompt, messages_of
 from gendistill_evals.reading import shorten
+from gendistill_evals.verbatim import Verbatim
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -150,6 +151,10 @@ class Prompter:
         """Texts that end every answer, whatever the task."""
         return () if self.template else (PLAIN_STOP,)
 
+    def stop_after(self, prompt: Prompt) -> tuple[str, ...]:
+        """Return the texts that end an answer to a prompt, whatever the task: none where all of it is the task's."""
+        return () if isinstance(prompt, Verbatim) else self.stop
+
     def settings(self) -> dict[str, Any]:
         """Return what shapes prompts, for the record."""
         return {
@@ -193,10 +198,13 @@ class Prompter:
                 render the turns.
         """
         text = self._prompt(prompt)
-        lead = "" if self.template else " "
+        plain_lead = prompt.lead if isinstance(prompt, Verbatim) else " "
+        lead = "" if self.template else plain_lead
         whole = [self._ids(f"{text}{lead}{option}") for option in options]
+        # Where lm-eval splits: white space at the end of its prompts is scored with the answer.
+        asked = (text.rstrip() or text) if isinstance(prompt, Verbatim) else text
         # The shortest answer may not be swallowed whole: every one keeps a token to score.
-        length = min(_common_length([self._ids(text), *whole]), min(map(len, whole)) - 1)
+        length = min(_common_length([self._ids(asked), *whole]), min(map(len, whole)) - 1)
         if length < 1:
             raise EvalError(
                 "the prompt and its options have no first token in common",
@@ -207,7 +215,7 @@ class Prompter:
     def _prompt(self, prompt: Prompt) -> str:
         messages = messages_of(prompt)
         if self.template is None:
-            return _plain_text(messages)
+            return prompt.text if isinstance(prompt, Verbatim) else _plain_text(messages)
         alone = len(messages) == 1
         try:
             text = self.tokenizer.apply_chat_template(

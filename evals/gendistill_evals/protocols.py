@@ -21,6 +21,7 @@ from gendistill_evals.judges import ANSWER_JUDGES, JUDGES, Judgement, judge_lett
 from gendistill_evals.model import Generated, LanguageModel, Limits, Pair, Request, check_fits
 from gendistill_evals.prompts import PLAIN_STYLE, Prompter, Style, ids_sha256, opened
 from gendistill_evals.task import Metric, Task
+from gendistill_evals.verbatim import Verbatim, whole_answer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -275,13 +276,17 @@ class Generation:
             Request(
                 prompter.prompt_ids(item.prompt),
                 max_new_tokens=self.max_new_tokens(task, style),
-                stop=(*stop, *prompter.stop),
+                stop=(*stop, *prompter.stop_after(item.prompt)),
                 name=f"{task.name}, item {item.id}",
             )
             for item in items
         ]
         answers: dict[int, Generated] = {}
         for index, answer in model.generate(requests, greedy_decoding(model, prompter)):
+            if isinstance(items[index].prompt, Verbatim):
+                # Whoever judges these answers judges their white space too.
+                said = whole_answer(model.tokenizer, answer.token_ids, requests[index].stop)
+                answer = replace(answer, text=said)
             answers[index] = answer
             if progress:
                 progress(len(answers), len(items))

@@ -24,10 +24,10 @@ class _Row:
     pairs: list[int] = field(default_factory=list)
 
 
-def continuation_log_probs(
+def continuation_scores(
     model: PreTrainedModel, pairs: Sequence[Pair], *, batch_size: int = 8
-) -> Iterator[tuple[int, list[float]]]:
-    """Compute the log-probability of every token of each continuation after its context.
+) -> Iterator[tuple[int, list[float], bool]]:
+    """Compute the log-probability of every token of each continuation after its context, and whether it is greedy.
 
     The last token of a continuation is predicted, never read, so pairs that share a prompt often share a
     sequence: options of one token each cost one row, not one row each.
@@ -36,7 +36,8 @@ def continuation_log_probs(
         model: Causal language model; runs without its cache.
         pairs: Contexts and continuations.
         batch_size: Rows per forward.
-    Yields: Index of each pair, and natural-log probabilities of its continuation's tokens, in float32.
+    Yields: Index of each pair, natural-log probabilities of its continuation's tokens, in float32, and whether greedy
+        decoding of the context gives the continuation.
     Raises:
         EvalError: A sequence longer than the model's positions, or a probability that is not a number.
     """
@@ -46,14 +47,14 @@ def continuation_log_probs(
         # Left before the numbers are handed out: whoever takes them may train.
         with inference(model):
             scored = list(_score_batch(model, rows[start : start + batch_size], pairs))
-        for index, values in scored:
+        for index, values, greedy in scored:
             if not all(map(math.isfinite, values)):
                 raise EvalError(
                     "the model gives log-probabilities that are not finite",
                     where=pairs[index].name or f"pair {index}",
                     hint="check its weights, or load it in float32",
                 )
-            yield index, values
+            yield index, values, greedy
 
 
 def check_length(model: nn.Module, num_tokens: int) -> None:
@@ -121,7 +122,7 @@ def _rows(pairs: Sequence[Pair]) -> list[_Row]:
 
 def _score_batch(
     model: PreTrainedModel, batch: Sequence[_Row], pairs: Sequence[Pair]
-) -> Iterator[tuple[int, list[float]]]:
+) -> Iterator[tuple[int, list[float], bool]]:
     device = device_of(model)
     width = len(batch[0].ids)
     input_ids = torch.zeros(len(batch), width, dtype=torch.long)
@@ -137,7 +138,8 @@ def _score_batch(
             columns = [column[at] for at in _positions(pairs[index])]
             targets = torch.tensor(list(pairs[index].continuation), device=device)
             log_probs = logits[place, columns].float().log_softmax(-1)
-            yield index, log_probs.gather(-1, targets[:, None])[:, 0].tolist()
+            greedy = bool((log_probs.argmax(-1) == targets).all())
+            yield index, log_probs.gather(-1, targets[:, None])[:, 0].tolist(), greedy
 
 
 def _positions(pair: Pair) -> range:

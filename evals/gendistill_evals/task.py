@@ -127,20 +127,34 @@ def load_task(name_or_path: str | Path) -> Task:
     Raises:
         EvalError: Unknown name (exit code 2), or a task file or items that do not fit the format.
     """
+    if (theirs := _of_lm_eval(name_or_path, trust_code=False)) is not None:
+        if len(theirs) > 1:
+            raise EvalError(
+                f"{name_or_path} is {len(theirs)} tasks, and one is meant: {', '.join(task.name for task in theirs)}",
+                hint="name one of them",
+                exit_code=2,
+            )
+        return theirs[0]
     path = _find(name_or_path, _TASKS, ".yaml", list_tasks(), what="task")
     content = read_task_yaml(path)
     return _task(TaskKeys(content, str(path)), path)
 
 
-def load_tasks(tasks: Sequence[str | Path | Task]) -> list[Task]:
+def load_tasks(tasks: Sequence[str | Path | Task], *, trust_code: bool = False) -> list[Task]:
     """Load several tasks, whose names must differ.
 
     Args:
-        tasks: Names and paths as for ``load_task``, or tasks.
+        tasks: Names and paths as for ``load_task``, or tasks; a group of lm-eval's is all of its tasks.
+        trust_code: Whether Python functions that a task file of lm-eval's names may run.
     Raises:
         EvalError: As for ``load_task``, or two tasks of one name.
     """
-    loaded = [task if isinstance(task, Task) else load_task(task) for task in tasks]
+    loaded: list[Task] = []
+    for task in tasks:
+        if isinstance(task, Task):
+            loaded.append(task)
+        else:
+            loaded += _of_lm_eval(task, trust_code=trust_code) or [load_task(task)]
     names = [task.name for task in loaded]
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise EvalError(
@@ -203,6 +217,16 @@ def sha256_of(content: Any) -> str:
     """Hash plain data by its canonical JSON."""
     text = json.dumps(content, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _of_lm_eval(name_or_path: str | Path, *, trust_code: bool) -> list[Task] | None:
+    """Load tasks of lm-eval; None for all others."""
+    # Imported here: it makes tasks of this module.
+    from gendistill_evals.lm_eval_tasks import is_lm_eval_task, load_lm_eval_tasks
+
+    if not is_lm_eval_task(name_or_path):
+        return None
+    return list(load_lm_eval_tasks(name_or_path, trust_code=trust_code))
 
 
 def _find(name_or_path: str | Path, folder: Path, suffix: str, known: Sequence[str], *, what: str) -> Path:

@@ -79,11 +79,9 @@ def positive(text: str) -> int:
 
 def is_recipe(name: str) -> bool:
     """Tell whether a word means a recipe rather than a model: a built-in name, a YAML file or a run folder."""
-    from gendistill.config.load import recipe_names
+    from gendistill.config.load import means_recipe
 
-    return (
-        name in recipe_names() or name.endswith((".yaml", ".yml")) or (Path(name) / "recipe.yaml").is_file()
-    )
+    return means_recipe(name)
 
 
 def check_path(text: str, *, where: str, command: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from gendistill_evals.protocols import lead_protocols
 
 # The first protocol of each family, which is what the hidden gap compares.
 _BOTH = "both"
-_PATHS = ("model", "out", "teacher", "questions")
+_PATHS = ("model", "out", "teacher", "questions", "lm_eval_out")
 # The longest name that every file system takes leaves room for what is written beside the folder.
 _LONGEST_NAME = 100
 _MODEL_FLAGS = (
@@ -82,6 +83,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--teacher", metavar="MODEL", help="model that scores the answers to open questions")
     parser.add_argument("--questions", metavar="NAME", help="built-in name or .jsonl of open questions")
     parser.add_argument("--out", metavar="FOLDER", help="where results go (evals/<model>)")
+    parser.add_argument(
+        "--lm-eval-out", metavar="FOLDER", help="write scores and samples there in lm-eval's layout too"
+    )
+    parser.add_argument(
+        "--trust-task-code",
+        action="store_true",
+        help="let Python functions run that lm-eval task files name",
+    )
     parser.add_argument("--list", action="store_true", help="list the built-in tasks and questions")
     add_json(parser)
 
@@ -109,6 +118,12 @@ def _score_recipe(arguments: argparse.Namespace) -> int:
     from gendistill.config.load import load_recipe
 
     given = [name for name in (*_MODEL_FLAGS, "protocols") if getattr(arguments, name) is not None]
+    if arguments.trust_task_code:
+        raise RecipeError(
+            f"the tasks of a recipe run no Python, and {arguments.model} is a recipe",
+            where="--trust-task-code",
+            hint="gendistill eval MODEL --tasks TASK.yaml --trust-task-code scores its models one by one",
+        )
     if given:
         flag = f"--{given[0].replace('_', '-')}"
         raise RecipeError(
@@ -119,7 +134,9 @@ def _score_recipe(arguments: argparse.Namespace) -> int:
     recipe = load_recipe(arguments.model, all_overrides(arguments))
     find_tasks(recipe)
     run_dir = pipeline_module().evaluate(recipe, command=command_line())
-    print(f"ok        {run_dir.root / 'eval'}   next: gendistill report {run_dir.root}")
+    scored = sorted(path.parent for path in (run_dir.root / "eval").glob("*/results.json"))
+    theirs = _write_lm_eval(scored, arguments.lm_eval_out)
+    print(f"ok        {run_dir.root / 'eval'}{theirs}   next: gendistill report {run_dir.root}")
     return 0
 
 
@@ -147,14 +164,15 @@ def _score_model(arguments: argparse.Namespace) -> int:
     # Before the model, which may be a download of hours.
     for name in tasks:
         _check_path("tasks", name)
-    load_tasks(tasks)
+    loaded = load_tasks(tasks, trust_code=arguments.trust_task_code)
     if arguments.questions is not None:
         load_questions(arguments.questions)
     out = Path(arguments.out) if arguments.out else Path("evals") / _folder_name(arguments.model)
     _check_out(out)
     results = scoring_module().score_checkpoint(
         arguments.model,
-        tasks=tasks,
+        # by name they would be loaded without it
+        tasks=tuple(loaded) if arguments.trust_task_code else tasks,
         protocols=arguments.protocols or _protocols(_BOTH),
         style=style,
         permutations=permutations,
@@ -164,12 +182,24 @@ def _score_model(arguments: argparse.Namespace) -> int:
         teacher=arguments.teacher,
         questions=arguments.questions,
     )
+    theirs = _write_lm_eval([out], arguments.lm_eval_out)
     if arguments.json:
         print_json(results)
         return 0
     _print_scores(results)
-    print(f"ok        {out}")
+    print(f"ok        {out}{theirs}")
     return 0
+
+
+def _write_lm_eval(folders: Sequence[Path], out: str | None) -> str:
+    """Write evaluations in lm-eval's layout, where that is asked for; returns what to say of it."""
+    if out is None:
+        return ""
+    from gendistill_evals.formats.lm_eval_write import write_lm_eval
+
+    for folder in folders:
+        write_lm_eval(folder, Path(out))
+    return f"   in lm-eval's layout: {out}"
 
 
 def _protocols(text: str) -> tuple[str, ...]:

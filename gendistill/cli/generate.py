@@ -10,8 +10,8 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gendistill.cli.arguments import check_path, is_recipe, positive, scoring_module
-from gendistill.errors import CheckpointError, RecipeError
+from gendistill.cli.arguments import check_path, positive, scoring_module
+from gendistill.errors import RecipeError
 from gendistill.text import printable
 
 if TYPE_CHECKING:
@@ -182,21 +182,9 @@ def _manner(arguments: argparse.Namespace) -> Manner:
 
 def _model(name: str) -> str:
     """Turn a recipe or its run folder into the folder of its student; models stay."""
-    if not is_recipe(name):
-        return name
-    from gendistill.config.load import load_recipe
-    from gendistill.paths import RunDir
+    from gendistill.runs.named import model_of
 
-    folder = Path(name)
-    run = RunDir(folder if (folder / "recipe.yaml").is_file() else load_recipe(name).run_folder)
-    if not (run.student / "config.json").is_file():
-        there = f"; {run.student_init} is there, and not trained yet" if run.student_init.is_dir() else ""
-        raise CheckpointError(
-            f"{run.root} has no finished student{there}",
-            where=f"{_WHERE} MODEL",
-            hint=f"gendistill run {printable(name)}",
-        )
-    return str(run.student)
+    return model_of(name, where=f"{_WHERE} MODEL")
 
 
 @contextmanager

@@ -29,6 +29,11 @@ COMMANDS = {
     "distill": ("gendistill.cli.distill", "train the student, stage by stage"),
     "eval": ("gendistill.cli.evaluate", "score a model by log-likelihood and by generation"),
     "generate": ("gendistill.cli.generate", "complete texts, chat, or answer a file of prompts"),
+    "lm-eval": ("gendistill.cli.lm_eval", "run lm-eval's command line on our models"),
+    "twins": (
+        "gendistill.cli.twins",
+        "write the task that asks by generation what another asks by likelihood",
+    ),
     "report": ("gendistill.cli.report", "show the gap between teacher and student"),
     "compare": ("gendistill.cli.compare", "compare models item by item: our scores, or lm-eval's samples"),
     "recipe": ("gendistill.cli.recipe", "list, show, copy, check and compare recipes"),
@@ -40,6 +45,8 @@ COMMANDS = {
     ),
     "doctor": ("gendistill.cli.doctor", "check this machine and say how to fix it"),
 }
+# its arguments are another program's: none is ours to read
+_PASSED_ON = "lm-eval"
 _RESUMES = ("run", "convert", "distill", "eval")
 _LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "NCCL", "Broken pipe")
 _OUT_OF_MEMORY = ("OutOfMemoryError", "MemoryError")
@@ -62,7 +69,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
-    words = with_dashes(sys.argv[1:] if arguments is None else arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    passed_on = [word for word in given if word != "--debug"][:1] == [_PASSED_ON]
+    words = given if passed_on else with_dashes(given)
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
     _quiet_libraries()
@@ -94,6 +103,8 @@ def _flushed(words: Sequence[str]) -> int:
 
 
 def _run(words: Sequence[str]) -> int:
+    if words[:1] == [_PASSED_ON]:
+        return importlib.import_module(COMMANDS[_PASSED_ON][0]).run_words(words[1:])
     parser = Parser(
         prog="gendistill",
         description="Turn a pretrained transformer into a hybrid linear-attention student, and score it by generation.",

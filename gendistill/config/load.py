@@ -75,6 +75,15 @@ def recipe_names() -> list[str]:
     return sorted(path.stem for path in asset_dir("recipes").glob("*.yaml"))
 
 
+def means_recipe(name: str) -> bool:
+    """Tell whether a word means a recipe rather than a model: a built-in name, a YAML file or a run folder."""
+    return (
+        name in recipe_names()
+        or name.endswith((".yaml", ".yml"))
+        or (FilePath(name) / "recipe.yaml").is_file()
+    )
+
+
 def recipe_file(path_or_name: str | FilePath) -> FilePath:
     """Find a recipe: a built-in name, a YAML file, or a run folder that holds ``recipe.yaml``.
 

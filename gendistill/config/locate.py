@@ -17,7 +17,7 @@ from gendistill.config.schema import Recipe
 from gendistill.paths import asset_dir
 
 DEFAULT = "default"
-_SCHEMES = ("pypi:", "builtin:")
+_SCHEMES = ("pypi:", "builtin:", "lm_eval:")
 _DATA_SUFFIXES = (".json", ".jsonl", ".ndjson", ".txt", ".text", ".parquet", ".gz")
 
 

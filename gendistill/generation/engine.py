@@ -344,6 +344,15 @@ class Engine:
         Raises:
             GendistillError: A context or a continuation without a token, or a token that the model does not know.
         """
+        for number, values, _ in self.scores(pairs):
+            yield number, values
+
+    def scores(self, pairs: Sequence[Pair]) -> Iterator[tuple[int, list[float], bool]]:
+        """Yield as ``log_probs`` does, and beside it whether greedy decoding of the context gives the continuation.
+
+        Args:
+            pairs: As for ``log_probs``, whose errors it raises.
+        """
         self._check_open()
         known = self._num_known
         for number, (context, continuation) in enumerate(pairs):
@@ -362,9 +371,10 @@ class Engine:
             what = Pass.of(taken, pairs, self._runner.device)
             values = iter(self._score(what))
             for number, length in what.pairs:
-                yield number, [next(values) for _ in range(length)]
+                found = [next(values) for _ in range(length)]
+                yield number, [log_prob for log_prob, _ in found], all(greedy for _, greedy in found)
 
-    def _score(self, what: Pass) -> list[float]:
+    def _score(self, what: Pass) -> list[tuple[float, bool]]:
         try:
             return self._runner.score(what, most=_LOGITS)
         except Exception as error:

@@ -401,8 +401,8 @@ class Runner:
         return Chosen(rows, *(part[:number] for part in (there.tokens, there.log_probs, there.finite)))
 
     @torch.no_grad()
-    def score(self, what: Pass, *, most: int) -> list[float]:
-        """Return the natural-log probability of every target, in order.
+    def score(self, what: Pass, *, most: int) -> list[tuple[float, bool]]:
+        """Return the natural-log probability of every target, and whether no token is likelier, in order.
 
         Args:
             what: To read and to score.
@@ -416,12 +416,15 @@ class Runner:
         )
         hidden = out.last_hidden_state[0]
         found: list[Tensor] = []
+        first: list[Tensor] = []
         for start in range(0, len(what.places), most):
             rows = slice(start, start + most)
             logits = self._logits(hidden[what.places[rows]])
             chosen = logits.gather(1, what.targets[rows, None])[:, 0]
             found.append(chosen - logits.logsumexp(-1))
-        return torch.cat(found).tolist()
+            # the first of equals, which is what greedy decoding chooses
+            first.append(logits.argmax(-1) == what.targets[rows])
+        return list(zip(torch.cat(found).tolist(), torch.cat(first).tolist(), strict=True))
 
     def _step(self, number: int, sampling: Sampling) -> None:
         assert self.memory is not None

@@ -38,17 +38,23 @@ class EngineModel(HFModel):
 
     def log_probs(self, pairs: Sequence[Pair]) -> Iterator[tuple[int, list[float]]]:
         """Yield the natural-log probability of every token of each continuation, in float32."""
+        for index, values, _ in self.scores(pairs):
+            yield index, values
+
+    def scores(self, pairs: Sequence[Pair]) -> Iterator[tuple[int, list[float], bool]]:
+        """Yield as ``log_probs`` does, and whether greedy decoding of the context gives the continuation."""
         check_length(
             self.model, max((len(each.context) + len(each.continuation) - 1 for each in pairs), default=0)
         )
-        for index, values in self.engine.log_probs([(each.context, each.continuation) for each in pairs]):
+        found = self.engine.scores([(each.context, each.continuation) for each in pairs])
+        for index, values, greedy in found:
             if not all(map(math.isfinite, values)):
                 raise EvalError(
                     "the model gives log-probabilities that are not finite",
                     where=pairs[index].name or f"pair {index}",
                     hint="check its weights, or load it in float32",
                 )
-            yield index, values
+            yield index, values, greedy
 
     def generate(self, requests: Sequence[Request], decoding: Decoding) -> Iterator[tuple[int, Generated]]:
         """Yield the answer to each prompt as it ends; what cannot be answered is said when all others are."""

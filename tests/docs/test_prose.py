@@ -29,7 +29,7 @@ _ORDER = re.compile(
 _QUOTED = re.compile(r'"[^"\n]*"|`[^`\n]*`')
 _LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 _TEST = re.compile(r"`(tests/[\w/]+\.py)(?:::(\w+))?`")
-_COMMAND = re.compile(r"`gendistill ([a-z]+)")
+_COMMAND = re.compile(r"`gendistill ([a-z]+(?:-[a-z]+)*)")
 
 
 def pages():

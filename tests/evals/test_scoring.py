@@ -9,14 +9,14 @@ from transformers import PreTrainedTokenizerFast
 from gendistill_evals import PROTOCOLS, EvalError, HFModel, load_task
 from gendistill_evals.model import Pair
 from gendistill_evals.prompts import Prompter
-from gendistill_evals.scoring import continuation_log_probs
+from gendistill_evals.scoring import continuation_scores
 
 LIKELIHOOD = PROTOCOLS["likelihood"]
 
 
 def log_probs(model, pairs, **settings) -> list[list[float]]:
     """Score pairs and put them back in order."""
-    found = dict(continuation_log_probs(model, pairs, **settings))
+    found = {index: values for index, values, _ in continuation_scores(model, pairs, **settings)}
     return [found[index] for index in range(len(pairs))]
 
 
@@ -81,7 +81,7 @@ def test_options_of_one_token_share_a_forward_row(tiny_llama, monkeypatch):
 def test_gradients_and_training_mode_are_left_alone(tiny_llama):
     """Between two results the caller may train: nothing is held over a yield."""
     tiny_llama.train()
-    for _ in continuation_log_probs(tiny_llama, [Pair([4, 5], [6]), Pair([7, 8], [9])], batch_size=1):
+    for _ in continuation_scores(tiny_llama, [Pair([4, 5], [6]), Pair([7, 8], [9])], batch_size=1):
         assert tiny_llama.training
         assert tiny_llama(torch.tensor([[4, 5]])).logits.requires_grad
 

@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SOURCES = {"gendistill": ROOT, "gendistill_evals": ROOT / "evals", "gendistill_kernels": ROOT / "kernels"}
-HEAVY = {"torch", "triton", "transformers", "accelerate", "datasets", "matplotlib"}
+HEAVY = {"torch", "triton", "transformers", "accelerate", "datasets", "matplotlib", "lm_eval"}
 # what must stay importable without torch; a folder stands for all its modules
 TORCH_FREE = (
     *("gendistill", "gendistill.config", "gendistill.cli", "gendistill.report", "gendistill.errors"),
@@ -105,6 +105,20 @@ LAYERS = {
             "ops",
         ),
         *("anatomy", "config"),
+    },
+    "interop": {
+        *(
+            "runs",
+            "report",
+            "conversion",
+            "checkpoints",
+            "training",
+            "generation",
+            "engine",
+            "teachers",
+            "losses",
+        ),
+        *("data", "models", "mixers", "ops", "anatomy", "config"),
     },
     "api": {
         *("runs", "report", "conversion", "checkpoints", "training", "teachers", "data", "models"),

@@ -1,0 +1,1 @@
+"""Other programs that run our models: they are imported with the module that is for them."""
