@@ -155,8 +155,13 @@ def read_rows(path: Path, *, what: str = "the file of items") -> list[tuple[int,
     Raises:
         EvalError: The file is missing or empty, or a line is not a JSON object.
     """
+    return parse_rows(read_text(path, what=what, hint=_NAMED), path)
+
+
+def parse_rows(text: str, path: Path) -> list[tuple[int, dict[str, Any]]]:
+    """Read the objects of a text with one on each line, as ``read_rows`` does; ``path`` is for errors."""
     # Not splitlines(): JSON texts may hold the other line separators of Unicode unescaped.
-    lines = read_text(path, what=what, hint=_NAMED).split("\n")
+    lines = text.split("\n")
     rows = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
