@@ -248,6 +248,7 @@ class SampleRow(TypedDict):
 
     task: str
     id: str | int
+    group: NotRequired[str]
     prompt: str | list[TurnRecord]
     gold: JsonValue
     options: NotRequired[list[str] | None]

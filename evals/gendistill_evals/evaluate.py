@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gendistill_evals.decoding import greedy_decoding
+from gendistill_evals.diagnostics import MOST_PERMUTATIONS, Reordered, diagnose, in_other_orders
 from gendistill_evals.errors import EvalError
 from gendistill_evals.keeping import KeepingModel
 from gendistill_evals.model import LanguageModel, Limits
-from gendistill_evals.prompts import Prompter
-from gendistill_evals.protocols import PROTOCOLS, ProtocolRun, lead_protocols
+from gendistill_evals.prompts import PLAIN_STYLE, Prompter, Style
+from gendistill_evals.protocols import PROTOCOLS, EvalProtocol, ProtocolRun, lead_protocols
 from gendistill_evals.reading import shorten
 from gendistill_evals.results import (
     SCHEMA,
@@ -32,7 +33,8 @@ OnTaskProgress = Callable[[str, str, int, int], None]
 ROLES = ("teacher", "student", "model")
 # What a protocol cannot be called: its entries stand beside these in the files.
 _OWN_KEYS = frozenset({
-    "task", "kind", "judge", "metric", "items_sha256", "prompt_sha256", "n", "limit", "id", "prompt", "options", "gold",
+    "task", "kind", "judge", "metric", "items_sha256", "prompt_sha256", "n", "limit", "id", "group", "subject",
+    "prompt", "options", "gold",
 })  # fmt: skip
 
 
@@ -46,6 +48,8 @@ def evaluate_model(
     parts_dir: str | Path | None = None,
     protocols: Sequence[str] | None = None,
     limit: int | None = None,
+    style: Style = PLAIN_STYLE,
+    permutations: int = 0,
     batch_size: int = 8,
     questions: str | Path | Questions | None = None,
     question_tokens: int = 64,
@@ -69,6 +73,8 @@ def evaluate_model(
             ``out_dir/parts``.
         protocols: Names in ``PROTOCOLS``; None for the first of each family, ``likelihood`` and ``generation``.
         limit: Items per task, from the first; None scores all.
+        style: How prompts are made of items: chat template, system turn, reasoning, examples.
+        permutations: In how many further orders options are shown, to see whether a model chooses places.
         batch_size: Sequences per forward of a Hugging Face model.
         questions: Open questions for transcripts: built-in name, path, loaded, or None for none.
         question_tokens: Longest open answer, in tokens.
@@ -81,8 +87,16 @@ def evaluate_model(
             be scored.
     """
     protocols = _default_protocols() if protocols is None else protocols
-    _check_settings(protocols, limit=limit, batch_size=batch_size, question_tokens=question_tokens, role=role)
+    _check_settings(
+        protocols,
+        limit=limit,
+        batch_size=batch_size,
+        question_tokens=question_tokens,
+        role=role,
+        permutations=permutations,
+    )
     loaded = load_tasks(tasks)
+    asked = _asked(loaded, protocols)
     if questions is not None and not isinstance(questions, Questions):
         questions = load_questions(questions)
     folder = Path(out_dir)
@@ -91,22 +105,31 @@ def evaluate_model(
     judge = None
     if questions and teacher is not None:
         judge = scored if teacher is model else _language_model(teacher, tokenizer, batch_size)
-    prompter = Prompter(scored.tokenizer)
+    prompter = Prompter(scored.tokenizer, style)
     decoding = greedy_decoding(scored, prompter)
-    asked = [(task, PROTOCOLS[name]) for task in loaded for name in _fitting(task, protocols)]
     for task, protocol in asked:
-        protocol.check(scored, scored.tokenizer, task, limit=limit)
+        for each in (task, *(shuffled.task for shuffled in in_other_orders(task, permutations, limit=limit))):
+            protocol.check(scored, scored.tokenizer, each, limit=limit, style=style)
     if questions:
-        check_questions(scored, scored.tokenizer, questions, max_new_tokens=question_tokens, teacher=judge)
+        check_questions(
+            scored, scored.tokenizer, questions, max_new_tokens=question_tokens, teacher=judge, style=style
+        )
+    orders: dict[str, dict[str, list[Reordered]]] = {task.name: {} for task in loaded}
     done: dict[str, dict[str, ProtocolRun]] = {task.name: {} for task in loaded}
     rows: list[dict[str, Any]] | None = None
     with ExitStack() as stack:
         keeping = stack.enter_context(KeepingModel(scored, kept))
         for task, protocol in asked:
             shown = partial(progress, task.name, protocol.name) if progress else None
-            run = protocol.run(keeping, task, limit=limit, progress=shown)
+            run = protocol.run(keeping, task, limit=limit, style=style, progress=shown)
             score = {**run.score, "seconds": keeping.take_seconds()}
             done[task.name][protocol.name] = ProtocolRun(score, run.samples)
+            found = orders[task.name].setdefault(protocol.name, [])
+            for shuffled in in_other_orders(task, permutations, limit=limit):
+                samples = protocol.run(keeping, shuffled.task, style=style).samples
+                found.append(shuffled.answered(samples, run.samples))
+            # Time that is spent on other orders is not the score's.
+            keeping.take_seconds()
         if questions:
             rows = write_answers(
                 keeping,
@@ -116,6 +139,7 @@ def evaluate_model(
                 teacher=keeping
                 if judge is scored
                 else judge and stack.enter_context(KeepingModel(judge, kept)),
+                style=style,
                 progress=partial(progress, questions.name, "transcripts") if progress else None,
             )
     setup = scored.setup()
@@ -136,8 +160,22 @@ def evaluate_model(
         "settings": settings,
         "tasks": [_task_entry(task, done[task.name], limit, protocols) for task in loaded],
         "transcripts": None if rows is None else {"n": len(rows), "max_new_tokens": question_tokens},
+        "diagnostics": {
+            "permutations": permutations,
+            "tasks": {
+                task.name: diagnose(task.items[:limit], done[task.name], orders[task.name]) for task in loaded
+            },
+        },
     }
-    write_samples(folder, [row for task in loaded for row in _task_samples(task, done[task.name], limit)])
+    shown = _shown(protocols)
+    write_samples(
+        folder,
+        [
+            row
+            for task in loaded
+            for row in _task_samples(task, done[task.name], orders[task.name], limit, shown)
+        ],
+    )
     # Without questions the file is emptied, or older answers would pass for this model's.
     write_transcripts(folder, rows or [])
     # Last, because it says that the other files are complete.
@@ -152,6 +190,7 @@ def check_evaluation(
     tasks: Sequence[str | Path | Task],
     protocols: Sequence[str] | None = None,
     limit: int | None = None,
+    style: Style = PLAIN_STYLE,
     questions: str | Path | Questions | None = None,
     question_tokens: int = 64,
 ) -> None:
@@ -161,16 +200,15 @@ def check_evaluation(
         limits: Positions and tokens of the model that will be scored.
         tokenizer: Its tokenizer; the rest is as for ``evaluate_model``.
     Raises:
-        EvalError: A task that does not exist, a chat template that cannot ask it, or items that are too long or have
-            tokens that the model does not know.
+        EvalError: A task that does not exist or that no protocol can score, a chat template that cannot ask it, or
+            items that are too long or have tokens that the model does not know.
     """
     protocols = _default_protocols() if protocols is None else protocols
-    for task in load_tasks(tasks):
-        for protocol in _fitting(task, protocols):
-            PROTOCOLS[protocol].check(limits, tokenizer, task, limit=limit)
+    for task, protocol in _asked(load_tasks(tasks), protocols):
+        protocol.check(limits, tokenizer, task, limit=limit, style=style)
     if questions is not None:
         asked = questions if isinstance(questions, Questions) else load_questions(questions)
-        check_questions(limits, tokenizer, asked, max_new_tokens=question_tokens)
+        check_questions(limits, tokenizer, asked, max_new_tokens=question_tokens, style=style)
 
 
 def _default_protocols() -> tuple[str, ...]:
@@ -193,11 +231,34 @@ def _language_model(
     return HFModel(model, tokenizer, batch_size=batch_size)
 
 
-def _fitting(task: Task, protocols: Sequence[str]) -> list[str]:
-    """List the protocols that are asked for and can score a task."""
-    return [
-        name for name, protocol in PROTOCOLS.items() if name in protocols and protocol.why_not(task) is None
+def _asked(tasks: Sequence[Task], protocols: Sequence[str]) -> list[tuple[Task, EvalProtocol]]:
+    """List the tasks with the protocols that are asked for and can score them.
+
+    Raises:
+        EvalError: Nothing can be scored, or nothing by a protocol that only runs where it is asked for by name.
+    """
+    asked = [
+        (task, protocol)
+        for task in tasks
+        for name, protocol in PROTOCOLS.items()
+        if name in protocols and protocol.why_not(task) is None
     ]
+    used = {protocol.name for _, protocol in asked}
+    idle = [name for name in protocols if name not in used and name in PROTOCOLS]
+    if tasks and (not used or any(name not in _default_protocols() for name in idle)):
+        name = next((name for name in idle if name not in _default_protocols()), idle[0])
+        reasons = "; ".join(f"{task.name}: {PROTOCOLS[name].why_not(task)}" for task in tasks)
+        raise EvalError(
+            f"{name} can score none of the tasks: {reasons}",
+            hint="leave the protocol out, or add a task that it can score",
+            exit_code=2,
+        )
+    return asked
+
+
+def _shown(protocols: Sequence[str]) -> list[str]:
+    """List the protocols that have entries in the files: those asked for, and the first of each family."""
+    return [name for name in PROTOCOLS if name in protocols or name in _default_protocols()]
 
 
 def _task_entry(
@@ -213,28 +274,49 @@ def _task_entry(
         "n": len(task.items[:limit]),
         "limit": task.cut_at(limit),
     }
-    for name, protocol in PROTOCOLS.items():
+    for name in _shown(protocols):
         entry[name] = done[name].score if name in done else None
-        entry[f"{name}_reason"] = protocol.why_not(task) or (None if name in protocols else "not asked for")
+        reason = PROTOCOLS[name].why_not(task)
+        entry[f"{name}_reason"] = reason or (None if name in protocols else "not asked for")
     return entry
 
 
-def _task_samples(task: Task, done: Mapping[str, ProtocolRun], limit: int | None) -> list[dict[str, Any]]:
+def _task_samples(
+    task: Task,
+    done: Mapping[str, ProtocolRun],
+    orders: Mapping[str, Sequence[Reordered]],
+    limit: int | None,
+    protocols: Sequence[str],
+) -> list[dict[str, Any]]:
+    def entry(name: str, place: int) -> dict[str, Any] | None:
+        if name not in done:
+            return None
+        others = [found.choices[place] for found in orders[name] if place in found.choices]
+        return {**done[name].samples[place], **({"permuted": others} if others else {})}
+
     return [
         {
             "task": task.name,
             "id": item.id,
+            "group": item.group,
+            **({"subject": item.subject} if item.subject is not None else {}),
             "prompt": item.prompt,
             "options": list(item.options) if item.options else None,
             "gold": item.gold,
-            **{name: done[name].samples[place] if name in done else None for name in PROTOCOLS},
+            **{name: entry(name, place) for name in protocols},
         }
         for place, item in enumerate(task.items[:limit])
     ]
 
 
 def _check_settings(
-    protocols: Sequence[str], *, limit: int | None, batch_size: int, question_tokens: int, role: str
+    protocols: Sequence[str],
+    *,
+    limit: int | None,
+    batch_size: int,
+    question_tokens: int,
+    role: str,
+    permutations: int,
 ) -> None:
     unknown = [protocol for protocol in protocols if protocol not in PROTOCOLS]
     if unknown or not protocols:
@@ -254,3 +336,12 @@ def _check_settings(
             continue
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise EvalError(f"{name} must be at least 1, got {shorten(value)}", exit_code=2)
+    if (
+        not isinstance(permutations, int)
+        or isinstance(permutations, bool)
+        or not 0 <= permutations <= MOST_PERMUTATIONS
+    ):
+        raise EvalError(
+            f"permutations must be a whole number from 0 to {MOST_PERMUTATIONS}, got {shorten(permutations)}",
+            exit_code=2,
+        )

@@ -24,6 +24,10 @@ from gendistill_evals.wording import (
 )
 
 _NUMBER = re.compile(r"(?<![\w.])[-\u2212]?\$?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?")
+# "answer" with its verb or colon, bold or not; a box; four number signs.
+_STATEMENT = re.compile(
+    r"\\(?:boxed|fbox)\s{0,3}\{|####|\banswer\b[*_\s]{0,4}(?:is\b|:)[*_\s]{0,4}:?[*_]{0,3}", re.IGNORECASE
+)
 _QUOTES = "\"'`*\u2018\u2019\u201c\u201d"
 _EDGE = _QUOTES + ".!?,;: \n\t"
 # "A" and "I" are words too, and so is any small letter; followed by one of these they are letters of options.
@@ -51,6 +55,56 @@ def last_number(text: str) -> Decimal | None:
         return _decimal(found.group())
     numbers = _NUMBER.findall(text)
     return _decimal(numbers[-1]) if numbers else None
+
+
+def answer_after_thought(text: str, *, opens: bool = False) -> str | None:
+    """Leave the reasoning block of an answer out.
+
+    Args:
+        text: A generated answer.
+        opens: Whether the prompt has opened the block.
+    Returns: What follows the last ``</think>``, without white space around it; the text itself where there is no block;
+        None where the block was never closed, so that there is no answer.
+    """
+    _, closed, after = text.rpartition("</think>")
+    if "<think>" in after or (opens and not closed):
+        return None
+    return after.strip() if closed else text
+
+
+def stated_answer(text: str, *, number: bool = False) -> str | None:
+    """Find the answer that a chain of thought states at its end.
+
+    Args:
+        text: What a model wrote: thoughts, then an answer.
+        number: Whether the answer is a number, of which the first is meant, or the one after the last "=".
+    Returns: The rest of the line, or the first line, after the last "answer is", "answer:", ``####``; or the content of
+        the last ``\\boxed``, whichever comes last. None if nothing is stated.
+    """
+    last = None
+    for match in _STATEMENT.finditer(text):
+        last = match
+    if last is None:
+        return None
+    after = text[last.end() :]
+    if last.group().startswith("\\"):
+        stated = _braced(after)
+    else:
+        stated = next((line for line in after.split("\n") if line.strip(_EDGE + "#")), "")
+    if number:
+        # What a judge of numbers takes first.
+        stated = f"#### {stated.rpartition('=')[2]}"
+    return stated.strip() or None
+
+
+def _braced(text: str) -> str:
+    """Return what stands before the brace that closes a text."""
+    depth = 1
+    for place, character in enumerate(text):
+        depth += (character == "{") - (character == "}")
+        if not depth:
+            return text[:place]
+    return text
 
 
 def normalise(text: str) -> str:

@@ -14,7 +14,7 @@ from gendistill_evals.errors import EvalError
 from gendistill_evals.extract import normalise, parse_number
 from gendistill_evals.reading import parse_json, read_text, shorten
 
-_LETTERS = string.ascii_uppercase
+LETTERS = string.ascii_uppercase
 _GOLD = "say what the gold column holds with gold: text | index | letter in the task file"
 _NAMED = "put the .jsonl file there; a task file names it relative to itself"
 
@@ -76,6 +76,11 @@ class Item:
         options: Answers that log-likelihood ranks, or None.
         texts: What the options say, where it is known: ``options`` itself, or the texts behind letters; empty
             for letters that only the prompt explains.
+        listing: The words by which the prompt lists the options; None if it does not, or nobody knows how.
+        group: Of the items that share a passage or a question, which intervals resample together; the id unless given.
+        subject: What it is about, for a table by subject; None where the task does not say.
+        worked: The answer as an example shows it, such as a solution that ends in ``gold``; ``gold`` unless given.
+        reasoning: What leads to the answer in an example, without the answer itself; empty if nothing does.
     """
 
     id: str
@@ -83,6 +88,16 @@ class Item:
     gold: str
     options: tuple[str, ...] | None
     texts: tuple[str, ...] | None
+    listing: str | None = None
+    group: str = ""
+    subject: str | None = None
+    worked: str = ""
+    reasoning: str = ""
+
+    def __post_init__(self) -> None:
+        # A frozen value completes itself once, here.
+        object.__setattr__(self, "group", self.group or self.id)
+        object.__setattr__(self, "worked", self.worked or self.gold)
 
     @property
     def messages(self) -> list[Message]:
@@ -103,6 +118,7 @@ class ItemFormat:
             such texts.
         fields: Column of each name: dotted paths; ``options`` may be several columns.
         options: Options of every item; empty where each row has its own.
+        group, subject: Columns of the item's group and subject; empty for none.
     """
 
     kind: Kind
@@ -112,6 +128,8 @@ class ItemFormat:
     template: str | tuple[TurnTemplate, ...]
     fields: Mapping[str, str | list[str]]
     options: tuple[str, ...] = ()
+    group: str = ""
+    subject: str = ""
 
     def check(self, where: str) -> None:
         """Reject a template that is more than text with plain ``{name}``.
@@ -217,23 +235,51 @@ def reject_repeated_ids(identities: Sequence[str], path: Path) -> None:
 
 def _item(row: Mapping[str, Any], index: int, form: ItemFormat, where: str) -> Item:
     gold = _column(row, form.fields["gold"], where, required=True)
+    reasoning = worked = ""
     if form.kind is Kind.MULTIPLE_CHOICE:
         texts = _options(row, form, where)
-        options = tuple(_LETTERS[: len(texts)]) if form.answer is AnswerForm.LETTER else texts
+        options = tuple(LETTERS[: len(texts)]) if form.answer is AnswerForm.LETTER else texts
         answer = options[_gold_position(gold, texts, form.gold, where)]
-        texts = () if form.options and texts == tuple(_LETTERS[: len(texts)]) else texts
+        texts = () if form.options and texts == tuple(LETTERS[: len(texts)]) else texts
     else:
         answer = _gold_text(gold, form, where)
+        if form.gold_after:
+            worked = str(gold).strip()
+            reasoning = worked.rpartition(form.gold_after)[0].strip()
         texts = options = _with_distractors(row, answer, index, form, where)
     variables = {name: _column(row, source, where, required=False) for name, source in form.fields.items()}
-    shown = {**row, **variables, "options": _shown(texts or options, form.answer)}
+    listing = None if texts is None else list_options(texts or options or (), form.answer)
+    shown = {**row, **variables, "options": listing}
     return Item(
         id=identity_of(variables["id"], index, where),
         prompt=_prompt(form.template, shown, where),
         gold=answer,
         options=options,
         texts=texts,
+        listing=listing if _lists_options(form.template) else None,
+        group=_label(row, form.group, "a group", where) or "",
+        subject=_label(row, form.subject, "a subject", where),
+        worked=worked,
+        reasoning=reasoning,
     )
+
+
+def _lists_options(template: str | tuple[TurnTemplate, ...]) -> bool:
+    """Whether the turn that is asked shows the options."""
+    asked = template if isinstance(template, str) else template[-1].template
+    return any(name == "options" for _, name, _, _ in string.Formatter().parse(asked))
+
+
+def _label(row: Mapping[str, Any], column: str, what: str, where: str) -> str | None:
+    """Read the column that groups items; None where the task names none."""
+    if not column:
+        return None
+    text = _text(_column(row, column, where, required=True), what, where).strip()
+    if not text:
+        raise EvalError(
+            f"{what} is empty", where=where, hint="write it out, or leave the key out of the task file"
+        )
+    return text
 
 
 def _column(row: Mapping[str, Any], source: str | list[str], where: str, *, required: bool) -> Any:
@@ -254,9 +300,9 @@ def _column(row: Mapping[str, Any], source: str | list[str], where: str, *, requ
 def _options(row: Mapping[str, Any], form: ItemFormat, where: str) -> tuple[str, ...]:
     given = list(form.options) or _column(row, form.fields["options"], where, required=True)
     texts = _texts(given, where)
-    if not 2 <= len(texts) <= len(_LETTERS):
+    if not 2 <= len(texts) <= len(LETTERS):
         raise EvalError(
-            f"a question needs 2 to {len(_LETTERS)} options, got {len(texts)}",
+            f"a question needs 2 to {len(LETTERS)} options, got {len(texts)}",
             where=where,
             hint="correct the row, or name another column with fields: {options: <column>} in the task file",
         )
@@ -335,7 +381,7 @@ def _gold_position(gold: Any, texts: Sequence[str], form: GoldForm, where: str) 
         raise EvalError(
             f"gold must be an index from 0 to {len(texts) - 1}, got {shorten(gold)}", where=where, hint=_GOLD
         )
-    known = list(_LETTERS[: len(texts)]) if form is GoldForm.LETTER else list(texts)
+    known = list(LETTERS[: len(texts)]) if form is GoldForm.LETTER else list(texts)
     if wanted in known:
         return known.index(wanted)
     raise EvalError(
@@ -371,11 +417,10 @@ def _cut(text: str) -> str:
     return text if len(text) <= 30 else f"{text[:30]}..."
 
 
-def _shown(texts: Sequence[str] | None, answer: AnswerForm) -> str | None:
-    if texts is None:
-        return None
+def list_options(texts: Sequence[str], answer: AnswerForm) -> str:
+    """Write the options as a prompt shows them: a line for each letter, or a list of words."""
     if answer is AnswerForm.LETTER:
-        return "\n".join(f"{_LETTERS[index]}. {text}" for index, text in enumerate(texts))
+        return "\n".join(f"{LETTERS[index]}. {text}" for index, text in enumerate(texts))
     return f"{', '.join(texts[:-1])} or {texts[-1]}"
 
 

@@ -61,6 +61,8 @@ JUDGES: dict[str, Judge] = {
     "numeric": judge_numeric,
     "exact_match": judge_exact_match,
 }
+# Judges of a short answer, which may come after a thought; others judge all that a model writes.
+ANSWER_JUDGES = {"option", "letter", "numeric", "exact_match"}
 
 
 def default_judge(kind: Kind, answer: AnswerForm) -> str:

@@ -1,22 +1,25 @@
 """The protocols: rank the options by log-likelihood, or generate an answer and judge its text. Imports no torch.
 
-All ask the same items with the same prompt, token for token.
+All ask the same items. Those of one form (as the task writes it, by letter, with thought first) ask with the same
+prompt, token for token, so that each score by generation stands beside one by likelihood.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Protocol
 
 from gendistill_evals.decoding import greedy_decoding
 from gendistill_evals.errors import EvalError
-from gendistill_evals.items import Item
-from gendistill_evals.judges import JUDGES
+from gendistill_evals.extract import answer_after_thought, stated_answer
+from gendistill_evals.forms import Form, example_turns, in_form
+from gendistill_evals.items import LETTERS, Item
+from gendistill_evals.judges import ANSWER_JUDGES, JUDGES, Judgement, judge_letter
 from gendistill_evals.model import Generated, LanguageModel, Limits, Pair, Request, check_fits
-from gendistill_evals.prompts import Prompter
+from gendistill_evals.prompts import PLAIN_STYLE, Prompter, Style, ids_sha256, opened
 from gendistill_evals.task import Metric, Task
 
 if TYPE_CHECKING:
@@ -24,7 +27,7 @@ if TYPE_CHECKING:
 
 OnProgress = Callable[[int, int], None]
 # Raised whenever the same model may get another score than before on the same items.
-RULES = 3
+RULES = 4
 
 
 class ProtocolFamily(StrEnum):
@@ -44,8 +47,9 @@ class ProtocolRun:
     Attributes:
         score: The task's entry in ``results.json``: value and n; by generation also extraction_failures, truncated,
             eos_rate and mean_new_tokens. ``evaluate_model`` adds the seconds that the model took.
-        samples: One entry per item, in item order, as in ``samples.jsonl``: correct; by generation also text,
-            extracted, truncated, ended and num_tokens.
+        samples: One entry per item, in item order, as in ``samples.jsonl``: correct, prompt_sha256 of the prompt's
+            token ids, and choice, the place of the chosen option or None; by generation also text, extracted,
+            truncated, ended, num_tokens and repeats, whether the answer ends in a loop.
     """
 
     score: dict[str, Any]
@@ -81,11 +85,13 @@ class EvalProtocol(Protocol):
         task: Task,
         *,
         limit: int | None = None,
+        style: Style = PLAIN_STYLE,
     ) -> None:
         """Check that a model can read all that ``run`` would ask; the model need not be loaded.
 
         Raises:
-            EvalError: Items that are too long for it, or have tokens that it does not know.
+            EvalError: Items that are too long for it, or have tokens that it does not know; or a style that the task
+                or the tokenizer does not allow.
         """
         ...
 
@@ -95,6 +101,7 @@ class EvalProtocol(Protocol):
         task: Task,
         *,
         limit: int | None = None,
+        style: Style = PLAIN_STYLE,
         progress: OnProgress | None = None,
     ) -> ProtocolRun:
         """Score a model on a task.
@@ -103,6 +110,7 @@ class EvalProtocol(Protocol):
             model: What is scored.
             task: A task that ``why_not`` has nothing against.
             limit: Items to score, from the first; None scores all.
+            style: How prompts are made of items.
             progress: Called with items done and items in all.
         """
         ...
@@ -115,11 +123,13 @@ class Likelihood:
     Attributes:
         name, label: As for ``EvalProtocol``.
         metric: What options are ranked by; None is the task's metric.
+        form: How an item is asked, and whether its options are texts or letters.
     """
 
     name: str
     label: str
     metric: Metric | None = None
+    form: Form = Form.PLAIN
 
     @property
     def family(self) -> ProtocolFamily:
@@ -128,9 +138,9 @@ class Likelihood:
 
     def why_not(self, task: Task) -> str | None:
         """Say why a task has nothing to rank; None if it has."""
-        if task.items[0].options:
-            return None
-        return "the items have no distractors that the gold answer could be ranked against"
+        if not task.items[0].options:
+            return "the items have no distractors that the gold answer could be ranked against"
+        return _why_no_letters(task) if self.form is Form.LETTER else None
 
     def check(
         self,
@@ -139,10 +149,11 @@ class Likelihood:
         task: Task,
         *,
         limit: int | None = None,
+        style: Style = PLAIN_STYLE,
     ) -> None:
         """Check that a model can read every item with each of its options."""
         where = f"{task.name}, {self.name}"
-        pairs = _pairs(Prompter(tokenizer), task, task.items[:limit])
+        pairs = _pairs(Prompter(tokenizer, style), task, asked_items(task, self.form, style, limit))
         # The last token of a sequence is predicted and not read, but the model has to know it.
         whole = [[*pair.context, *pair.continuation] for pair in pairs]
         check_fits(model, [ids[:-1] for ids in whole], where=where)
@@ -154,6 +165,7 @@ class Likelihood:
         task: Task,
         *,
         limit: int | None = None,
+        style: Style = PLAIN_STYLE,
         progress: OnProgress | None = None,
     ) -> ProtocolRun:
         """Score a model on a task whose items have options.
@@ -163,8 +175,9 @@ class Likelihood:
         """
         if reason := self.why_not(task):
             raise EvalError(f"log-likelihood cannot score {task.name}: {reason}", where=task.name)
-        items = task.items[:limit]
-        pairs = _pairs(Prompter(model.tokenizer), task, items)
+        items = asked_items(task, self.form, style, limit)
+        prompter = Prompter(model.tokenizer, style)
+        pairs = _pairs(prompter, task, items)
         found: dict[int, list[float]] = {}
         for index, values in model.log_probs(pairs):
             found[index] = values
@@ -173,7 +186,11 @@ class Likelihood:
         log_probs = iter([found[index] for index in range(len(pairs))])
         metric = self.metric or task.metric
         samples = tuple(
-            _ranked(item, [next(log_probs) for _ in item.options or ()], metric) for item in items
+            {
+                **_ranked(item, [next(log_probs) for _ in item.options or ()], metric),
+                "prompt_sha256": ids_sha256(prompter.prompt_ids(item.prompt)),
+            }
+            for item in items
         )
         score = {
             "value": _share(sample["correct"] for sample in samples),
@@ -184,14 +201,19 @@ class Likelihood:
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """A greedy answer to every item, which the task's judge compares with gold.
+    """A greedy answer to every item, which a judge compares with gold.
+
+    A letter is judged as one, whatever the task's judge is. With thought first, the task's judge sees what the answer
+    states at its end ("the answer is ...", ``####``, ``\\boxed``); an answer that states nothing has none.
 
     Attributes:
         name, label: As for ``EvalProtocol``.
+        form: How an item is asked.
     """
 
     name: str
     label: str
+    form: Form = Form.PLAIN
 
     @property
     def family(self) -> ProtocolFamily:
@@ -199,7 +221,13 @@ class Generation:
         return ProtocolFamily.GENERATION
 
     def why_not(self, task: Task) -> str | None:
-        """Return None: every task can be answered."""
+        """Say why a task cannot be answered in this form; None if it can, as every task can in its own."""
+        if self.form is Form.LETTER:
+            if not task.items[0].options:
+                return "the items have no options that letters could stand for"
+            return _why_no_letters(task)
+        if self.form is Form.THOUGHT and task.judge not in ANSWER_JUDGES:
+            return f"judge: {task.judge} judges a whole text, and thought comes before an answer"
         return None
 
     def check(
@@ -209,11 +237,19 @@ class Generation:
         task: Task,
         *,
         limit: int | None = None,
+        style: Style = PLAIN_STYLE,
     ) -> None:
         """Check that a model can read every prompt and the longest answer after it."""
-        prompter = Prompter(tokenizer)
-        prompts = [prompter.prompt_ids(item.prompt) for item in task.items[:limit]]
-        check_fits(model, prompts, where=f"{task.name}, {self.name}", num_new_tokens=task.max_new_tokens)
+        prompter = Prompter(tokenizer, style)
+        items = asked_items(task, self.form, style, limit)
+        prompts = [prompter.prompt_ids(item.prompt) for item in items]
+        where = f"{task.name}, {self.name}"
+        check_fits(model, prompts, where=where, num_new_tokens=self.max_new_tokens(task, style))
+
+    def max_new_tokens(self, task: Task, style: Style = PLAIN_STYLE) -> int:
+        """Return the longest answer in tokens, thought included."""
+        thoughts = (self.form is Form.THOUGHT) + style.reasoning
+        return task.max_new_tokens + thoughts * task.thought_tokens
 
     def run(
         self,
@@ -221,16 +257,25 @@ class Generation:
         task: Task,
         *,
         limit: int | None = None,
+        style: Style = PLAIN_STYLE,
         progress: OnProgress | None = None,
     ) -> ProtocolRun:
-        """Score a model on any task."""
-        items = task.items[:limit]
-        prompter = Prompter(model.tokenizer)
+        """Score a model on a task that can be answered.
+
+        Raises:
+            EvalError: It cannot in this form; ``why_not`` says so.
+        """
+        if reason := self.why_not(task):
+            raise EvalError(f"{self.name} cannot score {task.name}: {reason}", where=task.name)
+        items = asked_items(task, self.form, style, limit)
+        prompter = Prompter(model.tokenizer, style)
+        # A text that ends an answer stands in thoughts as well.
+        stop = () if self.form is Form.THOUGHT or style.reasoning else task.stop
         requests = [
             Request(
                 prompter.prompt_ids(item.prompt),
-                max_new_tokens=task.max_new_tokens,
-                stop=(*task.stop, *prompter.stop),
+                max_new_tokens=self.max_new_tokens(task, style),
+                stop=(*stop, *prompter.stop),
                 name=f"{task.name}, item {item.id}",
             )
             for item in items
@@ -240,7 +285,13 @@ class Generation:
             answers[index] = answer
             if progress:
                 progress(len(answers), len(items))
-        samples = tuple(_judged(item, answers[index], task) for index, item in enumerate(items))
+        samples = tuple(
+            {
+                **self._judged(item, answers[index], task, opens=prompter.opens_thought(item.prompt)),
+                "prompt_sha256": ids_sha256(requests[index].prompt),
+            }
+            for index, item in enumerate(items)
+        )
         score = {
             "value": _share(sample["correct"] for sample in samples),
             "n": len(samples),
@@ -251,14 +302,47 @@ class Generation:
         }
         return ProtocolRun(score, samples)
 
+    def _judged(self, item: Item, answer: Generated, task: Task, *, opens: bool) -> dict[str, Any]:
+        judgement = self._judge(item, answer.text, task, opens=opens)
+        options = item.options or ()
+        return {
+            "correct": judgement.correct,
+            "choice": options.index(judgement.extracted) if judgement.extracted in options else None,
+            "text": answer.text,
+            "extracted": judgement.extracted,
+            "truncated": answer.truncated,
+            "ended": answer.ended,
+            "num_tokens": len(answer.token_ids),
+            "repeats": ends_in_loop(answer.token_ids),
+        }
+
+    def _judge(self, item: Item, text: str, task: Task, *, opens: bool) -> Judgement:
+        nothing = Judgement(None, correct=False)
+        said = answer_after_thought(text, opens=opens)
+        if said is None:
+            return nothing
+        if said is not text:
+            # Stop texts that could not end the thought end the answer.
+            said = said[: min((said.find(words) for words in task.stop if words in said), default=len(said))]
+        if self.form is Form.THOUGHT:
+            stated = stated_answer(said, number=task.judge == "numeric")
+            return nothing if stated is None else JUDGES[task.judge](item, stated)
+        return judge_letter(item, said) if self.form is Form.LETTER else JUDGES[task.judge](item, said)
+
 
 # The first of each family are those that an evaluation runs if nothing else is asked for, and that the hidden gap
-# compares. Other packages add theirs, which run where they are asked for by name.
+# compares. The others, and those that other packages add, run where they are asked for by name.
 PROTOCOLS: dict[str, EvalProtocol] = {
     protocol.name: protocol
     for protocol in (
         Likelihood("likelihood", "ll"),
         Generation("generation", "gen"),
+        Likelihood("likelihood_raw", "ll/raw", metric=Metric.ACCURACY),
+        Likelihood("likelihood_per_token", "ll/tok", metric=Metric.ACCURACY_PER_TOKEN),
+        Likelihood("likelihood_per_char", "ll/char", metric=Metric.ACCURACY_PER_CHAR),
+        Likelihood("likelihood_letter", "ll/A", metric=Metric.ACCURACY, form=Form.LETTER),
+        Generation("generation_letter", "gen/A", form=Form.LETTER),
+        Generation("generation_thought", "gen/cot", form=Form.THOUGHT),
     )
 }
 
@@ -278,6 +362,61 @@ def lead_protocols(names: Iterable[str] | None = None) -> dict[ProtocolFamily, s
     return {family: leads[family] for family in ProtocolFamily if family in leads}
 
 
+def asked_items(task: Task, form: Form, style: Style, limit: int | None = None) -> list[Item]:
+    """Return the items of a task with the whole prompt that a form and a style make of them.
+
+    Args:
+        task: The task.
+        form: How an item is asked.
+        style: Its system turn and number of examples are put into the prompts.
+        limit: Items, from the first; None for all.
+    Raises:
+        EvalError: More examples than the task has, or a second system turn.
+    """
+    if style.few_shot > len(task.examples):
+        has = f"{len(task.examples):,}" if task.examples else "none"
+        raise EvalError(
+            f"few_shot asks for {style.few_shot:,} examples, and the task has {has}",
+            where=task.name,
+            hint="name a .jsonl file of rows that are not items with examples: in the task file, or leave few_shot out",
+        )
+    shots = [turn for example in task.examples[: style.few_shot] for turn in example_turns(example, form)]
+    items = []
+    for item in task.items[:limit]:
+        asked = in_form(item, form)
+        try:
+            prompt = opened(asked.prompt, system=style.system, shots=shots)
+        except EvalError as error:
+            raise EvalError(error.message, where=f"{task.name}, item {item.id}", hint=error.hint) from error
+        items.append(replace(asked, prompt=prompt))
+    return items
+
+
+def ends_in_loop(tokens: Sequence[int], *, longest: int = 32) -> bool:
+    """Tell whether a text ends in the same words again and again: three times at least, and twelve tokens.
+
+    Args:
+        tokens: Token ids of the text.
+        longest: Longest piece that repeats, in tokens.
+    """
+    for period in range(1, longest + 1):
+        tail = tokens[-max(3 * period, 12) :]
+        if len(tail) >= max(3 * period, 12) and all(
+            token == before for token, before in zip(tail[period:], tail[:-period], strict=True)
+        ):
+            return True
+    return False
+
+
+def _why_no_letters(task: Task) -> str | None:
+    most = max(len(item.options or ()) for item in task.items)
+    return (
+        None
+        if most <= len(LETTERS)
+        else f"an item has {most:,} options, and there are {len(LETTERS)} letters"
+    )
+
+
 def _pairs(prompter: Prompter, task: Task, items: Sequence[Item]) -> list[Pair]:
     """Tokenize each item with each of its options."""
     pairs: list[Pair] = []
@@ -292,25 +431,19 @@ def _ranked(item: Item, log_probs: Sequence[Sequence[float]], metric: Metric) ->
     assert item.options is not None
     scores = [math.fsum(values) for values in log_probs]
     per_token = [total / len(values) for total, values in zip(scores, log_probs, strict=True)]
-    ranked_by = per_token if metric is Metric.ACCURACY_PER_TOKEN else scores
+    per_char = [total / len(option) for total, option in zip(scores, item.options, strict=True)]
+    ranked_by = {
+        Metric.ACCURACY: scores,
+        Metric.ACCURACY_PER_TOKEN: per_token,
+        Metric.ACCURACY_PER_CHAR: per_char,
+    }[metric]
     choice = ranked_by.index(max(ranked_by))
     return {
         "correct": item.options[choice] == item.gold,
         "choice": choice,
         "scores": scores,
         "scores_per_token": per_token,
-    }
-
-
-def _judged(item: Item, answer: Generated, task: Task) -> dict[str, Any]:
-    judgement = JUDGES[task.judge](item, answer.text)
-    return {
-        "correct": judgement.correct,
-        "text": answer.text,
-        "extracted": judgement.extracted,
-        "truncated": answer.truncated,
-        "ended": answer.ended,
-        "num_tokens": len(answer.token_ids),
+        "scores_per_char": per_char,
     }
 
 

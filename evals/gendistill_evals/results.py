@@ -15,7 +15,7 @@ from gendistill_evals.errors import EvalError
 from gendistill_evals.protocols import PROTOCOLS
 from gendistill_evals.reading import Maybe, check_shape, parse_json, read_text
 
-SCHEMA = 1
+SCHEMA = 2
 _NUMBER = (float, int)
 _SCORE = ({"value": _NUMBER, "n": int}, type(None))
 _CORRECT = ({"correct": (bool, *_NUMBER)}, type(None))
@@ -56,7 +56,7 @@ def read_results(folder: Path) -> dict[str, Any]:
         raise EvalError(
             f"the file has schema {found!r}, this version reads {SCHEMA}",
             where=str(path),
-            hint=_AGAIN,
+            hint="score the model again with gendistill eval",
         )
     task = {"task": str, "n": int, **_by_protocol(_SCORE)}
     return check_shape(content, {"tasks": [task]}, where=str(path), hint=_AGAIN)
@@ -73,7 +73,9 @@ def read_samples(folder: Path) -> list[dict[str, Any]]:
     Raises:
         EvalError: The file is missing, or a line is not JSON of its shape.
     """
-    return _read_lines(folder / "samples.jsonl", {"task": str, "id": str, **_by_protocol(_CORRECT)})
+    return _read_lines(
+        folder / "samples.jsonl", {"task": str, "id": str, "group": Maybe(str), **_by_protocol(_CORRECT)}
+    )
 
 
 def write_transcripts(folder: Path, rows: Iterable[Mapping[str, Any]]) -> Path:

@@ -7,12 +7,13 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 from gendistill_evals.errors import EvalError
+from gendistill_evals.extract import normalise
 from gendistill_evals.items import (
     AnswerForm,
     GoldForm,
@@ -30,13 +31,19 @@ from gendistill_evals.task_file import LONGEST_NAME, TaskKeys, read_task_yaml
 
 _TASKS = Path(__file__).parent / "tasks"
 _QUESTIONS = Path(__file__).parent / "questions"
+THOUGHT_TOKENS = 256
 
 
 class Metric(StrEnum):
-    """The quantity that log-likelihood ranks options by: their total, or their mean per token."""
+    """The quantity that log-likelihood ranks options by: their total, or their mean per token or per character.
+
+    Characters are those of the option's text, as lm-eval 0.4.13 counts them for ``acc_norm`` (``len`` of the choice in
+    ``ConfigurableTask.process_results``); its ``acc_bytes`` counts the bytes of UTF-8 instead.
+    """
 
     ACCURACY = "accuracy"
     ACCURACY_PER_TOKEN = "accuracy_per_token"
+    ACCURACY_PER_CHAR = "accuracy_per_char"
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +62,8 @@ class Task:
         items: The questions, in file order.
         items_sha256: Hash of the rows.
         prompt_sha256: Hash of every setting that changes a prompt, its decoding or its judgement.
+        examples: Questions with answers that a prompt may show before its own, none of them an item.
+        thought_tokens: Tokens for thinking, on top of ``max_new_tokens``, where a model is let to think first.
     """
 
     name: str
@@ -68,6 +77,8 @@ class Task:
     items: tuple[Item, ...] = field(repr=False)
     items_sha256: str
     prompt_sha256: str
+    examples: tuple[Item, ...] = field(default=(), repr=False)
+    thought_tokens: int = THOUGHT_TOKENS
 
     def cut_at(self, limit: int | None) -> int | None:
         """Return a limit that leaves items out, or None: one of at least as many items as there are does not."""
@@ -231,6 +242,8 @@ def _task(keys: TaskKeys, path: Path) -> Task:
         template=keys.prompt(),
         fields=keys.fields(),
         options=keys.options(),
+        group=keys.text("group", default=""),
+        subject=keys.text("subject", default=""),
     )
     choice_only = {"answer", "gold", "options"} & keys.content.keys()
     if form.kind is not Kind.MULTIPLE_CHOICE and choice_only:
@@ -266,6 +279,15 @@ def _task(keys: TaskKeys, path: Path) -> Task:
     shape += [{"judge": judge}] if judge != usual else []
     items = build_items(rows, form, source)
     check_judge(judge, items, str(path))
+    examples: tuple[Item, ...] = ()
+    if named := keys.text("examples", default=""):
+        shown = read_rows(path.parent / named, what="the file of examples")
+        # Neither groups nor subjects are asked of what is only shown.
+        examples = build_items(shown, replace(form, group="", subject=""), path.parent / named)
+        _reject_shown_items(examples, items, str(path.parent / named))
+        shape += [{"examples": sha256_of([row for _, row in shown])}]
+    thought_tokens = keys.positive("thought_tokens", default=THOUGHT_TOKENS)
+    shape += [{"thought_tokens": thought_tokens}] if thought_tokens != THOUGHT_TOKENS else []
     return Task(
         name=name,
         description=keys.text("description", default=""),
@@ -278,4 +300,22 @@ def _task(keys: TaskKeys, path: Path) -> Task:
         items=items,
         items_sha256=sha256_of([row for _, row in rows]),
         prompt_sha256=sha256_of([*shape, max_new_tokens, stop]),
+        examples=examples,
+        thought_tokens=thought_tokens,
     )
+
+
+def _reject_shown_items(examples: Sequence[Item], items: Sequence[Item], where: str) -> None:
+    """Raise ``EvalError`` if an example gives the answer to an item away."""
+
+    def question(item: Item) -> tuple[str, tuple[str, ...]]:
+        return normalise(item.messages[-1]["content"]), tuple(sorted(item.texts or item.options or ()))
+
+    asked = {question(item): item.id for item in items}
+    for example in examples:
+        if (found := asked.get(question(example))) is not None:
+            raise EvalError(
+                f'example "{example.id}" is item "{found}": it shows the answer to what is asked',
+                where=where,
+                hint="leave it out of the examples, or out of the items",
+            )

@@ -18,7 +18,7 @@ from gendistill_evals.reading import is_well_formed, read_text, shorten
 LONGEST_NAME = 100
 _KEYS = (
     "name", "description", "kind", "judge", "items", "fields", "prompt", "answer", "gold", "gold_after", "metric",
-    "max_new_tokens", "options", "stop",
+    "max_new_tokens", "options", "stop", "examples", "group", "subject", "thought_tokens",
 )  # fmt: skip
 _COLUMNS = {"id": "id", "gold": "gold", "options": "options", "distractors": "distractors"}
 _ROLES = ("system", "user", "assistant")
@@ -162,8 +162,8 @@ class TaskKeys:
             raise self._error("options", "a list of 2 to 26 texts", hint="write options: [A, B, C, D]")
         return self.texts("options")
 
-    def positive(self, key: str) -> int:
-        value = self.content.get(key)
+    def positive(self, key: str, default: int | None = None) -> int:
+        value = self.content.get(key, default)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise self._error(key, "a whole number above 0", hint=f"write {key}: 16")
         return value

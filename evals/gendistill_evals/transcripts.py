@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from gendistill_evals.decoding import greedy_decoding
 from gendistill_evals.errors import EvalError
 from gendistill_evals.model import Generated, LanguageModel, Limits, Pair, Request, check_fits
-from gendistill_evals.prompts import Prompter
+from gendistill_evals.prompts import PLAIN_STYLE, Prompter, Style, opened
 from gendistill_evals.protocols import OnProgress
 from gendistill_evals.task import Questions
 
@@ -23,6 +23,7 @@ def write_answers(
     *,
     max_new_tokens: int = 64,
     teacher: LanguageModel | None = None,
+    style: Style = PLAIN_STYLE,
     progress: OnProgress | None = None,
 ) -> list[dict[str, Any]]:
     """Answer open questions greedily.
@@ -32,13 +33,14 @@ def write_answers(
         questions: What to ask.
         max_new_tokens: Longest answer, in tokens.
         teacher: Model of the same tokenizer that scores the answers; None leaves ``teacher_nll`` null.
+        style: How prompts are made; open questions have no examples to show.
         progress: Called with questions answered and questions in all.
     Returns: One row per question, as in ``transcripts.jsonl``.
     """
-    prompter = Prompter(model.tokenizer)
+    prompter = Prompter(model.tokenizer, style)
     requests = [
         Request(
-            prompter.prompt_ids(question.question),
+            prompter.prompt_ids(opened(question.question, system=style.system)),
             max_new_tokens=max_new_tokens,
             stop=prompter.stop,
             name=f"{questions.name}, question {question.id}",
@@ -87,14 +89,17 @@ def check_questions(
     *,
     max_new_tokens: int,
     teacher: LanguageModel | None = None,
+    style: Style = PLAIN_STYLE,
 ) -> None:
     """Check that a model can answer open questions and its teacher can score answers; arguments as above.
 
     Raises:
         EvalError: A question that is too long for one of them, or has tokens that it does not know.
     """
-    prompter = Prompter(tokenizer)
-    prompts = [prompter.prompt_ids(question.question) for question in questions.items]
+    prompter = Prompter(tokenizer, style)
+    prompts = [
+        prompter.prompt_ids(opened(question.question, system=style.system)) for question in questions.items
+    ]
     for reader, role in ((model, "transcripts"), (teacher, "transcripts, the teacher that scores answers")):
         if reader is not None:
             check_fits(reader, prompts, where=f"{questions.name}, {role}", num_new_tokens=max_new_tokens)

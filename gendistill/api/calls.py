@@ -278,7 +278,8 @@ def evaluate(
         folder: Keeps samples and scores, which are not computed twice; None: a temporary one.
         resamples: Bootstrap resamples behind every interval.
         quiet: Whether to show no progress.
-        settings: Others of a recipe's ``eval:`` section: ``protocols``, ``limit``, ``batch_size``.
+        settings: Others of a recipe's ``eval:`` section: ``protocols``, ``limit``, ``chat_template``, ``system``,
+            ``reasoning``, ``few_shot``, ``permutations``, ``batch_size``.
     Raises:
         RecipeError: A setting that is not allowed, or nothing to score.
         EvalError: A task that cannot be read or asked.

@@ -29,6 +29,8 @@ from gendistill_evals import (
     load_task,
     load_tasks,
 )
+from gendistill_evals.diagnostics import MOST_PERMUTATIONS
+from gendistill_evals.prompts import ChatTemplate, Style
 from gendistill_evals.protocols import lead_protocols
 
 # The first protocol of each family, which is what the hidden gap compares.
@@ -36,7 +38,10 @@ _BOTH = "both"
 _PATHS = ("model", "out", "teacher", "questions")
 # The longest name that every file system takes leaves room for what is written beside the folder.
 _LONGEST_NAME = 100
-_MODEL_FLAGS = ("tasks", "limit", "batch_size", "out", "teacher", "questions")
+_MODEL_FLAGS = (
+    "tasks", "limit", "batch_size", "out", "teacher", "questions", "chat_template", "system", "reasoning", "few_shot",
+    "permutations",
+)  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,10 +52,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_overrides(parser, help="changes, where MODEL is a recipe")
     parser.add_argument("--tasks", metavar="A,B", help="task names or task.yaml files, separated by commas")
     parser.add_argument(
-        "--protocols", choices=sorted([_BOTH, *PROTOCOLS]), default=None, help=f"{_BOTH} unless given"
+        "--protocols",
+        type=_protocols,
+        metavar="A,B",
+        help=f"{_BOTH} (unless given), or {', '.join(PROTOCOLS)}",
     )
     parser.add_argument(
         "--limit", type=positive, metavar="N", help="first N items per task; marked in tables"
+    )
+    parser.add_argument(
+        "--chat-template",
+        choices=list(ChatTemplate),
+        help="off asks in plain text (auto: where there is one)",
+    )
+    parser.add_argument("--system", metavar="TEXT", help="system turn before every question")
+    parser.add_argument(
+        "--reasoning", choices=["on", "off"], help="ask the chat template for reasoning (off)"
+    )
+    parser.add_argument(
+        "--few-shot", type=_count, metavar="N", help="show N examples of the task as turns (0)"
+    )
+    parser.add_argument(
+        "--permutations",
+        type=_count,
+        metavar="N",
+        help="show options in N other orders too, and see what sticks (0)",
     )
     parser.add_argument("--batch-size", type=positive, metavar="N", help="items at once (8)")
     parser.add_argument("--teacher", metavar="MODEL", help="model that scores the answers to open questions")
@@ -105,6 +131,19 @@ def _score_model(arguments: argparse.Namespace) -> int:
             where="gendistill eval",
             hint="add --tasks NAME; gendistill eval --list shows what there is",
         )
+    permutations = arguments.permutations or 0
+    if permutations > MOST_PERMUTATIONS:
+        raise RecipeError(
+            f"{permutations:,} orders are more than {MOST_PERMUTATIONS}, which 26 options have",
+            where="--permutations",
+            hint="one less than a task has options shows each option at every place",
+        )
+    style = Style(
+        chat_template=ChatTemplate(arguments.chat_template or ChatTemplate.AUTO),
+        system=arguments.system,
+        reasoning=arguments.reasoning == "on",
+        few_shot=arguments.few_shot or 0,
+    )
     # Before the model, which may be a download of hours.
     for name in tasks:
         _check_path("tasks", name)
@@ -116,7 +155,9 @@ def _score_model(arguments: argparse.Namespace) -> int:
     results = scoring_module().score_checkpoint(
         arguments.model,
         tasks=tasks,
-        protocols=_protocols(arguments.protocols or _BOTH),
+        protocols=arguments.protocols or _protocols(_BOTH),
+        style=style,
+        permutations=permutations,
         limit=arguments.limit,
         batch_size=arguments.batch_size,
         out=out,
@@ -131,8 +172,23 @@ def _score_model(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _protocols(given: str) -> tuple[str, ...]:
-    return tuple(lead_protocols().values()) if given == _BOTH else (given,)
+def _protocols(text: str) -> tuple[str, ...]:
+    """Read names of protocols, for argparse; "both" stands for the first of each family."""
+    names: list[str] = []
+    for name in (part.strip() for part in text.split(",")):
+        if name == _BOTH:
+            names += lead_protocols().values()
+        elif name in PROTOCOLS:
+            names.append(name)
+        else:
+            known = ", ".join([_BOTH, *PROTOCOLS])
+            raise argparse.ArgumentTypeError(f'"{name[:_LONGEST_NAME]}" is not a protocol; there are {known}')
+    return tuple(dict.fromkeys(names))
+
+
+def _count(text: str) -> int:
+    """Read a number from 0, for argparse."""
+    return 0 if text == "0" else positive(text)
 
 
 def _check_path(flag: str, text: str | None) -> None:

@@ -19,6 +19,8 @@ from gendistill.config.patterns import Pattern
 from gendistill.config.watch import NonFiniteConfig, StopEarlyConfig, Tracker, WatchConfig
 from gendistill.errors import RecipeError
 from gendistill.types import parse_token_count
+from gendistill_evals.diagnostics import MOST_PERMUTATIONS
+from gendistill_evals.prompts import ChatTemplate, Style
 from gendistill_evals.protocols import PROTOCOLS, lead_protocols
 
 _MANY_LAYERS = 1000
@@ -277,6 +279,11 @@ class StageConfig(Section):
             raise ValueError(f"lr names {rates}; {named} {groups}: they must agree")
 
 
+def _off_as_word(value: object) -> object:
+    """Read the YAML word ``off``, which is a truth value, as the text that it means here."""
+    return "off" if value is False else value
+
+
 class EvalConfig(Section):
     """What teacher and student are scored on: the same items under the same protocols."""
 
@@ -286,6 +293,25 @@ class EvalConfig(Section):
     protocols: tuple[Annotated[str, OneWordOf(PROTOCOLS)], ...] = tuple(lead_protocols().values())
     limit: int | None = Field(
         default=None, ge=1, le=10**9, description="items per task; tables carry the word LIMIT"
+    )
+    chat_template: Annotated[Literal["auto", "off"], BeforeValidator(_off_as_word)] = Field(
+        default="auto", description="the tokenizer's chat template where it has one, or plain text"
+    )
+    system: str | None = Field(default=None, description="system turn before every question")
+    reasoning: bool = Field(
+        default=False, description="whether a template that can open a reasoning block is asked to"
+    )
+    few_shot: int = Field(
+        default=0,
+        ge=0,
+        le=10**6,
+        description="examples shown as turns, from the file a task names with examples:",
+    )
+    permutations: int = Field(
+        default=0,
+        ge=0,
+        le=MOST_PERMUTATIONS,
+        description="further orders in which options are shown, to see whether a model chooses places",
     )
     batch_size: Annotated[int | None, Affects.NOTHING] = Field(
         default=None,
@@ -300,6 +326,18 @@ class EvalConfig(Section):
     bootstrap: Annotated[int, Affects.NOTHING] = Field(
         default=2000, ge=100, le=10**6, description="resamples for the 95% intervals"
     )
+
+    @property
+    def style(self) -> Style:
+        """The way in which prompts are made."""
+        return Style(ChatTemplate(self.chat_template), self.system, self.reasoning, self.few_shot)
+
+    @field_validator("system")
+    @classmethod
+    def _has_words(cls, text: str | None) -> str | None:
+        if text is not None and not text.strip():
+            raise ValueError("is empty; leave it out, or write null")
+        return text
 
 
 class Recipe(Section):

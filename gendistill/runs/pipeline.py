@@ -292,6 +292,7 @@ def _check_questions(context: _Context) -> None:
             tasks=asked.tasks,
             protocols=asked.protocols,
             limit=asked.limit,
+            style=asked.style,
             questions=asked.questions,
             question_tokens=asked.question_tokens,
         )

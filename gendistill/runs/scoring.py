@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from gendistill.config.schema import teacher_dtype
 from gendistill.errors import RecipeError
 from gendistill.runs.asking import asked
 from gendistill.text import printable
+from gendistill_evals.prompts import PLAIN_STYLE, Style
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -33,6 +35,8 @@ def score_checkpoint(
     out: Path,
     teacher: str | None,
     questions: str | None,
+    style: Style = PLAIN_STYLE,
+    permutations: int = 0,
 ) -> dict[str, Any]:
     """Load any Hugging Face causal language model, ours or not, and score it.
 
@@ -45,6 +49,8 @@ def score_checkpoint(
         out: Folder of the results.
         teacher: Model that scores the open answers, or None.
         questions: Open questions: built-in name or path, or None.
+        style: How prompts are made.
+        permutations: Further orders in which options are shown.
     Returns: The content of ``results.json``.
     """
     device = Accelerator().device
@@ -64,6 +70,8 @@ def score_checkpoint(
             "limit": limit,
             "batch_size": batch_size,
             "questions": questions,
+            "permutations": permutations,
+            **style.settings(),
         },
         teacher=scorer,
     )
@@ -87,7 +95,8 @@ def score(
         model, tokenizer: What is scored.
         name, role: Of the model, for the files.
         out: Folder of the results.
-        settings: ``EvalConfig`` as plain data; ``question_tokens`` may be left out.
+        settings: ``EvalConfig`` as plain data; ``question_tokens``, ``permutations`` and the fields of ``Style`` may
+            be left out.
         teacher: Model that scores the open answers, or None.
         parts: Folder where results are kept, which several ``out`` may share.
         console: Where progress is shown; standard output if None.
@@ -109,6 +118,10 @@ def score(
             tasks=settings["tasks"],
             protocols=settings["protocols"],
             limit=settings["limit"],
+            style=Style(
+                **{field.name: settings[field.name] for field in fields(Style) if field.name in settings}
+            ),
+            permutations=settings.get("permutations", 0),
             questions=settings["questions"],
             question_tokens=settings.get("question_tokens", 64),
             out_dir=out,

@@ -24,6 +24,7 @@ from gendistill.config.load import load_recipe, recipe_names
 from gendistill.errors import CheckpointError
 from gendistill.paths import RunDir
 from gendistill_evals import EvalError
+from gendistill_evals.prompts import ChatTemplate, Style
 
 
 @pytest.fixture
@@ -137,8 +138,46 @@ def test_eval_scores_any_model(cli, calls):
         "out": Path("evals/org-some.model"),
         "teacher": "org/big",
         "questions": "demo",
+        "style": Style(),
+        "permutations": 0,
     }
     assert out.splitlines()[1].split() == ["copy", "-", "40.0", "5", "LIMIT", "5"]
+
+
+def test_eval_takes_protocols_and_the_style_of_prompts(cli, calls):
+    style = ["--chat-template", "off", "--system", "Be short.", "--few-shot", "3", "--reasoning", "on"]
+    words = ["--tasks", "copy", "--protocols", "both,generation_letter", "--permutations", "2", *style]
+    assert cli("eval", "org/some.model", *words)[0] == 0
+    ((_, _, named),) = calls
+    assert named["protocols"] == ("likelihood", "generation", "generation_letter")
+    assert named["style"] == Style(ChatTemplate.OFF, "Be short.", reasoning=True, few_shot=3)
+    assert named["permutations"] == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--protocols", "likelyhood"], '"likelyhood" is not a protocol; there are both, likelihood'),
+        (["--protocols", ""], '"" is not a protocol'),
+        (["--chat-template", "on"], "invalid choice"),
+        (["--few-shot", "-1"], "is not a number above 0"),
+        (["--permutations", "26"], "more than 25"),
+        (["--system", " "], "system must be a text with words in it"),
+    ],
+)
+def test_protocols_and_styles_that_cannot_be_are_bad_usage(cli, calls, words, message):
+    code, _, err = cli("eval", "org/some.model", "--tasks", "copy", *words)
+    assert code == 2
+    assert message in err
+    assert not calls
+
+
+def test_the_style_of_a_recipe_is_its_own(cli, calls):
+    code, _, err = cli("eval", "tiny", "--few-shot", "3")
+    assert code == 2
+    assert "eval.few_shot=..." in err
+    assert cli("eval", "tiny", "eval.chat_template=off", "eval.system=Be short.")[0] == 0
+    assert calls[0][1][0].eval.style == Style(ChatTemplate.OFF, "Be short.")
 
 
 def test_eval_lists_tasks(cli_json):

@@ -8,7 +8,7 @@ import os
 import pytest
 
 from gendistill_evals import EvalError, load_questions, load_task
-from gendistill_evals.results import read_json, read_results, read_samples, read_transcripts
+from gendistill_evals.results import SCHEMA, read_json, read_results, read_samples, read_transcripts
 
 TASK = 'kind: exact_match\nitems: rows.jsonl\nprompt: "{question}"\nmax_new_tokens: 8\n'
 ROW = {"question": "a?", "gold": "b", "options": ["b", "c"]}
@@ -222,9 +222,9 @@ ANSWER = {
 )
 def test_results_of_another_shape_are_named(tmp_path, change, place):
     path = tmp_path / "results.json"
-    path.write_text(json.dumps({"schema": 1, "tasks": [ENTRY]}))
+    path.write_text(json.dumps({"schema": SCHEMA, "tasks": [ENTRY]}))
     assert read_results(tmp_path)["tasks"] == [ENTRY]
-    path.write_text(json.dumps({"schema": 1, **change}))
+    path.write_text(json.dumps({"schema": SCHEMA, **change}))
     assert place in refused(read_results, tmp_path).message
 
 

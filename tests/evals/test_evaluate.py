@@ -6,6 +6,7 @@ import pytest
 
 from gendistill_evals import EvalError, evaluate_model
 from gendistill_evals.results import (
+    SCHEMA,
     read_json,
     read_results,
     read_samples,
@@ -49,9 +50,10 @@ def test_files_have_exactly_the_documented_fields(evaluate, tiny_llama, question
     folder = tmp_path / "out"
     assert read_results(folder) == results
     assert results.keys() == {
-        "schema", "model", "role", "date", "versions", "device", "dtype", "settings", "tasks", "transcripts"
+        "schema", "model", "role", "date", "versions", "device", "dtype", "settings", "tasks", "transcripts",
+        "diagnostics",
     }  # fmt: skip
-    assert (results["schema"], results["model"], results["role"]) == (1, "demo", "teacher")
+    assert (results["schema"], results["model"], results["role"]) == (SCHEMA, "demo", "teacher")
     assert (results["device"], results["dtype"]) == ("cpu", "float32")
     assert results["settings"]["batch_size"] == 2
     assert len(results["settings"]["chat_template_sha256"]) == 64
@@ -74,10 +76,14 @@ def test_files_have_exactly_the_documented_fields(evaluate, tiny_llama, question
     assert [(row["task"], row["id"]) for row in samples] == [
         ("colors", "banana"), ("colors", "sky"), ("numbers", "0"), ("numbers", "1")
     ]  # fmt: skip
-    assert samples[0].keys() == {"task", "id", "prompt", "options", "gold", "likelihood", "generation"}
-    assert samples[0]["likelihood"].keys() == {"correct", "choice", "scores", "scores_per_token"}
+    assert samples[0].keys() == {
+        "task", "id", "group", "prompt", "options", "gold", "likelihood", "generation"
+    }  # fmt: skip
+    assert samples[0]["likelihood"].keys() == {
+        "correct", "choice", "scores", "scores_per_token", "scores_per_char", "prompt_sha256"
+    }  # fmt: skip
     assert samples[0]["generation"].keys() == {
-        "correct", "text", "extracted", "truncated", "ended", "num_tokens"
+        "correct", "choice", "text", "extracted", "truncated", "ended", "num_tokens", "repeats", "prompt_sha256"
     }  # fmt: skip
     assert (samples[2]["options"], samples[2]["likelihood"]) == (None, None)
     (transcript,) = read_transcripts(folder)
@@ -204,10 +210,10 @@ def test_a_folder_that_cannot_be_written_is_an_error_with_its_path(evaluate, tin
 def test_files_that_are_broken_or_of_another_version_are_errors_with_a_next_step(tmp_path):
     with pytest.raises(EvalError, match="no such file"):
         read_results(tmp_path)
-    write_json(tmp_path / "results.json", {"schema": 2})
-    with pytest.raises(EvalError, match="schema 2, this version reads 1") as caught:
+    write_json(tmp_path / "results.json", {"schema": 1})
+    with pytest.raises(EvalError, match=f"schema 1, this version reads {SCHEMA}") as caught:
         read_results(tmp_path)
-    assert caught.value.hint
+    assert "score the model again" in caught.value.hint
     (tmp_path / "results.json").write_text("{")
     with pytest.raises(EvalError, match="not JSON"):
         read_results(tmp_path)

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from gendistill_evals.results import SCHEMA
+
 SETTINGS = {
     "do_sample": False,
     "max_new_tokens": 64,
@@ -78,7 +80,7 @@ def write_eval(run_dir: Path, role: str, scores: Scores) -> None:
         for index in range(len(likelihood or generation or []))
     ]
     write_lines(run_dir / "eval" / role / "samples.jsonl", rows)
-    head = {"schema": 1, "model": f"models/{role}", "role": role, "date": "2026-01-02", "versions": {}}
+    head = {"schema": SCHEMA, "model": f"models/{role}", "role": role, "date": "2026-01-02", "versions": {}}
     head |= {"device": "cpu", "dtype": "float32", "settings": SETTINGS, "transcripts": None}
     tasks = [_entry(task, *vectors) for task, vectors in scores.items()]
     (run_dir / "eval" / role / "results.json").write_text(json.dumps({**head, "tasks": tasks}))

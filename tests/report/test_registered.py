@@ -88,10 +88,10 @@ class Shout:
     def why_not(self, task):
         return None
 
-    def check(self, model, tokenizer, task, *, limit=None):
+    def check(self, model, tokenizer, task, *, limit=None, style=None):
         pass
 
-    def run(self, model, task, *, limit=None, progress=None):
+    def run(self, model, task, *, limit=None, style=None, progress=None):
         prompter, items = Prompter(model.tokenizer), task.items[:limit]
         requests = [Request(prompter.prompt_ids(f"{item.prompt}!"), task.max_new_tokens) for item in items]
         texts = {
@@ -119,7 +119,7 @@ def second_word(item, text):
 @pytest.fixture
 def registered(monkeypatch):
     monkeypatch.setitem(JUDGES, "second_word", second_word)
-    per_token = Likelihood("likelihood_per_token", "ll/tok", metric=Metric.ACCURACY_PER_TOKEN)
+    per_token = Likelihood("likelihood_mean", "ll/mean", metric=Metric.ACCURACY_PER_TOKEN)
     for protocol in (per_token, Shout()):
         monkeypatch.setitem(PROTOCOLS, protocol.name, protocol)
 
@@ -149,23 +149,24 @@ def evaluate(run_dir, task, protocols):
 
 def test_a_registered_judge_and_protocol_reach_results_and_report(task, tmp_path):
     run_dir = tmp_path / "run"
-    evaluate(run_dir, task, ["likelihood", "likelihood_per_token", "generation", "shout"])
+    evaluate(run_dir, task, ["likelihood", "likelihood_mean", "generation", "shout"])
     (entry,) = json.loads((run_dir / "eval/student/results.json").read_text())["tasks"]
-    assert [entry[name]["value"] for name in PROTOCOLS] == [0.5, 0.0, 0.5, 0.5]
+    names = ("likelihood", "generation", "likelihood_mean", "shout")
+    assert [entry[name]["value"] for name in names] == [0.5, 0.0, 0.5, 0.5]
     assert entry["judge"] == "second_word"
 
     report = gap_report(read_run(run_dir))
     (quiz,) = report.tasks
-    assert report.protocols == ("likelihood", "generation", "likelihood_per_token", "shout")
-    assert {name: gap.value for name, gap in quiz.gap.items()} == {
-        "likelihood": 0, "generation": -50, "likelihood_per_token": 0, "shout": 50
+    assert report.protocols == ("likelihood", "generation", "likelihood_mean", "shout")
+    assert {name: gap.value for name, gap in quiz.gap.items() if gap} == {
+        "likelihood": 0, "generation": -50, "likelihood_mean": 0, "shout": 50
     }  # fmt: skip
     assert report.leads == {"likelihood": "likelihood", "generation": "generation"}
     assert quiz.hidden.value == -50
     paths = write_report(run_dir)
-    assert "teacher ll / gen / ll/tok / !" in paths.markdown.read_text()
+    assert "teacher ll / gen / ll/mean / !" in paths.markdown.read_text()
     (row,) = csv.DictReader(io.StringIO(paths.csv.read_text()))
-    assert (float(row["gap_shout"]), float(row["gap_likelihood_per_token"])) == (50, 0)
+    assert (float(row["gap_shout"]), float(row["gap_likelihood_mean"])) == (50, 0)
     page = paths.page.read_text()
     assert "gap !</th>" in page
     assert "quiz, shout" in page
@@ -173,12 +174,12 @@ def test_a_registered_judge_and_protocol_reach_results_and_report(task, tmp_path
 
 
 def test_the_hidden_gap_is_of_the_first_of_each_family_that_was_measured(task, tmp_path):
-    evaluate(tmp_path / "run", task, ["likelihood_per_token", "shout"])
+    evaluate(tmp_path / "run", task, ["likelihood_mean", "shout"])
     report = gap_report(read_run(tmp_path / "run"))
-    assert report.leads == {"likelihood": "likelihood_per_token", "generation": "shout"}
-    assert report.protocols == ("likelihood_per_token", "shout")
+    assert report.leads == {"likelihood": "likelihood_mean", "generation": "shout"}
+    assert report.protocols == ("likelihood_mean", "shout")
     assert report.tasks[0].hidden.value == 50
-    assert warnings(report) == ["quiz: likelihood_per_token overstates the shout gap by 50.0 pp",
+    assert warnings(report) == ["quiz: likelihood_mean overstates the shout gap by 50.0 pp",
                                 "quiz: the teacher writes no correct answer, so the shout gap says nothing about "
                                 "the student"]  # fmt: skip
     assert verdict(report).startswith("Writing its answers, the student scores 50.0 points above")
@@ -202,7 +203,7 @@ def test_a_recipe_may_ask_for_a_registered_protocol(registered):
     assert load_recipe("tiny", ["eval.protocols=[shout]"]).eval.protocols == ("shout",)
     with pytest.raises(RecipeError, match='"shut" is not allowed; did you mean "shout"') as caught:
         load_recipe("tiny", ["eval.protocols=[shut]"])
-    assert "likelihood_per_token" in str(caught.value)
+    assert "likelihood_mean" in str(caught.value)
 
 
 def test_a_recipe_may_not_ask_for_a_protocol_that_nobody_registered():
