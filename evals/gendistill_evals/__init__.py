@@ -30,6 +30,7 @@ from gendistill_evals.task import (
     load_questions,
     load_task,
     load_tasks,
+    outline_tasks,
     questions_identity,
     task_identity,
 )
@@ -61,6 +62,7 @@ __all__ = [
     "load_questions",
     "load_task",
     "load_tasks",
+    "outline_tasks",
     "questions_identity",
     "task_identity",
 ]

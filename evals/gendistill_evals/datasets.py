@@ -26,7 +26,7 @@ DATA_VARIABLE = "GENDISTILL_EVAL_DATA"
 SAMPLE = "sample"
 _CACHE_VARIABLE = "GENDISTILL_CACHE"
 _SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
-_KEYS = ("path", "name", "name_column", "split", "revision", "columns", "prepare", "file")
+_KEYS = ("path", "name", "name_column", "split", "revision", "columns", "prepare", "spread", "file")
 
 Rows = list[tuple[int, dict[str, Any]]]
 
@@ -43,6 +43,7 @@ class Dataset:
         revision: Commit or tag of the hub; None is the newest.
         columns: Columns that are read; a twin has them too.
         prepare: Name in ``PREPARE`` of what makes rows of them; None leaves them as they are.
+        spread: Column whose values take turns, so that the first rows hold some of each; None leaves the order.
         file: Name of the twin, without its suffix.
     """
 
@@ -53,6 +54,7 @@ class Dataset:
     revision: str | None
     columns: tuple[str, ...]
     prepare: str | None
+    spread: str | None
     file: str
 
     @property
@@ -125,6 +127,14 @@ def read_dataset(value: Any, task: str, where: str) -> Dataset:
             where=where,
             hint="leave it out where the columns are those that the task file names",
         )
+    spread, named = text("spread"), text("name_column")
+    if spread is not None and spread not in (*columns, named):
+        raise EvalError(
+            f'"dataset.spread" must be one of the columns {", ".join((*columns, *([named] if named else [])))}, got '
+            f"{shorten(spread)}",
+            where=where,
+            hint="name the column of subjects, or leave it out",
+        )
     file = text("file", task) or task
     if "/" in file or "\\" in file or file.startswith("."):
         raise EvalError(
@@ -133,7 +143,7 @@ def read_dataset(value: Any, task: str, where: str) -> Dataset:
             hint=f"write file: {task}; the folder is given with --data or {DATA_VARIABLE}",
         )
     return Dataset(
-        path, texts("name"), text("name_column"), split, text("revision"), columns, prepare, file
+        path, texts("name"), named, split, text("revision"), columns, prepare, spread, file
     )  # fmt: skip
 
 
@@ -164,6 +174,8 @@ def find_rows(dataset: Dataset, beside: Path, *, data: str | Path | None = None)
             "revision": dataset.revision,
         }
     _check_columns(rows, dataset, path)
+    if dataset.spread is not None:
+        rows = _take_turns(rows, dataset.spread)
     # What is not named decides nothing: a twin may have more columns than the copy of the hub.
     rows = [(line, {name: row[name] for name in dataset.kept_columns if name in row}) for line, row in rows]
     left_out = 0
@@ -174,6 +186,18 @@ def find_rows(dataset: Dataset, beside: Path, *, data: str | Path | None = None)
     if not rows:
         raise EvalError("none of the rows can be asked", where=str(path), hint="look at the rows of the file")
     return Found(rows, path, {**source, "rows": len(rows), "left_out": left_out})
+
+
+def _take_turns(rows: Rows, column: str) -> Rows:
+    """Order rows so that the values of a column take turns, each in the order of its rows."""
+    turns: dict[str, int] = {}
+    places = []
+    for line, row in rows:
+        value = str(row[column])
+        turns[value] = turns.get(value, -1) + 1
+        places.append((turns[value], (line, row)))
+    # Sorting keeps the order of rows of one turn.
+    return [row for _, row in sorted(places, key=lambda each: each[0])]
 
 
 def _twin(dataset: Dataset, folder: Path, *, given: bool) -> Path | None:

@@ -79,6 +79,7 @@ class Item:
         listing: The words by which the prompt lists the options; None if it does not, or nobody knows how.
         group: Of the items that share a passage or a question, which intervals resample together; the id unless given.
         subject: What it is about, for a table by subject; None where the task does not say.
+        cell: Length in tokens, and depth in percent or None, of a generated text; None of other items.
         worked: The answer as an example shows it, such as a solution that ends in ``gold``; ``gold`` unless given.
         reasoning: What leads to the answer in an example, without the answer itself; empty if nothing does.
     """
@@ -93,6 +94,7 @@ class Item:
     subject: str | None = None
     worked: str = ""
     reasoning: str = ""
+    cell: tuple[int, int | None] | None = None
 
     def __post_init__(self) -> None:
         # A frozen value completes itself once, here.
@@ -418,9 +420,14 @@ def _cut(text: str) -> str:
 
 
 def list_options(texts: Sequence[str], answer: AnswerForm) -> str:
-    """Write the options as a prompt shows them: a line for each letter, or a list of words."""
+    """Write the options as a prompt shows them: a line for each letter, or a list of words.
+
+    Words that are sentences, or that hold the commas and the "or" of a list, get a line each.
+    """
     if answer is AnswerForm.LETTER:
         return "\n".join(f"{LETTERS[index]}. {text}" for index, text in enumerate(texts))
+    if any(text.endswith((".", "!", "?")) or "," in text or " or " in text for text in texts):
+        return "".join(f"\n- {text}" for text in texts)
     return f"{', '.join(texts[:-1])} or {texts[-1]}"
 
 

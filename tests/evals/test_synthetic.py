@@ -7,10 +7,9 @@ import re
 
 import pytest
 
-from gendistill_evals.breakdown import break_down, heat_table
 from gendistill_evals.errors import EvalError
 from gendistill_evals.haystack import KEY_ADJECTIVES, KEY_NOUNS, KEYS, filler, keys
-from gendistill_evals.synthetic import Synthesis, make_rows, read_synthesis
+from gendistill_evals.synthetic import Synthesis, heat_table, make_rows, read_synthesis
 
 KINDS = ("needle", "multi_key", "variables", "mqar")
 NEW_TOKENS = 32
@@ -182,28 +181,18 @@ def test_what_cannot_be_generated_is_refused(value, says):
     assert raised.value.hint
 
 
-def test_scores_of_parts_make_a_table_of_lengths_and_depths():
-    items = [
-        {"length": length, "depth": depth} for length in (300, 700) for depth in (0, 100) for _ in range(2)
-    ]
-    parts = break_down(items, {"generation": [1, 1, 1, 0, 0, 0, 1, 0], "likelihood": [1] * 8})
-    assert parts[1] == {"length": 300, "depth": 100, "n": 2, "generation": 0.5, "likelihood": 1.0}
-    assert heat_table(parts, "generation") == {
-        "lengths": [300, 700], "depths": [0, 100], "values": [[1.0, 0.5], [0.0, 0.5]],
+def test_scores_make_a_table_of_lengths_and_depths():
+    cells = [(length, depth) for length in (700, 300) for depth in (0, 100) for _ in range(2)]
+    assert heat_table([*cells, None, (300, 50)], [1, 1, 1, 0, 0, 0, 1, 0, 1, 1]) == {
+        "lengths": [300, 700],
+        "depths": [0, 50, 100],
+        "values": [[0.0, 1.0, 0.5], [1.0, None, 0.5]],
+        "n": [[2, 1, 2], [2, 0, 2]],
+    }
+    assert heat_table([(300, None), (700, None)], [1, 0]) == {
+        "lengths": [300, 700], "depths": [None], "values": [[1.0], [0.0]], "n": [[1], [1]],
     }  # fmt: skip
-    assert heat_table(break_down([{"length": 300}, {"length": 700}], {"generation": [1, 0]}), "generation") == {
-        "lengths": [300, 700], "depths": [None], "values": [[1.0], [0.0]],
-    }  # fmt: skip
-
-
-def test_subjects_are_parts_and_items_without_them_have_none():
-    items = [{"subject": "law"}, {"subject": "art"}, {"subject": "law"}]
-    assert break_down(items, {"generation": [1, 0, 0]}) == [
-        {"subject": "art", "n": 1, "generation": 0.0},
-        {"subject": "law", "n": 2, "generation": 0.5},
-    ]
-    assert break_down([{}, {"subject": None}], {"generation": [1, 0]}) is None
-    assert heat_table(break_down(items, {"generation": [1, 0, 0]}), "generation") is None
+    assert heat_table([None, None], [1, 0]) is None
 
 
 EXPECTED = {

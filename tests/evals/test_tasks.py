@@ -10,15 +10,15 @@ from gendistill_evals import (
     PROTOCOLS,
     EvalError,
     list_questions,
-    list_tasks,
     load_questions,
     load_task,
 )
 from gendistill_evals.extract import find_option
 from gendistill_evals.items import Kind
+from gendistill_evals.suites import SUITES
 
 
-@pytest.mark.parametrize("name", list_tasks())
+@pytest.mark.parametrize("name", SUITES["smoke"].tasks)
 def test_every_built_in_task_is_right_when_answered_with_its_gold(name):
     task = load_task(name)
     assert task.name == name
@@ -27,7 +27,7 @@ def test_every_built_in_task_is_right_when_answered_with_its_gold(name):
         assert JUDGES[task.judge](item, f"{item.gold}.").correct, item
 
 
-@pytest.mark.parametrize("name", list_tasks())
+@pytest.mark.parametrize("name", SUITES["smoke"].tasks)
 def test_no_position_of_the_gold_answer_is_favoured(name):
     items = load_task(name).items
     assert len(items) >= 24
