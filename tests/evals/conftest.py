@@ -20,6 +20,8 @@ from transformers import (
 )
 from transformers.modeling_outputs import CausalLMOutput
 
+from gendistill_evals.model import Generated, ModelSetup
+
 CHAT = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -142,6 +144,46 @@ class Speaker(PreTrainedModel, GenerationMixin):
 
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+class Scripted:
+    """A model that gives each option the log-probability of a table and says the reply of a function."""
+
+    max_tokens = vocab_size = None
+
+    def __init__(self, tokenizer, *, log_probs=None, says=lambda prompt: ""):
+        self.tokenizer, self.generation_defaults = tokenizer, {}
+        self.table, self.says = log_probs or {}, says
+        self.prompts = []
+
+    def identity(self):
+        return {"weights": "scripted"}
+
+    def setup(self):
+        return ModelSetup("paper", "float32", {}, None)
+
+    def log_probs(self, pairs):
+        for index, pair in enumerate(pairs):
+            self.prompts.append(self.tokenizer.decode(pair.context))
+            total = self.table.get(self.tokenizer.decode(pair.continuation).strip(), -50.0)
+            yield index, [total / len(pair.continuation)] * len(pair.continuation)
+
+    def generate(self, requests, decoding):
+        for index, request in enumerate(requests):
+            prompt = self.tokenizer.decode(request.prompt)
+            self.prompts.append(prompt)
+            text = self.says(prompt)
+            ids = self.tokenizer(text)["input_ids"]
+            kept = self.tokenizer.decode(ids[: request.max_new_tokens])
+            cut = min((kept.find(stop) for stop in request.stop if stop in kept), default=len(kept))
+            ended = len(ids) <= request.max_new_tokens or cut < len(kept)
+            yield index, Generated(tuple(ids[: request.max_new_tokens]), kept[:cut].strip(), ended)
+
+
+@pytest.fixture
+def scripted() -> type[Scripted]:
+    """Return the class of models that a test writes the answers of."""
+    return Scripted
 
 
 @pytest.fixture

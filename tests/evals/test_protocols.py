@@ -22,44 +22,6 @@ LETTERED = {"answer": "letter", "prompt": "{question}\n{options}\nWhich?"}
 LIKELIHOODS = [name for name, protocol in PROTOCOLS.items() if isinstance(protocol, Likelihood)]
 
 
-class Scripted:
-    """A model that gives each option the log-probability of a table and says the reply of a function."""
-
-    max_tokens = vocab_size = None
-
-    def __init__(self, tokenizer, *, log_probs=None, says=lambda prompt: ""):
-        self.tokenizer, self.generation_defaults = tokenizer, {}
-        self.table, self.says = log_probs or {}, says
-        self.prompts = []
-
-    def identity(self):
-        return {"weights": "scripted"}
-
-    def setup(self):
-        from gendistill_evals.model import ModelSetup
-
-        return ModelSetup("paper", "float32", {}, None)
-
-    def log_probs(self, pairs):
-        for index, pair in enumerate(pairs):
-            self.prompts.append(self.tokenizer.decode(pair.context))
-            total = self.table.get(self.tokenizer.decode(pair.continuation).strip(), -50.0)
-            yield index, [total / len(pair.continuation)] * len(pair.continuation)
-
-    def generate(self, requests, decoding):
-        from gendistill_evals.model import Generated
-
-        for index, request in enumerate(requests):
-            prompt = self.tokenizer.decode(request.prompt)
-            self.prompts.append(prompt)
-            text = self.says(prompt)
-            ids = self.tokenizer(text)["input_ids"]
-            kept = self.tokenizer.decode(ids[: request.max_new_tokens])
-            cut = min((kept.find(stop) for stop in request.stop if stop in kept), default=len(kept))
-            ended = len(ids) <= request.max_new_tokens or cut < len(kept)
-            yield index, Generated(tuple(ids[: request.max_new_tokens]), kept[:cut].strip(), ended)
-
-
 @pytest.fixture
 def quiz(write_task):
     return write_task(ROWS, stem="quiz", kind="multiple_choice")
@@ -74,14 +36,14 @@ def test_the_first_of_each_family_lead_and_names_are_those_of_the_table():
     assert len({protocol.label for protocol in PROTOCOLS.values()}) == len(PROTOCOLS)
 
 
-def test_options_are_ranked_by_total_by_token_and_by_character(chat_tokenizer, write_task):
+def test_options_are_ranked_by_total_by_token_and_by_character(chat_tokenizer, write_task, scripted):
     """Three options of which each is best by one measure; the task's own metric decides plain likelihood."""
     options = ["B", "What color is a ripe banana yellow", "0 1 2 3 4 5 6 7 8 9"]
     totals = dict(zip(options, (-1.0, -5.0, -4.0), strict=True))
     row = {"question": "q", "options": options, "gold": options[0]}
     tokens = {}
 
-    class Model(Scripted):
+    class Model(scripted):
         def log_probs(self, pairs):
             for index, pair in enumerate(pairs):
                 text = self.tokenizer.decode(pair.continuation)
@@ -113,13 +75,13 @@ def test_options_are_ranked_by_total_by_token_and_by_character(chat_tokenizer, w
         assert choice("likelihood_raw", **settings)["choice"] == 0
 
 
-def test_characters_are_counted_as_lm_eval_counts_them(chat_tokenizer, write_task):
+def test_characters_are_counted_as_lm_eval_counts_them(chat_tokenizer, write_task, scripted):
     """lm-eval's acc_norm divides by ``len(choice)``: characters, not the bytes of UTF-8, of which "日本" has six."""
     np = pytest.importorskip("numpy")
     options = ["日本日本", "abcde"]
     lls = {"日本日本": -4.5, "abcde": -5.0}
 
-    class Model(Scripted):
+    class Model(scripted):
         def log_probs(self, pairs):
             for index, pair in enumerate(pairs):
                 text = self.tokenizer.decode(pair.continuation)
@@ -144,10 +106,10 @@ def test_lm_eval_divides_by_characters_still():
     assert "pred_norm = np.argmax(lls / completion_len)" in source
 
 
-def test_by_letter_the_prompt_lists_the_options_and_asks_for_one(quiz, chat_tokenizer):
+def test_by_letter_the_prompt_lists_the_options_and_asks_for_one(quiz, chat_tokenizer, scripted):
     task = load_task(quiz)
     listed = "What color is the sky?\nA. red\nB. blue\nC. green\nAnswer with the letter."
-    model = Scripted(
+    model = scripted(
         chat_tokenizer, log_probs={"A": -3.0, "B": -1.0, "C": -2.0}, says=lambda prompt: "(B) blue"
     )
     ranked, written = (
@@ -230,10 +192,10 @@ def test_what_a_thought_ends_in_is_its_answer(text, stated):
         ("The answer is 16. I first said 15", False),
     ],
 )
-def test_a_number_counts_where_it_is_stated(chat_tokenizer, write_task, text, correct):
+def test_a_number_counts_where_it_is_stated(chat_tokenizer, write_task, text, correct, scripted):
     task = load_task(write_task([{"question": "5 eggs a day, 3 days?", "gold": "15"}], kind="numeric"))
     (sample,) = (
-        PROTOCOLS["generation_thought"].run(Scripted(chat_tokenizer, says=lambda _: text), task).samples
+        PROTOCOLS["generation_thought"].run(scripted(chat_tokenizer, says=lambda _: text), task).samples
     )
     assert sample["correct"] is correct
     assert sample["text"] == text
@@ -241,9 +203,9 @@ def test_a_number_counts_where_it_is_stated(chat_tokenizer, write_task, text, co
         assert sample["extracted"] is None
 
 
-def test_thought_is_asked_for_and_has_tokens_of_its_own(quiz, chat_tokenizer, write_task):
+def test_thought_is_asked_for_and_has_tokens_of_its_own(quiz, chat_tokenizer, write_task, scripted):
     said = "Think. " * 15 + "\n\nThe answer is blue."
-    model = Scripted(chat_tokenizer, says=lambda prompt: said)
+    model = scripted(chat_tokenizer, says=lambda prompt: said)
     task = load_task(quiz)
     run = PROTOCOLS["generation_thought"].run(model, task)
     assert 'end with "The answer is ...".' in model.prompts[0]
@@ -259,17 +221,17 @@ def test_thought_is_asked_for_and_has_tokens_of_its_own(quiz, chat_tokenizer, wr
     assert (sample["truncated"], sample["extracted"], sample["correct"]) == (True, None, False)
 
 
-def test_letters_are_thought_about_too(write_task, chat_tokenizer):
+def test_letters_are_thought_about_too(write_task, chat_tokenizer, scripted):
     task = load_task(write_task(ROWS, kind="multiple_choice", **LETTERED))
-    model = Scripted(chat_tokenizer, says=lambda prompt: "A is red, C is green. The answer is (b) blue.")
+    model = scripted(chat_tokenizer, says=lambda prompt: "A is red, C is green. The answer is (b) blue.")
     run = PROTOCOLS["generation_thought"].run(model, task)
     assert "where X is the letter" in model.prompts[0]
     assert [sample["choice"] for sample in run.samples] == [1, 1]
 
 
-def test_a_stop_text_of_the_task_does_not_end_a_thought(write_task, chat_tokenizer):
+def test_a_stop_text_of_the_task_does_not_end_a_thought(write_task, chat_tokenizer, scripted):
     task = load_task(write_task(ROWS, kind="multiple_choice", stop=["\n"]))
-    model = Scripted(chat_tokenizer, says=lambda prompt: "Let me think.\nThe answer is blue.")
+    model = scripted(chat_tokenizer, says=lambda prompt: "Let me think.\nThe answer is blue.")
     assert PROTOCOLS["generation_thought"].run(model, task).score["extraction_failures"] == 0
     assert PROTOCOLS["generation"].run(model, task).score["extraction_failures"] == 2
 
@@ -293,11 +255,11 @@ def test_a_reasoning_block_is_not_part_of_the_answer(text, opens, answer):
 @pytest.mark.parametrize(
     "name", [name for name in PROTOCOLS if name not in ("generation", "generation_thought")]
 )
-def test_tasks_without_options_have_a_reason(write_task, chat_tokenizer, tmp_path, name):
+def test_tasks_without_options_have_a_reason(write_task, chat_tokenizer, tmp_path, name, scripted):
     path = write_task([{"question": "a?", "gold": "b"}], kind="exact_match")
     task, protocol = load_task(path), PROTOCOLS[name]
     assert protocol.why_not(task)
-    model = Scripted(chat_tokenizer)
+    model = scripted(chat_tokenizer)
     with pytest.raises(EvalError, match="cannot score demo: the items have no"):
         protocol.run(model, task)
     if name != "likelihood":
@@ -312,11 +274,9 @@ def test_tasks_without_options_have_a_reason(write_task, chat_tokenizer, tmp_pat
         assert not model.prompts
 
 
-def test_a_leading_protocol_that_fits_no_task_is_null_beside_one_that_does(
-    write_task, chat_tokenizer, tmp_path
-):
+def test_a_leading_protocol_that_fits_no_task_is_null(write_task, chat_tokenizer, tmp_path, scripted):
     path = write_task([{"question": "a?", "gold": "b"}], kind="exact_match")
-    (entry,) = evaluate_model(Scripted(chat_tokenizer), tasks=[path], out_dir=tmp_path, model_name="m")[
+    (entry,) = evaluate_model(scripted(chat_tokenizer), tasks=[path], out_dir=tmp_path, model_name="m")[
         "tasks"
     ]
     assert entry["likelihood"] is None
@@ -324,7 +284,7 @@ def test_a_leading_protocol_that_fits_no_task_is_null_beside_one_that_does(
     assert not any("letter" in key for key in entry)
     with pytest.raises(EvalError, match="likelihood can score none of the tasks"):
         evaluate_model(
-            Scripted(chat_tokenizer), tasks=[path], out_dir=tmp_path, model_name="m", protocols=["likelihood"]
+            scripted(chat_tokenizer), tasks=[path], out_dir=tmp_path, model_name="m", protocols=["likelihood"]
         )
 
 
@@ -394,8 +354,8 @@ def test_a_form_changes_neither_ids_nor_what_is_right(quiz, form, style):
         assert (in_form(item, form).prompt == item.prompt) is (form is Form.PLAIN)
 
 
-def test_samples_hold_the_options_of_the_task_and_the_places_chosen(quiz, chat_tokenizer, tmp_path):
-    model = Scripted(chat_tokenizer, log_probs={"C": -0.5}, says=lambda prompt: "C")
+def test_samples_hold_the_options_of_the_task_and_the_places_chosen(quiz, chat_tokenizer, tmp_path, scripted):
+    model = scripted(chat_tokenizer, log_probs={"C": -0.5}, says=lambda prompt: "C")
     evaluate_model(
         model,
         tasks=[quiz],
