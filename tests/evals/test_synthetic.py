@@ -7,8 +7,10 @@ import re
 
 import pytest
 
+from gendistill_evals import evaluate_model
 from gendistill_evals.errors import EvalError
 from gendistill_evals.haystack import KEY_ADJECTIVES, KEY_NOUNS, KEYS, filler, keys
+from gendistill_evals.results import read_samples
 from gendistill_evals.synthetic import Synthesis, heat_table, make_rows, read_synthesis
 
 KINDS = ("needle", "multi_key", "variables", "mqar")
@@ -210,3 +212,27 @@ EXPECTED = {
     "length": 64,
     "depth": 50,
 }
+
+
+def test_a_generated_task_is_scored_by_both_protocols_at_its_lengths(tmp_path, write_task, speaker):
+    """A model that knows the number is right at every length and depth under both; the cells say so."""
+    path = tmp_path / "near.yaml"
+    path.write_text(
+        "generate: {task: multi_key, lengths: [700, 900], depths: [0, 100], keys: 2, per_cell: 2}\nmax_new_tokens: 16\n"
+    )
+
+    def known(prompt: str) -> str:
+        key = re.findall(r"What is the number of the (\w+ \w+)\?", prompt)
+        found = re.search(rf"The number of the {key[-1]} is (\d+)\.", prompt) if key else None
+        return found[1] if found else "0"
+
+    model = speaker(known, prefers=known)
+    results = evaluate_model(
+        model, model.tokenizer, tasks=[path], out_dir=tmp_path / "out", model_name="oracle", batch_size=2
+    )
+    (task,) = results["tasks"]
+    assert (task["n"], task["likelihood"]["value"], task["generation"]["value"]) == (8, 1.0, 1.0)
+    heat = results["diagnostics"]["tasks"]["near"]["generation"]["lengths"]
+    assert heat == {"lengths": [700, 900], "depths": [0, 100], "values": [[1.0, 1.0]] * 2, "n": [[2, 2]] * 2}
+    samples = read_samples(tmp_path / "out")
+    assert {(row["length"], row["depth"]) for row in samples} == {(700, 0), (700, 100), (900, 0), (900, 100)}
