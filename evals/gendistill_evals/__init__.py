@@ -33,6 +33,7 @@ from gendistill_evals.task import (
     load_questions,
     load_task,
     load_tasks,
+    outline_tasks,
     questions_identity,
     task_identity,
 )
@@ -68,6 +69,7 @@ __all__ = [
     "load_questions",
     "load_task",
     "load_tasks",
+    "outline_tasks",
     "questions_identity",
     "task_identity",
 ]

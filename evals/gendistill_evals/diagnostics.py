@@ -10,6 +10,7 @@ from typing import Any
 from gendistill_evals.forms import reordered
 from gendistill_evals.items import LETTERS, Item
 from gendistill_evals.protocols import ProtocolRun
+from gendistill_evals.synthetic import heat_table
 from gendistill_evals.task import Task
 
 MOST_PERMUTATIONS = len(LETTERS) - 1
@@ -91,8 +92,8 @@ def diagnose(
         items: Those that were scored.
         done: What they were scored by, by protocol.
         orders: The same in other orders of the options, with their choices.
-    Returns: By protocol: ``answers`` where a model wrote some, ``subjects`` where items have one, and ``order`` where
-        options were shown in other orders.
+    Returns: By protocol: ``answers`` where a model wrote some, ``subjects`` where items have one, ``lengths`` where
+        texts are of chosen lengths, and ``order`` where options were shown in other orders.
     """
     found: dict[str, dict[str, Any]] = {}
     for name, run in done.items():
@@ -101,6 +102,8 @@ def diagnose(
             entry["answers"] = answer_statistics(items, run.samples)
         if any(item.subject is not None for item in items):
             entry["subjects"] = by_subject(items, run.samples)
+        if heat := heat_table([item.cell for item in items], [sample["correct"] for sample in run.samples]):
+            entry["lengths"] = heat
         if orders.get(name):
             entry["order"] = order_statistics(run.samples, [each.choices for each in orders[name]])
         found[name] = entry

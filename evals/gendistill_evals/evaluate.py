@@ -23,7 +23,7 @@ from gendistill_evals.results import (
     write_samples,
     write_transcripts,
 )
-from gendistill_evals.task import Questions, Task, load_questions, load_tasks
+from gendistill_evals.task import Questions, Task, built, load_questions, load_tasks
 from gendistill_evals.transcripts import check_questions, write_answers
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ ROLES = ("teacher", "student", "model")
 # What a protocol cannot be called: its entries stand beside these in the files.
 _OWN_KEYS = frozenset({
     "task", "kind", "judge", "metric", "items_sha256", "prompt_sha256", "n", "limit", "id", "group", "subject",
-    "prompt", "options", "gold",
+    "length", "depth", "source", "prompt", "options", "gold",
 })  # fmt: skip
 
 
@@ -96,7 +96,6 @@ def evaluate_model(
         permutations=permutations,
     )
     loaded = load_tasks(tasks)
-    asked = _asked(loaded, protocols)
     if questions is not None and not isinstance(questions, Questions):
         questions = load_questions(questions)
     folder = Path(out_dir)
@@ -107,6 +106,8 @@ def evaluate_model(
         judge = scored if teacher is model else _language_model(teacher, tokenizer, batch_size)
     prompter = Prompter(scored.tokenizer, style)
     decoding = greedy_decoding(scored, prompter)
+    loaded = [built(task, prompter, scored.max_tokens) for task in loaded]
+    asked = _asked(loaded, protocols)
     for task, protocol in asked:
         for each in (task, *(shuffled.task for shuffled in in_other_orders(task, permutations, limit=limit))):
             protocol.check(scored, scored.tokenizer, each, limit=limit, style=style)
@@ -204,7 +205,11 @@ def check_evaluation(
             items that are too long or have tokens that the model does not know.
     """
     protocols = _default_protocols() if protocols is None else protocols
-    for task, protocol in _asked(load_tasks(tasks), protocols):
+    loaded = load_tasks(tasks)
+    if any(task.synthesis for task in loaded):
+        prompter = Prompter(tokenizer, style)
+        loaded = [built(task, prompter, limits.max_tokens) for task in loaded]
+    for task, protocol in _asked(loaded, protocols):
         protocol.check(limits, tokenizer, task, limit=limit, style=style)
     if questions is not None:
         asked = questions if isinstance(questions, Questions) else load_questions(questions)
@@ -273,6 +278,7 @@ def _task_entry(
         "prompt_sha256": task.prompt_sha256,
         "n": len(task.items[:limit]),
         "limit": task.cut_at(limit),
+        **({"source": dict(task.source)} if task.source else {}),
     }
     for name in _shown(protocols):
         entry[name] = done[name].score if name in done else None
@@ -300,6 +306,7 @@ def _task_samples(
             "id": item.id,
             "group": item.group,
             **({"subject": item.subject} if item.subject is not None else {}),
+            **({"length": item.cell[0], "depth": item.cell[1]} if item.cell is not None else {}),
             "prompt": item.prompt,
             "options": list(item.options) if item.options else None,
             "gold": item.gold,

@@ -79,6 +79,7 @@ class Item:
         listing: The words by which the prompt lists the options; None if it does not, or nobody knows how.
         group: Of the items that share a passage or a question, which intervals resample together; the id unless given.
         subject: What it is about, for a table by subject; None where the task does not say.
+        cell: Length in tokens, and depth in percent or None, of a generated text; None of other items.
         worked: The answer as an example shows it, such as a solution that ends in ``gold``; ``gold`` unless given.
         reasoning: What leads to the answer in an example, without the answer itself; empty if nothing does.
     """
@@ -93,6 +94,7 @@ class Item:
     subject: str | None = None
     worked: str = ""
     reasoning: str = ""
+    cell: tuple[int, int | None] | None = None
 
     def __post_init__(self) -> None:
         # A frozen value completes itself once, here.
@@ -173,8 +175,13 @@ def read_rows(path: Path, *, what: str = "the file of items") -> list[tuple[int,
     Raises:
         EvalError: The file is missing or empty, or a line is not a JSON object.
     """
+    return parse_rows(read_text(path, what=what, hint=_NAMED), path)
+
+
+def parse_rows(text: str, path: Path) -> list[tuple[int, dict[str, Any]]]:
+    """Read the objects of a text with one on each line, as ``read_rows`` does; ``path`` is for errors."""
     # Not splitlines(): JSON texts may hold the other line separators of Unicode unescaped.
-    lines = read_text(path, what=what, hint=_NAMED).split("\n")
+    lines = text.split("\n")
     rows = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -413,9 +420,14 @@ def _cut(text: str) -> str:
 
 
 def list_options(texts: Sequence[str], answer: AnswerForm) -> str:
-    """Write the options as a prompt shows them: a line for each letter, or a list of words."""
+    """Write the options as a prompt shows them: a line for each letter, or a list of words.
+
+    Words that are sentences, or that hold the commas and the "or" of a list, get a line each.
+    """
     if answer is AnswerForm.LETTER:
         return "\n".join(f"{LETTERS[index]}. {text}" for index, text in enumerate(texts))
+    if any(text.endswith((".", "!", "?")) or "," in text or " or " in text for text in texts):
+        return "".join(f"\n- {text}" for text in texts)
     return f"{', '.join(texts[:-1])} or {texts[-1]}"
 
 

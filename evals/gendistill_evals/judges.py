@@ -6,6 +6,7 @@ import string
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
+from gendistill_evals.bbh import bbh_answer, same_answer
 from gendistill_evals.errors import EvalError
 from gendistill_evals.extract import find_letter, find_option, last_number, normalise, parse_number
 from gendistill_evals.items import AnswerForm, Item, Kind
@@ -53,6 +54,12 @@ def judge_letter(item: Item, text: str) -> Judgement:
     return Judgement(found, found == item.gold)
 
 
+def judge_bbh(item: Item, text: str) -> Judgement:
+    """Find the answer in the form of BIG-Bench-Hard that gold has: a letter, a word, a number, words or brackets."""
+    found = bbh_answer(item, text)
+    return Judgement(found, found is not None and same_answer(found, item.gold))
+
+
 # How a text is judged, by the name that a task file gives after ``judge:``. Other packages add theirs. The name goes
 # into the identity of scores, so a judge whose rules change takes another name.
 JUDGES: dict[str, Judge] = {
@@ -60,9 +67,12 @@ JUDGES: dict[str, Judge] = {
     "letter": judge_letter,
     "numeric": judge_numeric,
     "exact_match": judge_exact_match,
+    "bbh": judge_bbh,
 }
 # Judges of a short answer, which may come after a thought; others judge all that a model writes.
-ANSWER_JUDGES = {"option", "letter", "numeric", "exact_match"}
+ANSWER_JUDGES = {"option", "letter", "numeric", "exact_match", "bbh"}
+# Of these, judges that find the answer at the end of a thought by themselves.
+THOUGHT_JUDGES = {"bbh"}
 
 
 def default_judge(kind: Kind, answer: AnswerForm) -> str:

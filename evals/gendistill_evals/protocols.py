@@ -17,7 +17,7 @@ from gendistill_evals.errors import EvalError
 from gendistill_evals.extract import answer_after_thought, stated_answer
 from gendistill_evals.forms import Form, example_turns, in_form
 from gendistill_evals.items import LETTERS, Item
-from gendistill_evals.judges import ANSWER_JUDGES, JUDGES, Judgement, judge_letter
+from gendistill_evals.judges import ANSWER_JUDGES, JUDGES, THOUGHT_JUDGES, Judgement, judge_letter
 from gendistill_evals.model import Generated, LanguageModel, Limits, Pair, Request, check_fits
 from gendistill_evals.prompts import PLAIN_STYLE, Prompter, Style, ids_sha256, opened
 from gendistill_evals.task import Metric, Task
@@ -329,7 +329,7 @@ class Generation:
         if said is not text:
             # Stop texts that could not end the thought end the answer.
             said = said[: min((said.find(words) for words in task.stop if words in said), default=len(said))]
-        if self.form is Form.THOUGHT:
+        if self.form is Form.THOUGHT and task.judge not in THOUGHT_JUDGES:
             stated = stated_answer(said, number=task.judge == "numeric")
             return nothing if stated is None else JUDGES[task.judge](item, stated)
         return judge_letter(item, said) if self.form is Form.LETTER else JUDGES[task.judge](item, said)

@@ -6,12 +6,13 @@ import difflib
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from gendistill_evals.datasets import find_rows, read_dataset
 from gendistill_evals.errors import EvalError
 from gendistill_evals.extract import normalise
 from gendistill_evals.items import (
@@ -26,7 +27,9 @@ from gendistill_evals.items import (
     reject_repeated_ids,
 )
 from gendistill_evals.judges import JUDGES, check_judge, default_judge
+from gendistill_evals.prompts import Prompter, opened
 from gendistill_evals.reading import shorten
+from gendistill_evals.synthetic import Synthesis, make_rows, read_synthesis
 from gendistill_evals.task_file import LONGEST_NAME, TaskKeys, read_task_yaml
 
 _TASKS = Path(__file__).parent / "tasks"
@@ -64,6 +67,8 @@ class Task:
         prompt_sha256: Hash of every setting that changes a prompt, its decoding or its judgement.
         examples: Questions with answers that a prompt may show before its own, none of them an item.
         thought_tokens: Tokens for thinking, on top of ``max_new_tokens``, where a model is let to think first.
+        source: Where the rows of a public benchmark were read from, for the record; empty of other tasks.
+        synthesis: How items are generated; None where they were read. Such a task has none until it is ``built``.
     """
 
     name: str
@@ -79,10 +84,17 @@ class Task:
     prompt_sha256: str
     examples: tuple[Item, ...] = field(default=(), repr=False)
     thought_tokens: int = THOUGHT_TOKENS
+    source: Mapping[str, Any] = field(default_factory=dict)
+    synthesis: Synthesis | None = None
+
+    @property
+    def num_items(self) -> int:
+        """How many items there are, or will be."""
+        return self.synthesis.num_items if self.synthesis is not None else len(self.items)
 
     def cut_at(self, limit: int | None) -> int | None:
         """Return a limit that leaves items out, or None: one of at least as many items as there are does not."""
-        return limit if limit is not None and limit < len(self.items) else None
+        return limit if limit is not None and limit < self.num_items else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,17 +125,46 @@ def list_tasks() -> tuple[str, ...]:
     return tuple(sorted(path.stem for path in _TASKS.glob("*.yaml")))
 
 
+class TaskOutline(NamedTuple):
+    """A built-in task as lists show it.
+
+    Attributes:
+        name, description: As of ``Task``.
+        num_items: How many items there are; None where they come from the hub.
+    """
+
+    name: str
+    description: str
+    num_items: int | None
+
+
+def outline_tasks() -> list[TaskOutline]:
+    """Describe the built-in tasks without asking the hub for any of their rows."""
+    outlines = []
+    for name in list_tasks():
+        path = _TASKS / f"{name}.yaml"
+        content = read_task_yaml(path)
+        if "dataset" in content:
+            keys = TaskKeys(content, str(path))
+            outlines.append(TaskOutline(name, keys.text("description", default=""), None))
+        else:
+            task = load_task(name)
+            outlines.append(TaskOutline(name, task.description, task.num_items))
+    return outlines
+
+
 def list_questions() -> tuple[str, ...]:
     """List the names of the built-in sets of open questions."""
     return tuple(sorted(path.stem for path in _QUESTIONS.glob("*.jsonl")))
 
 
-def load_task(name_or_path: str | Path) -> Task:
+def load_task(name_or_path: str | Path, *, data: str | Path | None = None) -> Task:
     """Load a built-in task by name, or any task from its YAML file.
 
     Args:
         name_or_path: Name from ``list_tasks()``, or path of a ``.yaml`` file.
-    Returns: The task with its prompts rendered.
+        data: Folder with the rows of public benchmarks, or ``"sample"``; as for ``datasets.find_rows``.
+    Returns: The task with its prompts rendered, but for a generated one.
     Raises:
         EvalError: Unknown name (exit code 2), or a task file or items that do not fit the format.
     """
@@ -137,24 +178,35 @@ def load_task(name_or_path: str | Path) -> Task:
         return theirs[0]
     path = _find(name_or_path, _TASKS, ".yaml", list_tasks(), what="task")
     content = read_task_yaml(path)
-    return _task(TaskKeys(content, str(path)), path)
+    keys = TaskKeys(content, str(path))
+    return _generated(keys, path) if "generate" in content else _task(keys, path, data)
 
 
-def load_tasks(tasks: Sequence[str | Path | Task], *, trust_code: bool = False) -> list[Task]:
+def load_tasks(
+    tasks: Sequence[str | Path | Task],
+    *,
+    data: str | Path | None = None,
+    lengths: Sequence[int] | None = None,
+    trust_code: bool = False,
+) -> list[Task]:
     """Load several tasks, whose names must differ.
 
     Args:
         tasks: Names and paths as for ``load_task``, or tasks; a group of lm-eval's is all of its tasks.
+        data: As for ``load_task``.
+        lengths: Of the texts of generated tasks, in tokens; None leaves their own.
         trust_code: Whether Python functions that a task file of lm-eval's names may run.
     Raises:
-        EvalError: As for ``load_task``, or two tasks of one name.
+        EvalError: As for ``load_task``, two tasks of one name, or lengths where nothing is generated.
     """
     loaded: list[Task] = []
     for task in tasks:
         if isinstance(task, Task):
             loaded.append(task)
         else:
-            loaded += _of_lm_eval(task, trust_code=trust_code) or [load_task(task)]
+            loaded += _of_lm_eval(task, trust_code=trust_code) or [load_task(task, data=data)]
+    if lengths is not None:
+        loaded = _at_lengths(loaded, lengths)
     names = [task.name for task in loaded]
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise EvalError(
@@ -163,6 +215,33 @@ def load_tasks(tasks: Sequence[str | Path | Task], *, trust_code: bool = False) 
             exit_code=2,
         )
     return loaded
+
+
+def built(task: Task, prompter: Prompter, max_tokens: int | None) -> Task:
+    """Generate the items of a task that has none yet; others come back as they are.
+
+    Args:
+        task: A task.
+        prompter: Prompts of the model that will be asked, whose tokens the lengths count.
+        max_tokens: Longest sequence that the model reads; None if it declares no limit.
+    Raises:
+        EvalError: Lengths that the model cannot read, or that are too short.
+    """
+    if task.synthesis is None or task.items:
+        return task
+    system = prompter.style.system
+    rows = make_rows(
+        task.synthesis,
+        lambda text: len(prompter.prompt_ids(opened(text, system=system))),
+        max_new_tokens=task.max_new_tokens,
+        max_tokens=max_tokens,
+        where=task.name,
+    )
+    items = build_items(list(enumerate(rows, start=1)), _GENERATED, Path(task.name))
+    items = tuple(
+        replace(item, cell=(row["length"], row["depth"])) for item, row in zip(items, rows, strict=True)
+    )
+    return replace(task, items=items, items_sha256=sha256_of(rows))
 
 
 def task_identity(name_or_path: str | Path) -> dict[str, str]:
@@ -257,7 +336,91 @@ def _find(name_or_path: str | Path, folder: Path, suffix: str, known: Sequence[s
     )
 
 
-def _task(keys: TaskKeys, path: Path) -> Task:
+# How generated rows become items.
+_GENERATED = ItemFormat(
+    kind=Kind.NUMERIC,
+    answer=AnswerForm.TEXT,
+    gold=GoldForm.TEXT,
+    gold_after="",
+    template="{prompt}",
+    fields={"id": "id", "gold": "gold", "options": "options", "distractors": "distractors"},
+    group="context",
+)
+
+
+def _generated(keys: TaskKeys, path: Path) -> Task:
+    """Read a task whose items are generated once the model's tokenizer is known."""
+    allowed = {"name", "description", "generate", "max_new_tokens", "stop"}
+    if others := sorted(key for key in keys.content if key not in allowed):
+        raise EvalError(
+            f"{', '.join(others)} cannot stand beside generate",
+            where=str(path),
+            hint=f"a generated task takes {', '.join(sorted(allowed))}",
+        )
+    synthesis = read_synthesis(keys.content["generate"], str(path))
+    max_new_tokens, stop = keys.positive("max_new_tokens"), keys.texts("stop")
+    return Task(
+        name=_name(keys, path),
+        description=keys.text("description", default=""),
+        kind=_GENERATED.kind,
+        judge=default_judge(_GENERATED.kind, _GENERATED.answer),
+        metric=Metric.ACCURACY,
+        answer=_GENERATED.answer,
+        max_new_tokens=max_new_tokens,
+        stop=stop,
+        items=(),
+        items_sha256=sha256_of(synthesis.identity()),
+        prompt_sha256=sha256_of(["generate", max_new_tokens, stop]),
+        synthesis=synthesis,
+    )
+
+
+def _at_lengths(tasks: Sequence[Task], lengths: Sequence[int]) -> list[Task]:
+    if not any(task.synthesis for task in tasks):
+        raise EvalError(
+            "none of the tasks generates texts, whose lengths could be chosen",
+            where="--lengths",
+            hint="leave --lengths out, or add --suite long",
+            exit_code=2,
+        )
+    changed = []
+    for task in tasks:
+        if task.synthesis is not None:
+            synthesis = task.synthesis.at_lengths(lengths, "--lengths")
+            task = replace(task, synthesis=synthesis, items=(), items_sha256=sha256_of(synthesis.identity()))
+        changed.append(task)
+    return changed
+
+
+def _name(keys: TaskKeys, path: Path) -> str:
+    name = keys.text("name", default=path.stem)
+    if not re.fullmatch(rf"[A-Za-z0-9][A-Za-z0-9._-]{{0,{LONGEST_NAME - 1}}}", name):
+        raise EvalError(
+            f'the name {shorten(name)} must be letters, digits, ".", "_" and "-", at most {LONGEST_NAME}',
+            where=str(path),
+            hint="write name: <name> in the task file",
+        )
+    return name
+
+
+def _rows(
+    keys: TaskKeys, path: Path, name: str, data: str | Path | None
+) -> tuple[list[tuple[int, dict[str, Any]]], Path, dict[str, Any]]:
+    """Read the rows of a task, their file and, of a dataset, where they are from."""
+    if "dataset" not in keys.content:
+        source = path.parent / keys.text("items")
+        return read_rows(source), source, {}
+    if "items" in keys.content:
+        raise EvalError(
+            "both items and dataset are given",
+            where=str(path),
+            hint="keep items for a file, dataset for the hub",
+        )
+    found = find_rows(read_dataset(keys.content["dataset"], name, str(path)), path.parent, data=data)
+    return found.rows, found.path, found.source
+
+
+def _task(keys: TaskKeys, path: Path, data: str | Path | None = None) -> Task:
     form = ItemFormat(
         kind=keys.choice("kind", Kind),
         answer=keys.choice("answer", AnswerForm, default=AnswerForm.TEXT),
@@ -288,15 +451,8 @@ def _task(keys: TaskKeys, path: Path) -> Task:
     metric = keys.choice("metric", Metric, default=Metric.ACCURACY)
     max_new_tokens = keys.positive("max_new_tokens")
     stop = keys.texts("stop")
-    name = keys.text("name", default=path.stem)
-    if not re.fullmatch(rf"[A-Za-z0-9][A-Za-z0-9._-]{{0,{LONGEST_NAME - 1}}}", name):
-        raise EvalError(
-            f'the name {shorten(name)} must be letters, digits, ".", "_" and "-", at most {LONGEST_NAME}',
-            where=str(path),
-            hint="write name: <name> in the task file",
-        )
-    source = path.parent / keys.text("items")
-    rows = read_rows(source)
+    name = _name(keys, path)
+    rows, source, origin = _rows(keys, path, name, data)
     shape = [form.kind, form.answer, form.gold, form.gold_after, form.template, form.fields, metric]
     # What a task does not use leaves its hash as it was before there was such a thing.
     shape += [form.options] if form.options else []
@@ -326,6 +482,7 @@ def _task(keys: TaskKeys, path: Path) -> Task:
         prompt_sha256=sha256_of([*shape, max_new_tokens, stop]),
         examples=examples,
         thought_tokens=thought_tokens,
+        source=origin,
     )
 
 

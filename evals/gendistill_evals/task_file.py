@@ -18,7 +18,7 @@ from gendistill_evals.reading import is_well_formed, read_text, shorten
 LONGEST_NAME = 100
 _KEYS = (
     "name", "description", "kind", "judge", "items", "fields", "prompt", "answer", "gold", "gold_after", "metric",
-    "max_new_tokens", "options", "stop", "examples", "group", "subject", "thought_tokens",
+    "max_new_tokens", "options", "stop", "examples", "group", "subject", "thought_tokens", "dataset", "generate",
 )  # fmt: skip
 _COLUMNS = {"id": "id", "gold": "gold", "options": "options", "distractors": "distractors"}
 _ROLES = ("system", "user", "assistant")

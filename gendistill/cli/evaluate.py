@@ -25,14 +25,15 @@ from gendistill.errors import RecipeError
 from gendistill_evals import (
     PROTOCOLS,
     list_questions,
-    list_tasks,
     load_questions,
-    load_task,
     load_tasks,
+    outline_tasks,
 )
+from gendistill_evals.datasets import DATA_VARIABLE, SAMPLE
 from gendistill_evals.diagnostics import MOST_PERMUTATIONS
 from gendistill_evals.prompts import ChatTemplate, Style
 from gendistill_evals.protocols import lead_protocols
+from gendistill_evals.suites import SUITES, suite_tasks
 
 # The first protocol of each family, which is what the hidden gap compares.
 _BOTH = "both"
@@ -41,8 +42,14 @@ _PATHS = ("model", "out", "teacher", "questions", "lm_eval_out")
 _LONGEST_NAME = 100
 _MODEL_FLAGS = (
     "tasks", "limit", "batch_size", "out", "teacher", "questions", "chat_template", "system", "reasoning", "few_shot",
-    "permutations",
+    "permutations", "suite", "data", "lengths",
 )  # fmt: skip
+# What a recipe says in other words than eval.<flag>.
+_INSTEAD = {
+    "suite": "name its tasks: gendistill eval RECIPE eval.tasks=[A,B]",
+    "data": f"export {DATA_VARIABLE}=FOLDER",
+    "lengths": "name a task.yaml of your own, with lengths under generate:, in eval.tasks",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,6 +59,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_overrides(parser, help="changes, where MODEL is a recipe")
     parser.add_argument("--tasks", metavar="A,B", help="task names or task.yaml files, separated by commas")
+    parser.add_argument("--suite", metavar="A,B", help=f"sets of tasks: {', '.join(SUITES)}")
+    parser.add_argument(
+        "--data",
+        metavar="FOLDER",
+        help=f"rows of public benchmarks as FOLDER/<task>.jsonl, or {SAMPLE} for a few of each (the hub)",
+    )
+    parser.add_argument(
+        "--lengths", type=positive, nargs="+", metavar="N", help="tokens of the texts of generated tasks"
+    )
     parser.add_argument(
         "--protocols",
         type=_protocols,
@@ -129,7 +145,7 @@ def _score_recipe(arguments: argparse.Namespace) -> int:
         raise RecipeError(
             f"{flag} is for models; {arguments.model} is a recipe, which says it under eval:",
             where=flag,
-            hint=f"gendistill eval {arguments.model} eval.{given[0]}=...",
+            hint=_INSTEAD.get(given[0], f"gendistill eval {arguments.model} eval.{given[0]}=..."),
         )
     recipe = load_recipe(arguments.model, all_overrides(arguments))
     find_tasks(recipe)
@@ -141,12 +157,14 @@ def _score_recipe(arguments: argparse.Namespace) -> int:
 
 
 def _score_model(arguments: argparse.Namespace) -> int:
-    tasks = tuple(name.strip() for name in (arguments.tasks or "").split(",") if name.strip())
+    tasks = _names(arguments.tasks)
+    # A task that is named and in a suite is asked once.
+    tasks += tuple(name for name in suite_tasks(_names(arguments.suite)) if name not in tasks)
     if not tasks and not arguments.questions:
         raise RecipeError(
             "nothing to score: no tasks and no questions",
             where="gendistill eval",
-            hint="add --tasks NAME; gendistill eval --list shows what there is",
+            hint="add --suite smoke or --tasks NAME; gendistill eval --list shows what there is",
         )
     permutations = arguments.permutations or 0
     if permutations > MOST_PERMUTATIONS:
@@ -164,15 +182,16 @@ def _score_model(arguments: argparse.Namespace) -> int:
     # Before the model, which may be a download of hours.
     for name in tasks:
         _check_path("tasks", name)
-    loaded = load_tasks(tasks, trust_code=arguments.trust_task_code)
+    loaded = load_tasks(
+        tasks, data=arguments.data, lengths=arguments.lengths, trust_code=arguments.trust_task_code
+    )
     if arguments.questions is not None:
         load_questions(arguments.questions)
     out = Path(arguments.out) if arguments.out else Path("evals") / _folder_name(arguments.model)
     _check_out(out)
     results = scoring_module().score_checkpoint(
         arguments.model,
-        # by name they would be loaded without it
-        tasks=tuple(loaded) if arguments.trust_task_code else tasks,
+        tasks=tuple(loaded),
         protocols=arguments.protocols or _protocols(_BOTH),
         style=style,
         permutations=permutations,
@@ -216,6 +235,10 @@ def _protocols(text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))
 
 
+def _names(text: str | None) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name.strip() for name in (text or "").split(",") if name.strip()))
+
+
 def _count(text: str) -> int:
     """Read a number from 0, for argparse."""
     return 0 if text == "0" else positive(text)
@@ -248,25 +271,36 @@ def _print_scores(results: dict[str, Any]) -> None:
     for task in results["tasks"]:
         scores = [task.get(protocol) for protocol in shown]
         cells = ["-" if score is None else f"{100 * score['value']:.1f}" for score in scores]
-        rows.append(
-            (task["task"], *cells, f"{task['n']:,}", f"LIMIT {task['limit']}" if task["limit"] else "")
-        )
+        rows.append((task["task"], *cells, f"{task['n']:,}", _remark(task)))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for name, *cells in rows:
         numbers = "  ".join(cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))
         print(f"{name:{widths[0]}}  {numbers}".rstrip())
 
 
+def _remark(task: dict[str, Any]) -> str:
+    """Say what makes the score of a task none of the benchmark."""
+    sample = "SAMPLE" if task.get("source", {}).get("from") == SAMPLE else ""
+    return "  ".join(filter(None, (sample, f"LIMIT {task['limit']}" if task["limit"] else "")))
+
+
 def _list(arguments: argparse.Namespace) -> int:
-    tasks = [load_task(name) for name in list_tasks()]
+    tasks = outline_tasks()
     if arguments.json:
         content = [
-            {"name": task.name, "items": len(task.items), "description": task.description} for task in tasks
+            {"name": task.name, "items": task.num_items, "description": task.description} for task in tasks
         ]
-        print_json({"tasks": content, "questions": list(list_questions())})
+        suites = [
+            {"name": suite.name, "tasks": list(suite.tasks), "description": suite.description}
+            for suite in SUITES.values()
+        ]
+        print_json({"tasks": content, "suites": suites, "questions": list(list_questions())})
         return 0
     for task in tasks:
-        print(f"{task.name:24} {len(task.items):>6,} items   {task.description}")
+        items = "from the hub " if task.num_items is None else f"{task.num_items:>6,} items "
+        print(f"{task.name:20} {items}  {task.description}")
+    for suite in SUITES.values():
+        print(f"{suite.name:20} --suite        {suite.description}: {', '.join(suite.tasks)}")
     for name in list_questions():
-        print(f"{name:24}        open questions (--questions {name})")
+        print(f"{name:20} --questions    open questions")
     return 0

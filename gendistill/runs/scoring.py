@@ -20,6 +20,7 @@ from gendistill.errors import RecipeError
 from gendistill.runs.asking import asked
 from gendistill.text import printable
 from gendistill_evals.prompts import PLAIN_STYLE, Style
+from gendistill_evals.task import Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

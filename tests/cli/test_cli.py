@@ -130,8 +130,8 @@ def test_eval_scores_any_model(cli, calls):
     assert code == 0
     ((_, positional, named),) = calls
     assert positional == ("org/some.model",)
+    assert [task.name for task in named.pop("tasks")] == ["copy", "everyday"]
     assert named == {
-        "tasks": ("copy", "everyday"),
         "protocols": ("generation",),
         "limit": 5,
         "batch_size": 2,
