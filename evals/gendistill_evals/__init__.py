@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from gendistill_evals import code, instructions
 from gendistill_evals.code import judge_code
 from gendistill_evals.errors import EvalError
 from gendistill_evals.evaluate import evaluate_model
 from gendistill_evals.instructions import judge_instructions
 from gendistill_evals.items import Item, Message
-from gendistill_evals.judges import JUDGES, Judgement
+from gendistill_evals.judges import JUDGES, LACKS, WHY_NOT, Judgement
 from gendistill_evals.keeping import KeepingModel
 from gendistill_evals.model import LanguageModel
 from gendistill_evals.prompts import Style
@@ -43,6 +44,8 @@ if TYPE_CHECKING:
 
 # They need ``judges`` and items, so they join it from here.
 JUDGES.update({"code": judge_code, "instructions": judge_instructions})
+LACKS.update({"code": code.lacks, "instructions": instructions.lacks})
+WHY_NOT.update({"code": code.why_not})
 
 __all__ = [
     "JUDGES",

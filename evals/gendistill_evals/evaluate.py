@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 from gendistill_evals.decoding import greedy_decoding
 from gendistill_evals.diagnostics import MOST_PERMUTATIONS, Reordered, diagnose, in_other_orders
 from gendistill_evals.errors import EvalError
+from gendistill_evals.judges import WHY_NOT
 from gendistill_evals.keeping import KeepingModel
 from gendistill_evals.model import LanguageModel, Limits
 from gendistill_evals.prompts import PLAIN_STYLE, Prompter, Style
-from gendistill_evals.protocols import PROTOCOLS, EvalProtocol, ProtocolRun, lead_protocols
+from gendistill_evals.protocols import PROTOCOLS, EvalProtocol, ProtocolFamily, ProtocolRun, lead_protocols
 from gendistill_evals.reading import shorten
 from gendistill_evals.results import (
     SCHEMA,
@@ -109,6 +110,7 @@ def evaluate_model(
     loaded = [built(task, prompter, scored.max_tokens) for task in loaded]
     asked = _asked(loaded, protocols)
     for task, protocol in asked:
+        _check_judged(task, protocol)
         for each in (task, *(shuffled.task for shuffled in in_other_orders(task, permutations, limit=limit))):
             protocol.check(scored, scored.tokenizer, each, limit=limit, style=style)
     if questions:
@@ -214,6 +216,17 @@ def check_evaluation(
     if questions is not None:
         asked = questions if isinstance(questions, Questions) else load_questions(questions)
         check_questions(limits, tokenizer, asked, max_new_tokens=question_tokens, style=style)
+
+
+def _check_judged(task: Task, protocol: EvalProtocol) -> None:
+    """Refuse a task whose answers nobody would judge, before any is asked for."""
+    ready = WHY_NOT.get(task.judge)
+    if protocol.family is ProtocolFamily.GENERATION and ready is not None and (reason := ready()):
+        raise EvalError(
+            f"{task.name} cannot be scored: {reason}",
+            where=task.name,
+            hint="gendistill eval --allow-code, or eval.allow_code: true; from Python gendistill_evals.code.allowed()",
+        )
 
 
 def _default_protocols() -> tuple[str, ...]:

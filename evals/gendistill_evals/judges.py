@@ -69,6 +69,10 @@ JUDGES: dict[str, Judge] = {
     "exact_match": judge_exact_match,
     "bbh": judge_bbh,
 }
+# What an item lacks to be judged by one of them, and why one judges nothing at the moment; None where nothing is wrong.
+# Packages that add a judge add what it has to say here.
+LACKS: dict[str, Callable[[Item], str | None]] = {}
+WHY_NOT: dict[str, Callable[[], str | None]] = {}
 # Judges of a short answer, which may come after a thought; others judge all that a model writes.
 ANSWER_JUDGES = {"option", "letter", "numeric", "exact_match", "bbh"}
 # Of these, judges that find the answer at the end of a thought by themselves.
@@ -83,7 +87,7 @@ def default_judge(kind: Kind, answer: AnswerForm) -> str:
 
 
 def check_judge(judge: str, items: Iterable[Item], where: str) -> None:
-    """Check that a judge of this module can judge items; those of other packages know for themselves.
+    """Check that a judge can judge items.
 
     Args:
         judge: Name in ``JUDGES``.
@@ -102,6 +106,8 @@ def check_judge(judge: str, items: Iterable[Item], where: str) -> None:
 
 
 def _lacks(judge: str, item: Item) -> str | None:
+    if judge in LACKS:
+        return LACKS[judge](item)
     if judge in ("option", "letter") and not item.options:
         return "it has no options"
     if judge == "letter" and not set(item.options or ()) <= set(string.ascii_uppercase):

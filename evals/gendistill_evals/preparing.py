@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from gendistill_evals import code, instructions
 from gendistill_evals.errors import EvalError
 from gendistill_evals.extract import normalise
 from gendistill_evals.reading import shorten
@@ -91,13 +92,34 @@ def bbh_open(row: Mapping[str, Any], where: str) -> dict[str, Any] | None:
 
 
 # What a task file may name under dataset.prepare.
+def humaneval(row: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Read a function to complete and its tests."""
+    return _at(where, code.task_row, row)
+
+
+def ifeval(row: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Read a prompt and the instructions in it."""
+    return _at(where, instructions.task_row, row)
+
+
 PREPARE: dict[str, Prepare] = {
     "numbered_choices": numbered_choices,
     "labelled_choices": labelled_choices,
     "distracted": distracted,
     "bbh_choice": bbh_choice,
     "bbh_open": bbh_open,
+    "humaneval": humaneval,
+    "ifeval": ifeval,
 }
+
+
+def _at(
+    where: str, read: Callable[[Mapping[str, Any]], dict[str, Any]], row: Mapping[str, Any]
+) -> dict[str, Any]:
+    try:
+        return read(row)
+    except EvalError as error:
+        raise EvalError(error.message, where=where, hint=_LAYOUT) from error
 
 
 def _bbh(row: Mapping[str, Any], where: str) -> tuple[str, str]:

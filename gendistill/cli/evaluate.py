@@ -107,6 +107,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="let Python functions run that lm-eval task files name",
     )
+    parser.add_argument(
+        "--allow-code", action="store_true", help="let programs that the model writes run, in a sandbox"
+    )
     parser.add_argument("--list", action="store_true", help="list the built-in tasks and questions")
     add_json(parser)
 
@@ -140,6 +143,7 @@ def _score_recipe(arguments: argparse.Namespace) -> int:
             where="--trust-task-code",
             hint="gendistill eval MODEL --tasks TASK.yaml --trust-task-code scores its models one by one",
         )
+    given += ["allow_code"] if arguments.allow_code else []
     if given:
         flag = f"--{given[0].replace('_', '-')}"
         raise RecipeError(
@@ -195,6 +199,7 @@ def _score_model(arguments: argparse.Namespace) -> int:
         protocols=arguments.protocols or _protocols(_BOTH),
         style=style,
         permutations=permutations,
+        allow_code=arguments.allow_code,
         limit=arguments.limit,
         batch_size=arguments.batch_size,
         out=out,

@@ -313,6 +313,10 @@ class EvalConfig(Section):
         le=MOST_PERMUTATIONS,
         description="further orders in which options are shown, to see whether a model chooses places",
     )
+    allow_code: Annotated[bool, Affects.NOTHING] = Field(
+        default=False,
+        description="whether programs that models write may run, in a sandbox, as humaneval needs",
+    )
     batch_size: Annotated[int | None, Affects.NOTHING] = Field(
         default=None,
         ge=1,

@@ -40,6 +40,7 @@ def score_checkpoint(
     questions: str | None,
     style: Style = PLAIN_STYLE,
     permutations: int = 0,
+    allow_code: bool = False,
 ) -> dict[str, Any]:
     """Load any Hugging Face causal language model, ours or not, and score it.
 
@@ -54,6 +55,7 @@ def score_checkpoint(
         questions: Open questions: built-in name or path, or None.
         style: How prompts are made.
         permutations: Further orders in which options are shown.
+        allow_code: Whether programs that the model writes run, in a sandbox.
     Returns: The content of ``results.json``.
     """
     device = Accelerator().device
@@ -74,6 +76,7 @@ def score_checkpoint(
             "batch_size": batch_size,
             "questions": questions,
             "permutations": permutations,
+            "allow_code": allow_code,
             **style.settings(),
         },
         teacher=scorer,
@@ -98,8 +101,8 @@ def score(
         model, tokenizer: What is scored.
         name, role: Of the model, for the files.
         out: Folder of the results.
-        settings: ``EvalConfig`` as plain data; ``question_tokens``, ``permutations`` and the fields of ``Style`` may
-            be left out.
+        settings: ``EvalConfig`` as plain data; ``question_tokens``, ``permutations``, ``allow_code`` and the fields of
+            ``Style`` may be left out.
         teacher: Model that scores the open answers, or None.
         parts: Folder where results are kept, which several ``out`` may share.
         console: Where progress is shown; standard output if None.
@@ -111,6 +114,8 @@ def score(
         shown.print(Text(f"{role:<9} {printable(line)}"))
 
     with contextlib.ExitStack() as stack:
+        if settings.get("allow_code", False):
+            stack.enter_context(gendistill_evals.code.allowed())
         scored = stack.enter_context(asked(model, tokenizer, batch_size=rows, say=say))
         judge = None
         if teacher is not None:

@@ -155,7 +155,7 @@ def test_long_answers_are_read_in_linear_time():
 
 @HERE
 def test_built_in_problems_are_whole():
-    task = load_task("humaneval")
+    task = load_task("humaneval", data="sample")
     assert len(task.items) == 20
     with allowed():
         for item in task.items[:3]:
@@ -178,7 +178,7 @@ SOLUTIONS = {
 @HERE
 @pytest.mark.parametrize("name", SOLUTIONS)
 def test_built_in_problems_are_solved(name):
-    item = next(item for item in load_task("humaneval").items if item.id == name)
+    item = next(item for item in load_task("humaneval", data="sample").items if item.id == name)
     with allowed():
         assert judge_code(item, SOLUTIONS[name]).correct
         assert not judge_code(item, "    return None").correct

@@ -10,6 +10,7 @@ from gendistill_evals import (
     PROTOCOLS,
     EvalError,
     list_questions,
+    list_tasks,
     load_questions,
     load_task,
 )
