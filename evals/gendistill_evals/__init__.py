@@ -13,6 +13,7 @@ from gendistill_evals.items import Item, Message
 from gendistill_evals.judges import JUDGES, Judgement
 from gendistill_evals.keeping import KeepingModel
 from gendistill_evals.model import LanguageModel
+from gendistill_evals.prompts import Style
 from gendistill_evals.protocols import (
     PROTOCOLS,
     EvalProtocol,
@@ -54,6 +55,7 @@ __all__ = [
     "ProtocolRun",
     "Question",
     "Questions",
+    "Style",
     "Task",
     "evaluate_model",
     "list_questions",

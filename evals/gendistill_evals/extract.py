@@ -33,7 +33,7 @@ _EDGE = _QUOTES + ".!?,;: \n\t"
 # "A" and "I" are words too, and so is any small letter; followed by one of these they are letters of options.
 _AFTER_LETTERS = frozenset({
     "is", "because", "since", "as", "and", "or", "but", "the", "this", "it", "which", "rather", "instead",
-    "not", "over", "seems", "looks", "i", "probably", "definitely", "ist", "est", "es",
+    "not", "over", "remains", "seems", "looks", "i", "probably", "definitely", "ist", "est", "es",
 })  # fmt: skip
 
 
@@ -143,7 +143,8 @@ def find_letter(text: str, letters: Sequence[str], texts: Sequence[str]) -> str 
     2. A letter that the text begins with: alone on its line, in brackets, before punctuation or before its option's
        text, unless it begins a list of letters ("A: no. B: yes").
     3. The only letter in brackets or called an option.
-    4. The only option named by its text.
+    4. The only letter that is not denied among some that are, if it is a sentence ("Not A. Not B. C.").
+    5. The only option named by its text.
 
     Denied letters ("not A", "A is wrong") are never read. Several letters joined ("A or B", "both A and C") are
     nothing. "A", "I" and small letters before another word are words of the language ("A dog barks").
@@ -159,7 +160,8 @@ def find_letter(text: str, letters: Sequence[str], texts: Sequence[str]) -> str 
         letter: Words(nfkc(option)).lower
         for letter, option in zip(letters, texts or [""] * len(letters), strict=True)
     }
-    named = [name for name in _letter_names(words, own) if name.said is not Said.DENIED]
+    names = _letter_names(words, own)
+    named = [name for name in names if name.said is not Said.DENIED]
     stated = [name for name in named if name.said is Said.STATED]
     if stated:
         return None if _is_joined(words, stated[-1], named) else stated[-1].answer
@@ -170,6 +172,10 @@ def find_letter(text: str, letters: Sequence[str], texts: Sequence[str]) -> str 
     if mentioned:
         several = len({name.answer for name in mentioned}) > 1 or _is_joined(words, mentioned[-1], named)
         return None if several else mentioned[-1].answer
+    if len(named) < len(names) and len({name.answer for name in named}) == 1:
+        left = named[-1]
+        if words.begins_clause(left.start) and words.ends_clause(left.end):
+            return left.answer
     option = find_option(text, texts)
     return None if option is None else letters[list(texts).index(option)]
 

@@ -13,7 +13,10 @@ from enum import IntEnum
 
 # Scripts that put no spaces between words: each character is a word of its own.
 _UNSPACED = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"
-_WORD = re.compile(rf"[{_UNSPACED}]|[^\W_{_UNSPACED}]+(?:['\u2019][^\W_{_UNSPACED}]+)*|[^\w\s]|\n")
+# Scripts of India, whose vowel signs belong to words and are not letters of their own; their full stops do not.
+_INDIC = "\u0900-\u0963\u0966-\u0dff"
+_LETTERS = rf"(?:[^\W_{_UNSPACED}]|[{_INDIC}])+"
+_WORD = re.compile(rf"[{_UNSPACED}]|{_LETTERS}(?:['\u2019]{_LETTERS})*|[^\w\s]|\n")
 _IS_UNSPACED = re.compile(f"[{_UNSPACED}]")
 _COMMAND = re.compile(r"\\([A-Za-z]+|.)", re.DOTALL)
 _TAG = re.compile(r"<(/?)([A-Za-z]\w{0,20})\s{0,3}/?>")
@@ -24,10 +27,10 @@ _NEAR, _SENTENCE = 12, 30
 
 OPENERS = frozenset("([{<\u3010\u300c\u300e\u300a\u3008\u3014\u3016\u27e6\u27e8")
 CLOSERS = frozenset(")]}>\u3011\u300d\u300f\u300b\u3009\u3015\u3017\u27e7\u27e9")
-BULLETS = frozenset("->\u2022\u2013\u2014")
+BULLETS = frozenset("->=\u2022\u2013\u2014\u2234\u2192\u21d2\u2705\u2713\u2714\ufe0f")
 QUOTES = frozenset("\"'`\u2018\u2019\u201c\u201d\u201e\u00ab\u00bb\u2039\u203a*#$|~")
 DELIMITERS = frozenset(").:,;!?]}\u3011\u3002\u3001-\u2013\u2014")
-_ENDS = frozenset(".!?;\u3002\n")
+_ENDS = frozenset(".!?;\u3002\u0964\u061f\n")
 _CONNECTORS = frozenset(
     {"and", "or", "nor", "versus", "vs", *",;/&+\u3001", *"\u548c\u6216\u4e0e\u8207\u53ca\u8ddf\u8fd8\u662f"}
 )
@@ -37,29 +40,39 @@ _ANSWERS = frozenset({
     "answer", "answers", "answer's", "ans", "solution", "response", "verdict", "selection", "pick", "correct",
     "boxed", "choose", "choosing", "select", "selecting", "go", "going", "guess", "think", "believe",
     "say", "opt", "vote", "antwort", "lösung", "wähle", "nehme", "réponse", "choisis", "respuesta", "elijo",
-    "risposta", "scelgo", "resposta", "escolho", "ответ", "выбираю",
+    "risposta", "scelgo", "resposta", "escolho", "ответ", "выбираю", "richtig", "antwoord", "svar", "svaret",
+    "lean", "leaning", "inclined",
+    "odpowiedź", "odpověď", "cevap", "yan\u0131t", "án", "jawaban", "jawabannya", "απάντηση", "الإجابة", "الجواب",
+    "उत्तर", "जवाब", "відповідь", "vastaus", "răspuns", "răspunsul",
 })  # fmt: skip
 _OPTIONS = frozenset({
     "option", "options", "choice", "choices", "letter", "maybe", "perhaps", "possibly", "chose",
-    "selected", "picked",
+    "selected", "picked", "lettre", "letra", "lettera", "buchstabe", "opción", "opzione", "opção", "вариант", "буква",
 })  # fmt: skip
-_COPULAS = frozenset({"is", "are", "was", "be", "becomes", "ist", "lautet", "est", "es", "è", "é"})
+_COPULAS = frozenset({
+    "is", "are", "was", "be", "becomes", "ist", "lautet", "est", "es", "è", "é", "är", "là", "adalah", "هي", "هو",
+})  # fmt: skip
 _POINTERS = frozenset({"it", "that", "this"})
 _POINTING = frozenset({"it's", "that's"})
 _TURNS = frozenset({
     "so", "therefore", "thus", "hence", "actually", "definitely", "probably", "certainly", "obviously",
     "clearly", "finally", "but", "now", "rather", "instead", "no", "wait", "likely", "surely", "sure",
-    "yes", "ok", "okay", "well", "hmm", "course", "sondern", "daher", "donc", "sino",
+    "yes", "ok", "okay", "well", "hmm", "course", "elimination", "sondern", "daher", "donc", "sino",
 })  # fmt: skip
 _FILLERS = frozenset({
     "the", "an", "would", "should", "must", "will", "might", "may", "could", "can", "most",
     "simply", "indeed", "then", "really", "final", "right", "best", "either", "both", "only", "one",
-    "with", "for", "to", "der", "die", "das", "le", "la", "el", "il",
+    "with", "for", "to", "towards", "toward", "has", "đúng", "yang", "benar", "الصحيحة", "الصحيح", "doğru",
+    "der", "die", "das", "le", "la", "el", "il",
 })  # fmt: skip
 _DENIALS = frozenset({
     "not", "neither", "nor", "never", "cannot", "except", "excluding", "besides", "without",
-    "nicht", "pas",
+    "nicht", "pas", "não", "non", "не", "niet", "inte", "không", "nie", "ليست", "ليس",
 })  # fmt: skip
+# "Anything but B" denies B; "nothing but B" does not.
+_ALL_BUT = frozenset({"anything", "everything", "all", "any"})
+# "No" denies before these, and turns elsewhere: "la respuesta no es B", "no, B".
+_AFTER_NO = frozenset({"es", "era", "sería"})
 _WRONG = frozenset({
     "not", "wrong", "incorrect", "false", "never", "impossible", "out", "eliminated", "nicht", "falsch", "pas",
     "faux", "fausse", "incorrecte", "incorrecta", "incorrecto",
@@ -68,14 +81,16 @@ _RIGHT = frozenset({
     "correct", "right", "true", "best", "answer", "richtig", "korrekt", "antwort", "correcte", "juste", "bonne",
     "réponse", "correcta", "correcto", "respuesta",
 })  # fmt: skip
+_HOLDS = frozenset({"remains", "fits", "wins"})
 _STATES = frozenset({
     "is", "are", "was", "seems", "looks", "would", "must", "should", "can", "could", "the", "being",
     "ist", "est", "es",
 })  # fmt: skip
 _DENIED_BEFORE = ("不是", "不选", "不選", "不为", "不為", "不能选", "不應選", "并非", "排除")
-_STATED_BEFORE = ("答案", "选", "選", "答え", "正解", "정답")
+_STATED_BEFORE = ("答案", "选", "選", "答え", "正解", "正しいのは", "정답", "답은")
 _DENIED_AFTER = re.compile(
     "(?:[选選]?[项項])?(?:是|也)?(?:错|錯|不|排除)|[がはも](?:正しく|正解(?:で[はも]|じゃ)|間違|誤)"
+    "|(?:では|じゃ)(?:な|あり)|[이가은는](?:아[니닙]|틀)"
 )
 _STATED_AFTER = re.compile(
     "(?:[选選]?[项項])?(?:是|才)?(?:正确|正確|对|對|答案|最)|[がは](?:正しい|正解|答え)"
@@ -201,6 +216,10 @@ class Words:
             word = self.at(place)
             if word in _DENIALS or word.endswith("n't"):
                 return Said.DENIED
+            if (word == "but" and self.at(place - 1) in _ALL_BUT) or (
+                word == "no" and self.at(place + 1) in _AFTER_NO
+            ):
+                return Said.DENIED
             if self._unspaced(place):
                 return self._said_in_unspaced(place)
             if word in _ANSWERS or word in _POINTING or (word in _POINTERS and copula):
@@ -214,11 +233,19 @@ class Words:
                 mentioned = True
             elif word in _COPULAS:
                 copula = True
+            elif word in ("must", "should") and copula and self.at(place - 1) in _ENDS:
+                return Said.STATED
             elif word in _TURNS:
                 turn = True
             elif word in ":=":
                 colon = True
-            elif not (word in _FILLERS or word in QUOTES or word in OPENERS or word in ",-\u2013\u2014>\n"):
+            elif not (
+                word in _FILLERS
+                or (word == "a" and self.at(place - 1) == "é")
+                or word in QUOTES
+                or word in OPENERS
+                or word in ",-\u2013\u2014>]\u3011\n"
+            ):
                 break
         if copula and self._sentence_answers(place):
             return Said.STATED
@@ -238,6 +265,8 @@ class Words:
         word = self.at(place)
         if word.endswith("n't") or word == "cannot":
             return Said.DENIED
+        if word in _HOLDS or (word == "for" and self.at(place + 1) == "sure"):
+            return Said.STATED
         if word not in _STATES:
             return Said.NOTHING
         if word in ("is", "are") and self.at(place + 1) in _ENDS:

@@ -88,6 +88,26 @@ def test_a_teacher_alone_is_scored_too(task):
     assert set(scores.results) == {"student"}
 
 
+def test_prompts_take_a_style_and_options_other_orders(tmp_path):
+    (tmp_path / "quiz.jsonl").write_text(
+        "".join(
+            json.dumps({"question": f"{n}?", "options": ["x", "y"], "gold": "y"}) + "\n" for n in range(3)
+        )
+    )
+    (tmp_path / "quiz.yaml").write_text(
+        'kind: multiple_choice\nitems: quiz.jsonl\nprompt: "{question}"\nmax_new_tokens: 2\n'
+    )
+    style = {"chat_template": "off", "system": "Be short."}
+    settings = {"protocols": ["likelihood_letter"], "permutations": 1, **style}
+    found = gd.evaluate(
+        gd.load("builtin:tiny"), tasks=tmp_path / "quiz.yaml", quiet=True, **settings
+    ).results["student"]
+    assert found["settings"]["style"] == {**style, "reasoning": False, "few_shot": 0}
+    assert found["diagnostics"]["tasks"]["quiz"]["likelihood_letter"]["order"]["n"] == 3
+    with pytest.raises(EvalError, match="few_shot asks for 2 examples, and the task has none"):
+        gd.evaluate(gd.load("builtin:tiny"), tasks=tmp_path / "quiz.yaml", few_shot=2, quiet=True)
+
+
 def test_items_may_hold_any_line_separator_of_unicode(task, tmp_path):
     items = [
         {"id": str(i), "question": f"{i}{mark}1 =", "options": ["2", f"3{mark}"], "gold": 0}

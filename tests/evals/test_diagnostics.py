@@ -36,7 +36,9 @@ LETTERS = ["likelihood_letter", "generation_letter"]
 
 @pytest.fixture
 def quiz(write_task):
-    return write_task(ROWS, stem="quiz", kind="multiple_choice", subject="topic", max_new_tokens=16)
+    return write_task(
+        ROWS, stem="quiz", kind="multiple_choice", subject="topic", max_new_tokens=16, thought_tokens=16
+    )
 
 
 def gold_letter(prompt):

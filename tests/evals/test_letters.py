@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import json
 import time
+from pathlib import Path
 
 import pytest
 
@@ -450,6 +452,24 @@ MANY = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", 
 )
 def test_a_letter_is_read_as_a_person_reads_it(text, letter):
     assert find_letter(text, "ABCD", TEXTS) == letter
+
+
+# More spellings, hedges, several letters, denials and other scripts, each labelled by hand before it was tried.
+LABELLED = [
+    json.loads(line)
+    for line in (Path(__file__).parent / "letters_in_answers.jsonl").read_text(encoding="utf-8").splitlines()
+]
+
+
+@pytest.mark.parametrize("row", LABELLED, ids=lambda row: repr(row["text"])[:60])
+def test_labelled_answers_are_read_as_they_were_labelled(row):
+    assert find_letter(row["text"], "ABCD", TEXTS) == row["letter"]
+
+
+def test_labelled_answers_are_many_and_none_stands_above():
+    assert len({row["text"] for row in LABELLED}) == len(LABELLED) >= 60
+    assert not {row["text"] for row in LABELLED} & {text for texts in READ.values() for text in texts}
+    assert {row["letter"] for row in LABELLED} == {"A", "B", "C", "D", None}
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from gendistill.config.load import load_recipe
-from gendistill.errors import RecipeError
+from gendistill.errors import RecipeError, ReportError
 from gendistill.report import write_report
 from gendistill.report.run_files import read_run
 from gendistill.report.tables import verdict, warnings
@@ -30,7 +30,7 @@ from gendistill_evals import (
 )
 from gendistill_evals.decoding import greedy_decoding
 from gendistill_evals.model import Generated, ModelSetup, Request
-from gendistill_evals.prompts import Prompter
+from gendistill_evals.prompts import Prompter, Style
 from gendistill_evals.task import Metric
 
 ROWS = [
@@ -219,3 +219,14 @@ def test_finished_parts_of_any_model_are_kept(task, tmp_path):
     assert evaluate_model(model, **where)["tasks"] == first["tasks"]
     assert model.num_asked == asked > 0
     assert (first["device"], first["versions"]) == ("paper", {"sayer": "1"})
+
+
+def test_models_that_were_asked_in_another_style_are_not_compared(task, tmp_path):
+    run_dir = tmp_path / "run"
+    for role, style in (("teacher", Style()), ("student", Style(system="Be short."))):
+        evaluate_model(
+            Sayer("yes", "so yes"), tasks=[task], out_dir=run_dir / "eval" / role, model_name=role, role=role,
+            style=style,
+        )  # fmt: skip
+    with pytest.raises(ReportError, match=r"different settings: style .*'system': None.* / .*Be short"):
+        gap_report(read_run(run_dir))
