@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from gendistill.comparison.compute import Comparison, PairScore, compare
+from gendistill.comparison.compute import compare
 from gendistill.comparison.load import Scores, load_scores
+from gendistill.comparison.values import Comparison, PairScore
 from gendistill.comparison.write import ComparisonPaths, render_terminal, write_comparison
 
 __all__ = [

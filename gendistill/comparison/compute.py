@@ -4,197 +4,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
-from dataclasses import asdict, dataclass, replace
-from enum import StrEnum
-from itertools import combinations
-from typing import Any
+from dataclasses import replace
+from itertools import combinations, zip_longest
 
 import numpy as np
 
 from gendistill.comparison.load import Scores, TaskScores
 from gendistill.comparison.matching import check_comparable, common_tasks
+from gendistill.comparison.values import (
+    ALL_TASKS,
+    LEVEL,
+    Agreement,
+    Comparison,
+    Estimate,
+    Flip,
+    HiddenGap,
+    PairScore,
+    Verdict,
+)
 from gendistill.errors import RecipeError
 from gendistill_evals import ProtocolFamily, power, stats
 
-SCHEMA = 1
-ALL_TASKS = "mean of tasks"
-LEVEL = 0.05
 _SHOWN_FLIPS = 6
 _MOST_FLIPS = 40
-
-
-class Verdict(StrEnum):
-    """What the data allow to say of the second model of a pair."""
-
-    BETTER = "better"
-    WORSE = "worse"
-    WORSE_WITHIN = "worse, by less than the margin"
-    EQUIVALENT = "equivalent within the margin"
-    NOT_INFERIOR = "not worse by the margin"
-    UNDECIDED = "undecided"
-
-
-@dataclass(frozen=True, slots=True)
-class Estimate:
-    """A score in percent, or a difference in percentage points, with its 95% interval."""
-
-    value: float
-    low: float
-    high: float
-    n: int
-
-    @property
-    def excludes_zero(self) -> bool:
-        """Whether the whole interval lies on one side of zero."""
-        return self.low > 0 or self.high < 0
-
-
-@dataclass(frozen=True, slots=True)
-class PairScore:
-    """Two models on one task under one protocol or metric.
-
-    Attributes:
-        first, second: Names.
-        task, measure, family: What was scored; the task ``ALL_TASKS`` is the mean over all, each counting once.
-        n, num_groups: Items, and what was sampled: questions that share nothing.
-        first_score, second_score: In percent.
-        gap: Second minus first, in points.
-        bootstrap: The percentile interval of the gap by resampling groups, in points.
-        gained, lost: Items on which the second is better and worse.
-        p, mid_p: Exact McNemar test; signs of whole groups where items share one.
-        p_holm: ``p`` adjusted for all tasks of this pair and measure.
-        flips: Share of items that differ, in percent.
-        flips_floor: The same between two runs of one model: options in another order, or a repeated run; None if that
-            was not measured.
-        margin: Loss named beforehand, in points.
-        not_inferior_p, equivalent_p: One-sided tests at the margin.
-        detectable: Smallest difference found with a chance of 80%, in points.
-        power: Chance to show at this margin that a model that is as good is not inferior.
-        items_needed: Items that would find a difference as large as the one seen with a chance of 80%.
-        verdict: What the data allow to say.
-    """
-
-    first: str
-    second: str
-    task: str
-    measure: str
-    family: ProtocolFamily
-    n: int
-    num_groups: int
-    first_score: Estimate
-    second_score: Estimate
-    gap: Estimate
-    bootstrap: tuple[float, float] | None
-    gained: int
-    lost: int
-    p: float | None
-    mid_p: float | None
-    p_holm: float | None
-    flips: float
-    flips_floor: float | None
-    margin: float
-    not_inferior_p: float | None
-    equivalent_p: float | None
-    detectable: float | None
-    power: float | None
-    items_needed: int | None
-    verdict: Verdict
-
-
-@dataclass(frozen=True, slots=True)
-class HiddenGap:
-    """How much of a pair's gap under generation log-likelihood does not show.
-
-    Attributes:
-        by_likelihood, by_generation: The gaps in points, and p-values of their McNemar tests.
-        hidden: Gap by generation minus gap by likelihood.
-        inverted: Whether the two protocols prefer different models.
-        p_inverted: That they do not: the larger of the two one-sided p-values, adjusted for all tasks; None if
-            not inverted.
-    """
-
-    first: str
-    second: str
-    task: str
-    likelihood: str
-    generation: str
-    by_likelihood: float
-    by_generation: float
-    hidden: Estimate
-    inverted: bool
-    p_inverted: float | None
-
-
-@dataclass(frozen=True, slots=True)
-class Agreement:
-    """Whether two measures rank more than two models alike.
-
-    Attributes:
-        tau: Kendall's tau-b over the models' scores; None where one measure ties all.
-        low, high: Its 95% interval by resampling items.
-    """
-
-    task: str
-    likelihood: str
-    generation: str
-    tau: float | None
-    low: float | None
-    high: float | None
-
-
-@dataclass(frozen=True, slots=True)
-class Flip:
-    """An item that one of two models gets right and the other does not."""
-
-    first: str
-    second: str
-    task: str
-    measure: str
-    id: str
-    gained: bool
-    prompt: str
-    target: str
-    first_answer: str
-    second_answer: str
-
-
-@dataclass(frozen=True, slots=True)
-class Comparison:
-    """All pairs of models on all common tasks.
-
-    Attributes:
-        models, sources: Names and places.
-        margin: In points.
-        pairs: By pair, measure and task.
-        hidden, agreement: Where one task was scored under both families of protocols.
-        flips: Some items that differ, both ways.
-        notes: What a reader must not miss.
-    """
-
-    models: tuple[str, ...]
-    sources: tuple[str, ...]
-    margin: float
-    pairs: tuple[PairScore, ...]
-    hidden: tuple[HiddenGap, ...]
-    agreement: tuple[Agreement, ...]
-    flips: tuple[Flip, ...]
-    notes: tuple[str, ...]
-
-    @property
-    def lead(self) -> str | None:
-        """The measure that the headline speaks of: the first of generation, else the first of all."""
-        written = [pair.measure for pair in self.pairs if pair.family is ProtocolFamily.GENERATION]
-        return next(iter(written or [pair.measure for pair in self.pairs]), None)
-
-    def of(self, first: str, second: str, measure: str) -> list[PairScore]:
-        """List the tasks of one pair under one measure, their mean last."""
-        return [
-            pair for pair in self.pairs if (pair.first, pair.second, pair.measure) == (first, second, measure)
-        ]
-
-    def to_json(self) -> dict[str, Any]:
-        """Return plain data for ``compare.json``."""
-        return {"schema": SCHEMA, **asdict(self)}
 
 
 def compare(
@@ -231,13 +63,13 @@ def compare(
     floors = _floors(models, chosen, again)
     pairs: list[PairScore] = []
     hidden: list[HiddenGap] = []
-    shown: list[Flip] = []
+    shown: list[list[Flip]] = []
     for first, second in combinations(models, 2):
         for measure in dict.fromkeys(one for found in chosen.values() for one in found):
             scored = [task for task in names if measure in chosen[task]]
             by_task = [_score(first, second, task, measure, margin, floors) for task in scored]
             pairs += _with_mean(_adjusted(by_task), margin)
-            shown += [flip for task in scored for flip in _flips(first, second, task, measure)]
+            shown += [_flips(first, second, task, measure) for task in scored]
         hidden += _hidden(first, second, chosen)
     agreement = _agreement(models, chosen) if len(models) > 2 else []
     return Comparison(
@@ -247,7 +79,7 @@ def compare(
         pairs=tuple(pairs),
         hidden=tuple(hidden),
         agreement=tuple(agreement),
-        flips=tuple(shown[:_MOST_FLIPS]),
+        flips=tuple(_some_of_each(shown)),
         notes=tuple(notes),
     )
 
@@ -398,8 +230,8 @@ def _hidden(first: Scores, second: Scores, chosen: dict[str, dict[str, ProtocolF
             stats.flips(values[0], values[1], groups=groups),
             stats.flips(values[2], values[3], groups=groups),
         )
-        # Both one-sided hypotheses have to fall, so the larger p-value counts.
-        p = max(test.p / 2 for test in tests)
+        # Both gaps have to be real, so the larger p-value counts.
+        p = max(test.p for test in tests)
         found.append(
             (
                 HiddenGap(
@@ -503,11 +335,10 @@ def _flips(first: Scores, second: Scores, task: str, measure: str) -> list[Flip]
     """Read the first items that differ, as many lost ones as gained ones where there are."""
     before, after = (model.tasks[task].measures[measure] for model in (first, second))
     difference = after.values - before.values
-    places = [
-        place
-        for way in (difference < 0, difference > 0)
-        for place in np.flatnonzero(way)[: _SHOWN_FLIPS // 2].tolist()
-    ]
+    lost, gained = (
+        np.flatnonzero(way)[: _SHOWN_FLIPS // 2].tolist() for way in (difference < 0, difference > 0)
+    )
+    places = [place for pair in zip_longest(lost, gained) for place in pair if place is not None]
     found = []
     for place in places:
         one, other = before.example(place), after.example(place)
@@ -526,6 +357,16 @@ def _flips(first: Scores, second: Scores, task: str, measure: str) -> list[Flip]
             )
         )
     return found
+
+
+def _some_of_each(found: Sequence[Sequence[Flip]]) -> list[Flip]:
+    """Take as many of every pair, measure and task as fit, in their order."""
+    kept = [0] * len(found)
+    for rank in range(_SHOWN_FLIPS):
+        for place, flips in enumerate(found):
+            if rank < len(flips) and sum(kept) < _MOST_FLIPS:
+                kept[place] += 1
+    return [flip for flips, count in zip(found, kept, strict=True) for flip in flips[:count]]
 
 
 def _cut(text: str, *, longest: int = 1500, keep_end: bool = False) -> str:

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import jinja2
 
 from gendistill.comparison import tables, wording
-from gendistill.comparison.compute import LEVEL, Comparison
 from gendistill.comparison.plots import for_page
+from gendistill.comparison.values import LEVEL, Comparison
 
 
 def render_page(comparison: Comparison, forest: bytes, *, command: str, gates: Sequence[str] = ()) -> str:

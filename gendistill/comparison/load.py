@@ -89,7 +89,7 @@ def load_scores(places: Sequence[str], *, group_by: str | None = None) -> list[S
             student; one that is given alone stands for its teacher and its student.
         group_by: Field of lm-eval's items that tells which of them belong together.
     Raises:
-        ReportError: A place holds no scores, or too few places are given.
+        ReportError: A place has no scores, or too few places are given.
         EvalError: A file is missing or broken.
     """
     given = [_named(place) for place in places]
@@ -153,7 +153,7 @@ def _load(path: Path, name: str | None, *, group_by: str | None) -> Scores:
     files = lm_eval.find_sample_files(path)
     if not files:
         raise ReportError(
-            "the folder holds no scores: neither results.json nor samples_<task>_<date>.jsonl",
+            "the folder has no scores: neither results.json nor samples_<task>_<date>.jsonl",
             where=str(path),
             hint=f"give {_KINDS}",
         )
@@ -164,11 +164,10 @@ def _our_scores(folder: Path, name: str | None) -> Scores:
     content = results.read_results(folder)
     rows = results.read_samples(folder)
     settings = {key: value for key, value in content.get("settings", {}).items() if key not in FREE_SETTINGS}
-    floors = (content.get("diagnostics") or {}).get("flips_floor") or {}
+    diagnosed = (content.get("diagnostics") or {}).get("tasks") or {}
     tasks = {}
     for entry in content["tasks"]:
         task = entry["task"]
-        own = (entry.get("diagnostics") or {}).get("flips_floor") or floors
         found = [row for row in rows if row["task"] == task]
         where = str(folder / "samples.jsonl")
         by_id = _unique(
@@ -189,7 +188,7 @@ def _our_scores(folder: Path, name: str | None) -> Scores:
                 PROTOCOLS[protocol].family,
                 np.array([float(row[protocol]["correct"]) for row in by_id.values()]),
                 _our_example(list(by_id.values()), protocol),
-                _floor(own.get(protocol)),
+                _floor((diagnosed.get(task) or {}).get(protocol)),
             )
         asked = {key: entry.get(key) for key in ("kind", "judge", "metric", "items_sha256", "prompt_sha256")}
         tasks[task] = TaskScores(
@@ -207,10 +206,10 @@ def _our_scores(folder: Path, name: str | None) -> Scores:
     return Scores(name or str(content.get("model") or folder.name), str(folder), tasks)
 
 
-def _floor(found: Any) -> float | None:
-    """Read a share of flips, written as a number or as an object with a value."""
-    value = found.get("value") if isinstance(found, Mapping) else found
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+def _floor(diagnosis: Mapping[str, Any] | None) -> float | None:
+    """Read how many items change their score when their options stand in other orders."""
+    order = (diagnosis or {}).get("order") or {}
+    return float(order["flips"]) if "flips" in order else None
 
 
 def _our_example(rows: Sequence[Mapping[str, Any]], protocol: str) -> Callable[[int], Example]:

@@ -7,8 +7,8 @@ import re
 import warnings
 from typing import TYPE_CHECKING, Any
 
-from gendistill.comparison.compute import ALL_TASKS, Comparison, PairScore
 from gendistill.comparison.tables import sections
+from gendistill.comparison.values import ALL_TASKS, Comparison, PairScore
 from gendistill.errors import ReportError
 from gendistill.report.tables import signed
 from gendistill.text import printable
@@ -68,17 +68,19 @@ def _draw(figure: Figure, comparison: Comparison) -> None:
     total = sum(len(rows) for _, rows in groups)
     axes = figure.subplots()
     place, ticks, blocks, left = 0.0, [], [], _MOST_ROWS
-    for name, rows in groups:
+    for _, rows in groups:
         if left <= 0:
             break
-        axes.text(
-            0,
-            place,
-            _label(name, 90),
-            transform=axes.get_yaxis_transform(),
+        axes.annotate(
+            f"{_short(rows[0].second)} against {_short(rows[0].first)}, {_short(rows[0].measure)}",
+            (0.01, place),
+            xycoords=("figure fraction", "data"),
             va="center",
             fontweight="bold",
-            fontsize=9,
+            fontsize=8.5,
+            annotation_clip=False,
+            # a long name would leave no room for what is drawn
+            in_layout=False,
         )
         place += 1
         for row in rows[:left]:
@@ -131,6 +133,12 @@ def _label(text: str, longest: int) -> str:
     return printable(text, longest=longest).replace("$", r"\$")
 
 
+def _short(name: str) -> str:
+    """Leave out the middle of a long name, whose end tells variants apart."""
+    text = printable(name)
+    return _label(text if len(text) <= 28 else f"{text[:12]}…{text[-15:]}", 28)
+
+
 def for_page(svg: bytes) -> str:
     """Make a drawing part of a page: its colours become variables of the page, and its head is left out."""
     text = svg.decode("utf-8")
@@ -138,4 +146,5 @@ def for_page(svg: bytes) -> str:
     text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", text, flags=re.DOTALL)
     for colour, name in _VARIABLES.items():
         text = text.replace(f": {colour}", f": var(--{name})")
-    return text
+    # Quotes in texts are escaped too, as in the rest of the page.
+    return re.sub(r">([^<>]*)</text>", lambda match: f">{match[1].replace(chr(34), '&#34;')}</text>", text)

@@ -10,7 +10,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from gendistill.comparison.compute import Comparison, Estimate, PairScore
+from gendistill.comparison.values import Comparison, Estimate, PairScore
 from gendistill.comparison.wording import p_text
 from gendistill.report.tables import NOT_MEASURED, Cell, markdown_cell, signed
 from gendistill.text import printable

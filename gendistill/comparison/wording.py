@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import combinations
 
-from gendistill.comparison.compute import ALL_TASKS, LEVEL, Comparison, HiddenGap, PairScore, Verdict
+from gendistill.comparison.values import ALL_TASKS, LEVEL, Comparison, HiddenGap, PairScore, Verdict
 from gendistill.report.tables import signed
 from gendistill.text import printable
 
@@ -19,7 +19,8 @@ def headline(comparison: Comparison) -> str:
         return "Nothing was compared."
     if len(comparison.models) > 2:
         return " ".join(filter(None, [_of_many(comparison, lead), _hides(comparison.hidden)]))
-    rows = comparison.of(comparison.models[0], comparison.models[1], lead)
+    pair = comparison.pairs[0]
+    rows = comparison.of(pair.first, pair.second, lead)
     return " ".join(filter(None, [_of_pair(rows), _hides(comparison.hidden)]))
 
 
@@ -39,12 +40,13 @@ def _of_pair(rows: Sequence[PairScore]) -> str:
     interval = _interval(mean)
     if mean.verdict in (Verdict.BETTER, Verdict.WORSE, Verdict.WORSE_WITHIN):
         # The tasks of which each by itself shows it.
-        alone = better or worse
+        alone, against = (better, worse) if mean.gap.value > 0 else (worse, better)
         shown = f"; by itself each of {_named(alone)} shows it" if alone else "; no task shows it by itself"
-        return f"{second} {_difference(mean)} than {first} in the mean {where}: {interval}{shown}."
+        but = f", and {_named(against)} the opposite" if against else ""
+        return f"{second} {_difference(mean)} than {first} in the mean {where}: {interval}{shown}{but}."
     seen = [*better, *worse]
     some = f" {second} is {'better' if better else 'worse'} on {_named(seen)}." if seen else ""
-    return f"In the mean, {_undifferent(mean, where)}{some}"
+    return f"{_undifferent(mean, f'in the mean {where}')}{some}"
 
 
 def _of_task(row: PairScore) -> str:
@@ -79,7 +81,7 @@ def _undifferent(row: PairScore, where: str) -> str:
         if row.detectable is not None
         else ""
     )
-    return f"the data do not tell {second} from {first} {where}, nor show them alike: {seen}.{finds}"
+    return f"The data do not tell {second} from {first} {where}, nor show them alike: {seen}.{finds}"
 
 
 def _of_many(comparison: Comparison, lead: str) -> str:
@@ -100,7 +102,7 @@ def _of_many(comparison: Comparison, lead: str) -> str:
     if not said:
         return f"By {printable(lead)}, none of the {num_pairs} pairs can be told apart."
     shown = ", ".join(said[:6]) + (f" and {len(said) - 6} more" if len(said) > 6 else "")
-    return f"By {printable(lead)}, {len(said)} of {num_pairs} pairs can be told apart: {shown}."
+    return f"By {printable(lead)}, {len(said)} of {num_pairs} pairs can be told apart, each by itself at 95%: {shown}."
 
 
 def _hides(hidden: Sequence[HiddenGap]) -> str:
@@ -135,7 +137,7 @@ def p_text(p: float | None) -> str:
     """Write a p-value for people."""
     if p is None:
         return "p not measured"
-    return "p < 0.0001" if p < 1e-4 else f"p = {p:.4f}" if p < 0.01 else f"p = {p:.2f}"
+    return "p < 0.0001" if p < 1e-4 else f"p = {p:.{4 if p < 0.01 else 3 if p < 0.1 else 2}f}"
 
 
 def _percent(chance: float) -> str:

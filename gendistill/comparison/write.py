@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.text import Text
 
 from gendistill.comparison import tables, wording
-from gendistill.comparison.compute import ALL_TASKS, Comparison, PairScore
+from gendistill.comparison.values import ALL_TASKS, Comparison, PairScore
 from gendistill.gates import Gate
 from gendistill.paths import write_json, write_text, writing
 from gendistill.text import encodable, printable

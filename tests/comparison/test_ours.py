@@ -51,7 +51,9 @@ def test_a_run_folder_is_its_teacher_and_student_and_beside_others_its_student(m
 
 
 def test_permuted_options_give_the_floor_of_flips(make_ours):
-    measured = {"diagnostics": {"flips_floor": {"generation": 0.21}}}
+    measured = {
+        "diagnostics": {"tasks": {"quiz": {"generation": {"order": {"flips": 0.21}}, "likelihood": {}}}}
+    }
     comparison = run(make_ours("teacher", TEACHER), make_ours("student", STUDENT, **measured))
     assert [pair.flips_floor for pair in comparison.pairs] == [None, pytest.approx(21)]
 

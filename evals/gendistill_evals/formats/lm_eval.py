@@ -18,7 +18,7 @@ from gendistill_evals.errors import EvalError
 from gendistill_evals.reading import read_text, shorten
 
 NO_FILTER = "none"
-# Keys of a line that hold no metric; files of before 0.4.3 do not list their metrics.
+# Keys of a line that are not metrics; files of before 0.4.3 do not list their metrics.
 _OWN_KEYS = frozenset({
     "doc_id", "doc", "target", "arguments", "resps", "filtered_resps", "filter", "metrics",
     "doc_hash", "prompt_hash", "target_hash",
@@ -153,7 +153,7 @@ def read_sample_file(path: Path, *, group_by: str | None = None) -> SampleFile:
     """
     rows = tuple(_rows(path, group_by))
     if not rows:
-        raise EvalError("the file holds no samples", where=str(path), hint=_AGAIN)
+        raise EvalError("there are no samples in the file", where=str(path), hint=_AGAIN)
     task, date = _task_and_date(path) if is_sample_file(path) else (path.stem, "")
     return SampleFile(path, task, date, rows, _read_results(path.parent, date) if date else None)
 
