@@ -209,7 +209,12 @@ def test_canonical_solutions_pass_and_broken_ones_do_not():
 @HERE
 def test_a_model_is_scored_by_the_programs_that_it_writes(speaker, chat_tokenizer, tmp_path):
     right = "    return any(abs(a - b) < threshold for i, a in enumerate(numbers) for b in numbers[:i])"
-    settings = {"tasks": ["humaneval"], "limit": 2, "protocols": ["generation"], "model_name": "m"}
+    settings = {
+        "tasks": [load_task("humaneval", data="sample")],
+        "limit": 2,
+        "protocols": ["generation"],
+        "model_name": "m",
+    }
     model = speaker(lambda prompt: right)
     with pytest.raises(EvalError, match="off unless asked for"):
         evaluate_model(model, chat_tokenizer, out_dir=tmp_path, **settings)
