@@ -32,7 +32,8 @@ def probe_student(student: HybridForCausalLM, teacher: Teacher, batches: Sequenc
     Returns:
         What ``score_heldout`` returns, with ``by_position`` (the same by range of positions), ``layers`` (cosine and
         relative error of each linear mixer's output, on the teacher's own inputs, against the attention output it
-        replaces, over the first 2,048 positions or so), ``half_life`` (quantiles in tokens, at zero input and on the text) and ``impl`` (what the mixers ran on).
+        replaces, over the first 2,048 positions or so), ``half_life`` (quantiles in tokens, at zero input and on the
+        text) and ``impl`` (what the mixers ran on).
     """
     measured = measure_heldout(student, teacher, batches)
     result: dict[str, Any] = {**measured.scores, "by_position": measured.by_position}

@@ -114,6 +114,15 @@ class RunFiles:
         points = [("conversion", self.probe), *after]
         return tuple((name, scores) for name, scores in points if scores)
 
+    @property
+    def positions(self) -> tuple[tuple[str, list[dict[str, Any]]], ...]:
+        """Held-out scores by range of positions, as ``heldout`` lists them on average."""
+        after = [
+            (stage.name, stage.result.get("heldout_by_position")) for stage in self.stages if stage.result
+        ]
+        points = [("conversion", (self.probe or {}).get("by_position")), *after]
+        return tuple((name, rows) for name, rows in points if rows)
+
 
 def read_run(run_dir: Path) -> RunFiles:
     """Read every file of a run folder that the report uses.

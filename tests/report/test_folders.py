@@ -21,7 +21,9 @@ from gendistill.report.run_files import read_run
 @pytest.fixture(autouse=True)
 def no_figures(monkeypatch):
     """Figures take most of the time and are tested elsewhere."""
-    monkeypatch.setattr(plots, "plot_run", lambda run, report: {"gap": b"png"})
+    monkeypatch.setattr(
+        plots, "plot_run", lambda run, report, look: {"gap": plots.Drawing(b"png", b"svg", b"pdf")}
+    )
 
 
 @pytest.mark.parametrize("kind", ["file", "nothing", "empty", "dangling", "loop", "long"])

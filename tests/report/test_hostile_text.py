@@ -84,7 +84,7 @@ def terminal(run_dir):
 
 @pytest.mark.parametrize("text", HOSTILE, ids=lambda text: ascii(text)[:24])
 def test_hostile_text_is_shown_and_obeyed_nowhere(make_run, edit_json, monkeypatch, text):
-    monkeypatch.setattr(plots, "plot_run", lambda run, report: {})
+    monkeypatch.setattr(plots, "plot_run", lambda run, report, look: {})
     run_dir = make_run()
     rename(run_dir, edit_json, text)
     shown = printable(text)

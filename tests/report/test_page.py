@@ -148,9 +148,21 @@ def test_equal_runs_give_equal_reports(make_run):
     first = {path.name: path.read_bytes() for path in write_report(run_dir).page.parent.iterdir()}
     second = {path.name: path.read_bytes() for path in write_report(run_dir).page.parent.iterdir()}
     assert first == second
-    assert {"index.html", "gap.json", "table.md", "table.csv", "gap.png", "placement.png"} <= first.keys()
+    assert {
+        "index.html",
+        "gap.json",
+        "table.md",
+        "table.csv",
+        "table.tex",
+        "gap.png",
+        "gap.svg",
+    } <= first.keys()
     pngs = [content for name, content in first.items() if name.endswith(".png")]
     assert len(pngs) == 6
+    for ending, start in ((".svg", b"<?xml"), (".pdf", b"%PDF")):
+        curves = [content for name, content in first.items() if name.endswith(ending)]
+        assert len(curves) == 6
+        assert all(content.startswith(start) for content in curves)
     assert all(content.startswith(b"\x89PNG") for content in pngs)
 
 
