@@ -191,7 +191,6 @@ def compute_gap(
     *,
     name: str = "run",
     placement: str | None = None,
-    resamples: int = 2000,
 ) -> GapReport:
     """Compare teacher and student item by item.
 
@@ -201,7 +200,6 @@ def compute_gap(
         samples: Rows of ``samples.jsonl`` by role, ``teacher`` and ``student``.
         name: Name of the run.
         placement: Placement of the student, for people.
-        resamples: Bootstrap resamples behind every interval.
     Returns: One ``TaskGap`` per task that either model was scored on.
     Raises:
         ReportError: The two were scored on different items, prompts or settings, or the samples are not those
@@ -230,7 +228,6 @@ def compute_gap(
             {role: by[task] for role, by in tasks.items() if task in by},
             samples,
             leads=leads,
-            resamples=resamples,
         )
         for task in names
     ]
@@ -275,7 +272,6 @@ def _task_gap(
     samples: Mapping[str, SampleRows],
     *,
     leads: Mapping[ProtocolFamily, str],
-    resamples: int,
 ) -> tuple[TaskGap, dict[str, _Means]]:
     """Compare the two on one task; the means are those of the protocols under which the teacher beats a guess."""
     if len(found) == 2 and (different := name_differences(found["teacher"], found["student"], TASK_FIELDS)):
@@ -294,6 +290,8 @@ def _task_gap(
     entry = next(iter(found.values()))
     rows = {str(row["id"]): row for role in ROLES for row in samples.get(role, ()) if row["task"] == task}
     groups = [str(rows[item].get("group", item)) for item in ids]
+    # None: every item stands for itself
+    shared = groups if len(set(groups)) < len(groups) else None
     guesses = [_guess(rows[item]) for item in ids]
     by_role = {role: {name: vectors.get((role, name)) for name in PROTOCOLS} for role in ROLES}
     teacher, student = (by_role[role] for role in ROLES)
@@ -309,7 +307,7 @@ def _task_gap(
     kept = {name: _kept([means[name]]) if name in means else None for name in PROTOCOLS}
 
     def score(correct: list[float] | None) -> Estimate | None:
-        return _points(stats.accuracy(correct, resamples=resamples)) if correct else None
+        return _points(stats.accuracy(correct, groups=shared)) if correct else None
 
     gap = TaskGap(
         task=task,
@@ -318,14 +316,14 @@ def _task_gap(
         teacher={name: score(correct) for name, correct in teacher.items()},
         student={name: score(correct) for name, correct in student.items()},
         gap={
-            name: _points(stats.gap(*both[name], resamples=resamples)) if name in both else None
+            name: _points(stats.gap(*both[name], groups=shared)) if name in both else None
             for name in PROTOCOLS
         },
         flips={name: _flips(*both[name]) if name in both else None for name in PROTOCOLS},
         chance=100 * math.fsum(guesses) / max(len(guesses), 1),
         kept=kept,
         at_chance=tuple(name for name in means if kept[name] is None),
-        hidden=_hidden(teacher, student, leads, resamples),
+        hidden=_hidden(teacher, student, leads, shared),
     )
     return gap, {name: pair for name, pair in means.items() if kept[name] is not None}
 
@@ -358,7 +356,7 @@ def _hidden(
     teacher: Mapping[str, list[float] | None],
     student: Mapping[str, list[float] | None],
     leads: Mapping[ProtocolFamily, str],
-    resamples: int,
+    groups: Sequence[str] | None,
 ) -> Estimate | None:
     ranked, written = leads[ProtocolFamily.LIKELIHOOD], leads[ProtocolFamily.GENERATION]
     teacher_ranked, student_ranked = teacher[ranked], student[ranked]
@@ -371,7 +369,7 @@ def _hidden(
             student_likelihood=student_ranked,
             teacher_generation=teacher_written,
             student_generation=student_written,
-            resamples=resamples,
+            groups=groups,
         )
     )
 
@@ -423,7 +421,5 @@ def _mean(estimates: Sequence[Estimate | None]) -> Estimate | None:
     found = [estimate for estimate in estimates if estimate]
     if not found:
         return None
-    value = math.fsum(each.value for each in found) / len(found)
-    below = math.hypot(*(each.value - each.low for each in found)) / len(found)
-    above = math.hypot(*(each.high - each.value for each in found)) / len(found)
-    return Estimate(value, value - below, value + above, sum(each.n for each in found))
+    mean = stats.mean_of([stats.Interval(each.value, each.low, each.high, each.n) for each in found])
+    return Estimate(mean.value, mean.low, mean.high, mean.n)

@@ -92,11 +92,6 @@ class RunFiles:
         return Placement(tuple(kinds)) if kinds else None
 
     @property
-    def resamples(self) -> int:
-        """Bootstrap resamples that the recipe asks for."""
-        return (self.recipe.get("eval") or {}).get("bootstrap", 2000)
-
-    @property
     def warnings(self) -> list[str]:
         """What the run warned of, and which of its files could be read in part only."""
         unread = [

@@ -59,7 +59,6 @@ def gap_report(run: RunFiles) -> GapReport:
         run.samples,
         name=run.name,
         placement=str(run.placement) if run.placement else None,
-        resamples=run.resamples,
     )
 
 

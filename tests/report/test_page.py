@@ -62,7 +62,7 @@ def test_the_letters_of_the_placement_are_those_that_it_shows(make_run, edit_jso
 def test_page_shows_what_was_measured(make_run):
     page = page_without_figures(make_run())
     for shown in (
-        "Writing its answers, the student scores 32.5 points below its teacher",
+        "32.5 points below its teacher",
         "likelihood hides 40.0 pp",
         "org/teacher",
         "2 kda, 2 full",
