@@ -6,7 +6,7 @@ from __future__ import annotations
 import io
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING, Any
 from gendistill.anatomy.mixers import MIXERS
 from gendistill.anatomy.placement import Placement
 from gendistill.errors import ReportError
+from gendistill.report.choices import Effect
 from gendistill.report.gap import GapReport
 from gendistill.report.run_files import ROLES, RunFiles, StageFiles
 from gendistill.report.tables import signed
 from gendistill.text import printable
+from gendistill_evals import ProtocolFamily
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -390,6 +392,102 @@ def plot_positions(
 
 
 _DASHES = ("--", ":", "-.")
+
+
+def plot_scatter(
+    reports: Sequence[GapReport], inverted: Collection[frozenset[str]], look: Look = _PLAIN
+) -> Drawing | None:
+    """Draw every run's gap by generation against its gap by log-likelihood; lines join runs that change places.
+
+    Args:
+        reports: Of the runs.
+        inverted: Pairs of names that the two protocols put in opposite orders.
+        look: How it is set.
+    """
+    points = {}
+    for report in reports:
+        ranked, written = (report.mean_gap(report.leads[family]) for family in ProtocolFamily)
+        if ranked and written:
+            points[report.name] = (ranked, written)
+    if not points:
+        return None
+    with _figure(5.2, 4.4, look) as (figure, drawn):
+        axes = figure.subplots()
+        ends = [end for pair in points.values() for gap in pair for end in (gap.low, gap.high)]
+        low, high = min(*ends, 0.0), max(*ends, 0.0)
+        axes.plot([low, high], [low, high], color=MUTED, linewidth=0.9, linestyle="--", zorder=1)
+        axes.axhline(0, color=MUTED, linewidth=0.6, zorder=1)
+        axes.axvline(0, color=MUTED, linewidth=0.6, zorder=1)
+        for first, second in (sorted(pair) for pair in inverted if pair <= points.keys() and len(pair) == 2):
+            x, y = ([points[name][axis].value for name in (first, second)] for axis in (0, 1))
+            axes.plot(x, y, color=COLOURS["accent"], linewidth=1.2, alpha=0.7, zorder=2)
+        changed = {name for pair in inverted for name in pair}
+        for index, (name, (ranked, written)) in enumerate(points.items()):
+            axes.errorbar(
+                ranked.value,
+                written.value,
+                xerr=[[ranked.value - ranked.low], [ranked.high - ranked.value]],
+                yerr=[[written.value - written.low], [written.high - written.value]],
+                color=COLOURS["accent"] if name in changed else COLOURS["student"],
+                elinewidth=0.7,
+                alpha=0.9,
+                marker="os^Dv"[index % 5],
+                markersize=5,
+                zorder=3,
+            )
+            axes.annotate(
+                _label(name),
+                (ranked.value, written.value),
+                (6, 5),
+                textcoords="offset points",
+                fontsize="small",
+            )
+        axes.set_xlabel("gap by log-likelihood, points")
+        axes.set_ylabel("gap by generation, points")
+    return drawn[0]
+
+
+def plot_effects(effects: Sequence[Effect], look: Look = _PLAIN) -> Drawing | None:
+    """Draw what every single choice did under both protocols, with intervals."""
+    shown = [effect for effect in effects if any(effect.by_family.values())][:_MOST_EFFECTS]
+    if not shown:
+        return None
+    looks = (
+        (ProtocolFamily.LIKELIHOOD, -0.14, "teacher", "s"),
+        (ProtocolFamily.GENERATION, 0.14, "accent", "o"),
+    )
+    with _figure(5.2, 1.1 + 0.62 * len(shown), look) as (figure, drawn):
+        axes = figure.subplots()
+        axes.axvline(0, color=MUTED, linewidth=0.9)
+        for row, effect in enumerate(shown):
+            for family, offset, colour, marker in looks:
+                if (found := effect.by_family.get(family)) is None:
+                    continue
+                axes.errorbar(
+                    found.value,
+                    row + offset,
+                    xerr=[[found.value - found.low], [found.high - found.value]],
+                    color=COLOURS[colour],
+                    marker=marker,
+                    markersize=5,
+                    capsize=2.5,
+                    label=f"by {'log-likelihood' if family is ProtocolFamily.LIKELIHOOD else 'generation'}"
+                    if not row
+                    else None,
+                )
+        names = [
+            f"{_label(each.setting)}\n{_label(each.change[0])} → {_label(each.change[1])}" for each in shown
+        ]
+        axes.set_yticks(range(len(shown)), names, fontsize="small")
+        axes.tick_params(axis="y", length=0, labelcolor=INK)
+        axes.set_ylim(len(shown) - 0.5, -0.5)
+        axes.grid(visible=False, axis="y")
+        axes.set_xlabel("points that the second student scores more")
+        figure.legend(loc="outside upper left", ncols=2)
+    return drawn[0]
+
+
+_MOST_EFFECTS = 40
 
 
 def plot_cache(rows: Sequence[Mapping[str, int]], look: Look = _PLAIN) -> Drawing | None:

@@ -84,8 +84,8 @@ def cell_rows(report: GapReport, protocols: Sequence[str]) -> list[list[Cell]]:
             ),
             _scores(task.teacher, protocols),
             _scores(task.student, protocols),
-            *(_difference(task.gap.get(protocol)) for protocol in protocols),
-            _difference(task.hidden, mark=" !!"),
+            *(difference_cell(task.gap.get(protocol)) for protocol in protocols),
+            difference_cell(task.hidden, mark=" !!"),
             Cell(f"{task.n:,}"),
         ]
         for task in report.tasks
@@ -121,9 +121,9 @@ def protocol_rows(report: GapReport) -> list[list[Cell]]:
                     Cell(name),
                     _score(teacher),
                     _score(student),
-                    _difference(task.gap.get(name)),
-                    _percent(kept.plain) if kept else at_chance,
-                    _percent(kept.above_chance) if kept and kept.above_chance else Cell(NOT_MEASURED),
+                    difference_cell(task.gap.get(name)),
+                    percent_cell(kept.plain) if kept else at_chance,
+                    percent_cell(kept.above_chance if kept else None),
                     Cell(f"{flips.lost:,} / {flips.won:,}" if flips else NOT_MEASURED),
                     Cell(f"{(student or teacher or task).n:,}"),
                 ]
@@ -137,7 +137,10 @@ def _score(score: Estimate | None) -> Cell:
     return Cell(f"{score.value:.1f}", f"[{score.low:.1f}, {score.high:.1f}]")
 
 
-def _percent(kept: Estimate) -> Cell:
+def percent_cell(kept: Estimate | None) -> Cell:
+    """Write what is kept with its interval under it."""
+    if kept is None:
+        return Cell(NOT_MEASURED)
     return Cell(f"{kept.value:.0f}%", f"[{kept.low:.0f}, {kept.high:.0f}]")
 
 
@@ -146,7 +149,8 @@ def _scores(scores: ByProtocol, protocols: Sequence[str]) -> Cell:
     return Cell(" / ".join(f"{score.value:.1f}" if score else NOT_MEASURED for score in found))
 
 
-def _difference(estimate: Estimate | None, *, mark: str = "") -> Cell:
+def difference_cell(estimate: Estimate | None, *, mark: str = "") -> Cell:
+    """Write percentage points with their interval under them; ``mark`` follows those that exclude zero."""
     if estimate is None:
         return Cell(NOT_MEASURED)
     flag = mark if estimate.excludes_zero else ""

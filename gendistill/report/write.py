@@ -40,8 +40,9 @@ class ReportPaths:
 
 @dataclass(frozen=True, slots=True)
 class RunComparison:
-    """Several runs' reports, and where log-likelihood and generation disagree on their order."""
+    """Several runs' files and reports, and where log-likelihood and generation disagree on their order."""
 
+    runs: tuple[RunFiles, ...]
     reports: tuple[GapReport, ...]
     inversions: tuple[Inversion, ...]
 
@@ -105,11 +106,13 @@ def write_report(run_dir: Path, *, serif: bool = False, width: float | None = No
     }
     # a model may emit half of a character pair; such text is kept, with "?" for it
     contents = {path: text.encode("utf-8", errors="replace") for path, text in texts.items()}
-    _replace_files(folder, drawn | contents)
+    replace_files(folder, drawn | contents)
     return paths
 
 
-def _replace_files(folder: Path, contents: Mapping[Path, bytes]) -> None:
+def replace_files(
+    folder: Path, contents: Mapping[Path, bytes], *, figures: tuple[str, ...] = _FIGURES
+) -> None:
     """Write all files beside the old ones before the first takes its place; figures of an older report go."""
     partials = {path: path.with_name(f".{path.name}.{os.getpid()}.partial") for path in contents}
     with writing(folder):
@@ -126,12 +129,12 @@ def _replace_files(folder: Path, contents: Mapping[Path, bytes]) -> None:
         finally:
             for partial in partials.values():
                 partial.unlink(missing_ok=True)
-        _unlink_figures(folder, kept=contents)
+        _unlink_figures(folder, kept=contents, figures=figures)
 
 
-def _unlink_figures(folder: Path, *, kept: Collection[Path]) -> None:
+def _unlink_figures(folder: Path, *, kept: Collection[Path], figures: tuple[str, ...]) -> None:
     for figure in folder.glob("*"):
-        if figure.suffix in _FORMATS and figure not in kept and figure.name.startswith(_FIGURES):
+        if figure.suffix in _FORMATS and figure not in kept and figure.name.startswith(figures):
             figure.unlink()
 
 
@@ -141,7 +144,7 @@ def clear_report(run_dir: Path) -> None:
     with writing(folder):
         for name in _FILES:
             (folder / name).unlink(missing_ok=True)
-        _unlink_figures(folder, kept=())
+        _unlink_figures(folder, kept=(), figures=_FIGURES)
 
 
 def render_terminal(run_dir: Path, *, console: Console | None = None) -> GapReport:
@@ -192,9 +195,10 @@ def compare_reports(run_dirs: Sequence[Path]) -> RunComparison:
             f"the same run folder is given twice: {', '.join(printable(str(run_dir)) for run_dir in run_dirs)}",
             hint="give different run folders: gendistill report runs/a runs/b",
         )
-    reports = [gap_report(read_run(run_dir)) for run_dir in run_dirs]
+    runs = [read_run(run_dir) for run_dir in run_dirs]
+    reports = [gap_report(run) for run in runs]
     if len({report.name for report in reports}) < len(reports):
         reports = [
             replace(report, name=str(run_dir)) for run_dir, report in zip(run_dirs, reports, strict=True)
         ]
-    return RunComparison(tuple(reports), tuple(rank_inversions(reports)))
+    return RunComparison(tuple(runs), tuple(reports), tuple(rank_inversions(reports)))
