@@ -54,6 +54,14 @@ class HeldoutScores(LoggedScores):
     num_tokens: Positive
 
 
+class PositionRecord(LoggedScores):
+    """Held-out scores over a range of positions, counted in tokens read before the prediction."""
+
+    first: Positive
+    last: Positive
+    num_tokens: Positive
+
+
 class MetricRow(TypedDict):
     """A line of ``metrics.jsonl``."""
 
@@ -99,6 +107,7 @@ class StageRecord(TypedDict):
     loss_first: Number
     loss_last: Number
     heldout: NotRequired[HeldoutScores | None]
+    heldout_by_position: NotRequired[list[PositionRecord] | None]
     skipped: NotRequired[Count]
     rewinds: NotRequired[list[dict[str, Count]]]
     data: NotRequired[DataRecord | None]
@@ -115,6 +124,7 @@ class ProbeRecord(HeldoutScores):
     """The conversion's ``probe.json``."""
 
     layers: NotRequired[list[ProbedLayer] | None]
+    by_position: NotRequired[list[PositionRecord] | None]
 
 
 class PlannedTensor(TypedDict):

@@ -262,7 +262,6 @@ def evaluate(
     teacher: Model | None = None,
     questions: str | Path | None = None,
     folder: str | Path | None = None,
-    resamples: int = 2000,
     quiet: bool = False,
     **settings: Any,
 ) -> Evaluation:
@@ -276,7 +275,6 @@ def evaluate(
         teacher: Scored beside it, or None.
         questions: Built-in name or JSON lines of open questions to answer, or None.
         folder: Keeps samples and scores, which are not computed twice; None: a temporary one.
-        resamples: Bootstrap resamples behind every interval.
         quiet: Whether to show no progress.
         settings: Others of a recipe's ``eval:`` section: ``protocols``, ``limit``, ``chat_template``, ``system``,
             ``reasoning``, ``few_shot``, ``permutations``, ``batch_size``.
@@ -320,9 +318,7 @@ def evaluate(
             samples[role] = read_rows(
                 out / "samples.jsonl", sample_row(), error=ReportError, hint="score again in another folder"
             )
-    gap = compute_gap(
-        results.get("teacher"), results["student"], samples, name=model.name, resamples=resamples
-    )
+    gap = compute_gap(results.get("teacher"), results["student"], samples, name=model.name)
     return Evaluation(gap, results)
 
 

@@ -22,7 +22,7 @@ from gendistill.errors import RecipeError, ReportError
 from gendistill.models import HybridForCausalLM
 from gendistill.models.io import check_replaceable, save_student
 from gendistill.paths import read_json
-from gendistill.report import GapReport, tables
+from gendistill.report import GapReport, tables, verdicts
 from gendistill.runs.scoring import choose_device, resolve_dtype
 from gendistill.types import short_count
 
@@ -153,9 +153,9 @@ class Evaluation:
         with console.capture() as captured:
             console.print(tables.render_rich(self.gap))
             if self.gap.teacher is None:
-                lines = tables.warnings(self.gap, roles=("student",))
+                lines = verdicts.warnings(self.gap, roles=("student",))
             else:
-                lines = [tables.verdict(self.gap), *tables.warnings(self.gap)]
+                lines = [verdicts.verdict(self.gap), *verdicts.warnings(self.gap)]
             for line in lines:
                 console.print(line, markup=False)
         return captured.get().rstrip("\n")

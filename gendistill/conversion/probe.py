@@ -16,7 +16,7 @@ from gendistill.data.batch import Batch
 from gendistill.errors import CheckpointError
 from gendistill.models import HybridForCausalLM
 from gendistill.teachers.base import Teacher
-from gendistill.training.heldout import evaluating, score_heldout
+from gendistill.training.heldout import evaluating, measure_heldout
 from gendistill.training.layers import compare_layers, quantiles
 
 _QUANTILES = (5, 25, 50, 75, 95)
@@ -30,11 +30,13 @@ def probe_student(student: HybridForCausalLM, teacher: Teacher, batches: Sequenc
         teacher: Its teacher. Layers are compared when both have the same geometry.
         batches: Held-out text; positions with a label count.
     Returns:
-        What ``score_heldout`` returns, with ``layers`` (cosine and relative error of each linear mixer's output, on
-        the teacher's own inputs, against the attention output it replaces, over the first 2,048 positions or so),
-        ``half_life`` (quantiles in tokens, at zero input and on the text) and ``impl`` (what the mixers ran on).
+        What ``score_heldout`` returns, with ``by_position`` (the same by range of positions), ``layers`` (cosine and
+        relative error of each linear mixer's output, on the teacher's own inputs, against the attention output it
+        replaces, over the first 2,048 positions or so), ``half_life`` (quantiles in tokens, at zero input and on the
+        text) and ``impl`` (what the mixers ran on).
     """
-    result: dict[str, Any] = dict(score_heldout(student, teacher, batches))
+    measured = measure_heldout(student, teacher, batches)
+    result: dict[str, Any] = {**measured.scores, "by_position": measured.by_position}
     sums = compare_layers(student, teacher, batches)
     with torch.no_grad(), evaluating(student):
         zero_input = torch.zeros(1, 1, student.config.hidden_size, dtype=student.dtype, device=student.device)

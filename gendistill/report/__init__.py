@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from gendistill.report.gap import GapReport, Inversion, TaskGap, compute_gap, rank_inversions
+from gendistill.report.gap import GapReport, TaskGap, compute_gap
+from gendistill.report.ranking import Inversion, rank_inversions
 from gendistill.report.write import (
     ReportPaths,
     RunComparison,

@@ -6,19 +6,19 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import combinations
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
 from gendistill.errors import ReportError
+from gendistill.report.retention import PairedMeans, Ratio, paired_means, retention
 from gendistill.report.run_files import ROLES
 from gendistill.text import printable
 from gendistill_evals import PROTOCOLS, ProtocolFamily, stats
 from gendistill_evals.protocols import lead_protocols
 
-SCHEMA = 2
-_TASK_FIELDS = ("kind", "metric", "items_sha256", "prompt_sha256", "limit", "n")
+SCHEMA = 3
+TASK_FIELDS = ("kind", "metric", "items_sha256", "prompt_sha256", "limit", "n")
 # Neither changes what is asked: the batch size is a matter of memory, and `overrode` lists what each model's
 # own generation defaults would have been.
 FREE_SETTINGS = frozenset({"batch_size", "overrode"})
@@ -26,6 +26,8 @@ FREE_SETTINGS = frozenset({"batch_size", "overrode"})
 _SCORE_AGAIN = "score both models again with the same gendistill eval command"
 
 SampleRows = Sequence[Mapping[str, Any]]
+# above zero, and above a guess
+_Means = tuple[PairedMeans, PairedMeans]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +50,32 @@ ByProtocol = dict[str, Estimate | None]
 
 
 @dataclass(frozen=True, slots=True)
+class Flips:
+    """Items that one model gets right and the other does not.
+
+    Attributes:
+        lost: The teacher has them, the student does not.
+        won: The student has them, the teacher does not.
+    """
+
+    lost: int
+    won: int
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """Student over teacher in percent: 100 keeps everything.
+
+    Attributes:
+        plain: Of the scores as they are.
+        above_chance: Of what the scores have above a guess among the options; None without options.
+    """
+
+    plain: Estimate
+    above_chance: Estimate | None
+
+
+@dataclass(frozen=True, slots=True)
 class TaskGap:
     """Scores of one task.
 
@@ -56,6 +84,10 @@ class TaskGap:
         reasons: Why a protocol has no score, where that is known.
         teacher, student: Their scores.
         gap: Student minus teacher.
+        flips: By protocol, items that the two do not share; None was not measured.
+        chance: What a guess among the options scores in percent, 0 without options.
+        kept: By protocol, student over teacher; None was not measured, or the teacher is no better than a guess.
+        at_chance: The protocols under which the teacher is not told from a guess.
         hidden: The gap under the report's leading generation protocol minus that under its leading likelihood
             protocol.
     """
@@ -71,6 +103,10 @@ class TaskGap:
     teacher: ByProtocol
     student: ByProtocol
     gap: ByProtocol
+    flips: dict[str, Flips | None]
+    chance: float
+    kept: dict[str, Kept | None]
+    at_chance: tuple[str, ...]
     hidden: Estimate | None
 
 
@@ -85,6 +121,7 @@ class GapReport:
         settings: How both were scored.
         leads: The protocols that the hidden gap compares: by family, the first that anything was scored under.
         tasks: Their scores.
+        kept: By protocol, student over teacher in the mean over the tasks that have a ``kept`` of their own.
     """
 
     name: str
@@ -94,6 +131,7 @@ class GapReport:
     settings: dict[str, Any]
     leads: dict[ProtocolFamily, str]
     tasks: tuple[TaskGap, ...]
+    kept: dict[str, Kept | None]
 
     @property
     def protocols(self) -> tuple[str, ...]:
@@ -146,23 +184,6 @@ class GapReport:
         return report
 
 
-@dataclass(frozen=True, slots=True)
-class Inversion:
-    """Two runs that log-likelihood ranks one way and generation the other way.
-
-    Attributes:
-        task: Where; ``mean`` is over all tasks.
-        best: The run that is better, by the family of the protocol.
-        margin: By how many percentage points, by family.
-        protocols: The protocols that disagree, by family.
-    """
-
-    task: str
-    best: dict[ProtocolFamily, str]
-    margin: dict[ProtocolFamily, float]
-    protocols: dict[ProtocolFamily, str]
-
-
 def compute_gap(
     teacher_results: Mapping[str, Any] | None,
     student_results: Mapping[str, Any] | None,
@@ -170,7 +191,6 @@ def compute_gap(
     *,
     name: str = "run",
     placement: str | None = None,
-    resamples: int = 2000,
 ) -> GapReport:
     """Compare teacher and student item by item.
 
@@ -180,7 +200,6 @@ def compute_gap(
         samples: Rows of ``samples.jsonl`` by role, ``teacher`` and ``student``.
         name: Name of the run.
         placement: Placement of the student, for people.
-        resamples: Bootstrap resamples behind every interval.
     Returns: One ``TaskGap`` per task that either model was scored on.
     Raises:
         ReportError: The two were scored on different items, prompts or settings, or the samples are not those
@@ -190,7 +209,7 @@ def compute_gap(
     results = {role: content for role, content in both.items() if content}
     if len(results) == 2:
         settings = (content.get("settings") or {} for content in results.values())
-        if different := _setting_differences(*settings):
+        if different := setting_differences(*settings):
             raise ReportError(
                 f"teacher and student were scored with different settings: {different} (teacher / student)",
                 where="eval/teacher/results.json, eval/student/results.json",
@@ -202,7 +221,16 @@ def compute_gap(
     }
     names = list(dict.fromkeys(task for found in tasks.values() for task in found))
     entries = [entry for found in tasks.values() for entry in found.values()]
-    leads = _leads(name for name in PROTOCOLS if any(entry.get(name) for entry in entries))
+    leads = choose_leads(name for name in PROTOCOLS if any(entry.get(name) for entry in entries))
+    found = [
+        _task_gap(
+            task,
+            {role: by[task] for role, by in tasks.items() if task in by},
+            samples,
+            leads=leads,
+        )
+        for task in names
+    ]
     return GapReport(
         name=name,
         teacher=(teacher_results or {}).get("model"),
@@ -210,66 +238,17 @@ def compute_gap(
         placement=placement,
         settings=dict(next(iter(results.values()), {}).get("settings") or {}),
         leads=leads,
-        tasks=tuple(
-            _task_gap(
-                task,
-                {role: by[task] for role, by in tasks.items() if task in by},
-                samples,
-                leads=leads,
-                resamples=resamples,
-            )
-            for task in names
-        ),
+        tasks=tuple(task for task, _ in found),
+        kept={name: _kept([means[name] for _, means in found if name in means]) for name in PROTOCOLS},
     )
 
 
-def rank_inversions(reports: Sequence[GapReport]) -> list[Inversion]:
-    """List the pairs of runs that log-likelihood orders differently from generation.
-
-    Compares the students' scores per task, and their mean over the tasks that every run has under both leading
-    protocols, the first of each family that a student was scored under. Ties invert nothing.
-
-    Raises:
-        ReportError: The runs were not scored on the same items, prompts and settings.
-    """
-    for left, right in combinations(reports, 2):
-        _check_rankable(left, right)
-    students = [task.student for report in reports for task in report.tasks]
-    leads = _leads(name for name in PROTOCOLS if any(scores.get(name) for scores in students))
-    scores: dict[str, dict[str, tuple[float, float]]] = {}
-    for report in reports:
-        for task in report.tasks:
-            ranked, written = (task.student.get(leads[family]) for family in ProtocolFamily)
-            if ranked and written:
-                scores.setdefault(task.task, {})[report.name] = (ranked.value, written.value)
-    shared = [by_run for by_run in scores.values() if len(by_run) == len(reports)]
-    if len(shared) > 1:
-        scores["mean"] = {
-            report.name: (
-                math.fsum(by_run[report.name][0] for by_run in shared) / len(shared),
-                math.fsum(by_run[report.name][1] for by_run in shared) / len(shared),
-            )
-            for report in reports
-        }
-    found = []
-    for task, by_run in scores.items():
-        for a, b in combinations(by_run, 2):
-            ahead = dict(
-                zip(ProtocolFamily, (by_run[a][0] - by_run[b][0], by_run[a][1] - by_run[b][1]), strict=True)
-            )
-            if math.prod(ahead.values()) < 0:
-                best = {family: a if points > 0 else b for family, points in ahead.items()}
-                margin = {family: abs(points) for family, points in ahead.items()}
-                found.append(Inversion(task, best, margin, leads))
-    return found
-
-
-def _leads(measured: Iterable[str]) -> dict[ProtocolFamily, str]:
+def choose_leads(measured: Iterable[str]) -> dict[ProtocolFamily, str]:
     """Choose the protocols that a hidden gap compares: those measured first, else the first there are."""
     return lead_protocols() | lead_protocols(measured)
 
 
-def _differences(left: Mapping[str, Any], right: Mapping[str, Any], keys: Iterable[str]) -> str:
+def name_differences(left: Mapping[str, Any], right: Mapping[str, Any], keys: Iterable[str]) -> str:
     return ", ".join(
         f"{printable(key)} {left.get(key)!r:.80} / {right.get(key)!r:.80}"
         for key in keys
@@ -277,25 +256,8 @@ def _differences(left: Mapping[str, Any], right: Mapping[str, Any], keys: Iterab
     )
 
 
-def _setting_differences(left: Mapping[str, Any], right: Mapping[str, Any]) -> str:
-    return _differences(left, right, sorted((left.keys() | right.keys()) - FREE_SETTINGS))
-
-
-def _check_rankable(left: GapReport, right: GapReport) -> None:
-    theirs = {task.task: asdict(task) for task in right.tasks}
-    different = [
-        f"task {printable(task.task)}: {found}"
-        for task in left.tasks
-        if task.task in theirs and (found := _differences(asdict(task), theirs[task.task], _TASK_FIELDS))
-    ]
-    both_scored = left.tasks and right.tasks
-    if both_scored and (settings := _setting_differences(left.settings, right.settings)):
-        different.append(f"settings: {settings}")
-    if different:
-        raise ReportError(
-            f"{printable(left.name)} and {printable(right.name)} were not scored alike: {'; '.join(different)}",
-            hint="score both runs on the same items, prompts and settings",
-        )
+def setting_differences(left: Mapping[str, Any], right: Mapping[str, Any]) -> str:
+    return name_differences(left, right, sorted((left.keys() | right.keys()) - FREE_SETTINGS))
 
 
 def _limit(task: Mapping[str, Any]) -> int | None:
@@ -310,9 +272,9 @@ def _task_gap(
     samples: Mapping[str, SampleRows],
     *,
     leads: Mapping[ProtocolFamily, str],
-    resamples: int,
-) -> TaskGap:
-    if len(found) == 2 and (different := _differences(found["teacher"], found["student"], _TASK_FIELDS)):
+) -> tuple[TaskGap, dict[str, _Means]]:
+    """Compare the two on one task; the means are those of the protocols under which the teacher beats a guess."""
+    if len(found) == 2 and (different := name_differences(found["teacher"], found["student"], TASK_FIELDS)):
         raise ReportError(
             f"teacher and student were not scored on the same items: {different} (teacher / student)",
             where=f"task {printable(task)}",
@@ -324,25 +286,69 @@ def _task_gap(
         for protocol in PROTOCOLS
         if entry.get(protocol)
     }
-    vectors = _align(task, correct)
+    ids, vectors = _align(task, correct)
     entry = next(iter(found.values()))
-
-    def score(correct: list[float] | None) -> Estimate | None:
-        return _points(stats.accuracy(correct)) if correct else None
-
-    def gap(teacher: list[float] | None, student: list[float] | None) -> Estimate | None:
-        return _points(stats.gap(teacher, student)) if teacher and student else None
-
+    rows = {str(row["id"]): row for role in ROLES for row in samples.get(role, ()) if row["task"] == task}
+    groups = [str(rows[item].get("group", item)) for item in ids]
+    # None: every item stands for itself
+    shared = groups if len(set(groups)) < len(groups) else None
+    guesses = [_guess(rows[item]) for item in ids]
     by_role = {role: {name: vectors.get((role, name)) for name in PROTOCOLS} for role in ROLES}
     teacher, student = (by_role[role] for role in ROLES)
-    return TaskGap(
+    both = {
+        name: (right, other)
+        for name in PROTOCOLS
+        if (right := teacher[name]) is not None and (other := student[name]) is not None
+    }
+    means = {
+        name: (paired_means(*pair, groups=groups), paired_means(*pair, floor=guesses, groups=groups))
+        for name, pair in both.items()
+    }
+    kept = {name: _kept([means[name]]) if name in means else None for name in PROTOCOLS}
+
+    def score(correct: list[float] | None) -> Estimate | None:
+        return _points(stats.accuracy(correct, groups=shared)) if correct else None
+
+    gap = TaskGap(
         task=task,
-        **{field: entry.get(field) for field in _TASK_FIELDS},
+        **{field: entry.get(field) for field in TASK_FIELDS},
         reasons={name: reason for name in PROTOCOLS if (reason := entry.get(f"{name}_reason"))},
         teacher={name: score(correct) for name, correct in teacher.items()},
         student={name: score(correct) for name, correct in student.items()},
-        gap={name: gap(teacher[name], student[name]) for name in PROTOCOLS},
-        hidden=_hidden(teacher, student, leads, resamples),
+        gap={
+            name: _points(stats.gap(*both[name], groups=shared)) if name in both else None
+            for name in PROTOCOLS
+        },
+        flips={name: _flips(*both[name]) if name in both else None for name in PROTOCOLS},
+        chance=100 * math.fsum(guesses) / max(len(guesses), 1),
+        kept=kept,
+        at_chance=tuple(name for name in means if kept[name] is None),
+        hidden=_hidden(teacher, student, leads, shared),
+    )
+    return gap, {name: pair for name, pair in means.items() if kept[name] is not None}
+
+
+def _kept(parts: Sequence[_Means]) -> Kept | None:
+    """Divide student by teacher; None without parts, or if the teacher's mean is not told from a guess."""
+    if not parts:
+        return None
+    plain, above = retention([zero for zero, _ in parts]), retention([guess for _, guess in parts])
+    if plain is None or above is None:
+        return None
+    corrected = any(zero.teacher != guess.teacher for zero, guess in parts)
+    return Kept(_points(plain), _points(above) if corrected else None)
+
+
+def _guess(row: Mapping[str, Any]) -> float:
+    """Share of the items like this one that a guess among its options gets right."""
+    options = row.get("options")
+    return 1 / len(options) if options else 0.0
+
+
+def _flips(teacher: Sequence[float], student: Sequence[float]) -> Flips:
+    pairs = list(zip(teacher, student, strict=True))
+    return Flips(
+        sum(before > after for before, after in pairs), sum(before < after for before, after in pairs)
     )
 
 
@@ -350,7 +356,7 @@ def _hidden(
     teacher: Mapping[str, list[float] | None],
     student: Mapping[str, list[float] | None],
     leads: Mapping[ProtocolFamily, str],
-    resamples: int,
+    groups: Sequence[str] | None,
 ) -> Estimate | None:
     ranked, written = leads[ProtocolFamily.LIKELIHOOD], leads[ProtocolFamily.GENERATION]
     teacher_ranked, student_ranked = teacher[ranked], student[ranked]
@@ -363,6 +369,7 @@ def _hidden(
             student_likelihood=student_ranked,
             teacher_generation=teacher_written,
             student_generation=student_written,
+            groups=groups,
         )
     )
 
@@ -390,10 +397,10 @@ def _correct(
 
 def _align(
     task: str, correct: Mapping[tuple[str, str], Mapping[str, float]]
-) -> dict[tuple[str, str], list[float]]:
-    """Order every vector by the same item ids, so that row i is one item everywhere."""
+) -> tuple[list[str], dict[tuple[str, str], list[float]]]:
+    """Order every vector by the same item ids, which are returned too: row i is one item everywhere."""
     if not correct:
-        return {}
+        return [], {}
     ids = sorted(next(iter(correct.values())))
     for key, by_item in correct.items():
         if by_item.keys() != set(ids):
@@ -402,10 +409,10 @@ def _align(
                 where=f"task {printable(task)}",
                 hint=_SCORE_AGAIN,
             )
-    return {key: [by_item[item] for item in ids] for key, by_item in correct.items()}
+    return ids, {key: [by_item[item] for item in ids] for key, by_item in correct.items()}
 
 
-def _points(interval: stats.Interval) -> Estimate:
+def _points(interval: stats.Interval | Ratio) -> Estimate:
     return Estimate(100 * interval.value, 100 * interval.low, 100 * interval.high, interval.n)
 
 
@@ -414,7 +421,5 @@ def _mean(estimates: Sequence[Estimate | None]) -> Estimate | None:
     found = [estimate for estimate in estimates if estimate]
     if not found:
         return None
-    value = math.fsum(each.value for each in found) / len(found)
-    below = math.hypot(*(each.value - each.low for each in found)) / len(found)
-    above = math.hypot(*(each.high - each.value for each in found)) / len(found)
-    return Estimate(value, value - below, value + above, sum(each.n for each in found))
+    mean = stats.mean_of([stats.Interval(each.value, each.low, each.high, each.n) for each in found])
+    return Estimate(mean.value, mean.low, mean.high, mean.n)

@@ -6,14 +6,16 @@ import base64
 import functools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jinja2
 
 from gendistill.anatomy.mixers import MIXERS
-from gendistill.report import tables
+from gendistill.report import tables, verdicts
+from gendistill.report.diagnostics import answer_rows, order_rows, subject_tables
 from gendistill.report.gap import GapReport
+from gendistill.report.plots import Drawing
 from gendistill.report.run_files import ROLES, RunFiles
 from gendistill.types import short_count
 from gendistill_evals import PROTOCOLS, ProtocolFamily
@@ -26,41 +28,52 @@ _DOES = {
 _SHOWN_SAMPLES = 10
 
 
-def render_page(run: RunFiles, report: GapReport, figures: Mapping[str, bytes]) -> str:
+def render_page(run: RunFiles, report: GapReport, figures: Mapping[str, Drawing]) -> str:
     """Render the page.
 
     Args:
         run: The run's files.
         report: Its gap report.
-        figures: PNG bytes by name: ``gap``, ``heldout``, ``cache``, ``loss-<stage>`` and ``watch-<stage>``.
+        figures: As ``plot_run`` draws them.
     Returns: HTML. Every text that a model or a dataset produced is escaped.
     """
     samples, num_lost = worst_samples(run, report.leads)
-    return _template().render(
-        run=run,
-        report=report,
-        figures=figures,
-        headers=tables.headers(report.protocols),
-        table=tables.cell_rows(report, report.protocols),
-        legend=legend(report),
-        verdict=tables.verdict(report),
-        warnings=tables.warnings(report),
-        cards=summary_cards(run, report),
-        layers=placement_layers(run),
-        mixers=MIXERS,
-        heldout=run.heldout,
-        watched=watched_stages(run),
-        transcripts=paired_transcripts(run),
-        answers=transcript_summary(run),
-        repetition_limit=REPETITION_LIMIT,
-        samples=samples,
-        num_lost=num_lost,
-        counts=generation_counts(run, report),
+    shown = tables.main_protocols(report)
+    return (
+        page_environment()
+        .get_template("page.html.j2")
+        .render(
+            run=run,
+            report=report,
+            figures=figures,
+            headers=tables.headers(shown),
+            table=tables.cell_rows(report, shown),
+            legend=legend(report, shown),
+            protocol_headers=tables.PROTOCOL_HEADERS,
+            protocol_table=tables.protocol_rows(report),
+            verdict=verdicts.verdict_sentences(report),
+            warnings=verdicts.warnings(report),
+            remarks=verdicts.stage_remarks(run),
+            cards=summary_cards(run, report),
+            layers=placement_layers(run),
+            mixers=MIXERS,
+            heldout=heldout_rows(run),
+            watched=watched_stages(run),
+            transcripts=paired_transcripts(run),
+            answers=transcript_summary(run),
+            repetition_limit=REPETITION_LIMIT,
+            samples=samples,
+            num_lost=num_lost,
+            orders=order_rows(run),
+            answered=answer_rows(run, report),
+            subjects=subject_tables(run, report),
+        )
     )
 
 
 @functools.cache
-def _template() -> jinja2.Template:
+def page_environment() -> jinja2.Environment:
+    """Set up templates: everything is escaped, and nothing undefined is shown as empty."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("gendistill.report", "."),
         autoescape=True,
@@ -68,16 +81,20 @@ def _template() -> jinja2.Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["png"] = lambda png: "data:image/png;base64," + base64.b64encode(png).decode()
+    environment.filters["png"] = lambda drawing: (
+        "data:image/png;base64," + base64.b64encode(drawing.png).decode()
+    )
     environment.filters["minus"] = lambda text: re.sub(r"-(?=\d)", "\N{MINUS SIGN}", text)
     environment.filters["bytes"] = format_bytes
     environment.filters["short"] = short_count
-    return environment.get_template("page.html.j2")
+    environment.filters["exp"] = perplexity
+    environment.filters["signed"] = tables.signed
+    return environment
 
 
-def legend(report: GapReport) -> str:
+def legend(report: GapReport, protocols: Sequence[str]) -> str:
     """Say what the heads of the table mean."""
-    does = "; ".join(f"{PROTOCOLS[name].label} {_DOES[PROTOCOLS[name].family]}" for name in report.protocols)
+    does = "; ".join(f"{PROTOCOLS[name].label} {_DOES[PROTOCOLS[name].family]}" for name in protocols)
     ranked, written = (PROTOCOLS[report.leads[family]].label for family in ProtocolFamily)
     return (
         f"{does}. Same items, scores in percent. Gap is student minus teacher in percentage points, hidden gap is "
@@ -93,10 +110,19 @@ def summary_cards(run: RunFiles, report: GapReport) -> list[tuple[str, str, str]
         if gap:
             interval = f"95% interval {tables.signed(gap.low)} to {tables.signed(gap.high)}"
             cards.append((label, f"{tables.signed(gap.value)} pp", interval))
+    if kept := report.kept.get(written):
+        above = f"; above chance {kept.above_chance.value:.0f}%" if kept.above_chance else ""
+        interval = f"95% interval {kept.plain.low:.0f}% to {kept.plain.high:.0f}%{above}"
+        cards.append(("kept", f"{kept.plain.value:.0f}%", interval))
+    elif any(report.leads[ProtocolFamily.GENERATION] in task.at_chance for task in report.tasks):
+        cards.append(("kept", tables.NOT_MEASURED, "the teacher is not surely above chance"))
     if len(run.heldout) > 1:
         first, last = run.heldout[0][1]["kl"], run.heldout[-1][1]["kl"]
         share = f", {last / first:.0%} of it left" if first > 0 else ""
         cards.append(("held-out KL", f"{last:.2f}", f"nats per token; {first:.2f} after conversion{share}"))
+    if run.heldout:
+        student, teacher = (perplexity(run.heldout[-1][1][f"{role}_ce"]) for role in ("student", "teacher"))
+        cards.append(("perplexity", f"× {student / teacher:.2f}", f"{student:.4g} against {teacher:.4g}"))  # noqa: RUF001
     cache = run.manifest.get("cache_bytes")
     if cache:
         longest = cache[-1]
@@ -206,16 +232,23 @@ def gold_text(row: Mapping[str, Any]) -> str:
     return str(gold)
 
 
-def generation_counts(run: RunFiles, report: GapReport) -> list[dict[str, Any]]:
-    """List what generation did besides being right or wrong, per task, protocol and model."""
-    lead = report.leads[ProtocolFamily.GENERATION]
+def heldout_rows(run: RunFiles) -> list[dict[str, Any]]:
+    """List held-out scores after conversion and each stage, with what they are as perplexities."""
     return [
-        {"task": task["task"] if name == lead else f"{task['task']}, {name}", "role": role, **task[name]}
-        for role in ROLES
-        for task in run.results.get(role, {}).get("tasks", [])
-        for name in report.protocols
-        if PROTOCOLS[name].family is ProtocolFamily.GENERATION and task.get(name)
+        {
+            "name": name,
+            **scores,
+            "perplexity": perplexity(scores["student_ce"]),
+            "teacher_perplexity": perplexity(scores["teacher_ce"]),
+            "worse": index > 0 and scores["kl"] > run.heldout[index - 1][1]["kl"],
+        }
+        for index, (name, scores) in enumerate(run.heldout)
     ]
+
+
+def perplexity(cross_entropy: float) -> float:
+    """Turn nats per token into the number of equally likely tokens that would surprise as much."""
+    return math.exp(min(cross_entropy, 700.0))
 
 
 def format_bytes(count: int) -> str:

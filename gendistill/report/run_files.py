@@ -92,11 +92,6 @@ class RunFiles:
         return Placement(tuple(kinds)) if kinds else None
 
     @property
-    def resamples(self) -> int:
-        """Bootstrap resamples that the recipe asks for."""
-        return (self.recipe.get("eval") or {}).get("bootstrap", 2000)
-
-    @property
     def warnings(self) -> list[str]:
         """What the run warned of, and which of its files could be read in part only."""
         unread = [
@@ -113,6 +108,15 @@ class RunFiles:
         after = [(stage.name, stage.result.get("heldout")) for stage in self.stages if stage.result]
         points = [("conversion", self.probe), *after]
         return tuple((name, scores) for name, scores in points if scores)
+
+    @property
+    def positions(self) -> tuple[tuple[str, list[dict[str, Any]]], ...]:
+        """Held-out scores by range of positions, as ``heldout`` lists them on average."""
+        after = [
+            (stage.name, stage.result.get("heldout_by_position")) for stage in self.stages if stage.result
+        ]
+        points = [("conversion", (self.probe or {}).get("by_position")), *after]
+        return tuple((name, rows) for name, rows in points if rows)
 
 
 def read_run(run_dir: Path) -> RunFiles:

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from rich.table import Table
 from rich.text import Text
 
-from gendistill.report.gap import ByProtocol, Estimate, GapReport, Inversion
+from gendistill.report.gap import ByProtocol, Estimate, GapReport
+from gendistill.report.ranking import Inversion
 from gendistill.report.run_files import ROLES
 from gendistill.text import printable
 from gendistill_evals import PROTOCOLS, ProtocolFamily
 
 NOT_MEASURED = "–"  # noqa: RUF001 an en dash is what tables use for an empty cell
-# How a model is scored, as the verdict says it, most important first.
-_HOW = {ProtocolFamily.GENERATION: "Writing its answers", ProtocolFamily.LIKELIHOOD: "By log-likelihood"}
+# more do not fit beside one another
+_MOST_PROTOCOLS = 4
 
 
 class Cell(NamedTuple):
@@ -31,6 +33,13 @@ def shown_protocols(reports: Sequence[GapReport]) -> tuple[str, ...]:
     """List the protocols that a table of several reports shows, in the order of ``PROTOCOLS``."""
     wanted = {name for report in reports for name in report.protocols}
     return tuple(name for name in PROTOCOLS if name in wanted)
+
+
+def main_protocols(*reports: GapReport) -> tuple[str, ...]:
+    """List the protocols of the first table: all of a few, else those that the hidden gaps compare."""
+    shown = shown_protocols(reports)
+    leads = {name for report in reports for name in report.leads.values()}
+    return shown if len(shown) <= _MOST_PROTOCOLS else tuple(name for name in shown if name in leads)
 
 
 def headers(protocols: Sequence[str]) -> list[str]:
@@ -50,7 +59,12 @@ def raw_rows(report: GapReport, protocols: Sequence[str]) -> list[dict[str, Any]
         for name, pair in (("teacher", task.teacher), ("student", task.student), ("gap", task.gap)):
             for protocol in protocols:
                 row |= _flat(f"{name}_{protocol}", pair.get(protocol))
-        rows.append(row | _flat("hidden_gap", task.hidden))
+        for protocol in protocols:
+            kept, flips = task.kept.get(protocol), task.flips.get(protocol)
+            row |= _flat(f"kept_{protocol}", kept.plain if kept else None)
+            row |= _flat(f"kept_above_chance_{protocol}", kept.above_chance if kept else None)
+            row |= {f"lost_{protocol}": flips and flips.lost, f"won_{protocol}": flips and flips.won}
+        rows.append(row | {"chance": task.chance} | _flat("hidden_gap", task.hidden))
     return rows
 
 
@@ -70,12 +84,64 @@ def cell_rows(report: GapReport, protocols: Sequence[str]) -> list[list[Cell]]:
             ),
             _scores(task.teacher, protocols),
             _scores(task.student, protocols),
-            *(_difference(task.gap.get(protocol)) for protocol in protocols),
-            _difference(task.hidden, mark=" !!"),
+            *(difference_cell(task.gap.get(protocol)) for protocol in protocols),
+            difference_cell(task.hidden, mark=" !!"),
             Cell(f"{task.n:,}"),
         ]
         for task in report.tasks
     ]
+
+
+PROTOCOL_HEADERS = (
+    "task",
+    "protocol",
+    "teacher",
+    "student",
+    "gap",
+    "kept",
+    "above chance",
+    "lost / won",
+    "n",
+)
+
+
+def protocol_rows(report: GapReport) -> list[list[Cell]]:
+    """Lay out every protocol side by side: one list of cells per task and protocol, under ``PROTOCOL_HEADERS``."""
+    rows = []
+    for task in report.tasks:
+        for name in report.protocols:
+            teacher, student = task.teacher.get(name), task.student.get(name)
+            if teacher is None and student is None:
+                continue
+            kept, flips = task.kept.get(name), task.flips.get(name)
+            at_chance = Cell("chance", "the teacher's") if name in task.at_chance else Cell(NOT_MEASURED)
+            rows.append(
+                [
+                    Cell(printable(task.task)),
+                    Cell(name),
+                    _score(teacher),
+                    _score(student),
+                    difference_cell(task.gap.get(name)),
+                    percent_cell(kept.plain) if kept else at_chance,
+                    percent_cell(kept.above_chance if kept else None),
+                    Cell(f"{flips.lost:,} / {flips.won:,}" if flips else NOT_MEASURED),
+                    Cell(f"{(student or teacher or task).n:,}"),
+                ]
+            )
+    return rows
+
+
+def _score(score: Estimate | None) -> Cell:
+    if score is None:
+        return Cell(NOT_MEASURED)
+    return Cell(f"{score.value:.1f}", f"[{score.low:.1f}, {score.high:.1f}]")
+
+
+def percent_cell(kept: Estimate | None) -> Cell:
+    """Write what is kept with its interval under it."""
+    if kept is None:
+        return Cell(NOT_MEASURED)
+    return Cell(f"{kept.value:.0f}%", f"[{kept.low:.0f}, {kept.high:.0f}]")
 
 
 def _scores(scores: ByProtocol, protocols: Sequence[str]) -> Cell:
@@ -83,7 +149,8 @@ def _scores(scores: ByProtocol, protocols: Sequence[str]) -> Cell:
     return Cell(" / ".join(f"{score.value:.1f}" if score else NOT_MEASURED for score in found))
 
 
-def _difference(estimate: Estimate | None, *, mark: str = "") -> Cell:
+def difference_cell(estimate: Estimate | None, *, mark: str = "") -> Cell:
+    """Write percentage points with their interval under them; ``mark`` follows those that exclude zero."""
     if estimate is None:
         return Cell(NOT_MEASURED)
     flag = mark if estimate.excludes_zero else ""
@@ -99,9 +166,10 @@ def signed(points: float) -> str:
 def render_rich(report: GapReport) -> Table:
     """Lay out the table for a terminal, intervals under their values so that it fits 80 columns."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for index, header in enumerate(headers(report.protocols)):
+    protocols = main_protocols(report)
+    for index, header in enumerate(headers(protocols)):
         table.add_column(header, justify="right" if index else "left")
-    for cells in cell_rows(report, report.protocols):
+    for cells in cell_rows(report, protocols):
         details = [("\n" + cell.detail, "dim") if cell.detail else "" for cell in cells]
         table.add_row(
             *(Text.assemble(cell.main, detail) for cell, detail in zip(cells, details, strict=True))
@@ -109,17 +177,97 @@ def render_rich(report: GapReport) -> Table:
     return table
 
 
+def render_protocols(report: GapReport) -> Table | None:
+    """Lay out every protocol for a terminal; None if the first table shows them all."""
+    if main_protocols(report) == report.protocols:
+        return None
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for index, header in enumerate(PROTOCOL_HEADERS):
+        table.add_column(header, justify="right" if index > 1 else "left")
+    for cells in protocol_rows(report):
+        table.add_row(*(Text(cell.main) for cell in cells))
+    return table
+
+
 def render_markdown(reports: Sequence[GapReport]) -> str:
-    """Lay out one markdown table; with several runs, each row begins with its run."""
-    several = len(reports) > 1
-    protocols = shown_protocols(reports)
-    heads = (["run"] if several else []) + headers(protocols)
+    """Lay out one markdown table, and a second one of protocols that it has no room for; with several runs, each row
+    begins with its run."""
+    protocols = main_protocols(*reports)
+    text = _markdown(headers(protocols), [(report, cell_rows(report, protocols)) for report in reports])
+    if protocols != shown_protocols(reports):
+        rows = [(report, protocol_rows(report)) for report in reports]
+        text += "\n" + _markdown(PROTOCOL_HEADERS, rows)
+    return text
+
+
+def _markdown(heads: Sequence[str], rows: Sequence[tuple[GapReport, list[list[Cell]]]]) -> str:
+    several = len(rows) > 1
+    heads = [*(["run"] if several else []), *heads]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
-    for report in reports:
-        for cells in cell_rows(report, protocols):
+    for report, laid_out in rows:
+        for cells in laid_out:
             texts = ([report.name] if several else []) + [" ".join(filter(None, cell)) for cell in cells]
             lines.append("| " + " | ".join(markdown_cell(text) for text in texts) + " |")
     return "\n".join(lines) + "\n"
+
+
+def render_latex(reports: Sequence[GapReport]) -> str:
+    """Lay out one booktabs table; with several runs, each row begins with its run. Needs ``\\usepackage{booktabs}``."""
+    several = len(reports) > 1
+    protocols = main_protocols(*reports)
+    heads = (["run"] if several else []) + headers(protocols)
+    rows = [
+        ([Cell(report.name)] if several else []) + cells
+        for report in reports
+        for cells in cell_rows(report, protocols)
+    ]
+    return latex_table(heads, rows, num_text=2 if several else 1)
+
+
+def latex_table(heads: Sequence[str], rows: Sequence[Sequence[Cell]], *, num_text: int) -> str:
+    """Write a booktabs table.
+
+    Args:
+        heads: Of the columns.
+        rows: Details of cells stand behind their values, smaller.
+        num_text: Columns of text, from the first; the others are numbers.
+    """
+    lines = [
+        f"\\begin{{tabular}}{{{'l' * num_text}{'r' * (len(heads) - num_text)}}}",
+        "\\toprule",
+        " & ".join(map(latex_text, heads)) + r" \\",
+        "\\midrule",
+    ]
+    for row in rows:
+        cells = [
+            latex_text(cell.main) + (f" {{\\scriptsize {latex_text(cell.detail)}}}" if cell.detail else "")
+            for cell in row
+        ]
+        lines.append(" & ".join(cells) + r" \\")
+    return "\n".join([*lines, "\\bottomrule", "\\end{tabular}"]) + "\n"
+
+
+_LATEX = {
+    "\\": r"\textbackslash{}",
+    **{sign: "\\" + sign for sign in "&%$#_{}"},
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    '"': r"\textquotedbl{}",
+    # rows may begin with what an optional argument of the line end before them would begin with
+    "[": "{[}",
+    "]": "{]}",
+    "*": "{*}",
+    NOT_MEASURED: "--",
+}
+
+
+def latex_text(text: str) -> str:
+    """Write a text so that LaTeX sets it as it is; a minus before a digit is set as one."""
+    shown = "".join(_LATEX.get(sign, sign) for sign in printable(text, longest=1000))
+    return re.sub(r"-(?=\d)", "$-$", shown)
 
 
 def markdown_cell(text: str) -> str:
@@ -140,69 +288,6 @@ def render_csv(reports: Sequence[GapReport]) -> str:
     writer.writeheader()
     writer.writerows(rows)
     return out.getvalue()
-
-
-def verdict(report: GapReport) -> str:
-    """Say in two sentences what the conversion cost, by generation and by log-likelihood."""
-    sentences = []
-    for family, how in _HOW.items():
-        protocol = report.leads[family]
-        gap = report.mean_gap(protocol)
-        if gap is None:
-            sentences.append(f"The {protocol} gap is not measured.")
-            continue
-        num_tasks = sum(task.gap.get(protocol) is not None for task in report.tasks)
-        over = "1 task" if num_tasks == 1 else f"mean of {num_tasks} tasks"
-        side = "below" if gap.value < 0 else "above"
-        same = not round(gap.value, 1)
-        change = "the same as its teacher" if same else f"{abs(gap.value):.1f} points {side} its teacher"
-        noise = "" if same or gap.excludes_zero else "; within noise"
-        interval = f"95% interval {signed(gap.low)} to {signed(gap.high)}"
-        sentences.append(f"{how}, the student scores {change} ({interval}, {over}{noise}).")
-    return " ".join(sentences)
-
-
-def warnings(report: GapReport, *, roles: Sequence[str] = ROLES) -> list[str]:
-    """List what a reader of the table must not miss, most important first.
-
-    Args:
-        report: Behind the table.
-        roles: What should have been measured.
-    """
-    found = []
-    ranked, written = report.leads[ProtocolFamily.LIKELIHOOD], report.leads[ProtocolFamily.GENERATION]
-    for task in report.tasks:
-        if task.hidden and task.hidden.high < 0:
-            found.append(
-                f"{printable(task.task)}: {ranked} hides {-task.hidden.value:.1f} pp of the {written} gap; "
-                f'rank runs by "gap {PROTOCOLS[written].label}"'
-            )
-        elif task.hidden and task.hidden.low > 0:
-            found.append(
-                f"{printable(task.task)}: {ranked} overstates the {written} gap by {task.hidden.value:.1f} pp"
-            )
-    found += [
-        f"{printable(task.task)}: the teacher writes no correct answer, so the {name} gap says nothing about "
-        "the student"
-        for task in report.tasks
-        for name in report.protocols
-        if PROTOCOLS[name].family is ProtocolFamily.GENERATION
-        and (score := task.teacher.get(name))
-        and not score.value
-    ]
-    limits = sorted({task.limit for task in report.tasks if task.limit})
-    if limits:
-        shown = ", ".join(str(limit) for limit in limits)
-        found.append(f"LIMIT {shown}: scored on the first items only; not comparable with published numbers")
-    found += [
-        f"{printable(task.task)}: no {name} score ({printable(task.reasons[name])})"
-        for task in report.tasks
-        for name in report.protocols
-        if name in task.reasons
-    ]
-    absent = [role for role in roles if getattr(report, role) is None]
-    found += [f"{role}: not measured; score it with gendistill eval" for role in absent]
-    return found
 
 
 def inversion_lines(inversions: Sequence[Inversion]) -> list[str]:

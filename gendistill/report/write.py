@@ -14,14 +14,16 @@ from rich.text import Text
 
 from gendistill.errors import ReportError
 from gendistill.paths import RunDir, writing
-from gendistill.report import tables
-from gendistill.report.gap import GapReport, Inversion, compute_gap, rank_inversions
+from gendistill.report import tables, verdicts
+from gendistill.report.gap import GapReport, compute_gap
+from gendistill.report.ranking import Inversion, rank_inversions
 from gendistill.report.run_files import RunFiles, read_run
 from gendistill.text import printable
 
-_FILES = ("index.html", "gap.json", "table.md", "table.csv")
-# how the names of figures begin
-_FIGURES = ("gap.", "placement.", "heldout.", "cache.", "loss-", "watch-")
+_FILES = ("index.html", "gap.json", "table.md", "table.csv", "table.tex")
+# how the names of figures begin, and end
+_FIGURES = ("gap.", "placement.", "heldout.", "positions.", "cache.", "loss-", "watch-")
+_FORMATS = (".png", ".svg", ".pdf")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,13 +34,15 @@ class ReportPaths:
     gap: Path
     markdown: Path
     csv: Path
+    latex: Path
     figures: tuple[Path, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class RunComparison:
-    """Several runs' reports, and where log-likelihood and generation disagree on their order."""
+    """Several runs' files and reports, and where log-likelihood and generation disagree on their order."""
 
+    runs: tuple[RunFiles, ...]
     reports: tuple[GapReport, ...]
     inversions: tuple[Inversion, ...]
 
@@ -56,17 +60,17 @@ def gap_report(run: RunFiles) -> GapReport:
         run.samples,
         name=run.name,
         placement=str(run.placement) if run.placement else None,
-        resamples=run.resamples,
     )
 
 
-def write_report(run_dir: Path) -> ReportPaths:
-    """Write ``report/`` of a run: the page, gap.json, the table as markdown and CSV, and the figures.
+def write_report(run_dir: Path, *, serif: bool = False, width: float | None = None) -> ReportPaths:
+    """Write ``report/`` of a run: the page, gap.json, the table as markdown, CSV and LaTeX, and the figures.
 
     Equal run files give equal report files.
 
     Args:
         run_dir: The run folder.
+        serif, width: How figures are set, as ``plots.Look`` says.
     Returns: Paths of everything written.
     Raises:
         ReportError: The files are missing or unreadable, or teacher and student are not comparable.
@@ -74,34 +78,41 @@ def write_report(run_dir: Path) -> ReportPaths:
     """
     # Imported here: a table in the terminal needs neither templates nor figures.
     from gendistill.report.html import render_page
-    from gendistill.report.plots import plot_run
+    from gendistill.report.plots import Look, plot_run
 
     run = read_run(run_dir)
     report = gap_report(run)
-    figures = plot_run(run, report)
+    figures = plot_run(run, report, Look(serif, width))
     folder = RunDir(run.root).report
-    page, gap_file, markdown, csv = (folder / name for name in _FILES)
+    page, gap_file, markdown, csv, latex = (folder / name for name in _FILES)
+    drawn = {
+        folder / file: content for name, each in figures.items() for file, content in each.files(name).items()
+    }
     paths = ReportPaths(
         page=page,
         gap=gap_file,
         markdown=markdown,
         csv=csv,
-        figures=tuple(folder / f"{name}.png" for name in figures),
+        latex=latex,
+        figures=tuple(drawn),
     )
     gap = json.dumps(report.to_json(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     texts = {
         paths.gap: gap,
         paths.markdown: tables.render_markdown([report]),
         paths.csv: tables.render_csv([report]),
+        paths.latex: tables.render_latex([report]),
         paths.page: render_page(run, report, figures),
     }
     # a model may emit half of a character pair; such text is kept, with "?" for it
     contents = {path: text.encode("utf-8", errors="replace") for path, text in texts.items()}
-    _replace_files(folder, dict(zip(paths.figures, figures.values(), strict=True)) | contents)
+    replace_files(folder, drawn | contents)
     return paths
 
 
-def _replace_files(folder: Path, contents: Mapping[Path, bytes]) -> None:
+def replace_files(
+    folder: Path, contents: Mapping[Path, bytes], *, figures: tuple[str, ...] = _FIGURES
+) -> None:
     """Write all files beside the old ones before the first takes its place; figures of an older report go."""
     partials = {path: path.with_name(f".{path.name}.{os.getpid()}.partial") for path in contents}
     with writing(folder):
@@ -118,12 +129,12 @@ def _replace_files(folder: Path, contents: Mapping[Path, bytes]) -> None:
         finally:
             for partial in partials.values():
                 partial.unlink(missing_ok=True)
-        _unlink_figures(folder, kept=contents)
+        _unlink_figures(folder, kept=contents, figures=figures)
 
 
-def _unlink_figures(folder: Path, *, kept: Collection[Path]) -> None:
-    for figure in folder.glob("*.png"):
-        if figure not in kept and figure.name.startswith(_FIGURES):
+def _unlink_figures(folder: Path, *, kept: Collection[Path], figures: tuple[str, ...]) -> None:
+    for figure in folder.glob("*"):
+        if figure.suffix in _FORMATS and figure not in kept and figure.name.startswith(figures):
             figure.unlink()
 
 
@@ -133,7 +144,7 @@ def clear_report(run_dir: Path) -> None:
     with writing(folder):
         for name in _FILES:
             (folder / name).unlink(missing_ok=True)
-        _unlink_figures(folder, kept=())
+        _unlink_figures(folder, kept=(), figures=_FIGURES)
 
 
 def render_terminal(run_dir: Path, *, console: Console | None = None) -> GapReport:
@@ -153,8 +164,14 @@ def render_terminal(run_dir: Path, *, console: Console | None = None) -> GapRepo
         console.width = max(console.width, 100)
     if report.tasks:
         console.print(tables.render_rich(report))
-    console.print(Text(tables.verdict(report)), soft_wrap=True)
-    for warning in [*tables.warnings(report), *(printable(each, longest=2000) for each in run.warnings)]:
+    if (protocols := tables.render_protocols(report)) is not None:
+        console.print(protocols)
+    console.print(Text(verdicts.verdict(report)), soft_wrap=True)
+    for warning in [
+        *verdicts.warnings(report),
+        *verdicts.stage_remarks(run),
+        *(printable(each, longest=2000) for each in run.warnings),
+    ]:
         console.print(Text(f"warn     {warning}"), soft_wrap=True)
     return report
 
@@ -178,9 +195,10 @@ def compare_reports(run_dirs: Sequence[Path]) -> RunComparison:
             f"the same run folder is given twice: {', '.join(printable(str(run_dir)) for run_dir in run_dirs)}",
             hint="give different run folders: gendistill report runs/a runs/b",
         )
-    reports = [gap_report(read_run(run_dir)) for run_dir in run_dirs]
+    runs = [read_run(run_dir) for run_dir in run_dirs]
+    reports = [gap_report(run) for run in runs]
     if len({report.name for report in reports}) < len(reports):
         reports = [
             replace(report, name=str(run_dir)) for run_dir, report in zip(run_dirs, reports, strict=True)
         ]
-    return RunComparison(tuple(reports), tuple(rank_inversions(reports)))
+    return RunComparison(tuple(runs), tuple(reports), tuple(rank_inversions(reports)))

@@ -93,6 +93,7 @@ class StageResult:
         loss_first, loss_last: Of the first and last log interval.
         tensors_changed: Share of the trained tensors that differ from the start.
         heldout: What ``score_heldout`` returns.
+        heldout_by_position: What ``HeldoutMeasure.by_position`` holds.
         skipped: Steps that changed nothing, because loss or gradient was not finite.
         rewinds: Returns to a checkpoint, as ``checkpoint.Progress`` lists them.
         data: Rows read and left out of each source, and what is odd about them, as ``data_record`` returns.
@@ -108,6 +109,7 @@ class StageResult:
     loss_last: float
     tensors_changed: float
     heldout: dict[str, float]
+    heldout_by_position: list[dict[str, float]]
     skipped: int
     rewinds: list[dict[str, int]]
     data: dict[str, Any]

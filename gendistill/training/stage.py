@@ -52,7 +52,7 @@ from gendistill.training.lock import (
 from gendistill.training.log import MetricLog
 from gendistill.training.meter import Meter, Stopwatch
 from gendistill.training.monitors import MONITORS, Monitor, Rewind, Stop, When
-from gendistill.training.monitors.heldout import heldout_scores
+from gendistill.training.monitors.heldout import heldout_measure
 from gendistill.training.monitors.weights import sample_weights
 from gendistill.training.optim import (
     OPTIMIZERS,
@@ -633,6 +633,7 @@ class StageRun:
             self.console.say(f"{self.job.name}: {line}")
         assert self.progress.loss_first is not None
         assert self.progress.loss_last is not None
+        measured = heldout_measure(self)
         result = StageResult(
             stage=self.job.name,
             objective=self.stage.objective.kind,
@@ -642,7 +643,8 @@ class StageRun:
             loss_first=self.progress.loss_first,
             loss_last=self.progress.loss_last,
             tensors_changed=self.tensors_changed,
-            heldout=heldout_scores(self),
+            heldout=measured.scores,
+            heldout_by_position=measured.by_position,
             skipped=self.meter.read().skipped,
             rewinds=self.progress.rewinds,
             data=data_record(self.stream),

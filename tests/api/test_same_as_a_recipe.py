@@ -107,7 +107,6 @@ def test_the_same_settings_give_the_same_student_and_scores(objective):
 
     scores = gd.evaluate(
         student, teacher=teacher, tasks=["sums.yaml"], questions="ask.jsonl", question_tokens=4, folder="mine",
-        resamples=100,
     )  # fmt: skip
     for role in ("teacher", "student"):
         there = done.folder / "eval" / role

@@ -21,7 +21,9 @@ from gendistill.report.run_files import read_run
 @pytest.fixture(autouse=True)
 def no_figures(monkeypatch):
     """Figures take most of the time and are tested elsewhere."""
-    monkeypatch.setattr(plots, "plot_run", lambda run, report: {"gap": b"png"})
+    monkeypatch.setattr(
+        plots, "plot_run", lambda run, report, look: {"gap": plots.Drawing(b"png", b"svg", b"pdf")}
+    )
 
 
 @pytest.mark.parametrize("kind", ["file", "nothing", "empty", "dangling", "loop", "long"])
@@ -161,11 +163,14 @@ def test_a_new_report_replaces_its_own_files_and_no_others(make_run):
     run_dir = make_run()
     write_report(run_dir)
     folder = run_dir / "report"
-    for name in ("loss-gone.png", "cache.png", "mine.png", "notes.md"):
+    for name in ("loss-gone.png", "cache.png", "cache.svg", "mine.png", "notes.md"):
         (folder / name).write_bytes(b"old")
     write_report(run_dir)
     names = {path.name for path in folder.iterdir()}
-    assert names == {"index.html", "gap.json", "table.md", "table.csv", "gap.png", "mine.png", "notes.md"}
+    assert names == {
+        *("index.html", "gap.json", "table.md", "table.csv", "table.tex", "gap.png", "gap.svg", "gap.pdf"),
+        *("mine.png", "notes.md"),
+    }
 
 
 def test_what_the_run_warned_of_is_on_the_page_and_in_the_terminal(make_run, edit_json, capsys):

@@ -84,7 +84,7 @@ def terminal(run_dir):
 
 @pytest.mark.parametrize("text", HOSTILE, ids=lambda text: ascii(text)[:24])
 def test_hostile_text_is_shown_and_obeyed_nowhere(make_run, edit_json, monkeypatch, text):
-    monkeypatch.setattr(plots, "plot_run", lambda run, report: {})
+    monkeypatch.setattr(plots, "plot_run", lambda run, report, look: {})
     run_dir = make_run()
     rename(run_dir, edit_json, text)
     shown = printable(text)
@@ -158,7 +158,7 @@ def test_many_tasks_have_a_figure_that_says_what_it_leaves_out(make_run):
     scores = {f"task {number}": ([1, 0], [1, 0]) for number in range(400)}
     run = read_run(make_run(teacher=scores, student=scores))
     gap = plots.plot_gap(gap_report(run))
-    assert int.from_bytes(gap[20:24]) < 2**16
+    assert int.from_bytes(gap.png[20:24]) < 2**16
 
 
 @pytest.mark.parametrize(

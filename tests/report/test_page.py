@@ -62,7 +62,7 @@ def test_the_letters_of_the_placement_are_those_that_it_shows(make_run, edit_jso
 def test_page_shows_what_was_measured(make_run):
     page = page_without_figures(make_run())
     for shown in (
-        "Writing its answers, the student scores 32.5 points below its teacher",
+        "32.5 points below its teacher",
         "likelihood hides 40.0 pp",
         "org/teacher",
         "2 kda, 2 full",
@@ -148,9 +148,21 @@ def test_equal_runs_give_equal_reports(make_run):
     first = {path.name: path.read_bytes() for path in write_report(run_dir).page.parent.iterdir()}
     second = {path.name: path.read_bytes() for path in write_report(run_dir).page.parent.iterdir()}
     assert first == second
-    assert {"index.html", "gap.json", "table.md", "table.csv", "gap.png", "placement.png"} <= first.keys()
+    assert {
+        "index.html",
+        "gap.json",
+        "table.md",
+        "table.csv",
+        "table.tex",
+        "gap.png",
+        "gap.svg",
+    } <= first.keys()
     pngs = [content for name, content in first.items() if name.endswith(".png")]
     assert len(pngs) == 6
+    for ending, start in ((".svg", b"<?xml"), (".pdf", b"%PDF")):
+        curves = [content for name, content in first.items() if name.endswith(ending)]
+        assert len(curves) == 6
+        assert all(content.startswith(start) for content in curves)
     assert all(content.startswith(b"\x89PNG") for content in pngs)
 
 

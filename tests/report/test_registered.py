@@ -15,7 +15,7 @@ from gendistill.config.load import load_recipe
 from gendistill.errors import RecipeError, ReportError
 from gendistill.report import write_report
 from gendistill.report.run_files import read_run
-from gendistill.report.tables import verdict, warnings
+from gendistill.report.verdicts import verdict, warnings
 from gendistill.report.write import gap_report
 from gendistill_evals import (
     JUDGES,
@@ -169,7 +169,7 @@ def test_a_registered_judge_and_protocol_reach_results_and_report(task, tmp_path
     assert (float(row["gap_shout"]), float(row["gap_likelihood_mean"])) == (50, 0)
     page = paths.page.read_text()
     assert "gap !</th>" in page
-    assert "quiz, shout" in page
+    assert "<small>shout</small>" in page
     assert (run_dir / "report/gap.png").is_file()
 
 
@@ -179,9 +179,14 @@ def test_the_hidden_gap_is_of_the_first_of_each_family_that_was_measured(task, t
     assert report.leads == {"likelihood": "likelihood_mean", "generation": "shout"}
     assert report.protocols == ("likelihood_mean", "shout")
     assert report.tasks[0].hidden.value == 50
-    assert warnings(report) == ["quiz: likelihood_mean overstates the shout gap by 50.0 pp",
-                                "quiz: the teacher writes no correct answer, so the shout gap says nothing about "
-                                "the student"]  # fmt: skip
+    assert warnings(report) == [
+        "quiz: likelihood_mean overstates the shout gap by 50.0 pp",
+        *(
+            f"quiz: by {name} the teacher scores {score}%, not surely above a guess (50.0%), so neither the gap nor "
+            "what is kept says anything about the student"
+            for name, score in (("likelihood_mean", "50.0"), ("shout", "0.0"))
+        ),
+    ]
     assert verdict(report).startswith("Writing its answers, the student scores 50.0 points above")
 
 

@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 import zlib
+from dataclasses import replace
 from io import StringIO
 
 import pytest
@@ -407,10 +408,13 @@ def test_a_stage_resumes_beside_broken_metrics_and_a_broken_checkpoint(tiny, tmp
 
 
 def test_heldout_scores_that_are_not_finite_stop_the_stage_by_name(tiny, tmp_path, monkeypatch):
-    real = monitors.score_heldout
-    monkeypatch.setattr(
-        monitors, "score_heldout", lambda *args, **more: {**real(*args, **more), "kl": math.nan}
-    )
+    real = monitors.measure_heldout
+
+    def broken(*args, **more):
+        measured = real(*args, **more)
+        return replace(measured, scores={**measured.scores, "kl": math.nan})
+
+    monkeypatch.setattr(monitors, "measure_heldout", broken)
     with pytest.raises(TrainingError, match="held-out kl is not finite at step 1 of 1") as caught:
         tiny.run_stage(tmp_path, steps=1)
     assert caught.value.hint

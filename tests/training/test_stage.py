@@ -120,9 +120,9 @@ def test_a_stage_that_does_not_begin_lets_go_of_what_its_steps_hold(tiny, tmp_pa
 
 
 def test_graphs_are_gone_when_heldout_text_is_scored_at_the_end(tiny, tmp_path, monkeypatch):
-    order, score = [], stage.heldout_scores
+    order, score = [], stage.heldout_measure
     monkeypatch.setattr(StepRunner, "release", lambda self: order.append("release"))
-    monkeypatch.setattr(stage, "heldout_scores", lambda run: order.append("score") or score(run))
+    monkeypatch.setattr(stage, "heldout_measure", lambda run: order.append("score") or score(run))
     tiny.run_stage(tmp_path, steps=1)
     assert order[:2] == ["release", "score"]
 

@@ -85,6 +85,6 @@ def test_held_out_scores_and_the_probe_ask_for_no_lengths(reads):
     student, teacher = tiny_student(), LiveTeacher(tiny_teacher())
     batches = [batch_of([5, 7], [16]), batch_of([4, 4, 8], [3])]
     score_heldout(student, teacher, batches)
-    assert [read.split(": ")[-1] for read in ours(reads)] == ["score_heldout"]
+    assert [read.split(": ")[-1] for read in ours(reads)] == ["measure_heldout"]
     probe_student(student, teacher, batches)
     assert not [read for read in reads if "ops/" in read or "models/" in read or "mixers/" in read]

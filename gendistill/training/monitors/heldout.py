@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from gendistill.errors import TrainingError
-from gendistill.training.heldout import score_heldout
+from gendistill.training.heldout import HeldoutMeasure, measure_heldout
 from gendistill.training.job import StageJob
 from gendistill.training.monitors.base import StageInProgress, When
 
@@ -19,8 +19,8 @@ class HeldOut:
         self.every = every
 
     def __call__(self, run: StageInProgress) -> dict[str, float] | None:
-        """Return what ``score_heldout`` does."""
-        return None if run.is_over else heldout_scores(run)
+        """Return the means over all positions."""
+        return None if run.is_over else heldout_measure(run).scores
 
 
 def watch_heldout(job: StageJob) -> HeldOut | None:
@@ -28,14 +28,14 @@ def watch_heldout(job: StageJob) -> HeldOut | None:
     return None if job.heldout_every is None else HeldOut(job.heldout_every)
 
 
-def heldout_scores(run: StageInProgress) -> dict[str, float]:
+def heldout_measure(run: StageInProgress) -> HeldoutMeasure:
     """Score the stage's student as it is.
 
     Raises:
         TrainingError: A score is not finite.
     """
     job = run.job
-    scores = score_heldout(
+    measured = measure_heldout(
         run.student,
         run.teacher,
         job.heldout,
@@ -43,10 +43,10 @@ def heldout_scores(run: StageInProgress) -> dict[str, float]:
         parallel=run.parallel,
         module=run.runner.plain_module,
     )
-    if bad := [name for name, value in scores.items() if not math.isfinite(value)]:
+    if bad := [name for name, value in measured.scores.items() if not math.isfinite(value)]:
         raise TrainingError(
             f"held-out {', '.join(bad)} is not finite at step {run.progress.step} of {run.lock.steps}",
             where=f"stages.{job.name}",
             hint=f"lower stages.{job.name}.lr or grad_clip, delete {job.folder} and run the same command again",
         )
-    return scores
+    return measured

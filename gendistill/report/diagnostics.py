@@ -1,0 +1,180 @@
+"""What lies behind the scores: choices that follow places, unread answers, loops, lengths, subjects. Imports no torch.
+
+Evaluations describe themselves under ``diagnostics`` in ``results.json``. What is absent there is not shown.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from gendistill.report.gap import GapReport
+from gendistill.report.run_files import ROLES, RunFiles
+from gendistill_evals import PROTOCOLS, ProtocolFamily, stats
+
+_SHOWN_EXAMPLES = 5
+
+
+@dataclass(frozen=True, slots=True)
+class OrderRow:
+    """What a model chose where the same options stood in other orders; shares from 0 to 1, None is not measured.
+
+    Attributes:
+        task, protocol, role: Of whom.
+        n: Items that were seen in several orders.
+        stickiness: Share whose chosen place never changed: 1 for a model that always chooses the first.
+        content_changes: Share of pairs whose chosen option changed.
+        flips: Share of pairs whose correctness changed: two models that differ by less may not differ.
+    """
+
+    task: str
+    protocol: str
+    role: str
+    n: int
+    stickiness: float | None
+    content_changes: float | None
+    flips: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerRow:
+    """How the answers of one model to one task ended; shares from 0 to 1, lengths in tokens, None is not measured.
+
+    Attributes:
+        task, protocol, role: Of whom.
+        n: Answers.
+        unread: Answers that nothing could be read from.
+        truncated: Answers that were cut off.
+        ended: Share that the model ended by itself.
+        looping: Share that end in a loop.
+        mean, middle, long: Mean, median and 95th percentile of the lengths.
+        examples: Answers that nothing could be read from, as id and text.
+    """
+
+    task: str
+    protocol: str
+    role: str
+    n: int
+    unread: int
+    truncated: int
+    ended: float
+    looping: float | None
+    mean: float
+    middle: float | None
+    long: float | None
+    examples: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SubjectRow:
+    """One subject of a task: scores in percent, the gap in percentage points with its interval."""
+
+    subject: str
+    n: int
+    teacher: float
+    student: float
+    gap: float
+    low: float
+    high: float
+
+
+def order_rows(run: RunFiles) -> list[OrderRow]:
+    """List what is known of choices in other orders of the options."""
+    rows = []
+    for role in ROLES:
+        for task, protocol, entry in _entries(run, role):
+            order = _dict(entry.get("order"))
+            if (count := _number(order.get("n"))) is not None:
+                names = ("stickiness", "content_changes", "flips")
+                shares = {name: _number(order.get(name)) for name in names}
+                rows.append(OrderRow(task, protocol, role, int(count), **shares))
+    return rows
+
+
+def answer_rows(run: RunFiles, report: GapReport) -> list[AnswerRow]:
+    """List how generation ended, per task, protocol and model."""
+    rows = []
+    for role in ROLES:
+        described = {(task, protocol): entry for task, protocol, entry in _entries(run, role)}
+        for task in run.results.get(role, {}).get("tasks", []):
+            for name in report.protocols:
+                score = task.get(name)
+                if PROTOCOLS[name].family is not ProtocolFamily.GENERATION or not score:
+                    continue
+                found = _dict(_dict(described.get((task["task"], name))).get("answers"))
+                lengths = _dict(found.get("num_tokens"))
+                rows.append(
+                    AnswerRow(
+                        task["task"],
+                        name,
+                        role,
+                        n=score["n"],
+                        unread=score["extraction_failures"],
+                        truncated=score["truncated"],
+                        ended=score["eos_rate"],
+                        looping=_number(found.get("looping")),
+                        mean=score["mean_new_tokens"],
+                        middle=_number(lengths.get("p50")),
+                        long=_number(lengths.get("p95")),
+                        examples=_examples(found.get("unread_examples")),
+                    )
+                )
+    return rows
+
+
+def subject_tables(run: RunFiles, report: GapReport) -> list[tuple[str, str, list[SubjectRow]]]:
+    """Score every subject by itself, from the items that both models were scored on.
+
+    Returns: Task, protocol and rows, the greatest losses first; for the report's leading protocols.
+    """
+    tables = []
+    teacher = {(row["task"], str(row["id"])): row for row in run.samples["teacher"]}
+    for task in report.tasks:
+        rows = [
+            row
+            for row in run.samples["student"]
+            if row["task"] == task.task and row.get("subject") is not None
+        ]
+        for protocol in report.leads.values():
+            pairs: dict[str, list[tuple[float, float]]] = {}
+            for row in rows:
+                right = teacher.get((row["task"], str(row["id"])))
+                if right and right.get(protocol) and row.get(protocol):
+                    scores = (float(right[protocol]["correct"]), float(row[protocol]["correct"]))
+                    pairs.setdefault(str(row["subject"]), []).append(scores)
+            if pairs:
+                found = [_subject(subject, *zip(*scores, strict=True)) for subject, scores in pairs.items()]
+                tables.append((task.task, protocol, sorted(found, key=lambda row: (row.gap, row.subject))))
+    return tables
+
+
+def _subject(subject: str, teacher: tuple[float, ...], student: tuple[float, ...]) -> SubjectRow:
+    gap = stats.gap(teacher, student)
+    before, after = (100 * math.fsum(scores) / len(scores) for scores in (teacher, student))
+    return SubjectRow(subject, len(teacher), before, after, 100 * gap.value, 100 * gap.low, 100 * gap.high)
+
+
+def _entries(run: RunFiles, role: str) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
+    """Walk through what an evaluation says about itself, by task and protocol."""
+    described = _dict(run.results.get(role, {}).get("diagnostics"))
+    for task, protocols in _dict(described.get("tasks")).items():
+        for protocol, entry in _dict(protocols).items():
+            if protocol in PROTOCOLS:
+                yield task, protocol, _dict(entry)
+
+
+def _examples(found: Any) -> tuple[tuple[str, str], ...]:
+    rows = [_dict(row) for row in found] if isinstance(found, list) else []
+    shown = [(str(row["id"]), str(row["text"])) for row in rows if "id" in row and "text" in row]
+    return tuple(shown[:_SHOWN_EXAMPLES])
+
+
+def _dict(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _number(value: Any) -> float | None:
+    known = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return float(value) if known else None
