@@ -193,9 +193,9 @@ def run_table(
                 tables.difference_cell(report.mean_hidden, mark=" !!"),
                 tables.percent_cell(kept.plain if kept else None),
                 Cell(
-                    f"× {perplexity(last['student_ce'] - last['teacher_ce']):.3g}"
+                    f"x {perplexity(last['student_ce'] - last['teacher_ce']):.3g}"
                     if last
-                    else tables.NOT_MEASURED  # noqa: RUF001
+                    else tables.NOT_MEASURED
                 ),
                 Cell(f"{last['kl']:.3g}" if last else tables.NOT_MEASURED),
             ]

@@ -104,7 +104,11 @@ def measure_heldout(
     totals = [math.fsum(column) for column in zip(*by_range, strict=True)]
     if totals[-1] == 0:
         raise DataError("no held-out position has a label", where="heldout", hint="raise heldout.rows")
-    scores = {**_means(totals), "ln_vocab": math.log(student.config.vocab_size), "num_tokens": int(totals[-1])}
+    scores = {
+        **_means(totals),
+        "ln_vocab": math.log(student.config.vocab_size),
+        "num_tokens": int(totals[-1]),
+    }
     by_position = [
         {"first": 2**power, "last": 2 ** (power + 1) - 1, "num_tokens": int(row[-1]), **_means(row)}
         for power, row in enumerate(by_range)
