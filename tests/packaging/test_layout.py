@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SOURCE_ROOTS = ("kernels", "evals", "recipes", "tests")
-DATA = (".yaml", ".jsonl", ".j2", ".css", ".json", ".txt", ".html", ".typed")
+DATA = (".md", ".yaml", ".jsonl", ".j2", ".css", ".json", ".txt", ".html", ".typed")
 
 
 def project() -> dict:
