@@ -52,7 +52,8 @@ def compare(
     """
     names, notes = common_tasks(models, tasks)
     kept = {task: check_comparable(models, task, measures, other_prompts=other_prompts) for task in names}
-    notes += [note for _, found in kept.values() for note in found]
+    # what is true of several tasks is said once
+    notes += dict.fromkeys(note for _, found in kept.values() for note in found)
     chosen = {task: found for task, (found, _) in kept.items() if found}
     if not chosen:
         has = ", ".join(dict.fromkeys(name for task in names for name in models[0].tasks[task].measures))

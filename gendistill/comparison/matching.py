@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import pairwise
+from typing import Any
 
 from gendistill.comparison.load import Scores, TaskScores
 from gendistill.errors import RecipeError, ReportError
@@ -76,7 +77,8 @@ def check_comparable(
                 f"compare with {OTHER_PROMPTS}",
             )
         if asked:
-            notes.append(f"{pair}: asked differently ({asked}), so part of the gap may be the prompts'")
+            who = f"{_name(left)} and {_name(right)}"
+            notes.append(f"{who} were asked differently ({asked}), so part of the gap may be the prompts'")
     return _common_measures(models, task, wanted), notes
 
 
@@ -103,16 +105,29 @@ def _check_items(one: TaskScores, other: TaskScores, left: Scores, right: Scores
 
 
 def _asked_differently(one: TaskScores, other: TaskScores) -> str:
-    keys = [key for key in one.settings if key in other.settings]
+    mine, theirs = _leaves(one.settings), _leaves(other.settings)
+    shared = [key for key in mine if key.split(".")[0] in other.settings]
+    shared += [key for key in theirs if key not in mine and key.split(".")[0] in one.settings]
     found = [
-        f"{printable(key)} {one.settings[key]!r:.60} / {other.settings[key]!r:.60}"
-        for key in keys
-        if one.settings[key] != other.settings[key]
+        f"{printable(key)} {mine.get(key)!r:.60} / {theirs.get(key)!r:.60}"
+        for key in shared
+        if mine.get(key) != theirs.get(key)
     ]
     prompts = sum(mine != theirs for mine, theirs in zip(one.prompts, other.prompts, strict=True))
     if prompts:
         found.append(f"{prompts:,} of {len(one.prompts):,} prompts differ")
     return printable(", ".join(found), longest=1000)
+
+
+def _leaves(settings: Mapping[str, Any], under: str = "") -> dict[str, Any]:
+    """Name what settings hold by dotted names, so that only what differs is shown."""
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, Mapping) and value:
+            found |= _leaves(value, f"{under}{key}.")
+        else:
+            found[f"{under}{key}"] = value
+    return found
 
 
 def _common_measures(
