@@ -110,7 +110,8 @@ def evaluate_model(
     loaded = [built(task, prompter, scored.max_tokens) for task in loaded]
     asked = _asked(loaded, protocols)
     for task, protocol in asked:
-        _check_judged(task, protocol)
+        if protocol.family is ProtocolFamily.GENERATION:
+            check_judged(task)
         for each in (task, *(shuffled.task for shuffled in in_other_orders(task, permutations, limit=limit))):
             protocol.check(scored, scored.tokenizer, each, limit=limit, style=style)
     if questions:
@@ -218,10 +219,14 @@ def check_evaluation(
         check_questions(limits, tokenizer, asked, max_new_tokens=question_tokens, style=style)
 
 
-def _check_judged(task: Task, protocol: EvalProtocol) -> None:
-    """Refuse a task whose answers nobody would judge, before any is asked for."""
+def check_judged(task: Task) -> None:
+    """Refuse a task whose answers nobody would judge, before any is asked for.
+
+    Raises:
+        EvalError: Its judge judges nothing at the moment; says why.
+    """
     ready = WHY_NOT.get(task.judge)
-    if protocol.family is ProtocolFamily.GENERATION and ready is not None and (reason := ready()):
+    if ready is not None and (reason := ready()):
         raise EvalError(
             f"{task.name} cannot be scored: {reason}",
             where=task.name,

@@ -7,11 +7,12 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from gendistill.runs.asking import asked
-from gendistill_evals.evaluate import check_evaluation
+from gendistill_evals.evaluate import check_evaluation, check_judged
 from gendistill_evals.hf import HFModel
 from gendistill_evals.model import Limits
+from gendistill_evals.prompts import Prompter
 from gendistill_evals.protocols import PROTOCOLS, ProtocolFamily, lead_protocols
-from gendistill_evals.task import load_questions, load_tasks
+from gendistill_evals.task import built, load_questions, load_tasks
 from gendistill_evals.transcripts import write_answers
 
 if TYPE_CHECKING:
@@ -66,7 +67,9 @@ class TaskExaminer:
         protocol = PROTOCOLS[lead_protocols()[ProtocolFamily.GENERATION]]
         (loaded,) = load_tasks([task])
         with self._model(student) as model:
-            score = protocol.run(model, loaded, limit=limit).score
+            # a task whose texts are generated gets them here
+            whole = built(loaded, Prompter(model.tokenizer), model.max_tokens)
+            score = protocol.run(model, whole, limit=limit).score
         return {
             name: score[name]
             for name in ("value", "n", "truncated", "extraction_failures", "mean_new_tokens")
@@ -100,6 +103,8 @@ def check_examiner(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, config: M
         scored.append((watch.task, watch.task_limit))
     for task, limit in scored:
         check_evaluation(limits, tokenizer, tasks=[task], protocols=written, limit=limit)
+        for loaded in load_tasks([task]):
+            check_judged(loaded)
     if watch.answers_every_steps is not None:
         check_evaluation(
             limits, tokenizer, tasks=[], questions=watch.questions, question_tokens=watch.answer_tokens
