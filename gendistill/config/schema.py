@@ -327,9 +327,6 @@ class EvalConfig(Section):
         default=None, description="built-in name or .jsonl of open questions for transcripts"
     )
     question_tokens: int = Field(default=64, ge=1, le=_MANY_ROWS, description="new tokens per open answer")
-    bootstrap: Annotated[int, Affects.NOTHING] = Field(
-        default=2000, ge=100, le=10**6, description="resamples for the 95% intervals"
-    )
 
     @property
     def style(self) -> Style:

@@ -59,7 +59,6 @@ def write_recipe(objective):
             "tasks": ["./sums.yaml"],
             "questions": "./ask.jsonl",
             "question_tokens": 4,
-            "bootstrap": 100,
         },
     }
     Path("same.yaml").write_text(yaml.safe_dump(recipe))

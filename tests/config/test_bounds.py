@@ -72,7 +72,6 @@ def test_names_that_differ_only_in_case_are_refused(edited, recipe, section, old
         ("data.mix.mix.web", ["1e308", "0"], "1e-09 to 1,000,000,000"),
         ("heldout.rows", ["10**30"], "1 to 1,048,576"),
         ("eval.limit", ["10**30"], "1 to 1,000,000,000"),
-        ("eval.bootstrap", ["10**30", "1"], "100 to 1,000,000"),
         ("student.mixers.swa.window", ["10**30"], "1 to 1,073,741,824"),
     ],
 )

@@ -143,7 +143,7 @@ FLIPS: dict[type[Section], tuple[dict[str, Any], dict[str, Any]]] = {
             "reasoning": True,
             "few_shot": 3,
             "permutations": 2,
-            "bootstrap": 500,
+            "allow_code": True,
         },
     ),
     LoRAConfig: (
@@ -269,7 +269,7 @@ def test_what_only_logs_saves_or_splits_work_affects_nothing():
             *("save_every_minutes", "keep_checkpoints"),
         },
         HeldOutConfig: {"every_steps"},
-        EvalConfig: {"batch_size", "bootstrap"},
+        EvalConfig: {"batch_size", "allow_code"},
         EngineConfig: set(EngineConfig.model_fields),
         WatchConfig: set(WatchConfig.model_fields),
         Recipe: {"version", "name", "output", "engine", "watch", "trackers"},

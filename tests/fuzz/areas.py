@@ -83,7 +83,6 @@ class Base:
                 "tasks": [str(self.task)],
                 "questions": str(self.questions),
                 "question_tokens": 2,
-                "bootstrap": 100,
             },
             **sections,
         }

@@ -62,6 +62,6 @@ def test_a_stage_that_could_not_train_is_refused_before_anything_is_made(place, 
 def test_a_finished_stage_needs_its_packages_no_more(place, monkeypatch):
     place.run(*ADAPTED)
     monkeypatch.setattr("gendistill.training.adapters.importlib.util.find_spec", lambda name: None)
-    place.run(*ADAPTED, "eval.bootstrap=200")
+    place.run(*ADAPTED, "eval.allow_code=true")
     with pytest.raises(RecipeError, match="peft, which is not installed"):
         place.run(*ADAPTED, "stages.distill.steps=2")

@@ -116,7 +116,7 @@ SETTINGS = {
     "trackers=[tensorboard]": (),
     "heldout.every_steps=1": (),
     "eval.batch_size=1": (),
-    "eval.bootstrap=200": (),
+    "eval.allow_code=true": (),
 }
 
 

@@ -110,7 +110,7 @@ def write_training(run_dir: Path, name: str) -> None:
     manifest["cache_bytes"] = [{"tokens": t, "teacher": 4096 * t, "student": 1024 * t} for t in (512, 4096)]
     (run_dir / "manifest.json").write_text(json.dumps(manifest))
     stages = "stages:\n  project: {}\n  distill: {}\n"
-    (run_dir / "recipe.yaml").write_text(f"schema: 1\n{stages}eval:\n  bootstrap: 200\n")
+    (run_dir / "recipe.yaml").write_text(f"schema: 1\n{stages}eval:\n  limit: 200\n")
     layers = [{"layer": layer, "kind": "kda", "cosine": 0.5, "relative_error": 0.9} for layer in (0, 2)]
     (run_dir / "convert").mkdir()
     (run_dir / "convert" / "probe.json").write_text(json.dumps({**heldout(4.0), "layers": layers}))
