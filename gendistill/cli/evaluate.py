@@ -241,7 +241,7 @@ def _protocols(text: str) -> tuple[str, ...]:
 
 
 def _names(text: str | None) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(name.strip() for name in (text or "").split(",") if name.strip()))
+    return tuple(name.strip() for name in (text or "").split(",") if name.strip())
 
 
 def _count(text: str) -> int:

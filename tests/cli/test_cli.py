@@ -140,6 +140,7 @@ def test_eval_scores_any_model(cli, calls):
         "questions": "demo",
         "style": Style(),
         "permutations": 0,
+        "allow_code": False,
     }
     assert out.splitlines()[1].split() == ["copy", "-", "40.0", "5", "LIMIT", "5"]
 
@@ -511,6 +512,6 @@ def test_report_as_json_is_the_gap_file(cli_json, monkeypatch, tmp_path):
     gap = tmp_path / "gap.json"
     gap.write_text(json.dumps({"tasks": []}))
     monkeypatch.setattr(
-        report, "write_report", lambda folder: type("Paths", (), {"gap": gap, "page": folder})()
+        report, "write_report", lambda folder, **_: type("Paths", (), {"gap": gap, "page": folder})()
     )
     assert cli_json("report", "runs/x") == {"tasks": []}

@@ -113,7 +113,7 @@ def test_results_go_to_a_folder_named_after_the_model(cli, asked, workspace, mod
 
 def test_blanks_between_tasks_do_not_count(cli, asked, task):
     assert cli("eval", "x", "--tasks", " copy, ,mine.yaml ,")[0] == 0
-    assert asked[0]["tasks"] == ("copy", "mine.yaml")
+    assert [each.name for each in asked[0]["tasks"]] == ["copy", "mine"]
 
 
 @pytest.mark.parametrize(("limit", "marked"), [("2", True), ("3", False), ("999999999999", False)])

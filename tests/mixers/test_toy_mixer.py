@@ -133,7 +133,7 @@ def test_the_probe_and_the_plots_know_it(student, teacher):
     assert found["impl"] == "kda=reference, leaky=reference"
     assert found["half_life"]["quantiles"]["5"] == pytest.approx(3.0, rel=1e-3)
     assert render_probe(found)
-    assert plot_placement(Placement(("leaky", "full"))).startswith(b"\x89PNG")
+    assert plot_placement(Placement(("leaky", "full"))).png.startswith(b"\x89PNG")
 
 
 def test_it_trains_and_its_rate_stays_float32_and_undecayed(student, tmp_path):
