@@ -1,10 +1,12 @@
-"""The README.md of a saved student: what it is made of and how to load it. Scores are left to its evaluation."""
+"""The README.md of a saved student: what it is made of, how to load it, and what it scored."""
 
 from __future__ import annotations
 
 import re
 import textwrap
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ _LICENCES = {
     "mit license": "mit",
     "bsd 3-clause": "bsd-3-clause",
 }
+_FRONT = re.compile(r"\A---\r?\n(.*?)\r?\n---[^\S\n]*(?:\n|\Z)", re.DOTALL)
 _HUB_FOLDER = re.compile(r"models--([\w.-]+?)--([\w.-]+)")
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
@@ -74,13 +77,84 @@ def write_card(folder: Path, *, base_model: str | None = None) -> None:
     write_text(folder / _NAME, _front(front) + _body(config, base, licence["license"]))
 
 
+@dataclass(frozen=True, slots=True)
+class CardScore:
+    """What a student scored on one task under one protocol, in percent.
+
+    Attributes:
+        task, protocol, metric: What was measured, and how.
+        value, low, high: The score and its 95% interval.
+        n: Items.
+        teacher: What its teacher scored on the same items; None was not measured.
+    """
+
+    task: str
+    protocol: str
+    metric: str
+    value: float
+    low: float
+    high: float
+    n: int
+    teacher: float | None = None
+
+
+def add_scores(folder: Path, scores: Sequence[CardScore]) -> None:
+    """Write what a student scored into the front matter of its card, in place of what was there.
+
+    Args:
+        folder: Of the student, which has a card.
+        scores: One per task and protocol; none takes the metadata away.
+    Source: The model index of the hub's model cards,
+        https://github.com/huggingface/hub-docs/blob/main/modelcard.md
+    """
+    path = folder / _NAME
+    text = read_file(path).decode("utf-8")
+    front = front_matter(path)
+    body = _FRONT.sub("", text, count=1)
+    front.pop("model-index", None)
+    if scores:
+        base = front.get("base_model")
+        name = base.rpartition("/")[2] if isinstance(base, str) else "gendistill"
+        front["model-index"] = [{"name": f"{name}-hybrid", "results": _results(scores)}]
+    write_text(path, _front(front) + body)
+
+
+def _results(scores: Sequence[CardScore]) -> list[dict[str, Any]]:
+    """Lay out scores as a model index: an entry per task, a metric per protocol."""
+    by_task: dict[str, list[dict[str, Any]]] = {}
+    for score in scores:
+        arguments: dict[str, Any] = {
+            "protocol": score.protocol,
+            "n": score.n,
+            "interval_95": [round(score.low, 2), round(score.high, 2)],
+        }
+        if score.teacher is not None:
+            arguments["teacher"] = round(score.teacher, 2)
+        by_task.setdefault(score.task, []).append(
+            {
+                "type": score.metric,
+                "name": f"{score.metric} by {score.protocol}, %",
+                "value": round(score.value, 2),
+                "args": arguments,
+            }
+        )
+    return [
+        {
+            "task": {"type": "text-generation", "name": "Text generation"},
+            "dataset": {"type": task, "name": task},
+            "metrics": metrics,
+        }
+        for task, metrics in by_task.items()
+    ]
+
+
 def front_matter(path: Path) -> dict[str, Any]:
     """Read the YAML block at the start of a card; empty if there is none or it cannot be read."""
     try:
         text = read_file(path).decode("utf-8")
     except (OSError, UnicodeDecodeError):
         return {}
-    match = re.match(r"---\r?\n(.*?)\r?\n---\s*(?:\n|$)", text, re.DOTALL)
+    match = _FRONT.match(text)
     if match is None:
         return {}
     try:

@@ -84,7 +84,7 @@ def page_environment() -> jinja2.Environment:
     environment.filters["png"] = lambda drawing: (
         "data:image/png;base64," + base64.b64encode(drawing.png).decode()
     )
-    environment.filters["minus"] = lambda text: re.sub(r"-(?=\d)", "\N{MINUS SIGN}", text)
+    environment.filters["minus"] = lambda text: re.sub(r"(?<!\w)-(?=\d)", "\N{MINUS SIGN}", text)
     environment.filters["bytes"] = format_bytes
     environment.filters["short"] = short_count
     environment.filters["exp"] = perplexity

@@ -413,9 +413,7 @@ def plot_scatter(
         return None
     with _figure(5.2, 4.4, look) as (figure, drawn):
         axes = figure.subplots()
-        ends = [end for pair in points.values() for gap in pair for end in (gap.low, gap.high)]
-        low, high = min(*ends, 0.0), max(*ends, 0.0)
-        axes.plot([low, high], [low, high], color=MUTED, linewidth=0.9, linestyle="--", zorder=1)
+        axes.axline((0, 0), slope=1, color=MUTED, linewidth=0.9, linestyle="--", zorder=1)
         axes.axhline(0, color=MUTED, linewidth=0.6, zorder=1)
         axes.axvline(0, color=MUTED, linewidth=0.6, zorder=1)
         for first, second in (sorted(pair) for pair in inverted if pair <= points.keys() and len(pair) == 2):
@@ -444,6 +442,7 @@ def plot_scatter(
             )
         axes.set_xlabel("gap by log-likelihood, points")
         axes.set_ylabel("gap by generation, points")
+        axes.margins(0.12)
     return drawn[0]
 
 

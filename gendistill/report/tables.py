@@ -265,9 +265,9 @@ _LATEX = {
 
 
 def latex_text(text: str) -> str:
-    """Write a text so that LaTeX sets it as it is; a minus before a digit is set as one."""
+    """Write a text so that LaTeX sets it as it is; a minus before a number is set as one."""
     shown = "".join(_LATEX.get(sign, sign) for sign in printable(text, longest=1000))
-    return re.sub(r"-(?=\d)", "$-$", shown)
+    return re.sub(r"(?<!\w)-(?=\d)", "$-$", shown)
 
 
 def markdown_cell(text: str) -> str:

@@ -35,10 +35,13 @@ from gendistill.conversion.probe import check_probe, probe_student, render_probe
 from gendistill.data.stream import build_stream, heldout_batches
 from gendistill.errors import OutputError, RecipeError
 from gendistill.losses.logits import choose_loss_impl
+from gendistill.models.card import CardScore, add_scores
 from gendistill.models.io import export_code, load_student, save_student
 from gendistill.paths import RunDir, real_path, write_json
 from gendistill.provenance import installed_versions, source_commit, today
 from gendistill.report import clear_report, write_report
+from gendistill.report.run_files import read_run
+from gendistill.report.write import gap_report
 from gendistill.runs.advice import advise, check_batches
 from gendistill.runs.examiner import TaskExaminer, check_examiner, model_limits
 from gendistill.runs.inputs import recipe_steps
@@ -86,6 +89,28 @@ def _finish(context: _Context, started: float) -> None:
     context.workspace.entries.update(seconds=round(time.monotonic() - started, 1), peak_memory_bytes=peak)
     context.workspace.complete(forget=clear_report)
     write_report(context.workspace.run.root)
+    _describe_scores(context)
+
+
+def _describe_scores(context: _Context) -> None:
+    """Write what the student scored into the card of the run's copy, on the main process."""
+    report = gap_report(read_run(context.workspace.run.root))
+    scores = [
+        CardScore(
+            task=task.task,
+            protocol=protocol,
+            metric=task.metric,
+            value=score.value,
+            low=score.low,
+            high=score.high,
+            n=score.n,
+            teacher=teacher.value if (teacher := task.teacher.get(protocol)) else None,
+        )
+        for task in report.tasks
+        for protocol in report.protocols
+        if (score := task.student.get(protocol))
+    ]
+    context.workspace.describe_student(lambda folder: add_scores(folder, scores))
 
 
 def convert(recipe: Recipe, *, command: str) -> RunDir:
@@ -120,6 +145,7 @@ def evaluate(recipe: Recipe, *, command: str) -> RunDir:
             )
         context.parallel.on_main(lambda: _evaluate(context))
         context.complete()
+        context.parallel.on_main(lambda: _describe_scores(context))
     return workspace.run
 
 

@@ -316,6 +316,24 @@ class Workspace:
             copied = {"step": self._last.slug, "files": seal(partial, names)}
             write_sealed_json(self.run.root / _SEAL, copied)
 
+    def describe_student(self, describe: Callable[[Path], object]) -> None:
+        """Change files of the run's copy of the student that its weights do not depend on, such as its card.
+
+        The copy is changed alone: the store keeps what the stage made. Nothing happens where the copy is missing, or
+        where people changed it.
+
+        Args:
+            describe: Receives the copy's folder.
+        """
+        target, sealed = self.run.student, self._sealed()
+        if sealed is None or sealed["step"] != self._last.slug or check(target, sealed["files"])[0]:
+            return
+        with writing(target):
+            describe(target)
+            changed = check(target, sealed["files"])[0]
+            files = {**sealed["files"], **seal(target, changed)}
+            write_sealed_json(self.run.root / _SEAL, {"step": sealed["step"], "files": files})
+
     def _sealed(self) -> _Copied | None:
         try:
             return read_sealed_json(self.run.root / _SEAL, _Copied)

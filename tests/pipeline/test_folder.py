@@ -7,6 +7,7 @@ import re
 import pytest
 
 from gendistill.errors import OutputError, RecipeError, TrainingError
+from gendistill.models.card import front_matter
 from gendistill.paths import RunDir, read_json
 from gendistill.runs import pipeline
 
@@ -113,3 +114,18 @@ def test_links_that_lead_in_a_circle_are_an_output_error(place, kind):
     with pytest.raises(OutputError, match=re.escape(str(loop))) as caught:
         place.run()
     assert caught.value.hint
+
+
+def test_the_card_of_the_student_says_what_it_scored_and_the_copy_stays(place):
+    run = place.run()
+    results = front_matter(run.student / "README.md")["model-index"][0]["results"]
+    scored = read_json(run.eval("student") / "results.json")["tasks"]
+    assert [entry["dataset"]["name"] for entry in results] == [task["task"] for task in scored]
+    for entry, task in zip(results, scored, strict=True):
+        for metric in entry["metrics"]:
+            score = task[metric["args"]["protocol"]]
+            assert metric["value"] == pytest.approx(100 * score["value"], abs=0.006)
+            assert metric["args"]["n"] == score["n"]
+    inode, text = run.student.stat().st_ino, (run.student / "README.md").read_text()
+    place.run()
+    assert (run.student.stat().st_ino, (run.student / "README.md").read_text()) == (inode, text)
