@@ -15,6 +15,7 @@ from gendistill_evals.instructions import judge_instructions
 from gendistill_evals.items import Item, Message
 from gendistill_evals.judges import JUDGES, LACKS, WHY_NOT, Judgement
 from gendistill_evals.keeping import KeepingModel
+from gendistill_evals.lm_eval_tasks import load_if_lm_eval
 from gendistill_evals.model import LanguageModel
 from gendistill_evals.prompts import Style
 from gendistill_evals.protocols import (
@@ -26,6 +27,7 @@ from gendistill_evals.protocols import (
     ProtocolRun,
 )
 from gendistill_evals.task import (
+    LOADERS,
     Question,
     Questions,
     Task,
@@ -46,6 +48,7 @@ if TYPE_CHECKING:
 JUDGES.update({"code": judge_code, "instructions": judge_instructions})
 LACKS.update({"code": code.lacks, "instructions": instructions.lacks})
 WHY_NOT.update({"code": code.why_not})
+LOADERS.append(load_if_lm_eval)
 
 __all__ = [
     "JUDGES",

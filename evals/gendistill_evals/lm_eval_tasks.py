@@ -59,6 +59,13 @@ def is_lm_eval_task(name: str | Path) -> bool:
         return False
 
 
+def load_if_lm_eval(name_or_path: str | Path, trust_code: bool) -> list[Task] | None:
+    """Load tasks of lm-eval, as ``gendistill_evals.task.LOADERS`` has it; None for all others."""
+    if not is_lm_eval_task(name_or_path):
+        return None
+    return list(load_lm_eval_tasks(name_or_path, trust_code=trust_code))
+
+
 def load_lm_eval_tasks(name: str | Path, *, trust_code: bool = False) -> tuple[Task, ...]:
     """Load tasks of lm-eval.
 

@@ -6,7 +6,7 @@ import difflib
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
@@ -168,7 +168,7 @@ def load_task(name_or_path: str | Path, *, data: str | Path | None = None) -> Ta
     Raises:
         EvalError: Unknown name (exit code 2), or a task file or items that do not fit the format.
     """
-    if (theirs := _of_lm_eval(name_or_path, trust_code=False)) is not None:
+    if (theirs := _of_others(name_or_path, trust_code=False)) is not None:
         if len(theirs) > 1:
             raise EvalError(
                 f"{name_or_path} is {len(theirs)} tasks, and one is meant: {', '.join(task.name for task in theirs)}",
@@ -204,7 +204,7 @@ def load_tasks(
         if isinstance(task, Task):
             loaded.append(task)
         else:
-            loaded += _of_lm_eval(task, trust_code=trust_code) or [load_task(task, data=data)]
+            loaded += _of_others(task, trust_code=trust_code) or [load_task(task, data=data)]
     if lengths is not None:
         loaded = _at_lengths(loaded, lengths)
     names = [task.name for task in loaded]
@@ -298,14 +298,14 @@ def sha256_of(content: Any) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def _of_lm_eval(name_or_path: str | Path, *, trust_code: bool) -> list[Task] | None:
-    """Load tasks of lm-eval; None for all others."""
-    # Imported here: it makes tasks of this module.
-    from gendistill_evals.lm_eval_tasks import is_lm_eval_task, load_lm_eval_tasks
+# Where else tasks come from: each loads what a name or path means to it, or returns None. Others add theirs.
+LOADERS: list[Callable[[str | Path, bool], list[Task] | None]] = []
 
-    if not is_lm_eval_task(name_or_path):
-        return None
-    return list(load_lm_eval_tasks(name_or_path, trust_code=trust_code))
+
+def _of_others(name_or_path: str | Path, *, trust_code: bool) -> list[Task] | None:
+    """Load tasks that are not ours; None for all others."""
+    found = (load(name_or_path, trust_code) for load in LOADERS)
+    return next((tasks for tasks in found if tasks is not None), None)
 
 
 def _find(name_or_path: str | Path, folder: Path, suffix: str, known: Sequence[str], *, what: str) -> Path:

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any
 
+from gendistill.report.gap import Estimate
 from gendistill_evals import ProtocolFamily
 
 SCHEMA = 1
@@ -22,21 +23,6 @@ class Verdict(StrEnum):
     EQUIVALENT = "equivalent within the margin"
     NOT_INFERIOR = "not worse by the margin"
     UNDECIDED = "undecided"
-
-
-@dataclass(frozen=True, slots=True)
-class Estimate:
-    """A score in percent, or a difference in percentage points, with its 95% interval."""
-
-    value: float
-    low: float
-    high: float
-    n: int
-
-    @property
-    def excludes_zero(self) -> bool:
-        """Whether the whole interval lies on one side of zero."""
-        return self.low > 0 or self.high < 0
 
 
 @dataclass(frozen=True, slots=True)
