@@ -32,7 +32,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _inches(text: str) -> float:
-    width = float(text)
+    try:
+        width = float(text)
+    except ValueError:
+        width = 0.0
     if not 1 <= width <= 40:
         raise argparse.ArgumentTypeError(f"a width of 1 to 40 inches, got {text}")
     return width
@@ -40,6 +43,7 @@ def _inches(text: str) -> float:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the gap table and write the page; hold the runs against gates last."""
+    from gendistill.errors import RecipeError
     from gendistill.gates import parse_gate
     from gendistill.paths import read_json
     from gendistill.report import render_terminal, write_report
@@ -48,6 +52,17 @@ def run(arguments: argparse.Namespace) -> int:
 
     folders = [Path(folder) for folder in arguments.runs]
     look = {"serif": arguments.serif, "width": arguments.width}
+    if arguments.out and (len(folders) == 1 or arguments.json):
+        raise RecipeError(
+            "--out is for the page of several runs"
+            + (
+                "; with --json none is written"
+                if arguments.json
+                else ", and one is given: its page is in its folder"
+            ),
+            where="--out",
+            hint="leave out --out" + (" or --json" if arguments.json else ""),
+        )
     for gate in arguments.gate:
         parse_gate(gate, MEASURES)
     if arguments.json:

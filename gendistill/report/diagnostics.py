@@ -80,6 +80,23 @@ class SubjectRow:
     high: float
 
 
+@dataclass(frozen=True, slots=True)
+class LengthTable:
+    """Scores of one task by the length of its texts and the depth of what is asked for.
+
+    Attributes:
+        task, protocol: Of what.
+        depths: In percent of the text, or None where depth is not chosen.
+        rows: Length in tokens, and for each depth the share from 0 to 1 that teacher and student get right; None was
+            not measured.
+    """
+
+    task: str
+    protocol: str
+    depths: tuple[float | None, ...]
+    rows: tuple[tuple[int, tuple[tuple[float | None, float | None], ...]], ...]
+
+
 def order_rows(run: RunFiles) -> list[OrderRow]:
     """List what is known of choices in other orders of the options."""
     rows = []
@@ -148,6 +165,41 @@ def subject_tables(run: RunFiles, report: GapReport) -> list[tuple[str, str, lis
                 found = [_subject(subject, *zip(*scores, strict=True)) for subject, scores in pairs.items()]
                 tables.append((task.task, protocol, sorted(found, key=lambda row: (row.gap, row.subject))))
     return tables
+
+
+def length_tables(run: RunFiles) -> list[LengthTable]:
+    """Set teacher beside student by length and depth, where texts of chosen lengths were asked about."""
+    cells: dict[tuple[str, str], dict[tuple[int, float | None], dict[str, float]]] = {}
+    for role in ROLES:
+        for task, protocol, entry in _entries(run, role):
+            for place, value in _heat(_dict(entry.get("lengths"))):
+                cells.setdefault((task, protocol), {}).setdefault(place, {})[role] = value
+    tables = []
+    for (task, protocol), found in cells.items():
+        depths = sorted({depth for _, depth in found}, key=lambda depth: (depth is not None, depth or 0.0))
+        lengths = sorted({length for length, _ in found})
+        rows = [
+            (length, tuple(_both(found.get((length, depth), {})) for depth in depths)) for length in lengths
+        ]
+        tables.append(LengthTable(task, protocol, tuple(depths), tuple(rows)))
+    return tables
+
+
+def _both(shares: Mapping[str, float]) -> tuple[float | None, float | None]:
+    return shares.get("teacher"), shares.get("student")
+
+
+def _heat(table: Mapping[str, Any]) -> Iterator[tuple[tuple[int, float | None], float]]:
+    """Walk through a table of lengths and depths, as far as it is one."""
+    lengths, depths, values = (table.get(key) for key in ("lengths", "depths", "values"))
+    if not (isinstance(lengths, list) and isinstance(depths, list) and isinstance(values, list)):
+        return
+    for length, row in zip(lengths, values, strict=False):
+        if (tokens := _number(length)) is None or not isinstance(row, list):
+            continue
+        for depth, value in zip(depths, row, strict=False):
+            if (share := _number(value)) is not None:
+                yield (int(tokens), _number(depth)), share
 
 
 def _subject(subject: str, teacher: tuple[float, ...], student: tuple[float, ...]) -> SubjectRow:

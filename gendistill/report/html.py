@@ -13,7 +13,7 @@ import jinja2
 
 from gendistill.anatomy.mixers import MIXERS
 from gendistill.report import tables, verdicts
-from gendistill.report.diagnostics import answer_rows, order_rows, subject_tables
+from gendistill.report.diagnostics import answer_rows, length_tables, order_rows, subject_tables
 from gendistill.report.gap import GapReport
 from gendistill.report.plots import Drawing
 from gendistill.report.run_files import ROLES, RunFiles
@@ -67,6 +67,7 @@ def render_page(run: RunFiles, report: GapReport, figures: Mapping[str, Drawing]
             orders=order_rows(run),
             answered=answer_rows(run, report),
             subjects=subject_tables(run, report),
+            lengths=length_tables(run),
         )
     )
 

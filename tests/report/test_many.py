@@ -216,3 +216,21 @@ def test_the_command_ends_with_three_where_a_gate_is_not_met(make_run, capsys, g
 def test_the_command_writes_the_page_of_several_beside_them(two, capsys):
     assert main(["report", *map(str, two)]) == 0
     assert str(two[0].parent / "comparison" / "index.html") in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--out", "x"], "--out is for the page of several runs, and one is given"),
+        (["--out", "x", "--json"], "with --json none is written"),
+    ],
+)
+def test_a_folder_that_nothing_would_be_written_to_is_refused(make_run, words, says, capsys):
+    assert main(["report", str(make_run()), *words]) == 2
+    assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("width", ["0.5", "nan", "wide"])
+def test_a_width_that_is_none_is_refused(make_run, width, capsys):
+    assert main(["report", str(make_run()), "--width", width]) == 2
+    assert "a width of 1 to 40 inches" in capsys.readouterr().err
