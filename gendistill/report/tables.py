@@ -114,7 +114,9 @@ def protocol_rows(report: GapReport) -> list[list[Cell]]:
             if teacher is None and student is None:
                 continue
             kept, flips = task.kept.get(name), task.flips.get(name)
-            at_chance = Cell("chance", "the teacher's") if name in task.at_chance else Cell(NOT_MEASURED)
+            at_chance = (
+                Cell(NOT_MEASURED, "teacher at chance") if name in task.at_chance else Cell(NOT_MEASURED)
+            )
             rows.append(
                 [
                     Cell(printable(task.task)),
