@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import functools
-import re
 from collections.abc import Sequence
-
-import jinja2
 
 from gendistill.comparison import tables, wording
 from gendistill.comparison.plots import for_page
 from gendistill.comparison.values import LEVEL, Comparison
+from gendistill.report.html import page_environment
 
 
 def render_page(comparison: Comparison, forest: bytes, *, command: str, gates: Sequence[str] = ()) -> str:
@@ -23,31 +20,22 @@ def render_page(comparison: Comparison, forest: bytes, *, command: str, gates: S
         gates: What was said of each gate.
     Returns: HTML. Every text that a model, a dataset or a person wrote is escaped.
     """
-    return _template().render(
-        comparison=comparison,
-        headline=wording.headline(comparison),
-        power=wording.power_notes(comparison),
-        sections=[
-            (name, rows, [tables.cells(row) for row in rows]) for name, rows in tables.sections(comparison)
-        ],
-        headers=tables.HEADERS,
-        forest=for_page(forest),
-        command=command,
-        gates=gates,
-        level=LEVEL,
-        p_text=wording.p_text,
+    return (
+        page_environment("gendistill.comparison")
+        .get_template("page.html.j2")
+        .render(
+            comparison=comparison,
+            headline=wording.headline(comparison),
+            power=wording.power_notes(comparison),
+            sections=[
+                (name, rows, [tables.cells(row) for row in rows])
+                for name, rows in tables.sections(comparison)
+            ],
+            headers=tables.HEADERS,
+            forest=for_page(forest),
+            command=command,
+            gates=gates,
+            level=LEVEL,
+            p_text=wording.p_text,
+        )
     )
-
-
-@functools.cache
-def _template() -> jinja2.Template:
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("gendistill.comparison", "."),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["minus"] = lambda text: re.sub(r"(?<![\w.])-(?=\d)", "\N{MINUS SIGN}", text)
-    environment.filters["signed"] = lambda points: tables.signed(points).replace("-", "\N{MINUS SIGN}")
-    return environment.get_template("page.html.j2")

@@ -73,10 +73,10 @@ def render_page(run: RunFiles, report: GapReport, figures: Mapping[str, Drawing]
 
 
 @functools.cache
-def page_environment() -> jinja2.Environment:
-    """Set up templates: everything is escaped, and nothing undefined is shown as empty."""
+def page_environment(package: str = "gendistill.report") -> jinja2.Environment:
+    """Set up the templates of a package: everything is escaped, and nothing undefined is shown as empty."""
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("gendistill.report", "."),
+        loader=jinja2.PackageLoader(package, "."),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
