@@ -57,6 +57,20 @@ def draw_grouped_gap(generator: np.random.Generator, n: int) -> Draw:
     return values, groups, flipped * (2 * share - 1)
 
 
+def draw_large_groups(generator: np.random.Generator, num_groups: int) -> Draw:
+    """Draw differences of groups of 10 to 30 items, of which up to 70% take the value of their group."""
+    flipped, share, alike = (
+        generator.uniform(0.08, 0.4),
+        generator.uniform(0.2, 0.8),
+        generator.uniform(0, 0.7),
+    )
+    masses = [flipped * (1 - share), 1 - flipped, flipped * share]
+    groups = np.repeat(np.arange(num_groups), generator.integers(10, 31, size=num_groups))
+    own = generator.choice([-1.0, 0.0, 1.0], size=groups.size, p=masses)
+    shared = generator.choice([-1.0, 0.0, 1.0], size=num_groups, p=masses)[groups]
+    return np.where(generator.random(groups.size) < alike, shared, own), groups, flipped * (2 * share - 1)
+
+
 def score(values: np.ndarray, groups: np.ndarray | None, reach: float) -> Interval:
     """Estimate as the package does."""
     if reach == 0:
