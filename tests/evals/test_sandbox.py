@@ -397,6 +397,44 @@ def test_a_full_folder_ends_a_program(fill, monkeypatch, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+REMOVED = """
+import ctypes, os, sys, time
+libc = ctypes.CDLL(None, use_errno=True)
+libc.mmap.restype, libc.mmap.argtypes = ctypes.c_void_p, [ctypes.c_void_p, *[ctypes.c_long] * 5]
+for number in range(40):
+    descriptor = os.open("a", os.O_RDWR | os.O_CREAT)
+    os.write(descriptor, b"x" * (1 << 20))
+    {hide}
+    os.unlink("a")
+    time.sleep(0.02)
+"""
+
+
+@HERE
+@pytest.mark.parametrize(
+    "hide",
+    ["pass", "assert libc.mmap(None, 4096, 1, 1, descriptor, 0) > 0; os.close(descriptor)"],
+    ids=["open", "mapped"],
+)
+def test_removed_files_count_as_long_as_they_are_held(barriers, hide):
+    """They take up the disk as others do, and no folder shows them."""
+    limits = Limits(disk_bytes=8 << 20, file_bytes=1 << 20)
+    outcome = run(REMOVED.format(hide=hide), limits, barriers=barriers)
+    assert outcome.ended is Ended.DISK
+
+
+@HERE
+def test_removed_files_that_are_let_go_count_no_more(barriers):
+    limits = Limits(disk_bytes=8 << 20, file_bytes=1 << 20)
+    outcome = run(
+        REMOVED.format(hide="os.close(descriptor)")
+        + "import mmap\nx = [mmap.mmap(-1, 9) for _ in range(20)]",
+        limits,
+        barriers=barriers,
+    )
+    assert (outcome.ended, outcome.stderr) == (Ended.FINISHED, "")
+
+
 @HERE
 def test_output_is_cut_and_drained():
     limits = Limits(output_bytes=1000, wall_s=20)
