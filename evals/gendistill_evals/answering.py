@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -49,14 +50,30 @@ def generate_greedily(
     for index in order:
         alike.setdefault((requests[index].max_new_tokens, requests[index].stop), []).append(index)
     for (max_new_tokens, stop), indices in alike.items():
+        # A special token is not in the text that stop texts are looked for in: it ends an answer as end tokens do.
+        ends = (*decoding.eos_token_ids, *_special_ids(tokenizer, stop))
+        ending = replace(decoding, eos_token_ids=tuple(dict.fromkeys(ends)))
         for start in range(0, len(indices), batch_size):
             chosen = indices[start : start + batch_size]
             prompts = [requests[index].prompt for index in chosen]
             names = [requests[index].name or f"prompt {index}" for index in chosen]
             # Left before the answers are handed out: whoever takes them may train.
             with inference(model), _own_generation_config(model):
-                found = _batch(model, tokenizer, prompts, decoding, max_new_tokens, stop, names)
+                found = _batch(model, tokenizer, prompts, ending, max_new_tokens, stop, names)
             yield from zip(chosen, found, strict=True)
+
+
+def _special_ids(tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]) -> list[int]:
+    """List the stop texts that are tokens which decoding leaves out."""
+    vocabulary = [(words, tokenizer.convert_tokens_to_ids(words)) for words in stop]
+    return [
+        token
+        for words, token in vocabulary
+        # An unknown text has the id of another token, or none.
+        if isinstance(token, int)
+        and tokenizer.convert_ids_to_tokens(token) == words
+        and not _decode(tokenizer, [token])
+    ]
 
 
 def _batch(

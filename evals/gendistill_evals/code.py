@@ -33,6 +33,8 @@ _OF_PROGRAM = re.compile(
     rf"|{_TARGET}(?:\s*,\s*{_TARGET})*\s*(?::[^=:]+)?=[^=]"
 )
 _MAIN = re.compile(r"if\s+__name__\b")
+_RETURN = re.compile(r"return\b")
+_FUTURE = re.compile(r"^from __future__ import .*\n?", re.MULTILINE)
 _TRIPLE = re.compile(r"\"\"\"|'''")
 # A program that cannot be read at all.
 _NO_PROGRAM = ("SyntaxError", "IndentationError", "TabError")
@@ -139,7 +141,9 @@ def program_of(problem: Problem, text: str) -> str | None:
     if found := definition.search(code):
         before = definition.search(problem.prompt)
         preamble = problem.prompt[: before.start()] if before else ""
-        return f"{preamble}\n{_whole(code, found.start(), prose=not blocks)}"
+        whole = _whole(code, found.start(), prose=not blocks)
+        # These must stand before all others.
+        return f"{''.join(_FUTURE.findall(whole))}{preamble}\n{_FUTURE.sub('', whole)}"
     return f"{problem.prompt.rstrip()}\n{_body(code)}"
 
 
@@ -226,14 +230,28 @@ def _body(code: str) -> str:
     if _at_margin(lines[0]):
         others = [line for line in lines[1:] if line.strip()]
         inner = 8 if lines[0].rstrip().endswith(":") else 4
-        only_first = not others or (_indent(others[0]) >= inner and _indent(others[-1]) >= 4)
-        lines = [f"    {lines[0]}", *lines[1:]] if only_first else [f"    {line}" for line in lines]
+        # Only a line that goes on is followed by a deeper one that is not of a block.
+        only_first = not others or (
+            _indent(others[0]) >= inner and (not _goes_on(lines[0]) or _indent(others[-1]) >= 4)
+        )
+        if not only_first:
+            # Nothing at this level runs after it: what comes then is prose, or another program.
+            last = next(
+                (n for n, line in enumerate(lines) if _RETURN.match(line) and not _goes_on(line)), len(lines)
+            )
+            lines = [lines[0], *(f"    {line}" for line in lines[1 : last + 1])]
+        lines[0] = f"    {lines[0]}"
     end = next((number for number, line in enumerate(lines) if number and _at_margin(line)), len(lines))
     return "\n".join(lines[:end])
 
 
 def _indent(line: str) -> int:
     return len(line) - len(line.lstrip())
+
+
+def _goes_on(line: str) -> bool:
+    """Whether the next line belongs to the same statement, as far as its end tells."""
+    return line.rstrip().endswith(("(", "[", "{", ",", "\\"))
 
 
 def _at_margin(line: str) -> bool:

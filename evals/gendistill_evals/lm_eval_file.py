@@ -17,6 +17,13 @@ _THEIRS = re.compile(
     r"^(?:dataset_path|dataset_name|output_type|doc_to_text|doc_to_target|include|custom_dataset|task|group)\s*:",
     re.MULTILINE,
 )
+# What a key must hold where it is given; the others may hold several things, or are read with care where they are used.
+_SHAPES: dict[str, tuple[type, str]] = {
+    **dict.fromkeys(("description", "target_delimiter", "fewshot_delimiter", "output_type"), (str, "a text")),
+    **dict.fromkeys(("metric_list", "filter_list"), (list, "a list")),
+    **dict.fromkeys(("generation_kwargs", "fewshot_config", "dataset_kwargs"), (dict, "a mapping")),
+    **dict.fromkeys(("num_fewshot", "repeats"), (int, "a whole number, 0 or more")),
+}
 _OURS = re.compile(r"^(?:kind|items)\s*:", re.MULTILINE)
 
 
@@ -54,9 +61,21 @@ def read_lm_eval_file(path: Path) -> dict[str, Any]:
         path: The file.
     Returns: Its keys, those of the files that it includes below its own.
     Raises:
-        EvalError: A file that cannot be read, is not YAML of plain values, is not a mapping, or includes itself.
+        EvalError: A file that cannot be read, is not YAML of plain values, is not a mapping, includes itself, or has a
+            key that holds something else than it must.
     """
-    return _read(path, ())
+    content = _read(path, ())
+    if not isinstance(content.get("task", ""), (str, list)):
+        raise EvalError(
+            f"task must be a name, got {shorten(content['task'])}", where=str(path), hint='write task: "NAME"'
+        )
+    for key, (wanted, said) in _SHAPES.items():
+        value = content.get(key)
+        if value is None:
+            continue
+        if not isinstance(value, wanted) or isinstance(value, bool) or (isinstance(value, int) and value < 0):
+            raise EvalError(f"{key} must be {said}, got {shorten(value)}", where=str(path), hint=_HINT)
+    return content
 
 
 def functions_of(value: Any, place: str = "") -> list[tuple[str, Function]]:

@@ -179,8 +179,14 @@ def _from_file(path: Path, *, trust_code: bool) -> tuple[Any, str, bool]:
         )
     _check_keys(content, where)
     with _templates(trusted=trust_code):
-        (task,) = _loaded(TaskManager(include_defaults=False), str(path), where)["tasks"].values()
-    return task, where, trust_code
+        found = list(_loaded(TaskManager(include_defaults=False), str(path), where)["tasks"].values())
+    if len(found) != 1:
+        raise EvalError(
+            f"lm-eval finds {len(found)} tasks in the file",
+            where=where,
+            hint='remove "group" and "task_list"',
+        )
+    return found[0], where, trust_code
 
 
 def _check_keys(content: Mapping[str, Any], where: str) -> None:
@@ -248,14 +254,18 @@ def _task(task: Any, where: str, chosen: str | None, trusted: bool) -> Task:
         try:
             docs = list(task.eval_docs)
             contexts = list(_contexts(task, docs))
+            make = _choice if task.OUTPUT_TYPE == "multiple_choice" else _written
+            return make(task, docs, contexts, refuse, chosen, trusted)
         except EvalError:
             raise
+        # Whatever templates and functions raise, and lm-eval where a key holds what it does not expect.
         except Exception as error:
+            text = str(error).strip() or "it says nothing more"
             raise EvalError(
-                f"lm-eval cannot write the prompts: {type(error).__name__}: {str(error)[:400]}", where=at
+                f"lm-eval cannot write the questions and answers: {type(error).__name__}: {text[:400]}",
+                where=at,
+                hint="gendistill lm-eval validate --tasks NAME checks a task",
             ) from error
-        make = _choice if task.OUTPUT_TYPE == "multiple_choice" else _written
-        return make(task, docs, contexts, refuse, chosen, trusted)
 
 
 @dataclass(frozen=True, slots=True)
@@ -435,6 +445,8 @@ def _written(
 def _filter(task: Any, chosen: str | None, refuse: _Refusal) -> Any:
     """Return the filters that an answer goes through before it is judged: the chosen ones, else the first."""
     known = {ensemble.name: ensemble for ensemble in task._filters}
+    if not known:
+        raise refuse("filter_list is empty", "remove the key")
     if chosen is None:
         return next(iter(known.values()))
     if chosen not in known:
@@ -449,17 +461,26 @@ def _generation(settings: Mapping[str, Any], refuse: _Refusal) -> tuple[tuple[st
     given = dict(settings)
     until = given.pop("until", [])
     lengths = [given.pop(name) for name in _LENGTHS if given.get(name) is not None]
-    if given.pop("do_sample", False) and float(given.get("temperature", 1.0)) > 0:
-        raise refuse("generation_kwargs.do_sample: answers are drawn, and ours are greedy")
+    samples, heat = given.pop("do_sample", None), given.get("temperature")
+    # lm-eval draws answers at a temperature alone, too.
+    if (samples or (samples is None and heat)) and heat not in (0, 0.0, "0", "0.0"):
+        key = "do_sample" if samples else "temperature"
+        raise refuse(f"generation_kwargs.{key}: answers are drawn, and ours are greedy")
     for name in ("temperature", "top_p", "top_k", "do_sample"):
         # Without sampling they have no effect.
         given.pop(name, None)
     if given:
         raise refuse(f"generation_kwargs.{next(iter(given))}: our decoding has nothing like it")
-    texts = [until] if isinstance(until, str) else list(until or ())
+    texts = until if isinstance(until, list) else [] if until is None else [until]
     if not all(isinstance(text, str) for text in texts):
-        raise refuse(f"generation_kwargs.until must be texts, got {shorten(until)}")
-    return tuple(dict.fromkeys(text for text in texts if text)), int(lengths[0]) if lengths else _NEW_TOKENS
+        raise refuse(f"generation_kwargs.until must be texts, got {shorten(until)}", "correct the task")
+    length = lengths[0] if lengths else _NEW_TOKENS
+    if isinstance(length, bool) or not isinstance(length, int) or length < 1:
+        raise refuse(
+            f"the longest answer must be a whole number of tokens above 0, got {shorten(length)}",
+            "correct generation_kwargs",
+        )
+    return tuple(dict.fromkeys(text for text in texts if text)), length
 
 
 def _judge(task: Any, docs: Sequence[Any], ensemble: Any, metric: str, trusted: bool) -> Judge:

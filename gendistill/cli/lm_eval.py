@@ -49,6 +49,7 @@ def run_words(words: Sequence[str]) -> int:
         arguments = command_line.parse_args()
         if getattr(arguments, "command", None) == _RUN:
             _prefer_ours(arguments)
+        print("reading the tasks that lm-eval ships, which takes some seconds", file=sys.stderr)
         command_line.execute(arguments)
     except (GendistillError, MemoryError):
         raise

@@ -55,11 +55,11 @@ def run(arguments: argparse.Namespace) -> int:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(twin.content, encoding="utf-8")
     try:
-        checked = f"{twin.check(out):,} right answers are those of the original"
+        state, checked = "ok", f"{twin.check(out):,} right answers are those of the original"
     except EvalError as error:
         # Without its data set or leave to run its code nothing can be compared, and the file may be right.
         if error.where != str(path):
             raise
-        checked = f"not compared with the original: {printable(error.message)}"
-    print(f"ok        {out}   {checked}")
+        state, checked = "written", f"not compared with the original: {printable(error.message)}"
+    print(f"{state:<9} {out}   {checked}")
     return 0

@@ -32,7 +32,7 @@ class Ending:
     Args:
         tokenizer: Decodes the answer.
         end_ids: Tokens that end it.
-        stop: Texts that end it, none of them empty.
+        stop: Texts that end it, none of them empty; one that is a special token is an end token.
         max_new_tokens: Longest answer, end token included.
     Attributes:
         ended: Whether an end token or a stop text has come.
@@ -44,6 +44,7 @@ class Ending:
         "_completing",
         "_end_ids",
         "_max_new_tokens",
+        "_special_ids",
         "_stop",
         "_token_ids",
         "_tokenizer",
@@ -72,6 +73,8 @@ class Ending:
         self.ended = False
         self._tokenizer = tokenizer
         self._end_ids = end_ids
+        # text is decoded without special tokens, so that no stop text is found in it that is one
+        self._special_ids = _special_ids(tokenizer, stop)
         self._stop = stop
         self._max_new_tokens = max_new_tokens
         self._token_ids: list[int] = []
@@ -80,7 +83,7 @@ class Ending:
 
     def add(self, token: int) -> bool:
         """Take the next token, and return whether the answer is over; after that, take no more."""
-        if token in self._end_ids:
+        if token in self._end_ids or token in self._special_ids:
             self.ended = True
             return True
         self._token_ids.append(token)
@@ -306,6 +309,19 @@ def _is_sentencepiece(steps: Sequence[dict[str, Any]]) -> bool:
 def _names_byte(token: str) -> bool:
     # all that a decoder of bytes could take for one
     return len(token.encode()) == 6 and token.startswith("<0x") and token.endswith(">")
+
+
+def _special_ids(tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]) -> list[int]:
+    """List the stop texts that are tokens which decoding leaves out."""
+    vocabulary = [(words, tokenizer.convert_tokens_to_ids(words)) for words in stop]
+    return [
+        token
+        for words, token in vocabulary
+        # an unknown text has the id of another token, or none
+        if isinstance(token, int)
+        and tokenizer.convert_ids_to_tokens(token) == words
+        and not _decode(tokenizer, [token])
+    ]
 
 
 def _decode(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> str:

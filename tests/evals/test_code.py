@@ -62,6 +62,12 @@ RIGHT = {
     "helper before": f"```python\n{ADD}\n\n{CALLS}\n```",
     "constant before": "```python\nSTART = 0\n\ndef total(values):\n    return sum(values, START)\n```",
     "words before in a block": f'```python\nNOTE = """\nsome words\n"""\n\n{WHOLE}\n```',
+    "body without its first indent, and more": "result = sum(values)\n    return result\n\nprint(total([1]))",
+    "block without its first indent, and prose": "for _ in values:\n        pass\n    return sum(values)\nIt adds.",
+    "line without its indent, and prose": "return sum(values)\n\nHope it helps!",
+    "body without indents, and prose": "if not values:\n    return 0\nreturn sum(values)\n\nHope it helps!",
+    "return over lines without indents": "return sum(\n    values,\n)",
+    "future import": f"```python\nfrom __future__ import annotations\n\n{WHOLE}\n```",
     "class before": "```python\nclass Adder:\n    pass\n\ndef total(values):\n    return sum(values)\n```",
 }
 WRONG = {

@@ -74,6 +74,21 @@ def test_who_leaves_early_has_not_finished(leave):
 
 
 @HERE
+@pytest.mark.skipif(sys.version_info >= (3, 14), reason="annotations are not evaluated")
+def test_a_type_that_does_not_exist_is_an_error_as_in_any_program():
+    """HumanEval counts such a program as wrong; the sandbox's own future imports must not reach it."""
+    outcome = run("def total(values: List[int]) -> int:\n    return sum(values)")
+    assert outcome.ended is Ended.RAISED
+    assert outcome.reason.startswith("NameError")
+
+
+@HERE
+def test_who_closes_everything_has_not_finished():
+    outcome = run("import os\nos.closerange(3, 64)")
+    assert outcome.ended is Ended.EXITED
+
+
+@HERE
 def test_a_fork_bomb_starts_nothing(barriers):
     outcome = run("import os\nwhile True:\n    os.fork()", QUICK, barriers=barriers)
     assert outcome.ended is Ended.REFUSED
@@ -382,6 +397,44 @@ def test_a_full_folder_ends_a_program(fill, monkeypatch, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+REMOVED = """
+import ctypes, os, sys, time
+libc = ctypes.CDLL(None, use_errno=True)
+libc.mmap.restype, libc.mmap.argtypes = ctypes.c_void_p, [ctypes.c_void_p, *[ctypes.c_long] * 5]
+for number in range(40):
+    descriptor = os.open("a", os.O_RDWR | os.O_CREAT)
+    os.write(descriptor, b"x" * (1 << 20))
+    {hide}
+    os.unlink("a")
+    time.sleep(0.02)
+"""
+
+
+@HERE
+@pytest.mark.parametrize(
+    "hide",
+    ["pass", "assert libc.mmap(None, 4096, 1, 1, descriptor, 0) > 0; os.close(descriptor)"],
+    ids=["open", "mapped"],
+)
+def test_removed_files_count_as_long_as_they_are_held(barriers, hide):
+    """They take up the disk as others do, and no folder shows them."""
+    limits = Limits(disk_bytes=8 << 20, file_bytes=1 << 20)
+    outcome = run(REMOVED.format(hide=hide), limits, barriers=barriers)
+    assert outcome.ended is Ended.DISK
+
+
+@HERE
+def test_removed_files_that_are_let_go_count_no_more(barriers):
+    limits = Limits(disk_bytes=8 << 20, file_bytes=1 << 20)
+    outcome = run(
+        REMOVED.format(hide="os.close(descriptor)")
+        + "import mmap\nx = [mmap.mmap(-1, 9) for _ in range(20)]",
+        limits,
+        barriers=barriers,
+    )
+    assert (outcome.ended, outcome.stderr) == (Ended.FINISHED, "")
+
+
 @HERE
 def test_output_is_cut_and_drained():
     limits = Limits(output_bytes=1000, wall_s=20)
@@ -622,8 +675,9 @@ def test_a_barrier_that_breaks_ends_the_run_before_the_program(monkeypatch, tmp_
     monkeypatch.setattr(
         outside, "_START", outside._START.replace("main(int", "import os; os.fork = os.missing\nmain(int")
     )
+    # Not chosen here, which would be remembered for the tests that follow.
     with pytest.raises(EvalError, match="ended before it"):
-        run("print(1)")
+        run("print(1)", barriers=outside.SETS[-1])
 
 
 def test_a_folder_is_measured_and_removed_whatever_is_in_it(tmp_path):

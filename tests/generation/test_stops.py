@@ -139,6 +139,15 @@ def test_an_end_token_counts_before_a_stop_text_that_it_spells(tokenizer):
     assert (ending.token_ids, ending.text, ending.ended) == ((), "", True)
 
 
+def test_a_stop_text_that_is_a_special_token_ends_the_answer(tokenizer):
+    """Decoding leaves it out, so that no text would ever hold it."""
+    special = tokenizer.eos_token
+    a = tokenizer.convert_tokens_to_ids("END")
+    ending = Ending(tokenizer, end_ids=(), stop=(special,), max_new_tokens=5)
+    assert [ending.add(a), ending.add(tokenizer.eos_token_id)] == [False, True]
+    assert (ending.token_ids, ending.ended) == ((a,), True)
+
+
 def test_only_ends_of_answers_that_could_stop_are_decoded(sums, monkeypatch):
     decoded = []
     decode = stops._Vocabulary.decode

@@ -26,6 +26,7 @@ PAIRS = [
     ("Answer:", "A"),
     ("é日本 ", "😀"),
 ]
+ASKED = ["a fish", "one", "Question: What comes after 7?"]
 TEXTS = ["a fish", "Question: What comes after 7? " * 30, "", "one"]
 
 
@@ -91,6 +92,30 @@ def test_answers_are_those_of_hf(folder, ours, until):
     expected = stock(folder).generate_until(asked, disable_tqdm=True)
     assert ours.generate_until(asked, disable_tqdm=True) == expected
     assert any(expected)
+
+
+@pytest.mark.parametrize("runs_on", ["engine", "transformers"])
+def test_a_stop_text_that_is_a_special_token_ends_as_in_hf(folder, runs_on, monkeypatch):
+    """``until: ["<|im_end|>"]`` of a model whose end token is another one: nothing behind it is part of the answer."""
+    if runs_on == "transformers":
+        monkeypatch.setattr("gendistill.runs.asking.why_not", lambda model: "a test says so")
+    ours = GendistillLM(str(folder), device="cpu")
+    settings = {"until": [], "max_gen_toks": 12, "do_sample": False, "temperature": 0.0}
+    plain = ours.generate_until(requests("generate_until", [(text, settings) for text in ASKED]))
+    words = [word for text in plain for word in ours.tokenizer.tokenize(text)]
+    mark = next(word for word in words if word.isascii() and word.isalpha() and len(word) > 1)
+    model = load_causal_lm(folder, dtype=torch.float32)
+    tokenizer = load_tokenizer(folder)
+    for each in (tokenizer, ours.tokenizer):
+        each.add_special_tokens({"additional_special_tokens": [mark]})
+    asked = requests("generate_until", [(text, {**settings, "until": [mark]}) for text in ASKED])
+    # a row at a time: beside others that go on, hf goes on behind a special token
+    expected = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1).generate_until(
+        asked, disable_tqdm=True
+    )
+    assert ours.generate_until(asked, disable_tqdm=True) == expected
+    assert expected != plain
+    ours.close()
 
 
 def test_contexts_that_are_too_long_lose_their_beginning_as_in_hf_and_it_is_said(teacher, caplog):

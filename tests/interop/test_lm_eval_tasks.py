@@ -279,6 +279,13 @@ def test_other_tags_are_refused_unread(choice_task):
         ({"doc_to_text": "{{gold}}"}, "doc_to_text is the number of a choice"),
         ({"test_split": "none"}, "cannot load the task"),
         ({"task": None}, 'needs "task"'),
+        ({"task": 7}, "task must be a name, got 7"),
+        ({"num_fewshot": -1}, "num_fewshot must be a whole number, 0 or more, got -1"),
+        ({"num_fewshot": True}, "num_fewshot must be"),
+        ({"metric_list": 3.5}, "metric_list must be a list"),
+        ({"fewshot_config": [["a"]]}, "fewshot_config must be a mapping"),
+        ({"fewshot_delimiter": [1]}, "fewshot_delimiter must be a text"),
+        ({"doc_to_choice": None}, "cannot write the questions"),
     ],
 )
 def test_what_our_protocols_do_not_do_is_refused_by_name(choice_task, keys, said):
@@ -293,6 +300,11 @@ def test_what_our_protocols_do_not_do_is_refused_by_name(choice_task, keys, said
             {"generation_kwargs": {"do_sample": True, "temperature": 0.7, "until": []}},
             "do_sample: answers are drawn",
         ),
+        ({"generation_kwargs": {"temperature": 0.7, "until": []}}, "temperature: answers are drawn"),
+        ({"generation_kwargs": {"max_gen_toks": 0}}, "above 0, got 0"),
+        ({"generation_kwargs": {"max_gen_toks": "x"}}, "above 0, got .x."),
+        ({"generation_kwargs": {"until": 3}}, "until must be texts"),
+        ({"filter_list": []}, "filter_list is empty"),
         ({"generation_kwargs": {"num_beams": 4, "until": []}}, "generation_kwargs.num_beams"),
         ({"metric_list": [{"metric": "bleu", **MEAN}]}, "metric_list has bleu"),
         ({"doc_to_target": ""}, "gives no answer"),
@@ -301,6 +313,12 @@ def test_what_our_protocols_do_not_do_is_refused_by_name(choice_task, keys, said
 def test_answers_that_ours_are_not_are_refused_by_name(answer_task, keys, said):
     with pytest.raises(EvalError, match=said):
         load_task(answer_task(**keys))
+
+
+def test_a_temperature_without_sampling_has_no_effect_as_in_lm_eval(answer_task):
+    settings = {"do_sample": False, "temperature": 0.7, "until": None, "max_gen_toks": 3}
+    (task,) = [load_task(answer_task(generation_kwargs=settings))]
+    assert (task.stop, task.max_new_tokens) == ((), 3)
 
 
 def test_groups_in_a_file_are_refused_with_their_members(tmp_path):

@@ -7,6 +7,7 @@ fails ends the run before the program starts.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -140,7 +141,8 @@ def _run(source: str, token: str, report: int, *, work: str, visible: list[str])
     sys.modules["__main__"] = module
     sys.argv = ["program"]
     try:
-        exec(compile(source, "<program>", "exec"), module.__dict__)
+        # Without the annotations import of this file, under which a program may name types that do not exist.
+        exec(compile(source, "<program>", "exec", dont_inherit=True), module.__dict__)
         said = {"token": token}
     except SystemExit as error:
         said = {"exit": str(error.code)[:_LONGEST_ERROR]}
@@ -152,7 +154,9 @@ def _run(source: str, token: str, report: int, *, work: str, visible: list[str])
             stream.flush()
         except (OSError, ValueError, AttributeError):
             continue
-    os.write(report, json.dumps(said).encode())
+    # It may have closed the pipe; then it has not come to its end.
+    with contextlib.suppress(OSError):
+        os.write(report, json.dumps(said).encode())
     os._exit(0)
 
 

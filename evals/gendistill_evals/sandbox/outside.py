@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from gendistill_evals.errors import EvalError
-from gendistill_evals.sandbox.folder import remove, size_of
+from gendistill_evals.sandbox.folder import remove, size_of, size_of_removed
 from gendistill_evals.sandbox.supervise import Watch
 from gendistill_evals.sandbox.system_calls import MACHINES, this_machine
 
@@ -64,7 +64,7 @@ class Limits:
         cpu_s: Whole seconds of processor time.
         memory_bytes: Addresses, which include the interpreter's own: about 40 MB.
         file_bytes: Size of one file.
-        disk_bytes: Size of its folder, looked at 20 times a second.
+        disk_bytes: Size of its folder, looked at 20 times a second, with files that it removed and still holds.
         files: Files and folders in its folder.
         open_files: Files open at once.
         output_bytes: Kept from each of standard output and standard error; the rest is read and dropped.
@@ -298,7 +298,7 @@ def _supervised(source: str, limits: Limits, barriers: Barriers, work: Path, roo
                     watch.look(_LOOK_EVERY_S)
                     if time.monotonic() - started > limits.wall_s:
                         stopped = Ended.TIME
-                    elif _too_large(work, limits):
+                    elif _too_large(work, limits, process.pid):
                         stopped = Ended.DISK
                 seconds = time.monotonic() - started
             finally:
@@ -308,8 +308,9 @@ def _supervised(source: str, limits: Limits, barriers: Barriers, work: Path, roo
     return _outcome(watch, limits, stopped, token, seconds)
 
 
-def _too_large(work: Path, limits: Limits) -> bool:
+def _too_large(work: Path, limits: Limits, process: int) -> bool:
     size, count = size_of(work, most=limits.files)
+    size += size_of_removed(process, mapped=limits.file_bytes)
     return size > limits.disk_bytes or count > limits.files
 
 
