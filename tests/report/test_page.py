@@ -221,8 +221,13 @@ def test_a_corrupt_file_is_named(make_run, name):
 
 
 def test_another_folder_is_no_run_folder(tmp_path):
-    with pytest.raises(ReportError, match="not a run folder"):
+    with pytest.raises(ReportError, match="not a run folder") as caught:
         write_report(tmp_path)
+    assert "such as runs/" in (caught.value.hint or "")
+    (tmp_path / "results.json").write_text("{}")
+    with pytest.raises(ReportError, match="not a run folder") as caught:
+        write_report(tmp_path)
+    assert "gendistill compare" in (caught.value.hint or "")
 
 
 def test_an_unwritable_report_folder_is_named(make_run):
