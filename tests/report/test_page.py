@@ -245,3 +245,10 @@ def test_reporting_imports_no_torch_and_tables_no_matplotlib():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "False", "False"]
+
+
+def test_figures_for_a_paper_embed_their_letters_as_type(make_run):
+    """Publishers refuse Type 3, the letters drawn as shapes."""
+    pdf = write_report(make_run()).page.with_name("gap.pdf").read_bytes()
+    assert b"/FontFile2" in pdf
+    assert b"/Type3" not in pdf
