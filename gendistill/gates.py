@@ -100,4 +100,5 @@ def check_gate(gate: Gate, value: float | None, *, of: str) -> str:
         raise GateError(f"{gate}: {gate.name} is not measured", where=printable(of, longest=2000))
     if not gate.holds(value):
         raise GateError(f"{gate}: {gate.name} is {value:.4g}", where=printable(of, longest=2000))
-    return f"gate {gate} is met: {gate.name} is {value:.4g} ({printable(of, longest=2000)})"
+    # + 0.0: a gap of -0 is written 0
+    return f"gate {gate} is met: {gate.name} is {value + 0.0:.4g} ({printable(of, longest=2000)})"

@@ -101,7 +101,8 @@ def check_judge(judge: str, items: Iterable[Item], where: str) -> None:
             raise EvalError(
                 f"judge: {judge} cannot judge item {item.id}: {lacks}",
                 where=where,
-                hint=f"name another judge: {', '.join(JUDGES)}; without judge: the kind decides",
+                hint=f"give it what it lacks, or name another judge: {', '.join(JUDGES)}; "
+                "without judge: the kind decides",
             )
 
 

@@ -94,6 +94,8 @@ def _unreachable(spec: str, reason: Exception, where: str, cached: str = "") -> 
 
     offline = "unset HF_HUB_OFFLINE to download it, or give the folder of a copy"
     network = "check the network and run the same command again: finished files are kept"
+    # half of all misspelt folders look like a hub id
+    network += f"; if {spec} was meant as a folder, there is none: check the path"
     return CheckpointError(
         f"{spec} could not be downloaded, and no complete copy is cached{cached}: {first_line(reason)}",
         where=where,

@@ -51,6 +51,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     settings = _check_files(folder)
     with tokenizer_errors(folder, brings_code=bool(settings.get("auto_map"))):
         tokenizer = _load(folder)
+        _check_vocabulary(tokenizer, folder)
         tokenizer(_PROBE)
     check_templates(tokenizer, where=str(folder))
     config = folder / "config.json"
@@ -80,6 +81,15 @@ def _load(folder: Path) -> PreTrainedTokenizerBase:
     if tokenizer(_PROBE, add_special_tokens=False).input_ids == written:
         return tokenizer
     return PreTrainedTokenizerFast.from_pretrained(str(folder), **options)
+
+
+def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Refuse what transformers makes of a folder without a vocabulary: a tokenizer that has no words."""
+    files = set(tokenizer.vocab_files_names.values())
+    if files and not any((folder / name).is_file() for name in files):
+        raise CheckpointError(
+            f"the folder has no tokenizer: none of {', '.join(sorted(files))}", where=str(folder), hint=_HINT
+        )
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, vocab_size: int, *, where: str) -> None:

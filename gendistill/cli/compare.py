@@ -92,7 +92,7 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         render_terminal(comparison)
         for line in said:
-            print(f"gate     {line}")
+            print(f"gate     {line.removeprefix('gate ')}")
         print(f"wrote    {printable(str(paths.page), longest=4096)}")
     if missed:
         raise GateError(

@@ -22,8 +22,10 @@ from gendistill.cli.arguments import (
     scoring_module,
 )
 from gendistill.errors import RecipeError
+from gendistill.text import printable
 from gendistill_evals import (
     PROTOCOLS,
+    EvalError,
     list_questions,
     load_questions,
     load_tasks,
@@ -33,6 +35,7 @@ from gendistill_evals.datasets import DATA_VARIABLE, SAMPLE
 from gendistill_evals.diagnostics import MOST_PERMUTATIONS
 from gendistill_evals.prompts import ChatTemplate, Style
 from gendistill_evals.protocols import lead_protocols
+from gendistill_evals.results import read_results
 from gendistill_evals.suites import SUITES, suite_tasks
 
 # The first protocol of each family, which is what the hidden gap compares.
@@ -192,7 +195,7 @@ def _score_model(arguments: argparse.Namespace) -> int:
     if arguments.questions is not None:
         load_questions(arguments.questions)
     out = Path(arguments.out) if arguments.out else Path("evals") / _folder_name(arguments.model)
-    _check_out(out)
+    _check_out(out, arguments.model)
     results = scoring_module().score_checkpoint(
         arguments.model,
         tasks=tuple(loaded),
@@ -261,11 +264,25 @@ def _folder_name(model: str) -> str:
     return name[-_LONGEST_NAME:].strip("-.") or "model"
 
 
-def _check_out(out: Path) -> None:
-    """Reject a folder for results that is, or lies in, a file."""
+def _check_out(out: Path, model: str) -> None:
+    """Reject a folder for results that is, or lies in, a file, or that holds the scores of another model."""
     existing = next((folder for folder in (out, *out.parents) if folder.exists()), None)
     if existing is not None and not existing.is_dir():
         raise RecipeError(f"{existing} is not a folder", where="--out", hint="give another folder with --out")
+    file = out / "results.json"
+    if not file.is_file():
+        return
+    try:
+        scored = read_results(out).get("model")
+    except EvalError:
+        # of an older version, or broken: nothing that could be read again
+        return
+    if scored != model:
+        raise RecipeError(
+            f"{printable(str(out))} holds the scores of another model, {printable(str(scored))}",
+            where="--out",
+            hint=f"give another folder, or delete {printable(str(file))}",
+        )
 
 
 def _print_scores(results: dict[str, Any]) -> None:

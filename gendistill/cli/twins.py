@@ -39,7 +39,12 @@ def run(arguments: argparse.Namespace) -> int:
             check_path(given, where=f"{_WHERE} {flag}", command="twins")
     path = Path(arguments.task).expanduser()
     if not path.is_file():
-        raise RecipeError(f"there is no file {path}", where=_WHERE, hint="give the path of a task file")
+        raise RecipeError(
+            f"there is no file {path}",
+            where=_WHERE,
+            hint="give the path of a .yaml file; a task that is known by its name has its file in lm_eval/tasks or "
+            "gendistill_evals/tasks of the installed packages",
+        )
     answers = Answers.TEXT if arguments.text else Answers.LETTERS
     out = Path(arguments.out).expanduser() if arguments.out else path.with_name(f"{path.stem}-{answers}.yaml")
     if out.exists() and out.samefile(path):

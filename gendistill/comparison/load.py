@@ -95,7 +95,7 @@ def load_scores(places: Sequence[str], *, group_by: str | None = None) -> list[S
     given = [_named(place) for place in places]
     if len(given) == 1 and given[0][0] is None and _is_run(given[0][1]):
         run = given[0][1]
-        given = [("teacher", RunDir(run).eval("teacher")), ("student", RunDir(run).eval("student"))]
+        given = [(role, _scored(run, role)) for role in ("teacher", "student")]
     if len(given) < 2:
         raise ReportError(
             f"a comparison needs two models or more, got {len(given)}",
@@ -133,23 +133,45 @@ def _named(place: str) -> tuple[str | None, Path]:
 
 
 def _is_run(path: Path) -> bool:
-    return any((RunDir(path).eval(role) / "results.json").is_file() for role in ("teacher", "student"))
+    run = RunDir(path)
+    scored = any((run.eval(role) / "results.json").is_file() for role in ("teacher", "student"))
+    return scored or run.manifest.is_file()
+
+
+def _scored(run: Path, role: str) -> Path:
+    """Find the scores of a run's teacher or student."""
+    folder = RunDir(run).eval(role)
+    if not (folder / "results.json").is_file():
+        raise ReportError(
+            f"the {role} of this run has no scores",
+            where=str(run),
+            hint=f"gendistill eval {run}, with eval.tasks=[NAME] where its recipe asks nothing",
+        )
+    return folder
 
 
 def _load(path: Path, name: str | None, *, group_by: str | None) -> Scores:
     if not path.exists():
         raise ReportError("there is no such file or folder", where=str(path), hint=f"give {_KINDS}")
+    if path.is_file() and (path.suffix == ".json" or path.name == "samples.jsonl"):
+        raise ReportError(
+            "this is one file of an evaluation", where=str(path), hint=f"give its folder, {path.parent}"
+        )
     if path.is_file():
         return _lm_eval_scores(path, [lm_eval.read_sample_file(path, group_by=group_by)], name)
-    if (path / "results.json").is_file():
-        return _our_scores(path, name)
-    if _is_run(path):
-        student = RunDir(path).eval("student")
-        if not (student / "results.json").is_file():
+    ours = (path / "results.json").is_file()
+    if ours or _is_run(path):
+        if group_by is not None:
             raise ReportError(
-                "the student of this run has no scores", where=str(path), hint=f"gendistill eval {path}"
+                "only items of lm-eval are grouped by a field: ours name their group themselves",
+                where=str(path),
+                hint="leave out --group-by",
             )
-        return _our_scores(student, name or path.resolve().name)
+        return (
+            _our_scores(path, name)
+            if ours
+            else _our_scores(_scored(path, "student"), name or path.resolve().name)
+        )
     files = lm_eval.find_sample_files(path)
     if not files:
         raise ReportError(

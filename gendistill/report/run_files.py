@@ -133,7 +133,9 @@ def read_run(run_dir: Path) -> RunFiles:
         raise ReportError(
             "this is not a run folder: it holds neither manifest.json nor eval/",
             where=str(run.root),
-            hint="give the folder that gendistill run wrote, such as runs/<name>",
+            hint=f"gendistill compare {run.root} OTHER reads what gendistill eval wrote"
+            if _is_there(run.root / "results.json")
+            else "give the folder that gendistill run wrote, such as runs/<name>",
         )
     recipe_text, recipe = _recipe(run.recipe)
     folders = {role: run.eval(role) for role in ROLES}

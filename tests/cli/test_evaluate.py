@@ -10,6 +10,7 @@ import pytest
 
 from gendistill.runs import scoring
 from gendistill.testing import save_tiny_checkpoint
+from gendistill_evals.results import SCHEMA, write_results
 
 TASK = 'kind: exact_match\nitems: rows.jsonl\nprompt: "{question}"\nmax_new_tokens: 2\n'
 
@@ -124,6 +125,17 @@ def test_limit_is_shown_where_items_are_left_out(cli, workspace, task, limit, ma
     assert ("LIMIT" in out) == marked
     entry = json.loads((workspace / "out" / "results.json").read_text())["tasks"][0]
     assert entry["limit"] == (2 if marked else None)
+
+
+def test_scores_of_another_model_are_not_replaced(cli, asked, workspace):
+    write_results(workspace / "out", {"schema": SCHEMA, "model": "org/a", "settings": {}, "tasks": []})
+    code, _, err = cli("eval", "org/b", "--tasks", "copy", "--out", "out")
+    assert code == 2
+    assert "out holds the scores of another model, org/a" in err
+    assert asked == []
+    assert cli("eval", "org/a", "--tasks", "copy", "--out", "out")[0] == 0
+    (workspace / "out" / "results.json").write_text("not JSON")
+    assert cli("eval", "org/b", "--tasks", "copy", "--out", "out")[0] == 0
 
 
 def test_a_model_that_is_a_file_is_refused(cli, workspace, task):

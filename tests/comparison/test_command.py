@@ -47,7 +47,7 @@ def test_json_is_all_that_is_printed(places, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("gate", "code", "said"),
     [
-        ("gap<=7", 0, "gate gap<=7 is met: gap is 6"),
+        ("gap<=7", 0, "gap<=7 is met: gap is 6"),
         ("gap<=3", 3, "gap<=3: gap is 6"),
         ("quiz.gap <= 3", 3, "quiz.gap<=3: gap is 6"),
         ("gap_high<=7", 3, "gap_high is 14.17"),
@@ -103,6 +103,12 @@ def test_a_gate_is_a_name_a_comparison_and_a_number(text, gate):
 def test_what_is_no_gate_is_refused(text):
     with pytest.raises(RecipeError, match="a gate is a name"):
         parse_gate(text)
+
+
+def test_a_met_gate_is_one_word_and_a_gap_of_nothing_has_no_sign(places, tmp_path, capsys):
+    assert check_gate(Gate("gap", "<=", 3.0, None), -0.0, of="b") == "gate gap<=3 is met: gap is 0 (b)"
+    assert main(["compare", *places, "--out", str(tmp_path / "out"), "--gate", "gap<=7"]) == 0
+    assert "\ngate     gap<=7 is met" in capsys.readouterr().out
 
 
 def test_nothing_measured_meets_no_gate():

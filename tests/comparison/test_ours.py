@@ -50,6 +50,31 @@ def test_a_run_folder_is_its_teacher_and_student_and_beside_others_its_student(m
         run(tmp_path / "demo", tmp_path / "other")
 
 
+def test_a_run_without_scores_says_how_to_score_it(make_ours, tmp_path):
+    demo = tmp_path / "demo"
+    demo.mkdir()
+    (demo / "manifest.json").write_text("{}")
+    with pytest.raises(GendistillError, match="the teacher of this run has no scores") as caught:
+        run(demo)
+    assert f"gendistill eval {demo}" in (caught.value.hint or "")
+    with pytest.raises(GendistillError, match="the student of this run has no scores"):
+        run(make_ours("one", STUDENT), demo)
+
+
+@pytest.mark.parametrize("name", ["results.json", "samples.jsonl"])
+def test_one_file_of_an_evaluation_points_to_its_folder(make_ours, name):
+    folder = make_ours("one", STUDENT)
+    with pytest.raises(GendistillError, match="one file of an evaluation") as caught:
+        load_scores([str(folder), str(folder / name)])
+    assert str(folder) in (caught.value.hint or "")
+
+
+def test_a_field_to_group_by_is_refused_where_items_name_their_group(make_ours):
+    places = [str(make_ours("teacher", TEACHER)), str(make_ours("student", STUDENT))]
+    with pytest.raises(GendistillError, match="ours name their group themselves"):
+        load_scores(places, group_by="passage")
+
+
 def test_permuted_options_give_the_floor_of_flips(make_ours):
     measured = {
         "diagnostics": {"tasks": {"quiz": {"generation": {"order": {"flips": 0.21}}, "likelihood": {}}}}

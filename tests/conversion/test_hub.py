@@ -62,6 +62,7 @@ def test_no_answer_is_one_line_within_seconds(endpoint, act):
     assert time.monotonic() - started < 5
     assert len(caught.value.message.splitlines()) == 1
     assert "check the network" in (caught.value.hint or "")
+    assert "if owner/name was meant as a folder, there is none" in (caught.value.hint or "")
 
 
 @pytest.mark.parametrize("act", [resolve, plan])

@@ -126,6 +126,19 @@ def test_a_vocabulary_beyond_the_embeddings_is_refused(folder):
         check_tokenizer(tokenizer, ROWS - 2, where="here")
 
 
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("kept", [(), ("tokenizer_config.json",)], ids=["nothing", "settings"])
+def test_a_folder_without_a_vocabulary_is_refused(family, kept, tmp_path):
+    """transformers makes a tokenizer without words of the config alone: every prompt would become no tokens."""
+    folder = save_tiny_checkpoint(tmp_path / "teacher", family)
+    for path in folder.iterdir():
+        if path.name not in ("config.json", "model.safetensors", *kept):
+            path.unlink()
+    with pytest.raises(CheckpointError, match="no tokenizer") as error:
+        load_tokenizer(folder)
+    assert "tokenizer.json" in (error.value.hint or "")
+
+
 def test_embeddings_may_have_more_rows_than_there_are_tokens(folder):
     edit(folder / "config.json", vocab_size=1024)
     assert len(load_tokenizer(folder)) == ROWS

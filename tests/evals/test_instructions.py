@@ -21,6 +21,7 @@ from gendistill_evals.instructions import (
     task_row,
 )
 from gendistill_evals.instructions.words import count_capital_words, count_sentences, count_words
+from gendistill_evals.judges import check_judge
 
 DETECTS = pytest.mark.skipif(
     not language.is_available(), reason="langdetect is not installed (gendistill[ifeval])"
@@ -363,6 +364,14 @@ def test_without_langdetect_instructions_that_need_it_are_refused_by_name(monkey
     with pytest.raises(EvalError, match=r"change_case:english_capital needs langdetect: pip install"):
         judge_instructions(item, "TEXT")
     assert lacks(item_of({"kind": "punctuation:no_comma"})) is None
+
+
+def test_a_task_that_needs_langdetect_says_what_to_install_before_another_judge(monkeypatch):
+    monkeypatch.setattr("gendistill_evals.instructions.judge.is_available", lambda: False)
+    with pytest.raises(EvalError, match="needs langdetect") as caught:
+        check_judge("instructions", [item_of({"kind": "change_case:english_capital"})], "ifeval.yaml")
+    assert 'pip install "gendistill[ifeval]"' in caught.value.message
+    assert (caught.value.hint or "").startswith("give it what it lacks, or")
 
 
 def test_a_missing_langdetect_says_what_to_install(monkeypatch):

@@ -73,6 +73,7 @@ def main() -> int:
         "--area", choices=areas.AREAS, action="append", help="this area alone; may be repeated"
     )
     parser.add_argument("--only", type=int, help="index of one input of the area")
+    parser.add_argument("--runs", type=int, help="of run_files, whose inputs take seconds, so many at most")
     parser.add_argument("--start", type=int, default=0, help="index of the first input of each area")
     parser.add_argument(
         "--keep", type=Path, help="keep the files of inputs that fail, or of the only one, here"
@@ -83,6 +84,10 @@ def main() -> int:
         inputs = [(area, asked.only) for area in wanted]
     else:
         inputs = [(wanted[i % len(wanted)], asked.start + i // len(wanted)) for i in range(asked.count)]
+    if asked.runs is not None:
+        inputs = [
+            (area, index) for area, index in inputs if area != "run_files" or index < asked.start + asked.runs
+        ]
     with tempfile.TemporaryDirectory(prefix="fuzz-") as work:
         given = making.make(Path(work) / "base", run_child)
         before = contents(given.root)

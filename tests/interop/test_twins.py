@@ -225,6 +225,8 @@ def test_only_multiple_choice_has_a_twin(our_task, capsys, tmp_path):
     assert main(["twins", str(path)]) == 1
     assert "kind is exact_match" in capsys.readouterr().err
     assert main(["twins", str(tmp_path / "no.yaml")]) == 2
+    assert main(["twins", "sciq"]) == 2
+    assert "a task that is known by its name has its file in" in capsys.readouterr().err
     assert main(["twins", str(path), "--out", str(path)]) == 2
     with pytest.raises(EvalError):
         make_twin(path, None, into=tmp_path)

@@ -12,8 +12,15 @@ import pytest
 from gendistill.config.load import load_recipe
 from gendistill.config.schema import Recipe
 from gendistill.paths import RunDir, read_json
+from gendistill.report import plots
 from gendistill.runs import pipeline
 from gendistill.testing import save_tiny_checkpoint
+
+
+@pytest.fixture(autouse=True)
+def _quick_figures(monkeypatch):
+    """Draw the letters of a PDF as shapes: to embed a part of a font takes half the time of a report."""
+    monkeypatch.setitem(plots._STYLE, "pdf.fonttype", 3)
 
 
 @dataclass(frozen=True)

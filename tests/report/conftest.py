@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from gendistill.report import plots
 from gendistill_evals.results import SCHEMA
 
 SETTINGS = {
@@ -128,6 +129,12 @@ def write_training(run_dir: Path, name: str) -> None:
 def _transcript(answer: str, *, repeated: float, nll: float) -> dict[str, Any]:
     row = {"id": "q1", "question": "What is the capital of France?", "answer": answer, "num_tokens": 3}
     return {**row, "truncated": False, "repeated_4gram_share": repeated, "teacher_nll": nll}
+
+
+@pytest.fixture
+def quick_figures(monkeypatch):
+    """Draw the letters of a PDF as shapes: to embed a part of a font takes half the time of a report."""
+    monkeypatch.setitem(plots._STYLE, "pdf.fonttype", 3)
 
 
 @pytest.fixture

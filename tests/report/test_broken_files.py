@@ -20,6 +20,8 @@ from gendistill.report.run_files import read_run
 from gendistill.report.tables import render_csv, render_markdown
 from gendistill.report.write import gap_report
 
+pytestmark = pytest.mark.usefixtures("quick_figures")
+
 DEEP = "[" * 100_000
 HUGE = 10**400
 JSON_FILES = (

@@ -221,8 +221,13 @@ def test_a_corrupt_file_is_named(make_run, name):
 
 
 def test_another_folder_is_no_run_folder(tmp_path):
-    with pytest.raises(ReportError, match="not a run folder"):
+    with pytest.raises(ReportError, match="not a run folder") as caught:
         write_report(tmp_path)
+    assert "such as runs/" in (caught.value.hint or "")
+    (tmp_path / "results.json").write_text("{}")
+    with pytest.raises(ReportError, match="not a run folder") as caught:
+        write_report(tmp_path)
+    assert "gendistill compare" in (caught.value.hint or "")
 
 
 def test_an_unwritable_report_folder_is_named(make_run):
@@ -240,3 +245,10 @@ def test_reporting_imports_no_torch_and_tables_no_matplotlib():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "False", "False"]
+
+
+def test_figures_for_a_paper_embed_their_letters_as_type(make_run):
+    """Publishers refuse Type 3, the letters drawn as shapes."""
+    pdf = write_report(make_run()).page.with_name("gap.pdf").read_bytes()
+    assert b"/FontFile2" in pdf
+    assert b"/Type3" not in pdf
