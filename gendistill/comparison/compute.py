@@ -76,13 +76,13 @@ def compare(
     floors = _floors(models, chosen, again)
     pairs: list[PairScore] = []
     hidden: list[HiddenGap] = []
-    shown: list[list[Flip]] = []
+    flipped: list[list[Flip]] = []
     for first, second in combinations(models, 2):
         for measure in dict.fromkeys(one for found in chosen.values() for one in found):
             scored = [task for task in names if measure in chosen[task]]
             by_task = [_score(first, second, task, measure, margin, floors) for task in scored]
             pairs += _with_mean(_adjusted(by_task), margin, _sharing(first, scored))
-            shown += [_flips(first, second, task, measure) for task in scored]
+            flipped += [_flips(first, second, task, measure) for task in scored]
         hidden += _hidden(first, second, chosen)
     agreement = _agreement(models, chosen) if len(models) > 2 else []
     return Comparison(
@@ -92,7 +92,7 @@ def compare(
         pairs=tuple(pairs),
         hidden=tuple(hidden),
         agreement=tuple(agreement),
-        flips=tuple(_some_of_each(shown)),
+        flips=tuple(_some_of_each(flipped)),
         notes=tuple(notes),
     )
 

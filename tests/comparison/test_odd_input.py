@@ -11,6 +11,7 @@ import pytest
 from gendistill.cli.main import main
 from gendistill.comparison import compare, load_scores
 from gendistill.comparison.load import load_model
+from gendistill.comparison.wording import headline
 from gendistill.errors import GendistillError
 from gendistill_evals.errors import EvalError
 
@@ -219,3 +220,36 @@ def test_edited_samples_are_refused_by_place(make_ours, change):
     with pytest.raises(GendistillError, match="something else than it should") as caught:
         run(*folders)
     assert caught.value.where == str(path)
+
+
+@pytest.fixture
+def mixed(make_lm_eval, written_row):
+    """Two models that write alike; on the ranked task, which has a metric of its own, the second has all wrong."""
+    sums = [written_row(place, 1.0) for place in range(100)]
+    one = make_lm_eval("a", {"arc": [1.0] * 100, "sums": sums})
+    two = make_lm_eval("b", {"arc": [0.0] * 100, "sums": sums})
+    return [str(one), str(two)]
+
+
+def test_the_headline_speaks_of_tasks_of_every_metric(mixed):
+    said = headline(run(*mixed))
+    assert said.startswith(
+        "The data do not tell org/b from org/a (sums, exact_match,strict-match, 100 items)"
+    )
+    assert "org/b answers 100.0 points fewer items right than org/a (arc, acc, 100 items)" in said
+
+
+@pytest.mark.parametrize(
+    ("gate", "code"),
+    [
+        ("gap<=3", 3),
+        ("generation_gap<=3", 0),
+        ("likelihood_gap<=3", 3),
+        ("sums.gap<=3", 0),
+        ("accuracy>=50", 3),
+    ],
+)
+def test_a_gate_passes_over_no_task(mixed, tmp_path, capsys, gate, code):
+    assert main(["compare", *mixed, "--out", str(tmp_path / "out"), "--gate", gate]) == code
+    if code:
+        assert "all tasks, acc" in capsys.readouterr().err
