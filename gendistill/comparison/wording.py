@@ -17,8 +17,8 @@ def headline(comparison: Comparison) -> str:
     if len(comparison.models) > 2:
         said = [_of_many(comparison, lead) for lead in comparison.leads]
     else:
-        first, second = comparison.models
-        said = [_of_pair(comparison.of(first, second, lead)) for lead in comparison.leads]
+        pair = comparison.pairs[0]
+        said = [_of_pair(comparison.of(pair.first, pair.second, lead)) for lead in comparison.leads]
     return " ".join(filter(None, [*said, _hides(comparison.hidden)]))
 
 

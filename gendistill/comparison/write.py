@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ from rich.text import Text
 from gendistill.comparison import tables, wording
 from gendistill.comparison.values import Comparison, PairScore, leading
 from gendistill.gates import Gate
-from gendistill.paths import write_json, write_text, writing
+from gendistill.report.write import replace_files
 from gendistill.text import encodable, printable
 from gendistill_evals import ProtocolFamily
 
@@ -70,16 +70,12 @@ def write_comparison(
         paths.latex: tables.render_latex(comparison),
         paths.page: render_page(comparison, drawings["svg"], command=command, gates=gates),
     }
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        for path, drawing in figures.items():
-            partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-            partial.write_bytes(drawing)
-            partial.replace(path)
-    for path, text in texts.items():
-        write_text(path, encodable(text))
+    content = {**comparison.to_json(), "headline": wording.headline(comparison)}
     # Last, because it says that the other files are complete.
-    write_json(paths.json, {**comparison.to_json(), "headline": wording.headline(comparison)})
+    texts[paths.json] = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    replace_files(
+        folder, figures | {path: encodable(text).encode() for path, text in texts.items()}, figures=()
+    )
     return paths
 
 

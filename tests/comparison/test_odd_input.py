@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,10 @@ import pytest
 from gendistill.cli.main import main
 from gendistill.comparison import compare, load_scores
 from gendistill.comparison.load import load_model
+from gendistill.comparison.tables import render_latex
 from gendistill.comparison.wording import headline
 from gendistill.errors import GendistillError
+from gendistill.report.tables import markdown_cell
 from gendistill_evals.errors import EvalError
 
 
@@ -253,3 +256,27 @@ def test_a_gate_passes_over_no_task(mixed, tmp_path, capsys, gate, code):
     assert main(["compare", *mixed, "--out", str(tmp_path / "out"), "--gate", gate]) == code
     if code:
         assert "all tasks, acc" in capsys.readouterr().err
+
+
+def test_no_row_of_latex_begins_with_what_a_line_end_would_take(make_lm_eval):
+    folders = [make_lm_eval(name, {task: [1.0] * 9 for task in ("a", "[x]", "*y")}) for name in "ab"]
+    assert not re.search(r"\\\\\s*[\[*]", render_latex(run(*folders)))
+
+
+@pytest.mark.parametrize(
+    ("text", "written"),
+    [(r"a\|b", r"a\\\|b"), ("![x](y)", r"![x]\(y)"), ("`x`", r"\`x\`"), ("[-1, 2]", "[-1, 2]")],
+)
+def test_a_cell_of_markdown_holds_what_it_is_given(text, written):
+    assert markdown_cell(text) == written
+
+
+def test_files_of_a_comparison_change_together_or_not_at_all(make_lm_eval, tmp_path):
+    folders = [str(make_lm_eval(name, {"quiz": [1.0] * 9})) for name in "ab"]
+    out = tmp_path / "out"
+    assert main(["compare", *folders, "--out", str(out)]) == 0
+    (out / "index.html").unlink()
+    (out / "index.html").mkdir()
+    before = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
+    assert main(["compare", *folders, "--margin", "9", "--out", str(out)]) != 0
+    assert {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()} == before
