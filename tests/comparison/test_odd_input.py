@@ -17,6 +17,7 @@ from gendistill.comparison.wording import headline
 from gendistill.errors import GendistillError
 from gendistill.report.tables import markdown_cell
 from gendistill_evals.errors import EvalError
+from gendistill_evals.formats.lm_eval_write import write_lm_eval
 
 
 def run(*places, **settings):
@@ -280,3 +281,10 @@ def test_files_of_a_comparison_change_together_or_not_at_all(make_lm_eval, tmp_p
     before = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
     assert main(["compare", *folders, "--margin", "9", "--out", str(out)]) != 0
     assert {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()} == before
+
+
+def test_a_task_that_is_called_as_a_path_is_written_inside_its_folder(make_ours, tmp_path):
+    folder = make_ours("a", {"../../outside": ([1] * 9, [1] * 9)})
+    written = write_lm_eval(folder, tmp_path / "out" / "deep")
+    assert {path.parent for path in (tmp_path / "out").rglob("*.json*")} == {written.parent}
+    assert not list(tmp_path.glob("out/**/.*.partial"))
