@@ -279,3 +279,12 @@ def tables_of(run, subject):
     for row in files.samples["student"]:
         row["subject"] = subject
     return [each for each in subject_tables(files, gap_report(files)) if each[0] == "quiz"]
+
+
+def test_runs_that_wrote_under_other_protocols_are_not_ranked(two):
+    for role in ("teacher", "student"):
+        folder = two[1] / "eval" / role
+        for path in (folder / "results.json", folder / "samples.jsonl"):
+            path.write_text(path.read_text().replace('"generation"', '"generation_letter"'))
+    with pytest.raises(ReportError, match="generation by generation / generation_letter"):
+        compare_reports(two)
