@@ -64,7 +64,7 @@ def read_results(folder: Path) -> dict[str, Any]:
 
 def write_samples(folder: Path, samples: Iterable[Mapping[str, Any]]) -> Path:
     """Write ``samples.jsonl``, a row per item."""
-    return _write_lines(folder / "samples.jsonl", samples)
+    return write_lines(folder / "samples.jsonl", samples)
 
 
 def read_samples(folder: Path) -> list[dict[str, Any]]:
@@ -80,7 +80,7 @@ def read_samples(folder: Path) -> list[dict[str, Any]]:
 
 def write_transcripts(folder: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
     """Write ``transcripts.jsonl``, a row per open question."""
-    return _write_lines(folder / "transcripts.jsonl", rows)
+    return write_lines(folder / "transcripts.jsonl", rows)
 
 
 def read_transcripts(folder: Path) -> list[dict[str, Any]]:
@@ -115,7 +115,8 @@ def _by_protocol(shape: Any) -> dict[str, Maybe]:
     return {name: Maybe(shape) for name in PROTOCOLS}
 
 
-def _write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
+def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
+    """Write JSON lines under a temporary name, then rename the file."""
     return _write(path, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
 
 

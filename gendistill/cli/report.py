@@ -97,12 +97,27 @@ def _compare(folders: list[Path], out: str | None, look: dict[str, Any]) -> None
 def _hold(folders: list[Path], gates: list[str], *, quiet: bool) -> None:
     if not gates:
         return
+    from gendistill.gates import GateError
     from gendistill.report.measures import check_gates
     from gendistill.report.run_files import read_run
     from gendistill.report.write import gap_report
+    from gendistill.text import printable
 
+    missed = []
     for folder in folders:
         run = read_run(folder)
-        for line in check_gates(gates, run, gap_report(run)):
+        try:
+            lines = check_gates(gates, run, gap_report(run))
+        except GateError as error:
+            missed.append((folder, error))
+            continue
+        for line in lines:
             if not quiet:
                 print(line)
+    if len(folders) == 1 and missed:
+        raise missed[0][1]
+    if missed:
+        raise GateError(
+            "\n".join(f"{printable(str(folder), longest=2000)}: {error.message}" for folder, error in missed),
+            where=f"{len(missed)} of {len(folders)} runs",
+        )

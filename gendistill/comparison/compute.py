@@ -22,11 +22,13 @@ from gendistill.comparison.values import (
     PairScore,
     Verdict,
 )
-from gendistill.errors import RecipeError
+from gendistill.errors import RecipeError, ReportError
+from gendistill.text import printable
 from gendistill_evals import ProtocolFamily, power, stats
 
 _SHOWN_FLIPS = 6
 _MOST_FLIPS = 40
+_ENDS = ("value", "low", "high")
 
 
 def compare(
@@ -55,22 +57,32 @@ def compare(
     # what is true of several tasks is said once
     notes += dict.fromkeys(note for _, found in kept.values() for note in found)
     chosen = {task: found for task, (found, _) in kept.items() if found}
-    if not chosen:
+    if unknown := set(measures or ()).difference(*chosen.values()):
         has = ", ".join(dict.fromkeys(name for task in names for name in models[0].tasks[task].measures))
-        raise RecipeError(
-            f"no task was scored under {', '.join(measures or ())}; there are: {has}", where="--protocol"
+        reasons = {name: why for task in names for name, why in models[0].tasks[task].unusable.items()}
+        shown = ", ".join(
+            printable(f"{name} ({reasons[name]})" if name in reasons else name) for name in sorted(unknown)
         )
+        raise RecipeError(
+            f"no task was scored under {shown}; there are: {printable(has) or 'none'}", where="--protocol"
+        )
+    if not chosen:
+        raise ReportError(
+            "nothing can be compared item by item: " + "; ".join(notes), hint="compare other tasks"
+        )
+    if measures and (without := [task for task in names if task not in chosen]):
+        notes.append(f"left out, because not scored under {', '.join(measures)}: {', '.join(without)}")
     names = list(chosen)
     floors = _floors(models, chosen, again)
     pairs: list[PairScore] = []
     hidden: list[HiddenGap] = []
-    shown: list[list[Flip]] = []
+    flipped: list[list[Flip]] = []
     for first, second in combinations(models, 2):
         for measure in dict.fromkeys(one for found in chosen.values() for one in found):
             scored = [task for task in names if measure in chosen[task]]
             by_task = [_score(first, second, task, measure, margin, floors) for task in scored]
-            pairs += _with_mean(_adjusted(by_task), margin)
-            shown += [_flips(first, second, task, measure) for task in scored]
+            pairs += _with_mean(_adjusted(by_task), margin, _sharing(first, scored))
+            flipped += [_flips(first, second, task, measure) for task in scored]
         hidden += _hidden(first, second, chosen)
     agreement = _agreement(models, chosen) if len(models) > 2 else []
     return Comparison(
@@ -80,13 +92,20 @@ def compare(
         pairs=tuple(pairs),
         hidden=tuple(hidden),
         agreement=tuple(agreement),
-        flips=tuple(_some_of_each(shown)),
+        flips=tuple(_some_of_each(flipped)),
         notes=tuple(notes),
     )
 
 
 def _groups(task: TaskScores) -> tuple[str, ...] | None:
-    return task.groups if len(set(task.groups)) < len(task.groups) else None
+    found = len(set(task.groups))
+    if found == 1 < len(task.groups):
+        raise ReportError(
+            f"all {len(task.groups):,} items share one question, from which nothing can be said about others",
+            where=task.where,
+            hint="score items of more questions, or group by another field",
+        )
+    return task.groups if found < len(task.groups) else None
 
 
 def _score(
@@ -109,6 +128,7 @@ def _score(
     # The share of items that differ; of fractions, the flips that would scatter as much.
     flipped = max(float((difference**2).mean()), 1 / (2 * len(difference)))
     worth = len(difference) if groups is None else _worth(gap, difference)
+    needed = power.items_needed(gap.value, flipped=flipped)
     return PairScore(
         first=first.name,
         second=second.name,
@@ -133,7 +153,7 @@ def _score(
         equivalent_p=equal.p,
         detectable=100 * power.detectable(flipped=flipped, n=worth),
         power=power.non_inferiority_power(margin / 100, flipped=flipped, n=worth),
-        items_needed=power.items_needed(gap.value, flipped=flipped),
+        items_needed=needed and math.ceil(needed * len(difference) / worth),
         verdict=Verdict.UNDECIDED,
     )
 
@@ -163,14 +183,39 @@ def _verdict(pair: PairScore) -> Verdict:
     return Verdict.NOT_INFERIOR if within else Verdict.UNDECIDED
 
 
-def _with_mean(pairs: Sequence[PairScore], margin: float) -> list[PairScore]:
-    """Add the mean over tasks, whose errors add in quadrature; it has no McNemar test."""
+def _sharing(model: Scores, tasks: Sequence[str]) -> list[list[int]]:
+    """Put tasks together, by place, that have items in common."""
+    found: list[tuple[set[str], list[int]]] = []
+    for place, task in enumerate(tasks):
+        items, places = set(_questions(model.tasks[task])), [place]
+        for other in [other for other in found if not items.isdisjoint(other[0])]:
+            found.remove(other)
+            items, places = items | other[0], other[1] + places
+        found.append((items, places))
+    return [places for _, places in found]
+
+
+def _questions(task: TaskScores) -> tuple[str, ...]:
+    """Tell items apart by what is asked: in lm-eval, whatever the answer is held against."""
+    return tuple(item[:64] for item in task.items)
+
+
+def _with_mean(
+    pairs: Sequence[PairScore], margin: float, sharing: Sequence[Sequence[int]]
+) -> list[PairScore]:
+    """Add the mean over tasks; it has no McNemar test.
+
+    Args:
+        pairs: Of one measure, by task.
+        margin: In points.
+        sharing: Places of tasks that have items in common.
+    """
     if len(pairs) < 2:
         return list(pairs)
-    gap = _mean([pair.gap for pair in pairs])
-    # Each half of the interval gives the standard error on its side.
+    gap = _mean([pair.gap for pair in pairs], sharing)
+    # Each half of the interval gives the standard error on its side; at the end of the scale there is none.
     normal = stats.NORMAL
-    below, above = ((gap.value - gap.low) / 1.959964, (gap.high - gap.value) / 1.959964)
+    below, above = (max(half, 1e-9) / 1.959964 for half in (gap.value - gap.low, gap.high - gap.value))
     not_inferior = normal.cdf(-(gap.value + margin) / below)
     not_superior = normal.cdf(-(margin - gap.value) / above)
     error = (below + above) / 2
@@ -182,8 +227,8 @@ def _with_mean(pairs: Sequence[PairScore], margin: float) -> list[PairScore]:
         family=pairs[0].family,
         n=sum(pair.n for pair in pairs),
         num_groups=sum(pair.num_groups for pair in pairs),
-        first_score=_mean([pair.first_score for pair in pairs]),
-        second_score=_mean([pair.second_score for pair in pairs]),
+        first_score=_mean([pair.first_score for pair in pairs], sharing),
+        second_score=_mean([pair.second_score for pair in pairs], sharing),
         gap=gap,
         bootstrap=None,
         gained=sum(pair.gained for pair in pairs),
@@ -204,9 +249,18 @@ def _with_mean(pairs: Sequence[PairScore], margin: float) -> list[PairScore]:
     return [*pairs, replace(mean, verdict=_verdict(mean))]
 
 
-def _mean(estimates: Sequence[Estimate]) -> Estimate:
-    found = stats.mean_of([stats.Interval(each.value, each.low, each.high, each.n) for each in estimates])
-    return Estimate(found.value, found.low, found.high, found.n)
+def _mean(estimates: Sequence[Estimate], sharing: Sequence[Sequence[int]]) -> Estimate:
+    """Average over tasks: errors add in quadrature, those of tasks with common items as they are."""
+    sums = [
+        stats.Interval(
+            *(math.fsum(getattr(estimates[place], name) for place in places) for name in _ENDS), n=0
+        )
+        for places in sharing
+    ]
+    found, share = stats.mean_of(sums), len(sums) / len(estimates)
+    return Estimate(
+        share * found.value, share * found.low, share * found.high, sum(each.n for each in estimates)
+    )
 
 
 def _hidden(first: Scores, second: Scores, chosen: dict[str, dict[str, ProtocolFamily]]) -> list[HiddenGap]:
@@ -269,11 +323,9 @@ def _both_families(
     )
     both = [(task, (task, ranked[task]), (task, written[task])) for task in ranked if task in written]
     # lm-eval scores a task in one way: its twin is another task with the same questions.
-    twins = {
-        tuple(one[:64] for one in model.tasks[task].items): task for task in written if task not in ranked
-    }
+    twins = {_questions(model.tasks[task]): task for task in written if task not in ranked}
     for task in ranked:
-        if task not in written and (twin := twins.get(tuple(one[:64] for one in model.tasks[task].items))):
+        if task not in written and (twin := twins.get(_questions(model.tasks[task]))):
             both.append((f"{task} / {twin}", (task, ranked[task]), (twin, written[twin])))
     return both
 
@@ -322,6 +374,12 @@ def _floors(
             if known:
                 floors[task, measure] = 100 * max(known)
     if again is not None:
+        if again.source == models[0].source:
+            raise RecipeError(
+                f"{again.source} is the first model's own result, which differs from itself nowhere",
+                where="--again",
+                hint="score the first model once more, as with another seed, into another folder",
+            )
         shared = [task for task in chosen if task in again.tasks]
         _, _ = common_tasks([models[0], again], shared or None)
         for task in shared:

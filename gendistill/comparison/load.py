@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from gendistill.errors import ReportError
-from gendistill.paths import RunDir
+from gendistill.paths import RunDir, check_shape
+from gendistill.records import read_rows, results_record, sample_row
 from gendistill.report.gap import FREE_SETTINGS
 from gendistill.text import printable
 from gendistill_evals import PROTOCOLS, ProtocolFamily, results
@@ -20,6 +21,7 @@ from gendistill_evals.formats import lm_eval
 from gendistill_evals.formats.lm_eval import Example, SampleFile, SampleRow
 
 _SHOWN = 3
+_SCORE_AGAIN = "score this model again"
 _KINDS = "an eval folder, a run folder, or what lm_eval --log_samples wrote"
 
 
@@ -184,9 +186,13 @@ def _load(path: Path, name: str | None, *, group_by: str | None) -> Scores:
 
 def _our_scores(folder: Path, name: str | None) -> Scores:
     content = results.read_results(folder)
-    rows = results.read_samples(folder)
-    settings = {key: value for key, value in content.get("settings", {}).items() if key not in FREE_SETTINGS}
-    diagnosed = (content.get("diagnostics") or {}).get("tasks") or {}
+    place = str(folder / "results.json")
+    check_shape(content, results_record(), error=ReportError, where=place, hint=_SCORE_AGAIN)
+    rows = read_rows(folder / "samples.jsonl", sample_row(), error=ReportError, hint=_SCORE_AGAIN)
+    settings = {
+        key: value for key, value in (content.get("settings") or {}).items() if key not in FREE_SETTINGS
+    }
+    diagnosed = _object(content, "diagnostics", "tasks")
     tasks = {}
     for entry in content["tasks"]:
         task = entry["task"]
@@ -204,13 +210,13 @@ def _our_scores(folder: Path, name: str | None) -> Scores:
                     f"{protocol}: results.json counts {entry[protocol]['n']:,} items, samples.jsonl scores "
                     f"{sum(bool(row.get(protocol)) for row in by_id.values()):,}",
                     where=f"{where}, task {printable(task)}",
-                    hint="score this model again: the two files are from different evaluations",
+                    hint=f"{_SCORE_AGAIN}: the two files are from different evaluations",
                 )
             measures[protocol] = Measure(
                 PROTOCOLS[protocol].family,
                 np.array([float(row[protocol]["correct"]) for row in by_id.values()]),
                 _our_example(list(by_id.values()), protocol),
-                _floor((diagnosed.get(task) or {}).get(protocol)),
+                _floor(_object(diagnosed, task, protocol, "order").get("flips")),
             )
         asked = {key: entry.get(key) for key in ("kind", "judge", "metric", "items_sha256", "prompt_sha256")}
         tasks[task] = TaskScores(
@@ -228,10 +234,17 @@ def _our_scores(folder: Path, name: str | None) -> Scores:
     return Scores(name or str(content.get("model") or folder.name), str(folder), tasks)
 
 
-def _floor(diagnosis: Mapping[str, Any] | None) -> float | None:
+def _object(found: Any, *keys: str) -> Mapping[str, Any]:
+    """Follow keys through objects; empty where there is something else."""
+    for key in keys:
+        found = found.get(key) if isinstance(found, Mapping) else None
+    return found if isinstance(found, Mapping) else {}
+
+
+def _floor(flips: Any) -> float | None:
     """Read how many items change their score when their options stand in other orders."""
-    order = (diagnosis or {}).get("order") or {}
-    return float(order["flips"]) if "flips" in order else None
+    known = isinstance(flips, int | float) and not isinstance(flips, bool) and 0 <= flips <= 1
+    return float(flips) if known else None
 
 
 def _our_example(rows: Sequence[Mapping[str, Any]], protocol: str) -> Callable[[int], Example]:
@@ -289,7 +302,7 @@ def _lm_eval_task(file: SampleFile) -> TaskScores:
             if reason is not None:
                 unusable[f"{metric}{of}"] = reason
                 continue
-            generated = any(row.generated for row in rows)
+            generated = any(row.generated is not None for row in rows)
             measures[f"{metric}{of}"] = Measure(
                 ProtocolFamily.GENERATION if generated else ProtocolFamily.LIKELIHOOD,
                 np.array([row.values[metric] for row in by_id.values()]),

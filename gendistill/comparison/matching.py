@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from itertools import pairwise
+from itertools import combinations
 from typing import Any
 
 from gendistill.comparison.load import Scores, TaskScores
@@ -58,13 +58,13 @@ def check_comparable(
         task: Its name.
         wanted: Measures to compare; None for all.
         other_prompts: Whether models may have been asked differently.
-    Returns: The measures to compare with their family, none if no model has a wanted one; and notes.
+    Returns: The measures to compare with their family, none if no model has a wanted one or any; and notes.
     Raises:
         ReportError: Says what differs, between whom and how to go on.
         RecipeError: A wanted measure is not there.
     """
     notes: list[str] = []
-    for left, right in pairwise(models):
+    for left, right in combinations(models, 2):
         one, other = left.tasks[task], right.tasks[task]
         pair = f"task {printable(task)}, {_name(left)} and {_name(right)}"
         _check_items(one, other, left, right, pair)
@@ -79,6 +79,12 @@ def check_comparable(
         if asked:
             who = f"{_name(left)} and {_name(right)}"
             notes.append(f"{who} were asked differently ({asked}), so part of the gap may be the prompts'")
+    if not any(model.tasks[task].measures for model in models):
+        return {}, [
+            *notes,
+            f"left out, because nothing of {printable(task)} is a score of single items"
+            f"{_unusable(models[0], task)}",
+        ]
     return _common_measures(models, task, wanted), notes
 
 
@@ -137,25 +143,23 @@ def _common_measures(
     shared = [name for name in by_model[0] if all(name in measures for measures in by_model)]
     if wanted is not None:
         chosen = [name for name in shared if name in wanted]
-        if not any(set(wanted) & measures.keys() for measures in by_model):
-            return {}
-        if not chosen:
-            lacking = next(model for model in models if not set(wanted) & model.tasks[task].measures.keys())
-            raise RecipeError(
-                f"{_name(lacking)} has no {_list(wanted)} on {printable(task)}; it has "
-                f"{_list(lacking.tasks[task].measures)}{_unusable(lacking, task)}",
-                where="--protocol",
-                hint=f"what all models have: {_list(shared)}"
-                if shared
-                else "score them under the same protocols",
-            )
+        some = [name for name in wanted if any(name in measures for measures in by_model)]
+        for model, measures in zip(models, by_model, strict=True):
+            if lacking := [name for name in some if name not in measures]:
+                raise RecipeError(
+                    f"{_name(model)} has no {_list(lacking)} on {printable(task)}; it has "
+                    f"{_list(measures)}{_unusable(model, task)}",
+                    where="--protocol",
+                    hint=f"what all models have: {_list(shared)}"
+                    if shared
+                    else "score them under the same protocols",
+                )
         return {name: by_model[0][name].family for name in chosen}
     for model, measures in zip(models, by_model, strict=True):
         absent = list(dict.fromkeys(name for other in by_model for name in other if name not in measures))
-        if absent or not measures:
-            what = _list(absent) if absent else "any score of single items"
+        if absent:
             raise ReportError(
-                f"{_name(model)} lacks {what}{_unusable(model, task)}",
+                f"{_name(model)} lacks {_list(absent)}{_unusable(model, task)}",
                 where=f"task {printable(task)}",
                 hint=f"--protocol {' '.join(shared)} compares what all models have"
                 if shared

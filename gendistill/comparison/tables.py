@@ -12,15 +12,10 @@ from rich.text import Text
 
 from gendistill.comparison.values import Comparison, Estimate, PairScore
 from gendistill.comparison.wording import p_text
-from gendistill.report.tables import NOT_MEASURED, Cell, markdown_cell, signed
+from gendistill.report.tables import NOT_MEASURED, Cell, latex_text, markdown_cell, signed
 from gendistill.text import printable
 
 HEADERS = ("task", "first", "second", "gap", "McNemar", "flips", "verdict", "n")
-_TEX = str.maketrans({
-    "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#", "%": r"\%", "_": r"\_",
-    "^": r"\textasciicircum{}", "~": r"\textasciitilde{}", "<": r"\textless{}", ">": r"\textgreater{}",
-    "|": r"\textbar{}", '"': r"\textquotedbl{}", "-": "{-}", "`": r"\textasciigrave{}",
-})  # fmt: skip
 
 
 def title(row: PairScore) -> str:
@@ -148,11 +143,6 @@ def render_latex(comparison: Comparison) -> str:
                 rf"{latex_text(str(row.verdict))} \\"
             )
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
-
-
-def latex_text(text: str) -> str:
-    """Write a text of others so that LaTeX shows it and obeys nothing in it."""
-    return printable(text, longest=120).translate(_TEX)
 
 
 def _tex_number(points: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any
@@ -134,6 +135,17 @@ class Flip:
     second_answer: str
 
 
+def leading(pairs: Sequence[PairScore]) -> list[str]:
+    """Choose the first measure of generation, else the first of all; then the same of tasks that lack it."""
+    found, left = [], list(pairs)
+    while left:
+        written = [pair for pair in left if pair.family is ProtocolFamily.GENERATION]
+        found.append((written or left)[0].measure)
+        covered = {ALL_TASKS, *(pair.task for pair in pairs if pair.measure == found[-1])}
+        left = [pair for pair in left if pair.task not in covered]
+    return found
+
+
 @dataclass(frozen=True, slots=True)
 class Comparison:
     """All pairs of models on all common tasks.
@@ -157,10 +169,21 @@ class Comparison:
     notes: tuple[str, ...]
 
     @property
-    def lead(self) -> str | None:
-        """The measure that the headline speaks of: the first of generation, else the first of all."""
-        written = [pair.measure for pair in self.pairs if pair.family is ProtocolFamily.GENERATION]
-        return next(iter(written or [pair.measure for pair in self.pairs]), None)
+    def leads(self) -> list[str]:
+        """The measures that headline and gates speak of, so that no task is passed over."""
+        written = {pair.task for pair in self.pairs if pair.family is ProtocolFamily.GENERATION}
+        # the same items as ``written`` has: one task under two protocols
+        twins = {task for task in self.tasks for other in written if self.are_twins(task, other)}
+        return leading([pair for pair in self.pairs if pair.task not in twins])
+
+    @property
+    def tasks(self) -> list[str]:
+        """Names of the tasks."""
+        return list(dict.fromkeys(pair.task for pair in self.pairs if pair.task != ALL_TASKS))
+
+    def are_twins(self, ranked: str, written: str) -> bool:
+        """Whether two tasks have the same items, ranked in one and written in the other."""
+        return any(each.task == f"{ranked} / {written}" for each in self.hidden)
 
     def of(self, first: str, second: str, measure: str) -> list[PairScore]:
         """List the tasks of one pair under one measure, their mean last."""

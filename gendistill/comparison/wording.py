@@ -14,14 +14,12 @@ _FEW = 100
 
 def headline(comparison: Comparison) -> str:
     """Say in a few sentences what the comparison shows; of many models, which pairs differ."""
-    lead = comparison.lead
-    if lead is None:
-        return "Nothing was compared."
     if len(comparison.models) > 2:
-        return " ".join(filter(None, [_of_many(comparison, lead), _hides(comparison.hidden)]))
-    pair = comparison.pairs[0]
-    rows = comparison.of(pair.first, pair.second, lead)
-    return " ".join(filter(None, [_of_pair(rows), _hides(comparison.hidden)]))
+        said = [_of_many(comparison, lead) for lead in comparison.leads]
+    else:
+        pair = comparison.pairs[0]
+        said = [_of_pair(comparison.of(pair.first, pair.second, lead)) for lead in comparison.leads]
+    return " ".join(filter(None, [*said, _hides(comparison.hidden)]))
 
 
 def _of_pair(rows: Sequence[PairScore]) -> str:
@@ -106,7 +104,7 @@ def _of_many(comparison: Comparison, lead: str) -> str:
 
 
 def _hides(hidden: Sequence[HiddenGap]) -> str:
-    hiding = [each for each in hidden if each.hidden.high < 0]
+    hiding = [each for each in hidden if each.hidden.high < 0 and each.by_generation < 0]
     inverted = [each for each in hidden if each.p_inverted is not None and each.p_inverted < LEVEL]
     said = []
     if hiding:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import os
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import combinations
 from pathlib import Path
 
 from rich.console import Console
 from rich.text import Text
 
 from gendistill.comparison import tables, wording
-from gendistill.comparison.values import ALL_TASKS, Comparison, PairScore
+from gendistill.comparison.values import Comparison, PairScore, leading
 from gendistill.gates import Gate
-from gendistill.paths import write_json, write_text, writing
+from gendistill.report.write import replace_files
 from gendistill.text import encodable, printable
 from gendistill_evals import ProtocolFamily
 
@@ -71,16 +70,12 @@ def write_comparison(
         paths.latex: tables.render_latex(comparison),
         paths.page: render_page(comparison, drawings["svg"], command=command, gates=gates),
     }
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        for path, drawing in figures.items():
-            partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-            partial.write_bytes(drawing)
-            partial.replace(path)
-    for path, text in texts.items():
-        write_text(path, encodable(text))
+    content = {**comparison.to_json(), "headline": wording.headline(comparison)}
     # Last, because it says that the other files are complete.
-    write_json(paths.json, {**comparison.to_json(), "headline": wording.headline(comparison)})
+    texts[paths.json] = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    replace_files(
+        folder, figures | {path: encodable(text).encode() for path, text in texts.items()}, figures=()
+    )
     return paths
 
 
@@ -128,29 +123,34 @@ def gate_value(comparison: Comparison, gate: Gate) -> tuple[float | None, str]:
     Returns: The value, None if nothing was measured; and what it was measured of.
     """
     worst: tuple[float | None, str] = (None, f"{gate.task or 'all tasks'}")
-    for first, second in combinations(comparison.models, 2):
-        if first != comparison.models[0]:
-            continue
-        value = _gate_value(comparison, gate, first, second)
-        if value is None:
-            return None, f"{second} against {first}, {gate.task or 'all tasks'}"
-        # A gate from above is missed by the largest value, one from below by the smallest.
-        if worst[0] is None or (value > worst[0]) == gate.op.startswith("<"):
-            worst = value, f"{second} against {first}, {gate.task or 'all tasks'}"
+    first = comparison.models[0]
+    for second in comparison.models[1:]:
+        for value, measured in _gate_values(comparison, gate, first, second):
+            of = f"{second} against {first}, {gate.task or 'all tasks'}{measured}"
+            if value is None:
+                return None, of
+            # A gate from above is missed by the largest value, one from below by the smallest.
+            if worst[0] is None or (value > worst[0]) == gate.op.startswith("<"):
+                worst = value, of
     return worst
 
 
-def _gate_value(comparison: Comparison, gate: Gate, first: str, second: str) -> float | None:
+def _gate_values(
+    comparison: Comparison, gate: Gate, first: str, second: str
+) -> list[tuple[float | None, str]]:
+    """List what a gate is held against, once for each measure it takes to have every task."""
     if gate.name == "hidden_gap":
         found = [
             -each.hidden.value
             for each in comparison.hidden
             if (each.first, each.second) == (first, second) and gate.task in (None, each.task)
         ]
-        return sum(found) / len(found) if found else None
-    row = _gate_row(comparison, gate, first, second)
-    if row is None:
-        return None
+        return [(sum(found) / len(found) if found else None, "")]
+    rows = _gate_rows(comparison, gate, first, second)
+    return [(_gate_value(gate, row), f", {row.measure}") for row in rows] or [(None, "")]
+
+
+def _gate_value(gate: Gate, row: PairScore) -> float | None:
     return {
         "gap": -row.gap.value,
         "likelihood_gap": -row.gap.value,
@@ -164,8 +164,8 @@ def _gate_value(comparison: Comparison, gate: Gate, first: str, second: str) -> 
     }[gate.name]
 
 
-def _gate_row(comparison: Comparison, gate: Gate, first: str, second: str) -> PairScore | None:
-    """Find the row of the leading measure, or of the family that the gate names."""
+def _gate_rows(comparison: Comparison, gate: Gate, first: str, second: str) -> list[PairScore]:
+    """Find the rows of the leading measures, or of those of the family that the gate names."""
     family = {
         "likelihood_gap": ProtocolFamily.LIKELIHOOD,
         "generation_gap": ProtocolFamily.GENERATION,
@@ -177,11 +177,7 @@ def _gate_row(comparison: Comparison, gate: Gate, first: str, second: str) -> Pa
     ]
     if gate.task is not None:
         rows = [row for row in rows if row.task == gate.task]
-    leads = [row for row in rows if row.measure == comparison.lead] or rows[:1]
-    leads = (
-        [row for row in (leads if family is None else rows) if row.measure == leads[0].measure]
-        if leads
-        else []
-    )
-    mean = [row for row in leads if row.task == ALL_TASKS]
-    return next(iter(mean or leads), None)
+    leads = comparison.leads if family is None and gate.task is None else leading(rows)
+    # the mean is the last of its measure
+    last = {row.measure: row for row in rows}
+    return [last[measure] for measure in leads]

@@ -104,12 +104,20 @@ def add_scores(folder: Path, scores: Sequence[CardScore]) -> None:
     Args:
         folder: Of the student, which has a card.
         scores: One per task and protocol; none takes the metadata away.
+    Raises:
+        CheckpointError: The card's front matter cannot be read.
     Source: The model index of the hub's model cards,
         https://github.com/huggingface/hub-docs/blob/main/modelcard.md
     """
     path = folder / _NAME
     text = read_file(path).decode("utf-8")
     front = front_matter(path)
+    if not front and (block := _FRONT.match(text)) and block[1].strip() not in ("", "{}"):
+        raise CheckpointError(
+            "the metadata at the start of the card cannot be read as YAML, and would be lost",
+            where=str(path),
+            hint="mend what stands between the two lines of ---, then run the same command again",
+        )
     body = _FRONT.sub("", text, count=1)
     front.pop("model-index", None)
     if scores:

@@ -155,11 +155,12 @@ def subject_tables(run: RunFiles, report: GapReport) -> list[tuple[str, str, lis
             if row["task"] == task.task and row.get("subject") is not None
         ]
         for protocol in report.leads.values():
-            pairs: dict[str, list[tuple[float, float]]] = {}
+            pairs: dict[str, list[tuple[float, float, str]]] = {}
             for row in rows:
                 right = teacher.get((row["task"], str(row["id"])))
                 if right and right.get(protocol) and row.get(protocol):
-                    scores = (float(right[protocol]["correct"]), float(row[protocol]["correct"]))
+                    both = (float(right[protocol]["correct"]), float(row[protocol]["correct"]))
+                    scores = (*both, str(row.get("group", row["id"])))
                     pairs.setdefault(str(row["subject"]), []).append(scores)
             if pairs:
                 found = [_subject(subject, *zip(*scores, strict=True)) for subject, scores in pairs.items()]
@@ -202,8 +203,15 @@ def _heat(table: Mapping[str, Any]) -> Iterator[tuple[tuple[int, float | None], 
                 yield (int(tokens), _number(depth)), share
 
 
-def _subject(subject: str, teacher: tuple[float, ...], student: tuple[float, ...]) -> SubjectRow:
-    gap = stats.gap(teacher, student)
+def _subject(
+    subject: str, teacher: tuple[float, ...], student: tuple[float, ...], groups: tuple[str, ...]
+) -> SubjectRow:
+    if len(set(groups)) == 1 < len(groups):
+        # of one question nothing follows for others
+        value = math.fsum(student) / len(student) - math.fsum(teacher) / len(teacher)
+        gap = stats.Interval(value, -1.0, 1.0, len(teacher))
+    else:
+        gap = stats.gap(teacher, student, groups=groups)
     before, after = (100 * math.fsum(scores) / len(scores) for scores in (teacher, student))
     return SubjectRow(subject, len(teacher), before, after, 100 * gap.value, 100 * gap.low, 100 * gap.high)
 

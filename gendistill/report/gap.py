@@ -290,6 +290,12 @@ def _task_gap(
     entry = next(iter(found.values()))
     rows = {str(row["id"]): row for role in ROLES for row in samples.get(role, ()) if row["task"] == task}
     groups = [str(rows[item].get("group", item)) for item in ids]
+    if len(set(groups)) == 1 < len(groups):
+        raise ReportError(
+            f"all {len(groups):,} items share one question, from which nothing can be said about others",
+            where=f"task {printable(task)}",
+            hint="score items of more questions, with a greater --limit",
+        )
     # None: every item stands for itself
     shared = groups if len(set(groups)) < len(groups) else None
     guesses = [_guess(rows[item]) for item in ids]

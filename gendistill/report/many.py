@@ -193,7 +193,7 @@ def run_table(
                 tables.difference_cell(report.mean_hidden, mark=" !!"),
                 tables.percent_cell(kept.plain if kept else None),
                 Cell(
-                    f"x {perplexity(last['student_ce'] - last['teacher_ce']):.3g}"
+                    f"× {perplexity(last['student_ce'] - last['teacher_ce']):.3g}"  # noqa: RUF001
                     if last
                     else tables.NOT_MEASURED
                 ),

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from gendistill.errors import RecipeError
-from gendistill.gates import Gate, check_gate, parse_gate
+from gendistill.gates import Gate, GateError, check_gate, parse_gate
 from gendistill.report.gap import Estimate, GapReport
 from gendistill.report.run_files import RunFiles
 from gendistill.text import printable
@@ -85,8 +85,16 @@ def check_gates(gates: Sequence[str], run: RunFiles, report: GapReport) -> list[
     Returns: A line for each.
     Raises:
         RecipeError: A gate that is not one, or a measure or task that there is not.
-        GateError: One is not met; the message says what was measured.
+        GateError: Some are not met; the message says of each what was measured.
     """
     parsed = [parse_gate(text, MEASURES) for text in gates]
     values = [(gate, measure(gate, run, report)) for gate in parsed]
-    return [check_gate(gate, value, of=report.name) for gate, value in values]
+    met, missed = [], []
+    for gate, value in values:
+        try:
+            met.append(check_gate(gate, value, of=report.name))
+        except GateError as error:
+            missed.append(error)
+    if missed:
+        raise GateError("; ".join(error.message for error in missed), where=missed[0].where)
+    return met

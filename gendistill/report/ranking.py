@@ -83,17 +83,29 @@ def check_rankable(left: GapReport, right: GapReport) -> None:
     Raises:
         ReportError: They were not.
     """
-    theirs = {task.task: asdict(task) for task in right.tasks}
+    others = {task.task: asdict(task) for task in right.tasks}
     different = [
         f"task {printable(task.task)}: {found}"
         for task in left.tasks
-        if task.task in theirs and (found := name_differences(asdict(task), theirs[task.task], TASK_FIELDS))
+        if task.task in others and (found := name_differences(asdict(task), others[task.task], TASK_FIELDS))
     ]
     both_scored = left.tasks and right.tasks
     if both_scored and (settings := setting_differences(left.settings, right.settings)):
         different.append(f"settings: {settings}")
+    # They would stand in one column, as if they were one protocol.
+    different += [
+        f"{family} by {mine} / {theirs}"
+        for family in ProtocolFamily
+        if (mine := _measured(left, family)) and (theirs := _measured(right, family)) and mine != theirs
+    ]
     if different:
         raise ReportError(
             f"{printable(left.name)} and {printable(right.name)} were not scored alike: {'; '.join(different)}",
             hint="score both runs on the same items, prompts and settings",
         )
+
+
+def _measured(report: GapReport, family: ProtocolFamily) -> str | None:
+    """Return the leading protocol of a family if the student was scored under it."""
+    name = report.leads[family]
+    return name if any(task.student.get(name) for task in report.tasks) else None

@@ -262,20 +262,32 @@ _LATEX = {
     "[": "{[}",
     "]": "{]}",
     "*": "{*}",
+    "`": r"\textasciigrave{}",
+    "×": r"$\times$",  # noqa: RUF001
     NOT_MEASURED: "--",
 }
 
 
 def latex_text(text: str) -> str:
     """Write a text so that LaTeX sets it as it is; a minus before a number is set as one."""
-    shown = "".join(_LATEX.get(sign, sign) for sign in printable(text, longest=1000))
+    # two hyphens in a row would become a dash
+    shown = "".join(_LATEX.get(sign, sign) for sign in printable(text, longest=1000)).replace("--", "{-}{-}")
     return re.sub(r"(?<!\w)-(?=\d)", "$-$", shown)
 
 
 def markdown_cell(text: str) -> str:
     """Write a text so that it stays inside its cell and is not HTML."""
     shown = printable(text, longest=1000)
-    return shown.replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|")
+    for sign, written in (
+        ("\\", "\\\\"),
+        ("&", "&amp;"),
+        ("<", "&lt;"),
+        ("|", "\\|"),
+        ("](", "]\\("),
+        ("`", "\\`"),
+    ):
+        shown = shown.replace(sign, written)
+    return shown
 
 
 def render_csv(reports: Sequence[GapReport]) -> str:

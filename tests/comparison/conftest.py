@@ -12,6 +12,7 @@ import pytest
 
 from gendistill_evals import results
 
+COUNTS = {"extraction_failures": 0, "truncated": 0, "eos_rate": 1.0, "mean_new_tokens": 4.0, "seconds": 1.0}
 DATE = "2026-01-02T03-04-05.678901"
 
 
@@ -116,7 +117,7 @@ def make_ours(tmp_path: Path) -> Callable[..., Path]:
             entry = {"task": task, "kind": "multiple_choice", "metric": "acc", "n": num_items, "limit": None}
             entry |= {"items_sha256": "a" * 64, "prompt_sha256": "b" * 64}
             for protocol, right in scores.items():
-                entry[protocol] = right and {"value": sum(right) / num_items, "n": num_items}
+                entry[protocol] = right and {"value": sum(right) / num_items, "n": num_items, **COUNTS}
             entries.append(entry)
             for place in range(num_items):
                 row = {"task": task, "id": f"{place:03}", "group": f"{place:03}", "gold": "yes"}
@@ -132,6 +133,7 @@ def make_ours(tmp_path: Path) -> Callable[..., Path]:
                     row["generation"] = {
                         "correct": bool(pair[1][place]),
                         "text": "it is yes" if pair[1][place] else "no",
+                        "extracted": "yes" if pair[1][place] else "no",
                     }
                 rows.append(row)
         settings = {"max_new_tokens": 64, "chat_template_sha256": "c" * 64, "batch_size": 8}

@@ -11,7 +11,8 @@ import pytest
 from rich.console import Console
 
 from gendistill.comparison import compare, load_scores, plots, render_terminal, write_comparison
-from gendistill.comparison.tables import latex_text, render_csv, render_latex, render_markdown
+from gendistill.comparison.tables import render_csv, render_latex, render_markdown
+from gendistill.report.tables import latex_text
 from gendistill.text import printable
 
 HOSTILE = [

@@ -23,7 +23,7 @@ def test_both_protocols_and_what_one_of_them_hides(make_ours):
     comparison = run(make_ours("teacher", TEACHER), make_ours("student", STUDENT))
     gaps = {pair.measure: pair.gap.value for pair in comparison.pairs}
     assert gaps == pytest.approx({"likelihood": 0, "generation": -30})
-    assert comparison.lead == "generation"
+    assert comparison.leads == ["generation"]
     (hidden,) = comparison.hidden
     assert hidden.hidden.value == pytest.approx(-30)
     assert hidden.hidden.high < 0

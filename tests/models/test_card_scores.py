@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from huggingface_hub import ModelCard
 
+from gendistill.errors import CheckpointError
 from gendistill.models.card import CardScore, add_scores, front_matter
 from gendistill.models.io import save_student
 from gendistill.testing import tiny_student
@@ -49,3 +50,12 @@ def test_new_scores_replace_the_old_and_nothing_else_changes(folder):
     assert len(entry["metrics"]) == 1
     add_scores(folder, [])
     assert (folder / "README.md").read_text() == before
+
+
+def test_metadata_that_cannot_be_read_is_not_thrown_away(tmp_path):
+    card = tmp_path / "README.md"
+    card.write_text("---\nlicense: [mit\nmine: kept\n---\n# a card\n")
+    before = card.read_bytes()
+    with pytest.raises(CheckpointError, match="cannot be read as YAML"):
+        add_scores(tmp_path, [])
+    assert card.read_bytes() == before

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import re
 
 import pytest
@@ -13,6 +14,7 @@ from gendistill.errors import RecipeError, ReportError
 from gendistill.gates import GateError, parse_gate
 from gendistill.report import compare_reports
 from gendistill.report.choices import differing_settings, single_effects
+from gendistill.report.diagnostics import subject_tables
 from gendistill.report.many import disagreements, headline, write_comparison
 from gendistill.report.measures import MEASURES, check_gates, measure
 from gendistill.report.run_files import read_run
@@ -23,6 +25,7 @@ from gendistill_evals import ProtocolFamily
 LIKELIHOOD, GENERATION = ProtocolFamily.LIKELIHOOD, ProtocolFamily.GENERATION
 TEACHER = {"quiz": ([1] * 200, [1] * 200)}
 # ranks well and writes badly, and the other way around: 40 items apart under each protocol
+ONE = {"quiz": ([1] * 20, [1] * 20), "sums": (None, [1] * 4)}
 RANKS = {"quiz": ([1] * 180 + [0] * 20, [1] * 100 + [0] * 100)}
 WRITES = {"quiz": ([1] * 140 + [0] * 60, [1] * 140 + [0] * 60)}
 
@@ -234,3 +237,54 @@ def test_a_folder_that_nothing_would_be_written_to_is_refused(make_run, words, s
 def test_a_width_that_is_none_is_refused(make_run, width, capsys):
     assert main(["report", str(make_run()), "--width", width]) == 2
     assert "a width of 1 to 40 inches" in capsys.readouterr().err
+
+
+def test_every_run_and_gate_that_is_not_met_is_named(make_run, capsys):
+    runs = [make_run("one"), make_run("two"), make_run("three", teacher=ONE, student=ONE)]
+    assert main(["report", *map(str, runs), "--gate", "gap<=3", "--gate", "kept>=99"]) == 3
+    said = capsys.readouterr().err
+    assert "2 of 3 runs" in said
+    for run in runs[:2]:
+        assert f"{run}: gap<=3: gap is 32.5; kept>=99: kept is" in said
+    assert str(runs[2]) not in said
+
+
+def test_items_that_all_share_a_question_are_refused(make_run):
+    run = make_run()
+    for role in ("teacher", "student"):
+        share(run, role, "one")
+    with pytest.raises(ReportError, match="all 20 items share one question"):
+        gap_report(read_run(run))
+
+
+def test_subjects_of_few_questions_have_wide_intervals(make_run):
+    run = make_run()
+    (before,) = [rows for task, protocol, rows in tables_of(run, "a") if protocol == "generation"]
+    for role in ("teacher", "student"):
+        share(run, role, None)
+    (after,) = [rows for task, protocol, rows in tables_of(run, "a") if protocol == "generation"]
+    assert after[0].high - after[0].low > 1.1 * (before[0].high - before[0].low)
+
+
+def share(run, role, group):
+    path = run / "eval" / role / "samples.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for place, row in enumerate(rows):
+        row["group"] = group or f"{place // 2}"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def tables_of(run, subject):
+    files = read_run(run)
+    for row in files.samples["student"]:
+        row["subject"] = subject
+    return [each for each in subject_tables(files, gap_report(files)) if each[0] == "quiz"]
+
+
+def test_runs_that_wrote_under_other_protocols_are_not_ranked(two):
+    for role in ("teacher", "student"):
+        folder = two[1] / "eval" / role
+        for path in (folder / "results.json", folder / "samples.jsonl"):
+            path.write_text(path.read_text().replace('"generation"', '"generation_letter"'))
+    with pytest.raises(ReportError, match="generation by generation / generation_letter"):
+        compare_reports(two)

@@ -23,6 +23,10 @@ _OWN_KEYS = frozenset({
     "doc_id", "doc", "target", "arguments", "resps", "filtered_resps", "filter", "metrics",
     "doc_hash", "prompt_hash", "target_hash",
 })  # fmt: skip
+# Of which less is better; a results file says it of every metric.
+_LESS_IS_BETTER = frozenset({
+    "perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "brier_score", "ter", "wer", "cer",
+})  # fmt: skip
 _AGAIN = "write the samples again: lm_eval ... --log_samples --output_path FOLDER"
 
 
@@ -34,7 +38,7 @@ class SampleRow:
         doc_id: Of the item, unique within a task and filter.
         filter: What was done with the answers before they were scored; ``none`` for nothing.
         doc_hash, prompt_hash, target_hash: SHA-256 of the item, of what was asked and of the reference answer.
-        generated: Whether the model wrote an answer, instead of ranking given ones.
+        generated: How the model was asked to write an answer; None if it ranked given ones.
         values: Metrics that are one number in [0, 1].
         unusable: Other metrics, and why they cannot be compared item by item.
         group: The field of the item that was asked for, as text.
@@ -46,7 +50,7 @@ class SampleRow:
     doc_hash: str
     prompt_hash: str
     target_hash: str
-    generated: bool
+    generated: dict[str, Any] | None
     values: dict[str, float]
     unusable: dict[str, str]
     group: str | None
@@ -78,7 +82,7 @@ class SampleFile:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """How the task was asked, as far as the results file says."""
+        """How the task was asked, as far as the first sample and the results file say."""
         found = self.results or {}
         keys = ("chat_template_sha", "system_instruction_sha", "fewshot_as_multiturn")
         settings = {key: found[key] for key in keys if key in found}
@@ -86,6 +90,8 @@ class SampleFile:
             by_task = found.get(section)
             if isinstance(by_task, dict) and self.task in by_task:
                 settings[name] = by_task[self.task]
+        if self.rows[0].generated is not None:
+            settings["generation"] = self.rows[0].generated
         return settings
 
     @property
@@ -93,11 +99,8 @@ class SampleFile:
         """Metrics of which less is better."""
         by_task = (self.results or {}).get("higher_is_better")
         higher = by_task.get(self.task) if isinstance(by_task, dict) else None
-        return (
-            frozenset(name for name, up in higher.items() if up is False)
-            if isinstance(higher, dict)
-            else frozenset()
-        )
+        said = higher if isinstance(higher, dict) else {}
+        return frozenset(name for name, up in said.items() if up is False) | (_LESS_IS_BETTER - said.keys())
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +138,14 @@ def find_sample_files(folder: Path) -> list[Path]:
         )
     if models:
         return find_sample_files(models[0])
+    results = [_read_results(folder, date) for date in sorted({_task_and_date(path)[1] for path in found})]
+    if len(named := {str(each["model_name"]) for each in results if each and each.get("model_name")}) > 1:
+        raise EvalError(
+            f"the folder holds samples of {len(named)} models: {', '.join(map(shorten, sorted(named)[:8]))}",
+            where=str(folder),
+            hint="move the files of each model into a folder of its own, or name the samples of one task: "
+            f"{found[-1]}",
+        )
     newest: dict[str, Path] = {}
     for path in sorted(found, key=lambda path: _task_and_date(path)[1]):
         newest[_task_and_date(path)[0]] = path
@@ -258,7 +269,7 @@ def _row(line: bytes, *, where: str, offset: int, group_by: str | None) -> Sampl
         doc_hash=_hash(row, "doc_hash", json.dumps(row["doc"], indent=2, ensure_ascii=False)),
         prompt_hash=_hash(row, "prompt_hash", str(first[0]) if first else ""),
         target_hash=_hash(row, "target_hash", str(row.get("target"))),
-        generated=len(first) > 1 and isinstance(first[1], dict),
+        generated=first[1] if len(first) > 1 and isinstance(first[1], dict) else None,
         values=values,
         unusable=unusable,
         group=_group(row["doc"], group_by, where),
@@ -289,9 +300,9 @@ def _why_not(value: Any) -> str | None:
     """Say why a metric of one item cannot be averaged over items; None if it can."""
     if not isinstance(value, bool | int | float):
         return f"it is {shorten(value)}, not one number"
-    if not math.isfinite(value):
+    if isinstance(value, float) and not math.isfinite(value):
         return "it is not a finite number"
-    return None if 0 <= value <= 1 else f"it is {value:g}, outside 0 to 1"
+    return None if 0 <= value <= 1 else f"it is {shorten(value)}, outside 0 to 1"
 
 
 def _arguments(found: Any) -> list[list[Any]]:

@@ -11,15 +11,14 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from gendistill_evals.errors import EvalError
 from gendistill_evals.formats.lm_eval import NO_FILTER
-from gendistill_evals.results import read_results, read_samples, write_json
+from gendistill_evals.results import read_results, read_samples, write_json, write_lines
 
 # Protocols that ask alike and only rank otherwise, by the name that lm-eval has for it.
 _RANKED = {
@@ -87,7 +86,9 @@ def write_lm_eval(folder: Path, out: Path) -> Path:
         for way in _ways(entry):
             samples = [_sample(row, number, way) for number, row in enumerate(asked)]
             _describe(content, entry, way, samples, settings)
-            _write_lines(place / f"samples_{way.name}_{date}.jsonl", samples)
+            # A task that is called as a path is would be written elsewhere.
+            name = re.sub(r"[/\\]", "__", way.name)
+            write_lines(place / f"samples_{name}_{date}.jsonl", samples)
     # Last, as lm-eval does not: it says that the others are whole.
     return write_json(place / f"results_{date}.json", content)
 
@@ -212,14 +213,3 @@ def _text(prompt: Any) -> str:
 
 def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
-
-
-def _write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    lines = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(lines, encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise EvalError(
-            f"cannot write the file: {error.strerror}", where=str(path), hint="give another folder"
-        ) from error
