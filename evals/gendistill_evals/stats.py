@@ -394,7 +394,8 @@ def _sample(values: Values, bounds: tuple[float, float], groups: Groups) -> _Sam
             f"every item needs a number from {low:g} to {high:g}, got {items.min():g} to {items.max():g}"
         )
     distinct, counts = np.unique(items, return_counts=True)
-    mean = float(items.mean())
+    # rounding puts the mean of equal fractions beside them
+    mean = float(np.clip(items.mean(), distinct[0], distinct[-1]))
     codes = _codes(groups, items.size)
     worth, degrees = float(items.size), None
     if codes is not None:

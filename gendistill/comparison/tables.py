@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +10,7 @@ from rich.text import Text
 
 from gendistill.comparison.values import Comparison, Estimate, PairScore
 from gendistill.comparison.wording import p_text
-from gendistill.report.tables import NOT_MEASURED, Cell, latex_text, markdown_cell, signed
+from gendistill.report.tables import NOT_MEASURED, Cell, csv_text, latex_text, markdown_cell, signed
 from gendistill.text import printable
 
 HEADERS = ("task", "first", "second", "gap", "McNemar", "flips", "verdict", "n")
@@ -115,13 +113,7 @@ def _flat(row: PairScore) -> dict[str, Any]:
 
 def render_csv(comparison: Comparison) -> str:
     """Write every number unrounded, one line per pair, measure and task; empty where not measured."""
-    rows = flat_rows(comparison)
-    out = io.StringIO()
-    # all text in quotes: a name may begin like a formula or hold a line end of any kind
-    writer = csv.DictWriter(out, fieldnames=list(rows[0]), lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
-    writer.writeheader()
-    writer.writerows(rows)
-    return out.getvalue()
+    return csv_text(flat_rows(comparison))
 
 
 def render_latex(comparison: Comparison) -> str:

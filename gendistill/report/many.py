@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -168,7 +166,7 @@ def headline(comparison: RunComparison, found: Sequence[Disagreement]) -> list[s
             f"log-likelihood and generation, {len(sure) or 'none'} of them beyond noise."
         )
     elif len(best) == 2:
-        sentences.append("Both protocols put these students in the same order.")
+        sentences.append("No two of these students change places between log-likelihood and generation.")
     return sentences
 
 
@@ -222,10 +220,4 @@ def _csv(runs: Sequence[RunFiles], reports: Sequence[GapReport], settings: Seque
         own |= {f"heldout_{name}": last.get(name) for name in ("kl", "student_ce", "teacher_ce")}
         for row in tables.raw_rows(report, protocols):
             rows.append(row | own)
-    if not rows:
-        return ""
-    out = io.StringIO()
-    writer = csv.DictWriter(out, fieldnames=list(rows[0]), lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
-    writer.writeheader()
-    writer.writerows(rows)
-    return out.getvalue()
+    return tables.csv_text(rows)

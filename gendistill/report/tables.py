@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from rich.table import Table
@@ -294,14 +294,7 @@ def render_csv(reports: Sequence[GapReport]) -> str:
     """Write every number unrounded, one line per run and task; empty where not measured."""
     protocols = shown_protocols(reports)
     rows = [row for report in reports for row in raw_rows(report, protocols)]
-    if not rows:
-        return ""
-    out = io.StringIO()
-    # all text in quotes: a name may begin like a formula or hold a line end of any kind
-    writer = csv.DictWriter(out, fieldnames=list(rows[0]), lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
-    writer.writeheader()
-    writer.writerows(rows)
-    return out.getvalue()
+    return csv_text(rows)
 
 
 def inversion_lines(inversions: Sequence[Inversion]) -> list[str]:
@@ -314,3 +307,15 @@ def inversion_lines(inversions: Sequence[Inversion]) -> list[str]:
         )
         for found in inversions
     ]
+
+
+def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Write rows with the same columns as CSV, names as they are; empty without rows."""
+    if not rows:
+        return ""
+    out = io.StringIO()
+    # all text in quotes: a name may hold a line end of any kind
+    writer = csv.DictWriter(out, fieldnames=list(rows[0]), lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue()

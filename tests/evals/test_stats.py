@@ -336,6 +336,16 @@ def test_students_distribution_agrees_with_scipy(degrees):
     assert stats._student_quantile(0.975, degrees) == pytest.approx(reference.t.ppf(0.975, degrees))
 
 
+@pytest.mark.parametrize(("teacher", "student"), [(0.9, 0.1), (0.1, 0.1), (0.1, 0.4), (0.7, 1.0)])
+def test_equal_fractions_leave_room_too(teacher, student):
+    """A mean of equal fractions differs from each of them in the last bit."""
+    found = gap([teacher] * 30, [student] * 30)
+    assert found.low < found.value - 0.01
+    assert found.high > found.value + 0.01
+    scored = accuracy([student] * 30)
+    assert scored.high - scored.low > 0.05
+
+
 # what is refused
 
 
