@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 OnProgress = Callable[[int, int], None]
 # Raised whenever the same model may get another score than before on the same items.
-RULES = 4
+RULES = 5
 
 
 class ProtocolFamily(StrEnum):
