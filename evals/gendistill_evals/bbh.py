@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from decimal import Decimal
 
-from gendistill_evals.extract import find_letter, find_option, last_number, parse_number
+from gendistill_evals.extract import find_letter, find_option, last_number, parse_number, written_number
 from gendistill_evals.items import Item
 from gendistill_evals.wording import Words, nfkc, plain_text
 
@@ -79,7 +79,7 @@ def bbh_answer(item: Item, text: str) -> str | None:
         found = _number(text)
         if found is None:
             return None
-        return str(int(found)) if found == found.to_integral_value() else str(found)
+        return written_number(found)
     if not set(item.gold) - set("()[]{}<> "):
         return _brackets(text, question)
     return _sorted_words(text, item.gold.split())

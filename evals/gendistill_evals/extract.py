@@ -23,7 +23,11 @@ from gendistill_evals.wording import (
     plain_text,
 )
 
-_NUMBER = re.compile(r"(?<![\w.])[-\u2212]?\$?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?")
+_NUMBER = re.compile(
+    r"(?<![\w.])(?:\$[-\u2212]|[-\u2212]?\$?)(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)"
+)
+# Four number signs before words are a heading: "#### Step 3: add".
+_MARKED = re.compile(rf"####(?:(?!####)\W)*?(?P<number>{_NUMBER.pattern})")
 # "answer" with its verb or colon, bold or not; a box; four number signs.
 _STATEMENT = re.compile(
     r"\\(?:boxed|fbox)\s{0,3}\{|####|\banswer\b[*_\s]{0,4}(?:is\b|:)[*_\s]{0,4}:?[*_]{0,3}", re.IGNORECASE
@@ -38,7 +42,7 @@ _AFTER_LETTERS = frozenset({
 
 
 def parse_number(text: str) -> Decimal | None:
-    """Read a text that is one number: ``1,234``, ``$3.50``, ``-7``, ``40%``; None if it is anything else."""
+    """Read a text that is one number: ``1,234``, ``$3.50``, ``-7``, ``.5``, ``40%``; None if it is anything else."""
     stripped = text.strip().rstrip("%").strip()
     return _decimal(stripped) if _NUMBER.fullmatch(stripped) else None
 
@@ -48,13 +52,16 @@ def last_number(text: str) -> Decimal | None:
 
     Args:
         text: A generated answer.
-    Returns: The first number after the last ``####`` if there is one, else the last number, else None.
+    Returns: The last number that follows ``####`` without a word between them, else the last number, else None.
     """
-    _, marker, after = text.rpartition("####")
-    if marker and (found := _NUMBER.search(after)):
-        return _decimal(found.group())
-    numbers = _NUMBER.findall(text)
+    numbers = [found["number"] for found in _MARKED.finditer(text)] or _NUMBER.findall(text)
     return _decimal(numbers[-1]) if numbers else None
+
+
+def written_number(number: Decimal) -> str:
+    """Write a number in plain digits, without zeros after its last one: ``18`` of ``18.00``."""
+    text = format(number, "f")
+    return text.rstrip("0").rstrip(".") if "." in text else text
 
 
 def answer_after_thought(text: str, *, opens: bool = False) -> str | None:
@@ -92,8 +99,8 @@ def stated_answer(text: str, *, number: bool = False) -> str | None:
     else:
         stated = next((line for line in after.split("\n") if line.strip(_EDGE + "#")), "")
     if number:
-        # What a judge of numbers takes first.
-        stated = f"#### {stated.rpartition('=')[2]}"
+        found = _NUMBER.search(stated.rpartition("=")[2])
+        stated = found.group() if found else ""
     return stated.strip() or None
 
 

@@ -17,6 +17,16 @@ from gendistill_evals.verbatim import Verbatim
 LETTER_REQUEST = "Answer with the letter."
 THOUGHT_REQUEST = 'Think step by step, then end with "The answer is ...".'
 THOUGHT_LETTER_REQUEST = 'Think step by step, then end with "The answer is X.", where X is the letter.'
+# Options that speak of the others, which stand elsewhere in another order: "all of the above", "both A and B".
+_JOINED = r"\W+(?:and|or|nor|&)\W+[a-z]\b"
+_OF_OTHERS = re.compile(
+    r"\bthe (?:above|preceding|foregoing)\b(?!-)"
+    r"|\bof (?:the |these |those )?(?:other )?(?:options|answers|choices)\b"
+    r"|\b(?:all|none|any|both|neither|either|some|one|two) of (?:these|those|them)\W*$"
+    rf"|\b(?:both|neither|either|options?|answers?|choices?|only) \(?(?P<named>[a-z])\b(?:{_JOINED}|\)?,)"
+    rf"|^\W*(?P<first>[a-z])\b(?:\W+[a-z]\b)*(?:{_JOINED}\W*(?:only)?|\W+only)\W*$",
+    re.IGNORECASE,
+)
 _LISTED = re.compile(r"(\s*[(\[]?([A-Z])[.):\]]+\s+)(\S.*)")
 
 
@@ -96,8 +106,8 @@ def reordered(item: Item, order: Sequence[int]) -> Item | None:
     Args:
         item: The item.
         order: For each place the former place of the option that stands there.
-    Returns: The item whose right answer has moved with its text; None without options, or where letters are explained
-        by a prompt in which no lines "A. ..." are found.
+    Returns: The item whose right answer has moved with its text; None without options, where letters are explained
+        by a prompt in which no lines "A. ..." are found, or where an option speaks of the others.
     """
     if not item.options or sorted(order) != list(range(len(item.options))):
         return None
@@ -118,6 +128,8 @@ def reordered(item: Item, order: Sequence[int]) -> Item | None:
         options = moved = tuple(item.options[place] for place in order)
         shown, gold = list_options(options, AnswerForm.TEXT), item.gold
         texts = moved if texts else texts
+    if any(_speaks_of_others(text, len(moved)) for text in moved):
+        return None
     prompt = item.prompt
     if listing:
         asked = item.messages[-1]["content"].replace(listing, shown)
@@ -133,6 +145,15 @@ def reordered(item: Item, order: Sequence[int]) -> Item | None:
         gold=gold,
         listing=shown if item.listing else None,
         worked=gold if item.worked == item.gold else item.worked,
+    )
+
+
+def _speaks_of_others(option: str, size: int) -> bool:
+    """Whether the place of an option among ``size`` decides what it says."""
+    letters = LETTERS[:size]
+    return any(
+        (found["named"] or found["first"] or letters[0]).upper() in letters
+        for found in _OF_OTHERS.finditer(option)
     )
 
 

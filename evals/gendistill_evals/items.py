@@ -328,8 +328,14 @@ def _with_distractors(
     # The row's number decides the place, so that no place is right more often than another.
     place = index % (len(others) + 1)
     texts = (*others[:place], answer, *others[place:])
-    _reject_equal(texts, where)
+    _reject_equal(texts, where, [_judged_as(text, form.kind) for text in texts])
     return texts
+
+
+def _judged_as(text: str, kind: Kind) -> Any:
+    """Return what decides whether two answers are the same to a judge: 18.0 is 18, and "paris" is "Paris"."""
+    number = parse_number(text) if kind is Kind.NUMERIC else None
+    return (normalise(text) or text) if number is None else number
 
 
 def _texts(values: Any, where: str) -> tuple[str, ...]:
@@ -368,10 +374,12 @@ def identity_of(value: Any, index: int, where: str) -> str:
     return str(index) if value is None else _text(value, "an id", where)
 
 
-def _reject_equal(texts: Sequence[str], where: str) -> None:
-    if len(set(texts)) < len(texts):
+def _reject_equal(texts: Sequence[str], where: str, judged_as: Sequence[Any] | None = None) -> None:
+    if len(set(judged_as or texts)) < len(texts):
         raise EvalError(
-            f"two options are the same: {shorten(list(texts))}", where=where, hint="change or remove one"
+            f"two options are the same answer: {shorten(list(texts))}",
+            where=where,
+            hint="change or remove one",
         )
 
 

@@ -8,7 +8,14 @@ from typing import NamedTuple
 
 from gendistill_evals.bbh import bbh_answer, same_answer
 from gendistill_evals.errors import EvalError
-from gendistill_evals.extract import find_letter, find_option, last_number, normalise, parse_number
+from gendistill_evals.extract import (
+    find_letter,
+    find_option,
+    last_number,
+    normalise,
+    parse_number,
+    written_number,
+)
 from gendistill_evals.items import AnswerForm, Item, Kind
 
 
@@ -28,11 +35,11 @@ Judge = Callable[[Item, str], Judgement]
 
 
 def judge_numeric(item: Item, text: str) -> Judgement:
-    """Compare the number after the last ``####``, else the last number, with gold."""
+    """Compare the number that follows the last ``####``, else the last number, with gold."""
     number = last_number(text)
     if number is None:
         return Judgement(None, correct=False)
-    return Judgement(str(number), number == parse_number(item.gold))
+    return Judgement(written_number(number), number == parse_number(item.gold))
 
 
 def judge_exact_match(item: Item, text: str) -> Judgement:

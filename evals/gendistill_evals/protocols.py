@@ -17,7 +17,7 @@ from gendistill_evals.errors import EvalError
 from gendistill_evals.extract import answer_after_thought, stated_answer
 from gendistill_evals.forms import Form, example_turns, in_form
 from gendistill_evals.items import LETTERS, Item
-from gendistill_evals.judges import ANSWER_JUDGES, JUDGES, THOUGHT_JUDGES, Judgement, judge_letter
+from gendistill_evals.judges import ANSWER_JUDGES, JUDGES, THOUGHT_JUDGES, Judge, Judgement, judge_letter
 from gendistill_evals.model import Generated, LanguageModel, Limits, Pair, Request, check_fits
 from gendistill_evals.prompts import PLAIN_STYLE, Prompter, Style, ids_sha256, opened
 from gendistill_evals.task import Metric, Task
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 OnProgress = Callable[[int, int], None]
 # Raised whenever the same model may get another score than before on the same items.
-RULES = 4
+RULES = 5
 
 
 class ProtocolFamily(StrEnum):
@@ -309,10 +309,9 @@ class Generation:
 
     def _judged(self, item: Item, answer: Generated, task: Task, *, opens: bool) -> dict[str, Any]:
         judgement = self._judge(item, answer.text, task, opens=opens)
-        options = item.options or ()
         return {
             "correct": judgement.correct,
-            "choice": options.index(judgement.extracted) if judgement.extracted in options else None,
+            "choice": _place(item, judgement.extracted, JUDGES[task.judge]),
             "text": answer.text,
             "extracted": judgement.extracted,
             "truncated": answer.truncated,
@@ -376,7 +375,7 @@ def asked_items(task: Task, form: Form, style: Style, limit: int | None = None) 
         style: Its system turn and number of examples are put into the prompts.
         limit: Items, from the first; None for all.
     Raises:
-        EvalError: More examples than the task has, or a second system turn.
+        EvalError: More examples than the task has, examples without options for letters, or a second system turn.
     """
     if style.few_shot > len(task.examples):
         has = f"{len(task.examples):,}" if task.examples else "none"
@@ -385,7 +384,16 @@ def asked_items(task: Task, form: Form, style: Style, limit: int | None = None) 
             where=task.name,
             hint="name a .jsonl file of rows that are not items with examples: in the task file, or leave few_shot out",
         )
-    shots = [turn for example in task.examples[: style.few_shot] for turn in example_turns(example, form)]
+    examples = task.examples[: style.few_shot]
+    if form is Form.LETTER and (
+        bare := next((each for each in examples if not 0 < len(each.options or ()) <= len(LETTERS)), None)
+    ):
+        raise EvalError(
+            f"few_shot shows example {bare.id} by letter, and it has {len(bare.options or ()):,} options",
+            where=task.name,
+            hint=f"give every example up to {len(LETTERS)} options, or leave few_shot or the protocols by letter out",
+        )
+    shots = [turn for example in examples for turn in example_turns(example, form)]
     items = []
     for item in task.items[:limit]:
         asked = in_form(item, form)
@@ -450,6 +458,15 @@ def _ranked(item: Item, log_probs: Sequence[Sequence[float]], metric: Metric) ->
         "scores_per_token": per_token,
         "scores_per_char": per_char,
     }
+
+
+def _place(item: Item, extracted: str | None, judge: Judge) -> int | None:
+    """Find the option that an answer names; "1,234" is the number 1234."""
+    options = item.options or ()
+    if extracted is None or extracted in options:
+        return None if extracted is None else options.index(extracted)
+    read = [judge(item, option).extracted for option in options]
+    return read.index(extracted) if extracted in read else None
 
 
 def _share(flags: Iterable[bool]) -> float:

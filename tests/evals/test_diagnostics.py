@@ -302,3 +302,54 @@ def test_a_protocol_of_anybody_is_diagnosed_by_what_it_gives():
         "mine": {}
     }
     assert not ends_in_loop([])
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        "All of the above", "none of the above.", "All of the above areas.", "it could be any of the above",
+        "the above", "All of these", "Either of these.", "All of these options.", "none of the other choices",
+        "both A and B", "Neither a nor b.", "neither a nor. b.", "C. both (a) and (c)", "A and C only", "A, B and C",
+        "A & B", "(B) or (C)", "A only", "Options B and C",
+    ],
+)  # fmt: skip
+def test_options_that_speak_of_others_stay_where_they_are(write_task, option):
+    """In another place they say another thing: "all of the above" is nothing at the top."""
+    rows = [{"question": "a?", "options": ["x", "y", "z", option], "gold": "x"}]
+    task = load_task(
+        write_task(rows, kind="multiple_choice", answer="letter", prompt="{question}\n{options}")
+    )
+    assert in_other_orders(task, 3) == []
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        "0.40 ounce above the mean", "These organisms have analogous structures.", "Above $30.", "both parties",
+        "has all of its electrons paired", "I and II only", "Neither the man nor the student", "vitamins A and D",
+        "Both I and II", "a mean of the above-ground mass of trees", "A cat", "a", "both a cat and a dog",
+        "Some of these molecules are split", "AB", "Consistent when A and B are true",
+    ],
+)  # fmt: skip
+def test_options_that_speak_of_the_world_are_moved(write_task, option):
+    rows = [{"question": "a?", "options": ["x", "y", "z", option], "gold": "x"}]
+    task = load_task(
+        write_task(rows, kind="multiple_choice", answer="letter", prompt="{question}\n{options}")
+    )
+    assert len(in_other_orders(task, 3)) == 3
+
+
+def test_an_answer_that_writes_an_option_otherwise_has_its_place(
+    write_task, scripted, chat_tokenizer, tmp_path
+):
+    rows = [
+        {"question": f"Number {n}?", "gold": "1,234", "distractors": ["12.5", "7"], "id": str(n)}
+        for n in range(3)
+    ]
+    path = write_task(rows, stem="sums", kind="numeric", max_new_tokens=16)
+    said = {"0": "1234", "1": "12.50", "2": "8"}
+    model = scripted(chat_tokenizer, says=lambda prompt: said[re.search(r"Number (\d)", prompt)[1]])
+    evaluate_model(model, tasks=[path], out_dir=tmp_path, model_name="m", protocols=["generation"])
+    found = [row["generation"]["choice"] for row in read_samples(tmp_path)]
+    # The right answer takes turns among the places.
+    assert found == [0, 0, None]

@@ -20,6 +20,14 @@ from gendistill_evals.extract import find_letter, find_option, last_number, norm
         ("that leaves 12%", "12"),
         ("first 5, then 6\n#### 42\nDone, 3 checks", "42"),
         ("1,2,3", "3"),
+        ("it costs $.50", "0.50"),
+        ("about .5 of it", "0.5"),
+        ("a loss of $-5", "-5"),
+        ("#### Step 3: add them\n5 + 6 = 11\nThe answer is 11.", "11"),
+        ("#### Step 2: halve\n22 / 2\n#### 11\n#### Check\n2 * 11 = 22", "11"),
+        ("#### The answer is 18", "18"),
+        ("####\n**$1,234.50** a year for 3 years", "1234.50"),
+        ("#### #### 4", "4"),
         ("2024-05", "05"),
         ("seven", None),
         ("", None),
@@ -32,7 +40,15 @@ def test_last_number_is_found_or_missing(text, number):
 
 @pytest.mark.parametrize(
     ("text", "number"),
-    [("1,234", "1234"), (" $3.50 ", "3.50"), ("40%", "40"), ("7 apples", None), ("", None)],
+    [
+        ("1,234", "1234"),
+        (" $3.50 ", "3.50"),
+        ("40%", "40"),
+        (".5", "0.5"),
+        ("$-5", "-5"),
+        ("7 apples", None),
+        ("", None),
+    ],
 )
 def test_a_gold_number_must_be_the_whole_text(text, number):
     assert parse_number(text) == (None if number is None else Decimal(number))

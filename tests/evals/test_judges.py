@@ -5,6 +5,9 @@ from __future__ import annotations
 import pytest
 
 from gendistill_evals import JUDGES, EvalError, HFModel, Judgement, evaluate_model, load_task
+from gendistill_evals.forms import Form
+from gendistill_evals.items import Item
+from gendistill_evals.protocols import Generation
 
 CHOICE = {"question": "a?", "options": ["red", "blue"], "gold": "blue"}
 NUMBER = {"question": "a?", "gold": "3", "distractors": ["4"]}
@@ -68,3 +71,22 @@ def test_a_judge_of_another_package_judges(write_task, speaker, chat_tokenizer, 
     model = HFModel(speaker(lambda prompt: "A please" if "a?" in prompt else "A"), chat_tokenizer)
     (entry,) = evaluate_model(model, tasks=[path], out_dir=tmp_path / "out", model_name="m")["tasks"]
     assert (entry["judge"], entry["generation"]["value"]) == ("polite", 0.5)
+
+
+@pytest.mark.parametrize("judge", ["numeric", "bbh"])
+@pytest.mark.parametrize(
+    ("text", "extracted"),
+    [("9" * 5000, "9" * 5000), ("0.00000001", "0.00000001"), ("18.00", "18"), ("-007", "-7"), ("0.0", "0")],
+)
+def test_numbers_of_any_size_are_read_in_plain_digits(judge, text, extracted):
+    item = Item("1", "How many?", "18", None, None)
+    assert JUDGES[judge](item, text) == (extracted, extracted == "18")
+
+
+def test_a_stated_number_is_the_first_of_its_statement(write_task):
+    item = Item("1", "How many?", "18", None, None)
+    thought = Generation("generation_thought", "", form=Form.THOUGHT)
+    task = load_task(
+        write_task([{"question": "q", "gold": "18"}], stem="sums", kind="numeric", max_new_tokens=4)
+    )
+    assert thought._judge(item, "So the answer is that 18 apples last 2 days.", task, opens=False).correct

@@ -295,3 +295,17 @@ def test_a_style_changes_nothing_where_it_is_the_default(colors, tiny_llama, cha
     model, task = HFModel(tiny_llama, chat_tokenizer), load_task(colors)
     for protocol in PROTOCOLS.values():
         assert protocol.run(model, task) == protocol.run(model, task, style=Style())
+
+
+def test_examples_without_options_are_not_shown_by_letter(write_task):
+    path = write_task(
+        [{"question": "2 + 2?", "gold": "4", "distractors": ["5"]}],
+        stem="sums",
+        kind="numeric",
+        examples="shown.jsonl",
+    )
+    (path.parent / "shown.jsonl").write_text(json.dumps({"id": "one", "question": "1 + 1?", "gold": "2"}))
+    task, style = load_task(path), Style(few_shot=1)
+    assert len(asked_items(task, Form.PLAIN, style)) == 1
+    with pytest.raises(EvalError, match="example one by letter, and it has 0 options"):
+        asked_items(task, Form.LETTER, style)

@@ -179,6 +179,18 @@ ROW = {"question": "a?", "gold": "b", "options": ["b", "c"]}
             "has no distractors",
             id="some distractors",
         ),
+        pytest.param(
+            [{"question": "a?", "gold": "1000", "distractors": ["1,000.0", "5"]}],
+            {"kind": "numeric"},
+            "the same answer",
+            id="a distractor that is right",
+        ),
+        pytest.param(
+            [{"question": "a?", "gold": "Paris", "distractors": ["paris", "Rome"]}],
+            {"kind": "exact_match"},
+            "the same answer",
+            id="a distractor in small letters",
+        ),
     ],
 )
 def test_what_does_not_fit_is_named(write_task, rows, settings, message):
