@@ -126,7 +126,7 @@ def protocol_rows(report: GapReport) -> list[list[Cell]]:
                     difference_cell(task.gap.get(name)),
                     percent_cell(kept.plain) if kept else at_chance,
                     percent_cell(kept.above_chance if kept else None),
-                    Cell(f"{flips.lost:,} / {flips.won:,}" if flips else NOT_MEASURED),
+                    Cell(f"{flips.lost:,}\u202f/\u202f{flips.won:,}" if flips else NOT_MEASURED),
                     Cell(f"{(student or teacher or task).n:,}"),
                 ]
             )
