@@ -204,8 +204,8 @@ def check_evaluation(
         limits: Positions and tokens of the model that will be scored.
         tokenizer: Its tokenizer; the rest is as for ``evaluate_model``.
     Raises:
-        EvalError: A task that does not exist or that no protocol can score, a chat template that cannot ask it, or
-            items that are too long or have tokens that the model does not know.
+        EvalError: A task that does not exist, that no protocol can score or whose answers nobody would judge, a chat
+            template that cannot ask it, or items that are too long or have tokens that the model does not know.
     """
     protocols = _default_protocols() if protocols is None else protocols
     loaded = load_tasks(tasks)
@@ -213,6 +213,8 @@ def check_evaluation(
         prompter = Prompter(tokenizer, style)
         loaded = [built(task, prompter, limits.max_tokens) for task in loaded]
     for task, protocol in _asked(loaded, protocols):
+        if protocol.family is ProtocolFamily.GENERATION:
+            check_judged(task)
         protocol.check(limits, tokenizer, task, limit=limit, style=style)
     if questions is not None:
         asked = questions if isinstance(questions, Questions) else load_questions(questions)

@@ -36,7 +36,7 @@ from gendistill_evals.diagnostics import MOST_PERMUTATIONS
 from gendistill_evals.prompts import ChatTemplate, Style
 from gendistill_evals.protocols import lead_protocols
 from gendistill_evals.results import read_results
-from gendistill_evals.suites import SUITES, suite_tasks
+from gendistill_evals.suites import SUITES, with_suites
 
 # The first protocol of each family, which is what the hidden gap compares.
 _BOTH = "both"
@@ -49,9 +49,7 @@ _MODEL_FLAGS = (
 )  # fmt: skip
 # What a recipe says in other words than eval.<flag>.
 _INSTEAD = {
-    "suite": "name its tasks: gendistill eval RECIPE eval.tasks=[A,B]",
     "data": f"export {DATA_VARIABLE}=FOLDER",
-    "lengths": "name a task.yaml of your own, with lengths under generate:, in eval.tasks",
 }
 
 
@@ -164,9 +162,7 @@ def _score_recipe(arguments: argparse.Namespace) -> int:
 
 
 def _score_model(arguments: argparse.Namespace) -> int:
-    tasks = _names(arguments.tasks)
-    # A task that is named and in a suite is asked once.
-    tasks += tuple(name for name in suite_tasks(_names(arguments.suite)) if name not in tasks)
+    tasks = with_suites(_names(arguments.tasks), _names(arguments.suite))
     if not tasks and not arguments.questions:
         raise RecipeError(
             "nothing to score: no tasks and no questions",
