@@ -12,11 +12,19 @@ from typing import TYPE_CHECKING, Any
 from gendistill_evals.decoding import greedy_decoding
 from gendistill_evals.diagnostics import MOST_PERMUTATIONS, Reordered, diagnose, in_other_orders
 from gendistill_evals.errors import EvalError
+from gendistill_evals.forms import Form
 from gendistill_evals.judges import WHY_NOT
 from gendistill_evals.keeping import KeepingModel
 from gendistill_evals.model import LanguageModel, Limits
 from gendistill_evals.prompts import PLAIN_STYLE, Prompter, Style
-from gendistill_evals.protocols import PROTOCOLS, EvalProtocol, ProtocolFamily, ProtocolRun, lead_protocols
+from gendistill_evals.protocols import (
+    PROTOCOLS,
+    EvalProtocol,
+    ProtocolFamily,
+    ProtocolRun,
+    asked_items,
+    lead_protocols,
+)
 from gendistill_evals.reading import shorten
 from gendistill_evals.results import (
     SCHEMA,
@@ -204,8 +212,8 @@ def check_evaluation(
         limits: Positions and tokens of the model that will be scored.
         tokenizer: Its tokenizer; the rest is as for ``evaluate_model``.
     Raises:
-        EvalError: A task that does not exist or that no protocol can score, a chat template that cannot ask it, or
-            items that are too long or have tokens that the model does not know.
+        EvalError: A task that does not exist, that no protocol can score or whose answers nobody would judge, a chat
+            template that cannot ask it, or items that are too long or have tokens that the model does not know.
     """
     protocols = _default_protocols() if protocols is None else protocols
     loaded = load_tasks(tasks)
@@ -213,10 +221,31 @@ def check_evaluation(
         prompter = Prompter(tokenizer, style)
         loaded = [built(task, prompter, limits.max_tokens) for task in loaded]
     for task, protocol in _asked(loaded, protocols):
+        if protocol.family is ProtocolFamily.GENERATION:
+            check_judged(task)
         protocol.check(limits, tokenizer, task, limit=limit, style=style)
     if questions is not None:
         asked = questions if isinstance(questions, Questions) else load_questions(questions)
         check_questions(limits, tokenizer, asked, max_new_tokens=question_tokens, style=style)
+
+
+def check_tasks(tasks: Sequence[Task], *, protocols: Sequence[str], style: Style = PLAIN_STYLE) -> None:
+    """Check what can be checked of tasks without a tokenizer or a model, which may be a download of hours.
+
+    Args:
+        tasks: Loaded.
+        protocols, style: As for ``evaluate_model``.
+    Raises:
+        EvalError: Tasks that no protocol can score, that have too few examples, or whose answers nobody would judge.
+    """
+    # Texts that are generated wait for a tokenizer.
+    known = [task for task in tasks if task.items]
+    if len(known) == len(tasks):
+        known = list({task.name: task for task, _ in _asked(known, protocols)}.values())
+    for task in known:
+        if any(PROTOCOLS[name].family is ProtocolFamily.GENERATION for name in protocols):
+            check_judged(task)
+        asked_items(task, Form.PLAIN, style, 1)
 
 
 def check_judged(task: Task) -> None:

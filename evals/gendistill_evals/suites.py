@@ -66,3 +66,12 @@ def suite_tasks(names: Sequence[str]) -> tuple[str, ...]:
                 exit_code=2,
             )
     return tuple(dict.fromkeys(task for name in names for task in SUITES[name].tasks))
+
+
+def with_suites(tasks: Sequence[str], suites: Sequence[str]) -> tuple[str, ...]:
+    """List tasks and those of suites; a task that is named and in a suite is asked once.
+
+    Raises:
+        EvalError: As ``suite_tasks``.
+    """
+    return (*tasks, *(name for name in suite_tasks(suites) if name not in tasks))

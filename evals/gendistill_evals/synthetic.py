@@ -27,7 +27,7 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     VARIABLES: {"chains": 4, "hops": 3},
     MQAR: {"depths": [0, 25, 50, 75, 100]},
 }
-_SHORTEST = 64
+SHORTEST = 64
 _NUM_DISTRACTORS = 3
 _NAME_LETTERS = "BCDFGHJKLMNPQRSTVWXZ"
 _HINT = "write generate: {task: needle, lengths: [1024, 2048], per_cell: 4}"
@@ -404,11 +404,11 @@ def _lengths(value: Any, where: str) -> tuple[int, ...]:
         not isinstance(value, list)
         or not value
         or not all(
-            isinstance(each, int) and not isinstance(each, bool) and each >= _SHORTEST for each in value
+            isinstance(each, int) and not isinstance(each, bool) and each >= SHORTEST for each in value
         )
     ):
         raise EvalError(
-            f"lengths must be whole numbers of tokens from {_SHORTEST}, got {shorten(value)}",
+            f"lengths must be whole numbers of tokens from {SHORTEST}, got {shorten(value)}",
             where=where,
             hint="write lengths: [1024, 2048], or --lengths 1024 2048",
             exit_code=2,

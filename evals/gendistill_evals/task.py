@@ -92,6 +92,14 @@ class Task:
         """How many items there are, or will be."""
         return self.synthesis.num_items if self.synthesis is not None else len(self.items)
 
+    def identity(self) -> dict[str, str]:
+        """Return what decides the questions: the name and the hashes of items and prompt."""
+        return {
+            "name": self.name,
+            "items_sha256": self.items_sha256,
+            "prompt_sha256": self.prompt_sha256,
+        }
+
     def cut_at(self, limit: int | None) -> int | None:
         """Return a limit that leaves items out, or None: one of at least as many items as there are does not."""
         return limit if limit is not None and limit < self.num_items else None
@@ -250,12 +258,7 @@ def task_identity(name_or_path: str | Path) -> dict[str, str]:
     Args:
         name_or_path: As for ``load_task``, whose errors it raises.
     """
-    task = load_task(name_or_path)
-    return {
-        "name": task.name,
-        "items_sha256": task.items_sha256,
-        "prompt_sha256": task.prompt_sha256,
-    }
+    return load_task(name_or_path).identity()
 
 
 def questions_identity(name_or_path: str | Path) -> dict[str, str]:
@@ -379,14 +382,14 @@ def _at_lengths(tasks: Sequence[Task], lengths: Sequence[int]) -> list[Task]:
     if not any(task.synthesis for task in tasks):
         raise EvalError(
             "none of the tasks generates texts, whose lengths could be chosen",
-            where="--lengths",
-            hint="leave --lengths out, or add --suite long",
+            where="lengths",
+            hint="leave lengths out, or add the suite long",
             exit_code=2,
         )
     changed = []
     for task in tasks:
         if task.synthesis is not None:
-            synthesis = task.synthesis.at_lengths(lengths, "--lengths")
+            synthesis = task.synthesis.at_lengths(lengths, "lengths")
             task = replace(task, synthesis=synthesis, items=(), items_sha256=sha256_of(synthesis.identity()))
         changed.append(task)
     return changed

@@ -276,8 +276,8 @@ def evaluate(
         questions: Built-in name or JSON lines of open questions to answer, or None.
         folder: Keeps samples and scores, which are not computed twice; None: a temporary one.
         quiet: Whether to show no progress.
-        settings: Others of a recipe's ``eval:`` section: ``protocols``, ``limit``, ``chat_template``, ``system``,
-            ``reasoning``, ``few_shot``, ``permutations``, ``batch_size``.
+        settings: Others of a recipe's ``eval:`` section: ``suite``, ``lengths``, ``protocols``, ``limit``,
+            ``chat_template``, ``system``, ``reasoning``, ``few_shot``, ``permutations``, ``batch_size``.
     Raises:
         RecipeError: A setting that is not allowed, or nothing to score.
         EvalError: A task that cannot be read or asked.
@@ -286,7 +286,7 @@ def evaluate(
     if teacher is not None:
         check_types("gendistill.evaluate()", teacher=(teacher, Model))
     tasks = [tasks] if isinstance(tasks, str | Path) else tasks
-    if not tasks and questions is None:
+    if not tasks and questions is None and not settings.get("suite"):
         raise RecipeError(
             "there is nothing to score: no task and no questions",
             where="gendistill.evaluate()",
@@ -298,7 +298,7 @@ def evaluate(
         **settings,
     }
     recipe = _recipe("gendistill.evaluate()", (teacher or model).name, eval=asked)
-    chosen = recipe.eval.model_dump(mode="json")
+    chosen = {**recipe.eval.model_dump(mode="json"), "tasks": recipe.eval.load_tasks()}
     models = {**({} if teacher is None else {"teacher": teacher}), "student": model}
     results, samples = {}, {}
     with _folder(folder) as place:

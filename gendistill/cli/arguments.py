@@ -130,13 +130,13 @@ def load(arguments: argparse.Namespace) -> Recipe:
 
 def find_tasks(recipe: Recipe) -> None:
     """Read what evaluation and stages ask, so that a misspelt task fails now and not after hours of training."""
-    from gendistill_evals import load_questions, load_tasks
+    from gendistill_evals import load_questions, load_task
 
-    load_tasks(recipe.eval.tasks)
+    recipe.eval.load_tasks()
     for stage in recipe.stages.values():
         if stage.stop_early is not None:
-            load_tasks([stage.stop_early.task])
-    load_tasks([recipe.watch.task])
+            load_task(stage.stop_early.task)
+    load_task(recipe.watch.task)
     load_questions(recipe.watch.questions)
     if recipe.eval.questions is not None:
         load_questions(recipe.eval.questions)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ from gendistill.text import printable
 from gendistill_evals import (
     PROTOCOLS,
     EvalError,
+    code,
     list_questions,
     load_questions,
     load_tasks,
@@ -33,10 +35,11 @@ from gendistill_evals import (
 )
 from gendistill_evals.datasets import DATA_VARIABLE, SAMPLE
 from gendistill_evals.diagnostics import MOST_PERMUTATIONS
+from gendistill_evals.evaluate import check_tasks
 from gendistill_evals.prompts import ChatTemplate, Style
 from gendistill_evals.protocols import lead_protocols
 from gendistill_evals.results import read_results
-from gendistill_evals.suites import SUITES, suite_tasks
+from gendistill_evals.suites import SUITES, with_suites
 
 # The first protocol of each family, which is what the hidden gap compares.
 _BOTH = "both"
@@ -49,9 +52,7 @@ _MODEL_FLAGS = (
 )  # fmt: skip
 # What a recipe says in other words than eval.<flag>.
 _INSTEAD = {
-    "suite": "name its tasks: gendistill eval RECIPE eval.tasks=[A,B]",
     "data": f"export {DATA_VARIABLE}=FOLDER",
-    "lengths": "name a task.yaml of your own, with lengths under generate:, in eval.tasks",
 }
 
 
@@ -164,9 +165,7 @@ def _score_recipe(arguments: argparse.Namespace) -> int:
 
 
 def _score_model(arguments: argparse.Namespace) -> int:
-    tasks = _names(arguments.tasks)
-    # A task that is named and in a suite is asked once.
-    tasks += tuple(name for name in suite_tasks(_names(arguments.suite)) if name not in tasks)
+    tasks = with_suites(_names(arguments.tasks), _names(arguments.suite))
     if not tasks and not arguments.questions:
         raise RecipeError(
             "nothing to score: no tasks and no questions",
@@ -192,6 +191,9 @@ def _score_model(arguments: argparse.Namespace) -> int:
     loaded = load_tasks(
         tasks, data=arguments.data, lengths=arguments.lengths, trust_code=arguments.trust_task_code
     )
+    protocols = arguments.protocols or _protocols(_BOTH)
+    with code.allowed() if arguments.allow_code else contextlib.nullcontext():
+        check_tasks(loaded, protocols=protocols, style=style)
     if arguments.questions is not None:
         load_questions(arguments.questions)
     out = Path(arguments.out) if arguments.out else Path("evals") / _folder_name(arguments.model)
@@ -199,7 +201,7 @@ def _score_model(arguments: argparse.Namespace) -> int:
     results = scoring_module().score_checkpoint(
         arguments.model,
         tasks=tuple(loaded),
-        protocols=arguments.protocols or _protocols(_BOTH),
+        protocols=protocols,
         style=style,
         permutations=permutations,
         allow_code=arguments.allow_code,

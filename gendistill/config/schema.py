@@ -22,6 +22,9 @@ from gendistill.types import parse_token_count
 from gendistill_evals.diagnostics import MOST_PERMUTATIONS
 from gendistill_evals.prompts import ChatTemplate, Style
 from gendistill_evals.protocols import PROTOCOLS, lead_protocols
+from gendistill_evals.suites import SUITES, with_suites
+from gendistill_evals.synthetic import SHORTEST
+from gendistill_evals.task import Task, load_tasks
 
 _MANY_LAYERS = 1000
 
@@ -290,6 +293,12 @@ class EvalConfig(Section):
     tasks: Annotated[tuple[str, ...], Affects.CONTENT] = Field(
         default=(), description="built-in task names or task.yaml paths; see gendistill eval --list"
     )
+    suite: Annotated[tuple[Annotated[str, OneWordOf(SUITES)], ...], Affects.CONTENT] = Field(
+        default=(), description="sets of tasks, beside tasks"
+    )
+    lengths: Annotated[tuple[Annotated[int, Field(ge=SHORTEST, le=10**9)], ...], Affects.CONTENT] = Field(
+        default=(), description="tokens of the texts of generated tasks, in place of their own"
+    )
     protocols: tuple[Annotated[str, OneWordOf(PROTOCOLS)], ...] = tuple(lead_protocols().values())
     limit: int | None = Field(
         default=None, ge=1, le=10**9, description="items per task; tables carry the word LIMIT"
@@ -327,6 +336,24 @@ class EvalConfig(Section):
         default=None, description="built-in name or .jsonl of open questions for transcripts"
     )
     question_tokens: int = Field(default=64, ge=1, le=_MANY_ROWS, description="new tokens per open answer")
+
+    @property
+    def all_tasks(self) -> tuple[str, ...]:
+        """The names of tasks, those of suites included, each once."""
+        return with_suites(self.tasks, self.suite)
+
+    @property
+    def asks(self) -> bool:
+        """Whether there is anything to ask."""
+        return bool(self.all_tasks or self.questions is not None)
+
+    def load_tasks(self) -> list[Task]:
+        """Load the tasks.
+
+        Raises:
+            EvalError: One that there is not, or that does not fit the format.
+        """
+        return load_tasks(self.all_tasks, lengths=self.lengths or None)
 
     @property
     def style(self) -> Style:

@@ -50,16 +50,16 @@ def beyond_the_positions(recipe: Recipe, teacher_config: Mapping[str, Any]) -> I
 def stops_on_what_is_scored(recipe: Recipe) -> Iterator[str]:
     """Warn of a stage that is ended by the very items that its student is scored on afterwards."""
     for name, stage in recipe.stages.items():
-        if stage.stop_early is not None and stage.stop_early.task in recipe.eval.tasks:
+        if stage.stop_early is not None and stage.stop_early.task in recipe.eval.all_tasks:
             yield (
-                f"stages.{name}.stop_early chooses the end of the stage by {stage.stop_early.task}, which eval.tasks "
-                "scores too: its score will be too good; give the one or the other another task"
+                f"stages.{name}.stop_early chooses the end of the stage by {stage.stop_early.task}, which the "
+                "evaluation scores too: its score will be too good; give the one or the other another task"
             )
 
 
 def outside_the_template(recipe: Recipe, *, chat_template: bool) -> Iterator[str]:
     """Warn of a chat model that is trained on plain text alone and asked in its template."""
-    asks = bool(recipe.eval.tasks or recipe.eval.questions)
+    asks = recipe.eval.asks
     sources = {
         name: recipe.data[name] for stage in recipe.stages.values() for name in _names(recipe, stage.data)
     }

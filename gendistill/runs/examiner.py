@@ -7,12 +7,12 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from gendistill.runs.asking import asked
-from gendistill_evals.evaluate import check_evaluation, check_judged
+from gendistill_evals.evaluate import check_evaluation
 from gendistill_evals.hf import HFModel
 from gendistill_evals.model import Limits
 from gendistill_evals.prompts import Prompter
 from gendistill_evals.protocols import PROTOCOLS, ProtocolFamily, lead_protocols
-from gendistill_evals.task import built, load_questions, load_tasks
+from gendistill_evals.task import built, load_questions, load_task
 from gendistill_evals.transcripts import write_answers
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class TaskExaminer:
     def score(self, student: PreTrainedModel, task: str, limit: int | None) -> dict[str, float]:
         """Score the student on the first items of a task, by the leading protocol of generation."""
         protocol = PROTOCOLS[lead_protocols()[ProtocolFamily.GENERATION]]
-        (loaded,) = load_tasks([task])
+        loaded = load_task(task)
         with self._model(student) as model:
             # a task whose texts are generated gets them here
             whole = built(loaded, Prompter(model.tokenizer), model.max_tokens)
@@ -102,9 +102,7 @@ def check_examiner(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, config: M
     if watch.score_every_steps is not None:
         scored.append((watch.task, watch.task_limit))
     for task, limit in scored:
-        check_evaluation(limits, tokenizer, tasks=[task], protocols=written, limit=limit)
-        for loaded in load_tasks([task]):
-            check_judged(loaded)
+        check_evaluation(limits, tokenizer, tasks=[load_task(task)], protocols=written, limit=limit)
     if watch.answers_every_steps is not None:
         check_evaluation(
             limits, tokenizer, tasks=[], questions=watch.questions, question_tokens=watch.answer_tokens

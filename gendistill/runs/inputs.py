@@ -71,7 +71,7 @@ def recipe_steps(
             inputs["stop_early"] = task_identity(stage.stop_early.task)
         steps.append(Step(step, inputs))
     trained = {BEFORE: steps[-1].key}
-    if recipe.eval.tasks or recipe.eval.questions is not None:
+    if recipe.eval.asks:
         asked = _asked(recipe)
         steps.append(
             Step(
@@ -118,7 +118,7 @@ def _asked(recipe: Recipe) -> dict[str, Any]:
     return {
         **identity(recipe.eval),
         "rules": RULES,
-        "tasks": [task_identity(task) for task in recipe.eval.tasks],
+        "tasks": [task.identity() for task in recipe.eval.load_tasks()],
         "questions": None if questions is None else questions_identity(questions),
     }
 

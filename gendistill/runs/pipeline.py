@@ -306,22 +306,24 @@ def _compare_machines(
 
 def _check_questions(context: _Context) -> None:
     """Refuse what evaluation and stages could not ask, before hours of training."""
+    from gendistill_evals import code
     from gendistill_evals.evaluate import check_evaluation
 
     recipe, config = context.recipe, context.teacher.config
     check_examiner(recipe, context.tokenizer, config)
     asked = recipe.eval
-    if asked.tasks or asked.questions is not None:
-        check_evaluation(
-            model_limits(config),
-            context.tokenizer,
-            tasks=asked.tasks,
-            protocols=asked.protocols,
-            limit=asked.limit,
-            style=asked.style,
-            questions=asked.questions,
-            question_tokens=asked.question_tokens,
-        )
+    if asked.asks:
+        with code.allowed() if asked.allow_code else contextlib.nullcontext():
+            check_evaluation(
+                model_limits(config),
+                context.tokenizer,
+                tasks=asked.load_tasks(),
+                protocols=asked.protocols,
+                limit=asked.limit,
+                style=asked.style,
+                questions=asked.questions,
+                question_tokens=asked.question_tokens,
+            )
 
 
 def _check_apart(root: Path, checkpoints: Iterable[Checkpoint]) -> None:
@@ -517,14 +519,14 @@ def _evaluate(context: _Context) -> None:
     recipe, workspace = context.recipe, context.workspace
     asked = [role for role in ROLES if eval_step(role) in workspace.steps]
     if not asked:
-        context.say("eval", "nothing to score: eval.tasks and eval.questions are empty")
+        context.say("eval", "nothing to score: eval.tasks, eval.suite and eval.questions are empty")
         return
     pending = [role for role in asked if not workspace.is_done(eval_step(role))]
     if not pending:
         context.say("eval", f"done before: {workspace.run.eval('student').parent}")
         return
     teacher = context.load_teacher()
-    settings = recipe.eval.model_dump(mode="json")
+    settings = {**recipe.eval.model_dump(mode="json"), "tasks": recipe.eval.load_tasks()}
     for role in pending:
         step = eval_step(role)
         with workspace.making(step) as folder:

@@ -101,8 +101,8 @@ def score(
         model, tokenizer: What is scored.
         name, role: Of the model, for the files.
         out: Folder of the results.
-        settings: ``EvalConfig`` as plain data; ``question_tokens``, ``permutations``, ``allow_code`` and the fields of
-            ``Style`` may be left out.
+        settings: ``EvalConfig`` as plain data, with its tasks loaded or not; ``question_tokens``, ``permutations``,
+            ``allow_code`` and the fields of ``Style`` may be left out.
         teacher: Model that scores the open answers, or None.
         parts: Folder where results are kept, which several ``out`` may share.
         console: Where progress is shown; standard output if None.

@@ -145,9 +145,15 @@ def test_eval_scores_any_model(cli, calls):
     assert out.splitlines()[1].split() == ["copy", "-", "40.0", "5", "LIMIT", "5"]
 
 
-def test_eval_takes_protocols_and_the_style_of_prompts(cli, calls):
+def test_eval_takes_protocols_and_the_style_of_prompts(cli, calls, workspace):
+    rows = [{"q": f"{n}?", "options": ["red", "blue"], "gold": "red"} for n in range(4)]
+    (workspace / "asked.jsonl").write_text(json.dumps(rows[0]))
+    (workspace / "shown.jsonl").write_text("\n".join(map(json.dumps, rows[1:])))
+    (workspace / "shots.yaml").write_text(
+        'kind: multiple_choice\nitems: asked.jsonl\nexamples: shown.jsonl\nprompt: "{q}"\nmax_new_tokens: 4\n'
+    )
     style = ["--chat-template", "off", "--system", "Be short.", "--few-shot", "3", "--reasoning", "on"]
-    words = ["--tasks", "copy", "--protocols", "both,generation_letter", "--permutations", "2", *style]
+    words = ["--tasks", "shots.yaml", "--protocols", "both,generation_letter", "--permutations", "2", *style]
     assert cli("eval", "org/some.model", *words)[0] == 0
     ((_, _, named),) = calls
     assert named["protocols"] == ("likelihood", "generation", "generation_letter")

@@ -133,6 +133,8 @@ FLIPS: dict[type[Section], tuple[dict[str, Any], dict[str, Any]]] = {
         {},
         {
             "tasks": ["copy"],
+            "suite": ["smoke"],
+            "lengths": [512],
             "protocols": ["generation"],
             "limit": 5,
             "batch_size": 2,
