@@ -192,11 +192,17 @@ class ManifestRecord(TypedDict, total=False):
     peak_memory_bytes: Count
 
 
+class EvalSection(TypedDict, total=False):
+    """The section ``eval`` of a recipe."""
+
+    bootstrap: Annotated[int, Field(ge=1, le=10**7)]
+
+
 class RecipeRecord(TypedDict, total=False):
     """The run's ``recipe.yaml``."""
 
     stages: dict[str, Any] | None
-    eval: dict[str, Any] | None
+    eval: EvalSection | None
 
 
 class Score(TypedDict):

@@ -26,6 +26,7 @@ Values = Sequence[float] | Sequence[bool] | np.ndarray
 Groups = Sequence[Hashable] | np.ndarray | None
 
 NORMAL = NormalDist()
+RESAMPLES = 2000
 _STEPS = 60
 # Resamples of items with many different values are drawn in blocks of about this many, which bounds memory.
 _BLOCK_ITEMS = 4_000_000
@@ -253,7 +254,7 @@ def paired_bootstrap(
     *,
     groups: Groups = None,
     bounds: tuple[float, float] = (-1.0, 1.0),
-    resamples: int = 2000,
+    resamples: int = RESAMPLES,
     confidence: float = 0.95,
     seed: int = 0,
 ) -> Interval:
@@ -284,7 +285,7 @@ def paired_bootstrap(
 
 
 def resampled_means(
-    columns: np.ndarray, *, groups: Groups = None, resamples: int = 2000, seed: int = 0
+    columns: np.ndarray, *, groups: Groups = None, resamples: int = RESAMPLES, seed: int = 0
 ) -> np.ndarray:
     """Draw items or groups with replacement and average each column over what was drawn.
 

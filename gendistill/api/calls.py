@@ -298,7 +298,7 @@ def evaluate(
         **settings,
     }
     recipe = _recipe("gendistill.evaluate()", (teacher or model).name, eval=asked)
-    chosen = {**recipe.eval.model_dump(mode="json"), "tasks": recipe.eval.load_tasks()}
+    chosen = {**recipe.eval.model_dump(mode="json", exclude={"bootstrap"}), "tasks": recipe.eval.load_tasks()}
     models = {**({} if teacher is None else {"teacher": teacher}), "student": model}
     results, samples = {}, {}
     with _folder(folder) as place:

@@ -22,6 +22,7 @@ from gendistill.types import parse_token_count
 from gendistill_evals.diagnostics import MOST_PERMUTATIONS
 from gendistill_evals.prompts import ChatTemplate, Style
 from gendistill_evals.protocols import PROTOCOLS, lead_protocols
+from gendistill_evals.stats import RESAMPLES
 from gendistill_evals.suites import SUITES, with_suites
 from gendistill_evals.synthetic import SHORTEST
 from gendistill_evals.task import Task, load_tasks
@@ -336,6 +337,12 @@ class EvalConfig(Section):
         default=None, description="built-in name or .jsonl of open questions for transcripts"
     )
     question_tokens: int = Field(default=64, ge=1, le=_MANY_ROWS, description="new tokens per open answer")
+    bootstrap: Annotated[int, Affects.NOTHING] = Field(
+        default=RESAMPLES,
+        ge=100,
+        le=10**6,
+        description="resamples for the paired bootstrap of what is kept, beside Fieller's interval",
+    )
 
     @property
     def all_tasks(self) -> tuple[str, ...]:

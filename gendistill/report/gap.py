@@ -11,13 +11,13 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from gendistill.errors import ReportError
-from gendistill.report.retention import PairedMeans, Ratio, paired_means, retention
+from gendistill.report.retention import PairedMeans, Ratio, bootstrapped, paired_means, retention
 from gendistill.report.run_files import ROLES
 from gendistill.text import printable
 from gendistill_evals import PROTOCOLS, ProtocolFamily, stats
 from gendistill_evals.protocols import lead_protocols
 
-SCHEMA = 3
+SCHEMA = 4
 TASK_FIELDS = ("kind", "metric", "items_sha256", "prompt_sha256", "limit", "n")
 # Neither changes what is asked: the batch size is a matter of memory, and `overrode` lists what each model's
 # own generation defaults would have been.
@@ -69,10 +69,14 @@ class Kept:
     Attributes:
         plain: Of the scores as they are.
         above_chance: Of what the scores have above a guess among the options; None without options.
+        plain_bootstrap, above_chance_bootstrap: The same with the percentile interval of the paired bootstrap; None
+            where the teacher is at chance in some resample.
     """
 
     plain: Estimate
     above_chance: Estimate | None
+    plain_bootstrap: Estimate | None
+    above_chance_bootstrap: Estimate | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,6 +195,7 @@ def compute_gap(
     *,
     name: str = "run",
     placement: str | None = None,
+    resamples: int = stats.RESAMPLES,
 ) -> GapReport:
     """Compare teacher and student item by item.
 
@@ -200,6 +205,7 @@ def compute_gap(
         samples: Rows of ``samples.jsonl`` by role, ``teacher`` and ``student``.
         name: Name of the run.
         placement: Placement of the student, for people.
+        resamples: Of the paired bootstrap.
     Returns: One ``TaskGap`` per task that either model was scored on.
     Raises:
         ReportError: The two were scored on different items, prompts or settings, or the samples are not those
@@ -228,6 +234,7 @@ def compute_gap(
             {role: by[task] for role, by in tasks.items() if task in by},
             samples,
             leads=leads,
+            resamples=resamples,
         )
         for task in names
     ]
@@ -239,7 +246,9 @@ def compute_gap(
         settings=dict(next(iter(results.values()), {}).get("settings") or {}),
         leads=leads,
         tasks=tuple(task for task, _ in found),
-        kept={name: _kept([means[name] for _, means in found if name in means]) for name in PROTOCOLS},
+        kept={
+            name: _kept([means[name] for _, means in found if name in means], resamples) for name in PROTOCOLS
+        },
     )
 
 
@@ -272,6 +281,7 @@ def _task_gap(
     samples: Mapping[str, SampleRows],
     *,
     leads: Mapping[ProtocolFamily, str],
+    resamples: int,
 ) -> tuple[TaskGap, dict[str, _Means]]:
     """Compare the two on one task; the means are those of the protocols under which the teacher beats a guess."""
     if len(found) == 2 and (different := name_differences(found["teacher"], found["student"], TASK_FIELDS)):
@@ -310,7 +320,7 @@ def _task_gap(
         name: (paired_means(*pair, groups=groups), paired_means(*pair, floor=guesses, groups=groups))
         for name, pair in both.items()
     }
-    kept = {name: _kept([means[name]]) if name in means else None for name in PROTOCOLS}
+    kept = {name: _kept([means[name]], resamples) if name in means else None for name in PROTOCOLS}
 
     def score(correct: list[float] | None) -> Estimate | None:
         return _points(stats.accuracy(correct, groups=shared)) if correct else None
@@ -334,15 +344,23 @@ def _task_gap(
     return gap, {name: pair for name, pair in means.items() if kept[name] is not None}
 
 
-def _kept(parts: Sequence[_Means]) -> Kept | None:
+def _kept(parts: Sequence[_Means], resamples: int) -> Kept | None:
     """Divide student by teacher; None without parts, or if the teacher's mean is not told from a guess."""
     if not parts:
         return None
-    plain, above = retention([zero for zero, _ in parts]), retention([guess for _, guess in parts])
+    plain_parts, above_parts = [zero for zero, _ in parts], [guess for _, guess in parts]
+    plain, above = retention(plain_parts), retention(above_parts)
     if plain is None or above is None:
         return None
     corrected = any(zero.teacher != guess.teacher for zero, guess in parts)
-    return Kept(_points(plain), _points(above) if corrected else None)
+    drawn = bootstrapped(plain_parts, resamples=resamples)
+    drawn_above = bootstrapped(above_parts, resamples=resamples) if corrected else None
+    return Kept(
+        plain=_points(plain),
+        above_chance=_points(above) if corrected else None,
+        plain_bootstrap=_points(drawn) if drawn else None,
+        above_chance_bootstrap=_points(drawn_above) if drawn_above else None,
+    )
 
 
 def _guess(row: Mapping[str, Any]) -> float:

@@ -113,7 +113,10 @@ def summary_cards(run: RunFiles, report: GapReport) -> list[tuple[str, str, str]
             cards.append((label, f"{tables.signed(gap.value)} pp", interval))
     if kept := report.kept.get(written):
         above = f"; above chance {kept.above_chance.value:.0f}%" if kept.above_chance else ""
-        interval = f"95% interval {kept.plain.low:.0f}% to {kept.plain.high:.0f}%{above}"
+        interval = f"95% interval {kept.plain.low:.0f}% to {kept.plain.high:.0f}%"
+        if drawn := kept.plain_bootstrap:
+            interval += f", by bootstrap {drawn.low:.0f}% to {drawn.high:.0f}%"
+        interval += above
         cards.append(("kept", f"{kept.plain.value:.0f}%", interval))
     elif any(report.leads[ProtocolFamily.GENERATION] in task.at_chance for task in report.tasks):
         cards.append(("kept", tables.NOT_MEASURED, "the teacher is not surely above chance"))

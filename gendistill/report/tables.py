@@ -63,6 +63,7 @@ def raw_rows(report: GapReport, protocols: Sequence[str]) -> list[dict[str, Any]
             kept, flips = task.kept.get(protocol), task.flips.get(protocol)
             row |= _flat(f"kept_{protocol}", kept.plain if kept else None)
             row |= _flat(f"kept_above_chance_{protocol}", kept.above_chance if kept else None)
+            row |= _flat(f"kept_bootstrap_{protocol}", kept.plain_bootstrap if kept else None)
             row |= {f"lost_{protocol}": flips and flips.lost, f"won_{protocol}": flips and flips.won}
         rows.append(row | {"chance": task.chance} | _flat("hidden_gap", task.hidden))
     return rows

@@ -19,6 +19,7 @@ from gendistill.report.gap import GapReport, compute_gap
 from gendistill.report.ranking import Inversion, rank_inversions
 from gendistill.report.run_files import RunFiles, read_run
 from gendistill.text import printable
+from gendistill_evals.stats import RESAMPLES
 
 _FILES = ("index.html", "gap.json", "table.md", "table.csv", "table.tex")
 # how the names of figures begin, and end
@@ -60,6 +61,7 @@ def gap_report(run: RunFiles) -> GapReport:
         run.samples,
         name=run.name,
         placement=str(run.placement) if run.placement else None,
+        resamples=(run.recipe.get("eval") or {}).get("bootstrap", RESAMPLES),
     )
 
 

@@ -526,7 +526,7 @@ def _evaluate(context: _Context) -> None:
         context.say("eval", f"done before: {workspace.run.eval('student').parent}")
         return
     teacher = context.load_teacher()
-    settings = {**recipe.eval.model_dump(mode="json"), "tasks": recipe.eval.load_tasks()}
+    settings = {**recipe.eval.model_dump(mode="json", exclude={"bootstrap"}), "tasks": recipe.eval.load_tasks()}
     for role in pending:
         step = eval_step(role)
         with workspace.making(step) as folder:

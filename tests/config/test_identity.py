@@ -146,6 +146,7 @@ FLIPS: dict[type[Section], tuple[dict[str, Any], dict[str, Any]]] = {
             "few_shot": 3,
             "permutations": 2,
             "allow_code": True,
+            "bootstrap": 500,
         },
     ),
     LoRAConfig: (
@@ -271,7 +272,7 @@ def test_what_only_logs_saves_or_splits_work_affects_nothing():
             *("save_every_minutes", "keep_checkpoints"),
         },
         HeldOutConfig: {"every_steps"},
-        EvalConfig: {"batch_size", "allow_code"},
+        EvalConfig: {"batch_size", "allow_code", "bootstrap"},
         EngineConfig: set(EngineConfig.model_fields),
         WatchConfig: set(WatchConfig.model_fields),
         Recipe: {"version", "name", "output", "engine", "watch", "trackers"},

@@ -117,6 +117,7 @@ SETTINGS = {
     "heldout.every_steps=1": (),
     "eval.batch_size=1": (),
     "eval.allow_code=true": (),
+    "eval.bootstrap=200": (),
 }
 
 

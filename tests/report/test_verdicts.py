@@ -6,12 +6,13 @@ import io
 import json
 import random
 
+import numpy as np
 import pytest
 from rich.console import Console
 
 from gendistill.report import render_terminal, write_report
 from gendistill.report.gap import Estimate, Flips, GapReport, Kept, TaskGap
-from gendistill.report.retention import paired_means, retention
+from gendistill.report.retention import bootstrapped, paired_means, retention
 from gendistill.report.run_files import read_run
 from gendistill.report.verdicts import (
     items_needed,
@@ -142,7 +143,7 @@ def test_no_headline_claims_more_than_its_interval(tasks, sentence):
 
 
 def kept(plain, above=None):
-    return Kept(Estimate(*plain, 100), above and Estimate(*above, 100))
+    return Kept(Estimate(*plain, 100), above and Estimate(*above, 100), None, None)
 
 
 RETENTION = {
@@ -293,6 +294,31 @@ def test_a_teacher_at_chance_keeps_nothing_to_divide_by():
     assert retention([paired_means(half, half, floor=[0.5] * 40)]) is None
     assert retention([paired_means([0.0] * 40, half)]) is None
     assert retention([paired_means(half, half)]).value == 1
+
+
+def test_bootstrap_of_what_is_kept_agrees_with_brute_force_and_with_fieller():
+    generator = np.random.default_rng(0)
+    teacher = (generator.random(300) < 0.7).astype(float)
+    student = np.where(generator.random(300) < 0.8, teacher, 0.0)
+    groups = [str(item // 3) for item in range(300)]
+    part = paired_means(teacher, student, groups=groups)
+    found = bootstrapped([part], resamples=4000)
+    blocks = np.column_stack([teacher, student]).reshape(100, 3, 2)
+    drawn = blocks[generator.integers(0, 100, size=(4000, 100))].sum(axis=(1, 2))
+    low, high = np.percentile(drawn[:, 1] / drawn[:, 0], [2.5, 97.5])
+    assert (found.low, found.high) == pytest.approx((low, high), abs=0.01)
+    fieller = retention([part])
+    assert found.value == fieller.value
+    assert (found.low, found.high) == pytest.approx((fieller.low, fieller.high), abs=0.02)
+    assert bootstrapped([part], resamples=4000) == found
+
+
+def test_bootstrap_has_no_ratio_where_the_teacher_may_be_at_chance():
+    half = [0.0, 1.0] * 20
+    assert bootstrapped([paired_means(half, half, floor=[0.5] * 40)], resamples=500) is None
+    assert bootstrapped([paired_means([0.0] * 40, half)], resamples=500) is None
+    same = bootstrapped([paired_means(half, half)], resamples=500)
+    assert (same.low, same.value, same.high) == (1.0, 1.0, 1.0)
 
 
 @pytest.mark.parametrize("lists", [([], []), ([1.0], [1.0, 0.0])])
