@@ -35,7 +35,7 @@ _MOST_DISTINCT = 512
 # Up to this total size of all groups, the signs of groups are flipped exactly.
 _LONGEST_SUMS = 2_000_000
 # Groups whose items have this many others beside them give twice Student's degrees of freedom: chosen by simulation,
-# over 4 to 40 groups of 1 to 30 items that share from nothing to everything (``tests/evals/coverage.py``).
+# with the groups of 1 to 5 and of 10 to 30 items that ``tests/evals/coverage.py`` draws.
 _OTHERS = 6.0
 # Degrees of freedom from which Student's distribution is taken for the normal one.
 _NORMAL_FROM = 2000
